@@ -1,0 +1,1 @@
+"""entroray: distributed RL for language models that measures, predicts and steers entropy."""

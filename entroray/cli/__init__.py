@@ -1,0 +1,61 @@
+"""The `entroray` command: one folder, one module per subcommand."""
+
+import os
+import sys
+
+from entroray.errors import EntrorayError
+
+USAGE = """usage: entroray <command> [hydra overrides]
+
+  train       run reinforcement learning: entroray train experiment=quickstart [seed=1 ...]
+  bootstrap   build and warm-start the embedded small model
+  eval        held-out accuracy of a model folder: entroray eval model.path=runs/latest/model
+  report      write report.html of a run directory: entroray report runs/latest
+
+  --cfg job         print the composed settings and stop
+  --multirun, -m    run every combination of comma-separated values
+  --config-dir DIR  add your own YAML folder to the search path
+"""
+
+
+def main() -> None:
+    """Run one command; exit codes as DESIGN 7 lists them."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """The exit code of `entroray <argv>`; a typed error is one sentence on stderr."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        return _dispatch(argv[0], argv[1:])
+    except EntrorayError as error:
+        print(f"entroray {argv[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"entroray {argv[0]}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(command: str, arguments: list[str]) -> int:
+    if command == "train":
+        from entroray.cli.train import main as train
+
+        return train(arguments)
+    if command == "bootstrap":
+        from entroray.cli.bootstrap import main as bootstrap
+
+        return bootstrap(arguments)
+    if command == "eval":
+        from entroray.cli.eval import main as evaluate
+
+        return evaluate(arguments)
+    if command == "report":
+        from entroray.cli.report import main as report
+
+        return report(arguments)
+    print(f"entroray: unknown command `{command}`\n\n{USAGE}", file=sys.stderr)
+    return 2

@@ -1,0 +1,151 @@
+"""`entroray bootstrap`: the embedded small model, built and warm-started on the task, cached by content."""
+
+import asyncio
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from entroray.cli import machine, material, settings
+from entroray.config import EMBEDDED, Config
+from entroray.errors import ConfigError
+from entroray.loop.prompts import PromptStream, demonstration
+from entroray.loop.warmup import Warmup, accuracy, demonstrate, warm_up
+from entroray.objective import build as build_objective
+from entroray.types import Group
+from entroray.workers import cluster
+from entroray.workers.generator import Sampling
+
+FORMAT = 1
+"""Raise when the recipe changes in a way its settings do not show."""
+
+
+def main(arguments: list[str]) -> int:
+    """Make the model of these settings unless the cache holds it; prints its folder."""
+    config, _ = settings.load(arguments)
+    folder = cached(config)
+    if folder.is_dir():
+        print(f"warm-started model, from the cache: {folder}")
+    else:
+        asyncio.run(make(config, folder))
+    return 0
+
+
+def cached(config: Config) -> Path:
+    """Where the model of these settings lies, or would."""
+    root = config.model.bootstrap.cache or os.environ.get("ENTRORAY_CACHE") or "~/.cache/entroray"
+    recipe = asdict(config.model.bootstrap) | {"cache": None}
+    rendered = [config.data.template, config.sampler.temperature, config.rollout.max_tokens]
+    content = settings.fingerprint([FORMAT, recipe, asdict(config.data), config.reward.judge, rendered])
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return Path(root).expanduser() / "models" / f"{config.data.task.replace('/', '-')}-{key}"
+
+
+def resolve(config: Config) -> str:
+    """The model folder or hub id to start from, warm-starting the embedded model in a process of its own."""
+    if config.model.path != EMBEDDED:
+        return config.model.path
+    return str(cached(config))
+
+
+async def make(config: Config, folder: Path) -> None:
+    """Build, warm-start to the band and export to `folder`, which appears only when it is complete."""
+    from entroray.policy.build import build
+
+    began = time.monotonic()
+    plan = config.model.bootstrap
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        start, done = Path(scratch, "start"), Path(scratch, "done")
+        parameters = build(start, plan.shape, plan.seed)
+        print(f"warm start of a {parameters / 1e6:.2f} M parameter model on {config.data.task}", flush=True)
+        machine.join(config)
+        try:
+            reached, seconds = await _train(_supervised(config), str(start), done)
+        finally:
+            cluster.stop()
+        for file in start.iterdir():
+            if not Path(done, file.name).exists():
+                shutil.copy(file, done)
+        done.rename(folder)
+    print(f"sampled accuracy {reached:.2f} after {time.monotonic() - began:.0f} s ({seconds:.0f} s of steps)")
+    print(folder, flush=True)
+
+
+def _supervised(config: Config) -> Config:
+    """The same machine with the warm start's own optimizer settings: one rank, one update a step."""
+    plan = config.model.bootstrap
+    learner = replace(
+        config.learner,
+        ranks=1,
+        zero_stage=1,
+        updates_per_rollout=1,
+        lr=plan.lr,
+        warmup_updates=20,
+        reference=False,
+        schedule="constant_with_warmup",
+        max_grad_norm=1.0,
+    )
+    probe = replace(config.driver.probe, every=0)
+    generator = replace(config.generator, replicas=1)
+    driver = replace(config.driver, probe=probe)
+    return replace(config, learner=learner, driver=driver, generator=generator, seed=plan.seed)
+
+
+async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
+    plan, read = config.model.bootstrap, material.load(config, start)
+    objective = build_objective(settings.objective("supervised"))
+    probe = tuple(read.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
+    m = await machine.build(config, start, objective, read.judge, probe, total_updates=plan.max_steps)
+    generator = m.generator_role(Sampling(config.sampler.temperature, config.rollout.max_tokens))
+    checks = read.split.training[: plan.check_prompts]
+    began = time.monotonic()
+    reached = await warm_up(
+        _demonstrations(config, read),
+        m.learner_role(objective),
+        m.sync,
+        objective,
+        lambda: accuracy(generator, m.verifier_role(), checks, plan.seed),
+        Warmup((plan.band[0], plan.band[1]), plan.max_steps, plan.rows_per_step, plan.check_every, plan.seed),
+        _report,
+    )
+    await m.export(str(done))
+    await m.stop()
+    return reached, time.monotonic() - began
+
+
+def _demonstrations(config: Config, read: material.Material) -> Iterator[Group]:
+    if config.data.demonstration is None:
+        raise ConfigError(
+            f"model.path={EMBEDDED} needs right answers to imitate and data.demonstration is not set: "
+            "choose chain_sum, countdown or gsm8k, or give model.path a trained model"
+        )
+    answer, end = demonstration(config.data.demonstration), read.tokenizer.eos_token_id
+    for prompt in PromptStream(read.split.demonstrations, seed=config.seed):
+        ids = read.tokenizer.encode(answer(prompt.entry), add_special_tokens=False)
+        yield demonstrate(prompt, [*ids, end][: config.rollout.max_tokens])
+
+
+def _report(step: int, loss: float, reached: float) -> None:
+    print(f"  step {step:4d}  loss {loss:.3f} nats/token  sampled accuracy {reached:.2f}", flush=True)
+    sys.stdout.flush()
+
+
+def ensure(config: Config, arguments: list[str]) -> dict[str, Any]:
+    """Run the warm start in a process of its own when the cache lacks it; what it took, for the manifest."""
+    import subprocess
+
+    if config.model.path != EMBEDDED or cached(config).is_dir():
+        return {}
+    began = time.monotonic()
+    command = [sys.executable, "-m", "entroray", "bootstrap", *arguments]
+    done = subprocess.run(command, check=False, timeout=3600)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return {"bootstrap_seconds": round(time.monotonic() - began, 1)}

@@ -1,0 +1,85 @@
+"""`entroray eval`: held-out accuracy of a model folder, in this process alone: one engine, no Ray."""
+
+import asyncio
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from entroray.cli import bootstrap, machine, material, settings
+from entroray.config import Config
+from entroray.errors import ConfigError
+from entroray.loop.evaluate import right_answers, scores
+from entroray.types import Prompt, Rollout
+from entroray.workers import cluster
+from entroray.workers.generator import Generator, Request, Sampling
+from entroray.workers.verifier import Verifier
+
+
+@dataclass(frozen=True)
+class OneEngine:
+    """A generator in this process, as a role."""
+
+    engine: Generator
+    sampling: Sampling
+    deadline: float
+
+    async def sample(self, prompt: Prompt, seeds: Any) -> list[Rollout]:
+        request = Request(prompt.id, prompt.token_ids, tuple(seeds), self.sampling, self.deadline)
+        return await self.engine.sample(request)
+
+
+def main(arguments: list[str]) -> int:
+    """`eval [--config=run/config.yaml] [--out=file.json] overrides`; prints the scores as JSON."""
+    flags = dict(a.removeprefix("--").split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
+    overrides = [a for a in arguments if not a.startswith("--")]
+    unknown = flags.keys() - {"config", "out"}
+    if unknown:
+        raise ConfigError(f"eval knows --config and --out, not {', '.join(sorted(unknown))}")
+    config = of_run(Path(flags["config"]), overrides) if "config" in flags else settings.load(overrides)[0]
+    result = asyncio.run(evaluate(config))
+    text = json.dumps(result, indent=2)
+    if "out" in flags:
+        Path(flags["out"]).write_text(text)
+    print(text)
+    return 0
+
+
+def of_run(path: Path, overrides: list[str]) -> Config:
+    """The settings a run was made with, and what is said beside them."""
+    tree = OmegaConf.merge(
+        OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(overrides)
+    )
+    config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
+    return config
+
+
+async def evaluate(config: Config) -> dict[str, Any]:
+    """Greedy accuracy and pass@k on the held-out prompts."""
+    os.environ.update(cluster.environment() | (cluster.CPU_ONLY if machine.cpu_only(config) else {}))
+    model, e = bootstrap.resolve(config), config.evaluate
+    read = material.load(config, model)
+    prompts = read.split.heldout[: e.prompts]
+    limit = config.data.max_prompt + config.rollout.max_tokens
+    options = machine.engine_options(config)
+    engine = Generator(model, dtype=config.model.dtype, max_length=limit, seed=0, engine=options)
+    verifier = Verifier(read.judge, slots=config.verifier.slots, deadline=config.reward.deadline)
+    try:
+        await asyncio.gather(engine.start(), verifier.warm_up())
+        r, s = config.rollout, config.sampler
+        role = lambda t: OneEngine(engine, Sampling(t, r.max_tokens, tuple(s.stop)), r.deadline)  # noqa: E731
+        greedy = await right_answers(role(0.0), verifier, prompts, samples=1, seed=0)
+        sampled = await right_answers(role(s.temperature), verifier, prompts, samples=e.samples, seed=0)
+    finally:
+        verifier.close()
+    return {
+        "model": model,
+        "prompts": len(prompts),
+        "samples": e.samples,
+        "temperature": s.temperature,
+        "greedy": sum(greedy) / len(greedy),
+        **scores(sampled, e.samples),
+    }

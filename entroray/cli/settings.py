@@ -1,0 +1,106 @@
+"""Command line -> one checked Config; composed here, not by Hydra's wrapper, to keep our exit codes."""
+
+import difflib
+import itertools
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from entroray.config import Config
+from entroray.errors import ConfigError
+
+PACKAGE = Path(__file__).parent.parent
+CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())  # wheel, then checkout
+
+
+def load(overrides: list[str], config_dir: str | None = None) -> tuple[Config, DictConfig]:
+    """The composed settings, typed and checked, and as the tree they were composed from.
+
+    Raises ConfigError naming the key and the nearest right one.
+    """
+    ConfigStore.instance().store(name="schema", node=Config)
+    extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    try:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            tree = compose("train", overrides=overrides + extra)
+        config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+    check(config)
+    return config, tree
+
+
+def _explain(error: Exception) -> str:
+    said = " ".join(str(error.__cause__ or error).split())
+    known = list(_keys(Config))
+    unknown = next((w.strip("'\".,:") for w in str(error).split() if "=" in w or "." in w), "")
+    key = unknown.lstrip("+~").partition("=")[0]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f" Did you mean `{near[0]}`?" if near and near[0] != key else ""
+    return f"{str(error).splitlines()[0]} ({said}).{hint}"
+
+
+def _keys(schema: Any, prefix: str = "") -> Any:
+    for f in fields(schema):
+        yield prefix + f.name
+        inner = f.default_factory if is_dataclass(f.default_factory) else None
+        if inner:
+            yield from _keys(inner, f"{prefix}{f.name}.")
+
+
+def check(config: Config) -> None:
+    """Rules between settings; ConfigError says which two contradict and what to do."""
+    if config.driver.stale not in ("wait", "drop"):
+        raise ConfigError(f"driver.stale={config.driver.stale}: choose wait or drop")
+    if config.run.resume not in ("never", "auto"):
+        raise ConfigError(f"run.resume={config.run.resume}: choose never or auto")
+    if config.model.dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"model.dtype={config.model.dtype}: choose float32 or bfloat16")
+    if config.learner.zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"learner.zero_stage={config.learner.zero_stage}: choose 0, 1, 2 or 3")
+    if config.sampler.top_p != 1.0 or config.sampler.top_k != 0:
+        raise ConfigError(
+            "sampler.top_p and sampler.top_k must be 1.0 and 0 in training: the log-probs of a truncated "
+            "distribution are not the learner's, so every importance ratio would be wrong"
+        )
+    if config.sampler.temperature <= 0:
+        raise ConfigError("sampler.temperature must be above 0 in training: greedy samples carry no gradient")
+    if config.learner.updates_per_rollout > config.rollout.groups_per_step:
+        raise ConfigError(
+            f"learner.updates_per_rollout={config.learner.updates_per_rollout} needs as many groups, "
+            f"rollout.groups_per_step={config.rollout.groups_per_step}"
+        )
+    if not config.objective:
+        raise ConfigError("no objective: say objective=<name>, see conf/objective")
+
+
+def expand(overrides: list[str]) -> list[list[str]]:
+    """Every combination of sweeping overrides (`seed=1,2,3`), for multirun."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    choices = []
+    for text, override in zip(overrides, parsed, strict=True):
+        key = text.partition("=")[0]
+        values = override.sweep_string_iterator() if override.is_sweep_override() else None
+        choices.append([f"{key}={v}" for v in values] if values else [text])
+    return [list(c) for c in itertools.product(*choices)]
+
+
+def fingerprint(tree: Any) -> str:
+    """Canonical text of a settings tree, for content hashes."""
+    plain = OmegaConf.to_container(tree) if isinstance(tree, DictConfig) else tree
+    return json.dumps(plain, sort_keys=True, default=str)
+
+
+def objective(name: str) -> dict[str, Any]:
+    """The row called `name` of conf/objective."""
+    row = OmegaConf.to_container(OmegaConf.load(CONF / "objective" / f"{name}.yaml"))
+    assert isinstance(row, dict)
+    return {str(k): v for k, v in row.items()}

@@ -1,0 +1,209 @@
+"""`entroray train`: configuration -> machines -> driver -> model, journal and report."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from entroray.cli import bootstrap, machine, material, rundir, settings
+from entroray.config import Config
+from entroray.errors import InfrastructureError
+from entroray.loop.driver import Driver, Pace, Roles
+from entroray.loop.prompts import PromptStream
+from entroray.objective import Objective, check_group_size
+from entroray.objective import build as build_objective
+from entroray.observe.console import Console, summary
+from entroray.observe.journal import Journal, read
+from entroray.policy.tokenizer import fingerprint
+from entroray.workers import cluster
+from entroray.workers.generator import Sampling
+
+
+def main(arguments: list[str]) -> int:
+    """`train [--cfg job] [--multirun] [--config-dir DIR] overrides`."""
+    multirun = [a for a in arguments if a in ("-m", "--multirun")]
+    rest = [a for a in arguments if a not in multirun]
+    if multirun:
+        return _multirun(rest)
+    overrides, config_dir, show = _flags(rest)
+    config, tree = settings.load(overrides, config_dir)
+    if show:
+        print(OmegaConf.to_yaml(tree, resolve=True), end="")
+        return 0
+    objective = build_objective(config.objective)
+    check_group_size(objective, config.rollout.group_size)
+    if config.run.dry:
+        print(_dry(config, objective))
+        return 0
+    facts = bootstrap.ensure(config, rest)
+    folder = rundir.make(config)
+    asyncio.run(_train(config, tree, objective, folder, facts))
+    return 0
+
+
+def _flags(arguments: list[str]) -> tuple[list[str], str | None, bool]:
+    """(overrides, --config-dir, whether --cfg job was given)."""
+    overrides, config_dir, show = [], None, False
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("--cfg", "-c"):
+            show = next(rest, "job") == "job"
+        elif argument in ("--config-dir", "-cd"):
+            config_dir = next(rest)
+        else:
+            overrides.append(argument)
+    return overrides, config_dir, show
+
+
+def _multirun(arguments: list[str]) -> int:
+    """Every combination, one after the other, each in a process of its own; the first failure's code."""
+    overrides, config_dir, _ = _flags(arguments)
+    extra = ["--config-dir", config_dir] if config_dir else []
+    worst = 0
+    for number, combination in enumerate(settings.expand(overrides)):
+        print(f"--- run {number}: {' '.join(combination)}", flush=True)
+        command = [sys.executable, "-m", "entroray", "train", *combination, *extra]
+        worst = worst or subprocess.run(command, check=False, timeout=None).returncode
+    return worst
+
+
+def _dry(config: Config, objective: Objective) -> str:
+    """What would run: the equation, each role's share, memory by role."""
+    lines = [objective.describe(), ""]
+    for role, (count, share) in machine.shares(config).items():
+        lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
+    return "\n".join([*lines, *_memory(config)])
+
+
+def _memory(config: Config) -> list[str]:
+    """Bytes by role from the model's own size, where it can be read without loading it."""
+    model = Path(bootstrap.resolve(config), "model.safetensors")
+    if not model.is_file():
+        return [f"memory: unknown until {model.parent} is there"]
+    weights = model.stat().st_size
+    n = config.learner
+    shared = n.ranks if n.zero_stage >= 1 else 1
+    state = weights * (1 if n.zero_stage >= 3 else n.ranks) + 8 * weights // 4 * n.ranks // shared
+    mib = lambda b: f"{b / 2**20:,.0f} MiB"  # noqa: E731
+    cache = machine.engine_options(config).get("kv_cache_memory_bytes")
+    return [
+        f"memory of the learner, weights and Adam moments over all ranks: about {mib(state)}",
+        f"memory of each generator: weights {mib(weights)}"
+        + (f", keys and values {mib(cache)}" if cache else ", keys and values by vLLM's share"),
+    ]
+
+
+async def _train(
+    config: Config, tree: DictConfig, objective: Objective, folder: Path, facts: dict[str, Any]
+) -> None:
+    began = time.monotonic()
+    model = bootstrap.resolve(config)
+    read_in = material.load(config, model)
+    facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}
+    facts |= {"resources": machine.join(config)}
+    trained = time.monotonic()
+    try:
+        journal, console = _journal(config, folder, read_in.tokenizer)
+        probe = tuple(read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
+        updates = config.run.steps * config.learner.updates_per_rollout
+        m = await machine.build(config, model, objective, read_in.judge, probe, total_updates=updates)
+        facts |= m.facts | {"start_seconds": round(time.monotonic() - began, 1)}
+        rundir.describe(folder, tree, facts)
+        console.header("entroray", _header(config, objective, read_in, folder, facts))
+        trained = time.monotonic()
+        await _drive(config, objective, read_in, m, journal)
+        journal.event("trained", seconds=round(time.monotonic() - trained, 1), steps=config.run.steps)
+        await m.export(str(folder / "model"))
+        read_in.tokenizer.save_pretrained(folder / "model")
+        await m.stop()
+        journal.close()
+    except InfrastructureError as error:
+        raise type(error)(f"{error}. Log: {folder}/events.jsonl") from error
+    finally:
+        cluster.stop()
+    _finish(config, folder, model, time.monotonic() - trained)
+
+
+def _journal(config: Config, folder: Path, tokenizer: Any) -> tuple[Journal, Console]:
+    console = Console()
+    trackers: list[Any] = [console]
+    if config.observe.tensorboard:
+        from entroray.observe.trackers import TensorBoard
+
+        trackers.append(TensorBoard(folder / "tensorboard"))
+    words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
+    every = config.observe.tokens.every
+    return Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words), console
+
+
+def _header(
+    config: Config, objective: Objective, read_in: material.Material, folder: Path, facts: dict[str, Any]
+) -> list[str]:
+    r, s, split = config.rollout, config.sampler, read_in.split
+    stops = [repr(x) for x in (read_in.tokenizer.eos_token, *s.stop)]
+    return [
+        *objective.describe().splitlines(),
+        "",
+        f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature {s.temperature:g}, "
+        f"top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
+        f"schedule   {config.run.steps} steps, {config.learner.updates_per_rollout} updates a step, "
+        f"lag at most {config.driver.max_lag} ({config.driver.stale})",
+        f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
+        f"data       {len(split.training)} training and {len(split.heldout)} held-out prompts ({read_in.dropped})",
+        f"machine    {facts['resources']}; ready in {facts['start_seconds']:.0f} s, "
+        f"probe error {facts['sync/probe_error']:.1e} nats",
+        f"run        {folder}",
+    ]
+
+
+async def _drive(
+    config: Config, objective: Objective, read_in: material.Material, m: machine.Machine, journal: Journal
+) -> None:
+    r, d, s = config.rollout, config.driver, config.sampler
+    sampling = Sampling(s.temperature, r.max_tokens, tuple(s.stop))
+    roles = Roles(m.generator_role(sampling), m.verifier_role(), m.learner_role(objective), m.sync, journal)
+    pace = Pace(
+        group_size=r.group_size,
+        groups_per_step=r.groups_per_step,
+        max_lag=d.max_lag,
+        wait=d.stale == "wait",
+        resamples=d.resamples,
+        refill_limit=d.refill_limit,
+        stall=d.stall,
+    )
+    stream = PromptStream(read_in.split.training, seed=config.seed)
+    journal.event("start", objective=config.objective, pace=asdict(pace))
+    await Driver(stream, roles, objective, pace, seed=config.seed).train(config.run.steps)
+
+
+def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
+    print(summary(read(folder / "metrics.jsonl")))
+    print(f"\n{config.run.steps} steps in {seconds:.0f} s")
+    if config.evaluate.final:
+        _compare(config, folder, model)
+    if config.observe.report:
+        from entroray.observe.report import write
+
+        print(f"report     {write(folder)}")
+    print(f"model      {folder / 'model'}\nrun        {folder}", flush=True)
+
+
+def _compare(config: Config, folder: Path, model: str) -> None:
+    """Held-out accuracy of the first and the last weights, each read from its folder by a new process."""
+    for name, path in (("before", model), ("after", str(folder / "model"))):
+        out = folder / f"eval-{name}.json"
+        command = [sys.executable, "-m", "entroray", "eval", f"--config={folder}/config.yaml"]
+        command += [f"--out={out}", f"model.path={path}"]
+        subprocess.run(command, check=True, timeout=1800, stdout=subprocess.DEVNULL)
+        e = json.loads(out.read_text())
+        best = f"pass@{e['samples']}"
+        print(
+            f"{name:10s} held-out greedy accuracy {e['greedy']:.3f}, sampled {e['pass@1']:.3f}, "
+            f"{best} {e[best]:.3f} ({e['prompts']} prompts)"
+        )

@@ -1,0 +1,204 @@
+"""Every setting once: type, default, meaning. YAML only chooses among them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+EMBEDDED = "bootstrap"
+"""`model.path` of the embedded model: built and warm-started here, cached by content."""
+
+
+@dataclass
+class Run:
+    dir: str | None = None  # null: runs/<experiment>/<time>
+    name: str = "train"  # folder under runs/ when dir is null
+    steps: int = 100
+    resume: str = "never"  # never | auto
+    dry: bool = False  # print resources and memory by role, start nothing
+
+
+@dataclass
+class Shape:
+    """Size of the embedded model; the default has about 0.8 M parameters."""
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 384
+    context: int = 1024
+
+
+@dataclass
+class Bootstrap:
+    """The embedded model: its size, and a supervised warm start until sampled accuracy lies in a band."""
+
+    shape: Shape = field(default_factory=Shape)
+    band: list[float] = field(default_factory=lambda: [0.15, 0.35])  # sampled accuracy at T=1
+    max_steps: int = 1000
+    rows_per_step: int = 64
+    lr: float = 2e-3
+    check_every: int = 20  # steps between samples of its accuracy
+    check_prompts: int = 128
+    seed: int = 0
+    cache: str | None = None  # null: $ENTRORAY_CACHE or ~/.cache/entroray
+
+
+@dataclass
+class Model:
+    path: str = EMBEDDED  # Hugging Face folder or hub id; "bootstrap" is the embedded model
+    dtype: str = "float32"  # float32 | bfloat16, of learner and generators
+    attention: str = "sdpa"
+    system: str | None = None  # system message before every question
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+
+
+@dataclass
+class Data:
+    source: str = "reasoning_gym"  # reasoning_gym | table (.jsonl, .parquet, or a data set of the hub)
+    task: str = "chain_sum"  # reasoning-gym task, file path, or hub name
+    settings: dict[str, Any] = field(default_factory=dict)  # to the source: its sizes, or columns and split
+    size: int = 20000  # rows drawn from a generated task
+    seed: int = 0
+    template: str | None = None  # str.format over the row's fields; null: the row's own question
+    demonstration: str | None = None  # how right answers are written: chain_sum | countdown | gsm8k
+    heldout: float = 0.05  # fraction for evaluation, by hash of the prompt
+    demonstrations: float = 0.3  # fraction for the warm start of the embedded model, by hash
+    max_prompt: int = 512  # tokens; longer prompts are dropped and counted
+
+
+@dataclass
+class Reward:
+    path: str | None = None  # my_file.py:my_function instead of the judge below
+    judge: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}
+    deadline: float = 5.0  # seconds for each item
+
+
+@dataclass
+class Sampler:
+    temperature: float = 1.0
+    top_p: float = 1.0  # training needs 1: log-probs of a truncated support are another distribution's
+    top_k: int = 0
+    stop: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RolloutConfig:
+    group_size: int = 8
+    groups_per_step: int = 32
+    max_tokens: int = 64
+    deadline: float = 300.0  # seconds for each group of samples
+
+
+@dataclass
+class ProbeConfig:
+    text: str = "The quick brown fox jumps over 13 lazy dogs."
+    every: int = 10  # syncs between comparisons; the first is always compared
+    tolerance: float = 1e-3  # nats; bf16 needs about 0.1
+
+
+@dataclass
+class DriverConfig:
+    max_lag: int = 0  # steps a trained group's oldest token may be behind; 0 is synchronous
+    stale: str = "wait"  # wait: the learner waits | drop: refuse and re-issue
+    resamples: int = 2
+    refill_limit: int = 10  # steps' worth of groups one step may drop for want of signal or by failure
+    stall: float = 1800.0  # seconds without a finished step after which the run ends
+    start_deadline: float = 600.0
+    call_deadline: float = 1800.0
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+
+@dataclass
+class LearnerConfig:
+    ranks: int = 1
+    zero_stage: int = 1
+    updates_per_rollout: int = 1
+    token_budget: int = 8192  # padded tokens of one micro-batch
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    max_grad_norm: float = 1.0
+    schedule: str = "constant_with_warmup"  # any name transformers.get_scheduler knows
+    warmup_updates: int = 0
+    reference: bool = False  # frozen copy of the first weights, for KL penalties
+    gradient_checkpointing: bool = False
+    threads: int | None = None  # null: all cores of the node
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # to DeepSpeed, untouched
+
+
+@dataclass
+class GeneratorConfig:
+    replicas: int = 1
+    tensor_parallel: int = 1
+    transfer: str = "plasma"  # plasma (any machine) | nccl | ipc (GPUs, unproved)
+    keep_kv: bool = False  # keep keys and values of old weights across a sync
+    threads: int | None = None
+    engine: dict[str, Any] = field(default_factory=dict)  # to vLLM, untouched
+
+
+@dataclass
+class VerifierConfig:
+    replicas: int = 1
+    slots: int = 2  # processes in each
+    memory_mb: int | None = 2048  # what one process may allocate beyond its start
+
+
+@dataclass
+class Cpus:
+    """CPU share of one actor in Ray's bookkeeping; threads are set apart."""
+
+    generator: float = 0.5
+    learner: float = 0.5
+    verifier: float = 0.1
+
+
+@dataclass
+class Cluster:
+    address: str | None = None  # null: start one here, on loopback
+    cpus: Cpus = field(default_factory=Cpus)
+    gpus_per_generator: float = 0.0
+    gpus_per_learner: float = 0.0
+
+
+@dataclass
+class TokensConfig:
+    every: int = 10  # steps between token records; 0: none
+
+
+@dataclass
+class Observe:
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    tensorboard: bool = True
+    report: bool = True
+
+
+@dataclass
+class Checkpoint:
+    every: int = 0  # steps between checkpoints; 0: none
+
+
+@dataclass
+class Evaluate:
+    prompts: int = 256  # held-out prompts
+    samples: int = 8  # for pass@k
+    final: bool = False  # before and after training, each in a process of its own
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    reward: Reward = field(default_factory=Reward)
+    objective: dict[str, Any] = field(default_factory=dict)
+    sampler: Sampler = field(default_factory=Sampler)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    driver: DriverConfig = field(default_factory=DriverConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    cluster: Cluster = field(default_factory=Cluster)
+    observe: Observe = field(default_factory=Observe)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluate: Evaluate = field(default_factory=Evaluate)

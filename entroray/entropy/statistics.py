@@ -1,0 +1,127 @@
+"""Exact entropy of logits, and the metrics of one step as pure functions of what flowed past."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from entroray.types import Group, Rollout, Status, Tokens
+
+QUANTILES = {"p20": 0.20, "p50": 0.50, "p80": 0.80, "p95": 0.95}
+
+
+def token_entropy(
+    logits: Float[Tensor, "N V"],
+    temperature: float | Float[Tensor, " N"],
+    *,
+    base: str = "nats",
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Entropy H = sum p (-ln p) and varentropy sum p (-ln p - H)^2 of softmax(logits / temperature).
+
+    In nats and nats^2 unless `base` is "bits"; computed in at least float32; a token of probability 0
+    (a logit of -inf, or an underflow) adds nothing. ValueError for an unknown base or a temperature
+    that is not positive.
+    """
+    units = {"nats": 1.0, "bits": 1 / math.log(2)}
+    if base not in units:
+        raise ValueError(f"token_entropy: base is `nats` or `bits`, not `{base}`")
+    heat = torch.as_tensor(temperature, device=logits.device)
+    if not bool((heat > 0).all()):
+        raise ValueError(f"token_entropy: temperature must be positive, not {temperature}")
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp = (logits.to(wide) / heat.to(wide).reshape(-1, 1)).log_softmax(-1)
+    p = logp.exp()
+    surprisal = torch.where(p > 0, -logp, 0) * units[base]
+    entropy = (p * surprisal).sum(-1)
+    return entropy, (p * (surprisal - entropy[:, None]).square()).sum(-1)
+
+
+def describe(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
+    """Metrics of one step; a metric over nothing is left out.
+
+    Token metrics (nats) are over every response token whose mask is set, each once, in float64 after
+    rounding to float32, which is what the token records store. `lag` is per token, in committed steps.
+    ValueError where `tokens` are not the rollouts of `groups`, in their order.
+    """
+    rollouts = aligned(groups, tokens)
+    if not rollouts:
+        return {}
+    mask = _array(tokens.mask)
+    metrics = _of_groups(groups) | _of_lengths(rollouts)
+    if not mask.any():
+        return metrics
+    lag = tokens.step - np.concatenate([r.versions for r in rollouts])[mask]
+    metrics |= _of_entropy(tokens, mask) | _of_mismatch(tokens, mask)
+    return metrics | {
+        "logprobs/mean": float(stored(tokens.old_logprobs)[mask].mean()),
+        "advantages/mean_abs": float(np.abs(stored(tokens.advantages)[mask]).mean()),
+        "lag/mean": float(lag.mean()),
+        "lag/max": float(lag.max()),
+    }
+
+
+def aligned(groups: Sequence[Group], tokens: Tokens) -> list[Rollout]:
+    """The rollouts of `groups` in order, one per row of `tokens`; ValueError where they do not match."""
+    rollouts = [r for group in groups for r in group.rollouts]
+    lengths = [r.length for r in rollouts]
+    if lengths != tokens.length.tolist() or sum(lengths) != len(tokens.row):
+        raise ValueError(
+            f"step {tokens.step}: tokens have {len(tokens.length)} rows of {len(tokens.row)} tokens in all, "
+            f"the groups {len(lengths)} rollouts of {sum(lengths)}: pass the groups they were made from"
+        )
+    return rollouts
+
+
+def stored(x: Float[Tensor, " N"]) -> NDArray[np.float64]:
+    """`x` as a reader of the token records sees it: rounded to float32, then widened."""
+    return _array(x.to(torch.float32)).astype(np.float64)
+
+
+def _array(x: Tensor) -> NDArray:
+    return x.detach().cpu().numpy()
+
+
+def _of_groups(groups: Sequence[Group]) -> dict[str, float]:
+    correct = [[v.correct for v in g.verdicts] for g in groups]
+    reward = np.array([v.reward for g in groups for v in g.verdicts], np.float64)
+    return {
+        "reward/mean": float(np.mean([c for group in correct for c in group])),
+        "reward/raw_mean": float(reward.mean()),
+        "reward/std": float(reward.std()),
+        "groups/all_right": sum(set(group) == {1} for group in correct) / len(groups),
+        "groups/all_wrong": sum(set(group) == {0} for group in correct) / len(groups),
+    }
+
+
+def _of_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    lengths = [r.length for r in rollouts]
+    return {
+        "length/mean": sum(lengths) / len(lengths),
+        "length/max": float(max(lengths)),
+        "length/truncated": sum(r.status is Status.TRUNCATED for r in rollouts) / len(rollouts),
+    }
+
+
+def _of_entropy(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
+    entropy, advantages = stored(tokens.entropy)[mask], stored(tokens.advantages)[mask]
+    quantiles = np.quantile(entropy, list(QUANTILES.values()))
+    metrics = {"entropy/mean": float(entropy.mean())}
+    metrics |= {f"entropy/{name}": float(q) for name, q in zip(QUANTILES, quantiles, strict=True)}
+    for name, chosen in {"positive": advantages > 0, "negative": advantages < 0}.items():
+        if chosen.any():
+            metrics[f"entropy/{name}"] = float(entropy[chosen].mean())
+    return metrics | {"varentropy/mean": float(stored(tokens.varentropy)[mask].mean())}
+
+
+def _of_mismatch(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
+    """`kl` is the mean of r - 1 - ln r with r = learner / sampler (k3): it estimates KL(sampler, learner)."""
+    gap = (stored(tokens.old_logprobs) - stored(tokens.behavior_logprobs))[mask]
+    return {
+        "mismatch/mean_abs": float(np.abs(gap).mean()),
+        "mismatch/max": float(np.abs(gap).max()),
+        "mismatch/kl": float((np.expm1(gap) - gap).mean()),
+    }

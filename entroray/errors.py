@@ -1,0 +1,41 @@
+"""The typed ways a run can end badly; each carries the exit code of the contract (DESIGN 7)."""
+
+
+class EntrorayError(Exception):
+    """Base of every error a user is meant to read: says what is wrong, where, and what to do instead."""
+
+    exit_code = 1
+
+
+class ConfigError(EntrorayError):
+    """A setting is unknown, of the wrong type, or contradicts another."""
+
+    exit_code = 2
+
+
+class PreflightError(EntrorayError):
+    """Refused before any actor started: the machine, the model or the data cannot do what was asked."""
+
+    exit_code = 3
+
+
+class InfrastructureError(EntrorayError):
+    """A process, a node or a deadline was lost and could not be healed."""
+
+    exit_code = 4
+
+
+class SyncError(InfrastructureError):
+    """Generators and learner do not hold the same weights."""
+
+
+class DataError(EntrorayError):
+    """Data or verifier failures above their limit."""
+
+    exit_code = 5
+
+
+class NumericsError(EntrorayError):
+    """A loss, gradient or statistic is not finite."""
+
+    exit_code = 6

@@ -1,0 +1,1 @@
+"""The loop: prompts, groups in flight, batches and the driver."""

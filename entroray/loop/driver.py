@@ -1,0 +1,177 @@
+"""prompt -> rollout -> verdict -> advantage -> batch -> update -> weight sync, in that order."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from entroray.entropy.statistics import describe
+from entroray.errors import InfrastructureError
+from entroray.loop.batching import assemble, group_index, tokens_of
+from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
+from entroray.loop.stream import Dropped, Stream
+from entroray.objective import Objective
+from entroray.types import Group, Prompt, Rollout, Tokens, Verdict, Version
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the loop runs: sizes, staleness, patience."""
+
+    group_size: int
+    groups_per_step: int
+    max_lag: int
+    wait: bool
+    """True: the learner waits for groups about to grow too old; False: they are refused and re-issued."""
+    resamples: int
+    refill_limit: int
+    """Most groups a step may drop, in steps' worth, before the run ends for want of signal."""
+    stall: float
+    """Seconds without a finished step after which the run ends, naming the phase it stood in."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The machines, as the driver sees them."""
+
+    generator: Generator
+    verifier: Verifier
+    learner: Learner
+    sync: Sync
+    journal: Journal
+
+
+def seeds(run: int, serial: int, attempt: int, count: int) -> list[int]:
+    """`count` sampling seeds (31 bits), the same for the same draw in every run with this seed."""
+    tag = f"{run}:{serial}:{attempt}".encode()
+    stream = hashlib.shake_128(tag).digest(4 * count)
+    return [int.from_bytes(stream[i : i + 4], "little") >> 1 for i in range(0, 4 * count, 4)]
+
+
+class Driver:
+    """The one process that sees the whole loop; it knows roles, never Ray, vLLM or DeepSpeed."""
+
+    def __init__(
+        self,
+        prompts: Iterator[Prompt],
+        roles: Roles,
+        objective: Objective,
+        pace: Pace,
+        *,
+        seed: int,
+        version: Version = 0,
+    ):
+        self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
+        self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
+        self.version = self.stream.version = version
+        self.phase = "start"
+
+    async def train(self, steps: int, after: Callable[[int], Any] | None = None) -> list[dict[str, float]]:
+        """Run until `steps` steps are committed; `after(step)` is awaited between steps, when given."""
+        history = []
+        self.stream.fill()
+        try:
+            while self.version < steps:
+                history.append(await self._within(self.step()))
+                if after:
+                    await after(self.version)
+        finally:
+            await self.stream.close()
+        return history
+
+    async def _within(self, step: Any) -> dict[str, float]:
+        try:
+            return await asyncio.wait_for(step, self.pace.stall)
+        except TimeoutError as error:
+            waiting = [s.prompt.id for s in self.stream.slots.values() if s.group is None]
+            raise InfrastructureError(
+                f"no step finished within {self.pace.stall:.0f} s: standing in `{self.phase}` after version "
+                f"{self.version}, {len(waiting)} groups unfinished, first prompts {waiting[:3]}"
+            ) from error
+
+    async def rollout(self, prompt: Prompt, serial: int) -> Group | Dropped:
+        """A whole group, or why there is none; members that failed are sampled anew a few times."""
+        members: list[tuple[Rollout, Verdict]] = []
+        reason = ""
+        for attempt in range(1 + self.pace.resamples):
+            missing = self.pace.group_size - len(members)
+            drawn = seeds(self.seed, serial, attempt, missing)
+            judged = await self._sample_and_judge(prompt, drawn)
+            members += [(r, v) for r, v in judged if r.status.usable and v.status.usable]
+            if len(members) == self.pace.group_size:
+                rollouts, verdicts = zip(*members, strict=True)
+                return Group(prompt, rollouts, verdicts)
+            reason = _why(judged)
+            self.roles.journal.event("resample", prompt=prompt.id, attempt=attempt, reason=reason)
+        return Dropped(prompt, reason)
+
+    async def _sample_and_judge(self, prompt: Prompt, drawn: list[int]) -> list[tuple[Rollout, Verdict]]:
+        rollouts = await self.roles.generator.sample(prompt, drawn)
+        usable = [r for r in rollouts if r.status.usable]
+        verdicts = iter(await self.roles.verifier.judge(prompt, usable) if usable else [])
+        blank = lambda r: Verdict(float("nan"), 0.0, status=r.status, detail="not sampled")  # noqa: E731
+        return [(r, next(verdicts) if r.status.usable else blank(r)) for r in rollouts]
+
+    async def step(self) -> dict[str, float]:
+        """One committed step; returns its metrics."""
+        clock = Clock()
+        with clock("sample", self):
+            groups = await self.stream.take(
+                self.objective.keep,
+                wait=self.pace.wait,
+                limit=self.pace.refill_limit * self.pace.groups_per_step,
+            )
+        with clock("score", self):
+            batch = assemble(groups)
+            scores = await self.roles.learner.score(batch, group_index(groups))
+        advantages = [self.objective.estimate(g) for g in groups]
+        tokens = self.objective.credit(tokens_of(groups, advantages, scores, self.version))
+        with clock("update", self):
+            updated = await self.roles.learner.update(batch, tokens)
+        with clock("sync", self):
+            synced = await self.roles.sync(self.version + 1)
+        self.version += 1
+        self.stream.advance(self.version)
+        metrics = updated | synced | self._observe(groups, tokens) | clock.metrics(len(tokens.row))
+        self.roles.journal.step(self.version, metrics, groups, tokens)
+        return metrics
+
+    def _observe(self, groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
+        shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
+        return describe(groups, tokens) | {
+            "reward/shaped_mean": sum(shaped) / len(shaped),
+            "groups/dropped": float(self.stream.dropped.total()),
+            "groups/refused": float(self.stream.refused),
+        }
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        self.began, self.seconds = time.monotonic(), dict[str, float]()
+
+    def __call__(self, phase: str, driver: Driver) -> "Clock":
+        self.phase = driver.phase = phase
+        return self
+
+    def __enter__(self) -> None:
+        self.entered = time.monotonic()
+
+    def __exit__(self, *_: Any) -> None:
+        self.seconds[self.phase] = time.monotonic() - self.entered
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """Seconds by phase and response tokens trained a second."""
+        total = time.monotonic() - self.began
+        phases = {f"seconds/{phase}": s for phase, s in self.seconds.items()}
+        return phases | {"seconds/step": total, "tokens/per_second": tokens / total}
+
+
+def _why(judged: list[tuple[Rollout, Verdict]]) -> str:
+    failed = [(r, v) for r, v in judged if not (r.status.usable and v.status.usable)]
+    rollout, verdict = failed[0]
+    status = verdict.status if rollout.status.usable else rollout.status
+    return f"{status}: {verdict.detail}" if verdict.detail else str(status)

@@ -1,0 +1,55 @@
+"""What the driver asks of the machines; anything that answers these calls will do."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entroray.types import Batch, Group, Prompt, Rollout, Tokens, Verdict, Version
+
+Scores = Mapping[str, NDArray[np.float32]]
+"""Columns [N] of a scored batch: logprobs, entropy, varentropy, and what the objective needs besides."""
+
+
+@runtime_checkable
+class Generator(Protocol):
+    async def sample(self, prompt: Prompt, seeds: Sequence[int]) -> list[Rollout]:
+        """One rollout per seed; what failed says so in its status."""
+        ...
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """One verdict per rollout, in order; what failed says so in its status."""
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    async def score(self, batch: Batch, group: NDArray[np.int64]) -> Scores:
+        """Statistics of every response token under the present weights; `group` [B] as it will be updated."""
+        ...
+
+    async def update(self, batch: Batch, tokens: Tokens) -> dict[str, float]:
+        """All optimizer updates of one step; returns metrics."""
+        ...
+
+
+@runtime_checkable
+class Sync(Protocol):
+    async def __call__(self, version: Version) -> dict[str, float]:
+        """Serve the learner's weights as `version` on every generator; returns metrics."""
+        ...
+
+
+@runtime_checkable
+class Journal(Protocol):
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], tokens: Tokens) -> None:
+        """Record one committed step."""
+        ...
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Record something that happened."""
+        ...

@@ -1,0 +1,80 @@
+"""Supervised warm start through the same learner: right answers as rollouts, the `supervised` row as loss."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from entroray.errors import PreflightError
+from entroray.loop.batching import assemble, tokens_of
+from entroray.loop.driver import seeds
+from entroray.loop.roles import Generator, Learner, Sync, Verifier
+from entroray.objective import Objective
+from entroray.types import Group, Prompt, Rollout, Verdict
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """When the warm start stops: sampled accuracy inside `band`, looked at every `check_every` steps."""
+
+    band: tuple[float, float]
+    max_steps: int
+    rows_per_step: int
+    check_every: int
+    seed: int
+
+
+def demonstrate(prompt: Prompt, response: Sequence[int]) -> Group:
+    """A right answer in the shape of a group of one."""
+    ids = np.asarray(response, dtype=np.int32)
+    blank = np.zeros(len(ids))
+    rollout = Rollout(
+        prompt.id, ids, blank.astype(np.float32), blank.astype(np.int32), "", 1.0, limit=len(ids)
+    )
+    return Group(prompt, (rollout,), (Verdict(1.0, 1.0),))
+
+
+async def accuracy(generator: Generator, verifier: Verifier, prompts: Sequence[Prompt], seed: int) -> float:
+    """Share of right answers, one sample a prompt, as training will sample; failures count as wrong."""
+
+    async def one(index: int, prompt: Prompt) -> float:
+        rollouts = await generator.sample(prompt, seeds(seed, index, 0, 1))
+        return (await verifier.judge(prompt, rollouts))[0].correct
+
+    right = await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts)))
+    return sum(right) / len(right)
+
+
+async def warm_up(
+    demonstrations: Iterator[Group],
+    learner: Learner,
+    sync: Sync,
+    objective: Objective,
+    check: Callable[[], Awaitable[float]],
+    plan: Warmup,
+    report: Callable[[int, float, float], None],
+) -> float:
+    """Supervised steps until `await check()` (sampled accuracy) reaches the band; returns that accuracy.
+
+    `report(step, loss, accuracy)` hears every check. PreflightError when the band is not reached.
+    """
+    reached = 0.0
+    for step in range(1, plan.max_steps + 1):
+        groups = [next(demonstrations) for _ in range(plan.rows_per_step)]
+        batch = assemble(groups)
+        zero = np.zeros(len(batch.response_ids), dtype=np.float32)
+        scores = {name: zero for name in ("logprobs", "entropy", "varentropy")}
+        advantages = [objective.estimate(g) for g in groups]
+        tokens = objective.credit(tokens_of(groups, advantages, scores, step))
+        metrics = await learner.update(batch, tokens)
+        if step % plan.check_every == 0:
+            await sync(step)
+            reached = await check()
+            report(step, metrics["update/loss"], reached)
+            if reached >= plan.band[0]:
+                return reached
+    raise PreflightError(
+        f"the warm start reached {reached:.2f} sampled accuracy in {plan.max_steps} steps, below "
+        f"model.bootstrap.band={list(plan.band)}: raise model.bootstrap.max_steps, or lower the band"
+    )

@@ -1,0 +1,25 @@
+"""Tokens -> the weight of each in the numerator. Rows come whole, so a row's own length is known anywhere."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entroray.ops import segment_sum
+from entroray.types import Tokens
+
+
+def token(t: Tokens) -> Float[Tensor, " N"]:
+    """Every token counts the same (DAPO, arXiv 2503.14476; Dr. GRPO with the denominator `constant`).
+
+    `1 per token`
+    """
+    return torch.ones_like(t.logprobs)
+
+
+def rollout_mean(t: Tokens) -> Float[Tensor, " N"]:
+    """Every rollout counts the same, however long (GRPO, arXiv 2402.03300).
+
+    `1 / (response tokens of the rollout)`
+    """
+    ones = torch.ones_like(t.logprobs)
+    return 1 / segment_sum(ones, t.row, len(t.length))[t.row]

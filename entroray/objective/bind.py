@@ -1,0 +1,149 @@
+"""`{fn: name, **settings}` -> a function of a slot, checked before anything starts."""
+
+import difflib
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from entroray.errors import ConfigError
+
+F = TypeVar("F", bound=Callable)
+KINDS: dict[Any, tuple[Any, str]] = {
+    float: ((float, int), "a number"),
+    int: (int, "a whole number"),
+    str: (str, "text"),
+    bool: (bool, "true or false"),
+    types.NoneType: (types.NoneType, "null"),
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a number must also be, beside being one."""
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+Fraction = Annotated[float, Limit("a fraction in (0, 1], not a percentage", lambda x: 0 < x <= 1)]
+Positive = Annotated[float, Limit("above 0", lambda x: x > 0)]
+NonNegative = Annotated[float, Limit("at least 0", lambda x: x >= 0)]
+Count = Annotated[int, Limit("above 0", lambda x: x > 0)]
+AboveOne = Annotated[float, Limit("above 1", lambda x: x > 1)]
+
+
+def declare(*, needs: Iterable[str] = (), min_group: int = 1) -> Callable[[F], F]:
+    """Write on a function, as plain attributes, what it cannot do without.
+
+    `needs`: `ref_logprobs`, `entropy_grad` (the live entropy's gradient), `whole_step` (statistics over all
+    tokens of a step), or a key of `Tokens.extra`. `min_group`: fewest rollouts per prompt it makes sense for.
+    """
+
+    def mark(fn: F) -> F:
+        vars(fn).update(needs=frozenset(needs), min_group=min_group)
+        return fn
+
+    return mark
+
+
+def bind(slot: types.ModuleType, spec: object, packages: Iterable[str] = ()) -> partial:
+    """The slot's function `spec["fn"]`, or a dotted path inside an allowed package, settings applied."""
+    place = f"objective.{short(slot)}"
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("fn"), str):
+        raise ConfigError(f"{place} must read {{fn: name, setting: value, ...}}, got {spec!r}")
+    name, settings = spec["fn"], {k: v for k, v in spec.items() if k != "fn"}
+    fn = _imported(slot, name, packages) if "." in name else _listed(slot, name)
+    _check_settings(place, fn, settings)
+    return partial(fn, **settings)
+
+
+def menu(slot: types.ModuleType) -> dict[str, Callable]:
+    """The functions a slot's module defines itself."""
+    return {
+        name: fn
+        for name, fn in vars(slot).items()
+        if inspect.isfunction(fn) and fn.__module__ == slot.__name__ and not name.startswith("_")
+    }
+
+
+def short(slot: types.ModuleType) -> str:
+    return slot.__name__.rpartition(".")[2]
+
+
+def nearest(wrong: str, right: Iterable[str]) -> str:
+    """The end of an error message: the likely meaning, then everything there is."""
+    options = sorted(right)
+    close = difflib.get_close_matches(str(wrong), options, n=1)
+    guess = f"did you mean `{close[0]}`? " if close else ""
+    return f"{guess}choose from {', '.join(options) or 'nothing'}"
+
+
+def _listed(slot: types.ModuleType, name: str) -> Callable:
+    functions = menu(slot)
+    if name not in functions:
+        raise ConfigError(f"objective.{short(slot)} has no `{name}`: {nearest(name, functions)}")
+    return functions[name]
+
+
+def _imported(slot: types.ModuleType, path: str, packages: Iterable[str]) -> Callable:
+    """A function that the module in `path` itself defines, and that takes what the slot's own take."""
+    place, (module_name, _, attribute) = f"objective.{short(slot)}", path.rpartition(".")
+    allowed = ("entroray", *packages)
+    if not any(module_name == p or module_name.startswith(f"{p}.") for p in allowed):
+        raise ConfigError(f"{place}: `{path}` is outside the allowed packages {', '.join(allowed)}")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{place}: `{path}` cannot be imported: {error}") from error
+    fn = vars(module).get(attribute)
+    if not inspect.isfunction(fn) or fn.__module__ != module.__name__:
+        raise ConfigError(f"{place}: `{module_name}` defines no function `{attribute}`")
+    arity = _positional(next(iter(menu(slot).values())))
+    if _positional(fn) != arity:
+        raise ConfigError(f"{place}: `{path}` must take {arity} positional argument(s); the rest by keyword")
+    return fn
+
+
+def _positional(fn: Callable) -> int:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds for p in inspect.signature(fn).parameters.values())
+
+
+def _check_settings(place: str, fn: Callable, settings: Mapping[str, Any]) -> None:
+    takes = keywords(fn)
+    for name, value in settings.items():
+        if name not in takes:
+            raise ConfigError(f"{place}: `{fn.__name__}` has no setting `{name}`: {nearest(name, takes)}")
+        if wanted := _complaint(value, takes[name].annotation):
+            raise ConfigError(f"{place}: `{fn.__name__}.{name}` must be {wanted}, got {value!r}")
+    for name, parameter in takes.items():
+        if parameter.default is inspect.Parameter.empty and name not in settings:
+            raise ConfigError(f"{place}: `{fn.__name__}` needs `{name}`, which has no default")
+
+
+def keywords(fn: Callable) -> dict[str, inspect.Parameter]:
+    """A function's settings: its keyword-only parameters."""
+    parameters = inspect.signature(fn, eval_str=True).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _complaint(value: object, hint: Any) -> str:
+    """What `value` should have been to satisfy `hint`; empty when it does."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = (x for x in inner[1:] if isinstance(x, Limit))
+        wrong = _complaint(value, inner[0])
+        return wrong or next((x.text for x in limits if not x.holds(value)), "")  # type: ignore[arg-type]
+    if origin is Literal:
+        return "" if value in inner else f"one of {', '.join(map(str, inner))}"
+    if origin in (Union, types.UnionType):
+        wrongs = [_complaint(value, option) for option in inner]
+        return "" if "" in wrongs else " or ".join(wrongs)
+    if hint not in KINDS:
+        return ""
+    accepted, name = KINDS[hint]
+    return "" if isinstance(value, accepted) and isinstance(value, bool) == (hint is bool) else name

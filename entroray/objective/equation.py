@@ -1,0 +1,188 @@
+"""The equation: what a row of choices computes, before the update and inside it."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from entroray.errors import ConfigError
+from entroray.objective import (
+    aggregate,
+    correction,
+    denominator,
+    estimator,
+    keep,
+    penalties,
+    ratio,
+    rewards,
+    scales,
+    select,
+    shapes,
+    surrogate,
+)
+from entroray.objective.bind import bind, menu, nearest, short
+from entroray.objective.describe import phrase
+from entroray.objective.view import count, spread, visible
+from entroray.types import Counts, Group, Tokens
+
+MANY = (rewards, shapes, scales, penalties)
+ONE = (keep, estimator, select, correction, ratio, surrogate, aggregate, denominator)
+SLOTS = {short(module): module for module in (*MANY, *ONE)}
+DEFAULTS = {"keep": "always", "select": "everything", "correction": "none", "ratio": "token"}
+PROMISES = frozenset({"entropy_grad", "whole_step"})
+"""Needs that are about how tokens come, not about which fields they carry."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One function per slot, settings applied: pure, picklable, the same on every rank."""
+
+    rewards: tuple[partial[Tensor], ...]
+    keep: partial[bool]
+    estimator: partial[Tensor]
+    shapes: tuple[partial[Tensor], ...]
+    select: partial[Tensor]
+    scales: tuple[partial[Tensor], ...]
+    correction: partial[Tensor]
+    ratio: partial[Tensor]
+    surrogate: partial[Tensor]
+    penalties: tuple[partial[Tensor], ...]
+    aggregate: partial[Tensor]
+    divisor: partial[float]
+
+    def shape_rewards(self, group: Group) -> Float[Tensor, " G"]:
+        """The verdicts' rewards and what this row adds to them."""
+        return sum((term(group) for term in self.rewards), start=group.rewards)
+
+    def estimate(self, group: Group) -> Float[Tensor, " G"]:
+        """One advantage per rollout, from the shaped rewards."""
+        rewards = self.shape_rewards(group).tolist()
+        verdicts = tuple(replace(v, reward=r) for v, r in zip(group.verdicts, rewards, strict=True))
+        return self.estimator(replace(group, verdicts=verdicts))
+
+    @torch.no_grad()
+    def credit(self, t: Tokens) -> Tokens:
+        """Advantages, selection, scale and correction, with the whole step in view; once per step."""
+        seen = _shown(t, (*self.shapes, self.select, *self.scales, self.correction))
+        for shape in self.shapes:
+            seen = replace(seen, advantages=shape(seen))
+        seen = replace(seen, selected=self.select(seen))
+        scale = math.prod((s(seen) for s in self.scales), start=torch.ones_like(seen.advantages))
+        filled = replace(
+            t,
+            advantages=spread(seen.advantages, t.mask),
+            selected=spread(seen.selected, t.mask),
+            scale=spread(scale, t.mask),
+            correction=spread(self.correction(seen), t.mask),
+        )
+        return replace(filled, counts=count(filled))
+
+    def loss(self, t: Tokens) -> Float[Tensor, ""]:
+        """These tokens' part of the numerator; parts add up however the update was cut."""
+        seen = _shown(t, (self.ratio, self.surrogate, *self.penalties, self.aggregate))
+        policy = seen.correction * seen.scale * self.surrogate(seen, self.ratio(seen))
+        return (self.aggregate(seen) * sum((p(seen) for p in self.penalties), start=policy)).sum()
+
+    def denominator(self, counts: Counts) -> float:
+        """What an update's numerators are divided by; 1 where that count is 0, as then the loss is."""
+        return self.divisor(counts) or 1.0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be provided beyond the plain fields of `Tokens`: see `bind.declare`."""
+        return frozenset().union(*map(_needs, self.choices()))
+
+    def choices(self) -> Iterator[partial]:
+        """Every bound function, in the order of the equation."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            yield from value if isinstance(value, tuple) else (value,)
+
+    def describe(self) -> str:
+        """The equation in effect, numbers and denominator included, for a run's header."""
+        lines = {
+            "keep if": phrase(self.keep),
+            "reward R": " + ".join(["verdict", *map(phrase, self.rewards)]),
+            "advantage A": ", then ".join(map(phrase, [self.estimator, *self.shapes])),
+            "selected": phrase(self.select),
+            "scale w": " × ".join(map(phrase, self.scales)) or "1",
+            "correction c": phrase(self.correction),
+            "ratio r": phrase(self.ratio),
+            "surrogate S": phrase(self.surrogate),
+            "penalties P": " + ".join(f"[{phrase(p)}]" for p in self.penalties) or "0",
+            "share s": phrase(self.aggregate),
+            "denominator": f"{phrase(self.divisor)}, on all ranks",
+        }
+        body = "\n".join(f"  {name:<13}{text}" for name, text in lines.items())
+        return f"loss = Σ s (c w S + P) / denominator, over response tokens\n{body}"
+
+
+def _needs(choice: partial) -> frozenset[str]:
+    return frozenset(getattr(choice.func, "needs", ()))
+
+
+def _shown(t: Tokens, choices: Iterable[partial]) -> Tokens:
+    """What `choices` are given to read, after a look that all they need is there."""
+    for choice in choices:
+        for name in _needs(choice) - PROMISES:
+            if getattr(t, name, t.extra.get(name)) is None:
+                raise ConfigError(
+                    f"`{choice.func.__name__}` needs `{name}`, which these tokens do not carry: "
+                    "have the learner provide what `Objective.needs` names, or drop the function"
+                )
+    return visible(t)
+
+
+def build(spec: Mapping[str, Any], packages: Iterable[str] = ()) -> Objective:
+    """An objective from its config: `{fn: name, **settings}` per slot, a list of them where several may be.
+
+    Functions come from the slot's own module, or by dotted path from `entroray` or one of `packages`.
+    """
+    for name in spec:
+        if name not in SLOTS:
+            raise ConfigError(f"objective has no slot `{name}`: {nearest(name, SLOTS)}")
+    packages = tuple(packages)
+    bound: dict[str, Any] = {name: _several(name, spec, packages) for name in map(short, MANY)}
+    bound |= {name: _single(name, spec, packages) for name in map(short, ONE)}
+    divisor = bound.pop("denominator")
+    return Objective(**bound, divisor=divisor)
+
+
+def _several(name: str, spec: Mapping[str, Any], packages: tuple[str, ...]) -> tuple[partial, ...]:
+    given = spec.get(name) or ()
+    if isinstance(given, Mapping | str):
+        raise ConfigError(f"objective.{name} is a list of {{fn: ...}}, got {given!r}")
+    return tuple(bind(SLOTS[name], one, packages) for one in given)
+
+
+def _single(name: str, spec: Mapping[str, Any], packages: tuple[str, ...]) -> partial:
+    given = spec.get(name)
+    if given is None and name not in DEFAULTS:
+        raise ConfigError(f"objective.{name} must be given: {nearest('', menu(SLOTS[name]))}")
+    return bind(SLOTS[name], {"fn": DEFAULTS[name]} if given is None else given, packages)
+
+
+def check_group_size(objective: Objective, group_size: int) -> None:
+    """Refuse a row that compares the rollouts of a prompt when there are too few of them."""
+    for choice in objective.choices():
+        least = getattr(choice.func, "min_group", 1)
+        if group_size < least:
+            raise ConfigError(
+                f"`{choice.func.__name__}` compares rollouts of one prompt and needs at least {least} per "
+                f"prompt, got {group_size}: sample more, or choose estimator `raw` and keep `always`"
+            )
+
+
+@torch.enable_grad()
+def silent(objective: Objective, t: Tokens) -> Bool[Tensor, " N"]:
+    """Tokens in the mask, with an advantage, whose log-prob the loss is flat in: clipped or dropped."""
+    leaf = t.logprobs.detach().requires_grad_()
+    entropy = t.entropy.detach().requires_grad_()
+    loss = objective.loss(replace(t, logprobs=leaf, entropy=entropy))
+    (slope,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
+    return t.mask & (t.advantages != 0) & (slope == 0)

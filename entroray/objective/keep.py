@@ -1,0 +1,23 @@
+"""Group -> whether it is worth training on."""
+
+from entroray.objective.bind import declare
+from entroray.types import Group
+
+
+def always(group: Group) -> bool:
+    """Train on every group.
+
+    `every group`
+    """
+    return True
+
+
+@declare(min_group=2)
+def informative(group: Group) -> bool:
+    """Some rollouts right, some wrong: dynamic sampling (DAPO, arXiv 2503.14476).
+
+    `0 < #correct < G`
+    Reads `correct`, never the reward: shaping would keep all-wrong groups (verl-recipe PR 125). A partial
+    score counts as correct above one half.
+    """
+    return 0 < int((group.correct > 0.5).sum()) < len(group.rollouts)

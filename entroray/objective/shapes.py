@@ -1,0 +1,17 @@
+"""Tokens of the whole step -> new advantages, before the update."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entroray.objective.bind import NonNegative
+from entroray.types import Tokens
+
+
+def by_sign(t: Tokens, *, positive: NonNegative = 0.1, negative: NonNegative = 1.0) -> Float[Tensor, " N"]:
+    """Weigh reinforced and punished tokens apart (W-REINFORCE, arXiv 2506.01347; NSR at positive 0).
+
+    `A (positive where A > 0, negative where A < 0)`
+    The authors' code drops the other half of the batch in PSR and NSR; here it stays in the denominator.
+    """
+    return torch.where(t.advantages > 0, positive * t.advantages, negative * t.advantages)

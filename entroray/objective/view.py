@@ -1,0 +1,49 @@
+"""What a row's functions are shown of `Tokens`, and the little arithmetic several slots share."""
+
+from dataclasses import fields, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from entroray.types import PER_ROW, Counts, Tokens
+
+FLOOR = -1e4
+"""Log-prob that stands for -inf, in nats; no gradient passes below it."""
+BOUND = 20.0
+"""Largest log-ratio in nats before `exp`, as in verl; no gradient passes beyond it."""
+
+
+def visible(t: Tokens) -> Tokens:
+    """The masked-in tokens alone: what stands outside the mask cannot leave a trace, NaN included.
+
+    Of its fields only `row` tells which rollout a token is of: `length` stays that of the whole response.
+    """
+    index = t.mask.nonzero().squeeze(-1)
+    cut: dict = {"extra": {k: v.index_select(0, index) for k, v in t.extra.items()}}
+    for f in fields(t):
+        value = getattr(t, f.name)
+        if isinstance(value, Tensor) and f.name not in PER_ROW:
+            value = value.index_select(0, index)
+            cut[f.name] = value.clamp(min=FLOOR) if f.name.endswith("logprobs") else value
+    return replace(t, **cut)
+
+
+def spread(x: Tensor, mask: Bool[Tensor, " N"]) -> Tensor:
+    """Undo `visible` for one column: 0 or False outside the mask."""
+    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+
+
+def count(t: Tokens) -> Counts:
+    """What an update of these rows averages over; a row or prompt counts even if its mask is empty."""
+    return Counts(
+        tokens=int(t.mask.sum()),
+        kept_tokens=int((t.mask & (t.scale != 0)).sum()),
+        rollouts=len(t.group),
+        prompts=len(t.group.unique()),
+    )
+
+
+def log_ratio(above: Float[Tensor, " N"], below: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Difference of two log-probs in nats, within `BOUND`, so that `exp` of it stays finite."""
+    return (above - below).clamp(-BOUND, BOUND)

@@ -1,0 +1,134 @@
+"""A run on the terminal or in a log file: what will be trained, one line per step, a summary."""
+
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
+
+import plotext
+import rich.console
+from rich.panel import Panel
+from rich.text import Text
+
+from entroray.observe.journal import ends, series
+
+REPEAT_HEADER = 20
+
+
+class Column(NamedTuple):
+    title: str
+    unit: str
+    key: str
+    width: int
+    form: str
+
+
+COLUMNS = (
+    Column("reward", "", "reward/mean", 7, ".3f"),
+    Column("entropy", "nats", "entropy/mean", 8, ".4f"),
+    Column("p80", "nats", "entropy/p80", 8, ".4f"),
+    Column("lag", "max", "lag/max", 4, ".0f"),
+    Column("tokens", "per s", "tokens/per_second", 10, ",.0f"),
+    Column("sample", "s", "seconds/sample", 8, ".2f"),
+    Column("score", "s", "seconds/score", 7, ".2f"),
+    Column("update", "s", "seconds/update", 8, ".2f"),
+    Column("sync", "s", "seconds/sync", 7, ".2f"),
+    Column("step", "s", "seconds/step", 8, ".2f"),
+)
+
+
+class Terminal(rich.console.Console):
+    """rich's, but a reader that goes away (`| head`) silences it instead of ending the run."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich instead of raising BrokenPipeError."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+class Console:
+    """Prints a panel, then one aligned line per step; a tracker, so the journal can hold it."""
+
+    def __init__(self, *, file: TextIO | None = None):
+        self.terminal = Terminal(file=file, highlight=False)
+        self.printed = 0
+
+    def header(self, title: str, lines: Sequence[str]) -> None:
+        """A panel of plain text, as wide as its longest line where the output is no terminal."""
+        if not self.terminal.is_terminal:
+            self.terminal.width = max(map(len, [title, *lines])) + 6
+        self.terminal.print(
+            Panel(Text("\n".join(lines)), title=Text(title), title_align="left", expand=False)
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line, under the header again after every 20."""
+        if self.printed % REPEAT_HEADER == 0:
+            for line in head():
+                self._print(line, "bold")
+        self.printed += 1
+        self._print(row(step, metrics), "")
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _print(self, line: str, style: str) -> None:
+        self.terminal.print(Text(line, style), soft_wrap=True)
+
+
+def head() -> tuple[str, str]:
+    """The two header lines: names, units."""
+    names = "".join(c.title.rjust(c.width) for c in COLUMNS)
+    units = "".join(c.unit.rjust(c.width) for c in COLUMNS)
+    return f"{'step':>5}{names}", f"{'':>5}{units}"
+
+
+def row(step: int, metrics: Mapping[str, float | None]) -> str:
+    """One step under `head`; what was not measured is a dash."""
+    return f"{step:>5}" + "".join(_cell(metrics.get(c.key), c).rjust(c.width) for c in COLUMNS)
+
+
+def summary(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Reward and entropy over the steps of metrics.jsonl as plain text without colours, at most 24 lines."""
+    curves = {title: series(metrics, key) for title, key in _SUMMARY.items()}
+    measured = {title: curve for title, curve in curves.items() if curve[0]}
+    if not measured:
+        return "no step was measured"
+    return "\n".join([_plot(measured), *(_change(*named) for named in measured.items())])
+
+
+_SUMMARY = {"reward (share right)": "reward/mean", "entropy (nats per token)": "entropy/mean"}
+
+
+def _cell(value: float | None, column: Column) -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, column.form)
+
+
+def _plot(curves: Mapping[str, tuple[list[int], list[float]]]) -> str:
+    """The curves side by side, at most 100 characters wide and 15 lines tall."""
+    figure = plotext.figure
+    figure.clear()
+    plotext.terminal.limit(False, False)
+    figure.plot_size(min(100, max(60, shutil.get_terminal_size((100, 24)).columns)), 15)
+    figure.subplots(1, len(curves))
+    for column, (title, (steps, values)) in enumerate(curves.items(), start=1):
+        panel = figure.subplot(1, column) if len(curves) > 1 else figure
+        panel.draw(panel.signal(steps, values, marker="braille").lines())
+        panel.title(title)
+        panel.ruler(1, 0).lim(min(0.0, *values), max(0.0, *values) or 1.0)
+        panel.ruler(0, 0).ticks(_ticks(steps))
+    return figure.build().string(colorless=True).rstrip("\n")
+
+
+def _ticks(steps: Sequence[int]) -> list[int]:
+    span = steps[-1] - steps[0]
+    return sorted({steps[0] + round(span * i / 4) for i in range(5)})
+
+
+def _change(title: str, curve: tuple[list[int], list[float]]) -> str:
+    first, last = ends(curve[1])
+    change, n = last - first, min(5, len(curve[1]))
+    share = f" ({abs(change / first):.1%})" if first else ""
+    verb = "rose by" if change > 0 else "fell by" if change < 0 else "changed by"
+    return f"{title}: {first:.4f} first {n} steps, {last:.4f} last {n}: {verb} {abs(change):.4f}{share}"

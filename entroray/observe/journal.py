@@ -1,0 +1,153 @@
+"""The run's own account on disk: metrics.jsonl, events.jsonl and the token records."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, TextIO
+
+from entroray.observe import records
+from entroray.observe.trackers import Tracker
+from entroray.types import Group, Tokens
+
+
+class Journal:
+    """Appends to the files of a run directory and copies metrics to trackers; a copy that fails is let go.
+
+    Token records are kept for every `tokens_every`-th step, step 1 first, never for 0; when the disk
+    refuses one, the event `tokens_lost` says so and the run goes on. `vocabulary` is token id -> text.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        tokens_every: int,
+        trackers: Sequence[Tracker] = (),
+        vocabulary: Mapping[int, str] | None = None,
+    ):
+        self.run_dir, self.tokens_every, self.trackers = run_dir, tokens_every, list(trackers)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = _append_to(run_dir / "metrics.jsonl")
+        self._events = _append_to(run_dir / "events.jsonl")
+        entries = read(run_dir / "metrics.jsonl")
+        self.last_step: int = entries[-1]["step"] if entries else 0
+        if vocabulary is not None and tokens_every:
+            words = {str(token): text for token, text in vocabulary.items()}
+            replace_text(run_dir / "tokens" / "vocabulary.json", json.dumps(words, ensure_ascii=False))
+
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], tokens: Tokens) -> None:
+        """Commits a line of metrics, NaN and infinity as null; ValueError unless `step` is past the last."""
+        if step <= self.last_step:
+            raise ValueError(
+                f"{self.run_dir / 'metrics.jsonl'} already holds step {self.last_step}, so step {step} "
+                f"cannot follow; to run it again call Journal.cut({step - 1}) first"
+            )
+        if self.tokens_every and (step - 1) % self.tokens_every == 0:
+            self._record(step, groups, tokens)
+        finite = {name: v if math.isfinite(v) else None for name, v in _floats(metrics).items()}
+        _line(self._metrics, {"step": step} | finite)
+        self.last_step = step
+        self._track(step, {name: v for name, v in finite.items() if v is not None})
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """One line of {time (UTC), kind, fields}; what JSON cannot hold becomes text or null."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        _line(self._events, {"time": time, "kind": kind, "fields": _plain(fields)})
+
+    def cut(self, step: int) -> None:
+        """Forgets metrics and token records beyond `step`, so that a resumed run can write them again."""
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        self._metrics.close()
+        replace_text(path, "".join(kept))
+        self._metrics = _append_to(path)
+        self.last_step = json.loads(kept[-1])["step"] if kept else 0
+        beyond = [file for file in records.files(self.run_dir) if records.step_of(file) > step]
+        for file in beyond:
+            file.unlink()
+        if beyond or len(kept) < len(lines):
+            self.event("journal_cut", step=step, metrics=len(lines) - len(kept), token_files=len(beyond))
+
+    def close(self) -> None:
+        """Closes the files and every tracker still held."""
+        for tracker in self.trackers:
+            tracker.close()
+        self._metrics.close()
+        self._events.close()
+
+    def _record(self, step: int, groups: Sequence[Group], tokens: Tokens) -> None:
+        table = records.table(step, groups, tokens)
+        try:
+            records.write(records.path(self.run_dir, step), table)
+        except OSError as error:
+            self.event("tokens_lost", step=step, reason=str(error))
+
+    def _track(self, step: int, metrics: Mapping[str, float]) -> None:
+        for tracker in tuple(self.trackers):
+            try:
+                tracker.log(step, metrics)
+            except OSError as error:
+                self.trackers.remove(tracker)
+                self.event("tracker_lost", tracker=type(tracker).__name__, step=step, reason=str(error))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file, oldest first; a last line cut short by a crash is not one."""
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.split("\n") if line]
+
+
+def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of `key`, where it was measured."""
+    known = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
+    return [step for step, _ in known], [value for _, value in known]
+
+
+def ends(values: Sequence[float], window: int = 5) -> tuple[float, float]:
+    """Means of the first and of the last `window` values, of fewer where there are fewer; not of none."""
+    first, last = values[:window], values[-window:]
+    return sum(first) / len(first), sum(last) / len(last)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Written aside and renamed, so that a reader sees the old text or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _append_to(path: Path) -> TextIO:
+    """Opened for appending whole lines: what a crash left of a last one is cut off."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+    return path.open("a", encoding="utf-8")
+
+
+def _line(file: TextIO, entry: Mapping[str, Any]) -> None:
+    file.write(json.dumps(entry, allow_nan=False) + "\n")
+    file.flush()
+
+
+def _floats(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if name != "step"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)

@@ -1,0 +1,308 @@
+"""One self-contained page about a run: report.html, readable without a network."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from entroray.observe import excerpt, records
+from entroray.observe.journal import ends, read, replace_text, series
+
+Metrics = Sequence[Mapping[str, Any]]
+INK, TEAL, INDIGO, PURPLE, ORANGE, RED, GREY = (
+    "#1f2937", "#0d9488", "#4f46e5", "#a855f7", "#f59e0b", "#e11d48", "#94a3b8",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric as drawn: `fill` shades the space down to the curve before it."""
+
+    key: str
+    name: str
+    colour: str
+    dash: str = "solid"
+    width: float = 2.0
+    fill: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One card of the page: what is drawn, what it means, and its unit."""
+
+    title: str
+    meaning: str
+    unit: str
+    curves: tuple[Curve, ...]
+    log: bool = False
+    stacked: bool = False
+
+
+PLOTS = (
+    Plot(
+        "Reward",
+        "Share right: mean over the rollouts of a step of <code>correct</code> (0 or 1). Shaped reward: mean "
+        "of what the advantages are computed from, in the task's own scale.",
+        "share of rollouts",
+        (
+            Curve("reward/raw_mean", "shaped reward", GREY, "dot", 1.5),
+            Curve("reward/mean", "share right", TEAL),
+        ),
+    ),
+    Plot(
+        "Entropy",
+        "H = −Σ p ln p of each response token at its sampling temperature, before the update: "
+        "mean, median, and the band from the 20th to the 80th percentile.",
+        "nats per token",
+        (
+            Curve("entropy/p20", "p20", INDIGO, width=0.0),
+            Curve("entropy/p80", "p20 to p80", INDIGO, width=0.0, fill=True),
+            Curve("entropy/p50", "median", INDIGO, "dot", 1.5),
+            Curve("entropy/mean", "mean", INDIGO),
+        ),
+    ),
+    Plot(
+        "Varentropy",
+        "V = Σ p (−ln p − H)² over the vocabulary, mean over response tokens: high between a few unequal "
+        "choices, 0 both for a certain and for a uniform one.",
+        "nats² per token",
+        (Curve("varentropy/mean", "mean", PURPLE),),
+    ),
+    Plot(
+        "Entropy by sign of advantage",
+        "Mean H over the tokens that the update makes more likely, and over those it makes less likely.",
+        "nats per token",
+        (
+            Curve("entropy/positive", "advantage &gt; 0", TEAL),
+            Curve("entropy/negative", "advantage &lt; 0", RED),
+        ),
+    ),
+    Plot(
+        "Mismatch of sampler and learner",
+        "|ln π<sub>learner</sub> − ln π<sub>sampler</sub>| of the sampled tokens, staleness included: mean, "
+        "largest, and the k3 estimate of KL(sampler, learner).",
+        "nats",
+        (
+            Curve("mismatch/max", "largest", GREY, "dot", 1.5),
+            Curve("mismatch/mean_abs", "mean", RED),
+            Curve("mismatch/kl", "KL (k3)", ORANGE),
+        ),
+        log=True,
+    ),
+    Plot(
+        "Length",
+        "Response tokens per rollout: mean and longest.",
+        "tokens",
+        (Curve("length/max", "longest", GREY, "dot", 1.5), Curve("length/mean", "mean", ORANGE)),
+    ),
+    Plot(
+        "Where the signal is lost",
+        "Share of groups whose rollouts are all right or all wrong (no advantage), and of rollouts cut at "
+        "their token limit.",
+        "share",
+        (
+            Curve("groups/all_right", "all right", TEAL),
+            Curve("groups/all_wrong", "all wrong", RED),
+            Curve("length/truncated", "truncated", GREY, "dot", 1.5),
+        ),
+    ),
+    Plot(
+        "Time",
+        "Wall-clock time of each phase; phases that overlap can add up to more than the step.",
+        "seconds per step",
+        (
+            Curve("seconds/sample", "sample", INDIGO),
+            Curve("seconds/score", "score", TEAL),
+            Curve("seconds/update", "update", ORANGE),
+            Curve("seconds/sync", "sync", RED),
+        ),
+        stacked=True,
+    ),
+)
+
+
+def write(run_dir: Path) -> Path:
+    """Makes `run_dir`/report.html from the files of the run; a missing file is a sentence on the page."""
+    path = run_dir / "metrics.jsonl"
+    metrics = read(path) if path.exists() else []
+    body = [
+        _head(run_dir, metrics),
+        _cards(metrics) if metrics else _missing("metrics.jsonl", "there are no curves"),
+        _tokens(run_dir),
+        _events(run_dir / "events.jsonl"),
+        _text(run_dir / "config.yaml", "Configuration"),
+        _text(run_dir / "manifest.json", "Manifest"),
+    ]
+    page = PAGE.replace("{{name}}", escape(run_dir.resolve().name)).replace("{{style}}", STYLE)
+    before, after = page.split("{{body}}")
+    script = f"<script>{get_plotlyjs()}</script>"
+    replace_text(run_dir / "report.html", "".join([before, script, *body, after]))
+    return run_dir / "report.html"
+
+
+def _head(run_dir: Path, metrics: Metrics) -> str:
+    tiles = "".join(
+        f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in _tiles(metrics)
+    )
+    return f'<header><h1>{escape(run_dir.resolve().name)}</h1><div class="tiles">{tiles}</div></header>'
+
+
+def _tiles(metrics: Metrics) -> list[tuple[str, str]]:
+    """The run in a handful of numbers; first and last are means over 5 steps."""
+    tiles = [("steps", str(len(metrics)))]
+    for key, name in {"reward/mean": "share right", "entropy/mean": "entropy, nats per token"}.items():
+        _, values = series(metrics, key)
+        if values:
+            first, last = ends(values)
+            tiles.append((f"{name}, first 5 → last 5 steps", f"{first:.3f} → {last:.3f}"))
+    _, entropy = series(metrics, "entropy/mean")
+    if entropy and ends(entropy)[0]:
+        first, last = ends(entropy)
+        tiles.append(("change of entropy", f"{(last - first) / first:+.0%}"))
+    for key, name, form in (
+        ("tokens/per_second", "tokens per second, median", ",.0f"),
+        ("seconds/step", "seconds per step, median", ".2f"),
+    ):
+        _, values = series(metrics, key)
+        if values:
+            tiles.append((name, format(sorted(values)[len(values) // 2], form)))
+    return tiles
+
+
+def _cards(metrics: Metrics) -> str:
+    return f'<main class="grid">{"".join(_card(plot, metrics) for plot in PLOTS)}</main>'
+
+
+def _card(plot: Plot, metrics: Metrics) -> str:
+    drawn = [curve for curve in plot.curves if series(metrics, curve.key)[0]]
+    keys = ", ".join(f"<code>{curve.key}</code>" for curve in plot.curves)
+    inner = _figure(plot, drawn, metrics) if drawn else _missing("metrics.jsonl", f"it holds none of {keys}")
+    title = f"<h2>{plot.title} <small>{plot.unit}</small></h2>"
+    return f'<section class="card">{title}<p class="meaning">{plot.meaning}</p>{inner}</section>'
+
+
+def _figure(plot: Plot, curves: Sequence[Curve], metrics: Metrics) -> str:
+    figure = go.Figure([_trace(plot, curve, metrics) for curve in curves])
+    values = [value for curve in curves for value in series(metrics, curve.key)[1]]
+    log = plot.log and 0 < 10 * min(values) < max(values)
+    figure.update_layout(
+        height=280,
+        margin={"l": 56, "r": 16, "t": 8, "b": 36},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        font={"family": "system-ui, sans-serif", "size": 12, "color": INK},
+        hovermode="x unified",
+        barmode="stack",
+        bargap=0.1,
+        legend={"orientation": "h", "y": 1.02, "x": 1, "xanchor": "right", "yanchor": "bottom"},
+        xaxis={"title": {"text": "step", "standoff": 4}, "gridcolor": "#eef2f7", "zeroline": False},
+        yaxis={
+            "type": "log" if log else "linear",
+            "dtick": 1 if log else None,
+            "rangemode": "tozero",
+            "gridcolor": "#eef2f7",
+            "zerolinecolor": "#cbd5e1",
+            "exponentformat": "power",
+        },
+    )
+    options = {"displayModeBar": False, "responsive": True}
+    return figure.to_html(full_html=False, include_plotlyjs=False, config=options)
+
+
+def _trace(plot: Plot, curve: Curve, metrics: Metrics) -> go.Bar | go.Scatter:
+    steps, values = series(metrics, curve.key)
+    if plot.stacked:
+        return go.Bar(
+            x=steps, y=values, name=curve.name, marker={"color": curve.colour, "line": {"width": 0}}
+        )
+    return go.Scatter(
+        x=steps,
+        y=values,
+        name=curve.name,
+        mode="lines" if len(steps) > 1 else "markers",
+        line={"color": curve.colour, "width": curve.width, "dash": curve.dash},
+        fill="tonexty" if curve.fill else None,
+        fillcolor="rgba(79,70,229,0.15)",
+        showlegend=curve.width > 0 or curve.fill,
+    )
+
+
+def _tokens(run_dir: Path) -> str:
+    files = records.files(run_dir)
+    if not files:
+        return _section("Tokens", _missing("tokens/", "no token was recorded (see the setting tokens_every)"))
+    taken = excerpt.load(files[-1])
+    step = records.step_of(files[-1])
+    return _section(
+        f"Most uncertain tokens of step {step} <small>entropy in nats, varentropy in nats²</small>",
+        excerpt.uncertain_table(taken),
+    ) + _section(
+        f"Responses of step {step} <small>darker is more uncertain; point at a token for its numbers</small>",
+        excerpt.shaded_responses(taken),
+    )
+
+
+def _events(path: Path) -> str:
+    if not path.exists():
+        return _section("Events", _missing("events.jsonl", "nothing is known of faults and restarts"))
+    entries = read(path)
+    newest = {entry["kind"]: entry for entry in entries}
+    rows = "".join(
+        f"<tr><td>{escape(kind)}</td><td>{count}</td><td>{newest[kind]['time']}</td>"
+        f"<td><code>{escape(json.dumps(newest[kind]['fields'])[:300])}</code></td></tr>"
+        for kind, count in Counter(entry["kind"] for entry in entries).most_common()
+    )
+    head = "<tr><th>kind</th><th>count</th><th>newest (UTC)</th><th>its fields</th></tr>"
+    return _section("Events", f"<table>{head}{rows}</table>" if rows else "<p>None.</p>")
+
+
+def _text(path: Path, title: str) -> str:
+    if not path.exists():
+        return _section(title, _missing(path.name, "it is not shown"))
+    text = escape(path.read_text(encoding="utf-8"))
+    return _section(title, f"<details><summary>{path.name}</summary><pre>{text}</pre></details>")
+
+
+def _section(title: str, inner: str) -> str:
+    return f'<section class="card wide"><h2>{title}</h2>{inner}</section>'
+
+
+def _missing(name: str, consequence: str) -> str:
+    return f'<p class="missing">Nothing from {name}: {consequence}.</p>'
+
+
+STYLE = """
+html{overflow-y:scroll} *{box-sizing:border-box}
+body{margin:0;padding:28px 32px 48px;background:#f5f7fa;color:#1f2937;
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif} code,pre,.context,.response p{
+font-family:ui-monospace,"DejaVu Sans Mono",Menlo,monospace;font-size:.86em}
+h1{font-size:26px;margin:0 0 16px} h2{font-size:17px;margin:0 0 4px} small{font-weight:400;color:#64748b}
+.tiles{display:flex;flex-wrap:wrap;gap:12px;margin-bottom:20px}
+.tile,.card{background:#fff;border:1px solid #e2e8f0;border-radius:10px}
+.tile{padding:12px 18px} .tile b{display:block;font-size:20px} .tile span{color:#64748b;font-size:13px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(480px,100%),1fr));gap:16px}
+.card{padding:18px 20px;min-width:0} .wide{margin-top:16px;overflow-x:auto}
+.meaning{margin:0 0 6px;color:#64748b;font-size:13.5px;min-height:3em}
+.missing{color:#92400e;background:#fffbeb;border-radius:6px;padding:8px 12px;margin:8px 0}
+table{border-collapse:collapse;width:100%;font-size:13.5px;margin-top:8px} th{color:#64748b;font-weight:500}
+th,td{text-align:left;padding:5px 12px 5px 0;border-bottom:1px solid #eef2f7;vertical-align:top}
+th,td{white-space:nowrap}
+td{font-variant-numeric:tabular-nums} .context{white-space:pre-wrap;width:60%} td code{white-space:normal}
+mark{background:#c7d2fe;border-radius:3px;padding:1px 2px;font-weight:600}
+.response{margin:10px 0 0} .response figcaption{color:#64748b;font-size:13.5px}
+.response p{white-space:pre-wrap;margin:4px 0;line-height:1.75} .response span{border-radius:2px}
+details summary{cursor:pointer;color:#4f46e5}
+pre{overflow-x:auto;background:#f8fafc;padding:12px;border-radius:6px}
+"""
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{{name}} · entroray</title><style>{{style}}</style></head><body>{{body}}</body></html>
+"""

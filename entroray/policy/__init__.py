@@ -1,0 +1,1 @@
+"""The language model: builder, chat template, exact token statistics, micro-batch layout."""

@@ -1,0 +1,110 @@
+"""Log-prob, entropy and varentropy of every token in one pass over hidden states, tile by tile.
+
+In the learner this is the only place where logits exist: never more than one tile of them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+TILE_ELEMENTS = 1 << 23
+"""Logits held at a time, rows x vocabulary: 32 MiB in FP32; a pass holds about four such buffers."""
+
+
+class TokenStats(NamedTuple):
+    """Statistics of the distribution each token was drawn from, at its temperature, in nats."""
+
+    logprobs: Float[Tensor, " N"]
+    entropy: Float[Tensor, " N"]
+    varentropy: Float[Tensor, " N"]
+
+
+def token_stats(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    token_ids: Int[Tensor, " N"],
+    temperature: Float[Tensor, " N"],
+    *,
+    tile_elements: int = TILE_ELEMENTS,
+) -> TokenStats:
+    """Exact log-prob, entropy and varentropy (nats, FP32 or wider) of softmax(hidden weight^T / temperature).
+
+    Gradients flow through log-probs and entropy to `hidden` and `weight`; varentropy carries none.
+    `hidden[t]` is the state that predicts `token_ids[t]`. Logits of -inf are outcomes of probability 0.
+    """
+    return TokenStats(*_TiledStats.apply(hidden, weight, token_ids, temperature, tile_elements))
+
+
+def _tiles(rows: int, vocabulary: int, tile_elements: int) -> list[slice]:
+    size = max(1, tile_elements // max(vocabulary, 1))
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, temperature: Tensor) -> Tensor:
+    logits = hidden @ weight.T
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return (logits.to(wide) / temperature.to(wide)[:, None]).log_softmax(-1)
+
+
+def _surprise(logp: Tensor, p: Tensor) -> Tensor:
+    """-p log p with 0 log 0 = 0."""
+    return -(p * logp.masked_fill(p == 0, 0.0))
+
+
+class _TiledStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: Tensor, tile: int) -> Any:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        out = [torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3)]
+        for rows in _tiles(len(hidden), len(weight), tile):
+            logp = _log_softmax(hidden[rows], weight, temperature[rows])
+            p = logp.exp()
+            entropy = _surprise(logp, p).sum(-1)
+            out[0][rows] = logp.gather(-1, ids[rows, None].long()).squeeze(-1)
+            out[1][rows] = entropy
+            out[2][rows] = (p * (-logp.masked_fill(p == 0, 0.0) - entropy[:, None]).square()).sum(-1)
+        ctx.save_for_backward(hidden, ids, temperature, out[1])
+        ctx.weight, ctx.tile = weight, tile  # by reference: ZeRO-3 swaps the parameter's storage in between
+        ctx.mark_non_differentiable(out[2])
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        hidden, ids, temperature, entropy = ctx.saved_tensors
+        weight = ctx.weight
+        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if ctx.needs_input_grad[1] else None
+        for rows in _tiles(len(hidden), len(weight), ctx.tile):
+            logp = _log_softmax(hidden[rows], weight, temperature[rows])
+            dz = _logit_gradient(logp, ids[rows], entropy[rows], grads[0][rows], grads[1][rows])
+            dz = dz / temperature[rows, None]
+            if grad_hidden is not None:
+                grad_hidden[rows] = (dz.to(weight.dtype) @ weight).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += dz.T @ hidden[rows].to(dz.dtype)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _logit_gradient(logp: Tensor, ids: Tensor, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor) -> Tensor:
+    """d log p_a / dz = onehot - p;  dH / dz = -p (log p + H)."""
+    p = logp.exp()
+    finite = logp.masked_fill(p == 0, 0.0)
+    dz = -p * (g_logp[:, None] + g_entropy[:, None] * (finite + entropy[:, None]))
+    return dz.scatter_add_(-1, ids[:, None].long(), g_logp[:, None].to(dz.dtype))
+
+
+class StreamedHead(nn.Module):
+    """Stands where `lm_head` stood and keeps its parameter, so that ZeRO-3 gathers it as for any module."""
+
+    def __init__(self, lm_head: nn.Linear):
+        super().__init__()
+        if lm_head.bias is not None:
+            raise ValueError(
+                "an output head with a bias is not supported: its bias would be dropped silently"
+            )
+        self.weight: nn.Parameter = lm_head.weight
+
+    def forward(self, hidden: Tensor, token_ids: Tensor, temperature: Tensor) -> TokenStats:
+        return token_stats(hidden, self.weight, token_ids, temperature)

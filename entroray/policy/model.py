@@ -1,0 +1,79 @@
+"""The policy as a module: causal LM in, token statistics of the response tokens out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from entroray.errors import PreflightError
+from entroray.policy.head import StreamedHead, TokenStats
+from entroray.types import Batch
+
+
+@dataclass(frozen=True)
+class Padded:
+    """One micro-batch, right-padded: [b, T] ids, and where each of its n response tokens is predicted."""
+
+    ids: Int[Tensor, "b T"]
+    attention: Int[Tensor, "b T"]
+    source: Int[Tensor, " n"]
+    """Flat index into [b * T] of the state that predicts each response token: one before it."""
+    targets: Int[Tensor, " n"]
+    temperature: Tensor
+
+
+def pad(batch: Batch, device: torch.device) -> Padded:
+    """Lay a micro-batch out for the forward pass; the one place where positions shift by one."""
+    total = batch.prompt_lengths + batch.response_lengths
+    width = int(total.max())
+    columns = np.arange(width)
+    in_prompt = columns < batch.prompt_lengths[:, None]
+    in_row = columns < total[:, None]
+    ids = np.zeros((batch.num_rows, width), dtype=np.int64)
+    ids[in_prompt] = batch.prompt_ids
+    ids[in_row & ~in_prompt] = batch.response_ids
+    source = np.flatnonzero(in_row & ~in_prompt) - 1
+    on = lambda x: torch.from_numpy(x).to(device)  # noqa: E731
+    return Padded(
+        ids=on(ids),
+        attention=on(in_row.astype(np.int64)),
+        source=on(source),
+        targets=on(batch.response_ids.astype(np.int64)),
+        temperature=on(np.repeat(batch.temperatures, batch.response_lengths).astype(np.float32)),
+    )
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal LM whose head returns statistics, never logits."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.model.lm_head = StreamedHead(model.lm_head)
+
+    def forward(self, micro: Padded) -> TokenStats:
+        states = self.model.model(input_ids=micro.ids, attention_mask=micro.attention, use_cache=False)
+        hidden = states.last_hidden_state.flatten(0, 1)[micro.source]
+        return self.model.lm_head(hidden, micro.targets, micro.temperature)
+
+
+def load(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:
+    """The model at a Hugging Face folder or hub id.
+
+    Raises PreflightError when there is none, or when its head is not a plain matrix.
+    """
+    if path.startswith(("/", ".")) and not Path(path, "config.json").is_file():
+        raise PreflightError(
+            f"model.path={path} has no config.json: give a Hugging Face model folder or hub id"
+        )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    if getattr(model, "lm_head", None) is None or getattr(model.config, "final_logit_softcapping", None):
+        raise PreflightError(
+            f"model.path={path} ({type(model).__name__}) has no plain `lm_head`: exact entropies need one"
+        )
+    return Policy(model)

@@ -1,0 +1,64 @@
+"""Byte tokenizer for the embedded model, and the chat template of whatever tokenizer a run uses."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from entroray.errors import PreflightError
+
+USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte plus four special tokens; decode(encode(x)) == x for every string."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in (PAD, END, USER, ASSISTANT)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token=END,
+        pad_token=PAD,
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model folder or hub id; PreflightError when it has no chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.chat_template:
+        raise PreflightError(
+            f"the tokenizer of model.path={path} has no chat template, so questions cannot be rendered: "
+            "use an instruct model, or save a template with tokenizer.chat_template = ...; save_pretrained()"
+        )
+    return tokenizer
+
+
+def chat(tokenizer: Any, system: str | None) -> Callable[[str], tuple[int, ...]]:
+    """A function from a question to the token ids of its rendered conversation, ready to be answered."""
+    before = [{"role": "system", "content": system}] if system else []
+
+    def tokenize(question: str) -> tuple[int, ...]:
+        messages = [*before, {"role": "user", "content": question}]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tuple(tokenizer.encode(rendered, add_special_tokens=False))
+
+    return tokenize
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Hash of vocabulary and template, for the manifest and the handshake with the generators."""
+    content = repr(sorted(tokenizer.get_vocab().items())) + str(tokenizer.chat_template)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,0 +1,73 @@
+"""Whatever a judge does becomes a typed verdict: a failure is never a zero."""
+
+import math
+import traceback
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from entroray.types import Prompt, Status, Verdict
+
+Judge = Callable[[str, Prompt], Verdict]
+"""(response text, prompt) -> verdict; plain, synchronous, and free to be slow: it is killed from outside."""
+
+CORRECT_FROM = 0.99
+"""Least score that counts as right (reasoning-gym gives 0.01 to 0.125 for garbage, so scores are not 0/1)."""
+
+_DETAIL = 2000
+
+
+def failed(detail: str, status: Status = Status.DATA_FAILED) -> Verdict:
+    """A verdict that says nothing about the response: reward and correct are NaN, `status` says why."""
+    return Verdict(math.nan, math.nan, status=status, detail=detail[:_DETAIL])
+
+
+def graded(right: bool, answer: str | None, detail: str = "") -> Verdict:
+    """Right or wrong, and nothing between: reward equals correct."""
+    return Verdict(float(right), float(right), answer=answer, detail=detail[:_DETAIL])
+
+
+def scored(score: float, answer: str | None = None) -> Verdict:
+    """Reward is the score itself; correct from CORRECT_FROM on."""
+    return Verdict(score, float(score >= CORRECT_FROM), answer=answer)
+
+
+def as_verdict(value: Any, source: str) -> Verdict:
+    """What a judge at `source` returned, as a verdict; None, NaN, text and the like are DATA_FAILED."""
+    if isinstance(value, Verdict):
+        return _plain(value, source)
+    if isinstance(value, bool | np.bool_):
+        return graded(bool(value), None)
+    if isinstance(value, Real) and math.isfinite(value):
+        return scored(float(value))
+    kind = type(value).__name__
+    return failed(f"{source} returned {value!r} ({kind}), not a finite number, a bool or a Verdict")
+
+
+def _plain(verdict: Verdict, source: str) -> Verdict:
+    """A user's own Verdict with plain values; one that is usable must have finite ones."""
+    reward, correct, status = float(verdict.reward), float(verdict.correct), Status(verdict.status)
+    if status.usable and not (math.isfinite(reward) and math.isfinite(correct)):
+        return failed(f"{source} returned {verdict!r}")
+    answer = None if verdict.answer is None else str(verdict.answer)
+    parts = {str(name): float(value) for name, value in verdict.parts.items()}
+    return Verdict(reward, correct, answer, parts, status, str(verdict.detail)[:_DETAIL])
+
+
+def guarded(function: Callable[[str, Prompt], Any], source: str) -> Judge:
+    """`function` as a judge that cannot raise: an exception is DATA_FAILED with its last line and place."""
+
+    def judge(response: str, prompt: Prompt) -> Verdict:
+        try:
+            return as_verdict(function(response, prompt), source)
+        except (Exception, SystemExit) as error:  # user code: whatever it raises belongs to this sample alone
+            return failed(f"{source} raised {_last_line(error)}")
+
+    return judge
+
+
+def _last_line(error: BaseException) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{traceback.format_exception_only(error)[-1].strip()} ({place.filename}:{place.lineno})"

@@ -1,0 +1,214 @@
+"""The nouns of the system, in the order data meets them; each is complete at birth.
+
+Axes: G rollouts of one prompt, B rows (rollouts) of a step, L tokens of one response, N response
+tokens of all rows, flat. Index t always means response token t: `logprobs[t]` scores `token_ids[t]`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+Version = int
+"""Committed steps a set of weights has been through; 0 is the model the run started from."""
+
+
+class Status(StrEnum):
+    """How a sample ended; only `OK` and `TRUNCATED` may reach an advantage."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"
+    TIMEOUT = "timeout"
+    INFRA_FAILED = "infra_failed"
+    DATA_FAILED = "data_failed"
+
+    @property
+    def usable(self) -> bool:
+        return self in (Status.OK, Status.TRUNCATED)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question, tokenised, and what its verifier needs to judge an answer."""
+
+    id: str
+    """Hash of the task and the rendered question; the same in every run."""
+    text: str
+    token_ids: tuple[int, ...]
+    reference: str
+    """The known right answer, or one of them."""
+    entry: Mapping[str, Any] = field(default_factory=dict)
+    """The data row itself, for verifiers that need more than `reference`."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response, with what the sampler knew while sampling it."""
+
+    prompt_id: str
+    token_ids: NDArray[np.int32]  # [L]
+    logprobs: NDArray[np.float32]  # [L] nats, of the distribution really sampled from
+    versions: NDArray[np.int32]  # [L] weights that sampled each token
+    text: str
+    temperature: float
+    limit: int
+    """Most tokens this response was allowed."""
+    status: Status = Status.OK
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def version(self) -> Version:
+        """Oldest weights used."""
+        return int(self.versions.min()) if self.length else 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verifier's judgement of one rollout. Reward is not correctness: keep rules read `correct`."""
+
+    reward: float
+    correct: float
+    answer: str | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    status: Status = Status.OK
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """G rollouts of one prompt, each judged: the unit advantages are computed on."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    verdicts: tuple[Verdict, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.rollouts) != len(self.verdicts):
+            raise ValueError(
+                f"group of {self.prompt.id}: {len(self.rollouts)} rollouts but {len(self.verdicts)} verdicts"
+            )
+
+    @property
+    def rewards(self) -> Float[Tensor, " G"]:
+        return torch.tensor([v.reward for v in self.verdicts], dtype=torch.float64)
+
+    @property
+    def correct(self) -> Float[Tensor, " G"]:
+        return torch.tensor([v.correct for v in self.verdicts], dtype=torch.float64)
+
+    @property
+    def lengths(self) -> Float[Tensor, " G"]:
+        return torch.tensor([r.length for r in self.rollouts], dtype=torch.float64)
+
+    @property
+    def version(self) -> Version:
+        """Oldest weights that sampled any of its tokens."""
+        return min(r.version for r in self.rollouts)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as the learner reads them: prompt and response ids, flat, cut by lengths."""
+
+    prompt_ids: NDArray[np.int32]  # [sum of prompt lengths]
+    prompt_lengths: NDArray[np.int32]  # [B]
+    response_ids: NDArray[np.int32]  # [N]
+    response_lengths: NDArray[np.int32]  # [B]
+    temperatures: NDArray[np.float32]  # [B]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.response_lengths)
+
+    def rows(self, index: NDArray[np.int64]) -> "Batch":
+        """The rows at `index`, in that order."""
+        return Batch(
+            _ragged_take(self.prompt_ids, self.prompt_lengths, index),
+            self.prompt_lengths[index],
+            _ragged_take(self.response_ids, self.response_lengths, index),
+            self.response_lengths[index],
+            self.temperatures[index],
+        )
+
+
+def _ragged_take(flat: NDArray, lengths: NDArray, index: NDArray) -> NDArray:
+    pieces = np.split(flat, np.cumsum(lengths)[:-1])
+    return np.concatenate([pieces[i] for i in index]) if len(index) else flat[:0]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one optimizer update averages over, on all ranks together."""
+
+    tokens: int
+    """Response tokens whose mask is set."""
+    kept_tokens: int
+    """Those among them whose scale is not 0."""
+    rollouts: int
+    prompts: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Response tokens as one policy sees them, flat: all that an objective may read.
+
+    Before the update `logprobs` equals `old_logprobs` and nothing carries a gradient; inside it,
+    `logprobs` and `entropy` are live. Per-token fields are [N], per-row fields [B].
+    """
+
+    row: Int[Tensor, " N"]
+    """Index into the per-row fields."""
+    position: Int[Tensor, " N"]
+    uid: Int[Tensor, " N"]
+    """Identity of the token within the step, whatever the cut or order."""
+    mask: Bool[Tensor, " N"]
+    """True where the loss applies."""
+    logprobs: Float[Tensor, " N"]
+    entropy: Float[Tensor, " N"]
+    varentropy: Float[Tensor, " N"]
+    old_logprobs: Float[Tensor, " N"]
+    behavior_logprobs: Float[Tensor, " N"]
+    ref_logprobs: Float[Tensor, " N"] | None
+    temperature: Float[Tensor, " N"]
+    advantages: Float[Tensor, " N"]
+    scale: Float[Tensor, " N"]
+    """Factor on the surrogate: every `scales` function multiplied."""
+    correction: Float[Tensor, " N"]
+    """Detached sampler-to-learner importance weight."""
+    selected: Bool[Tensor, " N"]
+    group: Int[Tensor, " B"]
+    length: Int[Tensor, " B"]
+    reward: Float[Tensor, " B"]
+    correct: Float[Tensor, " B"]
+    version: Int[Tensor, " B"]
+    step: int
+    counts: Counts
+    extra: Mapping[str, Float[Tensor, " N"]] = field(default_factory=dict)
+    """Further full-vocabulary statistics, by the name an objective asked for in `needs`."""
+
+    def take(self, rows: Int[Tensor, " b"]) -> "Tokens":
+        """The tokens of `rows`, in that order, re-indexed; `counts` stay those of the whole update."""
+        starts = torch.cumsum(self.length, 0) - self.length
+        lengths = self.length[rows]
+        local = torch.repeat_interleave(torch.arange(len(rows)), lengths)
+        within = torch.arange(int(lengths.sum())) - (torch.cumsum(lengths, 0) - lengths)[local]
+        index = starts[rows][local] + within
+        cut = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in cut.items():
+            if name == "extra":
+                cut[name] = {k: v[index] for k, v in value.items()}
+            elif isinstance(value, Tensor):
+                cut[name] = value[rows] if name in PER_ROW else value[index]
+        return replace(self, **cut | {"row": local})
+
+
+PER_ROW = frozenset({"group", "length", "reward", "correct", "version"})

@@ -1,0 +1,1 @@
+"""Where Ray, vLLM and DeepSpeed live."""

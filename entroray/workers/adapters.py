@@ -1,0 +1,126 @@
+"""Pools and gangs of actors in the shape of the roles the driver knows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from entroray.loop.roles import Scores
+from entroray.objective import Objective, count
+from entroray.policy.packing import Rows, cut_by_groups, plan
+from entroray.types import Batch, Prompt, Rollout, Tokens, Verdict
+from entroray.workers.cluster import Gang, Pool
+from entroray.workers.generator import Request, Sampling
+
+GRACE = 30.0
+"""Seconds a call over Ray may take beyond the deadline of the items it carries."""
+
+
+@dataclass(frozen=True)
+class Generators:
+    """The pool of engines as a Generator."""
+
+    pool: Pool
+    sampling: Sampling
+    deadline: float
+
+    async def sample(self, prompt: Prompt, seeds: Sequence[int]) -> list[Rollout]:
+        request = Request(prompt.id, prompt.token_ids, tuple(seeds), self.sampling, self.deadline)
+        return await self.pool.call(lambda h: h.sample.remote(request), deadline=self.deadline + GRACE)
+
+
+@dataclass(frozen=True)
+class Verifiers:
+    """The pool of verifiers as a Verifier."""
+
+    pool: Pool
+    deadline: float
+
+    async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        patience = self.deadline * len(rollouts) + GRACE
+        return await self.pool.call(lambda h: h.judge.remote(prompt, list(rollouts)), deadline=patience)
+
+
+@dataclass(frozen=True)
+class DeepSpeedLearner:
+    """The gang of ranks as a Learner: cuts rows into updates and micro-batches, gathers columns."""
+
+    gang: Gang
+    objective: Objective
+    updates: int
+    token_budget: int
+    deadline: float
+
+    async def score(self, batch: Batch, group: NDArray[np.int64]) -> Scores:
+        """Scored in the micro-batches it will be updated in, so that the first ratio is exactly 1."""
+        plans = self._plans(batch, group)
+        per_rank = [[m for p in plans for m in p[rank]] for rank in range(len(self.gang.handles))]
+        scored = await self.gang.all(
+            lambda rank, h: h.score.remote([batch.rows(rows) for rows in per_rank[rank]]),
+            deadline=self.deadline,
+        )
+        return _scatter(batch.response_lengths, per_rank, scored)
+
+    async def update(self, batch: Batch, tokens: Tokens) -> dict[str, float]:
+        """`updates` optimizer updates, each over whole groups, with its own global counts."""
+        sums: list[list[dict[str, float]]] = []
+        for micros in self._plans(batch, tokens.group.numpy()):
+            counts = count(tokens.take(torch.from_numpy(np.sort(np.concatenate(_flatten(micros))))))
+            sums.append(
+                await self.gang.all(
+                    lambda rank, h, m=micros, c=counts: h.update.remote(  # type: ignore[misc]
+                        [
+                            (batch.rows(r), replace(tokens.take(torch.from_numpy(r)), counts=c))
+                            for r in m[rank]
+                        ]
+                    ),
+                    deadline=self.deadline,
+                )
+            )
+        return _summary(sums)
+
+    def _plans(self, batch: Batch, group: NDArray[np.int64]) -> list[list[list[Rows]]]:
+        """[update][rank][micro-batch] -> rows."""
+        lengths = batch.prompt_lengths + batch.response_lengths
+        plans = []
+        for rows in cut_by_groups(group, self.updates):
+            local = plan(lengths[rows], ranks=len(self.gang.handles), token_budget=self.token_budget)
+            plans.append([[rows[m] for m in micros] for micros in local])
+        return plans
+
+
+def _flatten(plans: list[list[Rows]]) -> list[Rows]:
+    return [rows for micros in plans for rows in micros]
+
+
+def _scatter(
+    lengths: NDArray[np.int32], per_rank: list[list[Rows]], scored: list[list[dict[str, NDArray]]]
+) -> Scores:
+    """Each rank's columns back to the order of the batch."""
+    edges = np.concatenate([[0], np.cumsum(lengths)])
+    spans = [np.arange(a, b) for a, b in pairwise(edges)]
+    out: dict[str, NDArray[np.float32]] = {}
+    for micros, columns in zip(per_rank, scored, strict=True):
+        for rows, column in zip(micros, columns, strict=True):
+            index = np.concatenate([spans[r] for r in rows]) if len(rows) else np.empty(0, dtype=np.int64)
+            for name, values in column.items():
+                out.setdefault(name, np.zeros(edges[-1], dtype=np.float32))[index] = values[: len(index)]
+    return out
+
+
+def _summary(updates: list[list[dict[str, float]]]) -> dict[str, float]:
+    """Sums of all ranks and updates -> metrics of the step."""
+    ranks = [r for update in updates for r in update]
+    tokens = max(1.0, sum(r["tokens"] for r in ranks))
+    return {
+        "update/loss": sum(r["loss"] for r in ranks) / len(updates),
+        "update/grad_norm": sum(u[0]["grad_norm"] for u in updates) / len(updates),
+        "update/lr": updates[-1][0]["lr"],
+        "update/kl": sum(r["kl"] for r in ranks) / tokens,
+        "update/ratio_max": max(r["ratio_max"] for r in ranks),
+        "update/entropy": sum(r["entropy"] for r in ranks) / tokens,
+        "objective/silent_tokens": sum(r["silent"] for r in ranks) / tokens,
+    }

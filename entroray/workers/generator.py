@@ -1,0 +1,313 @@
+"""vLLM in a Ray actor: ids in, ids and the log-probs really sampled out, requests join and leave freely.
+
+One thread steps the engine; every method only posts to it, so weights change between two steps and
+requests in flight go on with the new ones, each token knowing the version that sampled it.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from entroray.errors import SyncError
+from entroray.types import Rollout, Status
+
+TICK = 0.2
+"""Seconds the idle thread sleeps between looks at its deadlines."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; top-p and top-k stay off in training (DESIGN 3.3)."""
+
+    temperature: float
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, `len(seeds)` samples; a seed makes a sample repeatable whatever runs beside it."""
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    seeds: tuple[int, ...]
+    sampling: Sampling
+    deadline: float
+
+
+@dataclass
+class _Waiting:
+    """A request's samples, filled in as they finish."""
+
+    request: Request
+    future: Future
+    due: float
+    left: set[str]
+    done: dict[str, Rollout] = field(default_factory=dict)
+
+
+class Generator:
+    """A vLLM engine serving one model; constructed inside its Ray actor."""
+
+    def __init__(self, model: str, *, dtype: Any, max_length: int, seed: int, engine: Mapping[str, Any]):
+        self.model, self.dtype, self.max_length, self.seed, self.options = (
+            model,
+            dtype,
+            max_length,
+            seed,
+            engine,
+        )
+        self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.waiting: dict[str, _Waiting] = {}
+        self.owner: dict[str, str] = {}
+        self.serial = 0
+        self.paused = False
+        self.staged: tuple[str, np.ndarray] | None = None
+        self.failure: BaseException | None = None
+        self.ready: Future[float] = Future()
+        self.thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self.thread.start()
+
+    # --- called over Ray; each returns when the engine thread has answered ---
+
+    async def start(self) -> float:
+        """Seconds the engine took to load and warm up."""
+        return await asyncio.wrap_future(self.ready)
+
+    async def sample(self, request: Request) -> list[Rollout]:
+        """One rollout per seed; those that outlive the deadline come back as `timeout`."""
+        return await self._post(lambda future: self._admit(request, future))
+
+    async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-prob (nats, T=1) of every token but the first, under the weights served now."""
+        request = Request("probe", tuple(token_ids), (0,), Sampling(1.0, 1), deadline=60.0)
+        return await self._post(lambda future: self._admit(request, future, probe=True))
+
+    async def stage(self, payload: np.ndarray) -> str:
+        """Hold new weights beside the engine while it goes on; returns the hash of what arrived."""
+        from entroray.workers.transfer import digest
+
+        received = digest(payload)
+        self.staged = (received, payload)
+        return received
+
+    async def init_weight_transfer_engine(self, info: Mapping[str, Any]) -> None:
+        await self._run(lambda: self.llm.init_weight_transfer_engine({"init_info": dict(info)}))
+
+    async def start_weight_update(self) -> None:
+        """Pause between two steps and open the model for loading."""
+        await self._run(self._open)
+
+    async def update_weights(self, info: Mapping[str, Any]) -> None:
+        staged = {} if self.staged is None else {"payload": self.staged[1]}
+        await self._run(lambda: self.llm.update_weights({"update_info": dict(info) | staged}))
+
+    async def finish_weight_update(self, version: int, keep_kv: bool) -> tuple[int, str | None]:
+        """Commit, drop keys and values of the old weights, go on; acknowledges (version, hash)."""
+        return await self._run(lambda: self._commit(version, keep_kv))
+
+    async def version(self) -> int:
+        """Version of the weights served now."""
+        return await self._run(lambda: int(self.llm.get_weight_version()))
+
+    # --- the engine thread ---
+
+    def _serve(self) -> None:
+        try:
+            self._load()
+            while True:
+                self._turn()
+        except BaseException as error:  # boundary: the thread's death must reach every waiter
+            self.failure = error
+            waiters = [w.future for w in self.waiting.values()]
+            for future in (self.ready, *waiters):
+                if not future.done():
+                    future.set_exception(error)
+            raise
+
+    def _load(self) -> None:
+        from vllm import LLM
+
+        began = time.monotonic()
+        self.llm = LLM(
+            model=self.model,
+            dtype=self.dtype,
+            seed=self.seed,
+            max_model_len=self.max_length,
+            logprobs_mode="processed_logprobs",
+            async_scheduling=False,  # a token in flight across a sync would carry the wrong version
+            **self.options,
+        )
+        self.engine, self.tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
+        self.llm.update_weight_version("0")
+        self._warm_up()
+        self.ready.set_result(time.monotonic() - began)
+
+    def _warm_up(self) -> None:
+        done: Future = Future()
+        request = Request("warm-up", (1, 2, 3), (0, 1), Sampling(1.0, 4), deadline=600.0)
+        self._admit(request, done)
+        while not done.done():
+            self._collect(self.engine.step())
+        self.engine.reset_prefix_cache()
+
+    def _turn(self) -> None:
+        busy = self.engine.has_unfinished_requests() and not self.paused
+        for action in self._drain(block=not busy):
+            action()
+        if self.engine.has_unfinished_requests() and not self.paused:
+            self._collect(self.engine.step())
+        self._expire(time.monotonic())
+
+    def _drain(self, *, block: bool) -> list[Callable[[], None]]:
+        actions = []
+        try:
+            if block:
+                actions.append(self.inbox.get(timeout=TICK))
+            while True:
+                actions.append(self.inbox.get_nowait())
+        except queue.Empty:
+            return actions
+
+    def _admit(self, request: Request, future: Future, *, probe: bool = False) -> None:
+        self.serial += 1
+        key = f"{self.serial}"
+        names = [f"{key}-{i}" for i in range(len(request.seeds))]
+        due = time.monotonic() + request.deadline
+        self.waiting[key] = _Waiting(request, future, due, set(names))
+        for name, seed in zip(names, request.seeds, strict=True):
+            self.owner[name] = key
+            params = _probe_params() if probe else _params(request.sampling, seed)
+            self.engine.add_request(name, {"prompt_token_ids": list(request.token_ids)}, params)
+
+    def _collect(self, outputs: list[Any]) -> None:
+        for output in outputs:
+            if output.finished:
+                waiting = self.waiting[self.owner.pop(output.request_id)]
+                self._deliver(waiting, output)
+
+    def _deliver(self, waiting: _Waiting, output: Any) -> None:
+        if output.prompt_logprobs is not None:
+            waiting.done[output.request_id] = _prompt_logprobs(output)  # type: ignore[assignment]
+        else:
+            waiting.done[output.request_id] = _rollout(waiting.request, output.outputs[0], self._decode)
+        waiting.left.discard(output.request_id)
+        self._settle(waiting)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _settle(self, waiting: _Waiting) -> None:
+        if waiting.left:
+            return
+        names = sorted(waiting.done, key=lambda n: int(n.rpartition("-")[2]))
+        del self.waiting[names[0].rpartition("-")[0]]
+        results = [waiting.done[n] for n in names]
+        probe = not isinstance(results[0], Rollout)
+        if not waiting.future.cancelled():
+            waiting.future.set_result(results[0] if probe else results)
+
+    def _expire(self, now: float) -> None:
+        for waiting in [w for w in self.waiting.values() if w.due < now]:
+            late = sorted(waiting.left)
+            self.engine.abort_request(late)
+            for name in late:
+                self.owner.pop(name, None)
+                waiting.done[name] = _timed_out(waiting.request)
+            waiting.left.clear()
+            self._settle(waiting)
+
+    def _open(self) -> None:
+        self.paused = True
+        self.llm.start_weight_update()
+
+    def _commit(self, version: int, keep_kv: bool) -> tuple[int, str | None]:
+        self.llm.finish_weight_update(weight_version=str(version))
+        if not keep_kv:  # without this the cache serves old keys and values under the new version
+            self.engine.reset_prefix_cache(reset_running_requests=True)
+        received = self.staged[0] if self.staged else None
+        self.staged = None
+        self.paused = False
+        return int(self.llm.get_weight_version()), received
+
+    # --- from Ray's thread to the engine's ---
+
+    async def _run(self, action: Callable[[], Any]) -> Any:
+        def perform(future: Future) -> None:
+            try:
+                future.set_result(action())
+            except Exception as error:  # boundary: the caller gets it, the engine thread lives on
+                future.set_exception(error)
+
+        return await self._post(perform)
+
+    async def _post(self, action: Callable[[Future], None]) -> Any:
+        if self.failure is not None:
+            raise SyncError(f"the engine thread is dead: {self.failure!r}") from self.failure
+        future: Future = Future()
+        self.inbox.put(lambda: action(future))
+        return await asyncio.wrap_future(future)
+
+
+def _params(sampling: Sampling, seed: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        **asdict(sampling) | {"stop": list(sampling.stop)},
+        seed=seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=bool(sampling.stop),
+        include_stop_str_in_output=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _probe_params() -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+
+
+def _rollout(request: Request, completion: Any, decode: Callable[[list[int]], str]) -> Rollout:
+    token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+    versions = np.zeros(len(token_ids), dtype=np.int32)
+    for span in completion.weight_versions or ():
+        versions[span.start : span.end] = int(span.version)
+    return Rollout(
+        prompt_id=request.prompt_id,
+        token_ids=token_ids,
+        logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
+        versions=versions,
+        text=completion.text or decode(list(completion.token_ids)),
+        temperature=request.sampling.temperature,
+        limit=request.sampling.max_tokens,
+        status=Status.TRUNCATED if completion.finish_reason == "length" else Status.OK,
+    )
+
+
+def _timed_out(request: Request) -> Rollout:
+    none = np.empty(0, dtype=np.int32)
+    limit = request.sampling.max_tokens
+    temperature = request.sampling.temperature
+    return Rollout(
+        request.prompt_id, none, none.astype(np.float32), none, "", temperature, limit, Status.TIMEOUT
+    )
+
+
+def _prompt_logprobs(output: Any) -> list[float]:
+    pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return [step[token].logprob for token, step in pairs]

@@ -1,0 +1,240 @@
+"""A gang of DeepSpeed ranks that scores and trains the policy; every rank is one Ray actor."""
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from entroray.errors import NumericsError
+from entroray.objective import Objective, silent
+from entroray.policy.model import Policy, load, pad
+from entroray.types import Batch, Tokens
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ONE = np.ones(1, dtype=np.int32)
+EMPTY = Batch(_ONE, _ONE, _ONE, _ONE, np.ones(1, dtype=np.float32))
+"""One row of one token: what a rank forwards, with weight 0, when it has fewer micro-batches than others."""
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """What a rank needs to know; everything else of DeepSpeed passes through `deepspeed`."""
+
+    model: str
+    dtype: str
+    world: int
+    zero_stage: int
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    max_grad_norm: float
+    schedule: str
+    warmup_updates: int
+    total_updates: int
+    seed: int
+    reference: bool
+    gradient_checkpointing: bool
+    attention: str
+    transfer: str
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+
+
+def deepspeed_config(s: LearnerSettings) -> dict[str, Any]:
+    """DeepSpeed's own configuration; gradient clipping is written even when off (absent means 1.0)."""
+    adam = {"lr": s.lr, "betas": list(s.betas), "weight_decay": s.weight_decay, "torch_adam": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # the boundary is set by hand: updates differ in micro-batches
+        "gradient_clipping": s.max_grad_norm,
+        "optimizer": {"type": "AdamW", "params": adam},
+        "zero_optimization": {"stage": s.zero_stage},
+        "bf16": {"enabled": s.dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+        **s.deepspeed,
+    }
+
+
+class LearnerRank:
+    """One rank: a DeepSpeed engine around the policy, and rank 0 the sender of weights."""
+
+    def __init__(self, rank: int, settings: LearnerSettings, objective: Objective):
+        self.rank, self.settings, self.objective = rank, settings, objective
+        self.version = 0
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks may meet: this node and a port free on it."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return _node_ip(), probe.getsockname()[1]
+
+    def start(self, host: str, port: int, timeout: float) -> dict[str, Any]:
+        """Join the gang and build the engine; returns what the manifest wants to know."""
+        import deepspeed
+
+        s = self.settings
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(self.rank)}
+        os.environ |= {"WORLD_SIZE": str(s.world), "LOCAL_RANK": "0"}
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(s.seed)
+        deepspeed.init_distributed(
+            "nccl" if self.device.type == "cuda" else "gloo", timeout=_seconds(timeout)
+        )
+        policy = load(s.model, DTYPES[s.dtype], s.attention)
+        if s.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable()
+        self.reference = load(s.model, DTYPES[s.dtype], s.attention).to(self.device) if s.reference else None
+        self.engine, *_ = deepspeed.initialize(
+            model=policy,
+            model_parameters=[p for p in policy.parameters() if p.requires_grad],
+            config=deepspeed_config(s),
+            lr_scheduler=self._schedule,
+        )
+        return {"parameters": policy.model.num_parameters(), "device": str(self.device)}
+
+    def _schedule(self, optimizer: Any) -> Any:
+        from transformers import get_scheduler
+
+        s = self.settings
+        return get_scheduler(s.schedule, optimizer, s.warmup_updates, s.total_updates)
+
+    def connect(self, client: Any) -> None:
+        """Open the weight transfer to the generators that `client` reaches."""
+        from entroray.workers import transfer
+
+        self.client = client
+        self.transfer = transfer.connect(
+            self.settings.transfer, rank=self.rank, client=client, module=self.policy.model
+        )
+
+    @property
+    def policy(self) -> Policy:
+        return self.engine.module
+
+    # --- one step ---
+
+    def score(self, micros: Sequence[Batch]) -> list[dict[str, NDArray[np.float32]]]:
+        """Log-prob, entropy, varentropy (nats) of each micro-batch's tokens [n], the reference's too."""
+        self.engine.eval()
+        with torch.no_grad():
+            return [self._score(micro) for micro in micros]
+
+    def _score(self, micro: Batch) -> dict[str, NDArray[np.float32]]:
+        padded = pad(micro if micro.num_rows else EMPTY, self.device)
+        stats = self.engine(padded)._asdict()
+        if self.reference is not None:
+            stats["ref_logprobs"] = self.reference(padded).logprobs
+        return {k: v.float().cpu().numpy()[: len(micro.response_ids)] for k, v in stats.items()}
+
+    def update(self, micros: Sequence[tuple[Batch, Tokens]]) -> dict[str, float]:
+        """One optimizer update over this rank's micro-batches; returns sums over its tokens.
+
+        Raises NumericsError, on all ranks alike, when a loss or the gradient norm is not finite.
+        """
+        self.engine.train()
+        sums = {"loss": 0.0, "tokens": 0.0, "silent": 0.0, "kl": 0.0, "ratio_max": 0.0, "entropy": 0.0}
+        for index, (batch, tokens) in enumerate(micros):
+            self.engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
+            self._backward(batch, tokens, sums)
+        norm = self._grad_norm_before_step()
+        self.engine.step()
+        norm = norm if norm is not None else float(self.engine.get_global_grad_norm())
+        if not np.isfinite(norm):
+            raise NumericsError(f"gradient norm is {norm} after version {self.version}: lower learner.lr")
+        return sums | {"grad_norm": norm, "lr": self.engine.get_lr()[0]}
+
+    def _backward(self, batch: Batch, tokens: Tokens, sums: dict[str, float]) -> None:
+        real = batch.num_rows > 0
+        stats = self.engine(pad(batch if real else EMPTY, self.device))
+        if real:
+            live = replace(tokens_on(tokens, self.device), **stats._asdict())
+            loss = self.objective.loss(live) / self.objective.denominator(tokens.counts)
+            _tally(self.objective, live, loss, sums)
+        else:
+            loss = stats.logprobs.sum() * 0.0
+        self._agree_finite(loss)
+        self.engine.backward(loss * self.settings.world, scale_wrt_gas=False)
+
+    def _agree_finite(self, loss: Tensor) -> None:
+        flag = torch.isfinite(loss.detach()).to(torch.float32)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+        if not flag:
+            raise NumericsError(f"the loss is not finite after version {self.version} (here: {float(loss)})")
+
+    def _grad_norm_before_step(self) -> float | None:
+        """Global norm where DeepSpeed reports none (ZeRO 0), from gradients already averaged over ranks."""
+        if self.settings.zero_stage > 0:
+            return None
+        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
+
+    # --- weights ---
+
+    def sync(self, version: int) -> tuple[str | None, list[tuple[int, str | None]]]:
+        """Send the weights as `version`; returns (hash sent, what every engine acknowledged) on rank 0."""
+        self.version = self.client.version = version
+        self.client.sent, self.client.acknowledged = None, []
+        self.transfer.send_weights()
+        return self.client.sent, self.client.acknowledged
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-prob (nats, T=1) of every token but the first."""
+        ids = np.asarray(token_ids, dtype=np.int32)
+        one, rest = np.array([1], dtype=np.int32), np.array([len(ids) - 1], dtype=np.int32)
+        return self.score([Batch(ids[:1], one, ids[1:], rest, np.ones(1, np.float32))])[0][
+            "logprobs"
+        ].tolist()
+
+    def export(self, folder: str) -> None:
+        """Write the policy to `folder` in Hugging Face format (rank 0; all ranks gather)."""
+        from safetensors.torch import save_file
+
+        from entroray.workers.transfer import GatheredSource
+
+        weights = {name: t.cpu().contiguous() for name, t in GatheredSource(self.policy.model)}
+        if self.rank == 0:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_file(weights, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+            self.policy.model.config.save_pretrained(folder)
+            self.policy.model.generation_config.save_pretrained(folder)
+
+    def stop(self) -> None:
+        """Leave the gang in order, so that no rank waits for another that is gone."""
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def tokens_on(tokens: Tokens, device: torch.device) -> Tokens:
+    """`tokens` with every tensor on `device`."""
+    move = lambda v: v.to(device) if isinstance(v, Tensor) else v  # noqa: E731
+    moved: dict[str, Any] = {k: move(v) for k, v in vars(tokens).items()}
+    return replace(tokens, **moved | {"extra": {k: move(v) for k, v in tokens.extra.items()}})
+
+
+def _tally(objective: Objective, live: Tokens, loss: Tensor, sums: dict[str, float]) -> None:
+    with torch.no_grad():
+        moved = (live.logprobs - live.old_logprobs)[live.mask]
+        sums["loss"] += float(loss)
+        sums["tokens"] += int(live.mask.sum())
+        sums["kl"] += float((moved.exp() - 1 - moved).sum())
+        sums["entropy"] += float(live.entropy[live.mask].sum())
+        sums["ratio_max"] = max(sums["ratio_max"], float(moved.exp().max()) if len(moved) else 0.0)
+    sums["silent"] += int(silent(objective, live).sum())
+
+
+def _node_ip() -> str:
+    import ray
+
+    return ray.util.get_node_ip_address()
+
+
+def _seconds(timeout: float) -> Any:
+    from datetime import timedelta
+
+    return timedelta(seconds=timeout)

@@ -1,0 +1,111 @@
+"""New weights reach the generators, and both sides prove that they hold the same ones."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from entroray.errors import SyncError
+from entroray.workers.cluster import Gang, Pool, wait
+
+
+@dataclass
+class GeneratorClient:
+    """vLLM's weight-sync client over generator actors: every call reaches all, within a deadline.
+
+    Lives on learner rank 0 and is driven by the transfer engine chosen in `generator.transfer`.
+    """
+
+    handles: Sequence[Any]
+    tensor_parallel: int
+    deadline: float
+    rendezvous: tuple[str, int]
+    """Address and port where an NCCL group of learner rank 0 and all engines may meet."""
+    keep_kv: bool = False
+    version: int = 0
+    sent: str | None = None
+    acknowledged: list[tuple[int, str | None]] = field(default_factory=list)
+
+    def init_weight_transfer_engine(self, info: Mapping[str, Any]) -> None:
+        self._all([h.init_weight_transfer_engine.remote(i) for h, i in self._ranked(info)], "initialising")
+
+    def stage(self, payload: Any, sent: str) -> None:
+        """Every engine pulls `payload` (an ObjectRef) and hashes it while it still generates."""
+        received = self._all([h.stage.remote(payload) for h in self.handles], "staging")
+        wrong = [i for i, r in enumerate(received) if r != sent]
+        if wrong:
+            raise SyncError(f"weights of version {self.version} arrived damaged at generators {wrong}")
+        self.sent = sent
+
+    def start_weight_update(self) -> None:
+        self._all([h.start_weight_update.remote() for h in self.handles], "pausing")
+
+    def update_weights(self, info: Any) -> None:
+        self._all([h.update_weights.remote(info) for h in self.handles], "loading")
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        calls = [h.finish_weight_update.remote(self.version, self.keep_kv) for h in self.handles]
+        self.acknowledged = [tuple(a) for a in self._all(calls, "committing")]
+
+    def _ranked(self, info: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+        """Each engine's ranks follow those of the one before it in an NCCL group."""
+        offset = lambda i: {"rank_offset": 1 + i * self.tensor_parallel}  # noqa: E731
+        ranked = "rank_offset" in info
+        return [(h, {**info, **(offset(i) if ranked else {})}) for i, h in enumerate(self.handles)]
+
+    def _all(self, calls: Sequence[Any], doing: str) -> list[Any]:
+        return wait(calls, deadline=self.deadline, what=f"{doing} weights of version {self.version}")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fixed text on which engines and learner must give the same log-probs (T=1)."""
+
+    token_ids: tuple[int, ...]
+    every: int
+    """Compare at start and every so many syncs."""
+    tolerance: float
+    """Largest difference allowed, nats: 1e-3 in FP32; bf16 needs about 0.1."""
+
+
+class WeightSync:
+    """The driver's view of a sync: versions and hashes acknowledged, log-probs compared."""
+
+    def __init__(self, learner: Gang, generators: Pool, *, probe: Probe, deadline: float):
+        self.learner, self.generators, self.probe, self.deadline = learner, generators, probe, deadline
+        self.syncs = 0
+
+    async def __call__(self, version: int) -> dict[str, float]:
+        """Serve `version` everywhere; SyncError when an engine holds something else."""
+        answers = await self.learner.all(lambda rank, h: h.sync.remote(version), deadline=self.deadline)
+        sent, acknowledged = answers[0]
+        for index, (served, received) in enumerate(acknowledged):
+            if served != version or received != sent:
+                raise SyncError(
+                    f"generator {index} acknowledged version {served} ({received}) after a sync "
+                    f"to version {version} ({sent})"
+                )
+        if len(acknowledged) != len(self.generators.handles):
+            raise SyncError(
+                f"{len(acknowledged)} of {len(self.generators.handles)} generators took version {version}"
+            )
+        self.syncs += 1
+        check = self.syncs == 1 or (self.probe.every and self.syncs % self.probe.every == 0)
+        return {"sync/probe_error": await self.compare()} if check else {}
+
+    async def compare(self) -> float:
+        """Largest log-prob difference (nats) on the probe between any engine and the learner."""
+        ids = self.probe.token_ids
+        ask = self.learner.all(lambda rank, h: h.prompt_logprobs.remote(ids), deadline=self.deadline)
+        ours = np.asarray((await ask)[0])
+        theirs = await self.generators.all(lambda h: h.prompt_logprobs.remote(ids), deadline=self.deadline)
+        gaps = [float(np.abs(np.asarray(t) - ours).max()) for t in theirs]
+        wrong = [i for i, gap in enumerate(gaps) if not gap <= self.probe.tolerance]
+        if wrong:
+            raise SyncError(
+                f"generators {wrong} give other log-probs than the learner on the probe text: "
+                f"{max(gaps):.4f} nats apart, {self.probe.tolerance:g} allowed (driver.probe.tolerance). "
+                "Their weights differ, or their precision does"
+            )
+        return max(gaps)

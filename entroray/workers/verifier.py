@@ -1,0 +1,243 @@
+"""Judges responses in processes of their own, so that no answer can hold, crash or fool the run.
+
+Every judge process (forked by a `nursery`, in milliseconds) has its own process group, memory limit and
+socket, serves one item at a time, and is killed (group and all) at the item's deadline. Contained, not
+sandboxed: files and network are open. (pebble.ProcessPool was measured and left: SIGKILL of one worker
+broke the whole pool and left futures that never ended, and an item deaf to SIGTERM held all others 3 s.)
+"""
+
+import asyncio
+import json
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from entroray.errors import ConfigError, InfrastructureError
+from entroray.reward.verdicts import failed
+from entroray.types import Prompt, Rollout, Status, Verdict
+from entroray.workers.nursery import FORK, HEADER
+
+ITEMS_PER_WORKER = 1000
+"""A worker is replaced after so many items, so that a leak in a judge cannot grow into its memory limit."""
+
+_LARGEST = 1 << 28
+_PATIENCE = 10.0
+"""Seconds the nursery has to end itself and its workers."""
+
+_ENVIRONMENT = {
+    name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONUNBUFFERED")
+}
+
+
+class Verifier:
+    """`slots` judge processes; one verdict per rollout, each within `deadline` seconds of its own start.
+
+    `reward` is what `entroray.reward.build` takes. `memory_mb` bounds what one worker may allocate beyond
+    what it starts with. The constructor does not wait for the judge; serves one event loop.
+    """
+
+    def __init__(
+        self,
+        reward: Mapping[str, Any],
+        *,
+        slots: int = 2,
+        deadline: float = 10.0,
+        memory_mb: int | None = 2048,
+        start_limit: float = 120.0,
+    ):
+        if slots < 1 or deadline <= 0:
+            raise ConfigError(f"verifier.slots={slots} and verifier.deadline={deadline} must be above 0")
+        self._reward, self._memory_mb, self._start_limit = dict(reward), memory_mb, start_limit
+        self._deadline, self._width, self._slots = deadline, slots, asyncio.Semaphore(slots)
+        self._idle: deque[_Worker] = deque()
+        self._forking, self._closed = asyncio.Lock(), False
+        self._nursery = _Nursery(self._reward, memory_mb, start_limit)
+
+    async def warm_up(self) -> None:
+        """Return once every slot has its worker; raises ConfigError when the judge cannot be built."""
+        while len(self._idle) < self._width:
+            self._idle.append(await self._fork())
+
+    async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """One verdict per rollout, in order; a truncated response keeps that status beside its reward.
+
+        Raises InfrastructureError when no worker can be started at all.
+        """
+        return list(await asyncio.gather(*(self._judge(prompt, r) for r in rollouts)))
+
+    def close(self) -> None:
+        """End every process this verifier started; what is still being judged fails."""
+        self._closed = True
+        for worker in self._idle:
+            worker.channel.close()
+        self._idle.clear()
+        self._nursery.close()
+
+    async def _judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
+        if not rollout.status.usable:
+            return failed("not judged: the response itself failed", rollout.status)
+        item = pickle.dumps((prompt, rollout.text))
+        async with self._slots:
+            verdict = await self._attempt(item) or await self._attempt(item, fresh=True)
+        if verdict is None:
+            return failed("two judge processes died over this response", Status.INFRA_FAILED)
+        cut = verdict.status is Status.OK and rollout.status is Status.TRUNCATED
+        return replace(verdict, status=Status.TRUNCATED) if cut else verdict
+
+    async def _attempt(self, item: bytes, *, fresh: bool = False) -> Verdict | None:
+        """The verdict, or None when the worker died; only a good verdict lets a worker live on."""
+        worker = self._idle.popleft() if self._idle and not fresh else await self._fork()
+        reusable = False
+        try:
+            async with asyncio.timeout(self._deadline):
+                verdict = await worker.ask(item)
+            reusable = verdict.status.usable and worker.served < ITEMS_PER_WORKER
+            return verdict
+        except TimeoutError:
+            return failed(f"no verdict within {self._deadline:g} s", Status.TIMEOUT)
+        except (OSError, EOFError):
+            return None
+        finally:
+            if reusable:
+                self._idle.append(worker)
+            else:
+                worker.channel.close()
+                self._nursery.kill(worker.pid)
+
+    async def _fork(self) -> "_Worker":
+        """A fresh worker; of another nursery when this one is gone, which is tried once."""
+        async with self._forking:
+            for last in (False, True):
+                if self._closed:
+                    raise InfrastructureError("this verifier is closed")
+                if not self._nursery.sound:
+                    self._nursery.close()
+                    self._nursery = _Nursery(self._reward, self._memory_mb, self._start_limit)
+                try:
+                    async with asyncio.timeout(self._start_limit):
+                        return await self._nursery.fork()
+                except (OSError, EOFError) as error:  # TimeoutError is an OSError
+                    if last:
+                        raise InfrastructureError(
+                            f"no judge process could be started ({error!r}): see the verifier's log"
+                        ) from error
+        raise AssertionError("unreachable")
+
+
+@dataclass
+class _Worker:
+    """The verifier's end of one judge process."""
+
+    pid: int
+    channel: socket.socket
+    served: int = 0
+
+    async def ask(self, item: bytes) -> Verdict:
+        self.served += 1
+        await asyncio.get_running_loop().sock_sendall(self.channel, HEADER.pack(len(item)) + item)
+        return _decoded(await _receive(self.channel))
+
+
+class _Nursery:
+    """The verifier's end of the nursery; `sound` until an answer of it stays away."""
+
+    def __init__(self, reward: Mapping[str, Any], memory_mb: int | None, start_limit: float):
+        self._control, theirs = socket.socketpair()
+        self._control.settimeout(start_limit)
+        with theirs:
+            self._launch(theirs.fileno(), [json.dumps(reward), json.dumps(memory_mb)], start_limit)
+        try:
+            (length,) = HEADER.unpack(self._control.recv(HEADER.size, socket.MSG_WAITALL))
+            self._pid = int(self._control.recv(length, socket.MSG_WAITALL))
+        except (OSError, struct.error) as error:
+            raise InfrastructureError("the verifier's nursery did not start: see its log") from error
+        self._control.setblocking(False)
+        self._ready, self.sound = False, True
+
+    def _launch(self, fd: int, settings: list[str], limit: float) -> None:
+        """Returns as soon as the nursery has forked itself off, long before it has built its judge."""
+        path = os.pathsep.join(filter(None, sys.path))
+        subprocess.run(
+            [sys.executable, "-P", "-m", "entroray.workers.nursery", str(fd), *settings],
+            pass_fds=[fd],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=os.environ | _ENVIRONMENT | {"PYTHONPATH": path},
+            timeout=limit,
+        )
+
+    async def fork(self) -> _Worker:
+        """A fresh worker; raises ConfigError when the judge cannot be built, EOFError when it is gone."""
+        self.sound = False
+        if not self._ready:
+            if refusal := (await _receive(self._control)).decode():
+                raise ConfigError(refusal)
+            self._ready = True
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            socket.send_fds(self._control, [HEADER.pack(FORK)], [theirs.fileno()])
+        worker = _Worker(int(await _receive(self._control)), ours)
+        self.sound = True
+        return worker
+
+    def kill(self, pid: int) -> None:
+        """Kill the process group of worker `pid`; a nursery that is gone has taken its workers along."""
+        with suppress(OSError):
+            self._control.send(HEADER.pack(pid))
+
+    def close(self) -> None:
+        """End it and its workers, their groups included, within _PATIENCE seconds; once."""
+        if self._control.fileno() < 0:
+            return
+        if not self._ready:  # still importing: it has no workers yet
+            _kill(self._pid)
+        self._control.settimeout(_PATIENCE)
+        try:
+            self._control.shutdown(socket.SHUT_WR)
+            while self._control.recv(1 << 16):
+                pass
+        except OSError:
+            _kill(self._pid)
+        self._control.close()
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+async def _receive(channel: socket.socket) -> bytes:
+    """One message from a worker or the nursery; EOFError when the other side is gone."""
+    (length,) = HEADER.unpack(await _exactly(channel, HEADER.size))
+    if not 0 <= length <= _LARGEST:
+        raise EOFError(f"a message of {length} bytes")
+    return await _exactly(channel, length)
+
+
+async def _exactly(channel: socket.socket, count: int) -> bytes:
+    loop, parts = asyncio.get_running_loop(), bytearray()
+    while len(parts) < count:
+        part = await loop.sock_recv(channel, min(count - len(parts), 1 << 20))
+        if not part:
+            raise EOFError("the other side is gone")
+        parts += part
+    return bytes(parts)
+
+
+def _decoded(message: bytes) -> Verdict:
+    """A verdict as JSON, never pickle: what comes back may have been written by a hostile answer."""
+    try:
+        verdict = Verdict(**json.loads(message))
+        return replace(verdict, status=Status(verdict.status))
+    except (ValueError, TypeError) as error:
+        return failed(f"the judge process sent no verdict: {error}")

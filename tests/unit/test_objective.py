@@ -1,0 +1,369 @@
+"""Every shipped row on hand-made tokens: the published gradient, however the step is cut."""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from entroray.errors import ConfigError
+from entroray.objective import Objective, build, count, silent
+from entroray.objective.bind import keywords, menu
+from entroray.objective.equation import MANY, SLOTS
+from entroray.types import Counts, Group, Prompt, Rollout, Tokens, Verdict
+
+torch.set_num_threads(1)  # these tensors are tiny
+
+HERE = __name__.partition(".")[0]
+CONF = Path(__file__).parents[2] / "conf/objective"
+ROWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
+FULL = ROWS["dapo"] | {
+    "shapes": [{"fn": "by_sign"}],
+    "scales": [{"fn": "selected", "inside": 0.7}],
+    "correction": {"fn": "truncated_importance"},
+    "penalties": [{"fn": "kl"}, {"fn": "kl_k3"}, {"fn": "entropy_bonus"}],
+    "aggregate": {"fn": "rollout_mean"},
+}
+"""No published row: every slot filled at once."""
+SPECS = ROWS | {"full": FULL}
+LENGTHS, GROUPS, ADVANTAGES = (5, 1, 7, 3, 4, 8), (0, 0, 1, 1, 2, 2), (1.5, -0.5, 0.3, -2.0, 0.0, 1.0)
+N = sum(LENGTHS)
+
+every_row = pytest.mark.parametrize("name", ROWS)
+every_spec = pytest.mark.parametrize("name", SPECS)
+
+
+def tokens(*, drift: float = 3.0, masked_out=(0, 9, 10, 27), hole: float = torch.nan) -> Tokens:
+    """Six rows of three prompts; log-ratios spread over [-drift, drift]; `hole` outside the mask."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.ones(N, dtype=torch.bool)
+    mask[list(masked_out)] = False
+    old, entropy, varentropy, noise = torch.rand(4, N, generator=g, dtype=torch.float64)
+    old = -0.2 - 2 * old
+    moved = drift * torch.linspace(-1, 1, N, dtype=torch.float64)[torch.randperm(N, generator=g)]
+    row = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+
+    def column(x: Tensor | float) -> Tensor:
+        return torch.where(mask, torch.as_tensor(x, dtype=torch.float64), hole)
+
+    t = Tokens(
+        row=row,
+        position=torch.cat([torch.arange(n) for n in LENGTHS]),
+        uid=torch.arange(N),
+        mask=mask,
+        logprobs=column(old + moved),
+        entropy=column(entropy),
+        varentropy=column(varentropy),
+        old_logprobs=column(old),
+        behavior_logprobs=column(old + noise - 0.9),
+        ref_logprobs=column(old + noise**2 - 0.3),
+        temperature=column(1.0),
+        advantages=column(torch.tensor(ADVANTAGES, dtype=torch.float64)[row]),
+        scale=column(1.0),
+        correction=column(1.0),
+        selected=mask,
+        group=torch.tensor(GROUPS),
+        length=torch.tensor(LENGTHS),
+        reward=torch.tensor([1.0, 0, 1, 0, 0, 1]),
+        correct=torch.tensor([1.0, 0, 1, 0, 0, 1]),
+        version=torch.zeros(len(LENGTHS), dtype=torch.long),
+        step=3,
+        counts=Counts(0, 0, 0, 0),
+    )
+    return replace(t, counts=count(t))
+
+
+def group(rewards=(1, 0, 0, 1), correct=(1, 0, 0, 1), lengths=(50, 85, 90, 100)) -> Group:
+    ids, logprobs = np.zeros(100, np.int32), np.zeros(100, np.float32)
+    rollouts = tuple(Rollout("q", ids[:n], logprobs[:n], ids[:n], "", 1.0, 100) for n in lengths)
+    verdicts = tuple(Verdict(float(r), float(c)) for r, c in zip(rewards, correct, strict=True))
+    return Group(Prompt("q", "", (), ""), rollouts, verdicts)
+
+
+def live(t: Tokens) -> Tokens:
+    """As inside the update: log-probs and entropy are leaves that gather gradient."""
+    leaves = {n: getattr(t, n).detach().clone().requires_grad_() for n in ("logprobs", "entropy")}
+    return replace(t, **leaves)
+
+
+def update(objective: Objective, t: Tokens, cuts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """A learner's loss and gradients: the cuts' numerators summed, over the global denominator."""
+    t = live(t)
+    loss = sum(objective.loss(t.take(torch.tensor(rows))) for rows in cuts)
+    loss = loss / objective.denominator(t.counts)
+    loss.backward()
+    gradients = (torch.zeros(N) if x.grad is None else x.grad for x in (t.logprobs, t.entropy))
+    return loss.detach(), *gradients
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b.to(a.dtype), rtol=1e-12, atol=1e-13, equal_nan=True)
+
+
+WHOLE = [[0, 1, 2, 3, 4, 5]]
+
+
+def gate(a: Tensor, r: Tensor, low: float, high: float, dual: float = torch.inf) -> Tensor:
+    return torch.where(a > 0, r <= 1 + high, (r >= 1 - low) & (r <= dual))
+
+
+PUBLISHED = {
+    "grpo": lambda a, r, n: r * a * gate(a, r, 0.2, 0.2) / n / 6,
+    "dr_grpo": lambda a, r, n: r * a * gate(a, r, 0.2, 0.2) / 3000 / 6,
+    "rloo": lambda a, r, n: r * a / 6,
+    "reinforce": lambda a, r, n: r * a / 6,
+    "dapo": lambda a, r, n: r * a * gate(a, r, 0.2, 0.28, 10.0) / 24,
+    "cispo": lambda a, r, n: r.clamp(max=5.0) * a / 24,
+    "supervised": lambda a, r, n: a / 24,
+}
+"""The coefficient of grad log π in the objective to maximise: advantage, ratio, masked length of the row."""
+
+
+@every_row
+@pytest.mark.parametrize("drift", [0.0, 3.0], ids=["on_policy", "off_policy"])
+def test_the_gradient_is_the_published_one(name, drift):
+    objective, t = build(ROWS[name]), tokens(drift=drift)
+    _, gradient, _ = update(objective, objective.credit(t), WHOLE)
+    r = (t.logprobs - t.old_logprobs).exp()
+    n = torch.tensor([float(sum(t.mask[t.row == row])) for row in t.row]).double()
+    expected = torch.where(t.mask, -PUBLISHED[name](t.advantages, r, n), 0.0)
+    assert close(gradient, expected)
+    assert (gradient[t.mask & (t.advantages > 0)] <= 0).all(), "reinforced tokens must become likelier"
+
+
+def test_the_gradient_of_all_slots_at_once():
+    objective, t = build(FULL), tokens()
+    _, gradient, entropy_gradient = update(objective, objective.credit(t), WHOLE)
+    n = torch.tensor([float(sum(t.mask[t.row == row])) for row in t.row]).double()
+    a = torch.where(t.advantages > 0, 0.1 * t.advantages, t.advantages)
+    r, rho = ((x - y).exp() for x, y in ((t.logprobs, t.old_logprobs), (t.old_logprobs, t.behavior_logprobs)))
+    x = t.logprobs - t.ref_logprobs
+    policy = rho.clamp(max=2.0) * 0.7 * r * a * gate(a, r, 0.2, 0.28, 10.0)
+    expected = (-policy + 0.04 * x + 0.04 * (1 - torch.exp(-x))) / n / 24
+    assert close(gradient, torch.where(t.mask, expected, 0.0))
+    assert close(entropy_gradient, torch.where(t.mask, -0.001 / n / 24, 0.0))
+    assert (rho[t.mask] > 2).any() and (rho[t.mask] < 2).any()
+
+
+def test_off_policy_case_reaches_every_bound():
+    t = tokens()
+    r = (t.logprobs - t.old_logprobs).exp()
+    for a in (t.advantages > 0, t.advantages < 0):
+        assert (r[a] < 0.8).any() and (r[a] > 1.28).any()
+    assert (r[t.advantages < 0] > 10).any()
+
+
+@every_spec
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_change_nothing(name, ranks):
+    objective = build(SPECS[name])
+    t = objective.credit(tokens())
+    cuts = [list(range(6))[rank::ranks] for rank in range(ranks)]
+    for got, expected in zip(update(objective, t, cuts), update(objective, t, WHOLE), strict=True):
+        assert close(got, expected)
+
+
+@every_spec
+@settings(max_examples=10, deadline=None)
+@given(order=st.permutations(range(6)), ends=st.sets(st.integers(1, 5)))
+def test_micro_batches_and_row_order_change_nothing(name, order, ends):
+    objective = build(SPECS[name])
+    t = objective.credit(tokens())
+    cuts = [order[a:b] for a, b in pairwise([0, *sorted(ends), 6])]
+    for got, expected in zip(update(objective, t, cuts), update(objective, t, WHOLE), strict=True):
+        assert close(got, expected)
+    assert_same(objective.credit(tokens().take(torch.tensor(order))), t.take(torch.tensor(order)))
+
+
+def assert_same(a: Tokens, b: Tokens) -> None:
+    for f in fields(Tokens):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if isinstance(x, Tensor):
+            assert close(x, y), f.name
+        else:
+            assert x == y, f.name
+
+
+@every_spec
+def test_nothing_outside_the_mask_leaves_a_trace(name):
+    objective = build(SPECS[name])
+    holes = (0.0, torch.nan, -torch.inf)
+    results = [update(objective, objective.credit(tokens(hole=h)), WHOLE) for h in holes]
+    mask = tokens().mask
+    for loss, *gradients in results:
+        assert torch.equal(loss, results[0][0])
+        for gradient, clean in zip(gradients, results[0][1:], strict=True):
+            assert torch.equal(gradient, clean) and (gradient[~mask] == 0).all()
+    credited = objective.credit(tokens())
+    for column in (credited.advantages, credited.scale, credited.correction):
+        assert (column[~mask] == 0).all()
+    assert torch.equal(credited.logprobs.isnan(), ~mask)
+
+
+def impossible(t: Tokens, *names: str) -> Tokens:
+    return replace(t, **{n: torch.where(t.uid == 12, -torch.inf, getattr(t, n)) for n in names})
+
+
+EDGES = {
+    "new_impossible": impossible(tokens(), "logprobs"),
+    "old_impossible": impossible(tokens(), "old_logprobs", "ref_logprobs"),
+    "all_impossible": impossible(tokens(), "logprobs", "old_logprobs", "behavior_logprobs", "ref_logprobs"),
+    "sampler_impossible": impossible(tokens(), "behavior_logprobs"),
+    "empty_mask": tokens(masked_out=tuple(range(N))),
+    "one_token": tokens(masked_out=tuple(i for i in range(N) if i != 12)),
+    "one_row_of_one_token": tokens().take(torch.tensor([1])),
+    "no_rows": tokens().take(torch.tensor([], dtype=torch.long)),
+    "no_advantage": replace(tokens(), advantages=torch.zeros(N, dtype=torch.float64)),
+}
+
+
+@every_spec
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges_are_finite(name, edge):
+    objective = build(SPECS[name])
+    t = live(objective.credit(EDGES[edge]))
+    assert objective.denominator(t.counts) > 0
+    loss = objective.loss(t) / objective.denominator(t.counts)
+    loss.backward()
+    assert loss.isfinite() and t.logprobs.grad.isfinite().all()
+    if not t.mask.any():
+        assert loss == 0 and (t.logprobs.grad == 0).all()
+
+
+@every_spec
+def test_credit_detaches_and_counts(name):
+    shapes = [{"fn": f"{__name__}.by_likelihood"}]
+    t = build(SPECS[name] | {"shapes": shapes}, packages=[HERE]).credit(live(tokens()))
+    assert not any(x.requires_grad for x in (t.advantages, t.scale, t.correction))
+    assert t.counts == Counts(tokens=24, kept_tokens=24, rollouts=6, prompts=3)
+
+
+def by_likelihood(t: Tokens) -> Tensor:
+    return t.advantages * t.logprobs.exp()
+
+
+def test_kept_tokens_are_those_with_a_scale():
+    t = replace(tokens(), scale=torch.where(torch.arange(N) < 6, 0.0, 1.0))
+    assert count(t) == Counts(tokens=24, kept_tokens=19, rollouts=6, prompts=3)
+    assert count(t.take(torch.tensor([0, 1, 2]))) == Counts(tokens=10, kept_tokens=5, rollouts=3, prompts=2)
+
+
+def test_denominators():
+    counts = Counts(tokens=24, kept_tokens=19, rollouts=6, prompts=3)
+
+    def spec(**choice) -> Callable[[Counts], float]:
+        return build(ROWS["grpo"] | {"denominator": choice}).denominator
+
+    assert spec(fn="all_response_tokens")(counts) == 24.0
+    assert spec(fn="kept_tokens")(counts) == 19.0
+    assert spec(fn="rollouts")(counts) == 6.0
+    assert spec(fn="prompts")(counts) == 3.0
+    assert spec(fn="constant", length=100)(counts) == 600.0
+    for name in menu(SLOTS["denominator"]):
+        length = {"length": 100} if name == "constant" else {}
+        assert spec(fn=name, **length)(Counts(0, 0, 0, 0)) == 1.0
+
+
+BASE = ROWS["grpo"] | {"keep": {"fn": "informative"}}
+ALTERNATIVES = {
+    "rewards.soft_overlong": {"buffer": 0.5, "factor": 0.5},
+    "estimator.zscore": {"eps": 0.1},
+    "estimator.raw": {"baseline": 0.5},
+    "estimator.constant": {"value": 2.0},
+    "shapes.by_sign": {"positive": 0.5, "negative": 0.5},
+    "scales.selected": {"inside": 0.5, "outside": 0.5},
+    "correction.truncated_importance": {"cap": 1.1},
+    "surrogate.clip": {"low": 0.5, "high": 0.5, "dual": 3.0},
+    "surrogate.cispo": {"cap": 2.0, "cap_mode": "one_plus_eps", "floor": 0.5},
+    "penalties.kl": {"coef": 0.1},
+    "penalties.kl_k3": {"coef": 0.1},
+    "penalties.entropy_bonus": {"coef": 0.1},
+    "denominator.constant": {"length": 50},
+}
+SETTINGS = [
+    (slot, fn, setting)
+    for slot, module in SLOTS.items()
+    for fn, function in menu(module).items()
+    for setting in keywords(function)
+]
+
+
+def outcome(objective: Objective) -> list[float]:
+    """Everything a row decides, on one fixed case."""
+    t, g = objective.credit(replace(tokens(), selected=tokens().uid % 3 == 0)), group()
+    numbers = [objective.shape_rewards(g), objective.estimate(g), *update(objective, t, WHOLE)]
+    numbers += [t.scale, t.correction, torch.tensor([objective.keep(group(correct=(1, 1, 1, 1)))])]
+    flat = torch.cat([x.double().reshape(-1) for x in numbers])
+    assert flat.isfinite().all()
+    return flat.tolist()
+
+
+@pytest.mark.parametrize("slot, fn, setting", SETTINGS, ids=lambda x: x)
+def test_every_setting_changes_something(slot, fn, setting):
+    def row(**change):
+        one = {"fn": fn} | ({"length": 100} if (slot, fn) == ("denominator", "constant") else {}) | change
+        selecting = {"select": {"fn": f"{__name__}.odd"}} if slot == "scales" else {}
+        chosen = {slot: [one] if SLOTS[slot] in MANY else one}
+        return outcome(build(BASE | selecting | chosen, packages=[HERE]))
+
+    assert row(**{setting: ALTERNATIVES[f"{slot}.{fn}"][setting]}) != row()
+
+
+def odd(t: Tokens) -> Tensor:
+    return t.uid % 2 == 1
+
+
+def test_every_row_differs_from_every_other():
+    outcomes = {name: outcome(build(spec)) for name, spec in ROWS.items()}
+    assert len(set(map(tuple, outcomes.values()))) == len(ROWS)
+
+
+@every_spec
+def test_rows_cross_process_boundaries(name):
+    objective = build(SPECS[name])
+    copy = pickle.loads(pickle.dumps(objective))
+    assert copy.describe() == objective.describe() and copy.needs == objective.needs
+    assert outcome(copy) == outcome(objective)
+
+
+def test_rows_spell_every_slot_so_that_overrides_need_no_plus():
+    for name, spec in ROWS.items():
+        assert set(spec) == set(SLOTS), name
+        assert build(spec).needs == frozenset(), name
+
+
+def test_needs_are_declared_and_refused_by_name():
+    objective = build(FULL)
+    assert objective.needs == {"ref_logprobs", "entropy_grad"}
+    t = replace(tokens(), ref_logprobs=None)
+    objective.credit(t)
+    with pytest.raises(ConfigError, match=r"`kl` needs `ref_logprobs`"):
+        objective.loss(t)
+
+
+def test_silent_tokens_are_the_clipped_ones():
+    objective, t = build(ROWS["grpo"]), tokens()
+    t = live(objective.credit(t))
+    r = (t.logprobs - t.old_logprobs).exp()
+    expected = t.mask & (t.advantages != 0) & ~gate(t.advantages, r, 0.2, 0.2)
+    assert torch.equal(silent(objective, t), expected) and 0 < expected.sum() < N
+    with torch.no_grad():
+        assert torch.equal(silent(objective, t), expected)
+    assert t.logprobs.grad is None
+
+
+def test_silent_tokens_of_other_rows():
+    for name, count_of_silent in {"cispo": 0, "rloo": 0, "supervised": 0}.items():
+        objective = build(ROWS[name])
+        assert silent(objective, objective.credit(tokens())).sum() == count_of_silent
+    dropped = build(ROWS["cispo"] | {"scales": [{"fn": "selected", "inside": 0.0}]})
+    t = dropped.credit(tokens())
+    assert torch.equal(silent(dropped, t), t.mask & (t.advantages != 0))

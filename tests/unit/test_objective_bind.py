@@ -1,0 +1,165 @@
+"""Names and settings are checked at the start; a run's header tells the numbers in effect."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+
+from entroray.errors import ConfigError
+from entroray.objective import __file__ as objective_file
+from entroray.objective import bind, build, surrogate
+from entroray.objective.bind import keywords, menu
+from entroray.objective.describe import phrase
+from entroray.objective.equation import SLOTS
+
+CONF = Path(__file__).parents[2] / "conf/objective"
+ROWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
+GRPO = ROWS["grpo"]
+
+
+def flat(t, ratio, *, steepness: float, ceiling=3, **_rest):
+    """A user's own surrogate, with no formula to show."""
+    return ratio * 0
+
+
+def of_tokens_alone(t):
+    return t.entropy
+
+
+MINE = __name__.partition(".")[0]
+HERE = f"{__name__}.flat"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"surogate": {"fn": "clip"}}, "no slot `surogate`: did you mean `surrogate`"),
+        (
+            {"surrogate": {"fn": "clipp"}},
+            "surrogate has no `clipp`: did you mean `clip`.*cispo, clip, likelihood",
+        ),
+        ({"surrogate": {"fn": "torch"}}, "surrogate has no `torch`"),
+        ({"surrogate": {"fn": "AboveOne"}}, "surrogate has no `AboveOne`"),
+        ({"surrogate": {"fn": "clip", "hihg": 0.3}}, "`clip` has no setting `hihg`: did you mean `high`"),
+        (
+            {"surrogate": {"fn": "reinforce", "low": 0.3}},
+            "`reinforce` has no setting `low`: choose from nothing",
+        ),
+        ({"surrogate": {"fn": "clip", "high": "0.3"}}, "`clip.high` must be a number, got '0.3'"),
+        ({"surrogate": {"fn": "clip", "high": True}}, "`clip.high` must be a number, got True"),
+        ({"surrogate": {"fn": "clip", "low": 20}}, r"`clip.low` must be a fraction in \(0, 1\]"),
+        ({"surrogate": {"fn": "clip", "low": None}}, "`clip.low` must be a number, got None"),
+        ({"surrogate": {"fn": "clip", "dual": 0.5}}, "`clip.dual` must be above 1 or null"),
+        ({"surrogate": {"fn": "cispo", "cap_mode": "eps"}}, "must be one of absolute, one_plus_eps"),
+        ({"surrogate": {"fn": "cispo", "cap": float("nan")}}, "must be above 0"),
+        ({"surrogate": "clip"}, "objective.surrogate must read {fn: name"),
+        ({"surrogate": {"low": 0.2}}, "objective.surrogate must read {fn: name"),
+        ({"surrogate": None}, "objective.surrogate must be given: choose from cispo"),
+        ({"denominator": {"fn": "constant"}}, "`constant` needs `length`"),
+        ({"penalties": {"fn": "kl"}}, "objective.penalties is a list"),
+        ({"penalties": [{"fn": "entropy"}]}, "did you mean `entropy_bonus`"),
+        ({"correction": [{"fn": "none"}]}, "objective.correction must read {fn: name"),
+        ({"surrogate": {"fn": "os.system"}}, "`os.system` is outside the allowed packages entroray"),
+        ({"surrogate": {"fn": "entroray_evil.f"}}, "outside the allowed packages"),
+        ({"surrogate": {"fn": "entroray.objective.shutil.rmtree"}}, "cannot be imported"),
+        ({"surrogate": {"fn": "entroray.objective.bind.partial"}}, "defines no function `partial`"),
+        ({"surrogate": {"fn": "entroray.objective.surrogate.clap"}}, "defines no function `clap`"),
+        ({"surrogate": {"fn": "entroray.objective.ratio.token"}}, "must take 2 positional"),
+        ({"surrogate": {"fn": HERE, "steepness": 1.0}}, "outside the allowed packages"),
+    ],
+)
+def test_what_is_wrong_is_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        build(GRPO | change)
+
+
+def test_missing_slots_and_defaults():
+    least = {slot: GRPO[slot] for slot in ("estimator", "surrogate", "aggregate", "denominator")}
+    assert build(least).describe() == build(GRPO).describe()
+    assert build(GRPO | {"keep": None, "rewards": None}).describe() == build(GRPO).describe()
+    for slot in least:
+        with pytest.raises(ConfigError, match=f"objective.{slot} must be given"):
+            build({k: v for k, v in least.items() if k != slot})
+
+
+def test_a_dotted_path_reaches_an_allowed_package():
+    spec = {"fn": HERE, "steepness": 1}
+    assert bind(surrogate, spec, packages=[MINE]).keywords == {"steepness": 1}
+    assert "flat(steepness=1, ceiling=3)" in build(GRPO | {"surrogate": spec}, packages=[MINE]).describe()
+    own = bind(surrogate, {"fn": "entroray.objective.surrogate.reinforce"})
+    assert own.func is surrogate.reinforce
+    with pytest.raises(ConfigError, match="`flat` needs `steepness`"):
+        bind(surrogate, {"fn": HERE}, packages=[MINE])
+    with pytest.raises(ConfigError, match="must take 2 positional"):
+        bind(surrogate, {"fn": f"{__name__}.of_tokens_alone"}, packages=[MINE])
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    {
+        "grpo": ["(R - mean(R)) / (std(R) + 1e-06) over the group, Bessel", "rollouts of the update",
+                 "-min(r A, clip(r, 0.8, 1.2) A)\n", "1 / (response tokens of the rollout)", "every group"],
+        "dr_grpo": ["R - mean(R) over the group\n", "3000 tokens × rollouts of the update, on all ranks"],
+        "rloo": ["(R - mean(R)) G / (G - 1)", "-r A"],
+        "reinforce": ["R - 0.5"],
+        "dapo": ["clip(r, 0.8, 1.28)", "where A < 0 at most 10 |A|", "0 < #correct < G",
+                 "1 clip((limit - 0.2 limit - length) / (0.2 limit), -1, 0)", "response tokens of"],
+        "cispo": ["-sg[min(r, 5)] A log π; bounds read as absolute"],
+        "supervised": ["1, whatever the reward", "-A log π"],
+    }.items(),
+)  # fmt: skip
+def test_describe_tells_the_equation_in_effect(name, said):
+    text = build(ROWS[name]).describe()
+    assert [part for part in said if part not in text] == []
+    assert len(text.splitlines()) <= 12 and all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_describe_tells_every_added_term():
+    text = build(
+        GRPO
+        | {
+            "correction": {"fn": "truncated_importance", "cap": 3.0},
+            "penalties": [{"fn": "kl", "coef": 0.01}, {"fn": "entropy_bonus", "coef": 0.002}],
+            "shapes": [{"fn": "by_sign", "positive": 0.3}],
+            "scales": [{"fn": "selected", "outside": 0.25}],
+        }
+    ).describe()
+    for part in ("min(π_old / π_sampler, 3)", "0.01 (exp(-x) + x - 1)", "-0.002 H, H in nats",
+                 "A (0.3 where A > 0, 1 where A < 0)", "1 where selected, 0.25 elsewhere"):  # fmt: skip
+        assert part in text
+
+
+def test_the_two_files_of_the_readme_work(tmp_path, monkeypatch):
+    text = (Path(objective_file).parent / "README.md").read_text()
+    source, row = (text.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "yaml"))
+    (tmp_path / "my_lab").mkdir()
+    (tmp_path / "my_lab/gates.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    shown = build(yaml.safe_load(row), packages=["my_lab"]).describe()
+    assert "-(4 / τ) σ(τ (r - 1)) A, τ = 1 where A > 0, 1.05 elsewhere" in shown
+    with pytest.raises(ConfigError, match="soft_gate` is outside the allowed packages"):
+        build(yaml.safe_load(row))
+
+
+def test_the_readme_lists_every_function_and_row():
+    text = (Path(objective_file).parent / "README.md").read_text()
+    for slot, module in SLOTS.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{slot}`"))
+        listed = line.split("|")[-2].replace(" ", "").split(",")
+        assert sorted(listed) == sorted(menu(module)), slot
+    for name in ROWS:
+        assert f"\n| `{name}` |" in text, name
+
+
+FUNCTIONS = [(slot, fn) for slot, module in SLOTS.items() for fn in menu(module)]
+
+
+@pytest.mark.parametrize("slot, fn", FUNCTIONS)
+def test_every_formula_shows_every_setting(slot, fn):
+    function = menu(SLOTS[slot])[fn]
+    floats = {name: 0.123 + i / 1000 for i, name in enumerate(keywords(function)) if name != "cap_mode"}
+    text = phrase(partial(function, **floats))
+    assert not text.startswith(f"{fn}("), "its docstring has a line in backticks with the formula"
+    for value in floats.values():
+        assert any(f"{x:g}" in text for x in (value, 1 - value, 1 + value))

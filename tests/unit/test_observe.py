@@ -1,0 +1,335 @@
+"""What a run writes down: the journal, the records every metric can be derived from, console, report."""
+
+import json
+import math
+import re
+
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from entroray.entropy import describe
+from entroray.observe import console, records, report
+from entroray.observe.journal import Journal, read
+from entroray.observe.trackers import TensorBoard
+from entroray.types import Counts, Group, Prompt, Rollout, Status, Tokens, Verdict
+
+COLUMNS = [
+    *("step", "version", "prompt_id", "rollout", "position", "token_id", "logprob_behavior", "logprob_old"),
+    *("entropy", "varentropy", "temperature", "advantage", "scale", "selected", "mask_reason", "reward"),
+    *("correct", "status"),
+]
+WORDS = {0: "<b>", 1: " so", 2: "\n"}
+METRICS = {"reward/mean": 0.25, "entropy/mean": 1.2345, "entropy/p80": 2.5, "lag/max": 1.0} | {
+    "tokens/per_second": 1234.4,
+    "seconds/sample": 3.21,
+    "seconds/score": 0.55,
+    "seconds/update": 2.0,
+    "seconds/sync": 0.07,
+    "seconds/step": 6.0,
+}
+
+
+def a_step(version=0, entropy=(0.1, 0.2, 0.7, math.nan, 0.3, 0.4, 0.6)):
+    """Two groups of two: lengths 3, 1, 0, 3; token 3, the whole of rollout 1, is masked out and all NaN."""
+    lengths = [3, 1, 0, 3]
+    kind = [Status.OK, Status.TRUNCATED, Status.OK, Status.OK]
+    n, row = 7, torch.tensor([0, 0, 0, 1, 3, 3, 3])
+    mask = torch.tensor(entropy).isfinite()
+    hole = torch.where(mask, 0.0, torch.nan)
+    behavior = torch.linspace(-2, -0.2, n) + hole
+    rollouts = [
+        Rollout(
+            prompt_id="ab"[i // 2],
+            token_ids=np.arange(k, dtype=np.int32),
+            logprobs=behavior[row == i].numpy(),
+            versions=np.full(k, version, np.int32),
+            text="",
+            temperature=0.7,
+            limit=3,
+            status=kind[i],
+        )
+        for i, k in enumerate(lengths)
+    ]
+    verdicts = [Verdict(0.5, 1.0), Verdict(0.0, 0.0), Verdict(0.0, 0.0), Verdict(1.0, 1.0)]
+    groups = [
+        Group(Prompt("ab"[g], "", (1,), ""), tuple(rollouts[s]), tuple(verdicts[s]))
+        for g, s in enumerate((slice(0, 2), slice(2, 4)))
+    ]
+    tokens = Tokens(
+        row=row,
+        position=torch.tensor([0, 1, 2, 0, 0, 1, 2]),
+        uid=torch.arange(n),
+        mask=mask,
+        logprobs=behavior + 0.125,
+        entropy=torch.tensor(entropy, dtype=torch.float64),
+        varentropy=torch.full((n,), 0.5) + hole,
+        old_logprobs=behavior + 0.125,
+        behavior_logprobs=behavior,
+        ref_logprobs=None,
+        temperature=torch.full((n,), 0.7),
+        advantages=torch.tensor([1.0, 1, 1, -1, -1, -1, -1]) + hole,
+        scale=torch.ones(n),
+        correction=torch.ones(n),
+        selected=torch.arange(n) == 2,
+        group=torch.tensor([0, 0, 1, 1]),
+        length=torch.tensor(lengths),
+        reward=torch.tensor([v.reward for v in verdicts]),
+        correct=torch.tensor([v.correct for v in verdicts]),
+        version=torch.tensor([r.version for r in rollouts]),
+        step=2,
+        counts=Counts(6, 6, 4, 2),
+    )
+    return groups, tokens
+
+
+def journal(run_dir, tokens_every=0, **options):
+    return Journal(run_dir, tokens_every=tokens_every, **options)
+
+
+def write(book, *steps, **metrics):
+    for step in steps:
+        book.step(step, {"entropy/mean": step / 10} | metrics, *a_step())
+
+
+def test_every_metric_can_be_derived_from_the_token_records(tmp_path):
+    groups, tokens = a_step(version=1)
+    metrics = describe(groups, tokens)
+    journal(tmp_path, tokens_every=1).step(3, metrics, groups, tokens)
+    file = tmp_path / "tokens" / "step-000003.parquet"
+    query = f"""
+        select avg(entropy::double) as "entropy/mean", quantile_cont(entropy::double, 0.8) as "entropy/p80",
+        avg(abs(logprob_old::double - logprob_behavior)) as "mismatch/mean_abs",
+        avg(entropy::double) filter (advantage > 0) as "entropy/positive",
+        avg(step - 1 - version) as "lag/mean"
+        from '{file}' where mask_reason is null"""
+    derived = duckdb.connect(config={"threads": 1}).execute(query)
+    names = [column[0] for column in derived.description]
+    for name, value in zip(names, derived.fetchone(), strict=True):
+        assert value == pytest.approx(metrics[name], abs=1e-9), name
+    assert metrics["entropy/mean"] == pytest.approx((0.1 + 0.2 + 0.7 + 0.3 + 0.4 + 0.6) / 6, abs=1e-6)
+    assert metrics["lag/mean"] == 1.0
+
+
+def test_record_columns_and_values(tmp_path):
+    table = records.table(3, *a_step(version=1))
+    records.write(tmp_path / "x.parquet", table)
+    read_back = pq.read_table(tmp_path / "x.parquet")
+    assert read_back.column_names == COLUMNS
+    assert pq.ParquetFile(tmp_path / "x.parquet").metadata.row_group(0).column(0).compression == "ZSTD"
+    assert str(read_back.schema.field("entropy").type) == "float"
+    rows = read_back.to_pylist()
+    assert [r["rollout"] for r in rows] == [0, 0, 0, 1, 3, 3, 3]
+    assert [r["token_id"] for r in rows] == [0, 1, 2, 0, 0, 1, 2]
+    assert [r["prompt_id"] for r in rows] == list("aaaabbb")
+    assert [r["mask_reason"] for r in rows] == [None, None, None, "truncated", None, None, None]
+    assert (rows[3]["status"], rows[4]["status"]) == ("truncated", "ok")
+    assert (rows[2]["selected"], rows[3]["selected"]) == (True, False)
+    assert (rows[0]["reward"], rows[0]["correct"], rows[4]["reward"]) == (0.5, 1.0, 1.0)
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.parquet"]
+
+
+def test_a_step_without_a_token_is_a_table_without_a_row():
+    groups, tokens = a_step()
+    empty = Group(groups[1].prompt, groups[1].rollouts[:1], groups[1].verdicts[:1])
+    for rows, of in {(2,): [empty], (): []}.items():
+        table = records.table(1, of, tokens.take(torch.tensor(rows, dtype=torch.long)))
+        assert table.num_rows == 0 and table.column_names == COLUMNS
+
+
+def test_nan_outside_the_mask_leaves_no_trace():
+    groups, tokens = a_step()
+    assert all(math.isfinite(v) for v in describe(groups, tokens).values())
+    hidden = records.table(1, groups, tokens).to_pylist()[3]
+    assert hidden["entropy"] is None and hidden["advantage"] is None and hidden["logprob_old"] is None
+
+
+def test_a_step_is_written_once_and_in_order(tmp_path):
+    book = journal(tmp_path)
+    write(book, 1, 2)
+    for repeated in (2, 1):
+        with pytest.raises(ValueError, match=r"Journal\.cut"):
+            write(book, repeated)
+    book.close()
+    with pytest.raises(ValueError, match="already holds step 2"):
+        write(journal(tmp_path), 2)
+    assert [m["step"] for m in read(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_every_line_is_on_disk_at_once_and_holds_finite_floats_or_null(tmp_path):
+    book = journal(tmp_path)
+    write(book, 1, loss=math.nan, grad=math.inf, tokens=np.int64(7), kl=torch.tensor(0.5))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 1,
+        "entropy/mean": 0.1,
+        "loss": None,
+        "grad": None,
+        "tokens": 7.0,
+        "kl": 0.5,
+    }
+
+
+def test_cut_forgets_what_lies_beyond_a_step(tmp_path):
+    book = journal(tmp_path, tokens_every=1)
+    write(book, 1, 2, 3, 4)
+    book.cut(2)
+    assert book.last_step == 2
+    assert [m["step"] for m in read(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [records.step_of(f) for f in records.files(tmp_path)] == [1, 2]
+    write(book, 3, again=1.0)
+    assert [m.get("again") for m in read(tmp_path / "metrics.jsonl")] == [None, None, 1.0]
+    (event,) = read(tmp_path / "events.jsonl")
+    assert event["fields"] == {"step": 2, "metrics": 2, "token_files": 2}
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped_on_resume(tmp_path):
+    write(journal(tmp_path), 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "entr')
+    assert [m["step"] for m in read(tmp_path / "metrics.jsonl")] == [1]
+    write(journal(tmp_path), 2)
+    assert [m["step"] for m in read(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(("every", "kept"), [(0, []), (1, [1, 2, 3, 4]), (3, [1, 4])])
+def test_token_records_are_kept_for_every_nth_step_from_the_first(tmp_path, every, kept):
+    write(journal(tmp_path, every, vocabulary=WORDS), 1, 2, 3, 4)
+    assert [records.step_of(f) for f in records.files(tmp_path)] == kept
+    vocabulary = tmp_path / "tokens" / "vocabulary.json"
+    assert vocabulary.exists() == bool(every)
+    assert not every or json.loads(vocabulary.read_text()) == {"0": "<b>", "1": " so", "2": "\n"}
+
+
+def test_events_hold_whatever_they_are_given(tmp_path):
+    journal(tmp_path).event(
+        "engine_lost",
+        engine=1,
+        why="a\u2028b",
+        rate=math.nan,
+        at=tmp_path,
+        ids=(1, np.int32(2), True, np.float32(0.5)),
+    )
+    (event,) = read(tmp_path / "events.jsonl")
+    assert event["kind"] == "engine_lost" and event["time"].endswith("+00:00")
+    assert event["fields"] == {
+        "engine": 1,
+        "why": "a\u2028b",
+        "rate": None,
+        "at": str(tmp_path),
+        "ids": [1, 2, True, 0.5],
+    }
+
+
+class Shelf:
+    """A tracker that keeps what it is given and fails after `good` steps."""
+
+    def __init__(self, good):
+        self.good, self.seen = good, []
+
+    def log(self, step, metrics):
+        if step > self.good:
+            raise ConnectionError("no route")
+        self.seen.append((step, metrics))
+
+    def close(self):
+        self.seen.append("closed")
+
+
+def test_a_tracker_that_fails_is_let_go_and_the_journal_goes_on(tmp_path):
+    broken, sound = Shelf(1), Shelf(9)
+    book = journal(tmp_path, trackers=[broken, sound])
+    write(book, 1, 2, 3, loss=math.nan)
+    book.close()
+    assert broken.seen == [(1, {"entropy/mean": 0.1})]
+    assert [s[0] for s in sound.seen[:3]] == [1, 2, 3] and sound.seen[3] == "closed"
+    assert [(e["kind"], e["fields"]["step"]) for e in read(tmp_path / "events.jsonl")] == [
+        ("tracker_lost", 2)
+    ]
+    assert [m["step"] for m in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_token_records_the_disk_refuses_do_not_end_the_run(tmp_path):
+    (tmp_path / "tokens").write_text("in the way")
+    write(journal(tmp_path, tokens_every=1), 1)
+    assert [e["kind"] for e in read(tmp_path / "events.jsonl")] == ["tokens_lost"]
+    assert [m["step"] for m in read(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_tensorboard_holds_the_metrics(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    tracker = TensorBoard(tmp_path)
+    tracker.log(7, {"entropy/mean": 1.5})
+    tracker.close()
+    (file,) = tmp_path.iterdir()
+    values = [
+        (e.step, v.tag, v.tensor.float_val[0])
+        for e in EventFileLoader(str(file)).Load()
+        for v in e.summary.value
+    ]
+    assert values == [(7, "entropy/mean", 1.5)]
+
+
+def test_console_prints_aligned_lines_and_repeats_the_header(tmp_path):
+    out = (tmp_path / "log").open("w+", encoding="utf-8")
+    lines = console.Console(file=out)
+    lines.header("entroray", ["loss = [bold]x[/bold]", "run  " + "r" * 150])
+    for step in range(1, 23):
+        lines.log(step, METRICS)
+    out.seek(0)
+    printed = out.read().splitlines()
+    assert "loss = [bold]x[/bold]" in printed[1] and "r" * 150 in printed[2]
+    table = printed[4:]
+    assert [i for i, line in enumerate(table) if "reward" in line] == [0, 22]
+    first = "    1  0.250  1.2345  2.5000   1     1,234    3.21   0.55    2.00   0.07    6.00"
+    assert table[2] == first
+    assert {len(line) for line in table} == {80}
+    assert not any("\x1b" in line for line in printed)
+
+
+def test_console_shows_what_was_not_measured_as_a_dash():
+    assert console.row(3, {"reward/mean": 1.0, "entropy/mean": math.nan}).split() == ["3", "1.000", *"-" * 9]
+
+
+def test_summary_says_by_how_much_entropy_fell():
+    metrics = [{"step": s, "reward/mean": s / 20, "entropy/mean": 2.0 - s / 10} for s in range(1, 16)]
+    text = console.summary(metrics)
+    assert len(text.splitlines()) <= 24 and "\x1b" not in text
+    assert "entropy (nats per token): 1.7000 first 5 steps, 0.7000 last 5: fell by 1.0000 (58.8%)" in text
+    assert "reward (share right): 0.1500 first 5 steps, 0.6500 last 5: rose by 0.5000" in text
+    assert console.summary([]) == "no step was measured"
+    assert "changed by 0.0000" in console.summary([{"step": 1, "reward/mean": 0.0, "entropy/mean": None}])
+
+
+def page(run_dir):
+    text = report.write(run_dir).read_text()
+    return text[: text.index("<script>")] + text[text.index("<header>") :]
+
+
+def test_report_of_a_run(tmp_path):
+    book = journal(tmp_path, tokens_every=1, vocabulary=WORDS)
+    groups, tokens = a_step()
+    for step in (1, 2):
+        book.step(step, describe(groups, tokens) | METRICS, groups, tokens)
+    book.event("engine_lost", reason="<i>")
+    (tmp_path / "config.yaml").write_text("name: <script>")
+    text = page(tmp_path)
+    assert text.count('class="plotly-graph-div"') == len(report.PLOTS) == 8
+    ranking = re.findall(r"<tr><td>(.{5})</td>", text)
+    assert ranking == ["0.700", "0.600", "0.400", "0.300", "0.200", "0.100"]
+    assert "&lt;b&gt; so<mark>⏎</mark>" in text
+    assert "name: &lt;script&gt;" in text and "&lt;i&gt;" in text
+    assert "<b> so" not in text and "<i>" not in text
+    assert 'src="http' not in text and "<link" not in text
+
+
+def test_report_says_what_is_missing(tmp_path):
+    assert [
+        name in page(tmp_path) for name in ("metrics.jsonl", "tokens/", "events.jsonl", "manifest.json")
+    ] == [True] * 4
+    write(journal(tmp_path), 1)
+    text = page(tmp_path)
+    assert "Nothing from metrics.jsonl: it holds none of <code>varentropy/mean</code>" in text

@@ -1,0 +1,253 @@
+"""Judges: what counts as an answer, what counts as right, and what is neither."""
+
+import math
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from entroray.errors import ConfigError
+from entroray.reward import build, extract, gym
+from entroray.types import Prompt, Status, Verdict
+
+
+def prompt(reference: str = "", **entry: object) -> Prompt:
+    return Prompt("0" * 16, "?", (1,), reference, entry)
+
+
+@pytest.fixture
+def user_file(tmp_path: Path):
+    def write(body: str) -> str:
+        (tmp_path / "mine.py").write_text(textwrap.dedent(body))
+        return f"{tmp_path / 'mine.py'}:judge"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("rule", "marker", "text", "answer"),
+    [
+        ("whole", "", "  3+5 \n", "3+5"),
+        ("whole", "", " \n ", None),
+        ("last_line", "", "think\n\n 42 \n\n", "42"),
+        ("last_line", "", "", None),
+        ("after", "=", "12+34=46,46-5=41", "41"),
+        ("after", "=", "41", None),
+        ("after", "=", "12+34=", None),
+        ("after", "####", "#### 17\n#### 18", "18"),
+        ("after", "####", "#### 18\nor 19", "18\nor 19"),
+        ("boxed", "", r"\boxed{1} so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        ("boxed", "", r"\boxed{\left\{1,2\right.}", r"\left\{1,2\right."),
+        ("boxed", "", r"\boxed{1} and \boxed{\frac{1}{2}", None),
+        ("boxed", "", "42", None),
+    ],
+)
+def test_extraction(rule, marker, text, answer):
+    assert extract.rule(rule, marker)(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "right"),
+    [
+        ("18", "18", True),
+        ("18", "19", False),
+        ("1,000", "1000", True),
+        ("1000", "1,000", True),
+        ("0.5", r"\frac{1}{2}", True),
+        ("18", r"\$18", True),
+        ("18", "x=18", True),
+        ("x+1", "1+x", True),
+        ("18", "hello", False),
+        ("18", "18$ and $19", False),
+        ("-3", "3", False),
+    ],
+)
+def test_math_compares_values(reference, answer, right):
+    verdict = build({"fn": "math"})(rf"so \boxed{{{answer}}}", prompt(reference))
+    assert (verdict.reward, verdict.correct, verdict.status) == (right, right, Status.OK)
+    assert verdict.answer == answer
+
+
+def test_math_without_an_answer_is_wrong_and_without_a_reference_is_a_failure():
+    judge = build({"fn": "math"})
+    assert judge("18", prompt("18")).correct == 0
+    for reference in ("", "  "):
+        verdict = judge(r"\boxed{18}", prompt(reference))
+        assert verdict.status is Status.DATA_FAILED and math.isnan(verdict.reward)
+
+
+def test_math_works_off_the_main_thread_where_its_timers_raise():
+    judge = build({"fn": "math", "extract": "after"})
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(judge, "#### 18", prompt("18")).result().correct == 1
+
+
+CHAIN = {"question": "?", "answer": "17", "metadata": {"expression": "12 + 5"}}
+COUNT = {"question": "?", "answer": "3*5 - 7", "metadata": {"numbers": [3, 5, 7], "target": 8}}
+
+
+@pytest.mark.parametrize("response", ["The answer is 17", "18", "", "1717"])
+def test_partial_scores_of_the_gym_are_not_rewards(response):
+    task = {"fn": "gym", "task": "chain_sum"}
+    assert build(task)(response, prompt(**CHAIN)).reward == 0
+    assert build({**task, "partial": True})(response, prompt(**CHAIN)).correct == 0
+
+
+def test_partial_scores_on_request():
+    shaped = build({"fn": "gym", "task": "chain_sum", "partial": True})
+    verdict = shaped("The answer is 17", prompt(**CHAIN))
+    assert (verdict.reward, verdict.correct) == (0.125, 0)
+    assert shaped("17", prompt(**CHAIN)).reward == 1
+
+
+def test_written_steps_are_read_by_their_last_number():
+    judge = build({"fn": "gym", "task": "chain_sum", "extract": "after", "marker": "="})
+    assert judge("12+5=17", prompt(**CHAIN)).correct == 1
+    assert judge("12+5=17,17+1=18", prompt(**CHAIN)).correct == 0
+
+
+def test_countdown_is_scored(tmp_path):
+    judge = build({"fn": "gym", "task": "countdown"})
+    assert judge("3*5-7", prompt(**COUNT)).correct == 1
+    assert judge("(5*3) - 7", prompt(**COUNT)).correct == 1
+    assert judge("3+5", prompt(**COUNT)).correct == 0
+
+
+def test_no_answer_is_evaluated_as_python(tmp_path):
+    proof = tmp_path / "evaluated"
+    hostile = [
+        "0x8+(x-x)*(3+5+7)",  # full marks from the scorer itself
+        f"open('{proof}', 'w') and 3*5-7",
+        "9**9**9**9",  # never ends
+        "3.5*(7-7)+8",
+        "3*5-7\n",
+    ]
+    judge = build({"fn": "gym", "task": "countdown", "extract": "after", "marker": "@"})
+    assert [judge(f"@{answer}", prompt(**COUNT)).correct for answer in hostile[:4]] == [0] * 4
+    assert gym.scorer("countdown")(hostile[4], COUNT) == 0
+    assert not proof.exists()
+
+
+def test_one_task_is_loaded_without_the_rest_of_the_gym():
+    gym.classes.cache_clear()
+    loaded = {name.partition(".")[0] for name in sys.modules}
+    assert gym.dataset("chain_sum", size=1, seed=1, settings={})[0]["answer"] == "-4"
+    assert "reasoning_gym" not in sys.modules
+    assert "matplotlib" in loaded or "matplotlib" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("returned", "reward", "correct"),
+    [
+        ("1", 1, 1),
+        ("0.4", 0.4, 0),
+        ("-2.5", -2.5, 0),
+        ("True", 1, 1),
+        ("False", 0, 0),
+        ("np.float32(0.5)", 0.5, 0),
+        ("np.bool_(True)", 1, 1),
+        ("Verdict(0.2, 1.0)", 0.2, 1),
+    ],
+)
+def test_custom_judges_may_return(user_file, returned, reward, correct):
+    path = user_file(f"""
+        import numpy as np
+        from entroray.types import Verdict
+        def judge(response, prompt):
+            return {returned}
+    """)
+    verdict = build({"fn": "custom", "path": path})("x", prompt())
+    assert (verdict.reward, verdict.correct, verdict.status) == (reward, correct, Status.OK)
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        ("None", "None (NoneType)"),
+        ("float('nan')", "nan (float)"),
+        ("float('inf')", "inf (float)"),
+        ("'1.0'", "'1.0' (str)"),
+        ("[1.0]", "[1.0] (list)"),
+        ("1j", "1j (complex)"),
+        ("Verdict(float('nan'), 0.0)", "Verdict(reward=nan"),
+        ("Verdict('high', 0.0)", "could not convert string to float"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("exit(3)", "SystemExit: 3"),
+    ],
+)
+def test_a_failing_custom_judge_is_never_a_zero(user_file, returned, says):
+    path = user_file(f"""
+        from entroray.types import Verdict
+        def judge(response, prompt):
+            return {returned}
+    """)
+    verdict = build({"fn": "custom", "path": path})("x", prompt())
+    assert verdict.status is Status.DATA_FAILED
+    assert math.isnan(verdict.reward) and math.isnan(verdict.correct)
+    assert says in verdict.detail and "mine.py" in verdict.detail
+
+
+def test_a_failed_verdict_of_the_users_own_keeps_its_status(user_file):
+    path = user_file("""
+        from entroray.types import Status, Verdict
+        def judge(response, prompt):
+            return Verdict(float("nan"), 0.0, status=Status.DATA_FAILED, detail="no tests for it")
+    """)
+    verdict = build({"fn": "custom", "path": path})("x", prompt())
+    assert (verdict.status, verdict.detail) == (Status.DATA_FAILED, "no tests for it")
+
+
+def test_a_broken_row_is_a_failure_of_the_data():
+    verdict = build({"fn": "gym", "task": "chain_sum"})("17", prompt("17"))
+    assert verdict.status is Status.DATA_FAILED and "KeyError: 'answer'" in verdict.detail
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"fn": "maths"}, "nearest is 'math'"),
+        ({}, "reward.fn=None"),
+        ({"fn": "math", "extrakt": "boxed"}, "nearest is 'extract'"),
+        ({"fn": "math", "extract": "box"}, "nearest is 'boxed'"),
+        ({"fn": "math", "extract": "after", "marker": ""}, "needs reward.marker"),
+        ({"fn": "gym"}, "needs reward.task"),
+        ({"fn": "gym", "task": "chain_sum", "partial": "false"}, "is a str, not a bool"),
+        ({"fn": "custom", "path": "mine.py"}, "my_file.py:my_function"),
+        ({"fn": "custom", "path": "nowhere.py:judge"}, "there is no file"),
+    ],
+)
+def test_a_wrong_spec_is_refused_by_name(spec, says):
+    with pytest.raises(ConfigError, match=says.replace(".", r"\.")):
+        build(spec)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("x = 1", "defines no function"),
+        ("async def judge(r, p): return 1", "is async"),
+        ("def judge(r): return 1", "must take"),
+        ("def judge(r, p) return", "SyntaxError"),
+        ("import sys; sys.exit(1)", "cannot be loaded"),
+    ],
+)
+def test_a_wrong_file_is_refused_before_it_is_used(user_file, body, says):
+    with pytest.raises(ConfigError, match=says):
+        build({"fn": "custom", "path": user_file(body)})
+
+
+def test_settings_of_a_task_are_checked():
+    with pytest.raises(ConfigError, match="nearest is 'max_terms'"):
+        gym.dataset("chain_sum", size=1, seed=1, settings={"max_term": 3})
+    with pytest.raises(ConfigError, match="max_terms must be"):
+        gym.dataset("chain_sum", size=1, seed=1, settings={"min_terms": 5, "max_terms": 3})
+
+
+def test_scores_of_numpy_are_plain_floats(user_file):
+    path = user_file("import numpy as np\ndef judge(r, p):\n    return np.float64(1)\n")
+    verdict = build({"fn": "custom", "path": path})("x", prompt())
+    assert type(verdict.reward) is float and not isinstance(verdict.reward, np.floating)
+    assert isinstance(verdict, Verdict)
