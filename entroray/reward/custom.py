@@ -46,6 +46,6 @@ def _module(source: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # user code: whatever it raises, the file is what is wrong
+    except (Exception, SystemExit) as error:  # boundary: user code; the file is what is wrong
         raise ConfigError(f"reward.path: {source} cannot be loaded: {error!r}") from error
     return module

@@ -18,10 +18,16 @@ from entroray.reward.verdicts import CORRECT_FROM, Judge, graded, scored
 from entroray.types import Prompt, Verdict
 
 ARITHMETIC = re.compile(r"(?!.*(?:\*\*|//))[0-9+\-*/() ]+")
-SAFE_ANSWERS: Mapping[str, re.Pattern[str]] = {"countdown": ARITHMETIC, "puzzle24": ARITHMETIC}
-"""Tasks whose scorer hands the answer to sympy's `parse_expr`, which is `eval`: only this may reach it.
+FORMULA = re.compile(r"(?:[0-9+\-*/() .]|\b(?:[A-Za-z]|sin|cos|tan|asin|acos|atan|exp|log|sqrt)\b)+")
+NO_CALL = re.compile(r"[^(]*")
+SAFE_ANSWERS: Mapping[str, re.Pattern[str]] = {
+    **dict.fromkeys(("countdown", "puzzle24"), ARITHMETIC),
+    **dict.fromkeys(("polynomial_multiplication", "simple_integration", "intermediate_integration"), FORMULA),
+    **dict.fromkeys(("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"), NO_CALL),
+}
+"""Tasks whose scorer evaluates the answer as Python (sympy's `parse_expr` does): only this may reach it.
 
-Without it `__import__('os').system(...)` runs, `0x77+(x-x)*(8+65+75)` is full marks, `9**9**9` never ends.
+Without it `__import__('os').system(...)` runs, and `0x77+(x-x)*(8+65+75)` is full marks in countdown.
 """
 
 

@@ -20,7 +20,8 @@ def judge(*, extract: str = "boxed", marker: str = "####") -> Judge:
         logging.getLogger(name).setLevel(logging.ERROR)
     from math_verify import parse, verify
 
-    parse("$1$", parsing_timeout=None)  # loads the grammar, 0.5 s: here, not in every judge process
+    one = parse("$1$", parsing_timeout=None)
+    verify(one, one, timeout_seconds=None)  # loads the grammar, 0.5 s: here, not in every judge process
 
     def by_value(response: str, prompt: Prompt) -> Verdict:
         gold = parse(f"${prompt.reference}$", parsing_timeout=None)

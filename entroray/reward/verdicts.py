@@ -62,7 +62,7 @@ def guarded(function: Callable[[str, Prompt], Any], source: str) -> Judge:
     def judge(response: str, prompt: Prompt) -> Verdict:
         try:
             return as_verdict(function(response, prompt), source)
-        except (Exception, SystemExit) as error:  # user code: whatever it raises belongs to this sample alone
+        except (Exception, SystemExit) as error:  # boundary: user code; it fails this sample alone
             return failed(f"{source} raised {_last_line(error)}")
 
     return judge

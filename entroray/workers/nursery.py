@@ -93,7 +93,7 @@ def _work(judge: Callable[..., Any], channel: socket.socket, memory_mb: int | No
         while header := channel.recv(HEADER.size, socket.MSG_WAITALL):
             prompt, text = pickle.loads(channel.recv(HEADER.unpack(header)[0], socket.MSG_WAITALL))
             send(channel, json.dumps(asdict(judge(text, prompt))).encode())
-    except BaseException:  # a forked process must never return into the nursery's own loop
+    except BaseException:  # boundary: a fork must never return into the nursery's own loop
         traceback.print_exc()
         os._exit(1)
     os._exit(0)

@@ -38,13 +38,17 @@ def c_loop():
 def deaf():
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
+    note(os.getpid())
     return len(str(7 ** (7 ** 9)))
 
 def crowd():
-    with open(os.path.join(HERE, "writing"), "w") as file:
-        file.write(str(subprocess.Popen(["sleep", "600"]).pid))
-    os.replace(file.name, os.path.join(HERE, "pid"))
+    note(subprocess.Popen(["sleep", "600"]).pid)
     time.sleep(600)
+
+def note(pid):
+    with open(os.path.join(HERE, "writing"), "w") as file:
+        file.write(str(pid))
+    os.replace(file.name, os.path.join(HERE, "pid"))
 
 def dies_once():
     mark = os.path.join(HERE, "died")
@@ -154,11 +158,12 @@ def test_the_deadline_runs_from_an_items_own_start_and_others_keep_their_slot(ve
     assert time.monotonic() - began < DEADLINE + 1
 
 
-def test_the_whole_process_group_ends_at_the_deadline(verdicts, judge_file):
-    (graded,) = verdicts("crowd")
+@pytest.mark.parametrize("slow", ["crowd", "deaf"])
+def test_nothing_of_a_late_item_lives_on(verdicts, judge_file, slow):
+    """A child that `crowd` started, or `deaf` itself, which ignores every signal that can be ignored."""
+    (graded,) = verdicts(slow)
     assert graded.status is Status.TIMEOUT
-    child = int((Path(judge_file).parent / "pid").read_text())
-    assert until(lambda: not alive(child))
+    assert until(lambda: not alive(int((Path(judge_file).parent / "pid").read_text())))
 
 
 def test_what_a_judge_does_wrong_is_a_failure_of_the_data(verdicts):

@@ -131,6 +131,14 @@ def test_no_answer_is_evaluated_as_python(tmp_path):
     assert not proof.exists()
 
 
+@pytest.mark.parametrize("task", sorted(gym.SAFE_ANSWERS))
+@pytest.mark.parametrize(
+    "answer", ["open('x')", "[open('x')]", "().__class__", "x.n(exec('y'))", "getattr(x,'y')"]
+)
+def test_no_call_of_python_is_a_safe_answer(task, answer):
+    assert not gym.SAFE_ANSWERS[task].fullmatch(answer)
+
+
 def test_one_task_is_loaded_without_the_rest_of_the_gym():
     gym.classes.cache_clear()
     loaded = {name.partition(".")[0] for name in sys.modules}

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Sets up, then every check there is, cheapest first; the first that fails ends it with its exit code.
+# Arguments go to both pytest calls, as in: launch/test.sh -k sync -x
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+exec </dev/null
+chosen=$#
+
+check() { # NAME COMMAND...
+    local name=$1 from=$SECONDS rc=0
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" || rc=$?
+    ((rc != 5 || chosen == 0)) || rc=0 # pytest: the arguments choose no test of this folder
+    ((rc == 0)) || exit "$rc"
+    took+="$name $((SECONDS - from)) s, "
+}
+
+took=""
+check "ruff check" ruff check .
+check "ruff format" ruff format --check .
+check "mypy" mypy
+check "unit tests" pytest tests/unit "$@"
+printf '\n== took: %snow the real stack\n' "$took"
+check "real stack" pytest tests/ray "$@"

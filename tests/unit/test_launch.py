@@ -1,0 +1,267 @@
+"""The scripts of launch/ with a machine made of stubs: nothing is downloaded, installed or compiled here."""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+TOOLS = "apt-cache awk bash cut date df dirname find flock grep mkdir mv rm sed sha256sum sleep tail"
+
+# A Python that tells its version and makes environments, whose pip and uv only write down what they are told.
+PYTHON = r"""#!/usr/bin/env bash
+case "$*" in
+"-c "*"sys._base_executable"*) printf '%s\n' "$0" {version} {fits} {venv} {headers} ;;
+"-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp {uv} "$3/bin/uv" && touch "$3/pyvenv.cfg" ;;
+"-m pip config list") echo "global.find-links='/wheels /more'" ;;
+*) echo "python $*" >>{log} ;;
+esac
+"""
+UV = r"""#!/usr/bin/env bash
+echo "uv links=$UV_FIND_LINKS $*" >>{log}
+[[ $* != *--dry-run* ]] || exit {dry}
+exit {code}
+"""
+
+
+class Machine:
+    """A checkout with launch/ and pyproject.toml, and a PATH that holds stubs and a few plain tools only."""
+
+    def __init__(self, home: Path) -> None:
+        self.checkout, self.bin, self.log = home / "checkout with spaces", home / "bin", home / "log"
+        shutil.copytree(ROOT / "launch", self.checkout / "launch")
+        shutil.copy(ROOT / "pyproject.toml", self.checkout)
+        self.bin.mkdir()
+        for tool in (*TOOLS.split(), "cp", "touch", "cat", "env"):
+            if found := shutil.which(tool):
+                (self.bin / tool).symlink_to(found)
+        self.stub("g++", "#!/bin/sh\n")
+        self.python()
+        self.uv()
+
+    def stub(self, name: str, text: str) -> None:
+        path = self.bin / name
+        path.unlink(missing_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def python(self, name="python3.11", version="3.11.7", fits=True, venv=True, headers=True) -> None:
+        facts = {"version": version, "fits": fits, "venv": venv, "headers": headers}
+        self.stub(name, PYTHON.format(log=self.log, uv=self.bin / "fake-uv", **facts))
+
+    def uv(self, code: int = 0, dry: int = 0) -> None:
+        self.stub("fake-uv", UV.format(log=self.log, code=code, dry=dry))
+
+    def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        command = [self.checkout / "launch" / script, *arguments]
+        home = {"PATH": str(self.bin), "HOME": str(self.bin.parent)}
+        return subprocess.run(command, env=home | variables, capture_output=True, text=True, timeout=60)
+
+    def setup(self, **variables: str) -> subprocess.CompletedProcess:
+        return self.run("setup.sh", **variables)
+
+    def tools(self, **codes: int) -> None:
+        """Set up, with programs in .venv that write down their call and exit with the given codes."""
+        assert self.setup().returncode == 0
+        for name, code in codes.items():
+            text = f'#!/bin/sh\necho {name} "$@" "$TORCH_EXTENSIONS_DIR" >>{self.log}\nexit {code}\n'
+            self.stub(self.checkout / ".venv" / "bin" / name, text)
+        self.told()
+
+    def told(self) -> str:
+        """What pip and uv were asked for since the last call."""
+        text = self.log.read_text() if self.log.exists() else ""
+        self.log.unlink(missing_ok=True)
+        return text
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_sound(script):
+    text = script.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n") and os.access(script, os.X_OK)
+    assert "set -euo pipefail" in text or script.name == "run"
+    subprocess.run(["bash", "-n", script], check=True, timeout=30)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    done = subprocess.run(
+        ["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_ci_is_one_call_of_the_tests():
+    lines = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and line[0] != "#"]
+    assert len(lines) == 1 and re.search(r"/launch/test\.sh", lines[0])
+
+
+def test_the_first_call_installs_and_the_second_does_nothing(machine):
+    first = machine.setup()
+    assert first.returncode == 0, first.stderr
+    told = machine.told()
+    assert re.search(r"python -m pip install .*uv==\d+\.\d+\.\d+\n", told)
+    assert "-e .[cpu,dev]" in told and "links=/wheels,/more" in told and "ShareMemCommBuilder" in told
+
+    start = time.perf_counter()
+    second = machine.setup()
+    assert (second.returncode, second.stdout, second.stderr, machine.told()) == (0, "", "", "")
+    assert time.perf_counter() - start < 1
+
+
+def test_changed_pins_are_installed_into_the_environment_that_is_there(machine):
+    machine.setup()
+    machine.told()
+    with (machine.checkout / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    assert "bringing .venv up to date" in machine.setup().stdout
+    assert "-e .[cpu,dev]" in machine.told()
+
+
+def test_an_interrupted_set_up_is_begun_again(machine):
+    machine.uv(code=9)
+    broken = machine.setup()
+    assert broken.returncode == 3 and "run this again" in broken.stderr
+    leftover = machine.checkout / ".venv" / "half-made"
+    leftover.touch()
+    machine.uv()
+    again = machine.setup()
+    assert again.returncode == 0 and "interrupted" in again.stdout and not leftover.exists()
+
+
+def test_a_copied_checkout_makes_its_own_environment(machine):
+    machine.setup()
+    copy = machine.checkout.with_name("copy")
+    shutil.copytree(machine.checkout, copy)
+    machine.checkout = copy
+    machine.told()
+    assert "-e .[cpu,dev]" in (machine.setup().returncode == 0 and machine.told())
+
+
+def test_an_environment_of_someone_else_is_left_alone(machine):
+    (machine.checkout / ".venv").mkdir()
+    theirs = machine.checkout / ".venv" / "pyvenv.cfg"
+    theirs.touch()
+    done = machine.setup()
+    assert done.returncode == 3 and "move it away" in done.stderr and theirs.exists()
+
+
+def test_everything_missing_is_named_at_once(machine):
+    machine.python(venv=False, headers=False)
+    (machine.bin / "g++").unlink()
+    done = machine.setup()
+    assert done.returncode == 3 and machine.told() == "" and not (machine.checkout / ".venv").exists()
+    for package in ("python3.11-venv", "python3.11-dev", "g++"):
+        assert re.search(rf"apt-get install -y {re.escape(package)}$", done.stderr, re.MULTILINE)
+
+
+def test_a_python_that_does_not_run_is_passed_over(machine):
+    machine.stub("python3.11", "#!/bin/sh\nexit 127\n")
+    machine.python("python3.12", version="3.12.4")
+    assert "Python 3.12.4" in machine.setup().stdout
+
+
+def test_no_python_that_fits_is_refused(machine):
+    machine.stub("python3.11", "#!/bin/sh\nexit 127\n")
+    machine.python("python3", version="3.10.2", fits=False)
+    done = machine.setup()
+    assert done.returncode == 3 and "CPython 3.11, 3.12 or 3.13 (python3 is 3.10.2)" in done.stderr
+
+
+def test_the_chosen_python_is_the_only_one_tried(machine):
+    machine.python("other", version="3.13.1")
+    assert "Python 3.13.1" in machine.setup(ENTRORAY_PYTHON="other").stdout
+    assert machine.setup(ENTRORAY_PYTHON="absent").returncode == 3
+
+
+def test_a_full_disk_is_refused(machine):
+    machine.stub("df", "#!/bin/sh\necho head\necho / 9 9 2000000 9 /\n")
+    done = machine.setup()
+    assert done.returncode == 3 and "2 GB free" in done.stderr and machine.told() == ""
+
+
+def test_an_index_out_of_reach_is_one_clear_sentence(machine):
+    stub = (machine.bin / "python3.11").read_text()
+    machine.stub("python3.11", stub.replace("*) echo", '"-m pip install"*) exit 1 ;;\n*) echo'))
+    done = machine.setup()
+    assert done.returncode == 3 and "package index cannot be reached" in done.stderr
+
+
+def test_a_gpu_chooses_the_cuda_build_and_a_word_overrules_it(machine):
+    machine.stub("nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: x)'\n")
+    assert "cuda build" in machine.setup().stdout
+    told = machine.told()
+    assert "--no-config" in told and "-e .[cuda,dev]" in told
+    assert "links= " in told, "a folder of wheels may hold a CPU torch, which the CUDA build must not take"
+    assert "ShareMemCommBuilder" not in told
+    assert "cpu build" in machine.setup(ENTRORAY_BUILD="cpu").stdout
+    assert machine.setup(ENTRORAY_BUILD="tpu").returncode == 3
+
+
+def test_without_a_cpu_torch_the_size_of_the_other_is_told_first(machine):
+    machine.uv(dry=1)
+    done = machine.setup()
+    assert done.returncode == 0 and "2.6 GB" in done.stdout
+    assert "--override" in machine.told()
+
+
+def test_quickstart_trains_with_its_arguments_and_the_compiled_op(machine):
+    machine.tools(entroray=7)
+    assert machine.run("quickstart.sh", "run.steps=2").returncode == 7
+    ops = machine.checkout / ".venv" / "torch_extensions"
+    assert machine.told() == f"entroray train experiment=quickstart run.steps=2 {ops}\n"
+
+
+def test_the_tests_run_cheapest_first(machine):
+    machine.tools(ruff=0, mypy=0, pytest=0)
+    done = machine.run("test.sh", "-x")
+    assert done.returncode == 0 and re.search(r"took: ruff check \d+ s, .*unit tests \d+ s", done.stdout)
+    calls = [line.split(" /")[0] for line in machine.told().splitlines()]
+    assert calls == [
+        "ruff check .",
+        "ruff format --check .",
+        "mypy",
+        "pytest tests/unit -x",
+        "pytest tests/ray -x",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("codes", "arguments", "code", "calls"),
+    [
+        ({"ruff": 0, "mypy": 2, "pytest": 0}, [], 2, 3),
+        ({"ruff": 0, "mypy": 0, "pytest": 1}, [], 1, 4),
+        ({"ruff": 0, "mypy": 0, "pytest": 5}, [], 5, 4),  # an empty folder of tests is a mistake
+        (
+            {"ruff": 0, "mypy": 0, "pytest": 5},
+            ["-k", "sync"],
+            0,
+            5,
+        ),  # arguments that choose nothing in one are not
+    ],
+)
+def test_a_failing_stage_ends_the_tests_with_its_code(machine, codes, arguments, code, calls):
+    machine.tools(**codes)
+    assert machine.run("test.sh", *arguments).returncode == code
+    assert len(machine.told().splitlines()) == calls
+
+
+def test_a_lock_left_by_a_killed_process_is_removed(machine):
+    machine.tools()
+    locks = [machine.checkout / ".venv" / "torch_extensions" / op / "lock" for op in ("old", "new")]
+    for lock in locks:
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    os.utime(locks[0], (0, 0))
+    machine.setup()
+    assert [lock.exists() for lock in locks] == [False, True]
