@@ -1,0 +1,104 @@
+"""A whole run in one process: a policy that is a table of logits, a task that is one token.
+
+Drives the true driver, stream and objectives; only the machines are tables.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+
+from entroray.entropy import token_entropy
+from entroray.loop.driver import Driver, Pace, Roles
+from entroray.objective import Objective
+from entroray.types import Batch, Group, Prompt, Rollout, Status, Tokens, Verdict
+
+VOCABULARY, TARGET, LENGTH = 8, 3, 2
+
+
+class ToyWorld:
+    """Generator, verifier, learner, sync and journal at once."""
+
+    def __init__(self, objective: Objective, *, lr: float = 2.0, seed: int = 0, slow: str = "", bad: str = ""):
+        self.objective, self.lr, self.slow, self.bad = objective, lr, slow, bad
+        self.rng = torch.Generator().manual_seed(seed)
+        self.logits = torch.zeros(VOCABULARY, requires_grad=True)
+        self.served, self.version = self.logits.detach().clone(), 0
+        self.steps: list[dict[str, float]] = []
+        self.events: list[str] = []
+        self.trained: list[str] = []
+        self.gate: asyncio.Event | None = None
+
+    def prompts(self) -> Iterator[Prompt]:
+        return (Prompt(f"q{i}", f"q{i}", (0,), str(TARGET)) for i in count())
+
+    async def sample(self, prompt: Prompt, seeds: Sequence[int]) -> list[Rollout]:
+        if prompt.id == self.slow and self.gate:
+            version, logp = self.version, self.served.log_softmax(-1)
+            await self.gate.wait()
+        else:
+            await asyncio.sleep(0)
+            version, logp = self.version, self.served.log_softmax(-1)
+        return [self._draw(prompt, version, logp) for _ in seeds]
+
+    def _draw(self, prompt: Prompt, version: int, logp: torch.Tensor) -> Rollout:
+        ids = torch.multinomial(logp.exp(), LENGTH, replacement=True, generator=self.rng)
+        failed = prompt.id == self.bad
+        return Rollout(
+            prompt.id,
+            ids.numpy().astype(np.int32),
+            logp[ids].numpy(),
+            np.full(LENGTH, version, dtype=np.int32),
+            " ".join(map(str, ids.tolist())),
+            1.0,
+            LENGTH,
+            Status.INFRA_FAILED if failed else Status.OK,
+        )
+
+    async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        right = [float(r.token_ids[0] == int(prompt.reference)) for r in rollouts]
+        return [Verdict(x, x) for x in right]
+
+    def _see(self, batch: Batch) -> dict[str, torch.Tensor]:
+        logp = self.logits.log_softmax(-1)
+        entropy, varentropy = token_entropy(self.logits.expand(len(batch.response_ids), -1), 1.0)
+        picked = logp[torch.from_numpy(batch.response_ids).long()]
+        return {"logprobs": picked, "entropy": entropy, "varentropy": varentropy}
+
+    async def score(self, batch: Batch, group: Any) -> Mapping[str, np.ndarray]:
+        with torch.no_grad():
+            return {k: v.numpy() for k, v in self._see(batch).items()}
+
+    async def update(self, batch: Batch, tokens: Tokens) -> dict[str, float]:
+        live = replace(tokens, **self._see(batch))
+        loss = self.objective.loss(live) / self.objective.denominator(tokens.counts)
+        (grad,) = torch.autograd.grad(loss, self.logits)
+        with torch.no_grad():
+            self.logits -= self.lr * grad
+        return {"update/loss": loss.item()}
+
+    async def __call__(self, version: int) -> dict[str, float]:
+        self.served, self.version = self.logits.detach().clone(), version
+        return {}
+
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], tokens: Tokens) -> None:
+        self.steps.append({"step": step, **metrics})
+        self.trained += [g.prompt.id for g in groups]
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.events.append(kind)
+
+
+PACE = Pace(
+    group_size=8, groups_per_step=4, max_lag=0, wait=True, resamples=2, refill_limit=10, stall=20.0
+)
+
+
+def driver(world: ToyWorld, **changes: Any) -> Driver:
+    """The true driver over `world`."""
+    roles = Roles(world, world, world, world, world)  # type: ignore[arg-type]
+    return Driver(world.prompts(), roles, world.objective, replace(PACE, **changes), seed=0)

@@ -1,0 +1,74 @@
+"""Every YAML composes; what is misspelt, mistyped or contradictory is refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from entroray.cli import settings
+from entroray.errors import ConfigError
+from entroray.objective import build
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def names(group: str) -> list[str]:
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_every_experiment_composes(name: str) -> None:
+    config, _ = settings.load([f"experiment={name}"])
+    assert config.run.name == name
+    build(config.objective)
+
+
+@pytest.mark.parametrize("name", names("objective"))
+def test_every_objective_composes_and_builds(name: str) -> None:
+    config, _ = settings.load([f"objective={name}"])
+    assert build(config.objective).describe()
+
+
+@pytest.mark.parametrize("group", ["data", "cluster"])
+def test_every_other_choice_composes(group: str) -> None:
+    for name in names(group):
+        settings.load([f"{group}={name}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.stepz=3", "Did you mean `run.steps`"),
+        ("learner.zero_stge=1", "Did you mean `learner.zero_stage`"),
+        ("run.steps=many", "run.steps"),
+        ("objective=grpoo", "grpo"),
+        ("sampler.top_p=0.9", "importance ratio"),
+        ("sampler.temperature=0", "greedy"),
+        ("driver.stale=never", "wait or drop"),
+        ("learner.updates_per_rollout=64", "groups_per_step"),
+        ("learner.zero_stage=4", "0, 1, 2 or 3"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        settings.load([override])
+
+
+def test_a_setting_of_the_objective_can_be_changed_on_the_command_line() -> None:
+    config, _ = settings.load(["objective=dapo", "objective.surrogate.high=0.4"])
+    assert "1.4" in build(config.objective).describe()
+
+
+def test_sweeps_expand_to_every_combination() -> None:
+    assert settings.expand(["seed=1,2", "objective=grpo,dapo", "run.steps=3"]) == [
+        ["seed=1", "objective=grpo", "run.steps=3"],
+        ["seed=1", "objective=dapo", "run.steps=3"],
+        ["seed=2", "objective=grpo", "run.steps=3"],
+        ["seed=2", "objective=dapo", "run.steps=3"],
+    ]
+
+
+def test_a_folder_of_ones_own_adds_choices(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nrun: {name: mine, steps: 7}\n")
+    config, _ = settings.load(["experiment=mine"], str(tmp_path))
+    assert config.run.steps == 7

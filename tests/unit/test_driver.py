@@ -1,0 +1,132 @@
+"""The true driver and stream over the toy world: learning, bounded lag, failures as values."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import yaml
+
+from entroray.errors import DataError, InfrastructureError
+from entroray.loop.driver import seeds
+from entroray.objective import build
+from tests.toy import ToyWorld, driver
+
+ROWS = Path(__file__).parents[2] / "conf" / "objective"
+
+
+def row(name: str, **changes: object) -> object:
+    return build({**yaml.safe_load((ROWS / f"{name}.yaml").read_text()), **changes})
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce", "dapo", "cispo"])
+def test_every_reinforcing_row_learns_the_toy(name: str) -> None:
+    changes = {"denominator": {"fn": "constant", "length": 2}} if name == "dr_grpo" else {}
+    world = ToyWorld(row(name, **changes), lr=0.5)
+    asyncio.run(driver(world, groups_per_step=8).train(25))
+    first, last = world.steps[0], world.steps[-1]
+    assert last["reward/mean"] > first["reward/mean"] + 0.15
+    assert last["entropy/mean"] < first["entropy/mean"]
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 2])
+def test_lag_is_bounded_and_nothing_is_refused_when_nothing_straggles(max_lag: int) -> None:
+    world = ToyWorld(row("grpo"))
+    d = driver(world, max_lag=max_lag)
+    asyncio.run(d.train(8))
+    assert max(s["lag/max"] for s in world.steps) <= max_lag
+    assert world.steps[-1]["groups/refused"] == 0
+    assert (world.steps[-1]["lag/max"] > 0) == (max_lag > 0)
+
+
+def test_every_prompt_is_trained_once_in_order_of_issue() -> None:
+    world = ToyWorld(row("grpo"))
+    asyncio.run(driver(world, max_lag=1).train(6))
+    assert world.trained == [f"q{i}" for i in range(24)]
+
+
+def test_wait_trains_a_straggler_before_it_grows_too_old() -> None:
+    world = ToyWorld(row("grpo"), slow="q1")
+    d = driver(world, max_lag=1)
+
+    async def run() -> None:
+        world.gate = asyncio.Event()
+
+        async def after(step: int) -> None:
+            if step == 1:  # the next step would leave q1 two versions behind: it must wait
+                asyncio.get_running_loop().call_later(0.2, world.gate.set)
+
+        await d.train(4, after)
+
+    asyncio.run(run())
+    assert "q1" in world.trained[:8] and "q1" not in world.trained[:4]
+    assert max(s["lag/max"] for s in world.steps) <= 1
+    assert world.steps[-1]["groups/refused"] == 0
+
+
+def test_drop_refuses_a_straggler_and_issues_its_prompt_again() -> None:
+    world = ToyWorld(row("grpo"), slow="q1")
+    d = driver(world, max_lag=1, wait=False)
+
+    async def run() -> None:
+        world.gate = asyncio.Event()
+
+        async def after(step: int) -> None:
+            if step == 3:
+                world.gate.set()
+                await asyncio.sleep(0.01)
+
+        await d.train(6, after)
+
+    asyncio.run(run())
+    assert world.steps[-1]["groups/refused"] == 1
+    assert max(s["lag/max"] for s in world.steps) <= 1
+    assert world.trained.count("q1") == 1
+
+
+def test_a_prompt_whose_samples_fail_is_resampled_twice_then_dropped() -> None:
+    world = ToyWorld(row("grpo"), bad="q2")
+    asyncio.run(driver(world).train(2))
+    assert world.events.count("resample") == 3
+    assert "q2" not in world.trained
+    assert world.steps[-1]["groups/dropped"] == 1
+
+
+def test_no_signal_at_all_ends_the_run_instead_of_sampling_for_ever() -> None:
+    world = ToyWorld(row("grpo", keep={"fn": "informative"}))
+    world.judge = all_wrong  # type: ignore[method-assign]
+    with pytest.raises(DataError, match="no signal"):
+        asyncio.run(driver(world, refill_limit=2).train(1))
+
+
+async def all_wrong(prompt: object, rollouts: list) -> list:
+    from entroray.types import Verdict
+
+    return [Verdict(0.0, 0.0) for _ in rollouts]
+
+
+def test_a_stall_ends_the_run_and_names_phase_and_prompt() -> None:
+    world = ToyWorld(row("grpo"), slow="q0")
+
+    async def run() -> None:
+        world.gate = asyncio.Event()
+        await driver(world, stall=0.2).train(1)
+
+    with pytest.raises(InfrastructureError, match=r"standing in `sample`.*q0"):
+        asyncio.run(run())
+
+
+def test_an_error_in_sampling_reaches_the_caller() -> None:
+    world = ToyWorld(row("grpo"))
+
+    async def broken(prompt: object, seeds: object) -> list:
+        raise InfrastructureError("engine gone")
+
+    world.sample = broken  # type: ignore[method-assign]
+    with pytest.raises(InfrastructureError, match="engine gone"):
+        asyncio.run(driver(world).train(1))
+
+
+def test_seeds_are_stable_and_differ_between_draws() -> None:
+    assert seeds(1, 2, 0, 3) == seeds(1, 2, 0, 3)
+    assert len({*seeds(1, 2, 0, 8), *seeds(1, 2, 1, 8), *seeds(1, 3, 0, 8), *seeds(2, 2, 0, 8)}) == 32
+    assert all(0 <= s < 2**31 for s in seeds(0, 0, 0, 100))

@@ -1,0 +1,117 @@
+"""The tiled head against a float64 brute force: values, gradients, -inf, peak memory, invariance to tiles."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from entroray.policy.head import token_stats
+
+
+def brute(hidden, weight, ids, temperature):
+    logp = ((hidden @ weight.T) / temperature[:, None]).log_softmax(-1)
+    p = logp.exp()
+    safe = logp.masked_fill(p == 0, 0.0)
+    entropy = -(p * safe).sum(-1)
+    varentropy = (p * (-safe - entropy[:, None]) ** 2).sum(-1)
+    return logp.gather(-1, ids[:, None])[:, 0], entropy, varentropy
+
+
+def case(dtype=torch.float64, n=37, d=16, v=101, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype)
+    weight = torch.randn(v, d, generator=g, dtype=torch.float64).to(dtype)
+    ids = torch.randint(0, v, (n,), generator=g)
+    temperature = torch.rand(n, generator=g, dtype=torch.float64).to(dtype) + 0.5
+    return hidden, weight, ids, temperature
+
+
+@pytest.mark.parametrize("tile_elements", [1, 101 * 5, 1 << 20])
+def test_values_equal_the_brute_force_whatever_the_tile(tile_elements):
+    inputs = case()
+    for ours, theirs in zip(token_stats(*inputs, tile_elements=tile_elements), brute(*inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_float32_agrees_with_float64_to_rounding():
+    inputs = case()
+    single = token_stats(*(x.float() if x.is_floating_point() else x for x in inputs))
+    for ours, theirs in zip(single, brute(*inputs), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_gradients_of_logprob_and_entropy_pass_finite_differences():
+    hidden, weight, ids, temperature = case(n=5, d=4, v=7)
+    hidden.requires_grad_(), weight.requires_grad_()
+
+    def f(h, w):
+        stats = token_stats(h, w, ids, temperature, tile_elements=14)
+        return stats.logprobs, stats.entropy
+
+    assert torch.autograd.gradcheck(f, (hidden, weight), atol=1e-7)
+
+
+def test_varentropy_carries_no_gradient():
+    hidden, weight, ids, temperature = case()
+    stats = token_stats(hidden.requires_grad_(), weight, ids, temperature)
+    assert not stats.varentropy.requires_grad and stats.entropy.requires_grad
+
+
+def test_impossible_outcomes_leave_value_and_gradient_finite():
+    hidden = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1e30, 0.0]], dtype=torch.float64, requires_grad=True)
+    stats = token_stats(hidden, weight, torch.tensor([0, 1]), torch.full((2,), 1e-290, dtype=torch.float64))
+    assert torch.isfinite(stats.entropy).all() and torch.isfinite(stats.varentropy).all()
+    assert stats.logprobs[1] == 0 and stats.entropy[1] == 0  # a one-hot row
+    warm = token_stats(hidden, weight, torch.tensor([0, 1]), torch.ones(2, dtype=torch.float64))
+    (warm.logprobs.sum() + warm.entropy.sum()).backward()
+    assert torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad[:2]).all()
+
+
+def test_minus_infinite_logits_are_outcomes_of_probability_zero():
+    weight = torch.tensor([[0.0], [1.0], [-float("inf")]], dtype=torch.float64)
+    hidden = torch.ones(1, 1, dtype=torch.float64)
+    ids, temperature = torch.tensor([1]), torch.ones(1, dtype=torch.float64)
+    stats = token_stats(hidden, weight, ids, temperature)
+    two = brute(hidden, weight[:2], ids, temperature)
+    for ours, theirs in zip(stats, two, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_uniform_and_certain_distributions_have_the_entropies_of_the_textbook():
+    weight = torch.zeros(16, 3, dtype=torch.float64)
+    args = (torch.randn(4, 3, dtype=torch.float64), weight, torch.arange(4), torch.ones(4, dtype=torch.float64))
+    stats = token_stats(*args)
+    torch.testing.assert_close(stats.entropy, torch.full((4,), 16.0).double().log())
+    torch.testing.assert_close(stats.varentropy, torch.zeros(4).double())
+
+
+def test_no_tokens_at_all():
+    weight = torch.randn(5, 3, requires_grad=True)
+    stats = token_stats(torch.empty(0, 3), weight, torch.empty(0, dtype=torch.long), torch.empty(0))
+    stats.logprobs.sum().backward()
+    assert stats.entropy.shape == (0,) and not weight.grad.any()
+
+
+MEMORY = """
+import resource, torch
+from entroray.policy.head import token_stats
+torch.set_num_threads(1)
+n, d, v = 4096, 64, 32000
+h = torch.randn(n, d, requires_grad=True); w = torch.randn(v, d, requires_grad=True)
+ids = torch.randint(0, v, (n,)); t = torch.ones(n)
+token_stats(h[:64], w, ids[:64], t[:64], tile_elements=1 << 21).entropy.sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+token_stats(h, w, ids, t, tile_elements=1 << 21).entropy.sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_peak_memory_stays_far_below_one_logits_matrix():
+    """[4096, 32000] in FP32 is 500 MiB; tiles of 2 Mi elements need a few times 8 MiB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120, check=True)
+    assert float(done.stdout) < 100, f"{float(done.stdout):.0f} MiB more at the peak"
+    assert resource.RUSAGE_SELF == 0

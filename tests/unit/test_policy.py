@@ -1,0 +1,102 @@
+"""Tokenizer, padding, micro-batch plans."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from entroray.config import Shape
+from entroray.errors import PreflightError
+from entroray.policy.build import build
+from entroray.policy.model import load, pad
+from entroray.policy.packing import cut_by_groups, plan
+from entroray.policy.tokenizer import byte_tokenizer, chat, fingerprint, load_tokenizer
+from entroray.types import Batch
+
+TINY = Shape(layers=2, width=64, heads=2, kv_heads=1, mlp=64, context=128)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    build(path, TINY, seed=0)
+    return path
+
+
+@given(st.text(max_size=60))
+def test_decode_of_encode_is_the_text(text):
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_a_question_is_rendered_for_an_answer(folder):
+    tokenizer = load_tokenizer(str(folder))
+    ids = chat(tokenizer, None)("1+2=")
+    assert tokenizer.decode(ids) == "<|user|>1+2=<|assistant|>"
+    assert tokenizer.decode(chat(tokenizer, "Add.")("1+2=")) == "<|system|>Add.<|user|>1+2=<|assistant|>"
+    assert len(ids) == 6 and fingerprint(tokenizer) == fingerprint(byte_tokenizer())
+
+
+def test_a_tokenizer_without_template_is_refused(folder, tmp_path):
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(PreflightError, match="no chat template"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_folder_without_model_is_refused(tmp_path):
+    with pytest.raises(PreflightError, match=r"config\.json"):
+        load(str(tmp_path), torch.float32)
+
+
+def batch(rows: int, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    prompts, responses = rng.integers(1, 9, rows), rng.integers(0, 20, rows)
+    ids = lambda n: rng.integers(0, 256, n).astype(np.int32)  # noqa: E731
+    lengths = [x.astype(np.int32) for x in (prompts, responses)]
+    temperatures = rng.uniform(0.5, 1.5, rows).astype(np.float32)
+    return Batch(ids(prompts.sum()), lengths[0], ids(responses.sum()), lengths[1], temperatures)
+
+
+def test_policy_statistics_equal_the_plain_model_row_by_row(folder):
+    policy, plain = load(str(folder), torch.float32), AutoModelForCausalLM.from_pretrained(folder)
+    b = batch(6)
+    with torch.no_grad():
+        stats = policy(pad(b, torch.device("cpu")))
+    at = 0
+    for i in range(6):
+        one = b.rows(np.array([i]))
+        ids = torch.from_numpy(np.concatenate([one.prompt_ids, one.response_ids])).long()
+        with torch.no_grad():
+            logits = plain(ids[None]).logits[0] / float(one.temperatures[0])
+        logp = logits.log_softmax(-1)[len(one.prompt_ids) - 1 : -1]
+        picked = logp.gather(-1, ids[len(one.prompt_ids) :, None])[:, 0]
+        n = len(one.response_ids)
+        torch.testing.assert_close(stats.logprobs[at : at + n], picked, atol=2e-5, rtol=1e-5)
+        entropy = -(logp.exp() * logp).sum(-1)
+        torch.testing.assert_close(stats.entropy[at : at + n], entropy, atol=2e-5, rtol=1e-5)
+        at += n
+    assert at == len(stats.logprobs)
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 200)
+)
+def test_a_plan_holds_every_row_once_with_equal_counts_within_the_budget(lengths, ranks, budget):
+    sizes = np.array(lengths)
+    cut = plan(sizes, ranks=ranks, token_budget=budget)
+    assert sorted(int(r) for rank in cut for micro in rank for r in micro) == list(range(len(lengths)))
+    assert len({len(rank) for rank in cut}) == 1
+    for micro in (m for rank in cut for m in rank if len(m) > 1):
+        assert sizes[micro].max() * len(micro) <= budget
+
+
+def test_updates_are_cut_by_whole_groups():
+    group = np.repeat([7, 3, 9, 1, 4], 2)
+    cut = cut_by_groups(group, 2)
+    assert [sorted(set(group[rows])) for rows in cut] == [[3, 7, 9], [1, 4]]
+    with pytest.raises(ValueError, match="updates_per_rollout"):
+        cut_by_groups(np.array([0, 0, 1, 1]), 3)
