@@ -12,7 +12,7 @@ class Run:
     dir: str | None = None  # null: runs/<experiment>/<time>
     name: str = "train"  # folder under runs/ when dir is null
     steps: int = 100
-    resume: str = "never"  # never | auto
+    resume: str = "never"  # never; auto is not built yet
     dry: bool = False  # print resources and memory by role, start nothing
 
 
@@ -174,7 +174,7 @@ class Observe:
 
 @dataclass
 class Checkpoint:
-    every: int = 0  # steps between checkpoints; 0: none
+    every: int = 0  # steps between checkpoints; 0: none; anything else is not built yet
 
 
 @dataclass

@@ -23,7 +23,9 @@ VOCABULARY, TARGET, LENGTH = 8, 3, 2
 class ToyWorld:
     """Generator, verifier, learner, sync and journal at once."""
 
-    def __init__(self, objective: Objective, *, lr: float = 2.0, seed: int = 0, slow: str = "", bad: str = ""):
+    def __init__(
+        self, objective: Objective, *, lr: float = 2.0, seed: int = 0, slow: str = "", bad: str = ""
+    ):
         self.objective, self.lr, self.slow, self.bad = objective, lr, slow, bad
         self.rng = torch.Generator().manual_seed(seed)
         self.logits = torch.zeros(VOCABULARY, requires_grad=True)
@@ -93,9 +95,7 @@ class ToyWorld:
         self.events.append(kind)
 
 
-PACE = Pace(
-    group_size=8, groups_per_step=4, max_lag=0, wait=True, resamples=2, refill_limit=10, stall=20.0
-)
+PACE = Pace(group_size=8, groups_per_step=4, max_lag=0, wait=True, resamples=2, refill_limit=10, stall=20.0)
 
 
 def driver(world: ToyWorld, **changes: Any) -> Driver:

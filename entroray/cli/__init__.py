@@ -25,7 +25,7 @@ def main() -> None:
 
 def run(argv: list[str]) -> int:
     """The exit code of `entroray <argv>`; a typed error is one sentence on stderr."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or {"-h", "--help", "help"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

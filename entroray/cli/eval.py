@@ -66,7 +66,8 @@ async def evaluate(config: Config) -> dict[str, Any]:
     limit = config.data.max_prompt + config.rollout.max_tokens
     options = machine.engine_options(config)
     engine = Generator(model, dtype=config.model.dtype, max_length=limit, seed=0, engine=options)
-    verifier = Verifier(read.judge, slots=config.verifier.slots, deadline=config.reward.deadline)
+    v = config.verifier
+    verifier = Verifier(read.judge, slots=v.slots, deadline=config.reward.deadline, memory_mb=v.memory_mb)
     try:
         await asyncio.gather(engine.start(), verifier.warm_up())
         r, s = config.rollout, config.sampler

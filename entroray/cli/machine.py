@@ -52,7 +52,7 @@ class Machine:
         return Generators(self.generators, sampling, self.config.rollout.deadline)
 
     def verifier_role(self) -> Verifiers:
-        return Verifiers(self.verifiers, self.config.reward.deadline)
+        return Verifiers(self.verifiers, self.config.driver.call_deadline)
 
     def learner_role(self, objective: Objective) -> DeepSpeedLearner:
         n = self.config.learner

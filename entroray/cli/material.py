@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from entroray.config import Config, Data
@@ -51,7 +52,8 @@ def load(config: Config, model: str) -> Material:
 def judge(config: Config) -> Mapping[str, Any]:
     """The reward spec: a user's own function when `reward.path` is set, else the task's judge."""
     if config.reward.path:
-        return {"fn": "custom", "path": config.reward.path}
+        file, _, function = config.reward.path.rpartition(":")
+        return {"fn": "custom", "path": f"{Path(file).resolve()}:{function}"}
     if not config.reward.judge:
         raise ConfigError(
             "no judge: set reward.judge (as conf/data does), or reward.path=my_file.py:my_function"

@@ -69,7 +69,8 @@ def _multirun(arguments: list[str]) -> int:
     for number, combination in enumerate(settings.expand(overrides)):
         print(f"--- run {number}: {' '.join(combination)}", flush=True)
         command = [sys.executable, "-m", "entroray", "train", *combination, *extra]
-        worst = worst or subprocess.run(command, check=False, timeout=None).returncode
+        done = subprocess.run(command, check=False)  # deadline: its own driver.stall and call_deadline
+        worst = worst or done.returncode
     return worst
 
 
@@ -150,12 +151,12 @@ def _header(
     return [
         *objective.describe().splitlines(),
         "",
-        f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature {s.temperature:g}, "
-        f"top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
+        f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
+        f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
         f"schedule   {config.run.steps} steps, {config.learner.updates_per_rollout} updates a step, "
         f"lag at most {config.driver.max_lag} ({config.driver.stale})",
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
-        f"data       {len(split.training)} training and {len(split.heldout)} held-out prompts ({read_in.dropped})",
+        f"data       {len(split.training)} training, {len(split.heldout)} held-out prompts ({read_in.dropped})",
         f"machine    {facts['resources']}; ready in {facts['start_seconds']:.0f} s, "
         f"probe error {facts['sync/probe_error']:.1e} nats",
         f"run        {folder}",

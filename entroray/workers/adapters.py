@@ -38,10 +38,10 @@ class Verifiers:
 
     pool: Pool
     deadline: float
+    """Of the whole call, queue included; each item has its own inside the verifier."""
 
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        patience = self.deadline * len(rollouts) + GRACE
-        return await self.pool.call(lambda h: h.judge.remote(prompt, list(rollouts)), deadline=patience)
+        return await self.pool.call(lambda h: h.judge.remote(prompt, list(rollouts)), deadline=self.deadline)
 
 
 @dataclass(frozen=True)

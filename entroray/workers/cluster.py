@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from entroray.errors import InfrastructureError, PreflightError
+from entroray.errors import EntrorayError, InfrastructureError, PreflightError
 
 
 async def settle(ref: Any, *, deadline: float, what: str) -> Any:
@@ -23,6 +23,8 @@ async def settle(ref: Any, *, deadline: float, what: str) -> Any:
         raise InfrastructureError(f"{what} gave no answer within {deadline:.0f} s") from error
     except RayActorError as error:
         raise InfrastructureError(f"{what}: its process died: {_first_line(error)}") from error
+    except RayTaskError as error:
+        raise _typed(error, what) from error
 
 
 def wait(refs: Sequence[Any], *, deadline: float, what: str) -> list[Any]:
@@ -33,6 +35,14 @@ def wait(refs: Sequence[Any], *, deadline: float, what: str) -> list[Any]:
         raise InfrastructureError(f"{what} gave no answer within {deadline:.0f} s") from error
     except RayActorError as error:
         raise InfrastructureError(f"{what}: its process died: {_first_line(error)}") from error
+    except RayTaskError as error:
+        raise _typed(error, what) from error
+
+
+def _typed(error: RayTaskError, what: str) -> Exception:
+    """What the worker raised, when it was meant to be read; else Ray's own wrapping, traceback and all."""
+    cause = error.cause
+    return type(cause)(f"{what}: {cause}") if isinstance(cause, EntrorayError) else error
 
 
 def _first_line(error: Exception) -> str:

@@ -135,10 +135,10 @@ class PlasmaEngine(WeightTransferEngine[PlasmaInit, PlasmaUpdate]):
         self._refresh_tied_head()
 
     def _refresh_tied_head(self) -> None:
-        """A tied head has no weights of its own to load, but on CPU it keeps a packed copy of the old ones."""
-        head = getattr(self.model, "lm_head", None)
+        """A tied head has nothing of its own to load, but on CPU keeps a packed copy of the old weights."""
+        head: Any = getattr(self.model, "lm_head", None)
         tied = getattr(self.model_config.hf_text_config, "tie_word_embeddings", False)
-        if tied and isinstance(head, nn.Module):
+        if tied and head is not None:
             head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:

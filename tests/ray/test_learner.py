@@ -44,7 +44,9 @@ async def two_steps(model: str, ranks: int, stage: int) -> tuple[list[dict[str, 
     objective = build(config.objective)
     rank_settings = machine.learner_settings(config, model, 10)
     share = Share(0.4, 0.0, 1)
-    gang = Gang("learner", [cluster.spawn(LearnerRank, share, r, rank_settings, objective) for r in range(ranks)])
+    gang = Gang(
+        "learner", [cluster.spawn(LearnerRank, share, r, rank_settings, objective) for r in range(ranks)]
+    )
     host, port = await cluster.settle(gang.handles[0].address.remote(), deadline=120.0, what="rank 0")
     await gang.all(lambda r, h: h.start.remote(host, port, 120.0), deadline=180.0)
     learner = DeepSpeedLearner(gang, objective, 2, config.learner.token_budget, 120.0)

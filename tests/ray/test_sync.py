@@ -36,7 +36,9 @@ class Saboteur(LearnerRank):
         if how == "layer":
             source = self.transfer.source
             whole = type(source).__iter__
-            source.__class__ = type("Short", (GatheredSource,), {"__iter__": lambda s: _all_but_one(whole(s))})
+            source.__class__ = type(
+                "Short", (GatheredSource,), {"__iter__": lambda s: _all_but_one(whole(s))}
+            )
         if how == "skip":
             self.transfer.send_weights = lambda: None
 
@@ -72,7 +74,9 @@ def train_a_little(loop: Any, m: Any, seed: int) -> None:
     objective = build(settings.objective("supervised"))
     rng = np.random.default_rng(seed)
     groups = [
-        demonstrate(Prompt(f"p{i}", "", tuple(rng.integers(0, 250, 8).tolist()), ""), rng.integers(0, 250, 12))
+        demonstrate(
+            Prompt(f"p{i}", "", tuple(rng.integers(0, 250, 8).tolist()), ""), rng.integers(0, 250, 12)
+        )
         for i in range(8)
     ]
     batch = assemble(groups)

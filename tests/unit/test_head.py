@@ -83,7 +83,12 @@ def test_minus_infinite_logits_are_outcomes_of_probability_zero():
 
 def test_uniform_and_certain_distributions_have_the_entropies_of_the_textbook():
     weight = torch.zeros(16, 3, dtype=torch.float64)
-    args = (torch.randn(4, 3, dtype=torch.float64), weight, torch.arange(4), torch.ones(4, dtype=torch.float64))
+    args = (
+        torch.randn(4, 3, dtype=torch.float64),
+        weight,
+        torch.arange(4),
+        torch.ones(4, dtype=torch.float64),
+    )
     stats = token_stats(*args)
     torch.testing.assert_close(stats.entropy, torch.full((4,), 16.0).double().log())
     torch.testing.assert_close(stats.varentropy, torch.zeros(4).double())
@@ -112,6 +117,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 def test_peak_memory_stays_far_below_one_logits_matrix():
     """[4096, 32000] in FP32 is 500 MiB; tiles of 2 Mi elements need a few times 8 MiB."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120, check=True
+    )
     assert float(done.stdout) < 100, f"{float(done.stdout):.0f} MiB more at the peak"
     assert resource.RUSAGE_SELF == 0

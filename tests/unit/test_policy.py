@@ -82,9 +82,7 @@ def test_policy_statistics_equal_the_plain_model_row_by_row(folder):
     assert at == len(stats.logprobs)
 
 
-@given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 200)
-)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 200))
 def test_a_plan_holds_every_row_once_with_equal_counts_within_the_budget(lengths, ranks, budget):
     sizes = np.array(lengths)
     cut = plan(sizes, ranks=ranks, token_budget=budget)
