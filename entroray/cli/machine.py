@@ -117,7 +117,8 @@ async def build(
     """Start every actor, sync version 0, and compare log-probs on the probe before anything is trained."""
     asked = shares(config)
     settings = learner_settings(config, model, total_updates)
-    dtype, limit = config.model.dtype, config.data.max_prompt + config.rollout.max_tokens
+    dtype = config.model.dtype
+    limit = max(config.data.max_prompt + config.rollout.max_tokens, len(probe) + 1)
     options = engine_options(config)
     generators = _spawn(
         asked["generators"], Generator, model, dtype=dtype, max_length=limit, seed=config.seed, engine=options

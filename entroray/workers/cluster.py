@@ -69,7 +69,7 @@ def environment() -> dict[str, str]:
         "PYTHONWARNINGS": "ignore",
         "PYTHONDONTWRITEBYTECODE": "",  # set, it makes every worker recompile vLLM: 10 s
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "DEEPSPEED_LOG_LEVEL": os.environ.get("DEEPSPEED_LOG_LEVEL", "warning"),
         # The in-process engine: a second engine process costs a start-up and buys nothing on one node.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

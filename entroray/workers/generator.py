@@ -242,19 +242,20 @@ class Generator:
     # --- from Ray's thread to the engine's ---
 
     async def _run(self, action: Callable[[], Any]) -> Any:
-        def perform(future: Future) -> None:
-            try:
-                future.set_result(action())
-            except Exception as error:  # boundary: the caller gets it, the engine thread lives on
-                future.set_exception(error)
-
-        return await self._post(perform)
+        return await self._post(lambda future: future.set_result(action()))
 
     async def _post(self, action: Callable[[Future], None]) -> Any:
         if self.failure is not None:
             raise SyncError(f"the engine thread is dead: {self.failure!r}") from self.failure
         future: Future = Future()
-        self.inbox.put(lambda: action(future))
+
+        def perform() -> None:
+            try:
+                action(future)
+            except Exception as error:  # boundary: the caller gets it, the engine thread lives on
+                future.set_exception(error)
+
+        self.inbox.put(perform)
         return await asyncio.wrap_future(future)
 
 
