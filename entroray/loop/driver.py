@@ -140,7 +140,15 @@ class Driver:
 
     def _observe(self, groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
-        return describe(groups, tokens) | {
+        trained = describe(groups, tokens)
+        judged = [*groups, *self.stream.judged_since()]
+        right = [float(g.correct.mean()) for g in judged]
+        return trained | {
+            # Of every group judged: a filter that keeps the undecided ones must not show as a plateau.
+            "reward/mean": sum(right) / len(right),
+            "groups/all_right": sum(r == 1 for r in right) / len(right),
+            "groups/all_wrong": sum(r == 0 for r in right) / len(right),
+            "reward/trained_mean": trained["reward/mean"],
             "reward/shaped_mean": sum(shaped) / len(shaped),
             "groups/dropped": float(self.stream.dropped.total()),
             "groups/refused": float(self.stream.refused),

@@ -49,6 +49,7 @@ class Stream:
         self.changed = asyncio.Event()
         self.dropped: Counter[str] = Counter()
         self.refused = 0
+        self.without_signal: list[Group] = []
 
     def fill(self) -> None:
         """Draw prompts until the window is full."""
@@ -112,7 +113,13 @@ class Stream:
                 del self.slots[slot.serial]
                 self._issue(slot.prompt)
             elif not keep(slot.group):
+                self.without_signal.append(slot.group)
                 self._free(slot, "no signal")
+
+    def judged_since(self) -> list[Group]:
+        """Groups that `keep` sent back since the last call: judged, not trained on."""
+        found, self.without_signal = self.without_signal, []
+        return found
 
     def _feasible(self, ready: list[Slot]) -> bool:
         """Whether all others can still be trained within `max_lag`, `per_step` of them a step."""

@@ -13,6 +13,7 @@ import pytest
 
 STEPS = 3
 SMALL = [
+    "objective=grpo",
     f"run.steps={STEPS}",
     "rollout.groups_per_step=8",
     "learner.updates_per_rollout=2",
@@ -134,7 +135,7 @@ def test_two_ranks_two_engines_and_a_lag_of_one(cache: Path, finished: Any, tmp_
         "learner.zero_stage=3",
         "generator.replicas=2",
         "driver.max_lag=1",
-        "objective=dapo",
+        "objective.surrogate.high=0.28",
         cache=cache,
     )
     rows = metrics(tmp_path / "wide")

@@ -98,6 +98,24 @@ def test_no_signal_at_all_ends_the_run_instead_of_sampling_for_ever() -> None:
         asyncio.run(driver(world, refill_limit=2).train(1))
 
 
+def test_reward_counts_groups_the_filter_sent_back() -> None:
+    """Two of three groups are all wrong: the filter trains on the third only, the reward is of all."""
+    world = ToyWorld(row("grpo", keep={"fn": "informative"}))
+    world.judge = one_in_three  # type: ignore[method-assign]
+    asyncio.run(driver(world, groups_per_step=3).train(2))
+    for metrics in world.steps:
+        assert metrics["reward/trained_mean"] == 0.5
+        assert metrics["reward/mean"] == pytest.approx(1 / 6, abs=0.06)
+        assert metrics["groups/all_wrong"] == pytest.approx(2 / 3, abs=0.1)
+
+
+async def one_in_three(prompt: object, rollouts: list) -> list:
+    from entroray.types import Verdict
+
+    signal = int(prompt.id[1:]) % 3 == 0  # type: ignore[attr-defined]
+    return [Verdict(float(signal and i % 2), float(signal and i % 2)) for i, _ in enumerate(rollouts)]
+
+
 async def all_wrong(prompt: object, rollouts: list) -> list:
     from entroray.types import Verdict
 
