@@ -147,8 +147,8 @@ class VerifierConfig:
 class Cpus:
     """CPU share of one actor in Ray's bookkeeping; threads are set apart."""
 
-    generator: float = 0.5
-    learner: float = 0.5
+    generator: float = 0.4
+    learner: float = 0.4
     verifier: float = 0.1
 
 

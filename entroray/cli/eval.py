@@ -63,7 +63,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
     model, e = bootstrap.resolve(config), config.evaluate
     read = material.load(config, model)
     prompts = read.split.heldout[: e.prompts]
-    limit = config.data.max_prompt + config.rollout.max_tokens
+    limit = machine.length(config)
     options = machine.engine_options(config)
     engine = Generator(model, dtype=config.model.dtype, max_length=limit, seed=0, engine=options)
     v = config.verifier

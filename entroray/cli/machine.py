@@ -94,9 +94,17 @@ def learner_settings(config: Config, model: str, total_updates: int) -> LearnerS
     )
 
 
+def length(config: Config) -> int:
+    """Most tokens a prompt and its response may have together."""
+    return config.data.max_prompt + config.rollout.max_tokens
+
+
 def engine_options(config: Config) -> dict[str, Any]:
     """vLLM's options: ours, then the user's `generator.engine` over them."""
-    cpu = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20} if cpu_only(config) else {}
+    # A prompt in chunks rewinds its sampling seed, which vLLM cannot do on CPU ("does not use offset").
+    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, length(config))}
+    small = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
+    cpu = small | whole if cpu_only(config) else {}
     ours = {
         "tensor_parallel_size": config.generator.tensor_parallel,
         "weight_transfer_config": {"backend": config.generator.transfer},
@@ -118,7 +126,7 @@ async def build(
     asked = shares(config)
     settings = learner_settings(config, model, total_updates)
     dtype = config.model.dtype
-    limit = max(config.data.max_prompt + config.rollout.max_tokens, len(probe) + 1)
+    limit = max(length(config), len(probe) + 1)
     options = engine_options(config)
     generators = _spawn(
         asked["generators"], Generator, model, dtype=dtype, max_length=limit, seed=config.seed, engine=options

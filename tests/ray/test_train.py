@@ -171,9 +171,9 @@ def test_refusals_have_their_exit_codes(cache: Path, finished: tuple[Path, str])
     assert "already holds a run" in again
     wide = ["learner.ranks=9", f"run.dir={folder}-never"]
     said = entroray("train", "experiment=quickstart", *SMALL, *wide, cache=cache, expect=3)
-    assert "the cluster is too small" in said and "9 learner ranks x 0.5" in said
+    assert "the cluster is too small" in said and "9 learner ranks x 0.4" in said
 
 
 def test_a_dry_run_says_what_would_run(cache: Path, finished: Any) -> None:
     said = entroray("train", "experiment=quickstart", *SMALL, "run.dry=true", cache=cache)
-    assert "generators: 1 x 0.5 CPU" in said and "MiB" in said
+    assert "generators: 1 x 0.4 CPU" in said and "MiB" in said
