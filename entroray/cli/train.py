@@ -201,7 +201,9 @@ def _compare(config: Config, folder: Path, model: str) -> None:
         out = folder / f"eval-{name}.json"
         command = [sys.executable, "-m", "entroray", "eval", f"--config={folder}/config.yaml"]
         command += [f"--out={out}", f"model.path={path}"]
-        subprocess.run(command, check=True, timeout=1800, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, check=False, timeout=1800, capture_output=True, text=True)
+        if done.returncode:
+            raise InfrastructureError(f"the evaluation of {path} ended with {done.stderr[-800:]}")
         e = json.loads(out.read_text())
         best = f"pass@{e['samples']}"
         print(
