@@ -152,6 +152,7 @@ class Driver:
             "reward/shaped_mean": sum(shaped) / len(shaped),
             "groups/dropped": float(self.stream.dropped.total()),
             "groups/refused": float(self.stream.refused),
+            "groups/surplus": float(self.stream.surplus),
         }
 
 

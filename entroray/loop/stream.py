@@ -1,6 +1,7 @@
 """Groups as they finish, never more than `max_lag` steps behind the learner."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ class Slot:
     group: Group | None = None
 
 
+def wave(missing: int, kept_share: float) -> int:
+    """Groups to draw so that `missing` are kept more often than not: their mean and one deviation more."""
+    spread = math.sqrt(max(missing, 0) * (1 - kept_share))
+    return math.ceil((missing + spread) / kept_share) if missing > 0 else 0
+
+
 Rollouts = Callable[[Prompt, int], Awaitable[Group | Dropped]]
 
 
@@ -37,6 +44,10 @@ class Stream:
     generators, so sampling runs ahead of training by `max_lag` steps and no further. That alone does
     not bound staleness (a straggler may finish many steps late), so `take` waits until what it would
     leave behind can still be trained in time.
+
+    With `max_lag` 0 groups come in waves, each as large as the share kept last step says it must be: a
+    small wave costs the engine as many turns as a large one. A wave is finished before it is looked at,
+    so neither lengths nor timing have a say in which groups are trained on; what is too many is surplus.
     """
 
     def __init__(self, prompts: Iterator[Prompt], rollout: Rollouts, *, per_step: int, max_lag: int):
@@ -49,12 +60,20 @@ class Stream:
         self.changed = asyncio.Event()
         self.dropped: Counter[str] = Counter()
         self.refused = 0
-        self.without_signal: list[Group] = []
+        self.surplus = 0
+        self.kept_share = 1.0
+        self.untrained: list[Group] = []
 
     def fill(self) -> None:
-        """Draw prompts until the window is full."""
-        while len(self.slots) < self.per_step * (self.max_lag + 1):
+        """Draw prompts until the window is full, or the wave large enough."""
+        missing = self.per_step * (self.max_lag + 1) - len(self.slots)
+        if self.max_lag == 0:
+            missing = 0 if self._unfinished() else wave(missing, self.kept_share)
+        for _ in range(missing):
             self._issue(next(self.prompts))
+
+    def _unfinished(self) -> bool:
+        return any(slot.group is None for slot in self.slots.values())
 
     def _issue(self, prompt: Prompt) -> None:
         self.serial += 1
@@ -77,10 +96,9 @@ class Stream:
             self.tasks.discard(task)
 
     def _free(self, slot: Slot, reason: str) -> None:
-        """Give up a slot's group and draw the next prompt in its place."""
+        """Give up a slot's group; `fill` draws the next prompt in its place."""
         self.dropped[reason] += 1
         del self.slots[slot.serial]
-        self._issue(next(self.prompts))
 
     def _raise_failed(self) -> None:
         for task in self.tasks:
@@ -100,10 +118,25 @@ class Stream:
             self._sift(keep, wait=wait)
             if self.dropped.total() - before > limit:
                 raise DataError(f"{limit} groups were dropped in one step: {dict(self.dropped)}")
+            self.fill()
             ready = [s for _, s in sorted(self.slots.items()) if s.group][: self.per_step]
-            if len(ready) == self.per_step and (not wait or self._feasible(ready)):
-                return [self.slots.pop(s.serial).group for s in ready]  # type: ignore[misc]
+            if len(ready) == self.per_step and self._may_go(ready, wait=wait):
+                return self._leave(ready)
             await self.changed.wait()
+
+    def _may_go(self, ready: list[Slot], *, wait: bool) -> bool:
+        return not self._unfinished() if self.max_lag == 0 else not wait or self._feasible(ready)
+
+    def _leave(self, ready: list[Slot]) -> list[Group]:
+        """The groups of `ready`; in waves, the rest of the wave is put aside."""
+        if self.max_lag == 0:
+            kept = len(self.slots)
+            self.kept_share = kept / (kept + len(self.untrained))
+            taken = {s.serial for s in ready}
+            surplus = [s for s in self.slots.values() if s.serial not in taken]
+            self.untrained += [self.slots.pop(s.serial).group for s in surplus]  # type: ignore[misc]
+            self.surplus += len(surplus)
+        return [self.slots.pop(s.serial).group for s in ready]  # type: ignore[misc]
 
     def _sift(self, keep: Callable[[Group], bool], *, wait: bool) -> None:
         for slot in [s for s in self.slots.values() if s.group]:
@@ -113,12 +146,12 @@ class Stream:
                 del self.slots[slot.serial]
                 self._issue(slot.prompt)
             elif not keep(slot.group):
-                self.without_signal.append(slot.group)
+                self.untrained.append(slot.group)
                 self._free(slot, "no signal")
 
     def judged_since(self) -> list[Group]:
-        """Groups that `keep` sent back since the last call: judged, not trained on."""
-        found, self.without_signal = self.without_signal, []
+        """Groups judged and not trained on since the last call: sent back by `keep`, or surplus."""
+        found, self.untrained = self.untrained, []
         return found
 
     def _feasible(self, ready: list[Slot]) -> bool:

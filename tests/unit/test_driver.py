@@ -8,6 +8,7 @@ import yaml
 
 from entroray.errors import DataError, InfrastructureError
 from entroray.loop.driver import seeds
+from entroray.loop.stream import wave
 from entroray.objective import build
 from tests.toy import ToyWorld, driver
 
@@ -107,6 +108,29 @@ def test_reward_counts_groups_the_filter_sent_back() -> None:
         assert metrics["reward/trained_mean"] == 0.5
         assert metrics["reward/mean"] == pytest.approx(1 / 6, abs=0.06)
         assert metrics["groups/all_wrong"] == pytest.approx(2 / 3, abs=0.1)
+
+
+def test_a_wave_holds_what_is_missing_and_one_deviation_more() -> None:
+    assert [wave(64, 1.0), wave(64, 0.5), wave(1, 0.25), wave(0, 0.5)] == [64, 140, 8, 0]
+
+
+@pytest.mark.parametrize("late", ["q0", "q4", "q7"])
+def test_who_finishes_late_has_no_say_in_what_is_trained_on(late: str) -> None:
+    """Half of the groups are kept and a wave is cut to size, in order of issue whatever the timing."""
+    trained = []
+    for slow in ("", late):
+        world = ToyWorld(row("grpo", keep={"fn": "informative"}), slow=slow)
+        world.judge = one_in_three  # type: ignore[method-assign]
+
+        async def run(world: ToyWorld = world) -> None:
+            world.gate = asyncio.Event()
+            asyncio.get_running_loop().call_later(0.05, world.gate.set)
+            await driver(world, groups_per_step=3).train(4)
+
+        asyncio.run(run())
+        trained.append(world.trained)
+        assert world.steps[-1]["groups/surplus"] > 0
+    assert trained[0] == trained[1] == sorted(trained[0], key=lambda q: int(q[1:]))
 
 
 async def one_in_three(prompt: object, rollouts: list) -> list:
