@@ -1,6 +1,5 @@
 """The tiled head against a float64 brute force: values, gradients, -inf, peak memory, invariance to tiles."""
 
-import resource
 import subprocess
 import sys
 
@@ -105,20 +104,19 @@ MEMORY = """
 import resource, torch
 from entroray.policy.head import token_stats
 torch.set_num_threads(1)
-n, d, v = 4096, 64, 32000
+n, d, v = 1024, 16, 32000
 h = torch.randn(n, d, requires_grad=True); w = torch.randn(v, d, requires_grad=True)
 ids = torch.randint(0, v, (n,)); t = torch.ones(n)
-token_stats(h[:64], w, ids[:64], t[:64], tile_elements=1 << 21).entropy.sum().backward()
+token_stats(h[:64], w, ids[:64], t[:64], tile_elements=1 << 19).entropy.sum().backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-token_stats(h, w, ids, t, tile_elements=1 << 21).entropy.sum().backward()
+token_stats(h, w, ids, t, tile_elements=1 << 19).entropy.sum().backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
 def test_peak_memory_stays_far_below_one_logits_matrix():
-    """[4096, 32000] in FP32 is 500 MiB; tiles of 2 Mi elements need a few times 8 MiB."""
+    """[1024, 32000] in FP32 is 125 MiB; tiles of 512 Ki elements need a few times 2 MiB."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120, check=True
     )
-    assert float(done.stdout) < 100, f"{float(done.stdout):.0f} MiB more at the peak"
-    assert resource.RUSAGE_SELF == 0
+    assert float(done.stdout) < 30, f"{float(done.stdout):.0f} MiB more at the peak"
