@@ -12,7 +12,9 @@ class Run:
     dir: str | None = None  # null: runs/<experiment>/<time>
     name: str = "train"  # folder under runs/ when dir is null
     steps: int = 100
-    resume: str = "never"  # never; auto is not built yet
+    resume: str = (
+        "never"  # never | auto: go on with run.dir, else the newest unfinished run of these settings
+    )
     dry: bool = False  # print resources and memory by role, start nothing
 
 
@@ -174,7 +176,8 @@ class Observe:
 
 @dataclass
 class Checkpoint:
-    every: int = 0  # steps between checkpoints; 0: none; anything else is not built yet
+    every: int = 0  # steps between checkpoints; 0: only when stopped by Ctrl-C or SIGTERM
+    keep: int = 2  # newest checkpoints kept
 
 
 @dataclass

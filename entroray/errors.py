@@ -39,3 +39,11 @@ class NumericsError(EntrorayError):
     """A loss, gradient or statistic is not finite."""
 
     exit_code = 6
+
+
+class Stopped(EntrorayError):
+    """Ended by a signal: 130 for Ctrl-C, 143 for SIGTERM."""
+
+    def __init__(self, signal: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal

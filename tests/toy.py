@@ -4,9 +4,8 @@ Drives the true driver, stream and objectives; only the machines are tables.
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,19 @@ from entroray.objective import Objective
 from entroray.types import Batch, Group, Prompt, Rollout, Status, Tokens, Verdict
 
 VOCABULARY, TARGET, LENGTH = 8, 3, 2
+
+
+class ToyPrompts:
+    """q0, q1, q2, ... without end."""
+
+    position = 0
+
+    def __next__(self) -> Prompt:
+        self.position += 1
+        return self.at(self.position - 1)
+
+    def at(self, position: int) -> Prompt:
+        return Prompt(f"q{position}", f"q{position}", (0,), str(TARGET))
 
 
 class ToyWorld:
@@ -34,9 +46,6 @@ class ToyWorld:
         self.events: list[str] = []
         self.trained: list[str] = []
         self.gate: asyncio.Event | None = None
-
-    def prompts(self) -> Iterator[Prompt]:
-        return (Prompt(f"q{i}", f"q{i}", (0,), str(TARGET)) for i in count())
 
     async def sample(self, prompt: Prompt, seeds: Sequence[int]) -> list[Rollout]:
         if prompt.id == self.slow and self.gate:
@@ -101,4 +110,4 @@ PACE = Pace(group_size=8, groups_per_step=4, max_lag=0, wait=True, resamples=2, 
 def driver(world: ToyWorld, **changes: Any) -> Driver:
     """The true driver over `world`."""
     roles = Roles(world, world, world, world, world)  # type: ignore[arg-type]
-    return Driver(world.prompts(), roles, world.objective, replace(PACE, **changes), seed=0)
+    return Driver(ToyPrompts(), roles, world.objective, replace(PACE, **changes), seed=0)

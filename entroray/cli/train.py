@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from entroray.cli import bootstrap, machine, material, rundir, settings
 from entroray.config import Config
-from entroray.errors import InfrastructureError
+from entroray.errors import InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.prompts import PromptStream
 from entroray.objective import Objective, check_group_size
@@ -42,8 +43,8 @@ def main(arguments: list[str]) -> int:
         print(_dry(config, objective))
         return 0
     facts = bootstrap.ensure(config, rest)
-    folder = rundir.make(config)
-    asyncio.run(_train(config, tree, objective, folder, facts))
+    signal.signal(signal.SIGTERM, _terminated)
+    asyncio.run(_train(config, tree, objective, rundir.open_run(config, tree), facts))
     return 0
 
 
@@ -100,10 +101,15 @@ def _memory(config: Config) -> list[str]:
     ]
 
 
+def _terminated(number: int, _: Any) -> None:
+    """Before there is a driver to stop, SIGTERM is an exception like Ctrl-C: what was started is ended."""
+    raise Stopped(number, "ended by SIGTERM before the first step")
+
+
 async def _train(
-    config: Config, tree: DictConfig, objective: Objective, folder: Path, facts: dict[str, Any]
+    config: Config, tree: DictConfig, objective: Objective, run: rundir.RunDir, facts: dict[str, Any]
 ) -> None:
-    began = time.monotonic()
+    began, folder = time.monotonic(), run.folder
     model = bootstrap.resolve(config)
     read_in = material.load(config, model)
     facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}
@@ -113,12 +119,16 @@ async def _train(
         journal, console = _journal(config, folder, read_in.tokenizer)
         probe = tuple(read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
         updates = config.run.steps * config.learner.updates_per_rollout
-        m = await machine.build(config, model, objective, read_in.judge, probe, total_updates=updates)
+        m = await machine.build(
+            config, model, objective, read_in.judge, probe, total_updates=updates, resume=run.resume
+        )
+        if run.resume:
+            journal.cut(run.resume[1])
         facts |= m.facts | {"start_seconds": round(time.monotonic() - began, 1)}
         rundir.describe(folder, tree, facts)
         console.header("entroray", _header(config, objective, read_in, folder, facts))
         trained = time.monotonic()
-        await _drive(config, objective, read_in, m, journal)
+        await _drive(config, objective, read_in, m, journal, run)
         journal.event("trained", seconds=round(time.monotonic() - trained, 1), steps=config.run.steps)
         await m.export(str(folder / "model"))
         read_in.tokenizer.save_pretrained(folder / "model")
@@ -164,12 +174,44 @@ def _header(
 
 
 async def _drive(
-    config: Config, objective: Objective, read_in: material.Material, m: machine.Machine, journal: Journal
+    config: Config,
+    objective: Objective,
+    read_in: material.Material,
+    m: machine.Machine,
+    journal: Journal,
+    run: rundir.RunDir,
 ) -> None:
-    r, d, s = config.rollout, config.driver, config.sampler
-    sampling = Sampling(s.temperature, r.max_tokens, tuple(s.stop))
+    s = config.sampler
+    sampling = Sampling(s.temperature, config.rollout.max_tokens, tuple(s.stop))
     roles = Roles(m.generator_role(sampling), m.verifier_role(), m.learner_role(objective), m.sync, journal)
-    pace = Pace(
+    pace = _pace(config)
+    journal.event("start", objective=config.objective, pace=asdict(pace), state=run.state)
+    stream = PromptStream(read_in.split.training, seed=config.seed)
+    driver = Driver(stream, roles, objective, pace, seed=config.seed)
+    if run.checkpoint:
+        driver.restore(run.state)
+    saves = m.checkpoints(run.folder)
+
+    async def after(step: int) -> None:
+        if config.checkpoint.every and step % config.checkpoint.every == 0:
+            saved = await saves.save(step, driver.committed)
+            journal.event("checkpoint", step=step, folder=str(saved))
+
+    caught = _stop_on_signals(driver)
+    await driver.train(config.run.steps, after)
+    if caught:
+        saved = await saves.save(driver.version, driver.committed)
+        journal.event("stopped", signal=caught[0], step=driver.version, folder=str(saved))
+        raise Stopped(
+            caught[0],
+            f"stopped by {signal.Signals(caught[0]).name} after step {driver.version}, saved in {saved}. "
+            f"Go on with the same command and run.resume=auto run.dir={run.folder}",
+        )
+
+
+def _pace(config: Config) -> Pace:
+    r, d = config.rollout, config.driver
+    return Pace(
         group_size=r.group_size,
         groups_per_step=r.groups_per_step,
         max_lag=d.max_lag,
@@ -178,9 +220,23 @@ async def _drive(
         refill_limit=d.refill_limit,
         stall=d.stall,
     )
-    stream = PromptStream(read_in.split.training, seed=config.seed)
-    journal.event("start", objective=config.objective, pace=asdict(pace))
-    await Driver(stream, roles, objective, pace, seed=config.seed).train(config.run.steps)
+
+
+def _stop_on_signals(driver: Driver) -> list[int]:
+    """Ctrl-C and SIGTERM ask the driver to stop, once; a second one ends the process as it always did."""
+    caught: list[int] = []
+    loop = asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        caught.append(number)
+        print(f"\n{signal.Signals(number).name}: saving a checkpoint", file=sys.stderr, flush=True)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(each)
+        driver.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    return caught
 
 
 def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
-from entroray.loop.stream import Dropped, Stream
+from entroray.loop.stream import Dropped, Prompts, Stream
 from entroray.objective import Objective
 from entroray.types import Group, Prompt, Rollout, Tokens, Verdict, Version
 
@@ -55,31 +55,57 @@ class Driver:
 
     def __init__(
         self,
-        prompts: Iterator[Prompt],
+        prompts: Prompts,
         roles: Roles,
         objective: Objective,
         pace: Pace,
         *,
         seed: int,
-        version: Version = 0,
     ):
         self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
         self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
-        self.version = self.stream.version = version
+        self.version: Version = 0
+        self.turn: asyncio.Task[dict[str, float]] | None = None
+        self.stopping = False
+        self.committed = self.state()
         self.phase = "start"
 
     async def train(self, steps: int, after: Callable[[int], Any] | None = None) -> list[dict[str, float]]:
-        """Run until `steps` steps are committed; `after(step)` is awaited between steps, when given."""
+        """Run until `steps` steps are committed or `stop`; `after(step)` is awaited between steps."""
         history = []
         self.stream.fill()
         try:
-            while self.version < steps:
-                history.append(await self._within(self.step()))
+            while self.version < steps and not self.stopping:
+                history.append(await self._within(self._begin()))
+                self.committed = self.state()
                 if after:
                     await after(self.version)
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise
         finally:
             await self.stream.close()
         return history
+
+    def _begin(self) -> "asyncio.Task[dict[str, float]]":
+        self.turn = asyncio.ensure_future(self.step())
+        return self.turn
+
+    def stop(self) -> None:
+        """End `train` soon: a step that has not touched the weights is given up, another is finished."""
+        self.stopping = True
+        if self.turn and self.phase in ("sample", "score"):
+            self.turn.cancel()
+
+    def state(self) -> dict[str, Any]:
+        """Everything the driver remembers between two steps, as plain JSON."""
+        return {"version": self.version, "stream": self.stream.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on after the step that `state` was taken at; call inside the running loop, before `train`."""
+        self.version = state["version"]
+        self.stream.restore(state["stream"], self.version)
+        self.committed = self.state()
 
     async def _within(self, step: Any) -> dict[str, float]:
         try:

@@ -3,8 +3,9 @@
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from entroray.errors import DataError
 from entroray.types import Group, Prompt, Version
@@ -18,11 +19,24 @@ class Dropped:
     reason: str
 
 
+class Prompts(Protocol):
+    """Prompts without end, each at a position that can be returned to."""
+
+    position: int
+
+    def __next__(self) -> Prompt: ...
+
+    def at(self, position: int) -> Prompt:
+        """The prompt at `position`, without moving."""
+        ...
+
+
 @dataclass
 class Slot:
     """One group in flight: issued in order, sampled by weights no older than `version`."""
 
     serial: int
+    position: int
     prompt: Prompt
     version: Version
     group: Group | None = None
@@ -50,7 +64,7 @@ class Stream:
     so neither lengths nor timing have a say in which groups are trained on; what is too many is surplus.
     """
 
-    def __init__(self, prompts: Iterator[Prompt], rollout: Rollouts, *, per_step: int, max_lag: int):
+    def __init__(self, prompts: Prompts, rollout: Rollouts, *, per_step: int, max_lag: int):
         self.prompts, self.rollout = prompts, rollout
         self.per_step, self.max_lag = per_step, max_lag
         self.version: Version = 0
@@ -70,14 +84,17 @@ class Stream:
         if self.max_lag == 0:
             missing = 0 if self._unfinished() else wave(missing, self.kept_share)
         for _ in range(missing):
-            self._issue(next(self.prompts))
+            position = self.prompts.position
+            self._issue(next(self.prompts), position)
 
     def _unfinished(self) -> bool:
         return any(slot.group is None for slot in self.slots.values())
 
-    def _issue(self, prompt: Prompt) -> None:
+    def _issue(self, prompt: Prompt, position: int) -> None:
         self.serial += 1
-        slot = Slot(self.serial, prompt, self.version)
+        self._start(Slot(self.serial, position, prompt, self.version))
+
+    def _start(self, slot: Slot) -> None:
         self.slots[slot.serial] = slot
         task = asyncio.get_running_loop().create_task(self._one(slot))
         self.tasks.add(task)
@@ -144,7 +161,7 @@ class Stream:
             if not wait and self.version - slot.group.version > self.max_lag:
                 self.refused += 1
                 del self.slots[slot.serial]
-                self._issue(slot.prompt)
+                self._issue(slot.prompt, slot.position)
             elif not keep(slot.group):
                 self.untrained.append(slot.group)
                 self._free(slot, "no signal")
@@ -168,6 +185,27 @@ class Stream:
         """The generators serve `version` now: what the last step freed may be drawn anew."""
         self.version = version
         self.fill()
+
+    def state(self) -> dict[str, Any]:
+        """What a later process needs to draw the same prompts with the same seeds, as plain JSON."""
+        return {
+            "position": self.prompts.position,
+            "serial": self.serial,
+            "in_flight": [[s.serial, s.position] for s in self.slots.values()],
+            "kept_share": self.kept_share,
+            "dropped": dict(self.dropped),
+            "refused": self.refused,
+            "surplus": self.surplus,
+        }
+
+    def restore(self, state: Mapping[str, Any], version: Version) -> None:
+        """Go on from `state`: what was in flight is sampled anew, by the weights of `version`."""
+        self.version, self.prompts.position = version, state["position"]
+        self.serial, self.kept_share = state["serial"], state["kept_share"]
+        self.dropped = Counter(state["dropped"])
+        self.refused, self.surplus = state["refused"], state["surplus"]
+        for serial, position in state["in_flight"]:
+            self._start(Slot(serial, position, self.prompts.at(position), version))
 
     async def close(self) -> None:
         """Cancel what is in flight and wait until it is gone."""

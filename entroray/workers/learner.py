@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from entroray.errors import NumericsError
+from entroray.errors import NumericsError, PreflightError
 from entroray.objective import Objective, silent
 from entroray.policy.model import Policy, load, pad
 from entroray.types import Batch, Tokens
@@ -203,6 +203,16 @@ class LearnerRank:
             save_file(weights, Path(folder, "model.safetensors"), metadata={"format": "pt"})
             self.policy.model.config.save_pretrained(folder)
             self.policy.model.generation_config.save_pretrained(folder)
+
+    def save(self, folder: str) -> None:
+        """Weights, moments and schedule into `folder`; every rank writes its own part."""
+        self.engine.save_checkpoint(folder, tag="learner", save_latest=False)
+
+    def load(self, folder: str) -> None:
+        """Go on from what `save` wrote with as many ranks and the same ZeRO stage."""
+        loaded, _ = self.engine.load_checkpoint(folder, tag="learner")
+        if loaded is None:
+            raise PreflightError(f"{folder} holds no learner that DeepSpeed can read: resume from another")
 
     def stop(self) -> None:
         """Leave the gang in order, so that no rank waits for another that is gone."""

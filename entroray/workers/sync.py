@@ -64,7 +64,7 @@ class Probe:
 
     token_ids: tuple[int, ...]
     every: int
-    """Compare at start and every so many syncs."""
+    """Compare at start and at every version that this divides."""
     tolerance: float
     """Largest difference allowed, nats: 1e-3 in FP32; bf16 needs about 0.1."""
 
@@ -74,7 +74,7 @@ class WeightSync:
 
     def __init__(self, learner: Gang, generators: Pool, *, probe: Probe, deadline: float):
         self.learner, self.generators, self.probe, self.deadline = learner, generators, probe, deadline
-        self.syncs = 0
+        self.compared = False
 
     async def __call__(self, version: int) -> dict[str, float]:
         """Serve `version` everywhere; SyncError when an engine holds something else."""
@@ -90,8 +90,8 @@ class WeightSync:
             raise SyncError(
                 f"{len(acknowledged)} of {len(self.generators.handles)} generators took version {version}"
             )
-        self.syncs += 1
-        check = self.syncs == 1 or (self.probe.every and self.syncs % self.probe.every == 0)
+        check = not self.compared or (self.probe.every and version % self.probe.every == 0)
+        self.compared = True
         return {"sync/probe_error": await self.compare()} if check else {}
 
     async def compare(self) -> float:

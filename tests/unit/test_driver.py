@@ -1,6 +1,7 @@
 """The true driver and stream over the toy world: learning, bounded lag, failures as values."""
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,32 @@ def test_who_finishes_late_has_no_say_in_what_is_trained_on(late: str) -> None:
         trained.append(world.trained)
         assert world.steps[-1]["groups/surplus"] > 0
     assert trained[0] == trained[1] == sorted(trained[0], key=lambda q: int(q[1:]))
+
+
+@pytest.mark.parametrize("max_lag", [0, 1])
+def test_a_restored_driver_draws_the_prompts_it_would_have_had(max_lag: int) -> None:
+    def world() -> ToyWorld:
+        made = ToyWorld(row("grpo", keep={"fn": "informative"}))
+        made.judge = one_in_three  # type: ignore[method-assign]
+        return made
+
+    async def run(world: ToyWorld, steps: int, state: dict | None = None) -> dict:
+        d = driver(world, groups_per_step=3, max_lag=max_lag)
+        if state:
+            d.restore(json.loads(json.dumps(state)))
+        states = {}
+
+        async def note(step: int) -> None:
+            states[step] = d.state()
+
+        await d.train(steps, note)
+        return states
+
+    whole, resumed = world(), world()
+    states = asyncio.run(run(whole, 6))
+    asyncio.run(run(resumed, 6, states[3]))
+    assert [s["step"] for s in resumed.steps] == [4, 5, 6]
+    assert whole.trained[-len(resumed.trained) :] == resumed.trained
 
 
 async def one_in_three(prompt: object, rollouts: list) -> list:

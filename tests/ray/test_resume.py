@@ -1,0 +1,83 @@
+"""Killed and stopped runs go on: every step once, the prompts they would have had, and what they printed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BASE = [
+    *("train", "experiment=quickstart", "objective=grpo", "run.steps=6", "rollout.groups_per_step=4"),
+    *("observe.tokens.every=1", "observe.report=false", "evaluate.final=false", "checkpoint.every=2"),
+    *("run.resume=auto", "data.size=2000", "data.max_prompt=128"),
+]
+
+
+def start(folder: Path, model: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "entroray", *BASE, f"run.dir={folder}", f"model.path={model}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def steps(folder: Path) -> list[int]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def until(folder: Path, step: int, process: subprocess.Popen, deadline: float = 120.0) -> None:
+    end = time.monotonic() + deadline
+    while step not in steps(folder):
+        assert process.poll() is None, process.communicate(timeout=30)[0][-3000:]
+        assert time.monotonic() < end, f"step {step} did not come within {deadline} s"
+        time.sleep(0.02)
+
+
+def prompts(folder: Path) -> dict[int, set[str]]:
+    import duckdb
+
+    files = f"{folder}/tokens/*.parquet"
+    rows = duckdb.sql(f"select distinct step, prompt_id from '{files}'").fetchall()
+    return {step: {p for s, p in rows if s == step} for step, _ in rows}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    process = start(folder, model)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said[-3000:]
+    return folder
+
+
+def test_a_killed_run_goes_on_after_its_last_checkpoint(whole: Path, tmp_path: Path, model: str) -> None:
+    folder = tmp_path / "run"
+    process = start(folder, model)
+    until(folder, 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    again = start(folder, model)
+    said, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, said[-3000:]
+    assert "going on after step" in said
+    assert steps(folder) == [1, 2, 3, 4, 5, 6]
+    assert prompts(folder) == prompts(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_and_ends_with_its_code(
+    tmp_path: Path, model: str, number: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    process = start(folder, model)
+    until(folder, 1, process)
+    os.kill(process.pid, number)
+    began = time.monotonic()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said[-3000:]
+    assert time.monotonic() - began < 30
+    last = steps(folder)[-1]
+    saved = folder / "checkpoints" / f"step-{last:06d}"
+    assert (saved / "COMMITTED").exists() and "run.resume=auto" in said
