@@ -63,9 +63,7 @@ def check(config: Config) -> None:
     if config.run.resume not in ("never", "auto"):
         raise ConfigError(f"run.resume={config.run.resume}: choose never or auto")
     if config.checkpoint.keep < 1:
-        raise ConfigError(
-            f"checkpoint.keep={config.checkpoint.keep}: keep at least 1"
-        )
+        raise ConfigError(f"checkpoint.keep={config.checkpoint.keep}: keep at least 1")
     if config.model.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"model.dtype={config.model.dtype}: choose float32 or bfloat16")
     if config.learner.zero_stage not in (0, 1, 2, 3):
