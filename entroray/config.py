@@ -133,6 +133,7 @@ class GeneratorConfig:
     replicas: int = 1
     tensor_parallel: int = 1
     transfer: str = "plasma"  # plasma (any machine) | nccl | ipc (GPUs, unproved)
+    restarts: int = 2  # engines started in place of dead ones before the run ends
     keep_kv: bool = False  # keep keys and values of old weights across a sync
     threads: int | None = None
     engine: dict[str, Any] = field(default_factory=dict)  # to vLLM, untouched
@@ -177,13 +178,14 @@ class Observe:
 @dataclass
 class Checkpoint:
     every: int = 0  # steps between checkpoints; 0: only when stopped by Ctrl-C or SIGTERM
-    keep: int = 2  # newest checkpoints kept
+    keep: int = 2  # newest checkpoints kept; the best by held-out accuracy is kept besides
 
 
 @dataclass
 class Evaluate:
     prompts: int = 256  # held-out prompts
     samples: int = 8  # for pass@k
+    every: int = 0  # steps between evaluations on the training engines, the first before step 1; 0: none
     final: bool = False  # before and after training, each in a process of its own
 
 

@@ -10,6 +10,7 @@ USAGE = """usage: entroray <command> [hydra overrides]
   train       run reinforcement learning: entroray train experiment=quickstart [seed=1 ...]
   bootstrap   build and warm-start the embedded small model
   eval        held-out accuracy of a model folder: entroray eval model.path=runs/latest/model
+  verify-resume  n steps, a checkpoint and n more against 2n: equal bit for bit, or exit code 6
   report      write report.html of a run directory: entroray report runs/latest
 
   --cfg job         print the composed settings and stop
@@ -57,5 +58,9 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         from entroray.cli.report import main as report
 
         return report(arguments)
+    if command == "verify-resume":
+        from entroray.cli.verify_resume import main as verify_resume
+
+        return verify_resume(arguments)
     print(f"entroray: unknown command `{command}`\n\n{USAGE}", file=sys.stderr)
     return 2

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from entroray.cli import bootstrap, machine, material, settings
 from entroray.config import Config
 from entroray.errors import ConfigError
-from entroray.loop.evaluate import right_answers, scores
+from entroray.loop.evaluate import heldout
 from entroray.types import Prompt, Rollout
 from entroray.workers import cluster
 from entroray.workers.generator import Generator, Request, Sampling
@@ -72,8 +72,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
         await asyncio.gather(engine.start(), verifier.warm_up())
         r, s = config.rollout, config.sampler
         role = lambda t: OneEngine(engine, Sampling(t, r.max_tokens, tuple(s.stop)), r.deadline)  # noqa: E731
-        greedy = await right_answers(role(0.0), verifier, prompts, samples=1, seed=0)
-        sampled = await right_answers(role(s.temperature), verifier, prompts, samples=e.samples, seed=0)
+        measured = await heldout(role, verifier, prompts, temperature=s.temperature, samples=e.samples)
     finally:
         verifier.close()
     return {
@@ -81,6 +80,5 @@ async def evaluate(config: Config) -> dict[str, Any]:
         "prompts": len(prompts),
         "samples": e.samples,
         "temperature": s.temperature,
-        "greedy": sum(greedy) / len(greedy),
-        **scores(sampled, e.samples),
+        **measured,
     }

@@ -2,8 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from entroray.workers import cluster
 from entroray.workers.adapters import DeepSpeedLearner, Generators, Verifiers
 from entroray.workers.checkpoint import Checkpoints
 from entroray.workers.cluster import Gang, Pool, Share
+from entroray.workers.engines import Engines
 from entroray.workers.generator import Generator, Sampling
 from entroray.workers.learner import LearnerRank, LearnerSettings
 from entroray.workers.sync import GeneratorClient, Probe, WeightSync
@@ -44,14 +46,14 @@ class Machine:
     """Everything that runs: pools, the gang, and the driver's view of them."""
 
     config: Config
-    generators: Pool
+    engines: Engines
     learner: Gang
     verifiers: Pool
     sync: WeightSync
     facts: dict[str, Any]
 
     def generator_role(self, sampling: Sampling) -> Generators:
-        return Generators(self.generators, sampling, self.config.rollout.deadline)
+        return Generators(self.engines, sampling, self.config.rollout.deadline)
 
     def verifier_role(self) -> Verifiers:
         return Verifiers(self.verifiers, self.config.driver.call_deadline)
@@ -74,6 +76,7 @@ class Machine:
 
     async def stop(self) -> None:
         """Ranks leave their process group in order; Ray ends the rest."""
+        await self.engines.close()
         await self.learner.all(lambda rank, h: h.stop.remote(), deadline=60.0)
 
 
@@ -129,37 +132,43 @@ async def build(
     *,
     total_updates: int,
     resume: tuple[Path, int] | None = None,
+    report: Callable[..., None] = lambda kind, **fields: None,
 ) -> Machine:
     """Start every actor, sync the weights, and compare log-probs on the probe before anything is trained.
 
     The weights are the model's as version 0, or with `resume` (checkpoint, step) those of that step.
+    `report(kind, **fields)` hears of engines lost and joined.
     """
     asked = shares(config)
     settings = learner_settings(config, model, total_updates)
-    dtype = config.model.dtype
     limit = max(length(config), len(probe) + 1)
     options = engine_options(config)
-    generators = _spawn(
-        asked["generators"], Generator, model, dtype=dtype, max_length=limit, seed=config.seed, engine=options
+
+    def generator() -> Any:
+        sizes = {"dtype": config.model.dtype, "max_length": limit, "seed": config.seed, "engine": options}
+        return cluster.spawn(Generator, asked["generators"][1], model, **sizes)
+
+    engines = Engines(
+        [generator() for _ in range(config.generator.replicas)],
+        generator,
+        restarts=config.generator.restarts,
+        start_deadline=config.driver.start_deadline,
+        report=report,
     )
     count, share = asked["learner ranks"]
     ranks = [cluster.spawn(LearnerRank, share, rank, settings, objective) for rank in range(count)]
+    count, share = asked["verifiers"]
     v = config.verifier
     limits = {"slots": v.slots, "deadline": config.reward.deadline, "memory_mb": v.memory_mb}
-    judges = _spawn(asked["verifiers"], Verifier, judge, **limits)
-    pools = Pool("generator", generators), Gang("learner", ranks), Pool("verifier", judges)
+    judges = [cluster.spawn(Verifier, share, judge, **limits) for _ in range(count)]
+    pools = engines, Gang("learner", ranks), Pool("verifier", judges)
     sync, facts = await _introduce(config, *pools, probe, resume)
     return Machine(config, *pools, sync, facts)
 
 
-def _spawn(asked: tuple[int, Share], cls: type, *args: Any, **kwargs: Any) -> list[Any]:
-    count, share = asked
-    return [cluster.spawn(cls, share, *args, **kwargs) for _ in range(count)]
-
-
 async def _introduce(
     config: Config,
-    generators: Pool,
+    engines: Engines,
     learner: Gang,
     verifiers: Pool,
     probe: tuple[int, ...],
@@ -168,30 +177,24 @@ async def _introduce(
     """Gang together, engines ready, transfer open, the first version served and proved."""
     driver, within = config.driver, config.driver.start_deadline
 
-    async def meeting() -> tuple[str, int]:
-        return await cluster.settle(
-            learner.handles[0].address.remote(), deadline=within, what="learner rank 0"
-        )
-
     async def gang() -> list[dict[str, Any]]:
-        host, port = await meeting()
+        asked = learner.handles[0].address.remote()
+        host, port = await cluster.settle(asked, deadline=within, what="learner rank 0")
         return await learner.all(lambda r, h: h.start.remote(host, port, within), deadline=within)
 
     facts, *_ = await asyncio.gather(
         gang(),
-        generators.all(lambda h: h.start.remote(), deadline=within),
+        Gang("generator", engines.handles).all(lambda r, h: h.start.remote(), deadline=within),
         verifiers.all(lambda h: h.warm_up.remote(), deadline=within),
     )
-    client = GeneratorClient(
-        generators.handles,
-        config.generator.tensor_parallel,
-        driver.call_deadline,
-        rendezvous=await meeting(),
+    settings = Probe(probe, driver.probe.every, driver.probe.tolerance)
+    client = partial(
+        GeneratorClient,
+        tensor_parallel=config.generator.tensor_parallel,
+        deadline=driver.call_deadline,
         keep_kv=config.generator.keep_kv,
     )
-    await learner.all(lambda rank, h: h.connect.remote(client), deadline=within)
-    settings = Probe(probe, driver.probe.every, driver.probe.tolerance)
-    sync = WeightSync(learner, generators, probe=settings, deadline=driver.call_deadline)
+    sync = WeightSync(learner, engines, client, probe=settings, deadline=driver.call_deadline)
     folder, version = resume or (None, 0)
     if folder:
         await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=within)

@@ -80,9 +80,9 @@ def _unfinished(config: Config, tree: DictConfig) -> Path | None:
 
 def _same(mine: Any, theirs: Any) -> bool:
     """Whether two configurations differ in nothing but where and whether to resume."""
-    plain = [OmegaConf.to_container(tree, resolve=True) for tree in (mine, theirs)]
+    plain: list[Any] = [OmegaConf.to_container(tree, resolve=True) for tree in (mine, theirs)]
     for settings in plain:
-        settings["run"] = {k: v for k, v in settings["run"].items() if k not in ("dir", "resume")}  # type: ignore[index,call-overload]
+        settings["run"] = {k: v for k, v in settings["run"].items() if k not in ("dir", "resume")}
     return plain[0] == plain[1]
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from entroray.cli import bootstrap, machine, material, rundir, settings
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
+from entroray.loop.evaluate import heldout
 from entroray.loop.prompts import PromptStream
 from entroray.objective import Objective, check_group_size
 from entroray.objective import build as build_objective
@@ -120,7 +122,14 @@ async def _train(
         probe = tuple(read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await machine.build(
-            config, model, objective, read_in.judge, probe, total_updates=updates, resume=run.resume
+            config,
+            model,
+            objective,
+            read_in.judge,
+            probe,
+            total_updates=updates,
+            resume=run.resume,
+            report=journal.event,
         )
         if run.resume:
             journal.cut(run.resume[1])
@@ -183,7 +192,15 @@ async def _drive(
 ) -> None:
     s = config.sampler
     sampling = Sampling(s.temperature, config.rollout.max_tokens, tuple(s.stop))
-    roles = Roles(m.generator_role(sampling), m.verifier_role(), m.learner_role(objective), m.sync, journal)
+    roles = Roles(
+        m.generator_role(sampling),
+        m.verifier_role(),
+        m.learner_role(objective),
+        m.sync,
+        journal,
+        evaluate=_evaluation(config, read_in, m),
+        waits=cluster.WAITS.lines,
+    )
     pace = _pace(config)
     journal.event("start", objective=config.objective, pace=asdict(pace), state=run.state)
     stream = PromptStream(read_in.split.training, seed=config.seed)
@@ -192,9 +209,9 @@ async def _drive(
         driver.restore(run.state)
     saves = m.checkpoints(run.folder)
 
-    async def after(step: int) -> None:
+    async def after(step: int, metrics: Mapping[str, float]) -> None:
         if config.checkpoint.every and step % config.checkpoint.every == 0:
-            saved = await saves.save(step, driver.committed)
+            saved = await saves.save(step, driver.committed, metrics.get("eval/greedy"))
             journal.event("checkpoint", step=step, folder=str(saved))
 
     caught = _stop_on_signals(driver)
@@ -207,6 +224,24 @@ async def _drive(
             f"stopped by {signal.Signals(caught[0]).name} after step {driver.version}, saved in {saved}. "
             f"Go on with the same command and run.resume=auto run.dir={run.folder}",
         )
+
+
+def _evaluation(
+    config: Config, read_in: material.Material, m: machine.Machine
+) -> Callable[[int], Awaitable[dict[str, float]]]:
+    """Held-out accuracy on the training engines, every `evaluate.every` steps."""
+    e, s = config.evaluate, config.sampler
+    prompts = read_in.split.heldout[: e.prompts]
+
+    async def evaluate(step: int) -> dict[str, float]:
+        if not e.every or step % e.every:
+            return {}
+        at = lambda t: m.generator_role(Sampling(t, config.rollout.max_tokens, tuple(s.stop)))  # noqa: E731
+        temperature, judge = s.temperature, m.verifier_role()
+        found = await heldout(at, judge, prompts, temperature=temperature, samples=e.samples)
+        return {f"eval/{name}": value for name, value in found.items()}
+
+    return evaluate
 
 
 def _pace(config: Config) -> Pace:

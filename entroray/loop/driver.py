@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from entroray.entropy.statistics import describe
@@ -32,6 +33,11 @@ class Pace:
     """Seconds without a finished step after which the run ends, naming the phase it stood in."""
 
 
+async def nothing(step: int) -> dict[str, float]:
+    """No evaluation."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Roles:
     """The machines, as the driver sees them."""
@@ -41,6 +47,10 @@ class Roles:
     learner: Learner
     sync: Sync
     journal: Journal
+    evaluate: Callable[[int], Awaitable[dict[str, float]]] = nothing
+    """Metrics of the weights served after a step, 0 being the first; empty when none are due."""
+    waits: Callable[[], list[str]] = list
+    """What is being waited for and since when, for a run that stalls."""
 
 
 def seeds(run: int, serial: int, attempt: int, count: int) -> list[int]:
@@ -48,6 +58,9 @@ def seeds(run: int, serial: int, attempt: int, count: int) -> list[int]:
     tag = f"{run}:{serial}:{attempt}".encode()
     stream = hashlib.shake_128(tag).digest(4 * count)
     return [int.from_bytes(stream[i : i + 4], "little") >> 1 for i in range(0, 4 * count, 4)]
+
+
+After = Callable[[int, Mapping[str, float]], Awaitable[None]]
 
 
 class Driver:
@@ -70,16 +83,18 @@ class Driver:
         self.committed = self.state()
         self.phase = "start"
 
-    async def train(self, steps: int, after: Callable[[int], Any] | None = None) -> list[dict[str, float]]:
-        """Run until `steps` steps are committed or `stop`; `after(step)` is awaited between steps."""
+    async def train(self, steps: int, after: After | None = None) -> list[dict[str, float]]:
+        """Run until `steps` steps are committed or `stop`; `after(step, metrics)` comes between steps."""
         history = []
-        self.stream.fill()
         try:
+            if self.version == 0 and (first := await self.roles.evaluate(0)):
+                self.roles.journal.event("evaluation", step=0, **first)
             while self.version < steps and not self.stopping:
+                self.stream.advance(self.version)
                 history.append(await self._within(self._begin()))
                 self.committed = self.state()
                 if after:
-                    await after(self.version)
+                    await after(self.version, history[-1])
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
@@ -107,15 +122,21 @@ class Driver:
         self.stream.restore(state["stream"], self.version)
         self.committed = self.state()
 
-    async def _within(self, step: Any) -> dict[str, float]:
-        try:
-            return await asyncio.wait_for(step, self.pace.stall)
-        except TimeoutError as error:
-            waiting = [s.prompt.id for s in self.stream.slots.values() if s.group is None]
-            raise InfrastructureError(
-                f"no step finished within {self.pace.stall:.0f} s: standing in `{self.phase}` after version "
-                f"{self.version}, {len(waiting)} groups unfinished, first prompts {waiting[:3]}"
-            ) from error
+    async def _within(self, step: "asyncio.Task[dict[str, float]]") -> dict[str, float]:
+        done, _ = await asyncio.wait({step}, timeout=self.pace.stall)
+        if done:
+            return step.result()
+        waits, stacks = self.roles.waits(), [_stack(task) for task in asyncio.all_tasks()]
+        self.roles.journal.event("stalled", phase=self.phase, waits=waits, stacks=stacks)
+        step.cancel()
+        await asyncio.wait({step}, timeout=1.0)
+        unfinished = [s.prompt.id for s in self.stream.slots.values() if s.group is None]
+        raise InfrastructureError(
+            f"no step finished within {self.pace.stall:.0f} s (driver.stall): standing in `{self.phase}` "
+            f"after version {self.version}, {len(unfinished)} groups unfinished, first prompts "
+            f"{unfinished[:3]}; waiting for: {'; '.join(waits) or 'nothing over Ray'}. "
+            "Stacks are in the event `stalled`"
+        )
 
     async def rollout(self, prompt: Prompt, serial: int) -> Group | Dropped:
         """A whole group, or why there is none; members that failed are sampled anew a few times."""
@@ -159,8 +180,9 @@ class Driver:
         with clock("sync", self):
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
-        self.stream.advance(self.version)
         metrics = updated | synced | self._observe(groups, tokens) | clock.metrics(len(tokens.row))
+        with clock("evaluate", self):
+            metrics |= await self.roles.evaluate(self.version)
         self.roles.journal.step(self.version, metrics, groups, tokens)
         return metrics
 
@@ -210,3 +232,10 @@ def _why(judged: list[tuple[Rollout, Verdict]]) -> str:
     rollout, verdict = failed[0]
     status = verdict.status if rollout.status.usable else rollout.status
     return f"{status}: {verdict.detail}" if verdict.detail else str(status)
+
+
+def _stack(task: "asyncio.Task[Any]") -> str:
+    """Where a task stands: file, line and function, outermost first."""
+    frames = task.get_stack(limit=8)
+    at = lambda f: f"{Path(f.f_code.co_filename).name}:{f.f_lineno} {f.f_code.co_name}"  # noqa: E731
+    return f"{task.get_name()}: {' > '.join(map(at, frames))}"

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from entroray.loop.driver import seeds
 from entroray.loop.roles import Generator, Verifier
@@ -33,3 +33,20 @@ def scores(right: Sequence[int], samples: int) -> dict[str, float]:
     """pass@1, 2, 4, ... up to `samples`, averaged over prompts."""
     ks = [k for k in (2**i for i in range(samples.bit_length())) if k <= samples]
     return {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
+
+
+async def heldout(
+    at: Callable[[float], Generator],
+    verifier: Verifier,
+    prompts: Sequence[Prompt],
+    *,
+    temperature: float,
+    samples: int,
+) -> dict[str, float]:
+    """Share of `prompts` right when greedy, and pass@1, 2, 4, ... at `temperature`; `at` samples at one.
+
+    The seeds are always the same, so that two models, or two steps of one run, are compared on one draw.
+    """
+    greedy = await right_answers(at(0.0), verifier, prompts, samples=1, seed=0)
+    sampled = await right_answers(at(temperature), verifier, prompts, samples=samples, seed=0)
+    return {"greedy": sum(greedy) / len(greedy), **scores(sampled, samples)}

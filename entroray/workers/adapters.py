@@ -13,23 +13,21 @@ from entroray.objective import Objective, count
 from entroray.policy.packing import Rows, cut_by_groups, plan
 from entroray.types import Batch, Prompt, Rollout, Tokens, Verdict
 from entroray.workers.cluster import Gang, Pool
+from entroray.workers.engines import Engines
 from entroray.workers.generator import Request, Sampling
-
-GRACE = 30.0
-"""Seconds a call over Ray may take beyond the deadline of the items it carries."""
 
 
 @dataclass(frozen=True)
 class Generators:
-    """The pool of engines as a Generator."""
+    """The engines as a Generator."""
 
-    pool: Pool
+    engines: Engines
     sampling: Sampling
     deadline: float
 
     async def sample(self, prompt: Prompt, seeds: Sequence[int]) -> list[Rollout]:
         request = Request(prompt.id, prompt.token_ids, tuple(seeds), self.sampling, self.deadline)
-        return await self.pool.call(lambda h: h.sample.remote(request), deadline=self.deadline + GRACE)
+        return await self.engines.sample(request)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,31 @@ MANIFEST, MARKER, STATE = "manifest.json", "COMMITTED", "driver.json"
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run: `<folder>/step-000010/`, the `keep` newest."""
+    """The checkpoints of one run: `<folder>/step-000010/`, the `keep` newest and the best."""
 
     folder: Path
     learner: Gang
     keep: int
     deadline: float
 
-    async def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Weights, moments and schedule of every rank, and the driver's state; the committed folder."""
+    async def save(self, step: int, state: Mapping[str, Any], accuracy: float | None = None) -> Path:
+        """Every rank's part, the driver's state and the held-out accuracy, if known; the committed folder."""
         aside = self.folder / f".step-{step:06d}.part"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         await self.learner.all(lambda rank, h: h.save.remote(str(aside)), deadline=self.deadline)
-        (aside / STATE).write_text(json.dumps(state))
+        (aside / STATE).write_text(json.dumps({**state, "accuracy": accuracy}))
         done = commit(aside, self.folder / f"step-{step:06d}")
-        for old in committed(self.folder)[: -self.keep]:
+        for old in superfluous(committed(self.folder), self.keep):
             shutil.rmtree(old)
         return done
+
+
+def superfluous(checkpoints: Sequence[Path], keep: int) -> list[Path]:
+    """Those that are neither among the `keep` newest nor the best by held-out accuracy."""
+    known = {c: a for c in checkpoints if (a := state_of(c)["accuracy"]) is not None}
+    best = max(known, key=lambda c: known[c], default=None)
+    return [c for c in checkpoints[:-keep] if c != best]
 
 
 def commit(aside: Path, final: Path) -> Path:
@@ -67,7 +74,7 @@ def complaint(checkpoint: Path) -> str:
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint, and a sentence for each newer one that is not."""
-    passed_over = []
+    passed_over: list[str] = []
     for checkpoint in reversed(committed(folder)):
         wrong = complaint(checkpoint)
         if not wrong:

@@ -1,10 +1,13 @@
 """Ray at the edge: start it, place actors on it, and the only waits on it there are."""
 
 import asyncio
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,50 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from entroray.errors import EntrorayError, InfrastructureError, PreflightError
+from entroray.workers import reaper
+
+
+class Waits:
+    """What this process is waiting for over Ray, and since when: what a stall report is made of."""
+
+    def __init__(self) -> None:
+        self.since: dict[int, tuple[str, float]] = {}
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """While inside, `what` is being waited for."""
+        key = next(_KEYS)
+        self.since[key] = what, time.monotonic()
+        try:
+            yield
+        finally:
+            del self.since[key]
+
+    def lines(self, most: int = 20) -> list[str]:
+        """The longest waits, one a line."""
+        now = time.monotonic()
+        return [f"{what}: {now - began:.1f} s" for what, began in list(self.since.values())[:most]]
+
+
+_KEYS = itertools.count()
+WAITS = Waits()
 
 
 async def settle(ref: Any, *, deadline: float, what: str) -> Any:
     """The value of one ObjectRef, awaited at most `deadline` seconds; InfrastructureError names `what`."""
+    return await _within(asyncio.wrap_future(ref.future()), deadline, what)
+
+
+async def settle_next(stream: Any, *, deadline: float, what: str) -> Any:
+    """The next value that an actor's generator yields, awaited at most `deadline` seconds."""
+    ref = await _within(anext(stream), deadline, what)
+    return await settle(ref, deadline=deadline, what=what)
+
+
+async def _within(value: Awaitable[Any], deadline: float, what: str) -> Any:
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), deadline)
+        with WAITS.on(what):
+            return await asyncio.wait_for(value, deadline)
     except TimeoutError as error:
         raise InfrastructureError(f"{what} gave no answer within {deadline:.0f} s") from error
     except RayActorError as error:
@@ -88,6 +129,8 @@ CPU_ONLY = {
 def start(address: str | None, *, cpu_only: bool) -> None:
     """Join the Ray cluster at `address`, or start one on this machine, bound to loopback."""
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
+    if not address:
+        reaper.follow()
     variables = environment() | (CPU_ONLY if cpu_only else {})
     local: dict[str, Any] = {"num_cpus": os.cpu_count(), "include_dashboard": False}
     ray.init(

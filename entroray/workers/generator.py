@@ -8,14 +8,14 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from entroray.errors import SyncError
+from entroray.errors import InfrastructureError
 from entroray.types import Rollout, Status
 
 TICK = 0.2
@@ -72,7 +72,7 @@ class Generator:
         self.serial = 0
         self.paused = False
         self.staged: tuple[str, np.ndarray] | None = None
-        self.failure: BaseException | None = None
+        self.failure: InfrastructureError | None = None
         self.ready: Future[float] = Future()
         self.thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self.thread.start()
@@ -86,6 +86,26 @@ class Generator:
     async def sample(self, request: Request) -> list[Rollout]:
         """One rollout per seed; those that outlive the deadline come back as `timeout`."""
         return await self._post(lambda future: self._admit(request, future))
+
+    async def sample_all(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, list[Rollout]]]:
+        """(index, what `sample` gives) of each request as it finishes.
+
+        All are admitted between two steps of the engine, so the batches they run in are always the same.
+        """
+        futures: list[Future] = [Future() for _ in requests]
+
+        def admit(admitted: Future) -> None:
+            for request, future in zip(requests, futures, strict=True):
+                self._admit(request, future)
+            admitted.set_result(None)
+
+        await self._post(admit)
+
+        async def numbered(index: int) -> tuple[int, list[Rollout]]:
+            return index, await asyncio.wrap_future(futures[index])
+
+        for finished in asyncio.as_completed([numbered(i) for i in range(len(futures))]):
+            yield await finished
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-prob (nats, T=1) of every token but the first, under the weights served now."""
@@ -115,6 +135,11 @@ class Generator:
         """Commit, drop keys and values of the old weights, go on; acknowledges (version, hash)."""
         return await self._run(lambda: self._commit(version, keep_kv))
 
+    async def whole(self) -> None:
+        """InfrastructureError when an update of the weights was begun and never committed."""
+        if self.failure is not None or self.paused:
+            raise self.failure or InfrastructureError("it stands in the middle of an update of its weights")
+
     async def version(self) -> int:
         """Version of the weights served now."""
         return await self._run(lambda: int(self.llm.get_weight_version()))
@@ -127,11 +152,11 @@ class Generator:
             while True:
                 self._turn()
         except BaseException as error:  # boundary: the thread's death must reach every waiter
-            self.failure = error
+            self.failure = InfrastructureError(f"the engine's thread died: {error!r}")
             waiters = [w.future for w in self.waiting.values()]
             for future in (self.ready, *waiters):
                 if not future.done():
-                    future.set_exception(error)
+                    future.set_exception(self.failure)
             raise
 
     def _load(self) -> None:
@@ -246,7 +271,7 @@ class Generator:
 
     async def _post(self, action: Callable[[Future], None]) -> Any:
         if self.failure is not None:
-            raise SyncError(f"the engine thread is dead: {self.failure!r}") from self.failure
+            raise self.failure
         future: Future = Future()
 
         def perform() -> None:

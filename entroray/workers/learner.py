@@ -67,6 +67,8 @@ class LearnerRank:
     def __init__(self, rank: int, settings: LearnerSettings, objective: Objective):
         self.rank, self.settings, self.objective = rank, settings, objective
         self.version = 0
+        self.ahead = False
+        """Whether the weights were updated since they were sent."""
 
     def address(self) -> tuple[str, int]:
         """Where the ranks may meet: this node and a port free on it."""
@@ -109,6 +111,7 @@ class LearnerRank:
         from entroray.workers import transfer
 
         self.client = client
+        client.rendezvous = self.address()
         self.transfer = transfer.connect(
             self.settings.transfer, rank=self.rank, client=client, module=self.policy.model
         )
@@ -143,6 +146,7 @@ class LearnerRank:
             self.engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
             self._backward(batch, tokens, sums)
         norm = self._grad_norm_before_step()
+        self.ahead = True
         self.engine.step()
         norm = norm if norm is not None else float(self.engine.get_global_grad_norm())
         if not np.isfinite(norm):
@@ -181,7 +185,15 @@ class LearnerRank:
         self.version = self.client.version = version
         self.client.sent, self.client.acknowledged = None, []
         self.transfer.send_weights()
+        self.ahead = False
         return self.client.sent, self.client.acknowledged
+
+    def resend(self, client: Any) -> tuple[str | None, list[tuple[int, str | None]]] | None:
+        """The weights last sent, to the engines that `client` reaches; None when they are no longer here."""
+        if self.ahead:
+            return None
+        self.connect(client)
+        return self.sync(self.version)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-prob (nats, T=1) of every token but the first."""
@@ -205,14 +217,21 @@ class LearnerRank:
             self.policy.model.generation_config.save_pretrained(folder)
 
     def save(self, folder: str) -> None:
-        """Weights, moments and schedule into `folder`; every rank writes its own part."""
+        """Weights, moments, schedule and random state into `folder`; every rank writes its own part."""
         self.engine.save_checkpoint(folder, tag="learner", save_latest=False)
+        torch.save([torch.get_rng_state(), *torch.cuda.get_rng_state_all()], self._rng(folder))
 
     def load(self, folder: str) -> None:
         """Go on from what `save` wrote with as many ranks and the same ZeRO stage."""
         loaded, _ = self.engine.load_checkpoint(folder, tag="learner")
         if loaded is None:
             raise PreflightError(f"{folder} holds no learner that DeepSpeed can read: resume from another")
+        cpu, *cuda = torch.load(self._rng(folder))
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(cuda)
+
+    def _rng(self, folder: str) -> Path:
+        return Path(folder, f"rng-{self.rank}.pt")
 
     def stop(self) -> None:
         """Leave the gang in order, so that no rank waits for another that is gone."""

@@ -1,13 +1,15 @@
 """New weights reach the generators, and both sides prove that they hold the same ones."""
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from entroray.errors import SyncError
-from entroray.workers.cluster import Gang, Pool, wait
+from entroray.errors import InfrastructureError, SyncError
+from entroray.workers.cluster import Gang, wait
+from entroray.workers.engines import Engines
 
 
 @dataclass
@@ -20,9 +22,9 @@ class GeneratorClient:
     handles: Sequence[Any]
     tensor_parallel: int
     deadline: float
-    rendezvous: tuple[str, int]
-    """Address and port where an NCCL group of learner rank 0 and all engines may meet."""
     keep_kv: bool = False
+    rendezvous: tuple[str, int] = ("", 0)
+    """Address and port where an NCCL group of learner rank 0 and all engines may meet; rank 0 fills it in."""
     version: int = 0
     sent: str | None = None
     acknowledged: list[tuple[int, str | None]] = field(default_factory=list)
@@ -70,36 +72,95 @@ class Probe:
 
 
 class WeightSync:
-    """The driver's view of a sync: versions and hashes acknowledged, log-probs compared."""
+    """The driver's view of a sync: versions and hashes acknowledged, log-probs compared, newcomers served."""
 
-    def __init__(self, learner: Gang, generators: Pool, *, probe: Probe, deadline: float):
-        self.learner, self.generators, self.probe, self.deadline = learner, generators, probe, deadline
+    def __init__(
+        self,
+        learner: Gang,
+        engines: Engines,
+        client: Callable[[Sequence[Any]], GeneratorClient],
+        *,
+        probe: Probe,
+        deadline: float,
+    ):
+        self.learner, self.engines, self.client = learner, engines, client
+        self.probe, self.deadline = probe, deadline
+        self.reached: list[Any] = []
+        """The engines that the learner knows."""
         self.compared = False
+        self.turn = asyncio.Lock()
+        engines.mend = self.mend
 
     async def __call__(self, version: int) -> dict[str, float]:
         """Serve `version` everywhere; SyncError when an engine holds something else."""
-        answers = await self.learner.all(lambda rank, h: h.sync.remote(version), deadline=self.deadline)
-        sent, acknowledged = answers[0]
+        while not await self._served(version):
+            await self.engines.arrived()
+        check = not self.compared or (self.probe.every and version % self.probe.every == 0)
+        self.compared = True
+        return {"sync/probe_error": await self.compare()} if check else {}
+
+    async def _served(self, version: int) -> bool:
+        """Whether `version` is served by all; False when an engine was lost on the way."""
+        async with self.turn:
+            try:
+                await self._connect()
+                sent = self.learner.all(lambda rank, h: h.sync.remote(version), deadline=self.deadline)
+                answers = await sent
+            except SyncError:
+                raise
+            except InfrastructureError:
+                if await self._all_well():
+                    raise
+                return False
+            self._check(version, *answers[0])
+            self.engines.admit(self.reached)
+            return True
+
+    async def _connect(self) -> None:
+        """Introduce the learner to the engines there are now, when they are not those it knows."""
+        there = self.engines.there()
+        if there != self.reached:
+            client = self.client(there)
+            await self.learner.all(lambda rank, h: h.connect.remote(client), deadline=self.deadline)
+            self.reached = there
+
+    async def _all_well(self) -> bool:
+        """Whether every engine answers and serves whole weights; those that do not are lost."""
+        before, self.reached = self.engines.handles, []
+        await self.engines.all(lambda h: h.whole.remote(), deadline=self.deadline, what="asked how it is")
+        return before == self.engines.handles
+
+    async def mend(self) -> None:
+        """Bring newcomers the weights served now; while the learner is past them, the next sync will."""
+        async with self.turn:
+            there = self.engines.there()
+            client = self.client(there)
+            answers = await self.learner.all(lambda rank, h: h.resend.remote(client), deadline=self.deadline)
+            if answers[0] is not None:
+                self.reached = there
+                self._check(None, *answers[0])
+                self.engines.admit(there)
+
+    def _check(
+        self, version: int | None, sent: str | None, acknowledged: Sequence[tuple[int, str | None]]
+    ) -> None:
         for index, (served, received) in enumerate(acknowledged):
-            if served != version or received != sent:
+            if version not in (None, served) or received != sent:
                 raise SyncError(
                     f"generator {index} acknowledged version {served} ({received}) after a sync "
                     f"to version {version} ({sent})"
                 )
-        if len(acknowledged) != len(self.generators.handles):
-            raise SyncError(
-                f"{len(acknowledged)} of {len(self.generators.handles)} generators took version {version}"
-            )
-        check = not self.compared or (self.probe.every and version % self.probe.every == 0)
-        self.compared = True
-        return {"sync/probe_error": await self.compare()} if check else {}
+        if len(acknowledged) != len(self.reached):
+            raise SyncError(f"{len(acknowledged)} of {len(self.reached)} generators took version {version}")
 
     async def compare(self) -> float:
         """Largest log-prob difference (nats) on the probe between any engine and the learner."""
         ids = self.probe.token_ids
         ask = self.learner.all(lambda rank, h: h.prompt_logprobs.remote(ids), deadline=self.deadline)
         ours = np.asarray((await ask)[0])
-        theirs = await self.generators.all(lambda h: h.prompt_logprobs.remote(ids), deadline=self.deadline)
+        theirs = await self.engines.all(
+            lambda h: h.prompt_logprobs.remote(ids), deadline=self.deadline, what="scoring the probe text"
+        )
         gaps = [float(np.abs(np.asarray(t) - ours).max()) for t in theirs]
         wrong = [i for i, gap in enumerate(gaps) if not gap <= self.probe.tolerance]
         if wrong:
@@ -108,4 +169,4 @@ class WeightSync:
                 f"{max(gaps):.4f} nats apart, {self.probe.tolerance:g} allowed (driver.probe.tolerance). "
                 "Their weights differ, or their precision does"
             )
-        return max(gaps)
+        return max(gaps, default=0.0)

@@ -89,8 +89,11 @@ def train_a_little(loop: Any, m: Any, seed: int) -> None:
 
 def sample(loop: Any, m: Any, **changes: Any) -> list[Any]:
     request = Request("long", LONG, (1, 2), Sampling(1.0, 24), deadline=60.0)
-    call = m.generators.call(lambda h: h.sample.remote(replace(request, **changes)), deadline=90.0)
-    return loop.run_until_complete(call)
+
+    async def asked() -> list[Any]:
+        return await m.engines.sample(replace(request, **changes))
+
+    return loop.run_until_complete(asked())
 
 
 def learner_logprobs(loop: Any, m: Any, response: np.ndarray) -> np.ndarray:
@@ -130,8 +133,7 @@ def test_requests_in_flight_go_on_with_the_new_weights_and_say_so(running: Any) 
 
     async def both() -> Any:
         request = Request("flight", LONG[:20], tuple(range(32)), Sampling(1.0, 300), deadline=120.0)
-        call = m.generators.call(lambda h: h.sample.remote(request), deadline=150.0)
-        sampling = asyncio.create_task(call)
+        sampling = asyncio.create_task(m.engines.sample(request))
         await asyncio.sleep(0.4)
         await m.sync(2)
         return await sampling

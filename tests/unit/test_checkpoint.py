@@ -9,14 +9,14 @@ from omegaconf import OmegaConf
 from entroray.cli import rundir
 from entroray.config import Config
 from entroray.errors import PreflightError
-from entroray.workers.checkpoint import MARKER, commit, committed, newest
+from entroray.workers.checkpoint import MARKER, commit, committed, newest, superfluous
 
 
-def written(folder: Path, step: int) -> Path:
+def written(folder: Path, step: int, accuracy: float | None = None) -> Path:
     aside = folder / f".step-{step:06d}.part"
     (aside / "learner").mkdir(parents=True)
     (aside / "learner" / "weights.pt").write_bytes(bytes([step] * 100))
-    (aside / "driver.json").write_text(json.dumps({"version": step}))
+    (aside / "driver.json").write_text(json.dumps({"version": step, "accuracy": accuracy}))
     return commit(aside, folder / f"step-{step:06d}")
 
 
@@ -25,6 +25,12 @@ def test_the_newest_committed_one_is_found(tmp_path: Path) -> None:
     (tmp_path / ".step-000012.part").mkdir()
     assert committed(tmp_path) == done and newest(tmp_path) == (done[1], [])
     assert (tmp_path / "latest").resolve() == done[1]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    done = [written(tmp_path, step, accuracy) for step, accuracy in ((1, 0.2), (2, 0.9), (3, None), (4, 0.5))]
+    assert superfluous(done, keep=1) == [done[0], done[2]]
+    assert superfluous(done[2:3], keep=1) == []
 
 
 def test_without_its_marker_it_is_none(tmp_path: Path) -> None:

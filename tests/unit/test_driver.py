@@ -53,7 +53,7 @@ def test_wait_trains_a_straggler_before_it_grows_too_old() -> None:
     async def run() -> None:
         world.gate = asyncio.Event()
 
-        async def after(step: int) -> None:
+        async def after(step: int, metrics: object) -> None:
             if step == 1:  # the next step would leave q1 two versions behind: it must wait
                 asyncio.get_running_loop().call_later(0.2, world.gate.set)
 
@@ -72,7 +72,7 @@ def test_drop_refuses_a_straggler_and_issues_its_prompt_again() -> None:
     async def run() -> None:
         world.gate = asyncio.Event()
 
-        async def after(step: int) -> None:
+        async def after(step: int, metrics: object) -> None:
             if step == 3:
                 world.gate.set()
                 await asyncio.sleep(0.01)
@@ -147,7 +147,7 @@ def test_a_restored_driver_draws_the_prompts_it_would_have_had(max_lag: int) -> 
             d.restore(json.loads(json.dumps(state)))
         states = {}
 
-        async def note(step: int) -> None:
+        async def note(step: int, metrics: object) -> None:
             states[step] = d.state()
 
         await d.train(steps, note)

@@ -1,0 +1,82 @@
+"""`entroray verify-resume`: a run that was resumed against one that was not, value by value."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from entroray.errors import ConfigError, InfrastructureError, NumericsError
+from entroray.observe.journal import read
+from entroray.observe.records import files, step_of
+
+CLOCKED = ("seconds/", "tokens/per_second")
+"""Metrics that are times: they may differ."""
+
+
+def main(arguments: list[str]) -> int:
+    """`verify-resume [--steps=3] [--dir=FOLDER] overrides`: n + n steps against 2n; exit 6 when they differ.
+
+    Trains 2n steps with a checkpoint at n, then goes on from that checkpoint in a new process, and compares
+    token records, metrics and exported weights of the second half bit for bit.
+    """
+    flags = dict(a.removeprefix("--").split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
+    overrides = [a for a in arguments if not a.startswith("--")]
+    if unknown := flags.keys() - {"steps", "dir"}:
+        raise ConfigError(f"verify-resume knows --steps and --dir, not {', '.join(sorted(unknown))}")
+    steps, folder = int(flags.get("steps", 3)), Path(flags.get("dir", "runs/verify-resume")).resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    whole, resumed = folder / "whole", folder / "resumed"
+    _train(overrides, whole, steps)
+    shutil.copytree(whole, resumed, symlinks=True)
+    for later in (resumed / "model", resumed / "checkpoints" / f"step-{2 * steps:06d}"):
+        shutil.rmtree(later)
+    _train(overrides, resumed, steps)
+    wrong = differences(whole, resumed, after=steps)
+    if wrong:
+        raise NumericsError("the resumed run is another run: " + "; ".join(wrong))
+    print(f"\n{steps} + {steps} steps equal {2 * steps}: token records, metrics and weights, bit for bit")
+    return 0
+
+
+def _train(overrides: list[str], folder: Path, steps: int) -> None:
+    fixed = {
+        "run.dir": folder,
+        "run.resume": "auto",
+        "run.steps": 2 * steps,
+        "checkpoint.every": steps,
+        "checkpoint.keep": 2,
+        "observe.tokens.every": 1,
+        "observe.report": "false",
+        "evaluate.final": "false",
+    }
+    settings = [f"{name}={value}" for name, value in fixed.items()]
+    command = [sys.executable, "-m", "entroray", "train", *overrides, *settings]
+    done = subprocess.run(command, check=False)  # deadline: its own driver.stall and call_deadline
+    if done.returncode:
+        raise InfrastructureError(f"the run in {folder} ended with exit code {done.returncode}")
+
+
+def differences(whole: Path, resumed: Path, *, after: int) -> list[str]:
+    """What the second halves of two run directories do not share; empty when they are the same."""
+    wrong = [
+        f"{name} of step {a['step']} is {a.get(name)} and {b.get(name)}"
+        for a, b in zip(_metrics(whole, after), _metrics(resumed, after), strict=True)
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+    ]
+    wrong += [f"token records of step {step_of(f)}" for f in files(whole) if not _same_records(f, resumed)]
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, resumed)]
+    return wrong + (["the exported weights"] if weights[0] != weights[1] else [])
+
+
+def _metrics(run: Path, after: int) -> list[Mapping[str, Any]]:
+    rows = [row for row in read(run / "metrics.jsonl") if row["step"] > after]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
+
+
+def _same_records(file: Path, other: Path) -> bool:
+    import pyarrow.parquet as parquet
+
+    return parquet.read_table(file).equals(parquet.read_table(other / "tokens" / file.name))
