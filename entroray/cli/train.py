@@ -44,8 +44,8 @@ def main(arguments: list[str]) -> int:
     if config.run.dry:
         print(_dry(config, objective))
         return 0
-    facts = bootstrap.ensure(config, rest)
     signal.signal(signal.SIGTERM, _terminated)
+    facts = bootstrap.ensure(config, rest)
     asyncio.run(_train(config, tree, objective, rundir.open_run(config, tree), facts))
     return 0
 
@@ -104,8 +104,8 @@ def _memory(config: Config) -> list[str]:
 
 
 def _terminated(number: int, _: Any) -> None:
-    """Before there is a driver to stop, SIGTERM is an exception like Ctrl-C: what was started is ended."""
-    raise Stopped(number, "ended by SIGTERM before the first step")
+    """While no driver can be stopped, SIGTERM is an exception like Ctrl-C: what was started is ended."""
+    raise Stopped(number, "ended by SIGTERM outside of training")
 
 
 async def _train(
@@ -275,6 +275,7 @@ def _stop_on_signals(driver: Driver) -> list[int]:
 
 
 def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
+    signal.signal(signal.SIGTERM, _terminated)  # the event loop took it with it
     print(summary(read(folder / "metrics.jsonl")))
     print(f"\n{config.run.steps} steps in {seconds:.0f} s")
     if config.evaluate.final:

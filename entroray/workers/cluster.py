@@ -4,7 +4,9 @@ import asyncio
 import itertools
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from entroray.errors import EntrorayError, InfrastructureError, PreflightError
+from entroray.errors import EntrorayError, InfrastructureError, PreflightError, Stopped
 from entroray.workers import reaper
 
 
@@ -133,13 +135,27 @@ def start(address: str | None, *, cpu_only: bool) -> None:
         reaper.follow()
     variables = environment() | (CPU_ONLY if cpu_only else {})
     local: dict[str, Any] = {"num_cpus": os.cpu_count(), "include_dashboard": False}
-    ray.init(
-        address=address or "local",
-        runtime_env={"env_vars": variables},
-        logging_level=logging.WARNING,
-        log_to_driver=bool(os.environ.get("ENTRORAY_WORKER_LOGS")),
-        **({} if address else local),
-    )
+    with _own_sigterm():
+        ray.init(
+            address=address or "local",
+            runtime_env={"env_vars": variables},
+            logging_level=logging.WARNING,
+            log_to_driver=bool(os.environ.get("ENTRORAY_WORKER_LOGS")),
+            **({} if address else local),
+        )
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray overwrites the handler of SIGTERM: ours comes back, and Ray's way out meanwhile becomes ours."""
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as left:
+        raise Stopped(signal.SIGTERM, "ended by SIGTERM while Ray was starting") from left
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
 
 
 def check_resources(shares: dict[str, tuple[int, Share]]) -> str:

@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 BASE = [
     *("train", "experiment=quickstart", "objective=grpo", "run.steps=6", "rollout.groups_per_step=4"),
     *("observe.tokens.every=1", "observe.report=false", "evaluate.final=false", "checkpoint.every=2"),
     *("run.resume=auto", "data.size=2000", "data.max_prompt=128"),
+    "generator.replicas=1",
 ]
 
 
@@ -81,3 +83,19 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_its_code(
     last = steps(folder)[-1]
     saved = folder / "checkpoints" / f"step-{last:06d}"
     assert (saved / "COMMITTED").exists() and "run.resume=auto" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_ends_with_its_code_too(
+    tmp_path: Path, model: str, number: signal.Signals
+) -> None:
+    process = start(tmp_path / "run", model)
+    while not any("raylet" in p.name() for p in psutil.Process(process.pid).children(recursive=True)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    ours, began = psutil.Process(process.pid).children(recursive=True), time.monotonic()
+    os.kill(process.pid, number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said[-3000:]
+    psutil.wait_procs(ours, timeout=30)
+    assert time.monotonic() - began < 30

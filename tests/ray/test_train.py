@@ -16,6 +16,7 @@ SMALL = [
     "objective=grpo",
     f"run.steps={STEPS}",
     "rollout.groups_per_step=8",
+    "generator.replicas=1",
     "learner.updates_per_rollout=2",
     "observe.tokens.every=1",
     "evaluate.prompts=32",
@@ -125,7 +126,10 @@ def test_eval_reads_the_exported_model_in_a_process_of_its_own(
     assert result["pass@1"] <= result["pass@2"] <= result["pass@8"]
 
 
-def test_two_ranks_two_engines_and_a_lag_of_one(cache: Path, finished: Any, tmp_path: Path) -> None:
+def test_two_ranks_two_engines_a_lag_of_one_and_a_reward_of_ones_own(
+    cache: Path, finished: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text("def short(response, prompt):\n    return float(len(response) < 12)\n")
     said = entroray(
         "train",
         "experiment=quickstart",
@@ -135,6 +139,7 @@ def test_two_ranks_two_engines_and_a_lag_of_one(cache: Path, finished: Any, tmp_
         "learner.zero_stage=3",
         "generator.replicas=2",
         "driver.max_lag=1",
+        f"reward.path={tmp_path}/mine.py:short",
         "objective.surrogate.high=0.28",
         cache=cache,
     )
@@ -144,18 +149,19 @@ def test_two_ranks_two_engines_and_a_lag_of_one(cache: Path, finished: Any, tmp_
     assert "clip(r, 0.8, 1.28)" in said
 
 
-def test_gsm8k_runs_on_the_shared_file_with_a_reward_of_ones_own(cache: Path, tmp_path: Path) -> None:
+def test_gsm8k_runs_with_math_verify_as_judge(cache: Path, tmp_path: Path) -> None:
+    """The real file where it lies beside the checkout, else rows of its form."""
     data = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
     if not data.is_file():
-        pytest.skip(f"no {data}")
-    (tmp_path / "mine.py").write_text("def short(response, prompt):\n    return float(len(response) < 40)\n")
+        data = tmp_path / "train.jsonl"
+        row = lambda a: {"question": f"What is {a} plus 4?", "answer": f"<<{a}+4={a + 4}>>\n#### {a + 4}"}  # noqa: E731
+        data.write_text("".join(json.dumps(row(a)) + "\n" for a in range(200)))
     entroray(
         "train",
         "experiment=gsm8k",
         f"data.task={data}",
         "run.steps=2",
         f"run.dir={tmp_path}/gsm8k",
-        f"reward.path={tmp_path}/mine.py:short",
         "rollout.groups_per_step=4",
         "rollout.max_tokens=48",
         cache=cache,
