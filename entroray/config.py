@@ -65,6 +65,7 @@ class Data:
     demonstration: str | None = None  # how right answers are written: chain_sum | countdown | gsm8k
     heldout: float = 0.05  # fraction for evaluation, by hash of the prompt
     demonstrations: float = 0.3  # fraction for the warm start of the embedded model, by hash
+    bad_rows: float = 0.0  # share of a table's rows that may be bad and are then left out and counted
     max_prompt: int = 512  # tokens; longer prompts are dropped and counted
 
 
@@ -73,6 +74,7 @@ class Reward:
     path: str | None = None  # my_file.py:my_function instead of the judge below
     judge: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}
     deadline: float = 5.0  # seconds for each item
+    max_failed: float = 0.2  # share of the last 1000 responses without a verdict, above which the run ends
 
 
 @dataclass
@@ -120,6 +122,7 @@ class LearnerConfig:
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     max_grad_norm: float = 1.0
+    max_skipped: int = 3  # steps in a row whose gradient is not finite, after which the run ends
     schedule: str = "constant_with_warmup"  # any name transformers.get_scheduler knows
     warmup_updates: int = 0
     reference: bool = False  # frozen copy of the first weights, for KL penalties

@@ -102,11 +102,24 @@ class ToyWorld:
         self.steps.append({"step": step, **metrics})
         self.trained += [g.prompt.id for g in groups]
 
+    def skipped(self, step: int, batch: Batch, tokens: Tokens) -> None:
+        self.events.append("skipped")
+
     def event(self, kind: str, **fields: Any) -> None:
         self.events.append(kind)
 
 
-PACE = Pace(group_size=8, groups_per_step=4, max_lag=0, wait=True, resamples=2, refill_limit=10, stall=20.0)
+PACE = Pace(
+    group_size=8,
+    groups_per_step=4,
+    max_lag=0,
+    wait=True,
+    resamples=2,
+    refill_limit=10,
+    max_failed=1.0,
+    max_skipped=3,
+    stall=20.0,
+)
 
 
 def driver(world: ToyWorld, **changes: Any) -> Driver:

@@ -11,6 +11,7 @@ USAGE = """usage: entroray <command> [hydra overrides]
   bootstrap   build and warm-start the embedded small model
   eval        held-out accuracy of a model folder: entroray eval model.path=runs/latest/model
   verify-resume  n steps, a checkpoint and n more against 2n: equal bit for bit, or exit code 6
+  doctor      everything wrong with this machine and these settings, at once, with remedies
   report      write report.html of a run directory: entroray report runs/latest
 
   --cfg job         print the composed settings and stop
@@ -62,5 +63,9 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         from entroray.cli.verify_resume import main as verify_resume
 
         return verify_resume(arguments)
+    if command == "doctor":
+        from entroray.cli.doctor import main as doctor
+
+        return doctor(arguments)
     print(f"entroray: unknown command `{command}`\n\n{USAGE}", file=sys.stderr)
     return 2

@@ -201,12 +201,17 @@ async def _introduce(
     return sync, facts[0] | await sync(version)
 
 
-def join(config: Config) -> str:
-    """Start or join Ray and check that it is large enough; returns the arithmetic."""
+def check_gpus(config: Config) -> None:
+    """PreflightError when a role asks for GPUs and this machine, alone, has none."""
     if not cpu_only(config) and not config.cluster.address and not torch.cuda.is_available():
         raise PreflightError(
             "cluster asks for GPUs but torch sees none on this machine: use cluster=cpu, or give "
             "cluster.address of a Ray cluster that has them"
         )
+
+
+def join(config: Config) -> str:
+    """Start or join Ray and check that it is large enough; returns the arithmetic."""
+    check_gpus(config)
     cluster.start(config.cluster.address, cpu_only=cpu_only(config))
     return cluster.check_resources(shares(config))

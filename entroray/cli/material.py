@@ -22,21 +22,27 @@ class Material:
     """What was left out, in words."""
 
 
-def questions(data: Data) -> list[prompts.Question]:
-    """All rows of the configured source."""
+def questions(data: Data) -> tuple[list[prompts.Question], int]:
+    """All rows of the configured source, and how many bad ones were left out."""
     if data.source == "reasoning_gym":
-        return prompts.reasoning_gym_rows(data.task, size=data.size, seed=data.seed, settings=data.settings)
+        drawn = prompts.reasoning_gym_rows(data.task, size=data.size, seed=data.seed, settings=data.settings)
+        return drawn, 0
     if data.source == "table":
-        return prompts.table_rows(data.task, **data.settings)
+        return prompts.table_rows(data.task, bad_rows=data.bad_rows, **data.settings)
     raise ConfigError(f"data.source={data.source}: choose reasoning_gym or table")
 
 
 def load(config: Config, model: str) -> Material:
+    """The material of a run with the tokenizer of `model`."""
+    return read(config, load_tokenizer(model))
+
+
+def read(config: Config, tokenizer: Any) -> Material:
     """Read, render, tokenise and split; PreflightError when nothing is left to train on."""
-    tokenizer = load_tokenizer(model)
     data = config.data
+    rows, bad = questions(data)
     made = prompts.make_prompts(
-        questions(data),
+        rows,
         tokenize=chat(tokenizer, config.model.system),
         template=data.template,
         max_tokens=data.max_prompt,
@@ -44,9 +50,8 @@ def load(config: Config, model: str) -> Material:
     split = prompts.split(made.prompts, heldout=data.heldout, demonstrations=data.demonstrations)
     if not split.training:
         raise PreflightError(f"no training prompt is left of {len(made.prompts)}: lower data.heldout")
-    return Material(
-        tokenizer, split, judge(config), f"{made.duplicates} duplicates, {made.too_long} too long"
-    )
+    dropped = f"{made.duplicates} duplicates, {made.too_long} too long, {bad} bad rows"
+    return Material(tokenizer, split, judge(config), dropped)
 
 
 def judge(config: Config) -> Mapping[str, Any]:

@@ -43,15 +43,20 @@ def open_run(config: Config, tree: DictConfig) -> RunDir:
         folder = folder or _unfinished(config, tree)
         if folder and (folder / "metrics.jsonl").exists():
             return _resumed(folder, config)
-    if folder and (folder / "metrics.jsonl").exists():
-        raise PreflightError(
-            f"run.dir={folder} already holds a run: give another, delete it, or go on with run.resume=auto"
-        )
+    check(folder)
     folder = folder or Path("runs", config.run.name, time.strftime("%Y%m%d-%H%M%S")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not config.run.dir:
         _point(Path("runs", "latest"), folder)
     return RunDir(folder)
+
+
+def check(folder: Path | None) -> None:
+    """PreflightError when `folder` holds a run already."""
+    if folder and (folder / "metrics.jsonl").exists():
+        raise PreflightError(
+            f"run.dir={folder} already holds a run: give another, delete it, or go on with run.resume=auto"
+        )
 
 
 def _resumed(folder: Path, config: Config) -> RunDir:

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, machine, material, rundir, settings
+from entroray.cli import bootstrap, machine, material, preflight, rundir, settings
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> int:
         print(_dry(config, objective))
         return 0
     signal.signal(signal.SIGTERM, _terminated)
+    preflight.refuse(config)
     facts = bootstrap.ensure(config, rest)
     asyncio.run(_train(config, tree, objective, rundir.open_run(config, tree), facts))
     return 0
@@ -253,6 +254,8 @@ def _pace(config: Config) -> Pace:
         wait=d.stale == "wait",
         resamples=d.resamples,
         refill_limit=d.refill_limit,
+        max_failed=config.reward.max_failed,
+        max_skipped=config.learner.max_skipped,
         stall=d.stall,
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
+from entroray.loop.limits import SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
 from entroray.loop.stream import Dropped, Prompts, Stream
 from entroray.objective import Objective
@@ -29,6 +30,10 @@ class Pace:
     resamples: int
     refill_limit: int
     """Most groups a step may drop, in steps' worth, before the run ends for want of signal."""
+    max_failed: float
+    """Share of recent responses that may lack a verdict."""
+    max_skipped: int
+    """Steps in a row that may leave an update out."""
     stall: float
     """Seconds without a finished step after which the run ends, naming the phase it stood in."""
 
@@ -77,6 +82,8 @@ class Driver:
     ):
         self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
         self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
+        self.failures = VerdictFailures(pace.max_failed)
+        self.skipped = SkippedUpdates(pace.max_skipped)
         self.version: Version = 0
         self.turn: asyncio.Task[dict[str, float]] | None = None
         self.stopping = False
@@ -157,7 +164,9 @@ class Driver:
     async def _sample_and_judge(self, prompt: Prompt, drawn: list[int]) -> list[tuple[Rollout, Verdict]]:
         rollouts = await self.roles.generator.sample(prompt, drawn)
         usable = [r for r in rollouts if r.status.usable]
-        verdicts = iter(await self.roles.verifier.judge(prompt, usable) if usable else [])
+        judged = await self.roles.verifier.judge(prompt, usable) if usable else []
+        self.failures.note(judged)
+        verdicts = iter(judged)
         blank = lambda r: Verdict(float("nan"), 0.0, status=r.status, detail="not sampled")  # noqa: E731
         return [(r, next(verdicts) if r.status.usable else blank(r)) for r in rollouts]
 
@@ -177,6 +186,9 @@ class Driver:
         tokens = self.objective.credit(tokens_of(groups, advantages, scores, self.version))
         with clock("update", self):
             updated = await self.roles.learner.update(batch, tokens)
+        if skipped := bool(updated.get("update/skipped")):
+            self.roles.journal.skipped(self.version + 1, batch, tokens)
+        self.skipped.note(skipped)
         with clock("sync", self):
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
@@ -200,6 +212,7 @@ class Driver:
             "reward/shaped_mean": sum(shaped) / len(shaped),
             "groups/dropped": float(self.stream.dropped.total()),
             "groups/refused": float(self.stream.refused),
+            "verdicts/failed": self.failures.share,
             "groups/surplus": float(self.stream.surplus),
         }
 

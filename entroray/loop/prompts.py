@@ -52,11 +52,13 @@ def table_rows(
     marker: str = "####",
     subset: str | None = None,
     split: str = "train",
-) -> list[Question]:
-    """Questions of a .jsonl or .parquet file, else of the Hugging Face data set called `source`.
+    bad_rows: float = 0.0,
+) -> tuple[list[Question], int]:
+    """Questions of a .jsonl or .parquet file, else of the hub's data set `source`, and the rows left out.
 
     The reference is what follows the last `marker` of the answer column, or all of it; `answer=None`: none.
-    Raises PreflightError that lists every bad row by line number (the first 20, and how many in all).
+    A share of `bad_rows` may be bad and is left out. Above it PreflightError lists the bad rows by line
+    number: the first 20, and how many in all.
     """
     task = Path(source).stem if Path(source).suffix in _READERS else source
     questions, bad = [], []
@@ -66,14 +68,17 @@ def table_rows(
             bad.append(f"line {line}: {checked}")
         else:
             questions.append(checked)
-    if bad:
+    if len(bad) > bad_rows * (len(bad) + len(questions)):
         more = f"\n  and {len(bad) - 20} more" if len(bad) > 20 else ""
         listed = "".join(f"\n  {problem}" for problem in bad[:20])
         total = len(bad) + len(questions)
-        raise PreflightError(f"{source}: {len(bad)} of {total} rows are bad{listed}{more}")
+        raise PreflightError(
+            f"{source}: {len(bad)} of {total} rows are bad{listed}{more}\n"
+            "Mend them, or let a share of them be left out: data.bad_rows=0.01"
+        )
     if not questions:
         raise PreflightError(f"{source}: no rows at all")
-    return questions
+    return questions, len(bad)
 
 
 def _rows(source: str, subset: str | None, split: str) -> Rows:

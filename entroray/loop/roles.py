@@ -50,6 +50,10 @@ class Journal(Protocol):
         """Record one committed step."""
         ...
 
+    def skipped(self, step: int, batch: Batch, tokens: Tokens) -> None:
+        """Keep what an update that was left out would have been made of."""
+        ...
+
     def event(self, kind: str, **fields: Any) -> None:
         """Record something that happened."""
         ...

@@ -9,9 +9,11 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from entroray.observe import records
 from entroray.observe.trackers import Tracker
-from entroray.types import Group, Tokens
+from entroray.types import Batch, Group, Tokens
 
 
 class Journal:
@@ -57,6 +59,13 @@ class Journal:
         """One line of {time (UTC), kind, fields}; what JSON cannot hold becomes text or null."""
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         _line(self._events, {"time": time, "kind": kind, "fields": _plain(fields)})
+
+    def skipped(self, step: int, batch: Batch, tokens: Tokens) -> None:
+        """Keeps what a left-out update would have been made of: `torch.load(path, weights_only=False)`."""
+        path = self.run_dir / "skipped" / f"step-{step:06d}.pt"
+        path.parent.mkdir(exist_ok=True)
+        torch.save({"batch": batch, "tokens": tokens}, path)
+        self.event("update_skipped", step=step, kept=str(path))
 
     def cut(self, step: int) -> None:
         """Forgets metrics and token records beyond `step`, so that a resumed run can write them again."""

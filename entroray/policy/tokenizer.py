@@ -37,7 +37,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model folder or hub id; PreflightError when it has no chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise PreflightError(f"model.path={path} has no tokenizer that can be loaded: {said}") from error
     if not tokenizer.chat_template:
         raise PreflightError(
             f"the tokenizer of model.path={path} has no chat template, so questions cannot be rendered: "

@@ -116,6 +116,7 @@ def _summary(updates: list[list[dict[str, float]]]) -> dict[str, float]:
     return {
         "update/loss": sum(r["loss"] for r in ranks) / len(updates),
         "update/grad_norm": sum(u[0]["grad_norm"] for u in updates) / len(updates),
+        "update/skipped": sum(u[0]["skipped"] for u in updates),
         "update/lr": updates[-1][0]["lr"],
         "update/kl": sum(r["kl"] for r in ranks) / tokens,
         "update/ratio_max": max(r["ratio_max"] for r in ranks),

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,9 +158,9 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, ours)
 
 
-def check_resources(shares: dict[str, tuple[int, Share]]) -> str:
-    """The arithmetic of what every role asks against what the cluster has; PreflightError when short."""
-    have = ray.cluster_resources()
+def check_resources(shares: Mapping[str, tuple[int, Share]], have: Mapping[str, float] | None = None) -> str:
+    """The arithmetic of what every role asks against `have`, the cluster's; PreflightError when short."""
+    have = ray.cluster_resources() if have is None else have
     rows, short = [], []
     for kind in ("CPU", "GPU"):
         each = {role: (n, s.cpus if kind == "CPU" else s.gpus) for role, (n, s) in shares.items()}

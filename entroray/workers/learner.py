@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from entroray.errors import NumericsError, PreflightError
+from entroray.errors import PreflightError
 from entroray.objective import Objective, silent
 from entroray.policy.model import Policy, load, pad
 from entroray.types import Batch, Tokens
@@ -138,7 +138,7 @@ class LearnerRank:
     def update(self, micros: Sequence[tuple[Batch, Tokens]]) -> dict[str, float]:
         """One optimizer update over this rank's micro-batches; returns sums over its tokens.
 
-        Raises NumericsError, on all ranks alike, when a loss or the gradient norm is not finite.
+        An update whose gradient is not finite on any rank changes nothing on all of them: `skipped` is 1.
         """
         self.engine.train()
         sums = {"loss": 0.0, "tokens": 0.0, "silent": 0.0, "kl": 0.0, "ratio_max": 0.0, "entropy": 0.0}
@@ -146,12 +146,14 @@ class LearnerRank:
             self.engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
             self._backward(batch, tokens, sums)
         norm = self._grad_norm_before_step()
+        if norm is not None and not np.isfinite(norm):
+            self.engine.zero_grad()  # ZeRO 0 looks at nothing before it steps
+            return sums | {"grad_norm": norm, "lr": self.engine.get_lr()[0], "skipped": 1.0}
         self.ahead = True
-        self.engine.step()
+        self.engine.step()  # the other stages look at the norm themselves
         norm = norm if norm is not None else float(self.engine.get_global_grad_norm())
-        if not np.isfinite(norm):
-            raise NumericsError(f"gradient norm is {norm} after version {self.version}: lower learner.lr")
-        return sums | {"grad_norm": norm, "lr": self.engine.get_lr()[0]}
+        skipped = 0.0 if self.engine.was_step_applied() else 1.0
+        return sums | {"grad_norm": norm, "lr": self.engine.get_lr()[0], "skipped": skipped}
 
     def _backward(self, batch: Batch, tokens: Tokens, sums: dict[str, float]) -> None:
         real = batch.num_rows > 0
@@ -162,14 +164,7 @@ class LearnerRank:
             _tally(self.objective, live, loss, sums)
         else:
             loss = stats.logprobs.sum() * 0.0
-        self._agree_finite(loss)
         self.engine.backward(loss * self.settings.world, scale_wrt_gas=False)
-
-    def _agree_finite(self, loss: Tensor) -> None:
-        flag = torch.isfinite(loss.detach()).to(torch.float32)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-        if not flag:
-            raise NumericsError(f"the loss is not finite after version {self.version} (here: {float(loss)})")
 
     def _grad_norm_before_step(self) -> float | None:
         """Global norm where DeepSpeed reports none (ZeRO 0), from gradients already averaged over ranks."""

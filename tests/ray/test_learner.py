@@ -1,14 +1,19 @@
 """DeepSpeed on 1 and 2 ranks, ZeRO 0 to 3: the same data gives the same losses, norms and weights."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
+import torch
 
 from entroray.cli import machine, settings
 from entroray.loop.batching import assemble, group_index, tokens_of
-from entroray.objective import build
+from entroray.objective import Objective, build
 from entroray.types import Group, Prompt, Rollout, Verdict
 from entroray.workers import cluster
 from entroray.workers.adapters import DeepSpeedLearner
@@ -37,8 +42,9 @@ def groups(count: int, seed: int) -> list[Group]:
     return [one(i) for i in range(count)]
 
 
-async def two_steps(model: str, ranks: int, stage: int) -> tuple[list[dict[str, float]], np.ndarray]:
-    """Two consecutive steps of different token counts, two updates each; metrics and final log-probs."""
+@asynccontextmanager
+async def a_gang(model: str, ranks: int, stage: int) -> AsyncIterator[tuple[DeepSpeedLearner, Objective]]:
+    """A learner of its own processes, two updates a step."""
     overrides = [f"learner.ranks={ranks}", f"learner.zero_stage={stage}", "learner.updates_per_rollout=2"]
     config, _ = settings.load([*overrides, "learner.token_budget=150", "learner.max_grad_norm=0.5"])
     objective = build(config.objective)
@@ -49,19 +55,22 @@ async def two_steps(model: str, ranks: int, stage: int) -> tuple[list[dict[str, 
     )
     host, port = await cluster.settle(gang.handles[0].address.remote(), deadline=120.0, what="rank 0")
     await gang.all(lambda r, h: h.start.remote(host, port, 120.0), deadline=180.0)
-    learner = DeepSpeedLearner(gang, objective, 2, config.learner.token_budget, 120.0)
-    metrics: list[dict[str, float]] = []
-    for step, count in enumerate((6, 5)):
-        batch = assemble(g := groups(count, seed=step))
-        scores = await learner.score(batch, group_index(g))
-        tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, step))
-        metrics.append(await learner.update(batch, tokens))
-    final = (await learner.score(batch, group_index(g)))["logprobs"]
+    yield DeepSpeedLearner(gang, objective, 2, config.learner.token_budget, 120.0), objective
     await gang.all(lambda r, h: h.stop.remote(), deadline=60.0)
     for handle in gang.handles:
-        import ray
-
         ray.kill(handle)
+
+
+async def two_steps(model: str, ranks: int, stage: int) -> tuple[list[dict[str, float]], np.ndarray]:
+    """Two consecutive steps of different token counts, two updates each; metrics and final log-probs."""
+    metrics: list[dict[str, float]] = []
+    async with a_gang(model, ranks, stage) as (learner, objective):
+        for step, count in enumerate((6, 5)):
+            batch = assemble(g := groups(count, seed=step))
+            scores = await learner.score(batch, group_index(g))
+            tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, step))
+            metrics.append(await learner.update(batch, tokens))
+        final = (await learner.score(batch, group_index(g)))["logprobs"]
     return metrics, np.asarray(final)
 
 
@@ -84,3 +93,25 @@ def test_the_first_ratio_of_a_step_is_one(reference: Any) -> None:
     """Only its second update may move away from the scored policy."""
     assert reference[0][0]["update/kl"] < 0.1
     assert reference[0][0]["update/grad_norm"] > 0.5, "clipping must act, or the test misses it"
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (1, 3)])
+def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(
+    local_ray: None, model: str, ranks: int, stage: int
+) -> None:
+    async def run() -> tuple[list[dict[str, float]], list[Any]]:
+        async with a_gang(model, ranks, stage) as (learner, objective):
+            batch = assemble(g := groups(4, seed=0))
+            scores = await learner.score(batch, group_index(g))
+            tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, 0))
+            poisoned = torch.full_like(tokens.advantages, float("nan"))
+            seen, metrics = [scores["logprobs"]], []
+            for advantages in (poisoned, tokens.advantages):
+                metrics.append(await learner.update(batch, replace(tokens, advantages=advantages)))
+                seen.append((await learner.score(batch, group_index(g)))["logprobs"])
+            return metrics, seen
+
+    metrics, (before, poisoned, after) = asyncio.run(run())
+    assert [m["update/skipped"] for m in metrics] == [2.0, 0.0]
+    np.testing.assert_array_equal(before, poisoned)
+    assert np.isfinite(after).all() and np.abs(after - before).max() > 1e-5

@@ -80,8 +80,8 @@ def test_every_bad_row_is_listed_with_its_line(tmp_path):
         10: "None, not a string",
         11: "nothing behind '####'",
     }
-    first, *lines = str(caught.value).splitlines()
-    assert "9 of 11 rows are bad" in first
+    first, *lines, remedy = str(caught.value).splitlines()
+    assert "data.bad_rows" in remedy and "9 of 11 rows are bad" in first
     for line, (number, says) in zip(lines, said.items(), strict=True):
         assert line.strip().startswith(f"line {number}:") and says in line
 
@@ -90,8 +90,17 @@ def test_a_long_list_of_bad_rows_is_cut_and_counted(tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", *[{"question": ""}] * 57)
     with pytest.raises(PreflightError) as caught:
         table_rows(source)
-    lines = str(caught.value).splitlines()
+    *lines, _ = str(caught.value).splitlines()
     assert len(lines) == 22 and lines[-2].strip().startswith("line 20") and lines[-1].strip() == "and 37 more"
+
+
+def test_a_share_of_bad_rows_may_be_left_out(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"question": "q", "answer": "1"}\n' * 9 + "{}\n")
+    rows, left_out = table_rows(str(source), bad_rows=0.1)
+    assert (len(rows), left_out) == (9, 1)
+    with pytest.raises(PreflightError, match=r"1 of 10 rows are bad[\s\S]*line 10[\s\S]*data.bad_rows"):
+        table_rows(str(source), bad_rows=0.09)
 
 
 def test_references_follow_the_marker_and_numbers_are_answers(tmp_path):
@@ -101,17 +110,17 @@ def test_references_follow_the_marker_and_numbers_are_answers(tmp_path):
         {"q": "b", "a": 3},
         {"q": "c", "a": "just this"},
     )
-    rows = table_rows(source, question="q", answer="a")
+    rows, _ = table_rows(source, question="q", answer="a")
     assert [r.answer for r in rows] == ["1,018", "3", "just this"]
     assert rows[0].task == "rows" and rows[0].row["a"].startswith("work")
-    assert [r.answer for r in table_rows(source, question="q", answer=None)] == ["", "", ""]
+    assert [r.answer for r in table_rows(source, question="q", answer=None)[0]] == ["", "", ""]
 
 
 def test_parquet_rows_and_what_is_not_utf8_in_them(tmp_path):
     good, bad = tmp_path / "good.parquet", tmp_path / "bad.parquet"
     columns = {"question": ["a", "b"], "answer": [1, 2], "image": [b"\xff", b"\xfe"]}
     pq.write_table(pa.table(columns), good)
-    first, _ = table_rows(str(good))
+    (first, _), _ = table_rows(str(good))
     assert (first.text, first.answer, first.row["image"]) == ("a", "1", b"\xff")
     raw = pa.array([b"fine", b"caf\xe9"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"question": raw, "answer": ["1", "2"]}), bad)
@@ -300,7 +309,7 @@ def test_calculator_notes_are_removed():
 def test_gsm8k_solutions_are_right_and_bare():
     if not GSM8K.is_file():
         pytest.skip(f"NOT TESTED: GSM8K is not at {GSM8K}")
-    rows = table_rows(str(GSM8K))
+    rows, _ = table_rows(str(GSM8K))
     assert len(rows) == 7473
     judge = build({"fn": "math", "extract": "after", "marker": "####"})
     made = make_prompts(rows[:100], tokenize=characters).prompts

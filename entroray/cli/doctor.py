@@ -1,0 +1,141 @@
+"""`entroray doctor`: everything that is wrong with a machine and a run's settings, at once, with remedies."""
+
+import asyncio
+import os
+import shutil
+import socket
+import sys
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import psutil
+
+from entroray.cli import bootstrap, machine, material, preflight, settings
+from entroray.config import EMBEDDED, Config
+from entroray.errors import DataError, PreflightError
+from entroray.loop.prompts import demonstration
+from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
+from entroray.types import Prompt, Rollout, Verdict
+from entroray.workers import cluster
+from entroray.workers.verifier import Verifier
+
+ROWS = 200
+"""Rows drawn from a generated task: enough to see that it can be generated."""
+
+
+def main(arguments: list[str]) -> int:
+    """`doctor overrides`; 0 when all is well, 3 when something is wrong."""
+    config, _ = settings.load(arguments)
+    findings = preflight.examine(config, (packages, tools, *preflight.FAST, ports, ray_clusters, data, judge))
+    for found in findings:
+        print(f"{'wrong' if found.wrong else 'ok':7}{found.name:14}{found.said}", flush=True)
+    return 3 if any(f.wrong for f in findings) else 0
+
+
+def packages(_: Config) -> str:
+    """Versions installed against the exact ones this version was tested with."""
+    pins = dict(line.split(";")[0].strip().split("==") for line in requires("entroray") or () if "==" in line)
+    found = {name.partition("[")[0]: pin for name, pin in pins.items()}
+    other = [
+        f"{n} {i} where {pin} was tested"
+        for n, pin in found.items()
+        if (i := _installed(n)) not in (None, pin)
+    ]
+    if other:
+        raise PreflightError("; ".join(other) + ". Run ./launch/setup.sh, or install these versions")
+    return f"{len(found)} at the tested versions, Python {sys.version.split()[0]}"
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return None
+
+
+def tools(config: Config) -> str:
+    """A compiler and ninja for DeepSpeed's op, or the op already compiled."""
+    os.environ.update(cluster.environment())
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    compiled = [p.name for p in folder.rglob("*.so")]
+    missing = [tool for tool in ("g++", "ninja") if not shutil.which(tool)]
+    if not compiled and missing:
+        raise PreflightError(
+            f"{' and '.join(missing)} not found and DeepSpeed's op is not compiled in {folder}: "
+            "apt-get install g++, then ./launch/setup.sh"
+        )
+    locks = [p for p in folder.rglob("lock") if p.is_file()]
+    if locks and not compiled:
+        raise PreflightError(
+            f"{locks[0]} was left by a killed compilation and would be waited for: delete it"
+        )
+    return f"{', '.join(compiled) or 'op not compiled yet'}; {', '.join(missing) or 'nothing'} missing"
+
+
+def ports(_: Config) -> str:
+    """Loopback takes a server: Ray, gloo and the verifiers talk over it."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            return f"loopback gives ports, {server.getsockname()[1]} for one"
+    except OSError as error:
+        raise PreflightError(
+            f"no port can be opened on 127.0.0.1 ({error}): look at firewall and limits"
+        ) from error
+
+
+def ray_clusters(config: Config) -> str:
+    """The cluster asked for answers; on this machine no Ray is left over from a driver that is gone."""
+    if config.cluster.address:
+        return f"{config.cluster.address}: {machine.join(config)}"
+    raylets = [p for p in psutil.process_iter(["name", "ppid"]) if p.info["name"] == "raylet"]
+    stale = [p.pid for p in raylets if p.info["ppid"] == 1]
+    if stale:
+        raise PreflightError(
+            f"Ray of a driver that is gone still runs (raylet {', '.join(map(str, stale))}): "
+            "`ray stop`, unless it is a cluster of yours; then give cluster.address"
+        )
+    return f"a local one will be started on loopback; {len(raylets)} of other runs beside it"
+
+
+def data(config: Config) -> str:
+    """Rows are read, rendered, tokenised and split; of a generated task the first `ROWS`."""
+    read = _material(config)
+    parts = f"{len(read.split.training)} training, {len(read.split.heldout)} held out"
+    return f"{config.data.task}: {parts}; {read.dropped}"
+
+
+def judge(config: Config) -> str:
+    """The judge gives a verdict on a right answer where one is known, else on the bare reference."""
+    read = _material(config)
+    prompt = (read.split.demonstrations or read.split.training)[0]
+    known = None if config.reward.path else config.data.demonstration
+    answer = demonstration(known)(prompt.entry) if known else prompt.reference
+    verdict = asyncio.run(_judged(config, read, prompt, answer))
+    if not verdict.status.usable:
+        raise DataError(f"the judge gave no verdict on {answer!r}: {verdict.status}: {verdict.detail}")
+    if known and verdict.correct < 1:
+        raise DataError(
+            f"the judge finds the right answer {answer!r} wrong: make reward.judge and data.demonstration fit"
+        )
+    return f"{read.judge['fn']} gives {verdict.reward:g} for {answer[:40]!r}"
+
+
+async def _judged(config: Config, read: material.Material, prompt: Prompt, answer: str) -> Verdict:
+    import numpy as np
+
+    none = np.empty(0, dtype=np.int32)
+    rollout = Rollout(prompt.id, none, none.astype(np.float32), none, answer, 1.0, limit=1)
+    memory = config.verifier.memory_mb
+    verifier = Verifier(read.judge, slots=1, deadline=config.reward.deadline, memory_mb=memory)
+    try:
+        return (await verifier.judge(prompt, [rollout]))[0]
+    finally:
+        verifier.close()
+
+
+def _material(config: Config) -> material.Material:
+    new = config.model.path == EMBEDDED and not bootstrap.cached(config).is_dir()
+    tokenizer = byte_tokenizer() if new else load_tokenizer(bootstrap.resolve(config))
+    few = replace(config.data, size=min(config.data.size, ROWS))
+    return material.read(replace(config, data=few), tokenizer)

@@ -1,0 +1,128 @@
+"""What can be known to be wrong before any actor starts: one function a check, none of them touches Ray."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from entroray.cli import bootstrap, machine, rundir
+from entroray.config import EMBEDDED, Config
+from entroray.errors import EntrorayError, PreflightError
+from entroray.policy.tokenizer import load_tokenizer
+from entroray.workers import cluster
+
+Check = Callable[[Config], str]
+"""Says what it found; raises a typed error with the remedy when that will not do."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check said, and whether it was satisfied."""
+
+    name: str
+    said: str
+    wrong: EntrorayError | None = None
+
+
+def examine(config: Config, checks: Iterable[Check]) -> list[Finding]:
+    """Every check, whatever the others say."""
+    return [_ask(check, config) for check in checks]
+
+
+def _ask(check: Check, config: Config) -> Finding:
+    try:
+        return Finding(check.__name__, check(config))
+    except EntrorayError as error:
+        return Finding(check.__name__, str(error), error)
+
+
+def refuse(config: Config) -> None:
+    """Raise what the fast checks find wrong: the error itself when it is one, else all in one."""
+    wrong = [f for f in examine(config, FAST) if f.wrong]
+    if len(wrong) == 1 and wrong[0].wrong:
+        raise wrong[0].wrong
+    if wrong:
+        raise PreflightError("\n  ".join([f"{len(wrong)} things are wrong:", *(f.said for f in wrong)]))
+
+
+def model(config: Config) -> str:
+    """Weights, tokenizer, chat template, vocabulary and context fit each other and what is asked."""
+    needed = machine.length(config)
+    if config.model.path == EMBEDDED and not bootstrap.cached(config).is_dir():
+        return _context(needed, config.model.bootstrap.shape.context, "the embedded model, not made yet")
+    path = bootstrap.resolve(config)
+    from transformers import AutoConfig
+
+    try:
+        described = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise PreflightError(
+            f"model.path={path} is no model: {_first_line(error)} Give a Hugging Face folder with a "
+            "config.json, or a hub id where a hub is reachable"
+        ) from error
+    words = len(load_tokenizer(path))
+    if words > described.vocab_size:
+        raise PreflightError(
+            f"the tokenizer of model.path={path} knows {words} tokens and the model {described.vocab_size}: "
+            "they are not a pair; resize the model's embeddings, or give the tokenizer it was trained with"
+        )
+    return _context(needed, getattr(described, "max_position_embeddings", needed), path)
+
+
+def _context(needed: int, context: int, name: str) -> str:
+    if needed > context:
+        raise PreflightError(
+            f"data.max_prompt + rollout.max_tokens = {needed} tokens, and {name} reads at most {context}: "
+            "lower one of them, or take a model with a longer context"
+        )
+    return f"{name}; {needed} tokens asked of a context of {context}"
+
+
+def resources(config: Config) -> str:
+    """CPUs and GPUs of this machine against what every role asks; a cluster's are asked of the cluster."""
+    if config.cluster.address:
+        return f"to be asked of the cluster at {config.cluster.address}"
+    machine.check_gpus(config)
+    have = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    return cluster.check_resources(machine.shares(config), have)
+
+
+def disk(config: Config) -> str:
+    """Room for the checkpoints kept, the one being written, and the exported model."""
+    place = _existing(Path(config.run.dir or "runs"))
+    free = shutil.disk_usage(place).free
+    weights = Path(bootstrap.resolve(config), "model.safetensors")
+    if not weights.is_file():
+        return f"{free / 2**30:.1f} GiB free at {place}; the model's size is unknown"
+    size = weights.stat().st_size
+    each = size * (3 if config.model.dtype == "float32" else 7)  # two moments, and a master copy below FP32
+    need = each * (config.checkpoint.keep + 2) + size
+    if need > free:
+        raise PreflightError(
+            f"{place} has {free / 2**30:.1f} GiB free and the run may need {need / 2**30:.1f}: "
+            f"checkpoint.keep={config.checkpoint.keep} + 2 of {each / 2**30:.2f} GiB each and the exported "
+            "model. Lower checkpoint.keep, or put run.dir on a larger disk"
+        )
+    return f"{free / 2**30:.1f} GiB free at {place}, at most {need / 2**30:.2f} needed"
+
+
+def _existing(folder: Path) -> Path:
+    return next(p for p in (folder.resolve(), *folder.resolve().parents) if p.is_dir())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def directory(config: Config) -> str:
+    """The run directory is free, or meant to be gone on with."""
+    if config.run.resume != "auto":
+        rundir.check(Path(config.run.dir).resolve() if config.run.dir else None)
+    return config.run.dir or f"runs/{config.run.name}/<time>"
+
+
+FAST: tuple[Check, ...] = (model, resources, directory, disk)
+"""Some seconds; `train` runs them first."""

@@ -1,0 +1,54 @@
+"""Failures are counted, and too many of them end the run."""
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from entroray.errors import DataError, NumericsError
+from entroray.types import Verdict
+
+
+@dataclass
+class VerdictFailures:
+    """Share of the last `window` responses that got no verdict; above `most` the run ends."""
+
+    most: float
+    window: int = 1000
+    least: int = 100
+    """Verdicts to have seen before the share is judged."""
+    recent: deque[str] = field(default_factory=deque)
+
+    def note(self, verdicts: Iterable[Verdict]) -> None:
+        """Count these verdicts; DataError with the commonest reasons when too many failed."""
+        self.recent += ["" if v.status.usable else f"{v.status}: {v.detail}" for v in verdicts]
+        while len(self.recent) > self.window:
+            self.recent.popleft()
+        if len(self.recent) >= self.least and self.share > self.most:
+            reasons = Counter(filter(None, self.recent)).most_common(3)
+            raise DataError(
+                f"{self.share:.0%} of the last {len(self.recent)} responses could not be judged, "
+                f"{self.most:.0%} may (reward.max_failed): "
+                + "; ".join(f"{count} x {reason}" for reason, count in reasons)
+            )
+
+    @property
+    def share(self) -> float:
+        """Of the responses looked back on; 0 of none."""
+        return sum(map(bool, self.recent)) / max(1, len(self.recent))
+
+
+@dataclass
+class SkippedUpdates:
+    """Steps one after the other in which an update was left out because its gradient was not finite."""
+
+    most: int
+    in_a_row: int = 0
+
+    def note(self, skipped: bool) -> None:
+        """Whether this step left an update out; NumericsError at the `most`th in a row that did."""
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row >= self.most:
+            raise NumericsError(
+                f"the gradient was not finite in {self.in_a_row} steps in a row (learner.max_skipped): lower "
+                "learner.lr or learner.max_grad_norm; the batches are in skipped/ of the run directory"
+            )

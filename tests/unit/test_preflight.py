@@ -1,0 +1,155 @@
+"""What is refused before any actor starts, and what it says."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entroray.cli import doctor, preflight, rundir, settings
+from entroray.config import Config, Shape
+from entroray.errors import DataError, NumericsError, PreflightError
+from entroray.loop.limits import SkippedUpdates, VerdictFailures
+from entroray.policy.build import build
+from entroray.reward.verdicts import failed
+from entroray.types import Verdict
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("model")
+    build(made, Shape(layers=1, width=16, heads=2, kv_heads=1, mlp=16, context=64), 0)
+    return made
+
+
+def config(*overrides: str) -> Config:
+    return settings.load(["data.max_prompt=32", "rollout.max_tokens=32", *overrides])[0]
+
+
+def changed(folder: Path, to: Path, name: str, **values: Any) -> Path:
+    shutil.copytree(folder, to)
+    (to / name).write_text(json.dumps(json.loads((to / name).read_text()) | values))
+    return to
+
+
+def test_a_whole_model_is_described(folder: Path) -> None:
+    assert "64 tokens asked of a context of 64" in preflight.model(config(f"model.path={folder}"))
+
+
+def test_a_model_folder_that_is_not_there() -> None:
+    with pytest.raises(PreflightError, match=r"model\.path=/nowhere is no model.*config\.json"):
+        preflight.model(config("model.path=/nowhere"))
+
+
+def test_a_tokenizer_without_a_template(folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    described = json.loads((bare / "tokenizer_config.json").read_text())
+    described.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(described))
+    with pytest.raises(PreflightError, match="no chat template"):
+        preflight.model(config(f"model.path={bare}"))
+
+
+def test_a_tokenizer_larger_than_the_model(folder: Path, tmp_path: Path) -> None:
+    small = changed(folder, tmp_path / "small", "config.json", vocab_size=100)
+    with pytest.raises(PreflightError, match=r"knows 260 tokens and the model 100"):
+        preflight.model(config(f"model.path={small}"))
+
+
+@pytest.mark.parametrize("path", ["bootstrap", None])
+def test_more_tokens_than_the_context(folder: Path, path: str | None) -> None:
+    long = config(f"model.path={path or folder}", "rollout.max_tokens=2000", "model.bootstrap.cache=/nowhere")
+    with pytest.raises(PreflightError, match=r"= 2032 tokens, and .* reads at most"):
+        preflight.model(long)
+
+
+def test_more_cpus_than_there_are_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(PreflightError, match=r"9000 learner ranks x 0.4.* of "):
+        preflight.resources(config("learner.ranks=9000"))
+
+
+def test_gpus_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(PreflightError, match="torch sees none"):
+        preflight.resources(config("cluster=gpu"))
+
+
+def test_a_disk_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "free")(1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
+    with pytest.raises(PreflightError, match=r"checkpoint\.keep=2 \+ 2 of"):
+        preflight.disk(config(f"model.path={folder}"))
+
+
+def test_a_folder_in_use(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(PreflightError, match="already holds a run"):
+        preflight.directory(config(f"run.dir={tmp_path}"))
+    assert str(tmp_path) in preflight.directory(config(f"run.dir={tmp_path}", "run.resume=auto"))
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    both = config("model.path=/nowhere", f"run.dir={tmp_path}")
+    with pytest.raises(PreflightError, match=r"2 things are wrong:\s+model\.path[\s\S]*already holds a run"):
+        preflight.refuse(both)
+    preflight.refuse(config("model.bootstrap.cache=/nowhere"))
+
+
+def test_other_versions_than_the_tested_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "at the tested versions" in doctor.packages(Config())
+    monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "ray" else "2.13.0")
+    with pytest.raises(PreflightError, match=r"ray 0\.1 where 2\.60\.0 was tested.*setup\.sh"):
+        doctor.packages(Config())
+
+
+def test_the_doctor_looks_at_rows_and_judge() -> None:
+    small = config("data.size=50", "model.bootstrap.cache=/nowhere")
+    assert "training" in doctor.data(small) and "gives 1" in doctor.judge(small)
+
+
+def test_the_doctor_finds_a_judge_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def none(response, prompt):\n    return None\n")
+    mine = config("data.size=50", "model.bootstrap.cache=/nowhere", f"reward.path={tmp_path}/mine.py:none")
+    with pytest.raises(DataError, match=r"no verdict on .*returned None"):
+        doctor.judge(mine)
+
+
+def test_a_doctor_says_what_is_wrong_and_exits_with_3(capsys: pytest.CaptureFixture[str]) -> None:
+    found = doctor.main(["data.size=50", "model.path=/nowhere", "learner.ranks=9000"])
+    said = capsys.readouterr().out
+    assert found == 3 and "wrong  model" in said and "wrong  resources" in said and "ok     ports" in said
+
+
+def test_failed_verdicts_end_the_run_above_their_share() -> None:
+    failures, good, bad = VerdictFailures(most=0.2), Verdict(1.0, 1.0), failed("reward.custom raised")
+    failures.note([good] * 79 + [bad] * 20)
+    with pytest.raises(
+        DataError, match=r"21% of the last 100 .*reward\.max_failed.*21 x data_failed: reward"
+    ):
+        failures.note([bad])
+
+
+def test_the_window_forgets() -> None:
+    failures = VerdictFailures(most=0.2, window=100)
+    failures.note([Verdict(1.0, 1.0)] * 90 + [failed("x")] * 10)
+    failures.note([Verdict(1.0, 1.0)] * 100)
+    assert failures.share == 0
+
+
+def test_skipped_updates_end_the_run_in_a_row_only() -> None:
+    skipped = SkippedUpdates(most=2)
+    for left_out in (True, False, True):
+        skipped.note(left_out)
+    with pytest.raises(NumericsError, match=r"2 steps in a row .*learner\.max_skipped"):
+        skipped.note(True)
+
+
+def test_an_unfinished_run_may_be_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(PreflightError):
+        rundir.check(tmp_path)
