@@ -11,10 +11,8 @@ EMBEDDED = "bootstrap"
 class Run:
     dir: str | None = None  # null: runs/<experiment>/<time>
     name: str = "train"  # folder under runs/ when dir is null
-    steps: int = 100
-    resume: str = (
-        "never"  # never | auto: go on with run.dir, else the newest unfinished run of these settings
-    )
+    steps: int = 100  # optimizer steps; each trains on groups_per_step groups
+    resume: str = "never"  # never | auto: go on with run.dir, else with the newest unfinished run like this
     dry: bool = False  # print resources and memory by role, start nothing
 
 
@@ -22,12 +20,12 @@ class Run:
 class Shape:
     """Size of the embedded model; the default has about 0.8 M parameters."""
 
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
-    kv_heads: int = 2
-    mlp: int = 384
-    context: int = 1024
+    layers: int = 4  # transformer blocks
+    width: int = 128  # hidden size
+    heads: int = 4  # attention heads
+    kv_heads: int = 2  # heads of keys and values
+    mlp: int = 384  # size of the feed-forward layer
+    context: int = 1024  # longest sequence, tokens
 
 
 @dataclass
@@ -36,12 +34,12 @@ class Bootstrap:
 
     shape: Shape = field(default_factory=Shape)
     band: list[float] = field(default_factory=lambda: [0.15, 0.35])  # sampled accuracy at T=1
-    max_steps: int = 1000
-    rows_per_step: int = 64
-    lr: float = 2e-3
+    max_steps: int = 1000  # supervised steps after which the warm start gives up
+    rows_per_step: int = 64  # right answers a supervised step
+    lr: float = 2e-3  # of the supervised steps
     check_every: int = 20  # steps between samples of its accuracy
-    check_prompts: int = 128
-    seed: int = 0
+    check_prompts: int = 128  # prompts sampled once at each look
+    seed: int = 0  # of first weights and order of answers
     cache: str | None = None  # null: $ENTRORAY_CACHE or ~/.cache/entroray
 
 
@@ -49,7 +47,7 @@ class Bootstrap:
 class Model:
     path: str = EMBEDDED  # Hugging Face folder or hub id; "bootstrap" is the embedded model
     dtype: str = "float32"  # float32 | bfloat16, of learner and generators
-    attention: str = "sdpa"
+    attention: str = "sdpa"  # of the learner: any implementation transformers knows
     system: str | None = None  # system message before every question
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
 
@@ -60,7 +58,7 @@ class Data:
     task: str = "chain_sum"  # reasoning-gym task, file path, or hub name
     settings: dict[str, Any] = field(default_factory=dict)  # to the source: its sizes, or columns and split
     size: int = 20000  # rows drawn from a generated task
-    seed: int = 0
+    seed: int = 0  # of a generated task
     template: str | None = None  # str.format over the row's fields; null: the row's own question
     demonstration: str | None = None  # how right answers are written: chain_sum | countdown | gsm8k
     heldout: float = 0.05  # fraction for evaluation, by hash of the prompt
@@ -79,23 +77,23 @@ class Reward:
 
 @dataclass
 class Sampler:
-    temperature: float = 1.0
+    temperature: float = 1.0  # of training samples, and of the entropies and log-probs of the learner
     top_p: float = 1.0  # training needs 1: log-probs of a truncated support are another distribution's
-    top_k: int = 0
-    stop: list[str] = field(default_factory=list)
+    top_k: int = 0  # training needs 0, for the same reason
+    stop: list[str] = field(default_factory=list)  # strings that end a response besides the end token
 
 
 @dataclass
 class RolloutConfig:
-    group_size: int = 8
-    groups_per_step: int = 32
-    max_tokens: int = 64
+    group_size: int = 8  # rollouts of one prompt, compared with each other
+    groups_per_step: int = 32  # groups trained on in one step
+    max_tokens: int = 64  # longest response; longer ones are cut and marked truncated
     deadline: float = 300.0  # seconds for each group of samples
 
 
 @dataclass
 class ProbeConfig:
-    text: str = "The quick brown fox jumps over 13 lazy dogs."
+    text: str = "The quick brown fox jumps over 13 lazy dogs."  # scored by engines and learner, and compared
     every: int = 10  # syncs between comparisons; the first is always compared
     tolerance: float = 1e-3  # nats; bf16 needs about 0.1
 
@@ -104,47 +102,47 @@ class ProbeConfig:
 class DriverConfig:
     max_lag: int = 0  # steps a trained group's oldest token may be behind; 0 is synchronous
     stale: str = "wait"  # wait: the learner waits | drop: refuse and re-issue
-    resamples: int = 2
+    resamples: int = 2  # times the failed members of a group are sampled anew before it is dropped
     refill_limit: int = 10  # steps' worth of groups one step may drop for want of signal or by failure
     stall: float = 1800.0  # seconds without a finished step after which the run ends
-    start_deadline: float = 600.0
-    call_deadline: float = 1800.0
+    start_deadline: float = 600.0  # seconds every actor has to be ready
+    call_deadline: float = 1800.0  # seconds any one call to learner or verifiers may take
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
 @dataclass
 class LearnerConfig:
-    ranks: int = 1
-    zero_stage: int = 1
-    updates_per_rollout: int = 1
+    ranks: int = 1  # DeepSpeed processes, one GPU each where there are any
+    zero_stage: int = 1  # 0 | 1 | 2 | 3: what of optimizer, gradients and weights is split over ranks
+    updates_per_rollout: int = 1  # optimizer updates a step, each over whole groups
     token_budget: int = 8192  # padded tokens of one micro-batch
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    max_grad_norm: float = 1.0
+    lr: float = 1e-3  # of AdamW
+    weight_decay: float = 0.0  # of AdamW
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
+    max_grad_norm: float = 1.0  # global norm that gradients are clipped to; 0: never
     max_skipped: int = 3  # steps in a row whose gradient is not finite, after which the run ends
     schedule: str = "constant_with_warmup"  # any name transformers.get_scheduler knows
-    warmup_updates: int = 0
+    warmup_updates: int = 0  # updates over which the learning rate rises from 0
     reference: bool = False  # frozen copy of the first weights, for KL penalties
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # less memory for a second forward pass
     threads: int | None = None  # null: all cores of the node
     deepspeed: dict[str, Any] = field(default_factory=dict)  # to DeepSpeed, untouched
 
 
 @dataclass
 class GeneratorConfig:
-    replicas: int = 1
-    tensor_parallel: int = 1
+    replicas: int = 1  # vLLM engines
+    tensor_parallel: int = 1  # GPUs of one engine
     transfer: str = "plasma"  # plasma (any machine) | nccl | ipc (GPUs, unproved)
     restarts: int = 2  # engines started in place of dead ones before the run ends
     keep_kv: bool = False  # keep keys and values of old weights across a sync
-    threads: int | None = None
+    threads: int | None = None  # of one engine on CPU; null: all cores of the node
     engine: dict[str, Any] = field(default_factory=dict)  # to vLLM, untouched
 
 
 @dataclass
 class VerifierConfig:
-    replicas: int = 1
+    replicas: int = 1  # actors that judge
     slots: int = 2  # processes in each
     memory_mb: int | None = 2048  # what one process may allocate beyond its start
 
@@ -153,17 +151,17 @@ class VerifierConfig:
 class Cpus:
     """CPU share of one actor in Ray's bookkeeping; threads are set apart."""
 
-    generator: float = 0.4
-    learner: float = 0.4
-    verifier: float = 0.1
+    generator: float = 0.4  # one engine
+    learner: float = 0.4  # one rank
+    verifier: float = 0.1  # one actor
 
 
 @dataclass
 class Cluster:
     address: str | None = None  # null: start one here, on loopback
     cpus: Cpus = field(default_factory=Cpus)
-    gpus_per_generator: float = 0.0
-    gpus_per_learner: float = 0.0
+    gpus_per_generator: float = 0.0  # of one tensor-parallel shard
+    gpus_per_learner: float = 0.0  # of one rank
 
 
 @dataclass
@@ -174,8 +172,8 @@ class TokensConfig:
 @dataclass
 class Observe:
     tokens: TokensConfig = field(default_factory=TokensConfig)
-    tensorboard: bool = True
-    report: bool = True
+    tensorboard: bool = True  # write TensorBoard files
+    report: bool = True  # write report.html at the end
 
 
 @dataclass
@@ -194,12 +192,12 @@ class Evaluate:
 
 @dataclass
 class Config:
-    seed: int = 0
+    seed: int = 0  # of prompt order and sampling
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     reward: Reward = field(default_factory=Reward)
-    objective: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)  # one function per slot; see objective=
     sampler: Sampler = field(default_factory=Sampler)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     driver: DriverConfig = field(default_factory=DriverConfig)

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Callable
+from importlib import import_module
 
 from entroray.errors import EntrorayError
 
@@ -12,6 +14,8 @@ USAGE = """usage: entroray <command> [hydra overrides]
   eval        held-out accuracy of a model folder: entroray eval model.path=runs/latest/model
   verify-resume  n steps, a checkpoint and n more against 2n: equal bit for bit, or exit code 6
   doctor      everything wrong with this machine and these settings, at once, with remedies
+  submit      train as a job of a Ray cluster: entroray submit [--address=http://HEAD:8265] overrides
+  reference   print conf/README.md: every choice and setting
   report      write report.html of a run directory: entroray report runs/latest
 
   --cfg job         print the composed settings and stop
@@ -30,6 +34,9 @@ def run(argv: list[str]) -> int:
     if not argv or {"-h", "--help", "help"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
+    os.environ.setdefault(
+        "RAY_AUTH_MODE", "token"
+    )  # Ray's default, which it announces unless it is asked for
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -42,30 +49,16 @@ def run(argv: list[str]) -> int:
         return 130
 
 
+COMMANDS = {
+    name: f"entroray.cli.{name.replace('-', '_')}"
+    for name in ("train", "bootstrap", "eval", "report", "doctor", "submit", "verify-resume", "reference")
+}
+
+
 def _dispatch(command: str, arguments: list[str]) -> int:
-    if command == "train":
-        from entroray.cli.train import main as train
-
-        return train(arguments)
-    if command == "bootstrap":
-        from entroray.cli.bootstrap import main as bootstrap
-
-        return bootstrap(arguments)
-    if command == "eval":
-        from entroray.cli.eval import main as evaluate
-
-        return evaluate(arguments)
-    if command == "report":
-        from entroray.cli.report import main as report
-
-        return report(arguments)
-    if command == "verify-resume":
-        from entroray.cli.verify_resume import main as verify_resume
-
-        return verify_resume(arguments)
-    if command == "doctor":
-        from entroray.cli.doctor import main as doctor
-
-        return doctor(arguments)
-    print(f"entroray: unknown command `{command}`\n\n{USAGE}", file=sys.stderr)
-    return 2
+    """Import the one module that is asked for: some take seconds to import."""
+    if command not in COMMANDS:
+        print(f"entroray: unknown command `{command}`\n\n{USAGE}", file=sys.stderr)
+        return 2
+    main: Callable[[list[str]], int] = import_module(COMMANDS[command]).main
+    return main(arguments)

@@ -92,7 +92,7 @@ def resources(config: Config) -> str:
 
 def disk(config: Config) -> str:
     """Room for the checkpoints kept, the one being written, and the exported model."""
-    place = _existing(Path(config.run.dir or "runs"))
+    place = _existing(Path(config.run.dir or "runs").expanduser())
     free = shutil.disk_usage(place).free
     weights = Path(bootstrap.resolve(config), "model.safetensors")
     if not weights.is_file():
@@ -120,7 +120,7 @@ def _first_line(error: Exception) -> str:
 def directory(config: Config) -> str:
     """The run directory is free, or meant to be gone on with."""
     if config.run.resume != "auto":
-        rundir.check(Path(config.run.dir).resolve() if config.run.dir else None)
+        rundir.check(Path(config.run.dir).expanduser().resolve() if config.run.dir else None)
     return config.run.dir or f"runs/{config.run.name}/<time>"
 
 

@@ -38,7 +38,7 @@ def open_run(config: Config, tree: DictConfig) -> RunDir:
 
     PreflightError when `run.dir` holds a run and nothing says to go on with it, or it cannot be.
     """
-    folder = Path(config.run.dir).resolve() if config.run.dir else None
+    folder = Path(config.run.dir).expanduser().resolve() if config.run.dir else None
     if config.run.resume == "auto":
         folder = folder or _unfinished(config, tree)
         if folder and (folder / "metrics.jsonl").exists():

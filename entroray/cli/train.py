@@ -60,6 +60,8 @@ def _flags(arguments: list[str]) -> tuple[list[str], str | None, bool]:
             show = next(rest, "job") == "job"
         elif argument in ("--config-dir", "-cd"):
             config_dir = next(rest)
+        elif argument.startswith("--config-dir="):
+            config_dir = argument.partition("=")[2]
         else:
             overrides.append(argument)
     return overrides, config_dir, show

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from entroray.cli import settings
+from entroray.cli import reference, settings
+from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.objective import build
 
@@ -72,3 +73,10 @@ def test_a_folder_of_ones_own_adds_choices(tmp_path: Path) -> None:
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nrun: {name: mine, steps: 7}\n")
     config, _ = settings.load(["experiment=mine"], str(tmp_path))
     assert config.run.steps == 7
+
+
+def test_the_reference_is_what_the_schema_says_and_says_it_of_every_setting() -> None:
+    assert (settings.CONF / "README.md").read_text() == reference.text(), (
+        "entroray reference > conf/README.md"
+    )
+    assert [path for path, _, meaning in reference.settings(Config) if not meaning] == []

@@ -1,0 +1,99 @@
+"""`entroray reference`: conf/README.md, made from the schema and the YAML files, so that it is right."""
+
+import inspect
+import io
+import itertools
+import tokenize
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from entroray.cli.settings import CONF
+from entroray.config import Config
+from entroray.errors import ConfigError
+
+HEAD = """# Settings
+
+`entroray/config.py` declares every setting once: type, default, meaning. The YAML here only chooses. Print
+what a command would use with `entroray train --cfg job <overrides>`; a misspelt key, a wrong type or an
+unknown choice is refused with the nearest right one. This page is made by `entroray reference >
+conf/README.md`, and a test compares it.
+
+- A setting of the objective: `objective=dapo objective.surrogate.high=0.3`. A list is given whole:
+  `'objective.scales=[{fn: selected}]'`.
+- vLLM's options pass through `generator.engine`, DeepSpeed's through `learner.deepspeed`, untouched:
+  `+generator.engine.max_num_seqs=64`.
+- Your own folder with the same groups: `entroray train --config-dir my_conf experiment=mine`.
+- `model.bootstrap` belongs to the embedded model; with `model.path=<folder or hub id>` it is not read.
+- `model.dtype=bfloat16` needs `driver.probe.tolerance` near 0.1: two bf16 implementations differ by that
+  much.
+- A row that compares the rollouts of a group needs `rollout.group_size` of at least 2.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """`reference`, to be written over conf/README.md."""
+    if arguments:
+        raise ConfigError("reference takes no arguments: entroray reference > conf/README.md")
+    print(text(), end="")
+    return 0
+
+
+def text() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *_groups(), *_settings()]) + "\n"
+
+
+def _groups() -> Iterator[str]:
+    yield "## Choices\n\n| | what it is |\n|---|---|"
+    for file in sorted(CONF.glob("*/*.yaml")):
+        yield f"| `{file.parent.name}={file.stem}` | {_title(file)} |"
+
+
+def _title(file: Path) -> str:
+    """What the comment at the head of a YAML says of it."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+    said = " ".join(line.lstrip("# ") for line in lines if "@package" not in line)
+    return said.replace("|", "or")
+
+
+def _settings() -> Iterator[str]:
+    yield "\n## Settings\n\n| setting | default | meaning |\n|---|---|---|"
+    base = yaml.safe_load((CONF / "train.yaml").read_text())
+    for path, default, meaning in settings(Config):
+        if path not in base:
+            yield f"| `{path}` | `{default}` | {meaning.replace('|', 'or')} |"
+
+
+def settings(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(path, default, meaning) of every setting of a schema; the meaning is the comment behind it."""
+    said = _comments(schema)
+    for field in fields(schema):
+        if is_dataclass(field.default_factory):
+            yield from settings(field.default_factory, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{field.name}", _default(field), said.get(field.name, "")
+
+
+def _default(field: Field[Any]) -> str:
+    """As it would be written on the command line."""
+    value = field.default_factory() if field.default_factory is not MISSING else field.default
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def _comments(schema: type) -> dict[str, str]:
+    """The comment behind each field, by name: on its line, or within its parentheses."""
+    found, name = dict[str, str](), ""
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(schema)).readline):
+        if (
+            token.type == tokenize.NAME
+            and token.start[1] == 4
+            and token.line.lstrip().startswith(token.string)
+        ):
+            name = token.string
+        elif token.type == tokenize.COMMENT and name:
+            found[name] = " ".join([found.get(name, ""), token.string[1:].strip()]).strip()
+    return found

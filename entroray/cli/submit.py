@@ -1,0 +1,96 @@
+"""`entroray submit`: the run of `train` as a job of a Ray cluster, with the code and settings found here."""
+
+import asyncio
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from entroray.cli import settings
+from entroray.config import Config
+from entroray.errors import ConfigError, InfrastructureError, PreflightError
+
+ADDRESS = "http://127.0.0.1:8265"
+"""Where launch/ray-head.sh serves jobs unless told otherwise."""
+RUNS = "~/entroray-runs"
+"""Where a submitted run is written when `run.dir` is not given: at home on the head node."""
+
+
+def main(arguments: list[str]) -> int:
+    """`submit [--address=http://HEAD:8265] [--config-dir=DIR] overrides`; the job's own exit code."""
+    flags = dict(a.removeprefix("--").split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
+    overrides = [a for a in arguments if not a.startswith("--")]
+    if unknown := flags.keys() - {"address", "config-dir"}:
+        raise ConfigError(f"submit knows --address and --config-dir, not {', '.join(sorted(unknown))}")
+    config, _ = settings.load(overrides, flags.get("config-dir"))
+    with tempfile.TemporaryDirectory() as folder:
+        command = pack(Path(folder), config, overrides, flags.get("config-dir"))
+        client, job = _submit(flags.get("address"), command, folder)
+    return asyncio.run(_follow(client, job))
+
+
+def pack(folder: Path, config: Config, overrides: list[str], config_dir: str | None) -> list[str]:
+    """Code, conf and the files the settings name, copied into `folder`; returns the command to run there."""
+    shutil.copytree(settings.PACKAGE, folder / "entroray", ignore=shutil.ignore_patterns("__pycache__"))
+    if not (folder / "entroray" / "conf").is_dir():
+        shutil.copytree(settings.CONF, folder / "conf")
+    command = ["python", "-m", "entroray", "train", *overrides, "cluster.address=auto"]
+    if config_dir:
+        shutil.copytree(config_dir, folder / "submitted-conf")
+        command.append("--config-dir=submitted-conf")
+    if config.reward.path:
+        file, _, function = config.reward.path.rpartition(":")
+        if not Path(file).is_file():
+            raise PreflightError(f"reward.path={config.reward.path}: there is no file {Path(file).resolve()}")
+        shutil.copy(file, folder)
+        command.append(f"reward.path={Path(file).name}:{function}")
+    if not config.run.dir:
+        command.append(f"run.dir={RUNS}/{config.run.name}/{time.strftime('%Y%m%d-%H%M%S')}")
+    elif not config.run.dir.startswith(("/", "~")):
+        raise ConfigError(
+            f"run.dir={config.run.dir} would lie in the packed code, which Ray deletes: give an absolute "
+            "path of the cluster's nodes"
+        )
+    return command
+
+
+def _submit(address: str | None, command: list[str], folder: str) -> tuple[Any, str]:
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    place = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
+    try:
+        client = JobSubmissionClient(place)
+        job = client.submit_job(entrypoint=shlex.join(command), runtime_env={"working_dir": folder})
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise PreflightError(
+            f"no job could be given to {place}: {said}. Is a head running there (launch/ray-head.sh), and is "
+            "its token here, in RAY_AUTH_TOKEN or ~/.ray/auth_token?"
+        ) from error
+    print(f"submitted {job} to {place}: {shlex.join(command)}", flush=True)
+    return client, job
+
+
+async def _follow(client: Any, job: str) -> int:
+    """Print the job's log until it ends; Ctrl-C stops the job."""
+    try:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+    except asyncio.CancelledError:
+        client.stop_job(job)
+        print(f"\nstopped {job}: it saves a checkpoint", file=sys.stderr)
+        raise
+    return _exit_code(client, job)
+
+
+def _exit_code(client: Any, job: str) -> int:
+    info = client.get_job_info(job)
+    if info.driver_exit_code is None:
+        raise InfrastructureError(f"{job} ended as {info.status} without an exit code: {info.message}")
+    return int(info.driver_exit_code)
