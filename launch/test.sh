@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up, then every check there is, cheapest first; the first that fails ends it with its exit code.
-# Arguments go to both pytest calls, as in: launch/test.sh -k sync -x
+# Arguments go to both pytest calls, as in: launch/test.sh -k sync -x. `launch/test.sh slow` runs the long tests alone.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -18,6 +18,11 @@ check() { # NAME COMMAND...
 }
 
 took=""
+if [[ ${1:-} == slow ]]; then
+    shift
+    check "slow tests" pytest tests -m slow --durations=0 "$@"
+    exit
+fi
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "mypy" mypy
