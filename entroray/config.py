@@ -158,7 +158,9 @@ class Cpus:
 
 @dataclass
 class Cluster:
-    address: str | None = None  # null: start one here, on loopback
+    address: str | None = (
+        None  # of a Ray cluster, said on the command line; null: start one here, on loopback
+    )
     cpus: Cpus = field(default_factory=Cpus)
     gpus_per_generator: float = 0.0  # of one tensor-parallel shard
     gpus_per_learner: float = 0.0  # of one rank

@@ -19,6 +19,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 [[ ${RAY_AUTH_MODE:-token} == token ]] || refuse "RAY_AUTH_MODE=$RAY_AUTH_MODE: anybody who reaches $host could run code here; unset it"
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+[[ $host != 127.0.0.1 ]] || export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # else Ray takes another address of this machine
 [[ -n ${RAY_AUTH_TOKEN:-} ]] || ray get-auth-token --generate >/dev/null 2>&1 # kept in ~/.ray/auth_token
 
 say "head on $host; on every other node, with the same checkout and the token of ~/.ray/auth_token or RAY_AUTH_TOKEN:"

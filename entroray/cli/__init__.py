@@ -55,10 +55,16 @@ COMMANDS = {
 }
 
 
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch for clusters of several nodes; off, it binds to loopback alone, on Linux too."""
+
+
 def _dispatch(command: str, arguments: list[str]) -> int:
     """Import the one module that is asked for: some take seconds to import."""
     if command not in COMMANDS:
         print(f"entroray: unknown command `{command}`\n\n{USAGE}", file=sys.stderr)
         return 2
+    if not any("cluster.address=" in argument for argument in arguments):
+        os.environ.setdefault(LOOPBACK, "0")  # before Ray is imported, which reads it then and never again
     main: Callable[[list[str]], int] = import_module(COMMANDS[command]).main
     return main(arguments)

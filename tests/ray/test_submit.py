@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from entroray.cli import LOOPBACK
+
 ROOT = Path(__file__).parents[2]
 JOB = [
     *("experiment=quickstart", "objective=grpo", "run.steps=1", "rollout.groups_per_step=4"),
@@ -31,7 +33,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
     home = tmp_path_factory.mktemp("home")
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(home)}
-    environment["RAY_TMPDIR"] = "/tmp/ray-submit-test"
+    environment |= {"RAY_TMPDIR": "/tmp/ray-submit-test", LOOPBACK: "0"}
     ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--disable-usage-stats"]
     ray += ["--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1"]
     ray += [f"--dashboard-port={dashboard}", "--include-dashboard=true", "--num-cpus=2", "--block"]
