@@ -135,6 +135,7 @@ class GeneratorConfig:
     tensor_parallel: int = 1  # GPUs of one engine
     transfer: str = "plasma"  # plasma (any machine) | nccl | ipc (GPUs, unproved)
     restarts: int = 2  # engines started in place of dead ones before the run ends
+    sleep: bool = False  # free the engines' GPU memory while the learner works on the same card (unproved)
     keep_kv: bool = False  # keep keys and values of old weights across a sync
     threads: int | None = None  # of one engine on CPU; null: all cores of the node
     engine: dict[str, Any] = field(default_factory=dict)  # to vLLM, untouched

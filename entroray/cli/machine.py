@@ -59,9 +59,10 @@ class Machine:
         return Verifiers(self.verifiers, self.config.driver.call_deadline)
 
     def learner_role(self, objective: Objective) -> DeepSpeedLearner:
-        n = self.config.learner
+        n, deadline = self.config.learner, self.config.driver.call_deadline
+        resting = self.engines if self.config.generator.sleep else None
         return DeepSpeedLearner(
-            self.learner, objective, n.updates_per_rollout, n.token_budget, self.config.driver.call_deadline
+            self.learner, objective, n.updates_per_rollout, n.token_budget, deadline, resting
         )
 
     def checkpoints(self, run: Path) -> Checkpoints:
@@ -119,6 +120,7 @@ def engine_options(config: Config) -> dict[str, Any]:
         "tensor_parallel_size": config.generator.tensor_parallel,
         "weight_transfer_config": {"backend": config.generator.transfer},
         "disable_log_stats": True,
+        **({"enable_sleep_mode": True} if config.generator.sleep else {}),
     }
     return ours | cpu | config.generator.engine
 

@@ -80,6 +80,11 @@ def check(config: Config) -> None:
             f"learner.updates_per_rollout={config.learner.updates_per_rollout} needs as many groups, "
             f"rollout.groups_per_step={config.rollout.groups_per_step}"
         )
+    if config.generator.sleep and (config.driver.max_lag or config.cluster.gpus_per_generator == 0):
+        raise ConfigError(
+            "generator.sleep shares a GPU by turns: it needs driver.max_lag=0 and cluster.gpus_per_generator "
+            "above 0 (cluster=one_gpu)"
+        )
     if not config.objective:
         raise ConfigError("no objective: say objective=<name>, see conf/objective")
 

@@ -51,9 +51,13 @@ class DeepSpeedLearner:
     updates: int
     token_budget: int
     deadline: float
+    engines: Engines | None = None
+    """Those that must leave the learner the card they share with it, until the next sync."""
 
     async def score(self, batch: Batch, group: NDArray[np.int64]) -> Scores:
         """Scored in the micro-batches it will be updated in, so that the first ratio is exactly 1."""
+        if self.engines:
+            await self.engines.all(lambda h: h.rest.remote(), deadline=self.deadline, what="going to sleep")
         plans = self._plans(batch, group)
         per_rank = [[m for p in plans for m in p[rank]] for rank in range(len(self.gang.handles))]
         scored = await self.gang.all(

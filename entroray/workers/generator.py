@@ -70,7 +70,7 @@ class Generator:
         self.waiting: dict[str, _Waiting] = {}
         self.owner: dict[str, str] = {}
         self.serial = 0
-        self.paused = False
+        self.paused = self.asleep = False
         self.staged: tuple[str, np.ndarray] | None = None
         self.failure: InfrastructureError | None = None
         self.ready: Future[float] = Future()
@@ -122,6 +122,10 @@ class Generator:
 
     async def init_weight_transfer_engine(self, info: Mapping[str, Any]) -> None:
         await self._run(lambda: self.llm.init_weight_transfer_engine({"init_info": dict(info)}))
+
+    async def rest(self) -> None:
+        """Leave the card to the learner: weights to the host, keys and values forgotten, until the next sync."""
+        await self._run(self._sleep)
 
     async def start_weight_update(self) -> None:
         """Pause between two steps and open the model for loading."""
@@ -251,8 +255,15 @@ class Generator:
             waiting.left.clear()
             self._settle(waiting)
 
+    def _sleep(self) -> None:
+        self.llm.sleep(level=1)
+        self.asleep = True
+
     def _open(self) -> None:
         self.paused = True
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
         self.llm.start_weight_update()
 
     def _commit(self, version: int, keep_kv: bool) -> tuple[int, str | None]:

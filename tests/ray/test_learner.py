@@ -14,7 +14,7 @@ import torch
 from entroray.cli import machine, settings
 from entroray.loop.batching import assemble, group_index, tokens_of
 from entroray.objective import Objective, build
-from entroray.types import Group, Prompt, Rollout, Verdict
+from entroray.types import Group, Prompt, Rollout, Status, Verdict
 from entroray.workers import cluster
 from entroray.workers.adapters import DeepSpeedLearner
 from entroray.workers.cluster import Gang, Share
@@ -23,7 +23,7 @@ from entroray.workers.learner import LearnerRank
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-def groups(count: int, seed: int) -> list[Group]:
+def groups(count: int, seed: int, *, shortest: int = 1, reward: float | None = None) -> list[Group]:
     """Groups of 4 with lengths and rewards that differ, so that every normaliser matters."""
     rng = np.random.default_rng(seed)
 
@@ -31,12 +31,13 @@ def groups(count: int, seed: int) -> list[Group]:
         prompt = Prompt(f"p{i}", "", tuple(rng.integers(0, 250, rng.integers(3, 9)).tolist()), "")
         rollouts, verdicts = [], []
         for j in range(4):
-            n = int(rng.integers(1, 30))
+            n = shortest if j == 0 else int(rng.integers(1, 30))
             ids = rng.integers(0, 250, n).astype(np.int32)
             logprobs = rng.normal(-5, 0.1, n).astype(np.float32)
             zero = np.zeros(n, np.int32)
             rollouts.append(Rollout(prompt.id, ids, logprobs, zero, "", 1.0, 32))
-            verdicts.append(Verdict(float(j % 2), float(j % 2)))
+            right = float(j % 2) if reward is None else reward
+            verdicts.append(Verdict(right, right))
         return Group(prompt, tuple(rollouts), tuple(verdicts))
 
     return [one(i) for i in range(count)]
@@ -115,3 +116,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(
     assert [m["update/skipped"] for m in metrics] == [2.0, 0.0]
     np.testing.assert_array_equal(before, poisoned)
     assert np.isfinite(after).all() and np.abs(after - before).max() > 1e-5
+
+
+@pytest.mark.parametrize("odd", [{"shortest": 0}, {"reward": 1.0}, {"reward": 0.0, "shortest": 0}])
+def test_empty_responses_and_equal_rewards_are_never_an_error(
+    local_ray: None, model: str, odd: dict[str, Any]
+) -> None:
+    async def run() -> dict[str, float]:
+        async with a_gang(model, 1, 1) as (learner, objective):
+            batch = assemble(g := groups(4, seed=0, **odd))
+            cut = [replace(x, rollouts=[replace(r, status=Status.TRUNCATED) for r in x.rollouts]) for x in g]
+            scores = await learner.score(batch, group_index(cut))
+            tokens = objective.credit(tokens_of(cut, [objective.estimate(x) for x in cut], scores, 0))
+            return await learner.update(batch, tokens)
+
+    metrics = asyncio.run(run())
+    assert metrics["update/skipped"] == 0 and np.isfinite(metrics["update/loss"])
+    assert (metrics["update/grad_norm"] > 0) == ("reward" not in odd)

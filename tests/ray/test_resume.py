@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,12 +16,12 @@ BASE = [
     *("train", "experiment=quickstart", "objective=grpo", "run.steps=6", "rollout.groups_per_step=4"),
     *("observe.tokens.every=1", "observe.report=false", "evaluate.final=false", "checkpoint.every=2"),
     *("run.resume=auto", "data.size=2000", "data.max_prompt=128"),
-    "generator.replicas=1",
+    *("generator.replicas=1", "evaluate.every=2", "evaluate.prompts=16", "evaluate.samples=2"),
 ]
 
 
-def start(folder: Path, model: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "entroray", *BASE, f"run.dir={folder}", f"model.path={model}"]
+def start(folder: Path, model: str, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "entroray", *BASE, f"run.dir={folder}", f"model.path={model}", *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -66,6 +67,32 @@ def test_a_killed_run_goes_on_after_its_last_checkpoint(whole: Path, tmp_path: P
     assert "going on after step" in said
     assert steps(folder) == [1, 2, 3, 4, 5, 6]
     assert prompts(folder) == prompts(whole)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_held_out_accuracy_is_measured_and_changes_nothing(whole: Path, tmp_path: Path, model: str) -> None:
+    measured = [row["step"] for row in rows(whole) if "eval/greedy" in row]
+    assert measured == [2, 4, 6]
+    assert {"eval/greedy", "eval/pass@1", "eval/pass@2"} <= rows(whole)[-1].keys()
+    events = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
+    assert [e["fields"]["step"] for e in events if e["kind"] == "evaluation"] == [0]
+    process = start(tmp_path / "run", model, "evaluate.every=0")
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said[-3000:]
+    steady = lambda row: {k: v for k, v in row.items() if not k.startswith(("seconds/", "tokens/", "eval/"))}  # noqa: E731
+    assert [steady(r) for r in rows(tmp_path / "run")] == [steady(r) for r in rows(whole)]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path: Path, model: str) -> None:
+    settings = [*BASE[1:], f"model.path={model}", f"--dir={tmp_path}/both", "--steps=3"]
+    command = [sys.executable, "-m", "entroray", "verify-resume", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "3 + 3 steps equal 6" in done.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -47,6 +47,7 @@ def test_every_other_choice_composes(group: str) -> None:
         ("driver.stale=never", "wait or drop"),
         ("learner.updates_per_rollout=64", "groups_per_step"),
         ("learner.zero_stage=4", "0, 1, 2 or 3"),
+        ("generator.sleep=true", "cluster=one_gpu"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(override: str, said: str) -> None:
