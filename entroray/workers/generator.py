@@ -124,7 +124,7 @@ class Generator:
         await self._run(lambda: self.llm.init_weight_transfer_engine({"init_info": dict(info)}))
 
     async def rest(self) -> None:
-        """Leave the card to the learner: weights to the host, keys and values forgotten, until the next sync."""
+        """Leave the card to the learner until the next sync: weights to the host, keys and values gone."""
         await self._run(self._sleep)
 
     async def start_weight_update(self) -> None:
