@@ -87,7 +87,7 @@ def ports(_: Config) -> str:
 def ray_clusters(config: Config) -> str:
     """The cluster asked for answers; on this machine no Ray is left over from a driver that is gone."""
     if config.cluster.address:
-        return f"{config.cluster.address}: {machine.join(config)}"
+        return _joined(config, config.cluster.address)
     raylets = [p for p in psutil.process_iter(["name", "ppid"]) if p.info["name"] == "raylet"]
     stale = [p.pid for p in raylets if p.info["ppid"] == 1]
     if stale:
@@ -96,6 +96,27 @@ def ray_clusters(config: Config) -> str:
             "`ray stop`, unless it is a cluster of yours; then give cluster.address"
         )
     return f"a local one will be started on loopback; {len(raylets)} of other runs beside it"
+
+
+def _joined(config: Config, address: str) -> str:
+    """The cluster's arithmetic; what stands in the way is said before Ray waits for it."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if not os.environ.get("RAY_AUTH_TOKEN") and not token.is_file():
+        raise PreflightError(
+            f"no token for {address}: copy the head's {token} to this node, or set RAY_AUTH_TOKEN"
+        )
+    host, _, port = address.removeprefix("ray://").partition(":")
+    try:
+        if port:
+            socket.create_connection((host, int(port)), timeout=3).close()
+        return f"{address}: {machine.join(config)}"
+    except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
+        raise PreflightError(
+            f"cluster.address={address} cannot be joined ({str(error).partition(chr(10))[0]}): start it with "
+            "launch/ray-head.sh, and compare address, Ray versions and tokens"
+        ) from error
+    finally:
+        cluster.stop()
 
 
 def data(config: Config) -> str:

@@ -18,6 +18,10 @@ Check = Callable[[Config], str]
 """Says what it found; raises a typed error with the remedy when that will not do."""
 
 
+SHARED = 256 << 20
+"""Bytes of /dev/shm below which a run gets stuck in Ray's object store; a container has 64 MiB by default."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """What a check said, and whether it was satisfied."""
@@ -117,12 +121,29 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def shared_memory(_: Config) -> str:
+    """Room for Ray's objects, of which containers are given little."""
+    place = Path("/dev/shm")
+    free = shutil.disk_usage(place).free if place.is_dir() else SHARED
+    if free < SHARED:
+        raise PreflightError(
+            f"{place} has {free >> 20} MiB free and Ray's objects need {SHARED >> 20}: free some, or start "
+            "the container with --shm-size=2g"
+        )
+    return f"{free / 2**30:.1f} GiB free"
+
+
 def directory(config: Config) -> str:
-    """The run directory is free, or meant to be gone on with."""
+    """The run directory is free, or meant to be gone on with, and no other run writes there."""
+    folder = Path(config.run.dir).expanduser().resolve() if config.run.dir else None
     if config.run.resume != "auto":
-        rundir.check(Path(config.run.dir).expanduser().resolve() if config.run.dir else None)
+        rundir.check(folder)
+    if not os.access(_existing(folder or Path("runs")), os.W_OK):
+        raise PreflightError(f"{_existing(folder or Path('runs'))} cannot be written: give another run.dir")
+    if folder and (folder / ".lock").exists():
+        rundir.hold(folder).close()
     return config.run.dir or f"runs/{config.run.name}/<time>"
 
 
-FAST: tuple[Check, ...] = (model, resources, directory, disk)
+FAST: tuple[Check, ...] = (model, resources, directory, disk, shared_memory)
 """Some seconds; `train` runs them first."""

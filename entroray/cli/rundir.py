@@ -1,11 +1,13 @@
 """The run directory: where it is, and what is written there before the first step."""
 
+import fcntl
 import json
+import os
 import platform
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ class RunDir:
     checkpoint: Path | None = None
     state: Mapping[str, Any] = field(default_factory=dict)
     """Of the driver, when there is a checkpoint."""
+    lock: Any = None
+    """Held as long as this lives, so that no other run writes there."""
 
     @property
     def resume(self) -> tuple[Path, int] | None:
@@ -36,8 +40,30 @@ class RunDir:
 def open_run(config: Config, tree: DictConfig) -> RunDir:
     """The run directory, new or, with `run.resume=auto`, one to go on with; `runs/latest` points to it.
 
-    PreflightError when `run.dir` holds a run and nothing says to go on with it, or it cannot be.
+    PreflightError when `run.dir` holds a run and nothing says to go on with it, or it cannot be, or when
+    another run is writing there.
     """
+    run = _opened(config, tree)
+    return replace(run, lock=hold(run.folder))
+
+
+def hold(folder: Path) -> Any:
+    """The folder's lock, open; the kernel lets go of it when this process ends, however it ends."""
+    lock = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise PreflightError(
+            f"run.dir={folder} is being written by another run ({lock.read().strip()}): wait for it, "
+            "stop it, or give another run.dir"
+        ) from error
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
+    return lock
+
+
+def _opened(config: Config, tree: DictConfig) -> RunDir:
     folder = Path(config.run.dir).expanduser().resolve() if config.run.dir else None
     if config.run.resume == "auto":
         folder = folder or _unfinished(config, tree)

@@ -165,7 +165,7 @@ class Driver:
         rollouts = await self.roles.generator.sample(prompt, drawn)
         usable = [r for r in rollouts if r.status.usable]
         judged = await self.roles.verifier.judge(prompt, usable) if usable else []
-        self.failures.note(judged)
+        self.failures.note(judged, len(usable))
         verdicts = iter(judged)
         blank = lambda r: Verdict(float("nan"), 0.0, status=r.status, detail="not sampled")  # noqa: E731
         return [(r, next(verdicts) if r.status.usable else blank(r)) for r in rollouts]

@@ -1,7 +1,7 @@
 """Failures are counted, and too many of them end the run."""
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from entroray.errors import DataError, NumericsError
@@ -18,8 +18,10 @@ class VerdictFailures:
     """Verdicts to have seen before the share is judged."""
     recent: deque[str] = field(default_factory=deque)
 
-    def note(self, verdicts: Iterable[Verdict]) -> None:
-        """Count these verdicts; DataError with the commonest reasons when too many failed."""
+    def note(self, verdicts: Sequence[Verdict], asked: int) -> None:
+        """Count the verdicts on `asked` responses; DataError when some are missing or too many failed."""
+        if len(verdicts) != asked:
+            raise DataError(f"the verifier gave {len(verdicts)} verdicts on {asked} responses")
         self.recent += ["" if v.status.usable else f"{v.status}: {v.detail}" for v in verdicts]
         while len(self.recent) > self.window:
             self.recent.popleft()

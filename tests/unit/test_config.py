@@ -29,10 +29,21 @@ def test_every_objective_composes_and_builds(name: str) -> None:
     assert build(config.objective).describe()
 
 
-@pytest.mark.parametrize("group", ["data", "cluster"])
-def test_every_other_choice_composes(group: str) -> None:
-    for name in names(group):
-        settings.load([f"{group}={name}"])
+OTHERS = sorted({p.parent.name for p in CONF.glob("*/*.yaml")} - {"experiment", "objective"})
+
+
+@pytest.mark.parametrize("group", OTHERS)
+def test_every_other_choice_composes_and_makes_a_difference(group: str) -> None:
+    trees = [settings.fingerprint(settings.load([f"{group}={name}"])[1]) for name in names(group)]
+    assert len(set(trees)) == len(trees) > 1
+
+
+def test_groups_set_what_their_names_say() -> None:
+    config, _ = settings.load(["driver=async", "learner=zero3", "model=bf16", "observe=every_token"])
+    assert (config.driver.max_lag, config.learner.zero_stage, config.observe.tokens.every) == (1, 3, 1)
+    assert config.model.dtype == "bfloat16" and config.driver.probe.tolerance == 0.1
+    plain, _ = settings.load([])
+    assert (plain.driver.max_lag, plain.learner.zero_stage, plain.model.dtype) == (0, 1, "float32")
 
 
 @pytest.mark.parametrize(

@@ -127,17 +127,17 @@ def test_a_doctor_says_what_is_wrong_and_exits_with_3(capsys: pytest.CaptureFixt
 
 def test_failed_verdicts_end_the_run_above_their_share() -> None:
     failures, good, bad = VerdictFailures(most=0.2), Verdict(1.0, 1.0), failed("reward.custom raised")
-    failures.note([good] * 79 + [bad] * 20)
+    failures.note([good] * 79 + [bad] * 20, 99)
     with pytest.raises(
         DataError, match=r"21% of the last 100 .*reward\.max_failed.*21 x data_failed: reward"
     ):
-        failures.note([bad])
+        failures.note([bad], 1)
 
 
 def test_the_window_forgets() -> None:
     failures = VerdictFailures(most=0.2, window=100)
-    failures.note([Verdict(1.0, 1.0)] * 90 + [failed("x")] * 10)
-    failures.note([Verdict(1.0, 1.0)] * 100)
+    failures.note([Verdict(1.0, 1.0)] * 90 + [failed("x")] * 10, 100)
+    failures.note([Verdict(1.0, 1.0)] * 100, 100)
     assert failures.share == 0
 
 
@@ -153,3 +153,35 @@ def test_an_unfinished_run_may_be_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(PreflightError):
         rundir.check(tmp_path)
+
+
+def test_missing_verdicts_end_the_run() -> None:
+    with pytest.raises(DataError, match="7 verdicts on 8 responses"):
+        VerdictFailures(most=0.2).note([Verdict(1.0, 1.0)] * 7, 8)
+
+
+def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:
+    mine = config(f"run.dir={tmp_path}", "run.resume=auto")
+    tree = settings.load([f"run.dir={tmp_path}"])[1]
+    first = rundir.open_run(mine, tree)
+    for attempt in (preflight.directory, lambda c: rundir.open_run(c, tree)):
+        with pytest.raises(PreflightError, match=r"written by another run \(process \d+.*another run\.dir"):
+            attempt(mine)
+    first.lock.close()
+    assert preflight.directory(mine) == str(tmp_path) and rundir.open_run(mine, tree).folder == tmp_path
+
+
+def test_a_container_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda place: namedtuple("usage", "free")(64 << 20))
+    with pytest.raises(PreflightError, match=r"64 MiB free .* --shm-size=2g"):
+        preflight.shared_memory(Config())
+
+
+def test_a_cluster_that_cannot_be_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    with pytest.raises(PreflightError, match=r"no token for 127\.0\.0\.1:9.*RAY_AUTH_TOKEN"):
+        doctor.ray_clusters(config("cluster.address=127.0.0.1:9"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    with pytest.raises(PreflightError, match=r"cannot be joined .*refused.*ray-head\.sh"):
+        doctor.ray_clusters(config("cluster.address=127.0.0.1:9"))
