@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.s[hb]*")), ROOT / ".ci" / "run"]
 TOOLS = "apt-cache awk bash cut date df dirname find flock grep mkdir mv rm sed sha256sum sleep tail"
 
 # A Python that tells its version and makes environments, whose pip and uv only write down what they are told.
