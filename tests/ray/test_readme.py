@@ -1,0 +1,51 @@
+"""The snippets of README.md under `<!-- tested -->`, in order, in one folder, as a reader would run them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+MARKED = re.compile(r"<!-- tested -->\n+```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def snippets(text: str) -> list[tuple[str, str]]:
+    """(language, content) of every marked fence."""
+    return MARKED.findall(text)
+
+
+def test_marks_are_found() -> None:
+    text = (
+        "a\n<!-- tested -->\n```sh\nls\n```\n```sh\nrm\n```\n<!-- tested -->\n\n```python\n# x.py\n1\n```\n"
+    )
+    assert snippets(text) == [("sh", "ls\n"), ("python", "# x.py\n1\n")]
+
+
+def test_the_snippets_of_the_readme_run(tmp_path: Path, model: str) -> None:
+    """Python is written to the file that its first line names; shell is run; `my_model` is a small one."""
+    found = snippets(README.read_text())
+    if not found:
+        pytest.skip("NOT TESTED: README.md marks no snippet")
+    shutil.copytree(model, tmp_path / "my_model")
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    (tools / "entroray").write_text(f'#!/bin/sh\nexec {sys.executable} -m entroray "$@"\n')
+    (tools / "entroray").chmod(0o755)
+    for language, content in found:
+        if language == "python":
+            (tmp_path / content.splitlines()[0].removeprefix("# ")).write_text(content)
+            continue
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", content],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(README.parent), "ENTRORAY_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+        assert done.returncode == 0, f"{content}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
