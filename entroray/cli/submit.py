@@ -16,6 +16,8 @@ from entroray.errors import ConfigError, InfrastructureError, PreflightError
 
 ADDRESS = "http://127.0.0.1:8265"
 """Where launch/ray-head.sh serves jobs unless told otherwise."""
+GRACE = 60
+"""Seconds a stopped job has to save a checkpoint; of itself Ray gives 3."""
 RUNS = "~/entroray-runs"
 """Where a submitted run is written when `run.dir` is not given: at home on the head node."""
 
@@ -66,7 +68,8 @@ def _submit(address: str | None, command: list[str], folder: str) -> tuple[Any, 
     place = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
     try:
         client = JobSubmissionClient(place)
-        job = client.submit_job(entrypoint=shlex.join(command), runtime_env={"working_dir": folder})
+        environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE)}}
+        job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
         said = str(error).strip().partition("\n")[0]
         raise PreflightError(
@@ -78,15 +81,20 @@ def _submit(address: str | None, command: list[str], folder: str) -> tuple[Any, 
 
 
 async def _follow(client: Any, job: str) -> int:
-    """Print the job's log until it ends; Ctrl-C stops the job."""
+    """Print the job's log until it ends, and return its code; Ctrl-C stops the job, and 130 is returned."""
     try:
-        async for lines in client.tail_job_logs(job):
-            print(lines, end="", flush=True)
+        await _print_log(client, job)
     except asyncio.CancelledError:
+        print(f"\nstopping {job}; a second Ctrl-C leaves it to itself", file=sys.stderr, flush=True)
         client.stop_job(job)
-        print(f"\nstopped {job}: it saves a checkpoint", file=sys.stderr)
-        raise
+        await _print_log(client, job)
+        return 130
     return _exit_code(client, job)
+
+
+async def _print_log(client: Any, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
 
 
 def _exit_code(client: Any, job: str) -> int:

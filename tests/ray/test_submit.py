@@ -3,9 +3,11 @@
 import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,3 +86,22 @@ def test_without_the_token_nothing_is_taken(head: tuple[str, dict[str, str]], mo
 def test_a_run_dir_in_the_packed_code_is_refused(head: tuple[str, dict[str, str]]) -> None:
     code, said = submit(head, "run.dir=runs/here")
     assert code == 2 and "absolute" in said
+
+
+def test_ctrl_c_stops_the_job_which_saves_a_checkpoint(
+    head: tuple[str, dict[str, str]], model: str, tmp_path: Path
+) -> None:
+    address, environment = head
+    overrides = [*JOB, "run.steps=1000", f"model.path={model}", f"run.dir={tmp_path}/run"]
+    command = [sys.executable, "-m", "entroray", "submit", f"--address={address}", *overrides]
+    process = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    steps, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (steps.exists() and steps.stat().st_size):
+        assert process.poll() is None and time.monotonic() < end, "no step came"
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=90)
+    assert process.returncode == 130 and "saved in" in said, said[-3000:]
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/COMMITTED"))
