@@ -50,6 +50,15 @@ def raw(group: Group, *, baseline: float = 0.0) -> Float[Tensor, " G"]:
     return group.rewards - baseline
 
 
+def sign(group: Group) -> Float[Tensor, " G"]:
+    """+1 for a right answer and -1 for a wrong one, without a baseline (PSR and NSR, arXiv 2506.01347).
+
+    `+1 where correct, else -1`
+    Reads `correct`, so shaped rewards do not reach it; the authors' code has rewards of 0 and 1 instead.
+    """
+    return 2 * group.correct - 1
+
+
 def constant(group: Group, *, value: float = 1.0) -> Float[Tensor, " G"]:
     """The same advantage whatever the reward: each response is an example to copy (maximum likelihood).
 

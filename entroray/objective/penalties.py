@@ -42,6 +42,17 @@ def entropy_bonus(t: Tokens, *, coef: NonNegative = 1e-3) -> Float[Tensor, " N"]
     return -coef * t.entropy
 
 
+def kl_cov(t: Tokens, *, coef: NonNegative = 1.0) -> Float[Tensor, " N"]:
+    """Hold the selected tokens where they were when the step began (KL-Cov, arXiv 2505.22617).
+
+    `coef |log π / π_old| on the selected, in nats`
+    The size of the log-ratio, not a KL: its gradient is the sign alone, and 0 where r = 1, so it does nothing
+    in the first update of a step. The paper has 1; verl ships 0.1.
+    """
+    distance = log_ratio(t.logprobs, t.old_logprobs).abs()
+    return torch.where(t.selected, coef * distance, torch.zeros_like(distance))
+
+
 def _moved(t: Tokens) -> Float[Tensor, " N"]:
     assert t.ref_logprobs is not None, "refused by name in Objective"
     return log_ratio(t.logprobs, t.ref_logprobs)

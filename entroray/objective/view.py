@@ -44,6 +44,16 @@ def count(t: Tokens) -> Counts:
     )
 
 
+def covariance(t: Tokens) -> Float[Tensor, " N"]:
+    """(log π - mean)(A - mean) of each token, means over all: the proxy of arXiv 2505.22617, in nats.
+
+    Across positions and rollouts, not within one state, so it ranks tokens and forecasts nothing.
+    """
+    if not len(t.logprobs):
+        return torch.zeros_like(t.logprobs)
+    return (t.logprobs - t.logprobs.mean()) * (t.advantages - t.advantages.mean())
+
+
 def log_ratio(above: Float[Tensor, " N"], below: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Difference of two log-probs in nats, within `BOUND`, so that `exp` of it stays finite."""
     return (above - below).clamp(-BOUND, BOUND)

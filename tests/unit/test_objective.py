@@ -4,12 +4,9 @@ import pickle
 from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import pairwise
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,13 +15,12 @@ from entroray.errors import ConfigError
 from entroray.objective import Objective, build, count, silent
 from entroray.objective.bind import keywords, menu
 from entroray.objective.equation import MANY, SLOTS
-from entroray.types import Counts, Group, Prompt, Rollout, Tokens, Verdict
+from entroray.types import Counts, Tokens
+from tests.cases import ROWS, N, group, tokens
 
 torch.set_num_threads(1)  # these tensors are tiny
 
 HERE = __name__.partition(".")[0]
-CONF = Path(__file__).parents[2] / "conf/objective"
-ROWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
 FULL = ROWS["dapo"] | {
     "shapes": [{"fn": "by_sign"}],
     "scales": [{"fn": "selected", "inside": 0.7}],
@@ -34,58 +30,8 @@ FULL = ROWS["dapo"] | {
 }
 """No published row: every slot filled at once."""
 SPECS = ROWS | {"full": FULL}
-LENGTHS, GROUPS, ADVANTAGES = (5, 1, 7, 3, 4, 8), (0, 0, 1, 1, 2, 2), (1.5, -0.5, 0.3, -2.0, 0.0, 1.0)
-N = sum(LENGTHS)
-
 every_row = pytest.mark.parametrize("name", ROWS)
 every_spec = pytest.mark.parametrize("name", SPECS)
-
-
-def tokens(*, drift: float = 3.0, masked_out=(0, 9, 10, 27), hole: float = torch.nan) -> Tokens:
-    """Six rows of three prompts; log-ratios spread over [-drift, drift]; `hole` outside the mask."""
-    g = torch.Generator().manual_seed(0)
-    mask = torch.ones(N, dtype=torch.bool)
-    mask[list(masked_out)] = False
-    old, entropy, varentropy, noise = torch.rand(4, N, generator=g, dtype=torch.float64)
-    old = -0.2 - 2 * old
-    moved = drift * torch.linspace(-1, 1, N, dtype=torch.float64)[torch.randperm(N, generator=g)]
-    row = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-
-    def column(x: Tensor | float) -> Tensor:
-        return torch.where(mask, torch.as_tensor(x, dtype=torch.float64), hole)
-
-    t = Tokens(
-        row=row,
-        position=torch.cat([torch.arange(n) for n in LENGTHS]),
-        uid=torch.arange(N),
-        mask=mask,
-        logprobs=column(old + moved),
-        entropy=column(entropy),
-        varentropy=column(varentropy),
-        old_logprobs=column(old),
-        behavior_logprobs=column(old + noise - 0.9),
-        ref_logprobs=column(old + noise**2 - 0.3),
-        temperature=column(1.0),
-        advantages=column(torch.tensor(ADVANTAGES, dtype=torch.float64)[row]),
-        scale=column(1.0),
-        correction=column(1.0),
-        selected=mask,
-        group=torch.tensor(GROUPS),
-        length=torch.tensor(LENGTHS),
-        reward=torch.tensor([1.0, 0, 1, 0, 0, 1]),
-        correct=torch.tensor([1.0, 0, 1, 0, 0, 1]),
-        version=torch.zeros(len(LENGTHS), dtype=torch.long),
-        step=3,
-        counts=Counts(0, 0, 0, 0),
-    )
-    return replace(t, counts=count(t))
-
-
-def group(rewards=(1, 0, 0, 1), correct=(1, 0, 0, 1), lengths=(50, 85, 90, 100)) -> Group:
-    ids, logprobs = np.zeros(100, np.int32), np.zeros(100, np.float32)
-    rollouts = tuple(Rollout("q", ids[:n], logprobs[:n], ids[:n], "", 1.0, 100) for n in lengths)
-    verdicts = tuple(Verdict(float(r), float(c)) for r, c in zip(rewards, correct, strict=True))
-    return Group(Prompt("q", "", (), ""), rollouts, verdicts)
 
 
 def live(t: Tokens) -> Tokens:
@@ -123,20 +69,42 @@ PUBLISHED = {
     "dapo": lambda a, r, n: r * a * gate(a, r, 0.2, 0.28, 10.0) / 24,
     "cispo": lambda a, r, n: r.clamp(max=5.0) * a / 24,
     "supervised": lambda a, r, n: a / 24,
+    "entropy_bonus": lambda a, r, n: r * a * gate(a, r, 0.2, 0.2) / n / 6,
+    "psr": lambda a, r, n: r * a * (a > 0) * gate(a, r, 0.2, 0.2) / 24,
+    "nsr": lambda a, r, n: r * a * (a < 0) * gate(a, r, 0.2, 0.2) / 24,
+    "w_reinforce": lambda a, r, n: r * torch.where(a > 0, 0.1 * a, a) * gate(a, r, 0.2, 0.2) / 24,
+    "clip_cov": lambda a, r, n: r * a * ~CHOSEN["clip_cov"](a) * gate(a, r, 1.0, 1.0) / 24,
+    "random_positive_clip": lambda a, r, n: (
+        r * a * ~CHOSEN["random_positive_clip"](a) * gate(a, r, 0.2, 0.2) / 24
+    ),
+    "kl_cov": lambda a, r, n: (r * a - CHOSEN["kl_cov"](a) * r.log().sign()) / 24,
+    "forking_tokens": lambda a, r, n: r * a * CHOSEN["forking_tokens"](a) * gate(a, r, 0.2, 0.28, 10.0) / 4,
 }
 """The coefficient of grad log π in the objective to maximise: advantage, ratio, masked length of the row."""
+
+
+def chosen_by(name: str) -> Callable[[Tensor], Tensor]:
+    """Which tokens a row singles out: its own choice, looked at in tests of their own below."""
+    return lambda a: build(ROWS[name]).credit(replace(NOW[0], advantages=a)).selected
+
+
+NOW: list[Tokens] = []
+"""The tokens the gradient is being compared on."""
+CHOSEN = {name: chosen_by(name) for name in ("clip_cov", "kl_cov", "forking_tokens", "random_positive_clip")}
 
 
 @every_row
 @pytest.mark.parametrize("drift", [0.0, 3.0], ids=["on_policy", "off_policy"])
 def test_the_gradient_is_the_published_one(name, drift):
     objective, t = build(ROWS[name]), tokens(drift=drift)
+    NOW[:] = [t]
     _, gradient, _ = update(objective, objective.credit(t), WHOLE)
     r = (t.logprobs - t.old_logprobs).exp()
     n = torch.tensor([float(sum(t.mask[t.row == row])) for row in t.row]).double()
     expected = torch.where(t.mask, -PUBLISHED[name](t.advantages, r, n), 0.0)
     assert close(gradient, expected)
-    assert (gradient[t.mask & (t.advantages > 0)] <= 0).all(), "reinforced tokens must become likelier"
+    pulled = t.mask & (t.advantages > 0) & ~(objective.credit(t).selected & bool(objective.penalties))
+    assert (gradient[pulled] <= 0).all(), "reinforced tokens must become likelier"
 
 
 def test_the_gradient_of_all_slots_at_once():
@@ -243,7 +211,8 @@ def test_credit_detaches_and_counts(name):
     shapes = [{"fn": f"{__name__}.by_likelihood"}]
     t = build(SPECS[name] | {"shapes": shapes}, packages=[HERE]).credit(live(tokens()))
     assert not any(x.requires_grad for x in (t.advantages, t.scale, t.correction))
-    assert t.counts == Counts(tokens=24, kept_tokens=24, rollouts=6, prompts=3)
+    kept = int((t.scale != 0).sum())
+    assert t.counts == Counts(tokens=24, kept_tokens=kept, rollouts=6, prompts=3) and kept > 0
 
 
 def by_likelihood(t: Tokens) -> Tensor:
@@ -286,6 +255,11 @@ ALTERNATIVES = {
     "penalties.kl": {"coef": 0.1},
     "penalties.kl_k3": {"coef": 0.1},
     "penalties.entropy_bonus": {"coef": 0.1},
+    "penalties.kl_cov": {"coef": 0.1},
+    "select.top_entropy": {"share": 0.5},
+    "select.top_covariance": {"share": 0.5},
+    "select.covariance_band": {"share": 0.5, "low": -1.0, "high": 1.1},
+    "select.random_positive": {"share": 0.5},
     "denominator.constant": {"length": 50},
 }
 SETTINGS = [
@@ -311,6 +285,7 @@ def test_every_setting_changes_something(slot, fn, setting):
     def row(**change):
         one = {"fn": fn} | ({"length": 100} if (slot, fn) == ("denominator", "constant") else {}) | change
         selecting = {"select": {"fn": f"{__name__}.odd"}} if slot == "scales" else {}
+        selecting |= {"scales": [{"fn": "selected"}]} if slot == "select" else {}
         chosen = {slot: [one] if SLOTS[slot] in MANY else one}
         return outcome(build(BASE | selecting | chosen, packages=[HERE]))
 
@@ -337,7 +312,7 @@ def test_rows_cross_process_boundaries(name):
 def test_rows_spell_every_slot_so_that_overrides_need_no_plus():
     for name, spec in ROWS.items():
         assert set(spec) == set(SLOTS), name
-        assert build(spec).needs == frozenset(), name
+        assert build(spec).needs <= {"entropy_grad", "whole_step"}, name
 
 
 def test_needs_are_declared_and_refused_by_name():

@@ -1,0 +1,64 @@
+"""Hand-made tokens and groups on which every row of conf/objective is tried."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from entroray.objective import count
+from entroray.types import Counts, Group, Prompt, Rollout, Tokens, Verdict
+
+CONF = Path(__file__).parents[1] / "conf/objective"
+ROWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
+LENGTHS, GROUPS, ADVANTAGES = (5, 1, 7, 3, 4, 8), (0, 0, 1, 1, 2, 2), (1.5, -0.5, 0.3, -2.0, 0.0, 1.0)
+N = sum(LENGTHS)
+
+
+def tokens(*, drift: float = 3.0, masked_out=(0, 9, 10, 27), hole: float = torch.nan) -> Tokens:
+    """Six rows of three prompts; log-ratios spread over [-drift, drift]; `hole` outside the mask."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.ones(N, dtype=torch.bool)
+    mask[list(masked_out)] = False
+    old, entropy, varentropy, noise = torch.rand(4, N, generator=g, dtype=torch.float64)
+    old = -0.2 - 2 * old
+    moved = drift * torch.linspace(-1, 1, N, dtype=torch.float64)[torch.randperm(N, generator=g)]
+    row = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+
+    def column(x: Tensor | float) -> Tensor:
+        return torch.where(mask, torch.as_tensor(x, dtype=torch.float64), hole)
+
+    t = Tokens(
+        row=row,
+        position=torch.cat([torch.arange(n) for n in LENGTHS]),
+        uid=torch.arange(N),
+        mask=mask,
+        logprobs=column(old + moved),
+        entropy=column(entropy),
+        varentropy=column(varentropy),
+        old_logprobs=column(old),
+        behavior_logprobs=column(old + noise - 0.9),
+        ref_logprobs=column(old + noise**2 - 0.3),
+        temperature=column(1.0),
+        advantages=column(torch.tensor(ADVANTAGES, dtype=torch.float64)[row]),
+        scale=column(1.0),
+        correction=column(1.0),
+        selected=mask,
+        group=torch.tensor(GROUPS),
+        length=torch.tensor(LENGTHS),
+        reward=torch.tensor([1.0, 0, 1, 0, 0, 1]),
+        correct=torch.tensor([1.0, 0, 1, 0, 0, 1]),
+        version=torch.zeros(len(LENGTHS), dtype=torch.long),
+        step=3,
+        counts=Counts(0, 0, 0, 0),
+    )
+    return replace(t, counts=count(t))
+
+
+def group(rewards=(1, 0, 0, 1), correct=(1, 0, 0, 1), lengths=(50, 85, 90, 100)) -> Group:
+    ids, logprobs = np.zeros(100, np.int32), np.zeros(100, np.float32)
+    rollouts = tuple(Rollout("q", ids[:n], logprobs[:n], ids[:n], "", 1.0, 100) for n in lengths)
+    verdicts = tuple(Verdict(float(r), float(c)) for r, c in zip(rewards, correct, strict=True))
+    return Group(Prompt("q", "", (), ""), rollouts, verdicts)

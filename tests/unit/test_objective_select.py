@@ -1,0 +1,54 @@
+"""Which tokens the selecting rows single out, and that chance is decided by step and identity alone."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from entroray.objective import build
+from entroray.objective.estimator import sign
+from entroray.types import Tokens
+from tests.cases import ROWS, group, tokens
+
+
+def test_forking_tokens_are_the_fifth_with_the_highest_entropy():
+    t = tokens()
+    chosen = build(ROWS["forking_tokens"]).credit(t).selected
+    assert chosen.sum() == 4 == int(0.2 * 24)
+    assert t.entropy[chosen].min() > t.entropy[t.mask & ~chosen].max()
+
+
+def proxy(t: Tokens) -> Tensor:
+    lp, a = t.logprobs[t.mask], t.advantages[t.mask]
+    c = torch.full_like(t.logprobs, torch.nan)
+    c[t.mask] = (lp - lp.mean()) * (a - a.mean())
+    return c
+
+
+def test_kl_cov_holds_the_token_of_highest_covariance():
+    t = tokens()
+    chosen = build(ROWS["kl_cov"]).credit(t).selected
+    assert chosen.nonzero().tolist() == [[int(proxy(t).nan_to_num(-torch.inf).argmax())]]
+
+
+def test_clip_cov_draws_within_its_band_and_anew_every_step():
+    def drawn(step: int, **change: float) -> Tensor:
+        row = ROWS["clip_cov"] | {"select": ROWS["clip_cov"]["select"] | change}
+        return build(row).credit(replace(tokens(), step=step)).selected
+
+    c = proxy(tokens())
+    few = [drawn(step, low=0.2) for step in range(20)]
+    assert all(x.sum() == 1 and 0.2 < c[x] < 5.0 for x in few)
+    assert len({int(x.nonzero()) for x in few}) > 2
+    assert drawn(1, low=4.9).sum() == 0, "none qualifies, none is taken"
+    assert drawn(1, low=0.2, share=1.0).sum() == ((c > 0.2) & (c < 5.0)).sum()
+
+
+def test_random_positive_clip_draws_among_reinforced_tokens():
+    few = [build(ROWS["random_positive_clip"]).credit(replace(tokens(), step=s)).selected for s in range(20)]
+    assert all(x.sum() == 1 and tokens().advantages[x] > 0 for x in few)
+    assert len({int(x.nonzero()) for x in few}) > 2
+
+
+def test_right_answers_are_plus_one_whatever_their_reward():
+    assert sign(group(rewards=(0.3, 9, 0, 1), correct=(1, 0, 0, 1))).tolist() == [1, -1, -1, 1]
