@@ -115,11 +115,12 @@ def _scatter(
 
 def _summary(updates: list[list[dict[str, float]]]) -> dict[str, float]:
     """Sums of all ranks and updates -> metrics of the step."""
-    ranks = [r for update in updates for r in update]
+    applied = [u for u in updates if not u[0]["skipped"]] or updates  # a skipped one has no loss to speak of
+    ranks = [r for update in applied for r in update]
     tokens = max(1.0, sum(r["tokens"] for r in ranks))
     return {
-        "update/loss": sum(r["loss"] for r in ranks) / len(updates),
-        "update/grad_norm": sum(u[0]["grad_norm"] for u in updates) / len(updates),
+        "update/loss": sum(r["loss"] for r in ranks) / len(applied),
+        "update/grad_norm": sum(u[0]["grad_norm"] for u in applied) / len(applied),
         "update/skipped": sum(u[0]["skipped"] for u in updates),
         "update/lr": updates[-1][0]["lr"],
         "update/kl": sum(r["kl"] for r in ranks) / tokens,
