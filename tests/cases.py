@@ -8,11 +8,20 @@ import torch
 import yaml
 from torch import Tensor
 
-from entroray.objective import count
+from entroray.objective import Objective, count
 from entroray.types import Counts, Group, Prompt, Rollout, Tokens, Verdict
 
 CONF = Path(__file__).parents[1] / "conf/objective"
 ROWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
+FULL = ROWS["dapo"] | {
+    "shapes": [{"fn": "by_sign"}],
+    "scales": [{"fn": "selected", "inside": 0.7}],
+    "correction": {"fn": "truncated_importance"},
+    "penalties": [{"fn": "kl"}, {"fn": "kl_k3"}, {"fn": "entropy_bonus"}],
+    "aggregate": {"fn": "rollout_mean"},
+}
+"""No published row: every slot filled at once."""
+SPECS = ROWS | {"full": FULL}
 LENGTHS, GROUPS, ADVANTAGES = (5, 1, 7, 3, 4, 8), (0, 0, 1, 1, 2, 2), (1.5, -0.5, 0.3, -2.0, 0.0, 1.0)
 N = sum(LENGTHS)
 
@@ -62,3 +71,35 @@ def group(rewards=(1, 0, 0, 1), correct=(1, 0, 0, 1), lengths=(50, 85, 90, 100))
     rollouts = tuple(Rollout("q", ids[:n], logprobs[:n], ids[:n], "", 1.0, 100) for n in lengths)
     verdicts = tuple(Verdict(float(r), float(c)) for r, c in zip(rewards, correct, strict=True))
     return Group(Prompt("q", "", (), ""), rollouts, verdicts)
+
+
+def half(t: Tokens) -> Tensor:
+    """A scale of a user's own."""
+    return torch.full_like(t.advantages, 0.5)
+
+
+def live(t: Tokens) -> Tokens:
+    """As inside the update: log-probs and entropy are leaves that gather gradient."""
+    leaves = {n: getattr(t, n).detach().clone().requires_grad_() for n in ("logprobs", "entropy")}
+    return replace(t, **leaves)
+
+
+def update(objective: Objective, t: Tokens, cuts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """A learner's loss and gradients: the cuts' numerators summed, over the global denominator."""
+    t = live(t)
+    loss = sum(objective.loss(t.take(torch.tensor(rows))) for rows in cuts)
+    loss = loss / objective.denominator(t.counts)
+    loss.backward()
+    gradients = (torch.zeros(N) if x.grad is None else x.grad for x in (t.logprobs, t.entropy))
+    return loss.detach(), *gradients
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b.to(a.dtype), rtol=1e-12, atol=1e-13, equal_nan=True)
+
+
+WHOLE = [[0, 1, 2, 3, 4, 5]]
+
+
+def gate(a: Tensor, r: Tensor, low: float, high: float, dual: float = torch.inf) -> Tensor:
+    return torch.where(a > 0, r <= 1 + high, (r >= 1 - low) & (r <= dual))

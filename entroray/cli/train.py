@@ -14,12 +14,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from entroray.cli import bootstrap, machine, material, preflight, rundir, settings
+from entroray.cli.objectives import shown
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.evaluate import heldout
 from entroray.loop.prompts import PromptStream
-from entroray.objective import Objective, check_group_size
+from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
 from entroray.observe.console import Console, summary
 from entroray.observe.journal import Journal, read
@@ -41,6 +42,7 @@ def main(arguments: list[str]) -> int:
         return 0
     objective = build_objective(config.objective)
     check_group_size(objective, config.rollout.group_size)
+    combinations.refuse(objective)
     if config.run.dry:
         print(_dry(config, objective))
         return 0
@@ -171,7 +173,7 @@ def _header(
     r, s, split = config.rollout, config.sampler, read_in.split
     stops = [repr(x) for x in (read_in.tokenizer.eos_token, *s.stop)]
     return [
-        *objective.describe().splitlines(),
+        *shown(objective, config.learner.updates_per_rollout),
         "",
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",

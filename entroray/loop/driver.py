@@ -15,7 +15,11 @@ from entroray.loop.limits import SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
 from entroray.loop.stream import Dropped, Prompts, Stream
 from entroray.objective import Objective
+from entroray.objective.touched import Untouched, touched
 from entroray.types import Group, Prompt, Rollout, Tokens, Verdict, Version
+
+UNTOUCHED = 20
+"""Steps without a token touched by a rule after which the journal says so."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Driver:
         self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)
+        self.untouched = Untouched(UNTOUCHED)
         self.version: Version = 0
         self.turn: asyncio.Task[dict[str, float]] | None = None
         self.stopping = False
@@ -183,7 +188,8 @@ class Driver:
             batch = assemble(groups)
             scores = await self.roles.learner.score(batch, group_index(groups))
         advantages = [self.objective.estimate(g) for g in groups]
-        tokens = self.objective.credit(tokens_of(groups, advantages, scores, self.version))
+        given = tokens_of(groups, advantages, scores, self.version)
+        tokens, rules = self.objective.credit(given), touched(self.objective, given)
         with clock("update", self):
             updated = await self.roles.learner.update(batch, tokens)
         if skipped := bool(updated.get("update/skipped")):
@@ -192,29 +198,35 @@ class Driver:
         with clock("sync", self):
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
-        metrics = updated | synced | self._observe(groups, tokens) | clock.metrics(len(tokens.row))
+        metrics = updated | synced | self._observe(groups, tokens, rules) | clock.metrics(len(tokens.row))
         with clock("evaluate", self):
             metrics |= await self.roles.evaluate(self.version)
         self.roles.journal.step(self.version, metrics, groups, tokens)
         return metrics
 
-    def _observe(self, groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
+    def _observe(self, groups: Sequence[Group], tokens: Tokens, rules: Mapping[str, int]) -> dict[str, float]:
+        for rule in self.untouched.note(rules):
+            self.roles.journal.event("rule_untouched", rule=rule, steps=self.untouched.patience)
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
         trained = describe(groups, tokens)
         judged = [*groups, *self.stream.judged_since()]
         right = [float(g.correct.mean()) for g in judged]
-        return trained | {
-            # Of every group judged: a filter that keeps the undecided ones must not show as a plateau.
-            "reward/mean": sum(right) / len(right),
-            "groups/all_right": sum(r == 1 for r in right) / len(right),
-            "groups/all_wrong": sum(r == 0 for r in right) / len(right),
-            "reward/trained_mean": trained["reward/mean"],
-            "reward/shaped_mean": sum(shaped) / len(shaped),
-            "groups/dropped": float(self.stream.dropped.total()),
-            "groups/refused": float(self.stream.refused),
-            "verdicts/failed": self.failures.share,
-            "groups/surplus": float(self.stream.surplus),
-        }
+        return (
+            trained
+            | {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
+            | {
+                # Of every group judged: a filter that keeps the undecided ones must not show as a plateau.
+                "reward/mean": sum(right) / len(right),
+                "groups/all_right": sum(r == 1 for r in right) / len(right),
+                "groups/all_wrong": sum(r == 0 for r in right) / len(right),
+                "reward/trained_mean": trained["reward/mean"],
+                "reward/shaped_mean": sum(shaped) / len(shaped),
+                "groups/dropped": float(self.stream.dropped.total()),
+                "groups/refused": float(self.stream.refused),
+                "verdicts/failed": self.failures.share,
+                "groups/surplus": float(self.stream.surplus),
+            }
+        )
 
 
 class Clock:

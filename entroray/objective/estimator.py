@@ -1,10 +1,12 @@
 """Group, its rewards already shaped -> one advantage per rollout."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import Positive, declare
+from entroray.objective.bind import Fraction, Positive, declare
 from entroray.types import Group
 
 
@@ -39,6 +41,32 @@ def leave_one_out(group: Group) -> Float[Tensor, " G"]:
     """
     size = len(group.rollouts)
     return center(group) * size / max(size - 1, 1)
+
+
+@declare(min_group=2)
+def length_weighted(group: Group) -> Float[Tensor, " G"]:
+    """Reward minus the mean weighted by response lengths: the least varying baseline (OPO, arXiv 2505.23585).
+
+    `R - Σ L R / Σ L over the group`
+    Made for one update a step, where the ratio is 1.
+    """
+    rewards, lengths = group.rewards, group.lengths.clamp(min=1e-9)
+    alike = (rewards == rewards[0]).all()
+    return torch.where(alike, torch.zeros_like(rewards), rewards - (lengths * rewards).sum() / lengths.sum())
+
+
+@declare(min_group=2)
+def quantile(group: Group, *, level: Fraction = 0.4, eps: Positive = 1e-6) -> Float[Tensor, " G"]:
+    """Reward minus a quantile of the group's, in standard deviations: only the rare outcome teaches (QAE).
+
+    `(R - Q(level)) / (std(R) + eps) over the group, Q the least reward that level of them do not exceed`
+    With rewards of 0 and 1 wrong answers have A = 0 up to a pass rate of 1 - level, and right ones beyond it.
+    No code of the authors' is public; a library's interpolating quantile gives fractional baselines.
+    """
+    rewards = group.rewards
+    rank = max(1, math.ceil(level * len(rewards))) - 1
+    deviation = center(group).square().sum().div(max(len(rewards) - 1, 1)).sqrt()
+    return (rewards - rewards.sort().values[rank]) / (deviation + eps)
 
 
 def raw(group: Group, *, baseline: float = 0.0) -> Float[Tensor, " G"]:

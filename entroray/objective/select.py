@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entroray.objective.bind import Fraction, declare
+from entroray.objective.bind import Fraction, Positive, declare
 from entroray.objective.view import covariance
 from entroray.types import Tokens
 
@@ -63,6 +63,19 @@ def random_positive(t: Tokens, *, share: Fraction = 2e-4) -> Bool[Tensor, " N"]:
     Its paper gives no share; this is Clip-Cov's.
     """
     return _lowest(_draw(t), t.advantages > 0, share, t)
+
+
+@declare(needs=["whole_step"])
+def confident_mistakes(t: Tokens, *, deviations: Positive = 2.5) -> Bool[Tensor, " N"]:
+    """Punished tokens so unlikely that pushing them down lowers the entropy (Clip_B, arXiv 2602.03392).
+
+    `tokens with A < 0 and D - mean(D) < -deviations std(D), D = π (log π + H)`
+    The other tail than Clip-Cov's. std is of all tokens of the step, without Bessel's correction.
+    """
+    if not len(t.logprobs):
+        return t.mask
+    d = t.logprobs.exp() * (t.logprobs + t.entropy)
+    return (t.advantages < 0) & (d - d.mean() < -deviations * d.std(correction=0))
 
 
 def _lowest(

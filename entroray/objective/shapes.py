@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import NonNegative
+from entroray.objective.bind import NonNegative, Positive, declare
 from entroray.types import Tokens
 
 
@@ -15,3 +15,16 @@ def by_sign(t: Tokens, *, positive: NonNegative = 0.1, negative: NonNegative = 1
     The authors' code drops the other half of the batch in PSR and NSR; here it stays in the denominator.
     """
     return torch.where(t.advantages > 0, positive * t.advantages, negative * t.advantages)
+
+
+@declare(needs=["whole_step"])
+def whiten(t: Tokens, *, eps: Positive = 1e-8) -> Float[Tensor, " N"]:
+    """Advantages of mean 0 and deviation 1 over the step's tokens (REINFORCE++, arXiv 2501.03262).
+
+    `(A - mean(A)) / sqrt(var(A) + eps) over the step, Bessel`
+    Does not keep the sign of A: that is its purpose where rewards have no baseline.
+    """
+    if not len(t.advantages):
+        return t.advantages
+    centred = t.advantages - t.advantages.mean()
+    return centred / (centred.square().sum() / max(len(centred) - 1, 1) + eps).sqrt()

@@ -16,109 +16,12 @@ from entroray.objective import Objective, build, count, silent
 from entroray.objective.bind import keywords, menu
 from entroray.objective.equation import MANY, SLOTS
 from entroray.types import Counts, Tokens
-from tests.cases import ROWS, N, group, tokens
+from tests.cases import FULL, ROWS, SPECS, WHOLE, N, close, gate, group, live, tokens, update
 
 torch.set_num_threads(1)  # these tensors are tiny
 
 HERE = __name__.partition(".")[0]
-FULL = ROWS["dapo"] | {
-    "shapes": [{"fn": "by_sign"}],
-    "scales": [{"fn": "selected", "inside": 0.7}],
-    "correction": {"fn": "truncated_importance"},
-    "penalties": [{"fn": "kl"}, {"fn": "kl_k3"}, {"fn": "entropy_bonus"}],
-    "aggregate": {"fn": "rollout_mean"},
-}
-"""No published row: every slot filled at once."""
-SPECS = ROWS | {"full": FULL}
-every_row = pytest.mark.parametrize("name", ROWS)
 every_spec = pytest.mark.parametrize("name", SPECS)
-
-
-def live(t: Tokens) -> Tokens:
-    """As inside the update: log-probs and entropy are leaves that gather gradient."""
-    leaves = {n: getattr(t, n).detach().clone().requires_grad_() for n in ("logprobs", "entropy")}
-    return replace(t, **leaves)
-
-
-def update(objective: Objective, t: Tokens, cuts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """A learner's loss and gradients: the cuts' numerators summed, over the global denominator."""
-    t = live(t)
-    loss = sum(objective.loss(t.take(torch.tensor(rows))) for rows in cuts)
-    loss = loss / objective.denominator(t.counts)
-    loss.backward()
-    gradients = (torch.zeros(N) if x.grad is None else x.grad for x in (t.logprobs, t.entropy))
-    return loss.detach(), *gradients
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b.to(a.dtype), rtol=1e-12, atol=1e-13, equal_nan=True)
-
-
-WHOLE = [[0, 1, 2, 3, 4, 5]]
-
-
-def gate(a: Tensor, r: Tensor, low: float, high: float, dual: float = torch.inf) -> Tensor:
-    return torch.where(a > 0, r <= 1 + high, (r >= 1 - low) & (r <= dual))
-
-
-PUBLISHED = {
-    "grpo": lambda a, r, n: r * a * gate(a, r, 0.2, 0.2) / n / 6,
-    "dr_grpo": lambda a, r, n: r * a * gate(a, r, 0.2, 0.2) / 3000 / 6,
-    "rloo": lambda a, r, n: r * a / 6,
-    "reinforce": lambda a, r, n: r * a / 6,
-    "dapo": lambda a, r, n: r * a * gate(a, r, 0.2, 0.28, 10.0) / 24,
-    "cispo": lambda a, r, n: r.clamp(max=5.0) * a / 24,
-    "supervised": lambda a, r, n: a / 24,
-    "entropy_bonus": lambda a, r, n: r * a * gate(a, r, 0.2, 0.2) / n / 6,
-    "psr": lambda a, r, n: r * a * (a > 0) * gate(a, r, 0.2, 0.2) / 24,
-    "nsr": lambda a, r, n: r * a * (a < 0) * gate(a, r, 0.2, 0.2) / 24,
-    "w_reinforce": lambda a, r, n: r * torch.where(a > 0, 0.1 * a, a) * gate(a, r, 0.2, 0.2) / 24,
-    "clip_cov": lambda a, r, n: r * a * ~CHOSEN["clip_cov"](a) * gate(a, r, 1.0, 1.0) / 24,
-    "random_positive_clip": lambda a, r, n: (
-        r * a * ~CHOSEN["random_positive_clip"](a) * gate(a, r, 0.2, 0.2) / 24
-    ),
-    "kl_cov": lambda a, r, n: (r * a - CHOSEN["kl_cov"](a) * r.log().sign()) / 24,
-    "forking_tokens": lambda a, r, n: r * a * CHOSEN["forking_tokens"](a) * gate(a, r, 0.2, 0.28, 10.0) / 4,
-}
-"""The coefficient of grad log π in the objective to maximise: advantage, ratio, masked length of the row."""
-
-
-def chosen_by(name: str) -> Callable[[Tensor], Tensor]:
-    """Which tokens a row singles out: its own choice, looked at in tests of their own below."""
-    return lambda a: build(ROWS[name]).credit(replace(NOW[0], advantages=a)).selected
-
-
-NOW: list[Tokens] = []
-"""The tokens the gradient is being compared on."""
-CHOSEN = {name: chosen_by(name) for name in ("clip_cov", "kl_cov", "forking_tokens", "random_positive_clip")}
-
-
-@every_row
-@pytest.mark.parametrize("drift", [0.0, 3.0], ids=["on_policy", "off_policy"])
-def test_the_gradient_is_the_published_one(name, drift):
-    objective, t = build(ROWS[name]), tokens(drift=drift)
-    NOW[:] = [t]
-    _, gradient, _ = update(objective, objective.credit(t), WHOLE)
-    r = (t.logprobs - t.old_logprobs).exp()
-    n = torch.tensor([float(sum(t.mask[t.row == row])) for row in t.row]).double()
-    expected = torch.where(t.mask, -PUBLISHED[name](t.advantages, r, n), 0.0)
-    assert close(gradient, expected)
-    pulled = t.mask & (t.advantages > 0) & ~(objective.credit(t).selected & bool(objective.penalties))
-    assert (gradient[pulled] <= 0).all(), "reinforced tokens must become likelier"
-
-
-def test_the_gradient_of_all_slots_at_once():
-    objective, t = build(FULL), tokens()
-    _, gradient, entropy_gradient = update(objective, objective.credit(t), WHOLE)
-    n = torch.tensor([float(sum(t.mask[t.row == row])) for row in t.row]).double()
-    a = torch.where(t.advantages > 0, 0.1 * t.advantages, t.advantages)
-    r, rho = ((x - y).exp() for x, y in ((t.logprobs, t.old_logprobs), (t.old_logprobs, t.behavior_logprobs)))
-    x = t.logprobs - t.ref_logprobs
-    policy = rho.clamp(max=2.0) * 0.7 * r * a * gate(a, r, 0.2, 0.28, 10.0)
-    expected = (-policy + 0.04 * x + 0.04 * (1 - torch.exp(-x))) / n / 24
-    assert close(gradient, torch.where(t.mask, expected, 0.0))
-    assert close(entropy_gradient, torch.where(t.mask, -0.001 / n / 24, 0.0))
-    assert (rho[t.mask] > 2).any() and (rho[t.mask] < 2).any()
 
 
 def test_off_policy_case_reaches_every_bound():
@@ -256,6 +159,16 @@ ALTERNATIVES = {
     "penalties.kl_k3": {"coef": 0.1},
     "penalties.entropy_bonus": {"coef": 0.1},
     "penalties.kl_cov": {"coef": 0.1},
+    "ratio.clipped_geometric": {"bound": 0.1},
+    "surrogate.clip_with_entropy": {"low": 0.5, "high": 0.5, "alpha": 0.1, "kappa": 5.0},
+    "surrogate.gradient_preserving": {
+        **{"low": 0.5, "high": 0.5, "tail_low": 0.1, "tail_high": 0.5, "dual": 3.0}
+    },
+    "surrogate.dynamic_clip": {"low": 0.02, "high": 0.5, "cap": 1.1},
+    "estimator.quantile": {"level": 0.9, "eps": 0.1},
+    "shapes.whiten": {"eps": 0.1},
+    "scales.steer": {"floor": 0.5, "least": 100.0},
+    "select.confident_mistakes": {"deviations": 0.1},
     "select.top_entropy": {"share": 0.5},
     "select.top_covariance": {"share": 0.5},
     "select.covariance_band": {"share": 0.5, "low": -1.0, "high": 1.1},

@@ -37,7 +37,7 @@ HERE = f"{__name__}.flat"
         ({"surogate": {"fn": "clip"}}, "no slot `surogate`: did you mean `surrogate`"),
         (
             {"surrogate": {"fn": "clipp"}},
-            "surrogate has no `clipp`: did you mean `clip`.*cispo, clip, likelihood",
+            "surrogate has no `clipp`: did you mean `clip`.*cispo, clip, ",
         ),
         ({"surrogate": {"fn": "torch"}}, "surrogate has no `torch`"),
         ({"surrogate": {"fn": "AboveOne"}}, "surrogate has no `AboveOne`"),
