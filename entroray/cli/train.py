@@ -19,6 +19,7 @@ from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.evaluate import heldout
+from entroray.loop.insight import Looks
 from entroray.loop.prompts import PromptStream
 from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
@@ -209,7 +210,7 @@ async def _drive(
     pace = _pace(config)
     journal.event("start", objective=config.objective, pace=asdict(pace), state=run.state)
     stream = PromptStream(read_in.split.training, seed=config.seed)
-    driver = Driver(stream, roles, objective, pace, seed=config.seed)
+    driver = Driver(stream, roles, objective, pace, seed=config.seed, looks=_looks(config))
     if run.checkpoint:
         driver.restore(run.state)
     saves = m.checkpoints(run.folder)
@@ -247,6 +248,11 @@ def _evaluation(
         return {f"eval/{name}": value for name, value in found.items()}
 
     return evaluate
+
+
+def _looks(config: Config) -> Looks:
+    o = config.observe
+    return Looks(o.diagnosis.every, o.prediction.every, o.prediction.window, o.law.window)
 
 
 def _pace(config: Config) -> Pace:

@@ -11,6 +11,7 @@ from typing import Any
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
+from entroray.loop.insight import NEVER, Insight, Looks
 from entroray.loop.limits import SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
 from entroray.loop.stream import Dropped, Prompts, Stream
@@ -83,12 +84,14 @@ class Driver:
         pace: Pace,
         *,
         seed: int,
+        looks: Looks = NEVER,
     ):
         self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
         self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)
         self.untouched = Untouched(UNTOUCHED)
+        self.insight = Insight(looks)
         self.version: Version = 0
         self.turn: asyncio.Task[dict[str, float]] | None = None
         self.stopping = False
@@ -126,12 +129,17 @@ class Driver:
 
     def state(self) -> dict[str, Any]:
         """Everything the driver remembers between two steps, as plain JSON."""
-        return {"version": self.version, "stream": self.stream.state()}
+        return {
+            "version": self.version,
+            "stream": self.stream.state(),
+            "insight": self.insight.state(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on after the step that `state` was taken at; call inside the running loop, before `train`."""
         self.version = state["version"]
         self.stream.restore(state["stream"], self.version)
+        self.insight.restore(state["insight"])
         self.committed = self.state()
 
     async def _within(self, step: "asyncio.Task[dict[str, float]]") -> dict[str, float]:
@@ -186,7 +194,8 @@ class Driver:
             )
         with clock("score", self):
             batch = assemble(groups)
-            scores = await self.roles.learner.score(batch, group_index(groups))
+            wants = self.insight.wants(self.version + 1)
+            scores = await self.roles.learner.score(batch, group_index(groups), wants)
         advantages = [self.objective.estimate(g) for g in groups]
         given = tokens_of(groups, advantages, scores, self.version)
         tokens, rules = self.objective.credit(given), touched(self.objective, given)
@@ -195,6 +204,10 @@ class Driver:
         if skipped := bool(updated.get("update/skipped")):
             self.roles.journal.skipped(self.version + 1, batch, tokens)
         self.skipped.note(skipped)
+        if wants:
+            with clock("rescore", self):
+                after = await self.roles.learner.score(batch, group_index(groups))
+            updated |= self.insight.changed(tokens, after)
         with clock("sync", self):
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
@@ -208,12 +221,13 @@ class Driver:
         for rule in self.untouched.note(rules):
             self.roles.journal.event("rule_untouched", rule=rule, steps=self.untouched.patience)
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
-        trained = describe(groups, tokens)
+        trained = describe(groups, tokens) | self.insight.diagnosed(self.version, groups, tokens)
         judged = [*groups, *self.stream.judged_since()]
         right = [float(g.correct.mean()) for g in judged]
-        return (
+        counted = {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
+        metrics = (
             trained
-            | {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
+            | counted
             | {
                 # Of every group judged: a filter that keeps the undecided ones must not show as a plateau.
                 "reward/mean": sum(right) / len(right),
@@ -227,6 +241,7 @@ class Driver:
                 "groups/surplus": float(self.stream.surplus),
             }
         )
+        return metrics | self.insight.fitted(metrics)
 
 
 class Clock:

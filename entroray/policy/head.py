@@ -3,6 +3,7 @@
 In the learner this is the only place where logits exist: never more than one tile of them.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +96,36 @@ def _logit_gradient(logp: Tensor, ids: Tensor, entropy: Tensor, g_logp: Tensor, 
     return dz.scatter_add_(-1, ids[:, None].long(), g_logp[:, None].to(dz.dtype))
 
 
+def _collision(logp: Tensor, p: Tensor, entropy: Tensor) -> Tensor:
+    """Mean over v ~ p of p (ln p + H): what one gradient step on a sampled token does to H on its own."""
+    return (p.square() * (logp.masked_fill(p == 0, 0.0) + entropy[:, None])).sum(-1)
+
+
+EXTRA = {"collision": _collision}
+"""Further statistics of a whole distribution: name -> (log p, p [n, V], H [n]) -> [n]."""
+
+
+@torch.no_grad()
+def extra_stats(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    temperature: Float[Tensor, " N"],
+    names: Sequence[str],
+    *,
+    tile_elements: int = TILE_ELEMENTS,
+) -> dict[str, Float[Tensor, " N"]]:
+    """The statistics of `EXTRA` called `names`, tile by tile, without gradient."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    out = {name: torch.empty(len(hidden), dtype=wide, device=hidden.device) for name in names}
+    for rows in _tiles(len(hidden), len(weight), tile_elements):
+        logp = _log_softmax(hidden[rows], weight, temperature[rows])
+        p = logp.exp()
+        entropy = _surprise(logp, p).sum(-1)
+        for name, column in out.items():
+            column[rows] = EXTRA[name](logp, p, entropy)
+    return out
+
+
 class StreamedHead(nn.Module):
     """Stands where `lm_head` stood and keeps its parameter, so that ZeRO-3 gathers it as for any module."""
 
@@ -106,5 +137,10 @@ class StreamedHead(nn.Module):
             )
         self.weight: nn.Parameter = lm_head.weight
 
-    def forward(self, hidden: Tensor, token_ids: Tensor, temperature: Tensor) -> TokenStats:
+    def forward(
+        self, hidden: Tensor, token_ids: Tensor, temperature: Tensor, extra: Sequence[str] = ()
+    ) -> TokenStats | dict[str, Tensor]:
+        """Token statistics; with `extra`, those of `EXTRA` so named instead."""
+        if extra:
+            return extra_stats(hidden, self.weight, temperature, extra)
         return token_stats(hidden, self.weight, token_ids, temperature)

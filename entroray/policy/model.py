@@ -1,5 +1,6 @@
 """The policy as a module: causal LM in, token statistics of the response tokens out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,11 @@ class Policy(nn.Module):
         self.model = model
         self.model.lm_head = StreamedHead(model.lm_head)
 
-    def forward(self, micro: Padded) -> TokenStats:
+    def forward(self, micro: Padded, extra: Sequence[str] = ()) -> TokenStats | dict[str, Tensor]:
+        """Token statistics; with `extra`, those of `head.EXTRA` so named instead."""
         states = self.model.model(input_ids=micro.ids, attention_mask=micro.attention, use_cache=False)
         hidden = states.last_hidden_state.flatten(0, 1)[micro.source]
-        return self.model.lm_head(hidden, micro.targets, micro.temperature)
+        return self.model.lm_head(hidden, micro.targets, micro.temperature, extra)
 
 
 def load(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from entroray.policy.head import token_stats
+from entroray.policy.head import extra_stats, token_stats
 
 
 def brute(hidden, weight, ids, temperature):
@@ -102,7 +102,7 @@ def test_no_tokens_at_all():
 
 MEMORY = """
 import resource, torch
-from entroray.policy.head import token_stats
+from entroray.policy.head import extra_stats, token_stats
 torch.set_num_threads(1)
 n, d, v = 1024, 16, 32000
 h = torch.randn(n, d, requires_grad=True); w = torch.randn(v, d, requires_grad=True)
@@ -120,3 +120,13 @@ def test_peak_memory_stays_far_below_one_logits_matrix():
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120, check=True
     )
     assert float(done.stdout) < 30, f"{float(done.stdout):.0f} MiB more at the peak"
+
+
+def test_extra_statistics_equal_the_brute_force_whatever_the_tile():
+    hidden, weight, ids, temperature = case()
+    p = (hidden @ weight.T / temperature[:, None]).softmax(-1)
+    entropy = brute(hidden, weight, ids, temperature)[1]
+    expected = (p**2 * (p.log() + entropy[:, None])).sum(-1)
+    for tile_elements in (1, 1 << 20):
+        found = extra_stats(hidden, weight, temperature, ["collision"], tile_elements=tile_elements)
+        torch.testing.assert_close(found["collision"], expected, rtol=1e-12, atol=1e-12)
