@@ -121,6 +121,10 @@ class LearnerRank:
     def policy(self) -> Policy:
         return self.engine.module
 
+    def adopt(self, objective: Objective) -> None:
+        """Update by `objective` from now on."""
+        self.objective = objective
+
     # --- one step ---
 
     def score(
