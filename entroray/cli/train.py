@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, machine, material, preflight, rundir, settings
+from entroray.cli import bootstrap, machine, material, preflight, rundir, sampling, settings
 from entroray.cli.objectives import shown
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
@@ -27,7 +27,6 @@ from entroray.observe.console import Console, summary
 from entroray.observe.journal import Journal, read
 from entroray.policy.tokenizer import fingerprint
 from entroray.workers import cluster
-from entroray.workers.generator import Sampling
 
 
 def main(arguments: list[str]) -> int:
@@ -178,6 +177,7 @@ def _header(
         "",
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
+        f"sampler    {sampling.describe(s)}",
         f"schedule   {config.run.steps} steps, {config.learner.updates_per_rollout} updates a step, "
         f"lag at most {config.driver.max_lag} ({config.driver.stale})",
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
@@ -196,10 +196,10 @@ async def _drive(
     journal: Journal,
     run: rundir.RunDir,
 ) -> None:
-    s = config.sampler
-    sampling = Sampling(s.temperature, config.rollout.max_tokens, tuple(s.stop))
+    heat = sampling.heat(config)
+    drawn = sampling.shaped(config, config.sampler.temperature, read_in.tokenizer)
     roles = Roles(
-        m.generator_role(sampling),
+        m.generator_role(drawn, heat),
         m.verifier_role(),
         m.learner_role(objective),
         m.sync,
@@ -210,7 +210,7 @@ async def _drive(
     pace = _pace(config)
     journal.event("start", objective=config.objective, pace=asdict(pace), state=run.state)
     stream = PromptStream(read_in.split.training, seed=config.seed)
-    driver = Driver(stream, roles, objective, pace, seed=config.seed, looks=_looks(config))
+    driver = Driver(stream, roles, objective, pace, seed=config.seed, looks=_looks(config), heat=heat)
     if run.checkpoint:
         driver.restore(run.state)
     saves = m.checkpoints(run.folder)
@@ -236,14 +236,14 @@ def _evaluation(
     config: Config, read_in: material.Material, m: machine.Machine
 ) -> Callable[[int], Awaitable[dict[str, float]]]:
     """Held-out accuracy on the training engines, every `evaluate.every` steps."""
-    e, s = config.evaluate, config.sampler
+    e = config.evaluate
     prompts = read_in.split.heldout[: e.prompts]
 
     async def evaluate(step: int) -> dict[str, float]:
         if not e.every or step % e.every:
             return {}
-        at = lambda t: m.generator_role(Sampling(t, config.rollout.max_tokens, tuple(s.stop)))  # noqa: E731
-        temperature, judge = s.temperature, m.verifier_role()
+        at = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
+        temperature, judge = config.sampler.temperature, m.verifier_role()
         found = await heldout(at, judge, prompts, temperature=temperature, samples=e.samples)
         return {f"eval/{name}": value for name, value in found.items()}
 

@@ -11,6 +11,7 @@ from typing import Any
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
+from entroray.loop.heat import Heat
 from entroray.loop.insight import NEVER, Insight, Looks
 from entroray.loop.limits import SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
@@ -85,6 +86,7 @@ class Driver:
         *,
         seed: int,
         looks: Looks = NEVER,
+        heat: Heat | None = None,
     ):
         self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
         self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
@@ -92,6 +94,7 @@ class Driver:
         self.skipped = SkippedUpdates(pace.max_skipped)
         self.untouched = Untouched(UNTOUCHED)
         self.insight = Insight(looks)
+        self.heat = heat or Heat()
         self.version: Version = 0
         self.turn: asyncio.Task[dict[str, float]] | None = None
         self.stopping = False
@@ -133,6 +136,7 @@ class Driver:
             "version": self.version,
             "stream": self.stream.state(),
             "insight": self.insight.state(),
+            "heat": self.heat.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -140,6 +144,7 @@ class Driver:
         self.version = state["version"]
         self.stream.restore(state["stream"], self.version)
         self.insight.restore(state["insight"])
+        self.heat.restore(state.get("heat", {}))  # a checkpoint of before samplers has none
         self.committed = self.state()
 
     async def _within(self, step: "asyncio.Task[dict[str, float]]") -> dict[str, float]:
@@ -223,6 +228,8 @@ class Driver:
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
         trained = describe(groups, tokens) | self.insight.diagnosed(self.version, groups, tokens)
         judged = [*groups, *self.stream.judged_since()]
+        for group in judged:  # here, not as they finish: the order is the same in every run
+            self.heat.note(group)
         right = [float(g.correct.mean()) for g in judged]
         counted = {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
         metrics = (
