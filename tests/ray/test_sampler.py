@@ -23,12 +23,13 @@ from entroray.workers.generator import Generator, Request, Sampling
 from tests.ray.conftest import TINY
 
 PROMPT = tuple(int(i) for i in np.random.default_rng(1).integers(0, 250, 20))
-RAMP = {"fn": "by_entropy", "least": 0.6, "most": 1.8, "start": 1.0, "full": 4.5}
-CORNERS = {"fn": "quadrants", "low_entropy": 2.6, "high_entropy": 3.2, "low_varentropy": 1.7}
-CORNERS |= {"high_varentropy": 2.0}
+RAMP = {"fn": "by_entropy", "least": 0.6, "most": 1.8, "start": 1.0, "full": 3.0}
+CORNERS = {"fn": "quadrants", "low_entropy": 1.0, "high_entropy": 2.0, "low_varentropy": 5.0}
+CORNERS |= {"high_varentropy": 6.45}
+"""Thresholds that the positions of the model below fall on both sides of: H 0.4 to 3.2 nats, V 2.8 to 7.1."""
 SAMPLERS = {
     "ramp": Sampling(0.9, 4).under(RAMP),
-    "corners": Sampling(1.0, 4).under(CORNERS | {"certain": 0.5}),
+    "corners": Sampling(1.0, 4).under(CORNERS | {"certain": 0.8}),
     "hot": Sampling(1.0, 4, factor=1.4).under({"fn": "fixed"}),
 }
 
@@ -63,7 +64,7 @@ def peaked(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("peaked")
     build(folder, TINY, seed=3)
     weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"] *= 14
+    weights["model.norm.weight"] *= 8
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
 
@@ -184,7 +185,8 @@ def test_notes_survive_pre_emption_and_are_drained_once(engine: Any, peaked: str
 def test_rows_of_one_batch_keep_to_their_own_sampler(engine: Any) -> None:
     """Fixed, greedy, shaped and inserting requests at once draw what they draw alone."""
     greedy, fixed = Sampling(0.0, 12), Sampling(1.0, 12)
-    put = Sampling(1.0, 12).under(CORNERS | {"high_entropy": 2.61}, insert=33, inserts=2)
+    wide = CORNERS | {"low_varentropy": 6.6, "high_varentropy": 6.6}
+    put = Sampling(1.0, 12).under(wide, insert=33, inserts=2)
     samplings = (greedy, fixed, fixed.under(RAMP), put)
     alone = [draw(engine, s, 6) for s in samplings]
 
@@ -228,6 +230,6 @@ def test_a_weighted_run_starts_at_ratio_one_and_the_engine_measures_what_the_lea
         assert f"sampler    rule {name}" in said
         assert row["update/ratio_max"] == pytest.approx(1.0, abs=1e-6)
         if name == "fixed":
-            assert row["mismatch/max"] < 1e-4 and row["importance/mean"] == pytest.approx(1, abs=1e-5)
+            assert row["mismatch/max"] < 1e-3 and row["importance/mean"] == pytest.approx(1, abs=1e-5)
         else:
             assert row["sampler/gap"] < 1e-3 and row["mismatch/max"] > 0.01
