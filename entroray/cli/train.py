@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     if config.run.dry:
         print(_dry(config, objective))
         return 0
-    signal.signal(signal.SIGTERM, _terminated)
+    _take_signals()
     preflight.refuse(config)
     facts = bootstrap.ensure(config, rest)
     asyncio.run(_train(config, tree, objective, rundir.open_run(config, tree), facts))
@@ -270,6 +270,12 @@ def _pace(config: Config) -> Pace:
     )
 
 
+def _take_signals() -> None:
+    """SIGTERM and SIGINT raise, also where a script started us in the background, deaf to the latter."""
+    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _stop_on_signals(driver: Driver) -> list[int]:
     """Ctrl-C and SIGTERM ask the driver to stop, once; a second one ends the process as it always did."""
     caught: list[int] = []
@@ -288,7 +294,7 @@ def _stop_on_signals(driver: Driver) -> list[int]:
 
 
 def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
-    signal.signal(signal.SIGTERM, _terminated)  # the event loop took it with it
+    _take_signals()  # the event loop took them with it
     print(summary(read(folder / "metrics.jsonl")))
     print(f"\n{config.run.steps} steps in {seconds:.0f} s")
     if config.evaluate.final:
