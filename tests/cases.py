@@ -8,11 +8,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from entroray.objective import count
+from entroray.objective import Objective, build, count
 from entroray.types import Counts, Group, Prompt, Rollout, Tokens, Verdict
 
 CONF = Path(__file__).parents[1] / "conf/objective"
 ROWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
+BUILT = {name: build(row) for name, row in ROWS.items()}
+STATISTICS = sorted({name for row in BUILT.values() for name in row.statistics})
+"""Every further statistic of the vocabulary that some row asks for; each is a number below 0 here."""
 LENGTHS, GROUPS, ADVANTAGES = (5, 1, 7, 3, 4, 8), (0, 0, 1, 1, 2, 2), (1.5, -0.5, 0.3, -2.0, 0.0, 1.0)
 N = sum(LENGTHS)
 
@@ -53,6 +56,7 @@ def tokens(*, drift: float = 3.0, masked_out=(0, 9, 10, 27), hole: float = torch
         version=torch.zeros(len(LENGTHS), dtype=torch.long),
         step=3,
         counts=Counts(0, 0, 0, 0),
+        extra={name: column(-0.3 - torch.rand(N, generator=g, dtype=torch.float64)) for name in STATISTICS},
     )
     return replace(t, counts=count(t))
 
@@ -62,3 +66,51 @@ def group(rewards=(1, 0, 0, 1), correct=(1, 0, 0, 1), lengths=(50, 85, 90, 100))
     rollouts = tuple(Rollout("q", ids[:n], logprobs[:n], ids[:n], "", 1.0, 100) for n in lengths)
     verdicts = tuple(Verdict(float(r), float(c)) for r, c in zip(rewards, correct, strict=True))
     return Group(Prompt("q", "", (), ""), rollouts, verdicts)
+
+
+def live(t: Tokens) -> Tokens:
+    """As inside the update: log-probs and entropy are leaves that gather gradient."""
+    leaves = {n: getattr(t, n).detach().clone().requires_grad_() for n in ("logprobs", "entropy")}
+    extra = {n: x.detach().clone().requires_grad_() for n, x in t.extra.items()}
+    return replace(t, **leaves, extra=extra)
+
+
+def update(objective: Objective, t: Tokens, cuts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """A learner's loss and gradients: the cuts' numerators summed, over the global denominator."""
+    t = live(t)
+    loss = sum(objective.loss(t.take(torch.tensor(rows))) for rows in cuts)
+    loss = loss / objective.denominator(t.counts)
+    loss.backward()
+    gradients = (torch.zeros(N) if x.grad is None else x.grad for x in (t.logprobs, t.entropy))
+    return loss.detach(), *gradients
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b.to(a.dtype), rtol=1e-12, atol=1e-13, equal_nan=True)
+
+
+WHOLE = [[0, 1, 2, 3, 4, 5]]
+
+
+MASK = tokens().mask
+SPARE = {"mean_discriminator": torch.where(MASK, 9.0, 0.0).double()} | {
+    name: torch.where(MASK, -0.1 - 0.02 * i - 0.01 * torch.arange(N).double(), 0.0)
+    for i, name in enumerate(
+        ["nucleus_entropy:0.5", "top_entropy:2", "top_entropy:5", "plausible_logmass:0.1"]
+    )
+}
+
+
+"""Statistics that no shipped row asks for, and one beyond every threshold."""
+
+
+def outcome(objective: Objective) -> list[float]:
+    """Everything a row decides, on one fixed case."""
+    uneven = tokens().advantages * (1 + 0.1 * torch.sin(torch.arange(N).double()))
+    extra = tokens().extra | SPARE
+    t, g = objective.credit(replace(tokens(), advantages=uneven, extra=extra, step=60)), group()
+    numbers = [objective.shape_rewards(g), objective.estimate(g), *update(objective, t, WHOLE)]
+    numbers += [t.scale, t.correction, torch.tensor([objective.keep(group(correct=(1, 1, 1, 1)))])]
+    flat = torch.cat([x.double().reshape(-1) for x in numbers])
+    assert flat.isfinite().all()
+    return flat.tolist()

@@ -16,6 +16,7 @@ USAGE = """usage: entroray <command> [hydra overrides]
   doctor      everything wrong with this machine and these settings, at once, with remedies
   submit      train as a job of a Ray cluster: entroray submit [--address=http://HEAD:8265] overrides
   reference   print conf/README.md: every choice and setting
+  objectives  every row and slot; the equation of some settings: entroray objectives show objective=dapo
   report      write report.html of a run directory: entroray report runs/latest
 
   --cfg job         print the composed settings and stop
@@ -51,7 +52,17 @@ def run(argv: list[str]) -> int:
 
 COMMANDS = {
     name: f"entroray.cli.{name.replace('-', '_')}"
-    for name in ("train", "bootstrap", "eval", "report", "doctor", "submit", "verify-resume", "reference")
+    for name in (
+        "train",
+        "bootstrap",
+        "eval",
+        "report",
+        "objectives",
+        "doctor",
+        "submit",
+        "verify-resume",
+        "reference",
+    )
 }
 
 

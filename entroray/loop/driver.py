@@ -11,10 +11,10 @@ from typing import Any
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
-from entroray.loop.limits import SkippedUpdates, VerdictFailures
+from entroray.loop.limits import IdleRules, SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
 from entroray.loop.stream import Dropped, Prompts, Stream
-from entroray.objective import Objective
+from entroray.objective import Objective, touched
 from entroray.types import Group, Prompt, Rollout, Tokens, Verdict, Version
 
 
@@ -84,6 +84,7 @@ class Driver:
         self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)
+        self.idle = IdleRules()
         self.version: Version = 0
         self.turn: asyncio.Task[dict[str, float]] | None = None
         self.stopping = False
@@ -183,7 +184,8 @@ class Driver:
             batch = assemble(groups)
             scores = await self.roles.learner.score(batch, group_index(groups))
         advantages = [self.objective.estimate(g) for g in groups]
-        tokens = self.objective.credit(tokens_of(groups, advantages, scores, self.version))
+        scored = tokens_of(groups, advantages, scores, self.version)
+        tokens = self.objective.credit(scored)
         with clock("update", self):
             updated = await self.roles.learner.update(batch, tokens)
         if skipped := bool(updated.get("update/skipped")):
@@ -193,6 +195,11 @@ class Driver:
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
         metrics = updated | synced | self._observe(groups, tokens) | clock.metrics(len(tokens.row))
+        metrics |= {
+            f"objective/{rule}_tokens": float(n) for rule, n in touched(self.objective, scored).items()
+        }
+        for rule in self.idle.note(metrics):
+            self.roles.journal.event("idle", rule=rule, steps=self.idle.patience, after=self.version)
         with clock("evaluate", self):
             metrics |= await self.roles.evaluate(self.version)
         self.roles.journal.step(self.version, metrics, groups, tokens)

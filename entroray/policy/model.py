@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from entroray.errors import PreflightError
-from entroray.policy.head import StreamedHead, TokenStats
+from entroray.policy.head import StreamedHead
+from entroray.policy.statistics import named
 from entroray.types import Batch
 
 
@@ -56,7 +57,13 @@ class Policy(nn.Module):
         self.model = model
         self.model.lm_head = StreamedHead(model.lm_head)
 
-    def forward(self, micro: Padded) -> TokenStats:
+    def also(self, statistics: tuple[str, ...]) -> None:
+        """Have the head compute further statistics; ConfigError for one that it does not know."""
+        for name in statistics:
+            named(name)
+        self.model.lm_head.statistics = statistics
+
+    def forward(self, micro: Padded) -> dict[str, Tensor]:
         states = self.model.model(input_ids=micro.ids, attention_mask=micro.attention, use_cache=False)
         hidden = states.last_hidden_state.flatten(0, 1)[micro.source]
         return self.model.lm_head(hidden, micro.targets, micro.temperature)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entroray.errors import PreflightError
-from entroray.objective import Objective, silent
+from entroray.objective import Objective, silent, touched_inside
+from entroray.policy.head import TokenStats
 from entroray.policy.model import Policy, load, pad
 from entroray.types import Batch, Tokens
 
@@ -91,6 +92,7 @@ class LearnerRank:
         policy = load(s.model, DTYPES[s.dtype], s.attention)
         if s.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
+        policy.also(self.objective.statistics)
         self.reference = load(s.model, DTYPES[s.dtype], s.attention).to(self.device) if s.reference else None
         self.engine, *_ = deepspeed.initialize(
             model=policy,
@@ -116,6 +118,11 @@ class LearnerRank:
             self.settings.transfer, rank=self.rank, client=client, module=self.policy.model
         )
 
+    def adopt(self, objective: Objective) -> None:
+        """Train by another row from now on; weights, moments and schedule go on."""
+        self.objective = objective
+        self.policy.also(objective.statistics)
+
     @property
     def policy(self) -> Policy:
         return self.engine.module
@@ -130,9 +137,9 @@ class LearnerRank:
 
     def _score(self, micro: Batch) -> dict[str, NDArray[np.float32]]:
         padded = pad(micro if micro.num_rows else EMPTY, self.device)
-        stats = self.engine(padded)._asdict()
+        stats = dict(self.engine(padded))
         if self.reference is not None:
-            stats["ref_logprobs"] = self.reference(padded).logprobs
+            stats["ref_logprobs"] = self.reference(padded)["logprobs"]
         return {k: v.float().cpu().numpy()[: len(micro.response_ids)] for k, v in stats.items()}
 
     def update(self, micros: Sequence[tuple[Batch, Tokens]]) -> dict[str, float]:
@@ -159,11 +166,11 @@ class LearnerRank:
         real = batch.num_rows > 0
         stats = self.engine(pad(batch if real else EMPTY, self.device))
         if real:
-            live = replace(tokens_on(tokens, self.device), **stats._asdict())
+            live = alive(tokens_on(tokens, self.device), stats)
             loss = self.objective.loss(live) / self.objective.denominator(tokens.counts)
             _tally(self.objective, live, loss, sums)
         else:
-            loss = stats.logprobs.sum() * 0.0
+            loss = stats["logprobs"].sum() * 0.0
         self.engine.backward(loss * self.settings.world, scale_wrt_gas=False)
 
     def _grad_norm_before_step(self) -> float | None:
@@ -241,6 +248,13 @@ def tokens_on(tokens: Tokens, device: torch.device) -> Tokens:
     return replace(tokens, **moved | {"extra": {k: move(v) for k, v in tokens.extra.items()}})
 
 
+def alive(tokens: Tokens, stats: Mapping[str, Tensor]) -> Tokens:
+    """`tokens` under the current policy: what the head computed in place of what was scored."""
+    own = {name: x for name, x in stats.items() if name in TokenStats._fields}
+    extra = {name: x for name, x in stats.items() if name not in TokenStats._fields}
+    return replace(tokens, **own, extra={**tokens.extra, **extra})  # type: ignore[arg-type]
+
+
 def _tally(objective: Objective, live: Tokens, loss: Tensor, sums: dict[str, float]) -> None:
     with torch.no_grad():
         moved = (live.logprobs - live.old_logprobs)[live.mask]
@@ -250,6 +264,8 @@ def _tally(objective: Objective, live: Tokens, loss: Tensor, sums: dict[str, flo
         sums["entropy"] += float(live.entropy[live.mask].sum())
         sums["ratio_max"] = max(sums["ratio_max"], float(moved.exp().max()) if len(moved) else 0.0)
     sums["silent"] += int(silent(objective, live).sum())
+    for rule, number in touched_inside(objective, live).items():
+        sums[f"rule:{rule}"] = sums.get(f"rule:{rule}", 0.0) + number
 
 
 def _node_ip() -> str:
