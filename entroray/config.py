@@ -173,8 +173,27 @@ class TokensConfig:
 
 
 @dataclass
+class DiagnosisConfig:
+    every: int = 10  # steps between full diagnoses, see entroray/entropy/README.md; 0: none
+
+
+@dataclass
+class PredictionConfig:
+    every: int = 10  # steps between predictions of entropy's change, each two more scoring passes; 0: none
+    window: int = 20  # predictions that slope and rank correlation are taken over
+
+
+@dataclass
+class LawConfig:
+    window: int = 50  # steps the reward-entropy law is fitted over; 0: never
+
+
+@dataclass
 class Observe:
     tokens: TokensConfig = field(default_factory=TokensConfig)
+    diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
+    prediction: PredictionConfig = field(default_factory=PredictionConfig)
+    law: LawConfig = field(default_factory=LawConfig)
     tensorboard: bool = True  # write TensorBoard files
     report: bool = True  # write report.html at the end
 

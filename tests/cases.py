@@ -90,8 +90,6 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 WHOLE = [[0, 1, 2, 3, 4, 5]]
-
-
 MASK = tokens().mask
 SPARE = {"mean_discriminator": torch.where(MASK, 9.0, 0.0).double()} | {
     name: torch.where(MASK, -0.1 - 0.02 * i - 0.01 * torch.arange(N).double(), 0.0)
@@ -99,16 +97,15 @@ SPARE = {"mean_discriminator": torch.where(MASK, 9.0, 0.0).double()} | {
         ["nucleus_entropy:0.5", "top_entropy:2", "top_entropy:5", "plausible_logmass:0.1"]
     )
 }
-
-
 """Statistics that no shipped row asks for, and one beyond every threshold."""
 
 
 def outcome(objective: Objective) -> list[float]:
-    """Everything a row decides, on one fixed case."""
-    uneven = tokens().advantages * (1 + 0.1 * torch.sin(torch.arange(N).double()))
-    extra = tokens().extra | SPARE
-    t, g = objective.credit(replace(tokens(), advantages=uneven, extra=extra, step=60)), group()
+    """Everything a row decides, on one fixed case: credited where the step begins, updated further on."""
+    moved, g = replace(tokens(), entropy=tokens().entropy + 0.3), group()
+    uneven = moved.advantages * (1 + 0.1 * torch.sin(torch.arange(N).double()))
+    start = replace(moved, logprobs=moved.old_logprobs, extra=moved.extra | SPARE, step=60)
+    t = replace(objective.credit(replace(start, advantages=uneven)), logprobs=moved.logprobs)
     numbers = [objective.shape_rewards(g), objective.estimate(g), *update(objective, t, WHOLE)]
     numbers += [t.scale, t.correction, torch.tensor([objective.keep(group(correct=(1, 1, 1, 1)))])]
     flat = torch.cat([x.double().reshape(-1) for x in numbers])

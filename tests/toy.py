@@ -13,7 +13,9 @@ import torch
 
 from entroray.entropy import token_entropy
 from entroray.loop.driver import Driver, Pace, Roles
+from entroray.loop.insight import NEVER, Looks
 from entroray.objective import Objective
+from entroray.policy.statistics import named
 from entroray.types import Batch, Group, Prompt, Rollout, Status, Tokens, Verdict
 
 VOCABULARY, TARGET, LENGTH = 8, 3, 2
@@ -80,11 +82,13 @@ class ToyWorld:
         picked = logp[torch.from_numpy(batch.response_ids).long()]
         return {"logprobs": picked, "entropy": entropy, "varentropy": varentropy}
 
-    async def score(self, batch: Batch, group: Any) -> Mapping[str, np.ndarray]:
+    async def score(self, batch: Batch, group: Any, extra: Sequence[str] = ()) -> Mapping[str, np.ndarray]:
         for _ in range(5):  # what runs beside the learner gets its turns
             await asyncio.sleep(0)
         with torch.no_grad():
-            return {k: v.numpy() for k, v in self._see(batch).items()}
+            more = {name: named(name)(self.logits[None].log_softmax(-1)) for name in extra}
+            seen = self._see(batch) | {k: v.expand(len(batch.response_ids)) for k, v in more.items()}
+            return {k: v.numpy() for k, v in seen.items()}
 
     async def update(self, batch: Batch, tokens: Tokens) -> dict[str, float]:
         live = replace(tokens, **self._see(batch))
@@ -122,7 +126,7 @@ PACE = Pace(
 )
 
 
-def driver(world: ToyWorld, **changes: Any) -> Driver:
+def driver(world: ToyWorld, *, looks: Looks = NEVER, **changes: Any) -> Driver:
     """The true driver over `world`."""
     roles = Roles(world, world, world, world, world)  # type: ignore[arg-type]
-    return Driver(ToyPrompts(), roles, world.objective, replace(PACE, **changes), seed=0)
+    return Driver(ToyPrompts(), roles, world.objective, replace(PACE, **changes), seed=0, looks=looks)

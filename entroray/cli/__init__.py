@@ -57,10 +57,10 @@ COMMANDS = {
         "bootstrap",
         "eval",
         "report",
-        "objectives",
         "doctor",
         "submit",
         "verify-resume",
+        "objectives",
         "reference",
     )
 }

@@ -50,10 +50,10 @@ def text() -> str:
 def _groups() -> Iterator[str]:
     yield "## Choices\n\n| | what it is |\n|---|---|"
     for file in sorted(CONF.glob("*/*.yaml")):
-        yield f"| `{file.parent.name}={file.stem}` | {_title(file)} |"
+        yield f"| `{file.parent.name}={file.stem}` | {title(file)} |"
 
 
-def _title(file: Path) -> str:
+def title(file: Path) -> str:
     """What the comment at the head of a YAML says of it."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
     said = " ".join(line.lstrip("# ") for line in lines if "@package" not in line)

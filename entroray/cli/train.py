@@ -19,10 +19,10 @@ from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.evaluate import heldout
+from entroray.loop.insight import Looks
 from entroray.loop.prompts import PromptStream
-from entroray.objective import Objective, check_group_size
+from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
-from entroray.objective.combinations import refuse as refuse_combination
 from entroray.observe.console import Console, summary
 from entroray.observe.journal import Journal, read
 from entroray.policy.tokenizer import fingerprint
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         return 0
     objective = build_objective(config.objective, config.objective_packages)
     check_group_size(objective, config.rollout.group_size)
-    refuse_combination(objective, schedule(config))
+    combinations.refuse(objective, schedule(config))
     if config.run.dry:
         print(_dry(config, objective))
         return 0
@@ -211,7 +211,7 @@ async def _drive(
     pace = _pace(config)
     journal.event("start", objective=config.objective, pace=asdict(pace), state=run.state)
     stream = PromptStream(read_in.split.training, seed=config.seed)
-    driver = Driver(stream, roles, objective, pace, seed=config.seed)
+    driver = Driver(stream, roles, objective, pace, seed=config.seed, looks=_looks(config))
     if run.checkpoint:
         driver.restore(run.state)
     saves = m.checkpoints(run.folder)
@@ -249,6 +249,11 @@ def _evaluation(
         return {f"eval/{name}": value for name, value in found.items()}
 
     return evaluate
+
+
+def _looks(config: Config) -> Looks:
+    o = config.observe
+    return Looks(o.diagnosis.every, o.prediction.every, o.prediction.window, o.law.window)
 
 
 def _pace(config: Config) -> Pace:

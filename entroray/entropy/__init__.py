@@ -1,5 +1,6 @@
-"""Measuring entropy: exact values for anyone's logits, and what a step looked like."""
+"""Entropy measured, predicted and put into words."""
 
+from entroray.entropy.diagnosis import diagnose
 from entroray.entropy.statistics import describe, token_entropy
 
-__all__ = ["describe", "token_entropy"]
+__all__ = ["describe", "diagnose", "token_entropy"]

@@ -50,7 +50,7 @@ def describe(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
     rollouts = aligned(groups, tokens)
     if not rollouts:
         return {}
-    mask = _array(tokens.mask)
+    mask = array(tokens.mask)
     metrics = _of_groups(groups) | _of_lengths(rollouts)
     if not mask.any():
         return metrics
@@ -78,10 +78,11 @@ def aligned(groups: Sequence[Group], tokens: Tokens) -> list[Rollout]:
 
 def stored(x: Float[Tensor, " N"]) -> NDArray[np.float64]:
     """`x` as a reader of the token records sees it: rounded to float32, then widened."""
-    return _array(x.to(torch.float32)).astype(np.float64)
+    return array(x.to(torch.float32)).astype(np.float64)
 
 
-def _array(x: Tensor) -> NDArray:
+def array(x: Tensor) -> NDArray:
+    """`x` for NumPy: detached, on the CPU."""
     return x.detach().cpu().numpy()
 
 

@@ -11,11 +11,15 @@ from typing import Any
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
+from entroray.loop.insight import NEVER, Insight, Looks
 from entroray.loop.limits import IdleRules, SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
 from entroray.loop.stream import Dropped, Prompts, Stream
 from entroray.objective import Objective, touched
 from entroray.types import Group, Prompt, Rollout, Tokens, Verdict, Version
+
+UNTOUCHED = 20
+"""Steps without a token touched by a rule after which the journal says so."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,14 @@ class Driver:
         pace: Pace,
         *,
         seed: int,
+        looks: Looks = NEVER,
     ):
         self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
         self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)
-        self.idle = IdleRules()
+        self.idle = IdleRules(UNTOUCHED)
+        self.insight = Insight(looks)
         self.version: Version = 0
         self.turn: asyncio.Task[dict[str, float]] | None = None
         self.stopping = False
@@ -122,12 +128,17 @@ class Driver:
 
     def state(self) -> dict[str, Any]:
         """Everything the driver remembers between two steps, as plain JSON."""
-        return {"version": self.version, "stream": self.stream.state()}
+        return {
+            "version": self.version,
+            "stream": self.stream.state(),
+            "insight": self.insight.state(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on after the step that `state` was taken at; call inside the running loop, before `train`."""
         self.version = state["version"]
         self.stream.restore(state["stream"], self.version)
+        self.insight.restore(state["insight"])
         self.committed = self.state()
 
     async def _within(self, step: "asyncio.Task[dict[str, float]]") -> dict[str, float]:
@@ -182,46 +193,54 @@ class Driver:
             )
         with clock("score", self):
             batch = assemble(groups)
-            scores = await self.roles.learner.score(batch, group_index(groups))
+            wants = self.insight.wants(self.version + 1)
+            scores = await self.roles.learner.score(batch, group_index(groups), wants)
         advantages = [self.objective.estimate(g) for g in groups]
-        scored = tokens_of(groups, advantages, scores, self.version)
-        tokens = self.objective.credit(scored)
+        given = tokens_of(groups, advantages, scores, self.version)
+        tokens, rules = self.objective.credit(given), touched(self.objective, given)
         with clock("update", self):
             updated = await self.roles.learner.update(batch, tokens)
         if skipped := bool(updated.get("update/skipped")):
             self.roles.journal.skipped(self.version + 1, batch, tokens)
         self.skipped.note(skipped)
+        if wants:
+            with clock("rescore", self):
+                after = await self.roles.learner.score(batch, group_index(groups))
+            updated |= self.insight.changed(tokens, after)
         with clock("sync", self):
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
-        metrics = updated | synced | self._observe(groups, tokens) | clock.metrics(len(tokens.row))
-        metrics |= {
-            f"objective/{rule}_tokens": float(n) for rule, n in touched(self.objective, scored).items()
-        }
+        metrics = updated | synced | self._observe(groups, tokens, rules) | clock.metrics(len(tokens.row))
         for rule in self.idle.note(metrics):
-            self.roles.journal.event("idle", rule=rule, steps=self.idle.patience, after=self.version)
+            self.roles.journal.event("rule_untouched", rule=rule, steps=self.idle.patience)
         with clock("evaluate", self):
             metrics |= await self.roles.evaluate(self.version)
         self.roles.journal.step(self.version, metrics, groups, tokens)
         return metrics
 
-    def _observe(self, groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
+    def _observe(self, groups: Sequence[Group], tokens: Tokens, rules: Mapping[str, int]) -> dict[str, float]:
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
-        trained = describe(groups, tokens)
+        trained = describe(groups, tokens) | self.insight.diagnosed(self.version, groups, tokens)
         judged = [*groups, *self.stream.judged_since()]
         right = [float(g.correct.mean()) for g in judged]
-        return trained | {
-            # Of every group judged: a filter that keeps the undecided ones must not show as a plateau.
-            "reward/mean": sum(right) / len(right),
-            "groups/all_right": sum(r == 1 for r in right) / len(right),
-            "groups/all_wrong": sum(r == 0 for r in right) / len(right),
-            "reward/trained_mean": trained["reward/mean"],
-            "reward/shaped_mean": sum(shaped) / len(shaped),
-            "groups/dropped": float(self.stream.dropped.total()),
-            "groups/refused": float(self.stream.refused),
-            "verdicts/failed": self.failures.share,
-            "groups/surplus": float(self.stream.surplus),
-        }
+        counted = {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
+        metrics = (
+            trained
+            | counted
+            | {
+                # Of every group judged: a filter that keeps the undecided ones must not show as a plateau.
+                "reward/mean": sum(right) / len(right),
+                "groups/all_right": sum(r == 1 for r in right) / len(right),
+                "groups/all_wrong": sum(r == 0 for r in right) / len(right),
+                "reward/trained_mean": trained["reward/mean"],
+                "reward/shaped_mean": sum(shaped) / len(shaped),
+                "groups/dropped": float(self.stream.dropped.total()),
+                "groups/refused": float(self.stream.refused),
+                "verdicts/failed": self.failures.share,
+                "groups/surplus": float(self.stream.surplus),
+            }
+        )
+        return metrics | self.insight.fitted(metrics)
 
 
 class Clock:

@@ -28,8 +28,11 @@ class Verifier(Protocol):
 
 @runtime_checkable
 class Learner(Protocol):
-    async def score(self, batch: Batch, group: NDArray[np.int64]) -> Scores:
-        """Statistics of every response token under the present weights; `group` [B] as it will be updated."""
+    async def score(self, batch: Batch, group: NDArray[np.int64], extra: Sequence[str] = ()) -> Scores:
+        """Statistics of every response token under the present weights; `group` [B] as it will be updated.
+
+        `extra` names further statistics of the whole distribution that this one call is to return.
+        """
         ...
 
     async def update(self, batch: Batch, tokens: Tokens) -> dict[str, float]:

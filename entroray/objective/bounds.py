@@ -1,5 +1,6 @@
 """Statistics of a whole step that a term inside the update reads: [N], the same number on every token."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,6 +42,6 @@ def _ladder(
     *, least_low: float, most_low: float, least_high: float, most_high: float, stride: float, **_: Any
 ) -> Iterator[tuple[float, float]]:
     """The lower bound rises first, then the upper one."""
-    rungs = lambda a, b: [a + i * stride for i in range(int((b - a) / stride + 1e-9))] + [b]  # noqa: E731
+    rungs = lambda a, b: [a + i * stride for i in range(math.ceil((b - a) / stride - 1e-9))] + [b]  # noqa: E731
     yield from ((low, least_high) for low in rungs(least_low, most_low))
     yield from ((most_low, high) for high in rungs(least_high, most_high))

@@ -3,7 +3,7 @@
 In the learner this is the only place where logits exist: never more than one tile of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -144,7 +144,8 @@ class StreamedHead(nn.Module):
                 "an output head with a bias is not supported: its bias would be dropped silently"
             )
         self.weight: nn.Parameter = lm_head.weight
-        self.statistics: tuple[str, ...] = ()
 
-    def forward(self, hidden: Tensor, token_ids: Tensor, temperature: Tensor) -> dict[str, Tensor]:
-        return more_stats(hidden, self.weight, token_ids, temperature, self.statistics)
+    def forward(
+        self, hidden: Tensor, token_ids: Tensor, temperature: Tensor, more: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
+        return more_stats(hidden, self.weight, token_ids, temperature, tuple(more))

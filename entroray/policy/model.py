@@ -1,5 +1,6 @@
 """The policy as a module: causal LM in, token statistics of the response tokens out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from entroray.errors import PreflightError
 from entroray.policy.head import StreamedHead
-from entroray.policy.statistics import named
 from entroray.types import Batch
 
 
@@ -57,16 +57,11 @@ class Policy(nn.Module):
         self.model = model
         self.model.lm_head = StreamedHead(model.lm_head)
 
-    def also(self, statistics: tuple[str, ...]) -> None:
-        """Have the head compute further statistics; ConfigError for one that it does not know."""
-        for name in statistics:
-            named(name)
-        self.model.lm_head.statistics = statistics
-
-    def forward(self, micro: Padded) -> dict[str, Tensor]:
+    def forward(self, micro: Padded, more: Sequence[str] = ()) -> dict[str, Tensor]:
+        """`head.TokenStats` by name, and the further `policy.statistics` named in `more`."""
         states = self.model.model(input_ids=micro.ids, attention_mask=micro.attention, use_cache=False)
         hidden = states.last_hidden_state.flatten(0, 1)[micro.source]
-        return self.model.lm_head(hidden, micro.targets, micro.temperature)
+        return self.model.lm_head(hidden, micro.targets, micro.temperature, more)
 
 
 def load(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from entroray.entropy.movement import shares
 from entroray.loop.roles import Scores
 from entroray.objective import Objective, count
 from entroray.policy.packing import Rows, cut_by_groups, plan
@@ -55,14 +56,14 @@ class DeepSpeedLearner:
     engines: Engines | None = None
     """Those that must leave the learner the card they share with it, until the next sync."""
 
-    async def score(self, batch: Batch, group: NDArray[np.int64]) -> Scores:
+    async def score(self, batch: Batch, group: NDArray[np.int64], extra: Sequence[str] = ()) -> Scores:
         """Scored in the micro-batches it will be updated in, so that the first ratio is exactly 1."""
         if self.engines:
             await self.engines.all(lambda h: h.rest.remote(), deadline=self.deadline, what="going to sleep")
         plans = self._plans(batch, group)
         per_rank = [[m for p in plans for m in p[rank]] for rank in range(len(self.gang.handles))]
         scored = await self.gang.all(
-            lambda rank, h: h.score.remote([batch.rows(rows) for rows in per_rank[rank]]),
+            lambda rank, h: h.score.remote([batch.rows(rows) for rows in per_rank[rank]], tuple(extra)),
             deadline=self.deadline,
         )
         return _scatter(batch.response_lengths, per_rank, scored)
@@ -124,10 +125,9 @@ def _summary(updates: list[list[dict[str, float]]]) -> dict[str, float]:
         "update/grad_norm": sum(u[0]["grad_norm"] for u in applied) / len(applied),
         "update/skipped": sum(u[0]["skipped"] for u in updates),
         "update/lr": updates[-1][0]["lr"],
-        "update/kl": sum(r["kl"] for r in ranks) / tokens,
         "update/ratio_max": max(r["ratio_max"] for r in ranks),
         "update/entropy": sum(r["entropy"] for r in ranks) / tokens,
-        "objective/silent_tokens": sum(r["silent"] for r in ranks) / tokens,
+        **shares(ranks, tokens),
         **_by_rule(ranks),
     }
 

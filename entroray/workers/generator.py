@@ -256,7 +256,8 @@ class Generator:
             self._settle(waiting)
 
     def _sleep(self) -> None:
-        self.llm.sleep(level=1)
+        if not self.asleep:
+            self.llm.sleep(level=1)
         self.asleep = True
 
     def _open(self) -> None:

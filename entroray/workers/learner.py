@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from entroray.entropy.movement import SUMS, movement
 from entroray.errors import PreflightError
 from entroray.objective import Objective, silent, touched_inside
 from entroray.policy.head import TokenStats
@@ -92,7 +93,6 @@ class LearnerRank:
         policy = load(s.model, DTYPES[s.dtype], s.attention)
         if s.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
-        policy.also(self.objective.statistics)
         self.reference = load(s.model, DTYPES[s.dtype], s.attention).to(self.device) if s.reference else None
         self.engine, *_ = deepspeed.initialize(
             model=policy,
@@ -118,26 +118,30 @@ class LearnerRank:
             self.settings.transfer, rank=self.rank, client=client, module=self.policy.model
         )
 
-    def adopt(self, objective: Objective) -> None:
-        """Train by another row from now on; weights, moments and schedule go on."""
-        self.objective = objective
-        self.policy.also(objective.statistics)
-
     @property
     def policy(self) -> Policy:
         return self.engine.module
 
+    def adopt(self, objective: Objective) -> None:
+        """Train by `objective` from now on; weights, moments and schedule go on."""
+        self.objective = objective
+
     # --- one step ---
 
-    def score(self, micros: Sequence[Batch]) -> list[dict[str, NDArray[np.float32]]]:
-        """Log-prob, entropy, varentropy (nats) of each micro-batch's tokens [n], the reference's too."""
+    def score(
+        self, micros: Sequence[Batch], extra: Sequence[str] = ()
+    ) -> list[dict[str, NDArray[np.float32]]]:
+        """Log-prob, entropy, varentropy (nats) of each micro-batch's tokens [n], the reference's too.
+
+        `extra` names further statistics (`policy.statistics`), from the same pass.
+        """
         self.engine.eval()
         with torch.no_grad():
-            return [self._score(micro) for micro in micros]
+            return [self._score(micro, extra) for micro in micros]
 
-    def _score(self, micro: Batch) -> dict[str, NDArray[np.float32]]:
+    def _score(self, micro: Batch, extra: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         padded = pad(micro if micro.num_rows else EMPTY, self.device)
-        stats = dict(self.engine(padded))
+        stats = dict(self.engine(padded, (*self.objective.statistics, *extra)))
         if self.reference is not None:
             stats["ref_logprobs"] = self.reference(padded)["logprobs"]
         return {k: v.float().cpu().numpy()[: len(micro.response_ids)] for k, v in stats.items()}
@@ -148,7 +152,7 @@ class LearnerRank:
         An update whose gradient is not finite on any rank changes nothing on all of them: `skipped` is 1.
         """
         self.engine.train()
-        sums = {"loss": 0.0, "tokens": 0.0, "silent": 0.0, "kl": 0.0, "ratio_max": 0.0, "entropy": 0.0}
+        sums = dict.fromkeys(("loss", "tokens", "ratio_max", "entropy", *SUMS), 0.0)
         for index, (batch, tokens) in enumerate(micros):
             self.engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
             self._backward(batch, tokens, sums)
@@ -164,7 +168,7 @@ class LearnerRank:
 
     def _backward(self, batch: Batch, tokens: Tokens, sums: dict[str, float]) -> None:
         real = batch.num_rows > 0
-        stats = self.engine(pad(batch if real else EMPTY, self.device))
+        stats = self.engine(pad(batch if real else EMPTY, self.device), self.objective.statistics)
         if real:
             live = alive(tokens_on(tokens, self.device), stats)
             loss = self.objective.loss(live) / self.objective.denominator(tokens.counts)
@@ -257,13 +261,13 @@ def alive(tokens: Tokens, stats: Mapping[str, Tensor]) -> Tokens:
 
 def _tally(objective: Objective, live: Tokens, loss: Tensor, sums: dict[str, float]) -> None:
     with torch.no_grad():
-        moved = (live.logprobs - live.old_logprobs)[live.mask]
+        ratio = (live.logprobs - live.old_logprobs)[live.mask].exp()
         sums["loss"] += float(loss)
         sums["tokens"] += int(live.mask.sum())
-        sums["kl"] += float((moved.exp() - 1 - moved).sum())
         sums["entropy"] += float(live.entropy[live.mask].sum())
-        sums["ratio_max"] = max(sums["ratio_max"], float(moved.exp().max()) if len(moved) else 0.0)
-    sums["silent"] += int(silent(objective, live).sum())
+        sums["ratio_max"] = max(sums["ratio_max"], float(ratio.max()) if len(ratio) else 0.0)
+    for name, value in movement(live, silent(objective, live)).items():
+        sums[name] += value
     for rule, number in touched_inside(objective, live).items():
         sums[f"rule:{rule}"] = sums.get(f"rule:{rule}", 0.0) + number
 

@@ -27,7 +27,7 @@ ALTERNATIVES = {
     "shapes.whiten": {"eps": 0.1},
     "shapes.add_entropy": {"alpha": 0.1, "kappa": 9.0},
     "shapes.surprise_weighted": {"zeta": 0.1},
-    "shapes.entropy_band": {"low": 0.1, "high": 0.01},
+    "shapes.entropy_band": {"low": 1.5, "high": 2.0},
     "shapes.lean": {"target": 0.2, "gain": 0.5, "integral": 0.1, "clamp": 0.001, "above": 0.3},
     "shapes.self_certainty": {"eps": 0.1},
     "shapes.low_entropy": {"eps": 0.1},
@@ -62,7 +62,7 @@ ALTERNATIVES = {
     "select.top_entropy": {"share": 0.5},
     "select.top_entropy_of_rollout": {"share": 0.5},
     "select.top_covariance": {"share": 0.5},
-    "select.covariance_band": {"share": 0.5, "low": -1.0, "high": 1.1},
+    "select.covariance_band": {"share": 0.1, "low": -1.0, "high": 0.3},
     "select.random_positive": {"share": 0.5},
     "select.low_discriminator": {"mu": 0.1},
     "select.below_expected": {"mu": 1000.0, "share": 0.5},
@@ -70,7 +70,8 @@ ALTERNATIVES = {
     "denominator.constant": {"length": 50},
 }  # fmt: skip
 BETTER_SEEN = {
-    "select.low_discriminator": {"mu": 0.5},
+    "select.covariance_band": {"low": 0.1, "share": 0.9},
+    "shapes.entropy_band.low": {"high": 2.0},
     "select.rare_but_plausible": {"share": 0.6, "kappa": 0.01},
     "correction.sequence_mask": {"low": 0.5, "high": 9.0},
     "surrogate.balanced_clip.least_low": {"share": 0.01},
@@ -125,7 +126,7 @@ def test_a_reward_outside_its_declared_span_is_refused():
 
 @pytest.mark.parametrize(
     ("share", "stride", "ends"),
-    [(0.5, 0.05, (0.7, 1.2)), (0.5, 0.17, (0.77, 1.2)), (0.01, 0.05, (0.6, 1.2)), (1.0, 0.05, (0.8, 2.0)),
+    [(0.5, 0.05, (0.7, 1.2)), (0.5, 0.17, (0.77, 1.2)), (0.01, 0.05, (0.6, 1.2)), (1.0, 0.05, (0.8, 1.2)),
      (0.57, 0.05, (0.7, 1.2)), (0.65, 0.05, (0.75, 1.2))],
 )  # fmt: skip
 def test_bapo_climbs_until_reinforced_tokens_carry_their_share(share, stride, ends):

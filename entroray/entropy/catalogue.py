@@ -1,0 +1,173 @@
+"""Every metric about entropy and what surrounds it, defined once; README.md beside is made from it.
+
+`python -m entroray.entropy.catalogue > entroray/entropy/README.md`
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+TOKENS, ROLLOUTS, GROUPS = "tokens", "rollouts", "groups"
+SAMPLING, ANY = "sampling", "-"
+
+
+class Metric(NamedTuple):
+    """One row: `<n>` in a name stands for a number."""
+
+    name: str
+    definition: str
+    unit: str
+    over: str
+    temperature: str
+    estimator: str
+
+
+def _rows(over: str, temperature: str, *lines: str) -> list[Metric]:
+    """Rows `name | definition | unit | estimator` that share what they are over and their temperature."""
+    cut = [[part.strip() for part in line.split("|")] for line in lines]
+    return [Metric(name, said, unit, over, temperature, how) for name, said, unit, how in cut]
+
+
+STEP = [
+    *_rows(
+        TOKENS,
+        SAMPLING,
+        "entropy/mean | H of the learner's full distribution before the update | nats | exact, mean",
+        "entropy/p<n> | its quantile | nats | exact, linear interpolation",
+        "entropy/positive | H where A > 0 | nats | exact, mean",
+        "entropy/negative | H where A < 0 | nats | exact, mean",
+        "entropy/tenth_<n> | H in that tenth of the response | nats | exact, mean",
+        "varentropy/mean | variance of -ln p under p | nats^2 | exact, mean",
+        "varentropy/p<n> | its quantile | nats^2 | exact, linear interpolation",
+        "varentropy/positive | varentropy where A > 0 | nats^2 | exact, mean",
+        "varentropy/negative | varentropy where A < 0 | nats^2 | exact, mean",
+        "varentropy/tenth_<n> | varentropy in that tenth of the response | nats^2 | exact, mean",
+        "logprobs/mean | ln p of the sampled token, learner | nats | mean; minus it estimates H",
+        "covariance/mean | c = (ln p - mean)(A - mean), over the step's tokens | nats | mean",
+        "covariance/p<n> | quantile of c; p99_8 is the top 0.2 % | nats | linear interpolation",
+        "covariance/clippable | share with 1 < c < 5, the band of Clip-Cov | share | count",
+        "quadrants/e<n> | of tokens with A != 0: 1: A > 0, -ln p <= H. 2: A > 0, -ln p > H. "
+        "3: A < 0, -ln p <= H. 4: A < 0, -ln p > H. 1 and 4 lower H | share | count",
+        "advantages/mean_abs | size of A after credit | as A | mean",
+        "advantages/zero | A = 0: no gradient | share | count",
+        "importance/mean | learner's p / sampler's p, uncorrected | ratio | mean",
+        "importance/p<n> | its quantile | ratio | linear interpolation",
+        "importance/max | the largest | ratio | maximum",
+        "importance/effective | (sum w)^2 / (N sum w^2): part of the sample that counts | share | exact",
+        "importance/zeroed | correction is 0 | share | count",
+        "mismatch/mean_abs | difference of ln p, learner to sampler | nats | mean",
+        "mismatch/p<n> | its quantile | nats | linear interpolation",
+        "mismatch/max | the largest | nats | maximum",
+        "mismatch/kl | KL(sampler, learner) | nats | k3: mean of r - 1 - ln r",
+        "lag/mean | committed steps between the sampling weights and these | steps | mean",
+        "lag/max | the largest | steps | maximum",
+    ),
+    *_rows(
+        ROLLOUTS,
+        SAMPLING,
+        "reward/mean | correct (0 or 1) | share | mean",
+        "reward/raw_mean | the verifier's reward, unshaped | as reward | mean",
+        "reward/std | its spread | as reward | population standard deviation",
+        "length/mean | response tokens | tokens | mean",
+        "length/max | the longest | tokens | maximum",
+        "length/p<n> | quantile | tokens | linear interpolation",
+        "length/right | where correct | tokens | mean",
+        "length/wrong | where not | tokens | mean",
+        "length/truncated | stopped by the limit | share | count",
+        "repetition/share | own 4-grams written before in the same response | share | mean of responses",
+        "answers/missing | no answer was read | share | count",
+        "calibration/ece_consistency | ECE of the share of its group with the same answer | share | 15 bins",
+        "calibration/brier_consistency | the same confidence against correct | share^2 | mean square",
+        "calibration/ece_logprob | ECE of exp(mean ln p of its tokens) | share | 15 bins",
+        "calibration/brier_logprob | the same confidence against correct | share^2 | mean square",
+    ),
+    *_rows(
+        GROUPS,
+        SAMPLING,
+        "groups/all_right | every rollout correct | share | count",
+        "groups/all_wrong | none correct | share | count",
+        "distinct/<n> | distinct n-grams / n-grams of a group | share | mean",
+        "answers/distinct | distinct answers, of groups with any | answers | mean",
+        "answers/entropy | entropy of the shares of answers, of groups with any | nats | plug-in, mean",
+        "pass/<n> | one of n rollouts is right | share | unbiased, 1 - C(m-c, n)/C(m, n)",
+    ),
+]
+"""What `describe` and `diagnose` give together."""
+
+UPDATE = _rows(
+    "tokens of all updates",
+    SAMPLING,
+    "update/kl | KL(scored, present) when the update was taken | nats | k3",
+    "update/kl_k1 | the same | nats | k1: mean of -ln r",
+    "update/clip_high_positive | loss flat, r > 1, A > 0 | share | count",
+    "update/clip_high_negative | loss flat, r > 1, A < 0 | share | count",
+    "update/clip_low_positive | loss flat, r < 1, A > 0 | share | count",
+    "update/clip_low_negative | loss flat, r < 1, A < 0 | share | count",
+    "objective/silent_tokens | A != 0 and the loss flat in ln p | share | exact gradient",
+)
+"""What the learner adds, of the policy as it stood at each update."""
+
+INSIGHT = [
+    *_rows(
+        TOKENS,
+        SAMPLING,
+        "entropy/realised_change | H of the same tokens after the update minus before | nats | exact, mean",
+        "entropy/predicted_change_exact | -A (S_a - E S), S = p (ln p + H) | nats per unit step | mean",
+        "entropy/predicted_change_natural | -A (ln p + H) | nats per unit step | mean",
+        "entropy/predicted_change_proxy | minus covariance/mean | nats per unit step | mean",
+        "entropy/prediction_tokens_exact | realised with predicted, token by token | - | Spearman",
+        "entropy/prediction_tokens_natural | realised with predicted, token by token | - | Spearman",
+        "entropy/prediction_tokens_proxy | realised with predicted, token by token | - | Spearman",
+    ),
+    *_rows(
+        "steps of a window",
+        SAMPLING,
+        *(
+            f"entropy/prediction_{name}_{form} | realised on predicted change | {unit} | {how}"
+            for form in ("exact", "natural", "proxy")
+            for name, unit, how in (
+                ("slope", "step size", "least squares through 0"),
+                ("rank", "-", "Spearman"),
+            )
+        ),
+        "law/a | R = -a exp(H) + b, early warning only | share | least squares",
+        "law/b | the same | share | least squares",
+        "law/ceiling | R at H = 0: b - a | share | least squares",
+        "law/low | its interval | share | 95 %, errors taken as independent",
+        "law/high | its interval | share | 95 %, errors taken as independent",
+        "law/r2 | variance of R explained | share | least squares",
+    ),
+]
+"""What the driver adds over a window of steps. A is that of the first update: scale and correction in it."""
+
+HEAD = """# Metrics
+
+Made from `entroray/entropy/catalogue.py`; a test compares both this page and what a step really gives.
+
+Every token metric is over the response tokens of trained groups whose `mask_reason` is null, each once,
+before the update, in float64 after rounding to float32, the type of the token records. A metric over
+nothing is left out. Entropies at different temperatures, or over different tokens, are not comparable.
+In `metrics.jsonl`, `reward/mean`, `groups/all_right` and `groups/all_wrong` are over every group judged in
+the step, kept or not. Those of `describe` come with every step, those of `diagnose` every
+`observe.diagnosis.every` steps.
+"""
+
+
+def matches(name: str, metrics: Iterable[Metric]) -> bool:
+    """Whether `name` is one of `metrics`, numbers filled in."""
+    return any(re.fullmatch(re.escape(m.name).replace("<n>", r"\d+(_\d+)?"), name) for m in metrics)
+
+
+def text() -> str:
+    """The whole page."""
+    parts = {"A step": STEP, "An update": UPDATE, "Prediction and law": INSIGHT}
+    return HEAD + "".join(f"\n## {title}\n\n{_table(rows)}" for title, rows in parts.items())
+
+
+def _table(rows: Iterable[Metric]) -> str:
+    head = "| metric | definition | unit | over | temperature | estimator |\n|---|---|---|---|---|---|\n"
+    return head + "".join(f"| `{m.name}` | {' | '.join(m[1:])} |\n" for m in rows)
+
+
+if __name__ == "__main__":
+    print(text(), end="")

@@ -1,0 +1,129 @@
+"""What lies behind the means of a step: where entropy sits, what moves it, how answers spread.
+
+Everything is over response tokens whose mask is set, each once, at the sampling temperature, before the
+update, in float64 after rounding to float32, unless the catalogue says otherwise.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entroray.entropy.calibration import calibration
+from entroray.entropy.diversity import answers, distinct, pass_at
+from entroray.entropy.statistics import QUANTILES, aligned, array, stored
+from entroray.types import Group, Rollout, Tokens
+
+Column = NDArray[np.float64]
+COVARIANCE = {"p2": 0.02, "p50": 0.5, "p80": 0.8, "p98": 0.98, "p99_8": 0.998}
+"""The slices of table 1 of arXiv 2505.22617, and the other end."""
+CLIPPABLE = (1.0, 5.0)
+"""Band of the covariance proxy that Clip-Cov draws from (arXiv 2505.22617)."""
+DECILES = 10
+
+
+def diagnose(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
+    """The metrics of the catalogue that `describe` does not give; one over nothing is left out.
+
+    ValueError where `tokens` are not the rollouts of `groups`, in their order.
+    """
+    rollouts = aligned(groups, tokens)
+    if not rollouts:
+        return {}
+    mask = array(tokens.mask)
+    mean_logprob = _mean_logprob(tokens, mask)
+    metrics = distinct(groups) | answers(groups) | pass_at(groups) | calibration(groups, mean_logprob)
+    metrics |= _lengths(rollouts, np.array([v.correct for g in groups for v in g.verdicts]))
+    if not mask.any():
+        return metrics
+    column = columns(tokens, mask)
+    decile = _decile(tokens, mask)
+    return metrics | {
+        **_spread(column, decile),
+        **_covariance(column),
+        **quadrants(column),
+        **_importance(column),
+        "advantages/zero": float((column["advantages"] == 0).mean()),
+    }
+
+
+def columns(tokens: Tokens, mask: NDArray[np.bool_]) -> Mapping[str, Column]:
+    """The masked-in tokens' columns as the token records store them."""
+    names = ("entropy", "varentropy", "old_logprobs", "behavior_logprobs", "advantages", "correction")
+    return {name: stored(getattr(tokens, name))[mask] for name in names}
+
+
+def _decile(tokens: Tokens, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Tenth of its own response that each token stands in, 0 to 9."""
+    length = array(tokens.length)[array(tokens.row)]
+    return (array(tokens.position) * DECILES // np.maximum(length, 1))[mask]
+
+
+def _spread(column: Mapping[str, Column], decile: NDArray[np.int64]) -> dict[str, float]:
+    """Varentropy's quantiles and sides, and both by position: `describe` has the rest of entropy's."""
+    v, a = column["varentropy"], column["advantages"]
+    quantiles = np.quantile(v, list(QUANTILES.values()))
+    metrics = {f"varentropy/{name}": float(q) for name, q in zip(QUANTILES, quantiles, strict=True)}
+    for side, chosen in {"positive": a > 0, "negative": a < 0}.items():
+        if chosen.any():
+            metrics[f"varentropy/{side}"] = float(v[chosen].mean())
+    count = np.bincount(decile, minlength=DECILES)
+    for name in ("entropy", "varentropy"):
+        total = np.bincount(decile, column[name], DECILES)
+        metrics |= {f"{name}/tenth_{d + 1}": total[d] / count[d] for d in np.flatnonzero(count)}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _covariance(column: Mapping[str, Column]) -> dict[str, float]:
+    """(log p - mean)(A - mean) of each token: Clip-Cov's statistic, not the covariance within a state."""
+    c = _centred(column["old_logprobs"]) * _centred(column["advantages"])
+    low, high = CLIPPABLE
+    metrics = {"covariance/mean": c.mean(), "covariance/clippable": ((c > low) & (c < high)).mean()}
+    quantiles = np.quantile(c, list(COVARIANCE.values()))
+    metrics |= {f"covariance/{name}": q for name, q in zip(COVARIANCE, quantiles, strict=True)}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def quadrants(column: Mapping[str, Column]) -> dict[str, float]:
+    """Shares of tokens with A != 0 by the signs of A and surprise - H; 1, 4 lower H (arXiv 2602.09782)."""
+    a, surprising = column["advantages"], -column["old_logprobs"] > column["entropy"]
+    moved = max(1, int((a != 0).sum()))
+    chosen = {1: (a > 0) & ~surprising, 2: (a > 0) & surprising, 3: (a < 0) & ~surprising}
+    chosen[4] = (a < 0) & surprising
+    return {f"quadrants/e{n}": float(where.sum() / moved) for n, where in chosen.items()}
+
+
+def _importance(column: Mapping[str, Column]) -> dict[str, float]:
+    """Learner over sampler, before any correction of the objective; and what that correction does."""
+    gap = column["old_logprobs"] - column["behavior_logprobs"]
+    weight = np.exp(np.clip(gap, -20, 20))
+    metrics = {
+        "importance/mean": weight.mean(),
+        "importance/max": weight.max(),
+        "importance/p99": np.quantile(weight, 0.99),
+        "importance/effective": weight.sum() ** 2 / (len(weight) * np.square(weight).sum()),
+        "importance/zeroed": (column["correction"] == 0).mean(),
+        "mismatch/p99": np.quantile(np.abs(gap), 0.99),
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _lengths(rollouts: Sequence[Rollout], correct: NDArray) -> dict[str, float]:
+    length = np.array([r.length for r in rollouts], np.float64)
+    metrics = {"length/p95": float(np.quantile(length, 0.95))}
+    for name, chosen in {"right": correct >= 1, "wrong": correct < 1}.items():
+        if chosen.any():
+            metrics[f"length/{name}"] = float(length[chosen].mean())
+    return metrics
+
+
+def _mean_logprob(tokens: Tokens, mask: NDArray[np.bool_]) -> Column:
+    """Of each row [B] under the learner; NaN for a row of which no token counts."""
+    rows, row = len(tokens.length), array(tokens.row)[mask]
+    total = np.bincount(row, stored(tokens.old_logprobs)[mask], rows)
+    with np.errstate(invalid="ignore"):
+        return total / np.bincount(row, minlength=rows)
+
+
+def _centred(x: Column) -> Column:
+    return x - x.mean()

@@ -1,0 +1,135 @@
+"""What lies behind the means of a step, against numbers worked out by hand; every metric is documented."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from entroray.entropy import describe, diagnose
+from entroray.entropy.calibration import brier, consistency, expected_error
+from entroray.entropy.catalogue import STEP, UPDATE, matches, text
+from entroray.entropy.diversity import answers, distinct, pass_at
+from entroray.entropy.movement import movement, shares
+from tests.unit.test_statistics import group, tokens_of
+
+LN2 = math.log(2)
+
+
+def written(*ids, answers=None, correct=None):
+    """A group whose responses are `ids`."""
+    g = group([len(i) for i in ids], correct or [0] * len(ids))
+    rollouts = [replace(r, token_ids=np.array(i, np.int32)) for r, i in zip(g.rollouts, ids, strict=True)]
+    named = zip(g.verdicts, answers or [None] * len(ids), strict=True)
+    return replace(g, rollouts=tuple(rollouts), verdicts=tuple(replace(v, answer=a) for v, a in named))
+
+
+def test_distinct_n_is_counted_within_a_group_and_never_across_responses():
+    groups = [written([1, 2, 1], [1, 2]), written([2, 1], [2, 1])]
+    found = distinct(groups)
+    assert found["distinct/1"] == pytest.approx((2 / 5 + 2 / 4) / 2)
+    assert found["distinct/2"] == pytest.approx((2 / 3 + 1 / 2) / 2)  # (1,2) (2,1) | (1,2); 2 x (2,1)
+    assert found["distinct/3"] == 1.0 and "repetition/share" not in found
+    looping = distinct([written([7] * 7, [1, 2, 3, 4])])
+    assert looping["repetition/share"] == pytest.approx((3 / 4 + 0) / 2)
+
+
+def test_answers_and_pass_at_k():
+    groups = [
+        written([1], [1], [1], [1], answers=["3", "3", "4", None], correct=[1, 1, 0, 0]),
+        written([1], [1], [1], [1], correct=[0, 0, 0, 0]),
+    ]
+    found = answers(groups)
+    assert found["answers/missing"] == 5 / 8 and found["answers/distinct"] == 2
+    assert found["answers/entropy"] == pytest.approx(math.log(3) - 2 / 3 * LN2)
+    # two of four right: no right one among two drawn in 1 of 6 ways
+    assert pass_at(groups) == pytest.approx({"pass/1": 0.25, "pass/2": 5 / 12, "pass/4": 0.5})
+
+
+def test_calibration_by_hand():
+    sure, right = np.array([1.0, 1.0, 0.5, 0.51]), np.array([1.0, 0.0, 1.0, 0.0])
+    # bins of 1/15: {1, 1} off by 1 in all, {0.5, 0.51} by 0.01
+    assert expected_error(sure, right) == pytest.approx(1.01 / 4)
+    assert brier(sure, right) == pytest.approx((0 + 1 + 0.25 + 0.2601) / 4)
+    assert consistency(written([1], [1], [1], [1], answers=["3", "3", "4", None])) == [0.5, 0.5, 0.25, 0]
+
+
+def step():
+    """Two groups of four whose tokens differ in all that a metric may look at."""
+    groups = [
+        written(list(range(9)), [1, 2], [3] * 6, [4], answers=["1", "2", "1", None], correct=[1, 0, 1, 0]),
+        written([1] * 5, [2] * 5, [3] * 5, [4] * 5, answers=["1"] * 4, correct=[1, 1, 1, 1]),
+    ]
+    n = sum(r.length for g in groups for r in g.rollouts)
+    rng = np.random.default_rng(0)
+    t = tokens_of(groups, rng.random(n).tolist(), rng.choice([-1.0, 0.0, 2.0], n).tolist())
+    return groups, replace(t, old_logprobs=torch.from_numpy(np.log(rng.random(n))))
+
+
+def test_the_metrics_of_a_step_are_exactly_those_documented():
+    groups, tokens = step()
+    found = describe(groups, tokens) | diagnose(groups, tokens)
+    assert [name for name in found if not matches(name, STEP)] == []
+    assert [m.name for m in STEP if not any(matches(name, [m]) for name in found)] == []
+    assert all(math.isfinite(value) for value in found.values())
+    assert not describe(groups, tokens).keys() & diagnose(groups, tokens).keys()
+
+
+def test_readme_is_the_table_of_the_catalogue():
+    page = Path(__file__).parents[2] / "entroray" / "entropy" / "README.md"
+    again = "run `python -m entroray.entropy.catalogue > entroray/entropy/README.md`"
+    assert page.read_text() == text(), again
+
+
+def test_quadrants_deciles_and_covariance_by_hand():
+    groups = [written([1, 2, 3, 4], [5], correct=[1, 0])]
+    t = tokens_of(groups, [1.0, 1.0, 1.0, 1.0, 1.0], [2.0, 2.0, -1.0, -1.0, 0.0])
+    t = replace(t, old_logprobs=torch.tensor([-0.5, -2.0, -0.5, -2.0, -1.0]))
+    found = diagnose(groups, t)
+    assert [found[f"quadrants/e{n}"] for n in (1, 2, 3, 4)] == [0.25] * 4
+    assert found["advantages/zero"] == 0.2
+    assert found["entropy/tenth_1"] == 1.0 and "entropy/tenth_2" not in found  # 4 tokens: tenths 1, 3, 6, 8
+    assert {"entropy/tenth_3", "entropy/tenth_6", "entropy/tenth_8"} <= found.keys()
+    # log p: mean -1.2; A: mean 0.4
+    c = [0.7 * 1.6, -0.8 * 1.6, 0.7 * -1.4, -0.8 * -1.4, 0.2 * -0.4]
+    assert found["covariance/mean"] == pytest.approx(sum(c) / 5, abs=1e-6)
+    assert found["covariance/p50"] == pytest.approx(sorted(c)[2], abs=1e-6)
+    assert found["covariance/clippable"] == pytest.approx(2 / 5)
+
+
+def test_importance_is_learner_over_sampler():
+    groups = [group([2, 2], [1, 0])]
+    t = tokens_of(groups, [1.0] * 4)
+    t = replace(t, old_logprobs=t.behavior_logprobs + torch.tensor([LN2, 0, 0, -LN2]))
+    found = diagnose(groups, replace(t, correction=torch.tensor([0.0, 1, 1, 1])))
+    w = np.array([2, 1, 1, 0.5])
+    assert found["importance/mean"] == pytest.approx(w.mean())
+    assert found["importance/effective"] == pytest.approx(w.sum() ** 2 / (4 * (w**2).sum()))
+    assert found["importance/max"] == pytest.approx(2) and found["importance/zeroed"] == 0.25
+
+
+def test_what_stands_outside_the_mask_leaves_no_trace():
+    groups, clean = step()
+    mask = torch.arange(len(clean.row)) % 3 > 0
+    dirty = torch.where(mask, 0.0, torch.nan)
+    names = ("entropy", "varentropy", "old_logprobs", "advantages")
+    spoilt = {name: getattr(clean, name) + dirty for name in names}
+    assert diagnose(groups, replace(clean, mask=mask, **spoilt)) == diagnose(
+        groups, replace(clean, mask=mask)
+    )
+
+
+def test_clipped_tokens_are_told_apart_by_side_and_sign():
+    groups = [group([4, 2], [1, 0])]
+    t = tokens_of(groups, [1.0] * 6, [1.0, 1.0, -1.0, -1.0, 1.0, -1.0])
+    live = replace(t, logprobs=t.old_logprobs + torch.tensor([LN2, -LN2, LN2, -LN2, 0.0, LN2]))
+    flat = torch.tensor([True, True, True, True, False, False])
+    found = shares([movement(live, flat), movement(live, flat)], 12.0)
+    sides = [found[f"update/clip_{s}_{a}"] for s in ("high", "low") for a in ("positive", "negative")]
+    assert sides == pytest.approx([1 / 6] * 4)
+    assert found["objective/silent_tokens"] == pytest.approx(4 / 6)
+    assert found["update/kl"] == pytest.approx((3 * (1 - LN2) + 2 * (-0.5 + LN2)) / 6)
+    assert found["update/kl_k1"] == pytest.approx(-LN2 / 6)
+    assert all(matches(name, UPDATE) for name in found) and len(found) == len(UPDATE)

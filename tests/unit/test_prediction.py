@@ -1,0 +1,161 @@
+"""First-order predictions against real softmaxes, the law against planted values, both in the true driver."""
+
+import asyncio
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from entroray.entropy import token_entropy
+from entroray.entropy.catalogue import INSIGHT, STEP, matches
+from entroray.entropy.law import fit, student
+from entroray.entropy.prediction import (
+    COLLISION,
+    compare,
+    exact,
+    natural,
+    proxy,
+    rank_correlation,
+    record,
+    slope,
+)
+from entroray.loop.insight import Looks
+from entroray.objective import build
+from tests.toy import ToyWorld, driver
+from tests.unit.test_statistics import group, tokens_of
+
+STATES, OUTCOMES = 40, 6
+ROW = Path(__file__).parents[2] / "conf" / "objective" / "grpo.yaml"
+
+
+def table():
+    """Logits of as many states as tokens, one sampled outcome of each, and what a learner would report."""
+    g = torch.Generator().manual_seed(1)
+    z = torch.randn(STATES, OUTCOMES, generator=g, dtype=torch.float64) * 1.5
+    p = z.softmax(-1)
+    a = torch.multinomial(p, 1, generator=g).squeeze(-1)
+    entropy, _ = token_entropy(z, 1.0)
+    advantages = torch.randn(STATES, generator=g, dtype=torch.float64)
+    t = tokens_of([group([STATES], [1])], entropy.tolist(), advantages.tolist())
+    collision = (p**2 * (p.log() + entropy[:, None])).sum(-1)
+    logp = p.log().gather(-1, a[:, None]).squeeze(-1)
+    return z, a, replace(t, old_logprobs=logp, logprobs=logp, extra={COLLISION: collision})
+
+
+def steps(z, a, t):
+    """What each form supposes a step of size 1 to do to the logits."""
+    chosen = torch.nn.functional.one_hot(a, OUTCOMES).double()
+    p, advantage = z.softmax(-1), t.advantages[:, None]
+    return {exact: advantage * (chosen - p), natural: advantage * chosen / p}
+
+
+@pytest.mark.parametrize("form", [exact, natural], ids=lambda f: f.__name__)
+def test_a_form_is_the_first_order_change_of_a_tabular_policy(form):
+    z, a, t = table()
+    direction, eta = steps(z, a, t)[form], 1e-6
+    change = (token_entropy(z + eta * direction, 1.0)[0] - token_entropy(z - eta * direction, 1.0)[0]) / 2
+    torch.testing.assert_close(form(t), change / eta, rtol=1e-6, atol=1e-8)
+
+
+def test_averaged_over_the_policy_the_forms_are_the_theorems_of_the_covariance_paper():
+    z, _, t = table()
+    p, quality = z.softmax(-1), torch.randn(STATES, OUTCOMES, generator=torch.Generator().manual_seed(2))
+    quality = quality.double() - (p * quality).sum(-1, keepdim=True)
+    each = []
+    for v in range(OUTCOMES):
+        seen = replace(t, old_logprobs=p[:, v].log(), advantages=quality[:, v])
+        each.append(torch.stack([exact(seen), natural(seen)]) * p[:, v])
+    mean = lambda x: (p * x).sum(-1)  # noqa: E731
+    cov = lambda x, y: mean(x * y) - mean(x) * mean(y)  # noqa: E731
+    vanilla, natural_gradient = sum(each)
+    torch.testing.assert_close(vanilla, -cov(p.log(), p * quality))
+    torch.testing.assert_close(natural_gradient, -cov(p.log(), quality))
+
+
+def test_dropping_the_mean_term_would_not_pass():
+    """methods: keeping only S_a is 36 % off for a modal token and 6 times for a rare one."""
+    _, _, t = table()
+    crude = exact(replace(t, extra={COLLISION: torch.zeros(STATES)}))
+    assert (crude / exact(t) - 1).abs().median() > 0.05
+
+
+def test_scale_and_correction_weigh_in_and_the_mask_keeps_out():
+    _, _, t = table()
+    half = replace(t, scale=t.scale * 0.25, correction=t.correction * 2)
+    torch.testing.assert_close(exact(half), exact(t) / 2)
+    mask = torch.arange(STATES) < STATES // 2
+    nan = torch.where(mask, t.entropy, torch.nan)
+    assert compare(replace(t, mask=mask, entropy=nan), nan + 1)["entropy/realised_change"] == pytest.approx(1)
+    assert compare(replace(t, mask=torch.zeros_like(mask)), nan) == {}
+    assert float(proxy(replace(t, advantages=t.advantages * 0 + 3)).abs().max()) < 1e-12
+
+
+def test_slope_and_rank_over_a_window():
+    assert slope([1, 2, 4], [2, 4, 8]) == 2 and slope([0, 0], [1, 1]) == 0
+    assert rank_correlation([1, 2, 3, 4], [1, 4, 9, 16]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert (
+        rank_correlation([1, 1, 2], [0, 0, 5]) == pytest.approx(1) and rank_correlation([1, 1], [1, 2]) == 0
+    )
+    z, a, t = table()
+    window = []
+    for eta in (1e-4, 2e-4, 3e-4, 4e-4):
+        after = token_entropy(z + eta * steps(z, a, t)[exact], 1.0)[0]
+        window.append(compare(replace(t, advantages=t.advantages * eta), after))
+    found = record(window)
+    assert found["entropy/prediction_slope_exact"] == pytest.approx(1, abs=0.02)
+    assert found["entropy/prediction_rank_exact"] == pytest.approx(1)
+    assert window[0]["entropy/prediction_tokens_exact"] > 0.99
+    assert record(window[:3]) == {}
+
+
+def test_the_law_finds_planted_values_and_its_interval_covers_them():
+    draw = random.Random(0)
+    inside = 0
+    for _ in range(200):
+        entropy = [1.0 - 0.02 * i for i in range(30)]
+        law = fit(entropy, [-0.3 * math.exp(h) + 1.1 + draw.gauss(0, 0.02) for h in entropy])
+        inside += law.low < 0.8 < law.high
+    assert 180 <= inside <= 199
+    clean = fit(entropy, [-0.3 * math.exp(h) + 1.1 for h in entropy])
+    assert (clean.a, clean.b, clean.ceiling, clean.r2) == pytest.approx((0.3, 1.1, 0.8, 1.0))
+    assert clean.high - clean.low < 1e-9
+    assert fit(entropy[:9], entropy[:9]) is None and fit([0.5] * 20, [0.1] * 20) is None
+
+
+def test_student_s_t_by_the_printed_table():
+    assert [student(n) for n in (8, 10, 30, 1000)] == pytest.approx([2.306, 2.228, 2.0423, 1.9623], abs=2e-3)
+
+
+def test_the_driver_predicts_diagnoses_and_fits_and_all_of_it_is_documented():
+    world = ToyWorld(build(yaml.safe_load(ROW.read_text())), lr=0.5)
+    d = driver(world, looks=Looks(diagnosis=3, prediction=1, window=8, law=10))
+    asyncio.run(d.train(12))
+    first, last = world.steps[0], world.steps[-1]
+    assert "distinct/1" in first and "distinct/1" not in last  # steps 1, 4, 7, 10
+    assert "law/ceiling" in last and "law/ceiling" not in first
+    assert last["entropy/prediction_rank_exact"] > 0 and last["entropy/prediction_slope_exact"] > 0
+    families = ("entropy", "varentropy", "law", "distinct", "pass", "calibration", "quadrants", "importance")
+    ours = {name for step in world.steps for name in step if name.split("/")[0] in families}
+    assert [name for name in ours if not matches(name, STEP + INSIGHT)] == []
+    assert all(any(matches(name, [m]) for name in ours) for m in INSIGHT)
+
+
+def test_what_the_driver_learnt_of_its_steps_outlives_it():
+    world = ToyWorld(build(yaml.safe_load(ROW.read_text())))
+    d = driver(world, looks=Looks(prediction=1, window=3, law=10))
+    asyncio.run(d.train(5))
+    state = json.loads(json.dumps(d.state()))
+    again = driver(ToyWorld(world.objective), looks=Looks(prediction=1, window=3, law=10))
+
+    async def resume() -> None:
+        again.restore(state)
+        await again.stream.close()
+
+    asyncio.run(resume())
+    assert again.state()["insight"] == state["insight"] and len(state["insight"]["predictions"]) == 3
