@@ -226,7 +226,6 @@ PUBLISHED = {
     "self_certainty": judged_by(mean_of("mean_logprob")),
     "token_entropy": judged_by(mean_of("entropy")),
     "trajectory_entropy": judged_by(lambda c: c.rows(c.old_logprobs)),
-    "grpo_on_policy": lambda c: c.r * c.a / c.n / 6,
     "raise_and_restrain": lambda c: ppo(c, 0.2, 0.28, 10.0) * either(c.a > 0, 0.5, 1.0) * ~c.chosen / 24,
 }
 """The coefficient of grad log π in the objective to maximise, written from the papers."""

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
 def schedule(config: Config) -> Schedule:
     """What the settings say of when a row is used."""
     n = config.learner
-    return Schedule(n.updates_per_rollout, n.reference, config.run.steps, config.driver.max_lag)
+    return Schedule(n.updates_per_rollout, config.run.steps, config.driver.max_lag)
 
 
 def told(config: Config, objective: Objective) -> list[str]:
@@ -100,7 +100,7 @@ def table() -> str:
 def _line(name: str) -> str:
     spec, base = settings.objective(name), settings.objective(BASE)
     changed = [f"{slot}: {_brief(given)}" for slot, given in spec.items() if given != base[slot]]
-    idle = [r.text for r in remarks(build(spec), Schedule(1, True, 100, 0)) if r.kind == "inert"]
+    idle = [r.text for r in remarks(build(spec), Schedule(1, 100, 0)) if r.kind == "inert"]
     what, entropy = head(name)
     cells = (f"`{name}`", what, "; ".join(changed), entropy, "; ".join(idle))
     return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"

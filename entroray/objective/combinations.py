@@ -16,8 +16,6 @@ class Schedule:
 
     updates: int
     """Optimizer updates per rollout."""
-    reference: bool
-    """Whether the learner holds a reference policy."""
     steps: int
     max_lag: int
 
@@ -74,10 +72,7 @@ def _corrected_once(o: Objective, s: Schedule) -> Iterator[Remark]:
 
 
 def _one_restraint(o: Objective, s: Schedule) -> Iterator[Remark]:
-    if any(_name(p) == "kl_cov" for p in o.penalties) and _name(o.surrogate) not in (
-        "reinforce",
-        "on_policy",
-    ):
+    if any(_name(p) == "kl_cov" for p in o.penalties) and _name(o.surrogate) != "reinforce":
         yield Remark(
             "refused",
             f"penalty `kl_cov` replaces the clip and surrogate `{_name(o.surrogate)}` has one: choose "
@@ -112,23 +107,6 @@ def _selection_is_read(o: Objective, s: Schedule) -> Iterator[Remark]:
     if _name(o.select) == "everything" and readers:
         yield Remark(
             "beware", f"`{_name(readers[0])}` reads the selection, and select `everything` makes none"
-        )
-
-
-def _reference_is_there(o: Objective, s: Schedule) -> Iterator[Remark]:
-    if "ref_logprobs" in o.needs and not s.reference:
-        names = ", ".join(
-            f"`{_name(c)}`" for c in o.penalties if "ref_logprobs" in getattr(c.func, "needs", ())
-        )
-        yield Remark("refused", f"penalty {names} needs a reference policy: set learner.reference=true")
-
-
-def _on_policy_is_one_update(o: Objective, s: Schedule) -> Iterator[Remark]:
-    if _name(o.surrogate) == "on_policy" and s.updates > 1:
-        yield Remark(
-            "refused",
-            f"surrogate `on_policy` has no trust region and learner.updates_per_rollout={s.updates}: set it "
-            "to 1, or choose surrogate `clip`",
         )
 
 
@@ -189,8 +167,6 @@ RULES: tuple[Rule, ...] = (
     _one_restraint,
     _a_rollout_has_one_advantage,
     _selection_is_read,
-    _reference_is_there,
-    _on_policy_is_one_update,
     _idle_at_one,
     _neutral_settings,
     _thresholds_fit,

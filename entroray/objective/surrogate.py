@@ -61,15 +61,6 @@ def reinforce(t: Tokens, ratio: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     return -ratio * t.advantages
 
 
-def on_policy(t: Tokens, ratio: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """No trust region, for runs of one update per rollout, where none could act: a control arm.
-
-    `-r A, and one update per rollout`
-    `reinforce` without the freedom to take more updates.
-    """
-    return reinforce(t, ratio)
-
-
 def likelihood(t: Tokens, ratio: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Weighted log-likelihood, blind to the ratio: supervised learning at A = 1 (and verl's `gpg`).
 

@@ -48,7 +48,7 @@ def touched_inside(objective: Objective, t: Tokens) -> Counter[str]:
     counts = Counter({_name(objective.surrogate): _number(_any(differs))})
     for penalty in objective.penalties:
         counts[_name(penalty)] += _number(_any([s != 0 for s in _slopes(penalty(seen).sum(), seen)]))
-    if _name(objective.surrogate) in ("reinforce", "on_policy"):
+    if _name(objective.surrogate) == "reinforce":
         del counts[_name(objective.surrogate)]
     return counts
 

@@ -93,7 +93,8 @@ class LearnerRank:
         policy = load(s.model, DTYPES[s.dtype], s.attention)
         if s.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
-        self.reference = load(s.model, DTYPES[s.dtype], s.attention).to(self.device) if s.reference else None
+        held = s.reference or "ref_logprobs" in self.objective.needs
+        self.reference = load(s.model, DTYPES[s.dtype], s.attention).to(self.device) if held else None
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             model_parameters=[p for p in policy.parameters() if p.requires_grad],

@@ -13,8 +13,7 @@ from entroray.objective import build, touched, touched_inside
 from entroray.objective.combinations import Schedule, refuse, remarks
 from tests.cases import ROWS, tokens
 
-PLAIN = Schedule(updates=2, reference=True, steps=100, max_lag=0)
-NEEDS = {"grpo_on_policy": {"updates": 1}}
+PLAIN = Schedule(updates=2, steps=100, max_lag=0)
 SEQUENCE = ROWS["gspo"]
 
 
@@ -24,7 +23,7 @@ def said(row, kind, **schedule) -> str:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_allowed_as_it_is_shipped(name):
-    refuse(build(ROWS[name]), replace(PLAIN, **NEEDS.get(name, {})))
+    refuse(build(ROWS[name]), PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -38,8 +37,6 @@ def test_every_row_is_allowed_as_it_is_shipped(name):
         (SEQUENCE | {"shapes": [{"fn": "lean", "above": 0.5}]}, {}, "choose ratio `sequence_token`"),
         (SEQUENCE | {"aggregate": {"fn": "token"}}, {}, "choose aggregate `rollout_mean`"),
         (ROWS["grpo"] | {"select": {"fn": "top_entropy"}}, {}, "add scale `selected`"),
-        (ROWS["prorl"], {"reference": False}, "set learner.reference=true"),
-        (ROWS["grpo_on_policy"], {}, "set it to 1"),
     ],
 )
 def test_what_is_wrong_is_refused_with_a_way_out(row, schedule, message):
@@ -120,8 +117,8 @@ def test_the_command_shows_the_equation_and_refuses(capsys):
     text = capsys.readouterr().out
     for part in ("clip(r, 0.8, 1.3)", "clip.high = 0.3 (above 0)", "inert        `clip` with one update"):
         assert part in text
-    assert objectives.main(["show", "objective=prorl"]) == 2
-    assert "refused      penalty `kl` needs a reference policy" in capsys.readouterr().out
+    assert objectives.main(["show", "objective=nsr", "objective.keep.fn=informative"]) == 2
+    assert "refused      keep `informative` drops the groups" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="objectives takes nothing"):
         objectives.main(["shwo"])
 
