@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from entroray.cli import bootstrap, machine, material, preflight, rundir, settings
-from entroray.cli.objectives import shown
+from entroray.cli.objectives import schedule, told
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> int:
     if show:
         print(OmegaConf.to_yaml(tree, resolve=True), end="")
         return 0
-    objective = build_objective(config.objective)
+    objective = build_objective(config.objective, config.objective_packages)
     check_group_size(objective, config.rollout.group_size)
-    combinations.refuse(objective)
+    combinations.refuse(objective, schedule(config))
     if config.run.dry:
         print(_dry(config, objective))
         return 0
@@ -85,7 +85,7 @@ def _multirun(arguments: list[str]) -> int:
 
 def _dry(config: Config, objective: Objective) -> str:
     """What would run: the equation, each role's share, memory by role."""
-    lines = [objective.describe(), ""]
+    lines = [objective.describe(), *told(config, objective), ""]
     for role, (count, share) in machine.shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
     return "\n".join([*lines, *_memory(config)])
@@ -174,7 +174,8 @@ def _header(
     r, s, split = config.rollout, config.sampler, read_in.split
     stops = [repr(x) for x in (read_in.tokenizer.eos_token, *s.stop)]
     return [
-        *shown(objective, config.learner.updates_per_rollout),
+        *objective.describe().splitlines(),
+        *told(config, objective),
         "",
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
