@@ -220,6 +220,7 @@ class Config:
     data: Data = field(default_factory=Data)
     reward: Reward = field(default_factory=Reward)
     objective: dict[str, Any] = field(default_factory=dict)  # one function per slot; see objective=
+    control: dict[str, Any] = field(default_factory=dict)  # settings moved in the run; see control=
     sampler: Sampler = field(default_factory=Sampler)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     driver: DriverConfig = field(default_factory=DriverConfig)
