@@ -185,10 +185,10 @@ def test_with_priorities_the_second_acts_where_the_first_is_at_its_limit():
     }
     control = Control(build(specs), {KNOB: 0.0, "sampler.temperature": 1.0})
     seen = []
-    for step in range(1, 8):
+    for step in range(1, 16):
         seen.append(tuple(control.turn(step).values()))
         control.note({"entropy/mean": 0.9})
-    moved = [i for i in range(1, 7) if seen[i][1] != seen[i - 1][1]]
+    moved = [i for i in range(1, 15) if seen[i][1] != seen[i - 1][1]]
     limit = next(i for i, (first, _) in enumerate(seen) if first == 0.2)
     assert moved and min(moved) > limit and all(t == 1.0 for _, t in seen[: limit + 1])
 
