@@ -7,11 +7,16 @@ from typing import Any
 
 from entroray.config import Config
 from entroray.control import Control, Controller, build
+from entroray.entropy.catalogue import INSIGHT, STEP, UPDATE, matches
 from entroray.errors import ConfigError
 from entroray.loop.driver import Roles
 from entroray.objective import Objective
 from entroray.objective import build as build_objective
+from entroray.objective.bind import nearest
 
+METRICS = (*STEP, *UPDATE, *INSIGHT)
+OTHERS = ("eval/", "groups/", "objective/", "reward/", "seconds/", "sync/", "tokens/", "update/", "verdicts/")
+"""Families with metrics that the catalogue of entropy/ does not list."""
 OUTSIDE = {"learner.lr": 0.0, "sampler.temperature": 1e-6}
 """Settings beside the objective's that can be moved, and the least each may be."""
 
@@ -19,6 +24,8 @@ OUTSIDE = {"learner.lr": 0.0, "sampler.temperature": 1e-6}
 def control_of(config: Config) -> Control:
     """The controllers of these settings; ConfigError for one that moves what cannot be moved."""
     controllers = build(config.control)
+    for c in controllers:
+        _measured(c)
     own = {c.knob: current(config, c.knob) for c in controllers}
     for c in controllers:
         for value in _extremes(c, own[c.knob]):
@@ -35,7 +42,7 @@ def current(config: Config, path: str) -> float:
     node: Any = asdict(config)
     for part in path.split("."):
         try:
-            node = node[int(part)] if isinstance(node, list) else node[part]
+            node = node[_index(part)] if isinstance(node, list) else node[part]
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"control: these settings have no `{path}` (nothing at `{part}`): write it out, even a "
@@ -72,6 +79,21 @@ def tuner(config: Config) -> Callable[[Mapping[str, float], Roles], tuple[Object
         return objective, replace(roles, learner=learner, generator=generator)
 
     return tune
+
+
+def _index(part: str) -> int:
+    """A place in a list, spelt one way only: two paths must not name one knob."""
+    if part != str(abs(int(part))):
+        raise ValueError(part)
+    return int(part)
+
+
+def _measured(c: Controller) -> None:
+    """ConfigError for a signal that no step will ever have measured."""
+    if c.signal is None or matches(c.signal, METRICS) or c.signal.startswith(OTHERS):
+        return
+    known = [m.name for m in METRICS] + list(OTHERS)
+    raise ConfigError(f"control.{c.name}: no step measures `{c.signal}`: {nearest(c.signal, known)}")
 
 
 def _extremes(c: Controller, own: float) -> list[float]:

@@ -134,11 +134,17 @@ class Control:
         return {c.knob: self.values[c.name] for c in self.controllers}
 
     def _signal(self, c: Controller) -> float | None:
-        """Mean of the `mean` measurements that are `delay` steps old or older; None where one is missing."""
+        """Mean of what was measured in the `mean` steps that are `delay` steps old or older.
+
+        None before there are as many, and where the newest measured nothing: what is measured every few
+        steps is acted upon once each time.
+        """
         seen = self.seen[c.name]
         window = seen[: len(seen) - c.delay + 1][-c.mean :]
+        if len(window) < c.mean or window[-1] is None:
+            return None
         known = [x for x in window if x is not None]
-        return sum(known) / c.mean if len(known) == c.mean else None
+        return sum(known) / len(known)
 
     def note(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Remember what the step measured; returns the value each controller had in it."""

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from entroray.entropy import verdict
+from entroray.entropy import prediction, verdict
 
 STEADY = 5
 """Steps in a row a new verdict must hold before it is announced."""
+FORM = "exact"
+FORETOLD, REALISED = f"entropy/predicted_change_{FORM}", "entropy/realised_change"
 
 
 class Outlook:
@@ -42,6 +44,36 @@ class Outlook:
 
 
 def last_word(history: Sequence[Mapping[str, Any]]) -> str:
-    """The verdict at the end of a run; says so where it was too short for one."""
+    """How a run ended, a line each: the verdict, prediction against what happened, the law."""
     found = verdict.read(history)
-    return f"verdict: {found.line()}" if found else f"verdict: none before {verdict.LEAST} steps"
+    said = f"verdict: {found.line()}" if found else f"verdict: none before {verdict.LEAST} steps"
+    return "\n".join([said, _predicted(history), _law(history)])
+
+
+def _predicted(history: Sequence[Mapping[str, Any]]) -> str:
+    """First-order prediction against what happened, over the steps of the whole run that were rescored."""
+    known = [m for m in history if None not in (m.get(FORETOLD), m.get(REALISED))]
+    if len(known) < prediction.LEAST:
+        return f"prediction: none before {prediction.LEAST} steps are rescored (observe.prediction.every)"
+    signs = sum(m[FORETOLD] * m[REALISED] > 0 for m in known)
+    change = sum(m[REALISED] for m in known) / len(known)
+    found = prediction.record(known)
+    ranks = {form: found.get(f"entropy/prediction_rank_{form}") for form in prediction.FORMS}
+    said = ", ".join(f"{form} {rank:+.2f}" for form, rank in ranks.items() if rank is not None)
+    return (
+        f"prediction: the {FORM} form foretold whether entropy rises in {signs} of {len(known)} rescored "
+        f"steps (it changed by {change:+.4f} nats a step); rank correlation {said}"
+    )
+
+
+def _law(history: Sequence[Mapping[str, Any]]) -> str:
+    """The law as last fitted, or why it was not."""
+    last = history[-1] if history else {}
+    if any(name.startswith("control/") for name in last):
+        return "law: off, a controller acts"
+    if last.get("law/ceiling") is None:
+        return "law: not fitted (observe.law.window)"
+    return (
+        f"law (an early warning, no forecast): {last['law/ceiling']:.3f} is the reward at entropy 0, 95 % "
+        f"{last['law/low']:.3f} to {last['law/high']:.3f}, r2 {last['law/r2']:.2f}"
+    )

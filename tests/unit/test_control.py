@@ -125,6 +125,16 @@ def test_a_signal_is_read_with_its_delay_and_averaged():
     assert values == [0, 0, 0, 1, 0, -1]
 
 
+def test_a_metric_of_every_few_steps_is_acted_upon_once_each_time():
+    rule = {"fn": "band", "at_least": 5.0, "at_most": 5.0, "step": 1.0, "low": -9.0, "high": 9.0}
+    control = Control(build({"c": {"knob": KNOB, "signal": "x", "mean": 3} | rule}), {KNOB: 0.0})
+    values = []
+    for step in range(1, 9):
+        values.append(control.turn(step)[KNOB])
+        control.note({"x": 1.0} if step % 3 == 0 else {})
+    assert values == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
 def test_a_metric_that_is_missing_or_not_finite_holds_the_setting():
     control = controller()
     for step, metrics in enumerate([{}, {"entropy/mean": math.nan}, {"entropy/mean": 0.5}], start=1):
@@ -212,6 +222,11 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
     [
         (["+control.c={knob: run.steps, fn: constant, value: 3}"], "cannot be moved"),
         (["+control.c={knob: objective.penalties.0.coef, fn: constant, value: 3}"], "nothing at"),
+        ([BONUS, f"+control.c={{knob: {KNOB.replace('0', '-1')}, fn: constant, value: 3}}"], "nothing at"),
+        (
+            ["control=temperature_band", "control.temperature.signal=entropy/meen"],
+            "did you mean `entropy/mean`",
+        ),
         (["+control.c={knob: objective.estimator.fn, fn: constant, value: 3}"], "not a number"),
         (
             ["+control.c={knob: sampler.temperature, fn: linear, start: 1, end: 0, steps: 9}"],

@@ -100,3 +100,23 @@ def test_a_change_is_announced_once_it_holds():
     resumed = Outlook(lambda kind, **fields: None, said.append, steps)
     resumed.log(50, steps[49])
     assert len(resumed.history) == 50
+
+
+def test_the_last_word_holds_prediction_and_law_against_what_happened():
+    steps = [
+        s | {"law/ceiling": 0.61, "law/low": 0.5, "law/high": 0.7, "law/r2": 0.8} for s in run("healthy")
+    ]
+    assert "none before 4 steps" in last_word(steps) and "early warning" in last_word(steps)
+    for i in range(6):  # the last one is foretold wrongly
+        foretold = {
+            f"entropy/predicted_change_{form}": -float(i + 1) for form in ("exact", "natural", "proxy")
+        }
+        steps[i] |= foretold | {"entropy/realised_change": -0.01 * (i + 1) if i < 5 else 0.09}
+    said = last_word(steps)
+    assert "rises in 5 of 6 rescored steps (it changed by -0.0100 nats a step)" in said
+    assert (
+        "rank correlation exact +0.14" in said
+        and "0.610 is the reward at entropy 0, 95 % 0.500 to 0.700" in said
+    )
+    assert "law: off, a controller acts" in last_word([*steps, {"step": 61, "control/c": 0.1}])
+    assert "not fitted" in last_word([]) and "verdict: none" in last_word([])
