@@ -25,7 +25,7 @@ from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
 from entroray.observe.console import Console, summary
 from entroray.observe.journal import Journal, read
-from entroray.observe.outlook import Outlook, last_word
+from entroray.observe.outlook import Outlook, last_word, moved
 from entroray.policy.tokenizer import fingerprint
 from entroray.workers import cluster
 from entroray.workers.generator import Sampling
@@ -306,7 +306,8 @@ def _stop_on_signals(driver: Driver) -> list[int]:
 def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
     signal.signal(signal.SIGTERM, _terminated)  # the event loop took it with it
     metrics = read(folder / "metrics.jsonl")
-    print(f"{summary(metrics)}\n\n{last_word(metrics)}")
+    words = [last_word(metrics), *moved(knobs.control_of(config).controllers, metrics)]
+    print("\n".join([summary(metrics), "", *words]))
     print(f"\n{config.run.steps} steps in {seconds:.0f} s")
     if config.evaluate.final:
         _compare(config, folder, model)

@@ -1,9 +1,11 @@
 """Says how a run stands when that changes: on the terminal, in events.jsonl, and at its end."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from entroray.control import Controller
 from entroray.entropy import prediction, verdict
+from entroray.observe.journal import ends, series
 
 STEADY = 5
 """Steps in a row a new verdict must hold before it is announced."""
@@ -77,3 +79,22 @@ def _law(history: Sequence[Mapping[str, Any]]) -> str:
         f"law (an early warning, no forecast): {last['law/ceiling']:.3f} is the reward at entropy 0, 95 % "
         f"{last['law/low']:.3f} to {last['law/high']:.3f}, r2 {last['law/r2']:.2f}"
     )
+
+
+def moved(controllers: Iterable[Controller], history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each controller: where it left its knob, how often at a limit, how near its signal is."""
+    return [_moved(c, history) for c in controllers if series(history, f"control/{c.name}")[1]]
+
+
+def _moved(c: Controller, history: Sequence[Mapping[str, Any]]) -> str:
+    _, values = series(history, f"control/{c.name}")
+    given = c.rule.keywords
+    limits = [given[name] for name in ("low", "high") if name in given]
+    said = f"control: {c.name} left {c.knob} at {values[-1]:g}"
+    if limits:
+        said += f", at a limit in {sum(v in limits for v in values)} of {len(values)} steps"
+    measured = series(history, c.signal)[1] if c.signal else []
+    if "target" in given and measured:
+        now = ends(measured)[1]
+        said += f"; {c.signal} is {now:.3g} over the last 5 steps, its target {given['target']:g}"
+    return said

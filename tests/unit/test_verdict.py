@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from entroray.control import build
 from entroray.entropy.verdict import LEAST, read, trend
-from entroray.observe.outlook import STEADY, Outlook, last_word
+from entroray.observe.outlook import STEADY, Outlook, last_word, moved
 
 DATA = Path(__file__).parent / "data"
 
@@ -120,3 +121,24 @@ def test_the_last_word_holds_prediction_and_law_against_what_happened():
     )
     assert "law: off, a controller acts" in last_word([*steps, {"step": 61, "control/c": 0.1}])
     assert "not fitted" in last_word([]) and "verdict: none" in last_word([])
+
+
+def test_the_last_words_tell_where_controllers_stand():
+    pi = {"knob": "learner.lr", "fn": "pi", "signal": "entropy/mean"} | {
+        "target": 0.5,
+        "gain": 1.0,
+        "integral": 0.0,
+        "low": 0.0,
+        "high": 1.0,
+    }
+    linear = {"knob": "sampler.temperature", "fn": "linear", "start": 1.0, "end": 0.5, "steps": 6}
+    steps = [
+        {"step": i, "entropy/mean": 0.4, "control/a": min(1.0, i / 4), "control/b": 1 - i / 10}
+        for i in range(1, 7)
+    ]
+    assert moved(build({"a": pi, "b": linear}), steps) == [
+        "control: a left learner.lr at 1, at a limit in 3 of 6 steps; "
+        "entropy/mean is 0.4 over the last 5 steps, its target 0.5",
+        "control: b left sampler.temperature at 0.4",
+    ]
+    assert moved(build({"a": pi}), []) == []
