@@ -221,6 +221,7 @@ class Config:
     reward: Reward = field(default_factory=Reward)
     objective: dict[str, Any] = field(default_factory=dict)  # one function per slot; see objective=
     objective_packages: list[str] = field(default_factory=list)  # your own, whose functions a row may name
+    control: dict[str, Any] = field(default_factory=dict)  # settings moved in the run; see control=
     sampler: Sampler = field(default_factory=Sampler)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     driver: DriverConfig = field(default_factory=DriverConfig)

@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from entroray.cli import knobs
 from entroray.config import Config
 from entroray.errors import ConfigError
 
@@ -87,6 +88,7 @@ def check(config: Config) -> None:
         )
     if not config.objective:
         raise ConfigError("no objective: say objective=<name>, see conf/objective")
+    knobs.control_of(config)
 
 
 def expand(overrides: list[str]) -> list[list[str]]:

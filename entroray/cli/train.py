@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, machine, material, preflight, rundir, settings
+from entroray.cli import bootstrap, knobs, machine, material, preflight, rundir, settings
 from entroray.cli.objectives import schedule, told
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
@@ -25,6 +25,7 @@ from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
 from entroray.observe.console import Console, summary
 from entroray.observe.journal import Journal, read
+from entroray.observe.outlook import Outlook, last_word, moved
 from entroray.policy.tokenizer import fingerprint
 from entroray.workers import cluster
 from entroray.workers.generator import Sampling
@@ -165,7 +166,9 @@ def _journal(config: Config, folder: Path, tokenizer: Any) -> tuple[Journal, Con
         trackers.append(TensorBoard(folder / "tensorboard"))
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     every = config.observe.tokens.every
-    return Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words), console
+    journal = Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words)
+    journal.trackers.append(Outlook(journal.event, console.say, read(folder / "metrics.jsonl")))
+    return journal, console
 
 
 def _header(
@@ -181,6 +184,7 @@ def _header(
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
         f"schedule   {config.run.steps} steps, {config.learner.updates_per_rollout} updates a step, "
         f"lag at most {config.driver.max_lag} ({config.driver.stale})",
+        *(f"control    {c.describe()}" for c in knobs.control_of(config).controllers),
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
         f"data       {len(split.training)} training, {len(split.heldout)} held out; {read_in.dropped}",
         f"machine    {facts['resources']}; ready in {facts['start_seconds']:.0f} s, "
@@ -211,7 +215,18 @@ async def _drive(
     pace = _pace(config)
     journal.event("start", objective=config.objective, pace=asdict(pace), state=run.state)
     stream = PromptStream(read_in.split.training, seed=config.seed)
-    driver = Driver(stream, roles, objective, pace, seed=config.seed, looks=_looks(config))
+    control = knobs.control_of(config)
+    journal.event("control", controllers=[c.describe() for c in control.controllers])
+    driver = Driver(
+        stream,
+        roles,
+        objective,
+        pace,
+        seed=config.seed,
+        looks=_looks(config),
+        control=control,
+        tune=knobs.tuner(config),
+    )
     if run.checkpoint:
         driver.restore(run.state)
     saves = m.checkpoints(run.folder)
@@ -253,7 +268,8 @@ def _evaluation(
 
 def _looks(config: Config) -> Looks:
     o = config.observe
-    return Looks(o.diagnosis.every, o.prediction.every, o.prediction.window, o.law.window)
+    law = 0 if config.control else o.law.window  # it was found on runs that nobody steers
+    return Looks(o.diagnosis.every, o.prediction.every, o.prediction.window, law)
 
 
 def _pace(config: Config) -> Pace:
@@ -296,7 +312,9 @@ def _stop_on_signals(driver: Driver) -> list[int]:
 
 def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
     _take_signals()  # the event loop took them with it
-    print(summary(read(folder / "metrics.jsonl")))
+    metrics = read(folder / "metrics.jsonl")
+    words = [last_word(metrics), *moved(knobs.control_of(config).controllers, metrics)]
+    print("\n".join([summary(metrics), "", *words]))
     print(f"\n{config.run.steps} steps in {seconds:.0f} s")
     if config.evaluate.final:
         _compare(config, folder, model)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entroray.control import Control
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
@@ -69,6 +70,8 @@ def seeds(run: int, serial: int, attempt: int, count: int) -> list[int]:
     return [int.from_bytes(stream[i : i + 4], "little") >> 1 for i in range(0, 4 * count, 4)]
 
 
+Tune = Callable[[Mapping[str, float], Roles], tuple[Objective, Roles]]
+"""Values of settings by path, roles -> the objective and the roles with those values in effect."""
 After = Callable[[int, Mapping[str, float]], Awaitable[None]]
 
 
@@ -84,6 +87,8 @@ class Driver:
         *,
         seed: int,
         looks: Looks = NEVER,
+        control: Control | None = None,
+        tune: Tune | None = None,
     ):
         self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
         self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
@@ -91,6 +96,7 @@ class Driver:
         self.skipped = SkippedUpdates(pace.max_skipped)
         self.idle = IdleRules(UNTOUCHED)
         self.insight = Insight(looks)
+        self.control, self.tune = control or Control(), tune
         self.version: Version = 0
         self.turn: asyncio.Task[dict[str, float]] | None = None
         self.stopping = False
@@ -104,6 +110,7 @@ class Driver:
             if self.version == 0 and (first := await self.roles.evaluate(0)):
                 self.roles.journal.event("evaluation", step=0, **first)
             while self.version < steps and not self.stopping:
+                self._turn_knobs()  # before anything is sampled for this step
                 self.stream.advance(self.version)
                 history.append(await self._within(self._begin()))
                 self.committed = self.state()
@@ -115,6 +122,11 @@ class Driver:
         finally:
             await self.stream.close()
         return history
+
+    def _turn_knobs(self) -> None:
+        values = self.control.turn(self.version + 1)
+        if self.tune and values:
+            self.objective, self.roles = self.tune(values, self.roles)
 
     def _begin(self) -> "asyncio.Task[dict[str, float]]":
         self.turn = asyncio.ensure_future(self.step())
@@ -132,6 +144,7 @@ class Driver:
             "version": self.version,
             "stream": self.stream.state(),
             "insight": self.insight.state(),
+            "control": self.control.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -139,6 +152,7 @@ class Driver:
         self.version = state["version"]
         self.stream.restore(state["stream"], self.version)
         self.insight.restore(state["insight"])
+        self.control.restore(state["control"])
         self.committed = self.state()
 
     async def _within(self, step: "asyncio.Task[dict[str, float]]") -> dict[str, float]:
@@ -215,6 +229,7 @@ class Driver:
             self.roles.journal.event("rule_untouched", rule=rule, steps=self.idle.patience)
         with clock("evaluate", self):
             metrics |= await self.roles.evaluate(self.version)
+        metrics |= self.control.note(metrics)
         self.roles.journal.step(self.version, metrics, groups, tokens)
         return metrics
 

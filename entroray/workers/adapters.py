@@ -55,6 +55,8 @@ class DeepSpeedLearner:
     deadline: float
     engines: Engines | None = None
     """Those that must leave the learner the card they share with it, until the next sync."""
+    lr: float | None = None
+    """Learning rate in place of the schedule's base; None leaves it."""
 
     async def score(self, batch: Batch, group: NDArray[np.int64], extra: Sequence[str] = ()) -> Scores:
         """Scored in the micro-batches it will be updated in, so that the first ratio is exactly 1."""
@@ -79,7 +81,9 @@ class DeepSpeedLearner:
                         [
                             (batch.rows(r), replace(tokens.take(torch.from_numpy(r)), counts=c))
                             for r in m[rank]
-                        ]
+                        ],
+                        self.objective,
+                        self.lr,
                     ),
                     deadline=self.deadline,
                 )

@@ -147,11 +147,21 @@ class LearnerRank:
             stats["ref_logprobs"] = self.reference(padded)["logprobs"]
         return {k: v.float().cpu().numpy()[: len(micro.response_ids)] for k, v in stats.items()}
 
-    def update(self, micros: Sequence[tuple[Batch, Tokens]]) -> dict[str, float]:
+    def update(
+        self,
+        micros: Sequence[tuple[Batch, Tokens]],
+        objective: Objective | None = None,
+        lr: float | None = None,
+    ) -> dict[str, float]:
         """One optimizer update over this rank's micro-batches; returns sums over its tokens.
 
+        `objective` and `lr`, the schedule's base, are in effect from this update on; None changes nothing.
         An update whose gradient is not finite on any rank changes nothing on all of them: `skipped` is 1.
         """
+        if objective is not None:
+            self.adopt(objective)
+        if lr is not None:
+            rebase(self.engine.lr_scheduler, lr)
         self.engine.train()
         sums = dict.fromkeys(("loss", "tokens", "ratio_max", "entropy", *SUMS), 0.0)
         for index, (batch, tokens) in enumerate(micros):
@@ -258,6 +268,19 @@ def alive(tokens: Tokens, stats: Mapping[str, Tensor]) -> Tokens:
     own = {name: x for name, x in stats.items() if name in TokenStats._fields}
     extra = {name: x for name, x in stats.items() if name not in TokenStats._fields}
     return replace(tokens, **own, extra={**tokens.extra, **extra})  # type: ignore[arg-type]
+
+
+def rebase(schedule: Any, lr: float) -> None:
+    """Let `schedule` be as if it had begun with `lr`, from the coming update on."""
+    if not hasattr(schedule, "lr_lambdas"):
+        raise PreflightError(
+            f"learner.lr cannot be moved under {type(schedule).__name__}: take learner.schedule=constant, "
+            "or constant_with_warmup"
+        )
+    schedule.base_lrs = [lr] * len(schedule.base_lrs)
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    for group, factor in zip(schedule.optimizer.param_groups, factors, strict=True):
+        group["lr"] = lr * factor
 
 
 def _tally(objective: Objective, live: Tokens, loss: Tensor, sums: dict[str, float]) -> None:

@@ -18,6 +18,8 @@ BASE = [
     *("observe.tokens.every=1", "observe.report=false", "evaluate.final=false", "checkpoint.every=2"),
     *("run.resume=auto", "data.size=2000", "data.max_prompt=128"),
     *("generator.replicas=1", "evaluate.every=2", "evaluate.prompts=16", "evaluate.samples=2"),
+    "+control.high={knob: objective.surrogate.high, fn: band, signal: entropy/mean, at_least: 9, at_most: 9, "
+    "step: 0.1, low: 0.2, high: 1}",
 ]
 
 
@@ -71,6 +73,8 @@ def test_a_killed_run_goes_on_after_its_last_checkpoint(whole: Path, tmp_path: P
     assert "going on after step" in said
     assert steps(folder) == [1, 2, 3, 4, 5, 6]
     assert prompts(folder) == prompts(whole)
+    assert "high: objective.surrogate.high <- band(" in said
+    assert [r["control/high"] for r in rows(folder)] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
