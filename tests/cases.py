@@ -12,7 +12,8 @@ from entroray.objective import Objective, build, count
 from entroray.types import Counts, Group, Prompt, Rollout, Tokens, Verdict
 
 CONF = Path(__file__).parents[1] / "conf/objective"
-ROWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
+FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
+ROWS = {name: file.get("objective", file) for name, file in FILES.items()}
 BUILT = {name: build(row) for name, row in ROWS.items()}
 STATISTICS = sorted({name for row in BUILT.values() for name in row.statistics})
 """Every further statistic of the vocabulary that some row asks for; each is a number below 0 here."""

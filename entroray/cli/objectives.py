@@ -83,6 +83,7 @@ def head(name: str) -> tuple[str, str]:
     """(first sentence, what it does to entropy) of the comment at the head of a row."""
     text = Path(settings.CONF, "objective", f"{name}.yaml").read_text()
     lines = [x.lstrip("# ") for x in itertools.takewhile(lambda x: x.startswith("#"), text.splitlines())]
+    lines = [x for x in lines if not x.startswith("@package")]
     said, _, entropy = " ".join(lines).partition("Entropy: ")
     first = re.split(r"(?<!et al)(?<!Dr)\. ", said)[0]
     return first.rstrip(". "), entropy

@@ -125,7 +125,7 @@ def _neutral_settings(o: Objective, s: Schedule) -> Iterator[Remark]:
     for penalty in o.penalties:
         if effective(penalty).get("coef") == 0:
             yield Remark(
-                "inert", f"penalty `{_name(penalty)}` while its coef is 0: a controller must move it"
+                "inert", f"penalty `{_name(penalty)}` while its coef is 0, unless a controller moves it"
             )
     for shape in o.shapes:
         if _name(shape) == "by_sign" and set(effective(shape).values()) == {1.0}:

@@ -13,9 +13,9 @@ from entroray.objective import bind, build, surrogate
 from entroray.objective.bind import keywords, menu
 from entroray.objective.describe import phrase
 from entroray.objective.equation import SLOTS
+from tests.cases import ROWS
 
 CONF = Path(__file__).parents[2] / "conf/objective"
-ROWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
 GRPO = ROWS["grpo"]
 
 
