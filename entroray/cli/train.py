@@ -25,6 +25,7 @@ from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
 from entroray.observe.console import Console, summary
 from entroray.observe.journal import Journal, read
+from entroray.observe.trackers import Tracker
 from entroray.policy.tokenizer import fingerprint
 from entroray.workers import cluster
 from entroray.workers.generator import Sampling
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
     if config.run.dry:
         print(_dry(config, objective))
         return 0
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, terminated)
     preflight.refuse(config)
     facts = bootstrap.ensure(config, rest)
     asyncio.run(_train(config, tree, objective, rundir.open_run(config, tree), facts))
@@ -109,7 +110,7 @@ def _memory(config: Config) -> list[str]:
     ]
 
 
-def _terminated(number: int, _: Any) -> None:
+def terminated(number: int, _: Any) -> None:
     """While no driver can be stopped, SIGTERM is an exception like Ctrl-C: what was started is ended."""
     raise Stopped(number, "ended by SIGTERM outside of training")
 
@@ -124,7 +125,8 @@ async def _train(
     facts |= {"resources": machine.join(config)}
     trained = time.monotonic()
     try:
-        journal, console = _journal(config, folder, read_in.tokenizer)
+        console = Console()
+        journal = open_journal(config, folder, read_in.tokenizer, console)
         probe = tuple(read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await machine.build(
@@ -143,7 +145,7 @@ async def _train(
         rundir.describe(folder, tree, facts)
         console.header("entroray", _header(config, objective, read_in, folder, facts))
         trained = time.monotonic()
-        await _drive(config, objective, read_in, m, journal, run)
+        await drive(config, objective, read_in, m, journal, run)
         journal.event("trained", seconds=round(time.monotonic() - trained, 1), steps=config.run.steps)
         await m.export(str(folder / "model"))
         read_in.tokenizer.save_pretrained(folder / "model")
@@ -156,16 +158,16 @@ async def _train(
     _finish(config, folder, model, time.monotonic() - trained)
 
 
-def _journal(config: Config, folder: Path, tokenizer: Any) -> tuple[Journal, Console]:
-    console = Console()
-    trackers: list[Any] = [console]
+def open_journal(config: Config, folder: Path, tokenizer: Any, *beside: Tracker) -> Journal:
+    """The journal of a run in `folder`, copied to the trackers that are configured and to those given."""
+    trackers = list(beside)
     if config.observe.tensorboard:
         from entroray.observe.trackers import TensorBoard
 
         trackers.append(TensorBoard(folder / "tensorboard"))
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     every = config.observe.tokens.every
-    return Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words), console
+    return Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words)
 
 
 def _header(
@@ -188,7 +190,7 @@ def _header(
     ]
 
 
-async def _drive(
+async def drive(
     config: Config,
     objective: Objective,
     read_in: material.Material,
@@ -196,6 +198,7 @@ async def _drive(
     journal: Journal,
     run: rundir.RunDir,
 ) -> None:
+    """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
     s = config.sampler
     sampling = Sampling(s.temperature, config.rollout.max_tokens, tuple(s.stop))
     roles = Roles(
@@ -288,7 +291,7 @@ def _stop_on_signals(driver: Driver) -> list[int]:
 
 
 def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
-    signal.signal(signal.SIGTERM, _terminated)  # the event loop took it with it
+    signal.signal(signal.SIGTERM, terminated)  # the event loop took it with it
     print(summary(read(folder / "metrics.jsonl")))
     print(f"\n{config.run.steps} steps in {seconds:.0f} s")
     if config.evaluate.final:
