@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -90,8 +91,9 @@ class Table:
     rows: tuple[Row, ...]
 
 
+@cache
 def interval(
-    values: Sequence[float], *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0
+    values: tuple[float, ...], *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean: the same for the same values."""
     known = np.asarray(values, np.float64)
@@ -100,7 +102,7 @@ def interval(
     return float(low), float(high)
 
 
-def against(values: Sequence[float], baseline: Sequence[float]) -> str:
+def against(values: tuple[float, ...], baseline: tuple[float, ...]) -> str:
     """+ above the baseline's interval, - below, = overlapping (a tie), ? too few seeds to say."""
     if min(len(values), len(baseline)) < LEAST:
         return "?"
@@ -147,7 +149,7 @@ def _row(
     name: str,
     cells: Sequence[Cell],
     columns: Sequence[Column],
-    reference: Mapping[str, Sequence[float]],
+    reference: Mapping[str, tuple[float, ...]],
     is_baseline: bool,
 ) -> Row:
     found = {c.key: _values(cells, c.key) for c in columns}

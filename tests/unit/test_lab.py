@@ -26,11 +26,11 @@ HIGH, LOW = (0.70, 0.72, 0.74), (0.50, 0.52, 0.54)
 
 def test_an_interval_of_three_values_is_their_range() -> None:
     """Of 27 equally likely draws the lowest mean is 1 in 27, more than the 2.5 % that are cut off."""
-    assert interval([0.1, 0.2, 0.6]) == (pytest.approx(0.1), pytest.approx(0.6))
+    assert interval((0.1, 0.2, 0.6)) == (pytest.approx(0.1), pytest.approx(0.6))
 
 
 def test_an_interval_is_the_quantiles_of_all_possible_draws() -> None:
-    values = [1.0, 2.0, 4.0, 8.0, 16.0]
+    values = (1.0, 2.0, 4.0, 8.0, 16.0)
     means = [np.mean(drawn) for drawn in itertools.product(values, repeat=5)]
     low, high = np.quantile(means, [0.1, 0.9])
     assert interval(values, level=0.8) == (pytest.approx(low, abs=0.5), pytest.approx(high, abs=0.5))
