@@ -84,11 +84,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Every variant of one task by some columns."""
+    """Every variant of one task by the columns of one of `PARTS`."""
 
-    title: str
+    task: str
+    told: str
+    """What all of its cells were told."""
+    part: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.task}: {self.part}{f' ({self.told})' if self.told else ''}"
 
 
 @cache
@@ -129,20 +136,19 @@ def variants(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 def tables(cells: Sequence[Cell], baseline: str) -> list[Table]:
     """A table for each of `PARTS` of every task; `baseline` names a variant."""
     return [
-        _table(f"{task}: {part}", of_task, tuple(_deepest(c, of_task) for c in columns), baseline)
-        for task, of_task in tasks(cells).items()
+        _table(part, of_task, tuple(_deepest(c, of_task) for c in columns), baseline)
+        for of_task in tasks(cells).values()
         for part, columns in PARTS.items()
     ]
 
 
-def _table(title: str, cells: Sequence[Cell], columns: tuple[Column, ...], baseline: str) -> Table:
+def _table(part: str, cells: Sequence[Cell], columns: tuple[Column, ...], baseline: str) -> Table:
     named = variants(cells)
     reference = {c.key: _values(named.get(baseline, []), c.key) for c in columns}
     first = Row(BEFORE, 0, 0, tuple(_before(cells, c.key) for c in columns))
     rows = [_row(name, runs, columns, reference, name == baseline) for name, runs in named.items()]
     known = [first] if any(e.values for e in first.entries) else []
-    told = f" ({', '.join(common(cells))})" if common(cells) else ""
-    return Table(title + told, columns, (*known, *rows))
+    return Table(cells[0].task, ", ".join(common(cells)), part, columns, (*known, *rows))
 
 
 def _row(

@@ -56,7 +56,8 @@ def _task(lab: Path, task: str, cells: Sequence[Cell], baseline: str) -> str:
     of_task = tables(cells, baseline)
     charts = "".join(_charts(lab, cells, baseline, curve) for curve in CURVES)
     shown = "".join(map(_table, of_task))
-    return f"<section><h2>{escape(task)}</h2>{shown}{charts}</section>"
+    told = escape(of_task[0].told)
+    return f"<section><h2>{escape(task)} <small>{told}</small></h2>{shown}{charts}</section>"
 
 
 def _table(table: Table) -> str:
@@ -64,7 +65,7 @@ def _table(table: Table) -> str:
     means = "".join(f'<th title="{escape(c.meaning)}">{escape(c.title)}</th>' for c in table.columns)
     top = f"<tr><th>{head[0]}</th><th>{head[1]}</th>{means}</tr>"
     body = "".join(_line(row, texts) for row, texts in zip(table.rows, rows, strict=True))
-    return f'<div class="wide"><h3>{escape(table.title)}</h3><table>{top}{body}</table></div>'
+    return f'<div class="wide"><h3>{escape(table.part)}</h3><table>{top}{body}</table></div>'
 
 
 def _line(row: Row, texts: Sequence[str]) -> str:
@@ -79,7 +80,8 @@ def _number(text: str) -> str:
     value, _, rest = text.removesuffix(sign).strip().partition(" ")
     style = {"+": "above", "-": "below"}.get(sign, "tie")
     mark = f'<b class="{style}">{sign.replace("-", "−")}</b>'
-    return f"<td>{escape(value)} <small>{escape(rest)}</small> {mark}</td>"
+    between = f"<small>{escape(rest)}</small>" if rest else ""
+    return f"<td>{escape(value)} {between} {mark}</td>"
 
 
 def _charts(lab: Path, cells: Sequence[Cell], baseline: str, curve: Curve) -> str:
@@ -121,8 +123,9 @@ def _measured(lab: Path, cells: Sequence[Cell], key: str) -> list[Measured]:
 
 
 def _smooth(curve: Measured, style: str, name: str) -> Line:
+    """The mean of the last `WINDOW` steps at each; a short curve as it is."""
     steps, values = curve
-    window = min(WINDOW, len(values))
+    window = WINDOW if len(values) > 2 * WINDOW else 1
     return Line(list(steps)[window - 1 :], moving(values, window), style, name)
 
 
@@ -165,7 +168,7 @@ STYLE = """
 --c5:#22d3ee;--c6:#f472b6;--c7:#a3e635}}
 *{box-sizing:border-box} body{margin:0 auto;padding:28px 24px 60px;max-width:1240px;background:var(--page);
 color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-h1{font-size:26px;margin:0} h2{font-size:20px;margin:0 0 8px} h3{
+h1{font-size:26px;margin:0} h2{font-size:20px;margin:0 0 8px} h2 small{font-weight:400;font-size:14px} h3{
 font-size:14px;font-weight:600;margin:22px 0 6px}
 header p,.keys,figcaption,small{color:var(--soft)} header p{max-width:80ch}
 section{background:var(--card);border:1px solid var(--rule);border-radius:12px;
