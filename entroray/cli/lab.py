@@ -21,8 +21,6 @@ from entroray.cli.bench import Bench
 from entroray.cli.machine import cpu_only, lasting
 from entroray.config import Config
 from entroray.errors import ConfigError, EntrorayError, Stopped
-from entroray.objective import build as build_objective
-from entroray.objective import check_group_size, combinations
 from entroray.observe import cells as stored
 from entroray.observe import lab_page
 from entroray.observe.cells import Cell
@@ -164,17 +162,16 @@ async def _measure(bench: Bench, job: Job) -> dict[str, float]:
     """One run from first weights to last, as `entroray train` makes it, and what it came to."""
     config, folder = job.config, Path(str(job.config.run.dir))
     _fresh(folder, job.cell)
-    objective = build_objective(config.objective)
-    check_group_size(objective, config.rollout.group_size)
-    combinations.refuse(objective)
+    objective = train.objective_of(config)
     m, read_in, before = await bench.ready(config, list(job.cell.overrides), objective)
     rundir.describe(folder, job.tree, {**m.facts, "seed": config.seed, "model": bench.model})
-    journal = train.open_journal(config, folder, read_in.tokenizer)
     began = time.monotonic()
     try:
-        await train.drive(config, objective, read_in, m, journal, rundir.RunDir(folder))
+        with (folder / "console.log").open("w") as file:
+            journal, _ = train.open_journal(config, folder, read_in.tokenizer, file)
+            await train.drive(config, objective, read_in, m, journal, rundir.RunDir(folder))
+            journal.close()
     finally:
-        journal.close()
         _take_signals_back()
     seconds = time.monotonic() - began
     await m.export(str(folder / "model"))

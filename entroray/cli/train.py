@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,7 +25,6 @@ from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
 from entroray.observe.console import Console, summary
 from entroray.observe.journal import Journal, read
-from entroray.observe.trackers import Tracker
 from entroray.policy.tokenizer import fingerprint
 from entroray.workers import cluster
 from entroray.workers.generator import Sampling
@@ -42,9 +41,7 @@ def main(arguments: list[str]) -> int:
     if show:
         print(OmegaConf.to_yaml(tree, resolve=True), end="")
         return 0
-    objective = build_objective(config.objective)
-    check_group_size(objective, config.rollout.group_size)
-    combinations.refuse(objective)
+    objective = objective_of(config)
     if config.run.dry:
         print(_dry(config, objective))
         return 0
@@ -53,6 +50,14 @@ def main(arguments: list[str]) -> int:
     facts = bootstrap.ensure(config, rest)
     asyncio.run(_train(config, tree, objective, rundir.open_run(config, tree), facts))
     return 0
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective as configured; ConfigError where it cannot be trained with these settings."""
+    objective = build_objective(config.objective)
+    check_group_size(objective, config.rollout.group_size)
+    combinations.refuse(objective)
+    return objective
 
 
 def _flags(arguments: list[str]) -> tuple[list[str], str | None, bool]:
@@ -125,8 +130,7 @@ async def _train(
     facts |= {"resources": machine.join(config)}
     trained = time.monotonic()
     try:
-        console = Console()
-        journal = open_journal(config, folder, read_in.tokenizer, console)
+        journal, console = open_journal(config, folder, read_in.tokenizer)
         probe = tuple(read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await machine.build(
@@ -158,16 +162,19 @@ async def _train(
     _finish(config, folder, model, time.monotonic() - trained)
 
 
-def open_journal(config: Config, folder: Path, tokenizer: Any, *beside: Tracker) -> Journal:
-    """The journal of a run in `folder`, copied to the trackers that are configured and to those given."""
-    trackers = list(beside)
+def open_journal(
+    config: Config, folder: Path, tokenizer: Any, file: TextIO | None = None
+) -> tuple[Journal, Console]:
+    """The journal of a run in `folder`, and the console it reports to: the terminal, or `file`."""
+    console = Console(file=file)
+    trackers: list[Any] = [console]
     if config.observe.tensorboard:
         from entroray.observe.trackers import TensorBoard
 
         trackers.append(TensorBoard(folder / "tensorboard"))
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     every = config.observe.tokens.every
-    return Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words)
+    return Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words), console
 
 
 def _header(
