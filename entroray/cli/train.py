@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -42,17 +42,23 @@ def main(arguments: list[str]) -> int:
     if show:
         print(OmegaConf.to_yaml(tree, resolve=True), end="")
         return 0
-    objective = build_objective(config.objective, config.objective_packages)
-    check_group_size(objective, config.rollout.group_size)
-    combinations.refuse(objective, schedule(config))
+    objective = objective_of(config)
     if config.run.dry:
         print(_dry(config, objective))
         return 0
-    _take_signals()
+    take_signals()
     preflight.refuse(config)
     facts = bootstrap.ensure(config, rest)
     asyncio.run(_train(config, tree, objective, rundir.open_run(config, tree), facts))
     return 0
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective as configured; ConfigError where it cannot be trained with these settings."""
+    objective = build_objective(config.objective, config.objective_packages)
+    check_group_size(objective, config.rollout.group_size)
+    combinations.refuse(objective, schedule(config))
+    return objective
 
 
 def _flags(arguments: list[str]) -> tuple[list[str], str | None, bool]:
@@ -125,7 +131,7 @@ async def _train(
     facts |= {"resources": machine.join(config)}
     trained = time.monotonic()
     try:
-        journal, console = _journal(config, folder, read_in.tokenizer)
+        journal, console = open_journal(config, folder, read_in.tokenizer)
         probe = tuple(read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await machine.build(
@@ -144,7 +150,7 @@ async def _train(
         rundir.describe(folder, tree, facts)
         console.header("entroray", _header(config, objective, read_in, folder, facts))
         trained = time.monotonic()
-        await _drive(config, objective, read_in, m, journal, run)
+        await drive(config, objective, read_in, m, journal, run)
         journal.event("trained", seconds=round(time.monotonic() - trained, 1), steps=config.run.steps)
         await m.export(str(folder / "model"))
         read_in.tokenizer.save_pretrained(folder / "model")
@@ -157,8 +163,11 @@ async def _train(
     _finish(config, folder, model, time.monotonic() - trained)
 
 
-def _journal(config: Config, folder: Path, tokenizer: Any) -> tuple[Journal, Console]:
-    console = Console()
+def open_journal(
+    config: Config, folder: Path, tokenizer: Any, file: TextIO | None = None
+) -> tuple[Journal, Console]:
+    """The journal of a run in `folder`, and the console it reports to: the terminal, or `file`."""
+    console = Console(file=file)
     trackers: list[Any] = [console]
     if config.observe.tensorboard:
         from entroray.observe.trackers import TensorBoard
@@ -193,7 +202,7 @@ def _header(
     ]
 
 
-async def _drive(
+async def drive(
     config: Config,
     objective: Objective,
     read_in: material.Material,
@@ -201,6 +210,7 @@ async def _drive(
     journal: Journal,
     run: rundir.RunDir,
 ) -> None:
+    """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
     s = config.sampler
     sampling = Sampling(s.temperature, config.rollout.max_tokens, tuple(s.stop))
     roles = Roles(
@@ -287,7 +297,7 @@ def _pace(config: Config) -> Pace:
     )
 
 
-def _take_signals() -> None:
+def take_signals() -> None:
     """SIGTERM and SIGINT raise, also where a script started us in the background, deaf to the latter."""
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -311,7 +321,7 @@ def _stop_on_signals(driver: Driver) -> list[int]:
 
 
 def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
-    _take_signals()  # the event loop took them with it
+    take_signals()  # the event loop took them with it
     metrics = read(folder / "metrics.jsonl")
     words = [last_word(metrics), *moved(knobs.control_of(config).controllers, metrics)]
     print("\n".join([summary(metrics), "", *words]))

@@ -86,10 +86,22 @@ class LearnerRank:
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(self.rank)}
         os.environ |= {"WORLD_SIZE": str(s.world), "LOCAL_RANK": "0"}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.manual_seed(s.seed)
         deepspeed.init_distributed(
             "nccl" if self.device.type == "cuda" else "gloo", timeout=_seconds(timeout)
         )
+        return self._build()
+
+    def reset(self, settings: LearnerSettings, objective: Objective) -> None:
+        """Become what a rank just started with these is: weights, optimizer, schedule, random state."""
+        self.engine.destroy()
+        self.settings, self.objective = settings, objective
+        self._build()
+
+    def _build(self) -> dict[str, Any]:
+        import deepspeed
+
+        s = self.settings
+        torch.manual_seed(s.seed)
         policy = load(s.model, DTYPES[s.dtype], s.attention)
         if s.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
