@@ -13,7 +13,9 @@ import yaml
 
 from entroray.cli.settings import CONF
 from entroray.config import Config
+from entroray.control import feedback, schedules
 from entroray.errors import ConfigError
+from entroray.objective.bind import keywords, menu
 
 HEAD = """# Settings
 
@@ -33,8 +35,22 @@ conf/README.md`, and a test compares it.
 - A row that compares the rollouts of a group needs `rollout.group_size` of at least 2.
 - `sampler=` other than fixed draws from another distribution than the policy's and sets the row's
   `correction` to truncated importance weights (entroray/entropy/shaping.py says what is and is not made up
-  for). The learner's log-probs, ratios and entropies stay at `sampler.temperature`; `sampler_*` columns of the
-  token records say how each token was drawn. A rule of `sampler.rule` and `sampler.failed` may be combined.
+  for). The learner's log-probs, ratios and entropies stay at `sampler.temperature`; the `sampler_*` columns
+  of the token records say how each token was drawn. `sampler.rule` and `sampler.failed` may be combined. Beside
+  ratio `sampler`, which weighs already, say `objective.correction.fn=none`.
+"""
+
+CONTROL = """
+## Settings that move while a run goes on
+
+`+control.<name>={knob: <path>, fn: <rule>, ...}` moves one number: of `objective.*` (a setting that is
+written out), `learner.lr` (then the base of its schedule) or `sampler.temperature`. A schedule reads the
+step. A controller reads `signal`, any metric, as it was `delay` steps before (default and least 1: a step's
+metrics are known after it), averaged over `mean` steps (default 1), and begins at `start` (default: the
+setting's own value). Where raising the setting lowers the signal, `gain` or `step` is negative. Two
+controllers of one knob are refused; two that read one signal need each its `priority`: the lowest acts
+first, the next where it no longer moves. `control/<name>` in metrics.jsonl is the value in that step. State
+is in the checkpoint.
 """
 
 
@@ -48,13 +64,23 @@ def main(arguments: list[str]) -> int:
 
 def text() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *_groups(), *_settings()]) + "\n"
+    return "\n".join([HEAD, *_groups(), *_rules(), *_settings()]) + "\n"
 
 
 def _groups() -> Iterator[str]:
     yield "## Choices\n\n| | what it is |\n|---|---|"
     for file in sorted(CONF.glob("*/*.yaml")):
         yield f"| `{file.parent.name}={file.stem}` | {title(file)} |"
+
+
+def _rules() -> Iterator[str]:
+    yield CONTROL + "\n| `fn` | its settings | what it does |\n|---|---|---|"
+    for name, rule in (menu(schedules) | menu(feedback)).items():
+        takes = [
+            f"{p.name}={p.default}" if p.default is not p.empty else p.name for p in keywords(rule).values()
+        ]
+        said = " ".join(inspect.getdoc(rule).split("\n\n")[0].split())  # type: ignore[union-attr]
+        yield f"| `{name}` | {', '.join(takes)} | {said} |"
 
 
 def title(file: Path) -> str:

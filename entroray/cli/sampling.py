@@ -98,7 +98,8 @@ def check_training(config: Config) -> None:
             "sampler.rule shapes what vLLM draws, and with speculative decoding vLLM takes no logits "
             "processors: drop generator.engine.speculative_config, or choose sampler=fixed"
         )
-    if (config.objective.get("correction") or {"fn": "none"})["fn"] == "none":
+    chosen = lambda slot: (config.objective.get(slot) or {}).get("fn")  # noqa: E731
+    if chosen("correction") in (None, "none") and chosen("ratio") != "sampler":
         raise ConfigError(
             "this sampler draws from another distribution than the policy's and objective.correction is "
             "`none`: say 'objective.correction={fn: truncated_importance}', or choose sampler=fixed"

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from entroray.cli import sampling
+from entroray.cli import knobs, sampling
 from entroray.config import Config
 from entroray.errors import ConfigError
 
@@ -87,6 +87,7 @@ def check(config: Config) -> None:
         )
     if not config.objective:
         raise ConfigError("no objective: say objective=<name>, see conf/objective")
+    knobs.control_of(config)
 
 
 def expand(overrides: list[str]) -> list[list[str]]:
@@ -107,7 +108,7 @@ def fingerprint(tree: Any) -> str:
 
 
 def objective(name: str) -> dict[str, Any]:
-    """The row called `name` of conf/objective."""
+    """The row called `name` of conf/objective, without the control that may come with it."""
     row = OmegaConf.to_container(OmegaConf.load(CONF / "objective" / f"{name}.yaml"))
     assert isinstance(row, dict)
-    return {str(k): v for k, v in row.items()}
+    return {str(k): v for k, v in row.get("objective", row).items()}

@@ -9,12 +9,12 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, machine, material, preflight, rundir, sampling, settings
-from entroray.cli.objectives import shown
+from entroray.cli import bootstrap, knobs, machine, material, preflight, rundir, sampling, settings
+from entroray.cli.objectives import schedule, told
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
@@ -25,6 +25,7 @@ from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
 from entroray.observe.console import Console, summary
 from entroray.observe.journal import Journal, read
+from entroray.observe.outlook import Outlook, last_word, moved
 from entroray.policy.tokenizer import fingerprint
 from entroray.workers import cluster
 
@@ -40,17 +41,23 @@ def main(arguments: list[str]) -> int:
     if show:
         print(OmegaConf.to_yaml(tree, resolve=True), end="")
         return 0
-    objective = build_objective(config.objective)
-    check_group_size(objective, config.rollout.group_size)
-    combinations.refuse(objective)
+    objective = objective_of(config)
     if config.run.dry:
         print(_dry(config, objective))
         return 0
-    signal.signal(signal.SIGTERM, _terminated)
+    take_signals()
     preflight.refuse(config)
     facts = bootstrap.ensure(config, rest)
     asyncio.run(_train(config, tree, objective, rundir.open_run(config, tree), facts))
     return 0
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective as configured; ConfigError where it cannot be trained with these settings."""
+    objective = build_objective(config.objective, config.objective_packages)
+    check_group_size(objective, config.rollout.group_size)
+    combinations.refuse(objective, schedule(config))
+    return objective
 
 
 def _flags(arguments: list[str]) -> tuple[list[str], str | None, bool]:
@@ -84,7 +91,7 @@ def _multirun(arguments: list[str]) -> int:
 
 def _dry(config: Config, objective: Objective) -> str:
     """What would run: the equation, each role's share, memory by role."""
-    lines = [objective.describe(), ""]
+    lines = [objective.describe(), *told(config, objective), ""]
     for role, (count, share) in machine.shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
     return "\n".join([*lines, *_memory(config)])
@@ -123,7 +130,7 @@ async def _train(
     facts |= {"resources": machine.join(config)}
     trained = time.monotonic()
     try:
-        journal, console = _journal(config, folder, read_in.tokenizer)
+        journal, console = open_journal(config, folder, read_in.tokenizer)
         probe = tuple(read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await machine.build(
@@ -142,7 +149,7 @@ async def _train(
         rundir.describe(folder, tree, facts)
         console.header("entroray", _header(config, objective, read_in, folder, facts))
         trained = time.monotonic()
-        await _drive(config, objective, read_in, m, journal, run)
+        await drive(config, objective, read_in, m, journal, run)
         journal.event("trained", seconds=round(time.monotonic() - trained, 1), steps=config.run.steps)
         await m.export(str(folder / "model"))
         read_in.tokenizer.save_pretrained(folder / "model")
@@ -155,8 +162,11 @@ async def _train(
     _finish(config, folder, model, time.monotonic() - trained)
 
 
-def _journal(config: Config, folder: Path, tokenizer: Any) -> tuple[Journal, Console]:
-    console = Console()
+def open_journal(
+    config: Config, folder: Path, tokenizer: Any, file: TextIO | None = None
+) -> tuple[Journal, Console]:
+    """The journal of a run in `folder`, and the console it reports to: the terminal, or `file`."""
+    console = Console(file=file)
     trackers: list[Any] = [console]
     if config.observe.tensorboard:
         from entroray.observe.trackers import TensorBoard
@@ -164,7 +174,9 @@ def _journal(config: Config, folder: Path, tokenizer: Any) -> tuple[Journal, Con
         trackers.append(TensorBoard(folder / "tensorboard"))
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     every = config.observe.tokens.every
-    return Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words), console
+    journal = Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words)
+    journal.trackers.append(Outlook(journal.event, console.say, read(folder / "metrics.jsonl")))
+    return journal, console
 
 
 def _header(
@@ -173,13 +185,15 @@ def _header(
     r, s, split = config.rollout, config.sampler, read_in.split
     stops = [repr(x) for x in (read_in.tokenizer.eos_token, *s.stop)]
     return [
-        *shown(objective, config.learner.updates_per_rollout),
+        *objective.describe().splitlines(),
+        *told(config, objective),
         "",
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
         f"sampler    {sampling.describe(s)}",
         f"schedule   {config.run.steps} steps, {config.learner.updates_per_rollout} updates a step, "
         f"lag at most {config.driver.max_lag} ({config.driver.stale})",
+        *(f"control    {c.describe()}" for c in knobs.control_of(config).controllers),
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
         f"data       {len(split.training)} training, {len(split.heldout)} held out; {read_in.dropped}",
         f"machine    {facts['resources']}; ready in {facts['start_seconds']:.0f} s, "
@@ -188,7 +202,7 @@ def _header(
     ]
 
 
-async def _drive(
+async def drive(
     config: Config,
     objective: Objective,
     read_in: material.Material,
@@ -196,6 +210,7 @@ async def _drive(
     journal: Journal,
     run: rundir.RunDir,
 ) -> None:
+    """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
     heat = sampling.heat(config)
     drawn = sampling.shaped(config, config.sampler.temperature, read_in.tokenizer)
     roles = Roles(
@@ -210,7 +225,19 @@ async def _drive(
     pace = _pace(config)
     journal.event("start", objective=config.objective, pace=asdict(pace), state=run.state)
     stream = PromptStream(read_in.split.training, seed=config.seed)
-    driver = Driver(stream, roles, objective, pace, seed=config.seed, looks=_looks(config), heat=heat)
+    control = knobs.control_of(config)
+    journal.event("control", controllers=[c.describe() for c in control.controllers])
+    driver = Driver(
+        stream,
+        roles,
+        objective,
+        pace,
+        seed=config.seed,
+        looks=_looks(config),
+        control=control,
+        tune=knobs.tuner(config),
+        heat=heat,
+    )
     if run.checkpoint:
         driver.restore(run.state)
     saves = m.checkpoints(run.folder)
@@ -252,7 +279,8 @@ def _evaluation(
 
 def _looks(config: Config) -> Looks:
     o = config.observe
-    return Looks(o.diagnosis.every, o.prediction.every, o.prediction.window, o.law.window)
+    law = 0 if config.control else o.law.window  # it was found on runs that nobody steers
+    return Looks(o.diagnosis.every, o.prediction.every, o.prediction.window, law)
 
 
 def _pace(config: Config) -> Pace:
@@ -268,6 +296,12 @@ def _pace(config: Config) -> Pace:
         max_skipped=config.learner.max_skipped,
         stall=d.stall,
     )
+
+
+def take_signals() -> None:
+    """SIGTERM and SIGINT raise, also where a script started us in the background, deaf to the latter."""
+    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop_on_signals(driver: Driver) -> list[int]:
@@ -288,8 +322,10 @@ def _stop_on_signals(driver: Driver) -> list[int]:
 
 
 def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
-    signal.signal(signal.SIGTERM, _terminated)  # the event loop took it with it
-    print(summary(read(folder / "metrics.jsonl")))
+    take_signals()  # the event loop took them with it
+    metrics = read(folder / "metrics.jsonl")
+    words = [last_word(metrics), *moved(knobs.control_of(config).controllers, metrics)]
+    print("\n".join([summary(metrics), "", *words]))
     print(f"\n{config.run.steps} steps in {seconds:.0f} s")
     if config.evaluate.final:
         _compare(config, folder, model)

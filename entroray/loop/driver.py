@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entroray.control import Control
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
 from entroray.loop.heat import Heat
 from entroray.loop.insight import NEVER, Insight, Looks
-from entroray.loop.limits import SkippedUpdates, VerdictFailures
+from entroray.loop.limits import IdleRules, SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
 from entroray.loop.stream import Dropped, Prompts, Stream
-from entroray.objective import Objective
-from entroray.objective.touched import Untouched, touched
+from entroray.objective import Objective, touched
 from entroray.types import Group, Prompt, Rollout, Tokens, Verdict, Version
 
 UNTOUCHED = 20
@@ -71,6 +71,8 @@ def seeds(run: int, serial: int, attempt: int, count: int) -> list[int]:
     return [int.from_bytes(stream[i : i + 4], "little") >> 1 for i in range(0, 4 * count, 4)]
 
 
+Tune = Callable[[Mapping[str, float], Roles], tuple[Objective, Roles]]
+"""Values of settings by path, roles -> the objective and the roles with those values in effect."""
 After = Callable[[int, Mapping[str, float]], Awaitable[None]]
 
 
@@ -87,14 +89,17 @@ class Driver:
         seed: int,
         looks: Looks = NEVER,
         heat: Heat | None = None,
+        control: Control | None = None,
+        tune: Tune | None = None,
     ):
         self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
         self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)
-        self.untouched = Untouched(UNTOUCHED)
+        self.idle = IdleRules(UNTOUCHED)
         self.insight = Insight(looks)
         self.heat = heat or Heat()
+        self.control, self.tune = control or Control(), tune
         self.version: Version = 0
         self.turn: asyncio.Task[dict[str, float]] | None = None
         self.stopping = False
@@ -108,6 +113,7 @@ class Driver:
             if self.version == 0 and (first := await self.roles.evaluate(0)):
                 self.roles.journal.event("evaluation", step=0, **first)
             while self.version < steps and not self.stopping:
+                self._turn_knobs()  # before anything is sampled for this step
                 self.stream.advance(self.version)
                 history.append(await self._within(self._begin()))
                 self.committed = self.state()
@@ -119,6 +125,11 @@ class Driver:
         finally:
             await self.stream.close()
         return history
+
+    def _turn_knobs(self) -> None:
+        values = self.control.turn(self.version + 1)
+        if self.tune and values:
+            self.objective, self.roles = self.tune(values, self.roles)
 
     def _begin(self) -> "asyncio.Task[dict[str, float]]":
         self.turn = asyncio.ensure_future(self.step())
@@ -137,6 +148,7 @@ class Driver:
             "stream": self.stream.state(),
             "insight": self.insight.state(),
             "heat": self.heat.state(),
+            "control": self.control.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -145,6 +157,7 @@ class Driver:
         self.stream.restore(state["stream"], self.version)
         self.insight.restore(state["insight"])
         self.heat.restore(state.get("heat", {}))  # a checkpoint of before samplers has none
+        self.control.restore(state["control"])
         self.committed = self.state()
 
     async def _within(self, step: "asyncio.Task[dict[str, float]]") -> dict[str, float]:
@@ -217,14 +230,15 @@ class Driver:
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
         metrics = updated | synced | self._observe(groups, tokens, rules) | clock.metrics(len(tokens.row))
+        for rule in self.idle.note(metrics):
+            self.roles.journal.event("rule_untouched", rule=rule, steps=self.idle.patience)
         with clock("evaluate", self):
             metrics |= await self.roles.evaluate(self.version)
+        metrics |= self.control.note(metrics)
         self.roles.journal.step(self.version, metrics, groups, tokens)
         return metrics
 
     def _observe(self, groups: Sequence[Group], tokens: Tokens, rules: Mapping[str, int]) -> dict[str, float]:
-        for rule in self.untouched.note(rules):
-            self.roles.journal.event("rule_untouched", rule=rule, steps=self.untouched.patience)
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
         trained = describe(groups, tokens) | self.insight.diagnosed(self.version, groups, tokens)
         judged = [*groups, *self.stream.judged_since()]

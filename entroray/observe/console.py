@@ -70,6 +70,10 @@ class Console:
         self.printed += 1
         self._print(row(step, metrics), "")
 
+    def say(self, line: str) -> None:
+        """One line between the steps."""
+        self._print(line, "italic")
+
     def close(self) -> None:
         """Nothing is held open."""
 

@@ -176,7 +176,22 @@ def _tiles(metrics: Metrics) -> list[tuple[str, str]]:
 
 
 def _cards(metrics: Metrics) -> str:
-    return f'<main class="grid">{"".join(_card(plot, metrics) for plot in PLOTS)}</main>'
+    return f'<main class="grid">{"".join(_card(p, metrics) for p in (*PLOTS, *_moved(metrics)))}</main>'
+
+
+def _moved(metrics: Metrics) -> list[Plot]:
+    """One plot for every setting that a schedule or a controller moved."""
+    names = dict.fromkeys(key for m in metrics for key in m if key.startswith("control/"))
+    meaning = "The value in effect in each step; what it moves is in the event <code>control</code>."
+    return [
+        Plot(
+            f"Setting moved by {escape(key.removeprefix('control/'))}",
+            meaning,
+            "its own unit",
+            (Curve(key, "value", ORANGE),),
+        )
+        for key in names
+    ]
 
 
 def _card(plot: Plot, metrics: Metrics) -> str:

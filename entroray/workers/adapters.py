@@ -1,5 +1,6 @@
 """Pools and gangs of actors in the shape of the roles the driver knows."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -57,6 +58,8 @@ class DeepSpeedLearner:
     deadline: float
     engines: Engines | None = None
     """Those that must leave the learner the card they share with it, until the next sync."""
+    lr: float | None = None
+    """Learning rate in place of the schedule's base; None leaves it."""
 
     async def score(self, batch: Batch, group: NDArray[np.int64], extra: Sequence[str] = ()) -> Scores:
         """Scored in the micro-batches it will be updated in, so that the first ratio is exactly 1."""
@@ -81,7 +84,9 @@ class DeepSpeedLearner:
                         [
                             (batch.rows(r), replace(tokens.take(torch.from_numpy(r)), counts=c))
                             for r in m[rank]
-                        ]
+                        ],
+                        self.objective,
+                        self.lr,
                     ),
                     deadline=self.deadline,
                 )
@@ -130,4 +135,14 @@ def _summary(updates: list[list[dict[str, float]]]) -> dict[str, float]:
         "update/ratio_max": max(r["ratio_max"] for r in ranks),
         "update/entropy": sum(r["entropy"] for r in ranks) / tokens,
         **shares(ranks, tokens),
+        **_by_rule(ranks),
     }
+
+
+def _by_rule(sums: list[dict[str, float]]) -> dict[str, float]:
+    """Tokens that each rule inside the update touched, all updates together."""
+    total: Counter[str] = Counter()
+    for each in sums:
+        for name in (n for n in each if n.startswith("rule:")):
+            total[f"objective/{name.removeprefix('rule:')}_tokens"] += each[name]  # type: ignore[assignment]
+    return dict(total)

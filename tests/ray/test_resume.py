@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ BASE = [
     *("observe.tokens.every=1", "observe.report=false", "evaluate.final=false", "checkpoint.every=2"),
     *("run.resume=auto", "data.size=2000", "data.max_prompt=128"),
     *("generator.replicas=1", "evaluate.every=2", "evaluate.prompts=16", "evaluate.samples=2"),
+    "+control.high={knob: objective.surrogate.high, fn: band, signal: entropy/mean, at_least: 9, at_most: 9, "
+    "step: 0.1, low: 0.2, high: 1}",
 ]
 
 
-def start(folder: Path, model: str, *more: str) -> subprocess.Popen:
+def start(
+    folder: Path, model: str, *more: str, first: Callable[[], object] | None = None
+) -> subprocess.Popen:
     command = [sys.executable, "-m", "entroray", *BASE, f"run.dir={folder}", f"model.path={model}", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, preexec_fn=first)
 
 
 def steps(folder: Path) -> list[int]:
@@ -67,6 +73,8 @@ def test_a_killed_run_goes_on_after_its_last_checkpoint(whole: Path, tmp_path: P
     assert "going on after step" in said
     assert steps(folder) == [1, 2, 3, 4, 5, 6]
     assert prompts(folder) == prompts(whole)
+    assert "high: objective.surrogate.high <- band(" in said
+    assert [r["control/high"] for r in rows(folder)] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -116,7 +124,8 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_its_code(
 def test_a_signal_before_the_first_step_ends_with_its_code_too(
     tmp_path: Path, model: str, number: signal.Signals
 ) -> None:
-    process = start(tmp_path / "run", model)
+    deaf = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731  as a shell starts `... &`
+    process = start(tmp_path / "run", model, first=deaf)
     while not any("raylet" in p.name() for p in psutil.Process(process.pid).children(recursive=True)):
         assert process.poll() is None
         time.sleep(0.05)

@@ -314,11 +314,12 @@ def test_report_of_a_run(tmp_path):
     book = journal(tmp_path, tokens_every=1, vocabulary=WORDS)
     groups, tokens = a_step()
     for step in (1, 2):
-        book.step(step, describe(groups, tokens) | METRICS, groups, tokens)
+        book.step(step, describe(groups, tokens) | METRICS | {"control/bonus": 0.1}, groups, tokens)
     book.event("engine_lost", reason="<i>")
     (tmp_path / "config.yaml").write_text("name: <script>")
     text = page(tmp_path)
-    assert text.count('class="plotly-graph-div"') == len(report.PLOTS) == 8
+    assert text.count('class="plotly-graph-div"') == len(report.PLOTS) + 1 == 9
+    assert "Setting moved by bonus" in text
     ranking = re.findall(r"<tr><td>(.{5})</td>", text)
     assert ranking == ["0.700", "0.600", "0.400", "0.300", "0.200", "0.100"]
     assert "&lt;b&gt; so<mark>⏎</mark>" in text

@@ -107,6 +107,10 @@ def test_what_training_refuses_evaluation_may_do(overrides: list[str], said: str
     settings.load(overrides, training=False)
 
 
+def test_a_row_that_weighs_by_the_sampler_needs_no_correction() -> None:
+    settings.load(["objective=dppo", "sampler=by_entropy", "objective.correction.fn=none"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -1,0 +1,114 @@
+"""Settings that controllers move while a run goes on: found by their path, put in effect on the roles."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from entroray.config import Config
+from entroray.control import Control, Controller, build
+from entroray.entropy.catalogue import INSIGHT, SAMPLER, STEP, UPDATE, matches
+from entroray.errors import ConfigError
+from entroray.loop.driver import Roles
+from entroray.objective import Objective
+from entroray.objective import build as build_objective
+from entroray.objective.bind import nearest
+
+METRICS = (*STEP, *SAMPLER, *UPDATE, *INSIGHT)
+OTHERS = ("eval/", "groups/", "objective/", "reward/", "seconds/", "sync/", "tokens/", "update/", "verdicts/")
+"""Families with metrics that the catalogue of entropy/ does not list."""
+OUTSIDE = {"learner.lr": 0.0, "sampler.temperature": 1e-6}
+"""Settings beside the objective's that can be moved, and the least each may be."""
+
+
+def control_of(config: Config) -> Control:
+    """The controllers of these settings; ConfigError for one that moves what cannot be moved."""
+    controllers = build(config.control)
+    for c in controllers:
+        _measured(c)
+    own = {c.knob: current(config, c.knob) for c in controllers}
+    for c in controllers:
+        for value in _extremes(c, own[c.knob]):
+            _possible(config, c, value)
+    return Control(controllers, own)
+
+
+def current(config: Config, path: str) -> float:
+    """The number at `path`; ConfigError when there is none, or none that can be moved."""
+    if not path.startswith("objective.") and path not in OUTSIDE:
+        raise ConfigError(
+            f"control: `{path}` cannot be moved in a run: numbers of objective.*, {', '.join(OUTSIDE)} can"
+        )
+    node: Any = asdict(config)
+    for part in path.split("."):
+        try:
+            node = node[_index(part)] if isinstance(node, list) else node[part]
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"control: these settings have no `{path}` (nothing at `{part}`): write it out, even a "
+                "default, as in 'objective.penalties=[{fn: entropy_bonus, coef: 0.0}]'"
+            ) from error
+    if not isinstance(node, int | float) or isinstance(node, bool):
+        raise ConfigError(f"control: `{path}` is {node!r}, not a number")
+    return float(node)
+
+
+def in_effect(spec: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
+    """A copy of the objective's row with the values of `objective.*` put in."""
+    row: Any = copy.deepcopy(dict(spec))
+    for path, value in values.items():
+        if path.startswith("objective."):
+            *way, last = path.split(".")[1:]
+            node = row
+            for part in way:
+                node = node[int(part)] if isinstance(node, list) else node[part]
+            node[int(last) if isinstance(node, list) else last] = value
+    return row
+
+
+def tuner(config: Config) -> Callable[[Mapping[str, float], Roles], tuple[Objective, Roles]]:
+    """Values by path, roles -> the objective and the roles with those values in effect."""
+
+    def tune(values: Mapping[str, float], roles: Roles) -> tuple[Objective, Roles]:
+        objective = build_objective(in_effect(config.objective, values), config.objective_packages)
+        learner: Any = roles.learner
+        generator: Any = roles.generator
+        learner = replace(learner, objective=objective, lr=values.get("learner.lr"))
+        if (temperature := values.get("sampler.temperature")) is not None:
+            generator = replace(generator, sampling=replace(generator.sampling, temperature=temperature))
+        return objective, replace(roles, learner=learner, generator=generator)
+
+    return tune
+
+
+def _index(part: str) -> int:
+    """A place in a list, spelt one way only: two paths must not name one knob."""
+    if part != str(abs(int(part))):
+        raise ValueError(part)
+    return int(part)
+
+
+def _measured(c: Controller) -> None:
+    """ConfigError for a signal that no step will ever have measured."""
+    if c.signal is None or matches(c.signal, METRICS) or c.signal.startswith(OTHERS):
+        return
+    known = [m.name for m in METRICS] + list(OTHERS)
+    raise ConfigError(f"control.{c.name}: no step measures `{c.signal}`: {nearest(c.signal, known)}")
+
+
+def _extremes(c: Controller, own: float) -> list[float]:
+    """The values a controller may reach: its bounds, its first, or a schedule's numbers."""
+    given = c.rule.keywords
+    named = [given[key] for key in ("low", "high", "start", "end", "value", "gate") if key in given]
+    return [own if c.start is None else c.start, *named, *given.get("values", [])]
+
+
+def _possible(config: Config, c: Controller, value: float) -> None:
+    least = OUTSIDE.get(c.knob)
+    if least is None:
+        try:
+            build_objective(in_effect(config.objective, {c.knob: value}), config.objective_packages)
+        except ConfigError as error:
+            raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g}: {error}") from error
+    elif value < least:
+        raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g}: it is at least {least:g}")

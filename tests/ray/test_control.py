@@ -1,0 +1,98 @@
+"""Settings moved while real engines run: each reaches the role it is for, and a resume goes on with them."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entroray.cli import knobs, machine, settings
+from entroray.cli.material import load
+from entroray.config import Config
+from entroray.loop.driver import Driver, Pace, Roles
+from entroray.loop.prompts import PromptStream
+from entroray.objective import build
+from entroray.types import Batch, Group, Tokens
+from entroray.workers.checkpoint import state_of
+from entroray.workers.generator import Sampling
+
+BONUS = "objective.penalties.0.coef"
+CONTROL = {
+    "bonus": f"{{knob: {BONUS}, fn: pi, signal: entropy/mean, target: 9, gain: 0.1, integral: 0.01, "
+    "low: 0, high: 1}",
+    "lr": "{knob: learner.lr, fn: linear, start: 1e-3, end: 2e-4, steps: 5}",
+    "heat": "{knob: sampler.temperature, fn: stage, values: [1.0, 1.2, 0.9], until: [1, 3]}",
+}
+BASE = [
+    *("experiment=quickstart", "objective=grpo", "objective.penalties=[{fn: entropy_bonus, coef: 0.0}]"),
+    *("data.size=2000", "data.max_prompt=128", "generator.replicas=1", "learner.warmup_updates=0"),
+]
+PACE = Pace(8, 4, 0, True, 2, 1000, max_failed=0.5, max_skipped=1, stall=120.0)
+
+
+class Memory:
+    """A journal that keeps metrics and temperatures, of the last time a step was taken."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], tokens: Tokens) -> None:
+        lasting = {k: v for k, v in metrics.items() if not k.startswith(("seconds/", "tokens/", "sync/"))}
+        self.rows[step] = lasting | {"temperature": float(tokens.temperature[0])}
+
+    def skipped(self, step: int, batch: Batch, tokens: Tokens) -> None:
+        raise AssertionError(f"step {step} was left out")
+
+    def event(self, kind: str, **fields: Any) -> None:
+        pass
+
+
+def a_driver(config: Config, m: machine.Machine, read: Any, journal: Memory) -> Driver:
+    """As `entroray train` makes it."""
+    objective = build(config.objective)
+    roles = Roles(
+        m.generator_role(Sampling(1.0, 12)), m.verifier_role(), m.learner_role(objective), m.sync, journal
+    )
+    control, tune = knobs.control_of(config), knobs.tuner(config)
+    prompts = PromptStream(read.split.training, seed=0)
+    return Driver(prompts, roles, objective, PACE, seed=0, control=control, tune=tune)
+
+
+async def four_steps(config: Config, model: str, folder: Path) -> tuple[list[Driver], list[Memory]]:
+    """Four steps; then steps 3 and 4 again, from what was saved after step 2, by another driver."""
+    read = load(config, model)
+    m = await machine.build(config, model, build(config.objective), read.judge, (1, 2, 3), total_updates=8)
+    saves, books = m.checkpoints(folder), [Memory(), Memory()]
+    whole = a_driver(config, m, read, books[0])
+
+    async def save(step: int, metrics: Mapping[str, float]) -> None:
+        if step == 2:
+            await saves.save(step, whole.committed)
+
+    await whole.train(4, save)
+    saved = folder / "checkpoints" / "step-000002"
+    await m.learner.all(lambda rank, h: h.load.remote(str(saved)), deadline=60.0)
+    await m.sync(2)
+    resumed = a_driver(config, m, read, books[1])
+    resumed.restore(state_of(saved))
+    await resumed.train(4)
+    await m.stop()
+    return [whole, resumed], books
+
+
+def test_moved_settings_act_and_a_resume_goes_on_with_them(
+    local_ray: None, model: str, tmp_path: Path
+) -> None:
+    moved = [f"+control.{name}={spec}" for name, spec in CONTROL.items()]
+    config, _ = settings.load([*BASE, *moved, f"model.path={model}"])
+    (whole, resumed), (first, second) = asyncio.run(four_steps(config, model, tmp_path))
+    rows = list(first.rows.values())
+    coefs = [row["control/bonus"] for row in rows]
+    assert coefs[0] == 0.0 < coefs[1] and len(set(coefs)) == 4
+    assert [row["update/lr"] for row in rows] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4])
+    assert [row["temperature"] for row in rows] == pytest.approx([1.0, 1.2, 1.2, 0.9])
+    # A random policy is rewarded for nothing else, so the loss shows that the coefficient was in effect.
+    assert abs(rows[0]["update/loss"]) < 0.1 and rows[3]["update/loss"] < -0.2
+    assert second.rows == {step: first.rows[step] for step in (3, 4)}
+    assert resumed.control.state() == whole.control.state() and resumed.control.state()["memory"]["bonus"]

@@ -1,0 +1,144 @@
+"""Runs put into words, tested on recorded runs of each kind.
+
+tests/unit/data/run_*.jsonl are columns of metrics.jsonl of real runs of the quickstart model, four digits:
+healthy and collapsing are plain runs, exploding had an entropy bonus of 0.3, no_signal sums of six two-digit
+numbers, gone a learning rate that destroyed the policy, saturated a trained model on sums of two numbers.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from entroray.control import build
+from entroray.entropy.verdict import LEAST, read, trend
+from entroray.observe.outlook import STEADY, Outlook, last_word, moved
+
+DATA = Path(__file__).parent / "data"
+
+
+def run(name):
+    return [json.loads(line) for line in (DATA / f"run_{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("healthy", "healthy"),
+        ("collapsing", "collapsing"),
+        ("exploding", "exploding"),
+        ("no_signal", "no signal"),
+        ("gone", "no signal"),
+        ("saturated", "saturated"),
+    ],
+)
+def test_a_recorded_run_of_each_kind(name, kind):
+    found = read(run(name))
+    assert found.kind == kind
+    assert (kind == "healthy") == (found.remedy == "")
+
+
+def test_collapse_is_dated_from_its_own_rate():
+    steps = [
+        {"step": i, "entropy/mean": 0.8 * math.exp(-i / 50), "reward/mean": 0.3 + i / 400} for i in range(60)
+    ]
+    found = read(steps)
+    start = sum(s["entropy/mean"] for s in steps[:5]) / 5
+    now = sum(s["entropy/mean"] for s in steps[-10:]) / 10
+    left = round(50 * math.log(now / (0.1 * start)))
+    assert found.kind == "collapsing" and f"reaches {0.1 * start:.3f} in {left} steps" in found.words
+    assert found.cause == "no single sign" and found.remedy == "half of learner.lr"
+
+
+def test_the_strongest_sign_is_the_cause():
+    signs = {"update/kl": 0.006, "mismatch/kl": 0.0001, "groups/all_right": 0.41}
+    decay = [{"entropy/mean": math.exp(-i / 50), "reward/mean": 0.3} for i in range(60)]
+    found = read([s | signs for s in decay])
+    assert found.remedy == "learner.updates_per_rollout=1" and "0.006" in found.cause
+    found = read([s | signs | {"groups/all_right": 0.6} for s in decay])
+    assert found.cause.startswith("60% of groups")
+
+
+def test_levels_are_relative_to_the_run_itself():
+    for scale in (0.1, 10.0):
+        scaled = [s | {"entropy/mean": s["entropy/mean"] * scale} for s in run("collapsing")]
+        assert read(scaled).kind == "collapsing"
+
+
+def test_a_reward_that_never_rose_is_no_signal_and_one_that_stopped_is_saturated():
+    flat = [{"entropy/mean": 1.0, "reward/mean": 0.2 - i / 1000} for i in range(60)]
+    assert read(flat).kind == "no signal" and read(flat[:30]).kind == "healthy"
+    spent = [{"entropy/mean": max(0.3, 1 - i / 20), "reward/mean": min(0.6, 0.2 + i / 50)} for i in range(60)]
+    assert read(spent).kind == "saturated"
+
+
+def test_too_short_a_run_gets_no_verdict_and_gaps_do_no_harm():
+    steps = run("healthy")
+    assert read(steps[: LEAST - 1]) is None and read([]) is None
+    assert "none before" in last_word(steps[:3]) and last_word(steps).startswith("verdict: healthy")
+    gaps = [s | {"reward/mean": None} if i % 3 else s for i, s in enumerate(steps)]
+    assert read([*gaps, {"step": 61, "entropy/mean": None}]).kind == "healthy"
+
+
+def test_trend_of_a_line_and_of_nothing():
+    assert trend([1.0, 3.0, 5.0]) == (2.0, 0.0)
+    assert trend([1.0, 2.0]) == (0.0, math.inf)
+
+
+def test_a_change_is_announced_once_it_holds():
+    events, said = [], []
+    outlook = Outlook(
+        lambda kind, **fields: events.append((kind, fields["step"], fields["verdict"])), said.append
+    )
+    steps = run("collapsing")
+    for s in steps:
+        outlook.log(s["step"], s)
+    assert [(kind, name) for kind, _, name in events] == [("verdict", "healthy"), ("verdict", "collapsing")]
+    first = next(i for i in range(LEAST, len(steps)) if read(steps[: i + 1]).kind == "collapsing")
+    assert events[0][1] == LEAST and events[1][1] == steps[first]["step"] + STEADY - 1
+    assert len(said) == 2 and said[1].startswith(f"step {events[1][1]}: collapsing")
+    resumed = Outlook(lambda kind, **fields: None, said.append, steps)
+    resumed.log(50, steps[49])
+    assert len(resumed.history) == 50
+
+
+def test_the_last_word_holds_prediction_and_law_against_what_happened():
+    steps = [
+        s | {"law/ceiling": 0.61, "law/low": 0.5, "law/high": 0.7, "law/r2": 0.8} for s in run("healthy")
+    ]
+    assert "none before 4 steps" in last_word(steps) and "early warning" in last_word(steps)
+    for i in range(6):  # the last one is foretold wrongly
+        foretold = {
+            f"entropy/predicted_change_{form}": -float(i + 1) for form in ("exact", "natural", "proxy")
+        }
+        steps[i] |= foretold | {"entropy/realised_change": -0.01 * (i + 1) if i < 5 else 0.09}
+    said = last_word(steps)
+    assert "rises in 5 of 6 rescored steps (it changed by -0.0100 nats a step)" in said
+    assert (
+        "rank correlation exact +0.14" in said
+        and "0.610 is the reward at entropy 0, 95 % 0.500 to 0.700" in said
+    )
+    assert "law: off, a controller acts" in last_word([*steps, {"step": 61, "control/c": 0.1}])
+    assert "not fitted" in last_word([]) and "verdict: none" in last_word([])
+
+
+def test_the_last_words_tell_where_controllers_stand():
+    pi = {"knob": "learner.lr", "fn": "pi", "signal": "entropy/mean"} | {
+        "target": 0.5,
+        "gain": 1.0,
+        "integral": 0.0,
+        "low": 0.0,
+        "high": 1.0,
+    }
+    linear = {"knob": "sampler.temperature", "fn": "linear", "start": 1.0, "end": 0.5, "steps": 6}
+    steps = [
+        {"step": i, "entropy/mean": 0.4, "control/a": min(1.0, i / 4), "control/b": 1 - i / 10}
+        for i in range(1, 7)
+    ]
+    assert moved(build({"a": pi, "b": linear}), steps) == [
+        "control: a left learner.lr at 1, at a limit in 3 of 6 steps; "
+        "entropy/mean is 0.4 over the last 5 steps, its target 0.5",
+        "control: b left sampler.temperature at 0.4",
+    ]
+    assert moved(build({"a": pi}), []) == []
