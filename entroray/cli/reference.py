@@ -36,8 +36,8 @@ conf/README.md`, and a test compares it.
 - `sampler=` other than fixed draws from another distribution than the policy's and sets the row's
   `correction` to truncated importance weights (entroray/entropy/shaping.py says what is and is not made up
   for). The learner's log-probs, ratios and entropies stay at `sampler.temperature`; the `sampler_*` columns
-  of the token records say how each token was drawn. `sampler.rule` and `sampler.failed` may be combined. Beside
-  ratio `sampler`, which weighs already, say `objective.correction.fn=none`.
+  of the token records say how each token was drawn. `sampler.rule` and `sampler.failed` may be combined.
+  Beside ratio `sampler`, which weighs already, say `objective.correction.fn=none`.
 """
 
 CONTROL = """
