@@ -149,15 +149,19 @@ def test_weighted_estimates_agree_with_plain_ones(engine: Any, peaked: str) -> N
     """The mean of -ln pi over whole responses of four tokens, weighted by the product of pi / b."""
     plain = draw(engine, Sampling(1.0, 4), 3000, first=10_000)
 
-    def logpi(rollouts: list[Rollout], temperature: float) -> torch.Tensor:
-        ids = np.array([r.token_ids for r in rollouts])
-        logp = (logits(peaked, ids) / temperature).log_softmax(-1)
-        return logp.gather(-1, torch.from_numpy(ids).long()[..., None]).squeeze(-1).sum(-1)
+    def logpi(rollouts: list[Rollout]) -> torch.Tensor:
+        found = torch.zeros(len(rollouts), dtype=torch.float64)
+        for length in {r.length for r in rollouts}:  # some end early
+            rows = [i for i, r in enumerate(rollouts) if r.length == length]
+            ids = np.array([rollouts[i].token_ids for i in rows])
+            logp = logits(peaked, ids).log_softmax(-1)
+            found[rows] = logp.gather(-1, torch.from_numpy(ids).long()[..., None]).squeeze(-1).sum(-1)
+        return found
 
-    truth = -logpi(plain, 1.0)
+    truth = -logpi(plain)
     for name in ("corners", "hot"):
         rollouts = draw(engine, SAMPLERS[name], 3000)
-        pi = logpi(rollouts, 1.0)
+        pi = logpi(rollouts)
         logb = torch.tensor([r.logprobs.sum(dtype=np.float64) for r in rollouts])
         weighted = (pi - logb).exp() * -pi
         error = math.sqrt(float(weighted.var() + truth.var()) / 3000)
@@ -178,7 +182,7 @@ def test_notes_survive_pre_emption_and_are_drained_once(engine: Any, peaked: str
         assert r.shaped is not None and r.length == 240
         np.testing.assert_allclose(r.shaped.entropy, entropy, atol=1e-3)
         np.testing.assert_allclose(r.shaped.temperature, temperature[0], atol=1e-3)
-        stated = logb[0].gather(-1, torch.from_numpy(r.token_ids).long()[:, None]).squeeze(-1)
+        stated = logb[0].gather(-1, torch.tensor(r.token_ids).long()[:, None]).squeeze(-1)
         np.testing.assert_allclose(r.logprobs, stated, atol=1e-3)
 
 
