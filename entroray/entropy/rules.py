@@ -38,16 +38,17 @@ def by_entropy(
     entropy: Float[Tensor, " n"],
     varentropy: Float[Tensor, " n"],
     *,
-    least: Positive = 0.9,
-    most: Positive = 1.2,
-    start: NonNegative = 0.0,
-    full: Positive = 1.5,
+    least: Positive = 1.0,
+    most: Positive = 1.3,
+    start: NonNegative = 0.3,
+    full: Positive = 2.0,
 ) -> Choice:
     """Rises with H in a straight line from `least` at `start` nats to `most` at `full`, and stays there.
 
     `least + (most - least) clip((H - start) / (full - start), 0, 1)`
     After the per-token temperature of HAPO (arXiv 2509.16591), which heats by 5 % around a quantile of ln H;
-    bounds and thresholds are ours. `least` above `most` cools where H is high.
+    bounds and thresholds are ours. Never below 1, so that pi / b stays bounded: a cooler distribution has
+    thinner tails than the policy's. `least` above `most` cools where H is high.
     """
     if full <= start:
         raise ConfigError(f"{SETTING}: full={full:g} nats must be above start={start:g}")

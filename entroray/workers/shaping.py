@@ -28,37 +28,61 @@ KEY = "entroray"
 
 
 class Notes:
-    """Entropy, varentropy (nats, before shaping) and temperature really used of one request, by position."""
+    """Entropy, varentropy (nats, before shaping) and temperature really used, by request and position.
 
-    def __init__(self, room: int):
-        self.values: NDArray[np.float32] = np.full((room, 3), np.nan, dtype=np.float32)
-        self.inserted: list[int] = []
-        """Positions at which a token was put, not drawn."""
+    One block [slots, room, 3] that grows, so that a whole batch is noted at once; NaN where nothing was.
+    """
 
-    def may_insert(self, position: int, most: int) -> bool:
-        """Whether fewer than `most` tokens were put before `position`."""
-        return sum(p < position for p in self.inserted) < most
+    def __init__(self) -> None:
+        self.values: NDArray[np.float32] = np.full((64, 64, 3), np.nan, dtype=np.float32)
+        self.slots: dict[str, int] = {}
+        self.free = list(range(64))
 
-    def note_inserted(self, position: int) -> None:
-        if position not in self.inserted:
-            self.inserted.append(position)
+    def open(self, name: str, room: int) -> int:
+        """The slot of a request: its own again when it comes back from pre-emption."""
+        if name in self.slots:
+            return self.slots[name]
+        slots, most, _ = self.values.shape
+        if not self.free or room > most:
+            self._grow(slots if self.free else 2 * slots, max(room, most))
+        self.slots[name] = slot = self.free.pop()
+        return slot
+
+    def _grow(self, slots: int, room: int) -> None:
+        old, self.values = self.values, np.full((slots, room, 3), np.nan, dtype=np.float32)
+        self.values[: len(old), : old.shape[1]] = old
+        self.free += range(len(old), slots)
+
+    def inserted(self, slot: int, position: int) -> int:
+        """Tokens put before `position`: those without a temperature."""
+        return int(np.isnan(self.values[slot, :position, 2]).sum())
+
+    def close(self, name: str) -> NDArray[np.float32] | None:
+        """[room, 3] of a request that is over; its slot is free again."""
+        slot = self.slots.pop(name, None)
+        if slot is None:
+            return None
+        values = self.values[slot].copy()
+        self.values[slot] = np.nan
+        self.free.append(slot)
+        return values
 
 
-NOTES: dict[str, Notes] = {}
-"""By request, of this process; a request's leave with `drain`."""
+NOTES = Notes()
+"""Of this process; a request's leave with `drain`."""
 
 
 def drain(worker: Any, names: Sequence[str]) -> list[NDArray[np.float32] | None]:
     """[positions, 3] of each finished request, which forgets them; for `LLM.collective_rpc`."""
-    found = [NOTES.pop(name, None) for name in names]
-    return [None if notes is None else notes.values for notes in found]
+    return [NOTES.close(name) for name in names]
 
 
 @dataclass(frozen=True)
 class Row:
     """One request in the batch."""
 
-    notes: Notes
+    slot: int
+    """Of its notes."""
     tokens: list[int]
     """Its response so far; vLLM's own list, which grows."""
     rule: str
@@ -78,9 +102,9 @@ def _row(params: SamplingParams, _: list[int] | None, tokens: list[int]) -> Row 
     asked: Mapping[str, Any] | None = (params.extra_args or {}).get(KEY)
     if asked is None:
         return None
-    notes = NOTES.get(asked["name"]) or NOTES.setdefault(asked["name"], Notes(params.max_tokens or 1))
+    slot = NOTES.open(asked["name"], params.max_tokens or 1)
     settings = (asked["factor"], asked["insert"], asked["inserts"])
-    return Row(notes, tokens, asked["rule"], params.temperature, *settings)
+    return Row(slot, tokens, asked["rule"], params.temperature, *settings)
 
 
 @dataclass(frozen=True)
@@ -89,6 +113,7 @@ class Bundle:
 
     rule: partial[rules.Choice]
     rows: list[Row]
+    slots: NDArray[np.int64]
     index: Tensor
     factor: Tensor
     """Of each row's prompt."""
@@ -122,13 +147,14 @@ class Shaping(LogitsProcessor):
 
     def _bundle(self, rule: str, places: list[int]) -> Bundle:
         rows = [self.rows[place] for place in places]
-        column = lambda values: torch.tensor(values, dtype=torch.float32, device=self.device)  # noqa: E731
+        on = lambda values: torch.from_numpy(values).to(self.device)  # noqa: E731
         return Bundle(
             _rule(rule),
             rows,
-            torch.tensor(places, device=self.device),
-            column([r.factor for r in rows]),
-            column([r.temperature for r in rows]),
+            np.array([r.slot for r in rows]),
+            on(np.array(places)),
+            on(np.array([r.factor for r in rows], dtype=np.float32)),
+            on(np.array([r.temperature for r in rows], dtype=np.float32)),
             any(r.insert is not None for r in rows),
         )
 
@@ -151,8 +177,8 @@ def _draw_from(logits: Tensor, bundle: Bundle) -> None:
     values = torch.stack((entropy, varentropy, factor * bundle.temperature), -1).cpu().numpy()
     if bundle.inserts and choice.unsure is not None:
         _insert(logits, bundle, choice.unsure, values)
-    for row, value in zip(bundle.rows, values, strict=True):
-        row.notes.values[len(row.tokens)] = value
+    positions = np.array([len(row.tokens) for row in bundle.rows])
+    NOTES.values[bundle.slots, positions] = values
 
 
 def _insert(logits: Tensor, bundle: Bundle, unsure: Tensor, values: NDArray[np.float32]) -> None:
@@ -160,8 +186,7 @@ def _insert(logits: Tensor, bundle: Bundle, unsure: Tensor, values: NDArray[np.f
     for place in unsure.nonzero().squeeze(-1).tolist():
         row = bundle.rows[place]
         position = len(row.tokens)
-        if row.insert is not None and row.notes.may_insert(position, row.inserts):
-            row.notes.note_inserted(position)
+        if row.insert is not None and NOTES.inserted(row.slot, position) < row.inserts:
             at, token = torch.tensor([place]), torch.tensor([row.insert])
             shaping.only(logits, at.to(logits.device), token.to(logits.device))
             values[place, 2] = np.nan

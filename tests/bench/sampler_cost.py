@@ -7,6 +7,7 @@ cost is the median over rounds of each round's own ratio, so that a machine that
 import argparse
 import asyncio
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -31,7 +32,7 @@ RULES = {
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=64, help="of each response")
     parser.add_argument("--group", type=int, default=8, help="responses of each of 32 prompts")
     return parser.parse_args()
@@ -60,7 +61,7 @@ async def measure(folder: str, rounds: int, tokens: int, group: int) -> Mapping[
     arms |= {name: (engines["by_entropy"], plain.under(rule)) for name, rule in RULES.items()}
     found: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
-        for name, (engine, sampling) in arms.items():
+        for name, (engine, sampling) in random.Random(turn).sample(list(arms.items()), len(arms)):
             found[name].append(await speed(engine, sampling, group, seed=turn * group))
     return {name: speeds[1:] for name, speeds in found.items()}  # the first round warms up
 

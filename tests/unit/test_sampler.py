@@ -116,7 +116,7 @@ def test_a_row_that_weighs_by_the_sampler_needs_no_correction() -> None:
     [
         (["sampler.rule.fn=quadrant"], "did you mean `quadrants`"),
         (["sampler=by_entropy", "sampler.rule.most=-1"], "by_entropy.most` must be above 0"),
-        (["sampler=by_entropy", "sampler.rule.full=0.5", "sampler.rule.start=1.0"], "full=0.5 nats"),
+        (["sampler=by_entropy", "sampler.rule.full=0.2"], "full=0.2 nats"),
         (["sampler=quadrants", "sampler.rule.low_entropy=4.0"], "corners overlap"),
         (["sampler=by_entropy", "sampler.insert='?'"], "says where it is unsure"),
         (["sampler=quadrants", "sampler.inserts=0"], "inserts=0 must be at least 1"),
