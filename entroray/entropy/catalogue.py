@@ -100,7 +100,8 @@ SAMPLER = _rows(
     "sampler/temperature | drawn at; 0 where the likeliest was taken | - | mean of those drawn",
     "sampler/likeliest | taken, not drawn | share of those drawn | count",
     "sampler/inserted | put by the sampler, not trained on | share | count",
-    "sampler/gap | difference of H, engine to learner, at the policy's temperature; with a lag also what was learnt since | nats | maximum",
+    "sampler/gap | difference of H, engine to learner, at the policy's temperature; with a lag also what "
+    "was learnt since | nats | maximum",
 )
 """What `describe` adds where a sampler shaped; mismatch and importance then include what it shaped."""
 
