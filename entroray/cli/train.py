@@ -20,6 +20,7 @@ from entroray.errors import InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.evaluate import heldout
 from entroray.loop.insight import Looks
+from entroray.loop.limits import Stagnation
 from entroray.loop.prompts import PromptStream
 from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
@@ -240,16 +241,24 @@ async def drive(
     if run.checkpoint:
         driver.restore(run.state)
     saves = m.checkpoints(run.folder)
+    stagnation = Stagnation(config.learner.reset_after, **run.state.get("stagnation", {}))
+
+    async def save(accuracy: float | None = None) -> Path:
+        told = {"best": stagnation.best, "since": stagnation.since}
+        return await saves.save(driver.version, {**driver.committed, "stagnation": told}, accuracy)
 
     async def after(step: int, metrics: Mapping[str, float]) -> None:
+        if stagnation.note(metrics.get("eval/greedy")):
+            await m.anchor(str(run.folder / "anchors" / f"step-{step:06d}"))
+            journal.event("reference_reset", step=step, best=stagnation.best)
         if config.checkpoint.every and step % config.checkpoint.every == 0:
-            saved = await saves.save(step, driver.committed, metrics.get("eval/greedy"))
+            saved = await save(metrics.get("eval/greedy"))
             journal.event("checkpoint", step=step, folder=str(saved))
 
     caught = _stop_on_signals(driver)
     await driver.train(config.run.steps, after)
     if caught:
-        saved = await saves.save(driver.version, driver.committed)
+        saved = await save()
         journal.event("stopped", signal=caught[0], step=driver.version, folder=str(saved))
         raise Stopped(
             caught[0],
@@ -298,9 +307,8 @@ def _pace(config: Config) -> Pace:
 
 
 def take_signals() -> None:
-    """SIGTERM and SIGINT raise, also where a script started us in the background, deaf to the latter."""
+    """SIGTERM is an exception like Ctrl-C."""
     signal.signal(signal.SIGTERM, _terminated)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop_on_signals(driver: Driver) -> list[int]:

@@ -27,20 +27,20 @@ def entroray(*arguments: str, expect: int = 0) -> str:
 def test_a_run_in_a_reused_machine_is_a_fresh_process_bit_for_bit(tmp_path: Path, model: str) -> None:
     """dapo finds no undecided group with a random model: it fails, and the others go on."""
     folder, told = tmp_path / "lab", [*SMALL, f"model.path={model}"]
-    said = entroray("lab", f"--dir={folder}", *told, "objective=grpo,dapo,kl_cov", "seed=1", expect=5)
+    said = entroray("lab", f"--dir={folder}", *told, "objective=grpo,dapo,sapo", "seed=1", expect=5)
     assert "3 cells asked for, 0 done before" in said and "failed: quickstart, dapo, seed 1" in said
     status = {c.objective: c.status for c in stored.load(folder)}
-    assert status == {"grpo": "done", "dapo": "failed", "kl_cov": "done"}
+    assert status == {"grpo": "done", "dapo": "failed", "sapo": "done"}
 
-    killed = next(c for c in stored.load(folder) if c.objective == "kl_cov")
+    killed = next(c for c in stored.load(folder) if c.objective == "sapo")
     stored.save(folder, replace(killed, status="missing", measured={}))
-    said = entroray("lab", f"--dir={folder}", *told, "objective=grpo,kl_cov", "seed=1,2")
+    said = entroray("lab", f"--dir={folder}", *told, "objective=grpo,sapo", "seed=1,2")
     assert "4 cells asked for, 1 done before" in said
     cells = [c for c in stored.load(folder) if c.status == "done"]
     assert [c.seed for c in cells] == [1, 2, 1, 2]
     assert all({"after/greedy", "before/pass@2", "after/entropy/mean"} <= c.measured.keys() for c in cells)
     assert len((folder / "cells.csv").read_text().splitlines()) == 6
 
-    last = next(c for c in cells if (c.objective, c.seed) == ("kl_cov", 2))
+    last = next(c for c in cells if (c.objective, c.seed) == ("sapo", 2))
     entroray("train", *last.overrides, f"run.dir={tmp_path}/fresh")
     assert differences(tmp_path / "fresh", stored.path(folder, last), after=0) == []
