@@ -123,7 +123,7 @@ class LearnerConfig:
     max_skipped: int = 3  # steps in a row whose gradient is not finite, after which the run ends
     schedule: str = "constant_with_warmup"  # any name transformers.get_scheduler knows
     warmup_updates: int = 0  # updates over which the learning rate rises from 0
-    reference: bool = False  # frozen copy of the first weights, for KL penalties
+    reference: bool = False  # a frozen copy of the first weights, even where no penalty needs one
     gradient_checkpointing: bool = False  # less memory for a second forward pass
     threads: int | None = None  # null: all cores of the node
     deepspeed: dict[str, Any] = field(default_factory=dict)  # to DeepSpeed, untouched
@@ -220,6 +220,7 @@ class Config:
     data: Data = field(default_factory=Data)
     reward: Reward = field(default_factory=Reward)
     objective: dict[str, Any] = field(default_factory=dict)  # one function per slot; see objective=
+    objective_packages: list[str] = field(default_factory=list)  # your own, whose functions a row may name
     control: dict[str, Any] = field(default_factory=dict)  # settings moved in the run; see control=
     sampler: Sampler = field(default_factory=Sampler)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -8,20 +8,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from entroray.objective import Objective, count
+from entroray.objective import Objective, build, count
 from entroray.types import Counts, Group, Prompt, Rollout, Tokens, Verdict
 
 CONF = Path(__file__).parents[1] / "conf/objective"
-ROWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
-FULL = ROWS["dapo"] | {
-    "shapes": [{"fn": "by_sign"}],
-    "scales": [{"fn": "selected", "inside": 0.7}],
-    "correction": {"fn": "truncated_importance"},
-    "penalties": [{"fn": "kl"}, {"fn": "kl_k3"}, {"fn": "entropy_bonus"}],
-    "aggregate": {"fn": "rollout_mean"},
-}
-"""No published row: every slot filled at once."""
-SPECS = ROWS | {"full": FULL}
+FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
+ROWS = {name: file.get("objective", file) for name, file in FILES.items()}
+BUILT = {name: build(row) for name, row in ROWS.items()}
+STATISTICS = sorted({name for row in BUILT.values() for name in row.statistics})
+"""Every further statistic of the vocabulary that some row asks for; each is a number below 0 here."""
 LENGTHS, GROUPS, ADVANTAGES = (5, 1, 7, 3, 4, 8), (0, 0, 1, 1, 2, 2), (1.5, -0.5, 0.3, -2.0, 0.0, 1.0)
 N = sum(LENGTHS)
 
@@ -62,6 +57,7 @@ def tokens(*, drift: float = 3.0, masked_out=(0, 9, 10, 27), hole: float = torch
         version=torch.zeros(len(LENGTHS), dtype=torch.long),
         step=3,
         counts=Counts(0, 0, 0, 0),
+        extra={name: column(-0.3 - torch.rand(N, generator=g, dtype=torch.float64)) for name in STATISTICS},
     )
     return replace(t, counts=count(t))
 
@@ -73,15 +69,11 @@ def group(rewards=(1, 0, 0, 1), correct=(1, 0, 0, 1), lengths=(50, 85, 90, 100))
     return Group(Prompt("q", "", (), ""), rollouts, verdicts)
 
 
-def half(t: Tokens) -> Tensor:
-    """A scale of a user's own."""
-    return torch.full_like(t.advantages, 0.5)
-
-
 def live(t: Tokens) -> Tokens:
     """As inside the update: log-probs and entropy are leaves that gather gradient."""
     leaves = {n: getattr(t, n).detach().clone().requires_grad_() for n in ("logprobs", "entropy")}
-    return replace(t, **leaves)
+    extra = {n: x.detach().clone().requires_grad_() for n, x in t.extra.items()}
+    return replace(t, **leaves, extra=extra)
 
 
 def update(objective: Objective, t: Tokens, cuts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +91,24 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 WHOLE = [[0, 1, 2, 3, 4, 5]]
+MASK = tokens().mask
+SPARE = {"mean_discriminator": torch.where(MASK, 9.0, 0.0).double()} | {
+    name: torch.where(MASK, -0.1 - 0.02 * i - 0.01 * torch.arange(N).double(), 0.0)
+    for i, name in enumerate(
+        ["nucleus_entropy:0.5", "top_entropy:2", "top_entropy:5", "plausible_logmass:0.1"]
+    )
+}
+"""Statistics that no shipped row asks for, and one beyond every threshold."""
 
 
-def gate(a: Tensor, r: Tensor, low: float, high: float, dual: float = torch.inf) -> Tensor:
-    return torch.where(a > 0, r <= 1 + high, (r >= 1 - low) & (r <= dual))
+def outcome(objective: Objective) -> list[float]:
+    """Everything a row decides, on one fixed case: credited where the step begins, updated further on."""
+    moved, g = replace(tokens(), entropy=tokens().entropy + 0.3), group()
+    uneven = moved.advantages * (1 + 0.1 * torch.sin(torch.arange(N).double()))
+    start = replace(moved, logprobs=moved.old_logprobs, extra=moved.extra | SPARE, step=60)
+    t = replace(objective.credit(replace(start, advantages=uneven)), logprobs=moved.logprobs)
+    numbers = [objective.shape_rewards(g), objective.estimate(g), *update(objective, t, WHOLE)]
+    numbers += [t.scale, t.correction, torch.tensor([objective.keep(group(correct=(1, 1, 1, 1)))])]
+    flat = torch.cat([x.double().reshape(-1) for x in numbers])
+    assert flat.isfinite().all()
+    return flat.tolist()

@@ -15,7 +15,7 @@ from entroray.entropy import token_entropy
 from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.insight import NEVER, Looks
 from entroray.objective import Objective
-from entroray.policy.head import extra_stats
+from entroray.policy.statistics import named
 from entroray.types import Batch, Group, Prompt, Rollout, Status, Tokens, Verdict
 
 VOCABULARY, TARGET, LENGTH = 8, 3, 2
@@ -86,7 +86,7 @@ class ToyWorld:
         for _ in range(5):  # what runs beside the learner gets its turns
             await asyncio.sleep(0)
         with torch.no_grad():
-            more = extra_stats(self.logits[None], torch.eye(VOCABULARY), torch.ones(1), extra)
+            more = {name: named(name)(self.logits[None].log_softmax(-1)) for name in extra}
             seen = self._see(batch) | {k: v.expand(len(batch.response_ids)) for k, v in more.items()}
             return {k: v.numpy() for k, v in seen.items()}
 

@@ -14,9 +14,10 @@ USAGE = """usage: entroray <command> [hydra overrides]
   eval        held-out accuracy of a model folder: entroray eval model.path=runs/latest/model
   verify-resume  n steps, a checkpoint and n more against 2n: equal bit for bit, or exit code 6
   doctor      everything wrong with this machine and these settings, at once, with remedies
+  lab         rows compared over seeds: entroray lab experiment=quickstart objective=grpo,dapo seed=1,2,3
   submit      train as a job of a Ray cluster: entroray submit [--address=http://HEAD:8265] overrides
-  objectives  every row and function; `objectives show overrides`: the equation, and what of it does nothing
   reference   print conf/README.md: every choice and setting
+  objectives  every row and slot; the equation of some settings: entroray objectives show objective=dapo
   report      write report.html of a run directory: entroray report runs/latest
 
   --cfg job         print the composed settings and stop
@@ -56,6 +57,7 @@ COMMANDS = {
         "train",
         "bootstrap",
         "eval",
+        "lab",
         "report",
         "doctor",
         "submit",

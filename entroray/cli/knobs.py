@@ -70,7 +70,7 @@ def tuner(config: Config) -> Callable[[Mapping[str, float], Roles], tuple[Object
     """Values by path, roles -> the objective and the roles with those values in effect."""
 
     def tune(values: Mapping[str, float], roles: Roles) -> tuple[Objective, Roles]:
-        objective = build_objective(in_effect(config.objective, values))
+        objective = build_objective(in_effect(config.objective, values), config.objective_packages)
         learner: Any = roles.learner
         generator: Any = roles.generator
         learner = replace(learner, objective=objective, lr=values.get("learner.lr"))
@@ -107,7 +107,7 @@ def _possible(config: Config, c: Controller, value: float) -> None:
     least = OUTSIDE.get(c.knob)
     if least is None:
         try:
-            build_objective(in_effect(config.objective, {c.knob: value}))
+            build_objective(in_effect(config.objective, {c.knob: value}), config.objective_packages)
         except ConfigError as error:
             raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g}: {error}") from error
     elif value < least:

@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from entroray.workers import cluster
 from entroray.workers.adapters import DeepSpeedLearner, Generators, Verifiers
 from entroray.workers.checkpoint import Checkpoints
 from entroray.workers.cluster import Gang, Pool, Share
-from entroray.workers.engines import Engines
+from entroray.workers.engines import GRACE, Engines
 from entroray.workers.generator import Generator, Sampling
 from entroray.workers.learner import LearnerRank, LearnerSettings
 from entroray.workers.sync import GeneratorClient, Probe, WeightSync
@@ -75,10 +75,40 @@ class Machine:
         deadline = self.config.driver.call_deadline
         await self.learner.all(lambda rank, h: h.export.remote(folder), deadline=deadline)
 
+    async def reset(
+        self, config: Config, model: str, objective: Objective, *, total_updates: int
+    ) -> "Machine":
+        """These actors as `build` would have made them for `config`, which must be the same to `lasting`.
+
+        Nothing of the last run is left: weights, optimizer, schedule, random state, requests, prefix caches.
+        """
+        within = config.driver.start_deadline
+        await self.engines.idle(config.rollout.deadline + GRACE)
+        settings = learner_settings(config, model, total_updates)
+        await self.learner.all(lambda rank, h: h.reset.remote(settings, objective), deadline=within)
+        sync = _weight_sync(config, self.learner, self.engines, self.sync.probe.token_ids)
+        facts = self.facts | await sync(0)
+        return Machine(config, self.engines, self.learner, self.verifiers, sync, facts)
+
     async def stop(self) -> None:
         """Ranks leave their process group in order; Ray ends the rest."""
         await self.engines.close()
         await self.learner.all(lambda rank, h: h.stop.remote(), deadline=60.0)
+
+    async def end(self) -> None:
+        """Every actor dies at once, whatever it is doing, and its place is free for another machine."""
+        await self.engines.close()
+        cluster.end([*self.engines.there(), *self.learner.handles, *self.verifiers.handles])
+
+
+def lasting(config: Config) -> dict[str, Any]:
+    """The settings that `reset` cannot change: what actors are made of, what is read, what is measured."""
+    every = asdict(config)
+    freed = ("seed", "run", "objective", "control", "driver", "observe", "checkpoint")
+    kept = {name: value for name, value in every.items() if name not in freed}
+    kept["learner"] = {name: every["learner"][name] for name in ("ranks", "threads")}
+    kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline")}
+    return kept | {"probe": every["driver"]["probe"]["text"]}
 
 
 def learner_settings(config: Config, model: str, total_updates: int) -> LearnerSettings:
@@ -177,7 +207,7 @@ async def _introduce(
     resume: tuple[Path, int] | None,
 ) -> tuple[WeightSync, dict[str, Any]]:
     """Gang together, engines ready, transfer open, the first version served and proved."""
-    driver, within = config.driver, config.driver.start_deadline
+    within = config.driver.start_deadline
 
     async def gang() -> list[dict[str, Any]]:
         asked = learner.handles[0].address.remote()
@@ -189,6 +219,15 @@ async def _introduce(
         Gang("generator", engines.handles).all(lambda r, h: h.start.remote(), deadline=within),
         verifiers.all(lambda h: h.warm_up.remote(), deadline=within),
     )
+    sync = _weight_sync(config, learner, engines, probe)
+    folder, version = resume or (None, 0)
+    if folder:
+        await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=within)
+    return sync, facts[0] | await sync(version)
+
+
+def _weight_sync(config: Config, learner: Gang, engines: Engines, probe: tuple[int, ...]) -> WeightSync:
+    driver = config.driver
     settings = Probe(probe, driver.probe.every, driver.probe.tolerance)
     client = partial(
         GeneratorClient,
@@ -196,11 +235,7 @@ async def _introduce(
         deadline=driver.call_deadline,
         keep_kv=config.generator.keep_kv,
     )
-    sync = WeightSync(learner, engines, client, probe=settings, deadline=driver.call_deadline)
-    folder, version = resume or (None, 0)
-    if folder:
-        await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=within)
-    return sync, facts[0] | await sync(version)
+    return WeightSync(learner, engines, client, probe=settings, deadline=driver.call_deadline)
 
 
 def check_gpus(config: Config) -> None:

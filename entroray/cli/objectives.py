@@ -1,50 +1,115 @@
-"""`entroray objectives`: the rows and functions there are, and what a combination of them would do."""
+"""`entroray objectives`: the rows and slots there are; `show`: the equation some settings amount to."""
 
 import inspect
+import itertools
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 from entroray.cli import settings
-from entroray.cli.reference import title
-from entroray.objective import build, combinations
-from entroray.objective.bind import menu
-from entroray.objective.equation import MANY, SLOTS, Objective
+from entroray.config import Config
+from entroray.errors import ConfigError
+from entroray.objective import Objective, build, check_group_size
+from entroray.objective.bind import Limit, effective, keywords, menu
+from entroray.objective.combinations import Schedule, remarks
+from entroray.objective.equation import MANY, SLOTS
+
+BASE = "grpo"
+"""The row that the others are told apart from."""
 
 
 def main(arguments: list[str]) -> int:
-    """`objectives` lists rows and slots; `objectives show overrides` prints the equation in effect."""
-    if arguments[:1] == ["show"]:
-        config, _ = settings.load(arguments[1:])
-        print("\n".join(shown(build(config.objective), config.learner.updates_per_rollout)))
+    """`objectives [show overrides | table]`; `show` gives 2 where the combination is refused."""
+    if not arguments:
+        print("\n".join(_listing()))
         return 0
-    settings.load(arguments)
-    print("\n".join([*_rows(), "", *_slots()]))
-    return 0
+    if arguments == ["table"]:
+        print(table())
+        return 0
+    if arguments[0] != "show":
+        raise ConfigError(f"objectives takes nothing, `table`, or `show objective=NAME ...`, got {arguments}")
+    config, _ = settings.load(arguments[1:])
+    objective = build(config.objective, config.objective_packages)
+    check_group_size(objective, config.rollout.group_size)
+    print("\n".join([*objective.describe().splitlines(), *_numbers(objective), *told(config, objective)]))
+    return 2 if any(r.kind == "refused" for r in remarks(objective, schedule(config))) else 0
 
 
-def shown(objective: Objective, updates: int) -> list[str]:
-    """The equation with its numbers, then what is refused, inert or doubtful about it."""
-    return [*objective.describe().splitlines(), *notes(objective, updates)]
+def schedule(config: Config) -> Schedule:
+    """What the settings say of when a row is used."""
+    n = config.learner
+    return Schedule(n.updates_per_rollout, config.run.steps, config.driver.max_lag)
 
 
-def notes(objective: Objective, updates: int) -> list[str]:
-    """A line for each thing about a row that its reader should know; none for most."""
-    kinds = {
-        "refused": combinations.refused(objective),
-        "inert": combinations.inert(objective, updates),
-        "doubtful": combinations.doubtful(objective),
-    }
-    return [f"{kind + ':':10}{sentence}" for kind, sentences in kinds.items() for sentence in sentences]
+def told(config: Config, objective: Objective) -> list[str]:
+    """What is refused, inert, or to beware of, one a line."""
+    return [f"  {r.kind:<12} {r.text}" for r in remarks(objective, schedule(config))]
 
 
-def _rows() -> Iterator[str]:
-    yield "rows (objective=<name>)"
-    for file in sorted((settings.CONF / "objective").glob("*.yaml")):
-        yield f"  {file.stem:22}{title(file).partition('. ')[0].partition(': ')[0]}"
+def _numbers(objective: Objective) -> Iterator[str]:
+    """Every number in effect with what it must be."""
+    for choice in objective.choices():
+        for name, parameter in keywords(choice.func).items():
+            value = effective(choice)[name]
+            unit = _unit(parameter.annotation)
+            yield f"  {choice.func.__name__}.{name} = {value}" + (f" ({unit})" if unit else "")
 
 
-def _slots() -> Iterator[str]:
-    yield "slots (objective.<slot>={fn: <name>, ...}, or a list of them)"
+def _unit(hint: object) -> str:
+    if get_origin(hint) is Annotated:
+        return next((x.text for x in get_args(hint)[1:] if isinstance(x, Limit)), "")
+    return next(filter(None, map(_unit, get_args(hint))), "")
+
+
+def _listing() -> Iterator[str]:
+    yield "rows (objective=NAME), each a YAML of conf/objective:"
+    for name in rows():
+        yield f"  {name:<28}{head(name)[0]}"
+    yield "\nslots, each a file of entroray/objective:"
     for slot, module in SLOTS.items():
-        yield f"  {slot}{' (several)' if module in MANY else ''}"
-        for name, function in menu(module).items():
-            yield f"    {name:20}{(inspect.getdoc(function) or '').splitlines()[0]}"
+        many = " (a list)" if module in MANY else ""
+        yield f"  {slot + many}"
+        for fn, function in menu(module).items():
+            yield f"    {fn:<26}{(inspect.getdoc(function) or '').splitlines()[0]}"
+
+
+def rows() -> list[str]:
+    """Every row of conf/objective."""
+    return sorted(path.stem for path in (settings.CONF / "objective").glob("*.yaml"))
+
+
+def head(name: str) -> tuple[str, str]:
+    """(first sentence, what it does to entropy) of the comment at the head of a row."""
+    text = Path(settings.CONF, "objective", f"{name}.yaml").read_text()
+    lines = [x.lstrip("# ") for x in itertools.takewhile(lambda x: x.startswith("#"), text.splitlines())]
+    lines = [x for x in lines if not x.startswith("@package")]
+    said, _, entropy = " ".join(lines).partition("Entropy: ")
+    first = re.split(r"(?<!et al)(?<!Dr)\. ", said)[0]
+    return first.rstrip(". "), entropy
+
+
+def table() -> str:
+    """The rows as a Markdown table: what each chooses otherwise than `grpo`."""
+    lines = [
+        "| row | what it is | otherwise than `grpo` | entropy | without effect |",
+        "|---|---|---|---|---|",
+    ]
+    return "\n".join(lines + [_line(name) for name in rows()])
+
+
+def _line(name: str) -> str:
+    spec, base = settings.objective(name), settings.objective(BASE)
+    changed = [f"{slot}: {_brief(given)}" for slot, given in spec.items() if given != base[slot]]
+    idle = [r.text for r in remarks(build(spec), Schedule(1, 100, 0)) if r.kind == "inert"]
+    what, entropy = head(name)
+    cells = (f"`{name}`", what, "; ".join(changed), entropy, "; ".join(idle))
+    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+
+def _brief(given: object) -> str:
+    if isinstance(given, list):
+        return ", ".join(map(_brief, given)) or "none"
+    assert isinstance(given, dict)
+    numbers = [f"{k} {v}" for k, v in given.items() if k != "fn"]
+    return f"{given['fn']}" + (f" ({', '.join(numbers)})" if numbers else "")

@@ -109,7 +109,7 @@ def fingerprint(tree: Any) -> str:
 
 
 def objective(name: str) -> dict[str, Any]:
-    """The row called `name` of conf/objective."""
+    """The row called `name` of conf/objective, without the control that may come with it."""
     row = OmegaConf.to_container(OmegaConf.load(CONF / "objective" / f"{name}.yaml"))
     assert isinstance(row, dict)
-    return {str(k): v for k, v in row.items()}
+    return {str(k): v for k, v in row.get("objective", row).items()}

@@ -9,12 +9,12 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
 from entroray.cli import bootstrap, knobs, machine, material, preflight, rundir, settings
-from entroray.cli.objectives import shown
+from entroray.cli.objectives import schedule, told
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
@@ -42,17 +42,23 @@ def main(arguments: list[str]) -> int:
     if show:
         print(OmegaConf.to_yaml(tree, resolve=True), end="")
         return 0
-    objective = build_objective(config.objective)
-    check_group_size(objective, config.rollout.group_size)
-    combinations.refuse(objective)
+    objective = objective_of(config)
     if config.run.dry:
         print(_dry(config, objective))
         return 0
-    signal.signal(signal.SIGTERM, _terminated)
+    take_signals()
     preflight.refuse(config)
     facts = bootstrap.ensure(config, rest)
     asyncio.run(_train(config, tree, objective, rundir.open_run(config, tree), facts))
     return 0
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective as configured; ConfigError where it cannot be trained with these settings."""
+    objective = build_objective(config.objective, config.objective_packages)
+    check_group_size(objective, config.rollout.group_size)
+    combinations.refuse(objective, schedule(config))
+    return objective
 
 
 def _flags(arguments: list[str]) -> tuple[list[str], str | None, bool]:
@@ -86,7 +92,7 @@ def _multirun(arguments: list[str]) -> int:
 
 def _dry(config: Config, objective: Objective) -> str:
     """What would run: the equation, each role's share, memory by role."""
-    lines = [objective.describe(), ""]
+    lines = [objective.describe(), *told(config, objective), ""]
     for role, (count, share) in machine.shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
     return "\n".join([*lines, *_memory(config)])
@@ -125,7 +131,7 @@ async def _train(
     facts |= {"resources": machine.join(config)}
     trained = time.monotonic()
     try:
-        journal, console = _journal(config, folder, read_in.tokenizer)
+        journal, console = open_journal(config, folder, read_in.tokenizer)
         probe = tuple(read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await machine.build(
@@ -144,7 +150,7 @@ async def _train(
         rundir.describe(folder, tree, facts)
         console.header("entroray", _header(config, objective, read_in, folder, facts))
         trained = time.monotonic()
-        await _drive(config, objective, read_in, m, journal, run)
+        await drive(config, objective, read_in, m, journal, run)
         journal.event("trained", seconds=round(time.monotonic() - trained, 1), steps=config.run.steps)
         await m.export(str(folder / "model"))
         read_in.tokenizer.save_pretrained(folder / "model")
@@ -157,8 +163,11 @@ async def _train(
     _finish(config, folder, model, time.monotonic() - trained)
 
 
-def _journal(config: Config, folder: Path, tokenizer: Any) -> tuple[Journal, Console]:
-    console = Console()
+def open_journal(
+    config: Config, folder: Path, tokenizer: Any, file: TextIO | None = None
+) -> tuple[Journal, Console]:
+    """The journal of a run in `folder`, and the console it reports to: the terminal, or `file`."""
+    console = Console(file=file)
     trackers: list[Any] = [console]
     if config.observe.tensorboard:
         from entroray.observe.trackers import TensorBoard
@@ -177,7 +186,8 @@ def _header(
     r, s, split = config.rollout, config.sampler, read_in.split
     stops = [repr(x) for x in (read_in.tokenizer.eos_token, *s.stop)]
     return [
-        *shown(objective, config.learner.updates_per_rollout),
+        *objective.describe().splitlines(),
+        *told(config, objective),
         "",
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
@@ -192,7 +202,7 @@ def _header(
     ]
 
 
-async def _drive(
+async def drive(
     config: Config,
     objective: Objective,
     read_in: material.Material,
@@ -200,6 +210,7 @@ async def _drive(
     journal: Journal,
     run: rundir.RunDir,
 ) -> None:
+    """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
     s = config.sampler
     sampling = Sampling(s.temperature, config.rollout.max_tokens, tuple(s.stop))
     roles = Roles(
@@ -286,6 +297,12 @@ def _pace(config: Config) -> Pace:
     )
 
 
+def take_signals() -> None:
+    """SIGTERM and SIGINT raise, also where a script started us in the background, deaf to the latter."""
+    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _stop_on_signals(driver: Driver) -> list[int]:
     """Ctrl-C and SIGTERM ask the driver to stop, once; a second one ends the process as it always did."""
     caught: list[int] = []
@@ -304,7 +321,7 @@ def _stop_on_signals(driver: Driver) -> list[int]:
 
 
 def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
-    signal.signal(signal.SIGTERM, _terminated)  # the event loop took it with it
+    take_signals()  # the event loop took them with it
     metrics = read(folder / "metrics.jsonl")
     words = [last_word(metrics), *moved(knobs.control_of(config).controllers, metrics)]
     print("\n".join([summary(metrics), "", *words]))

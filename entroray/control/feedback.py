@@ -37,11 +37,22 @@ def pi(
 
 
 def doubling(
-    signal: float, state: State, *, target: float, low: float, high: float, factor: float = 2.0
+    signal: float,
+    state: State,
+    *,
+    low: float,
+    high: float,
+    target: float | None = None,
+    factor: float = 2.0,
 ) -> tuple[float, State]:
-    """Times `factor` below the target, divided by it above (ADAPO, arXiv 2603.11682); never settles."""
-    level = _clip(state["level"] * (factor if signal < target else 1 / factor), low, high)
-    return level, {"level": level}
+    """Times `factor` below the target, divided by it above (ADAPO, arXiv 2603.11682); never settles.
+
+    Without a target it is what the signal was at first, and nothing moves until it has another value.
+    """
+    goal = state.get("first", signal) if target is None else target
+    push = factor if signal < goal else 1 / factor if signal > goal else 1.0
+    level = _clip(state["level"] * push, low, high)
+    return level, {"level": level} if target is not None else {"level": level, "first": goal}
 
 
 def band(

@@ -27,7 +27,7 @@ from entroray.types import Tokens
 FORMS = ("exact", "natural", "proxy")
 LEAST = 4
 """Fewest steps that a slope or a rank correlation is taken over."""
-COLLISION = "collision"
+COLLISION = "mean_discriminator"
 """Key of `Tokens.extra`: E_p S of each token."""
 
 
@@ -37,7 +37,7 @@ def weight(t: Tokens) -> Float[Tensor, " N"]:
 
 
 def exact(t: Tokens) -> Float[Tensor, " N"]:
-    """-A (S_a - E_p S) of each token, nats per unit step; needs `collision` in `extra`."""
+    """-A (S_a - E_p S) of each token, nats per unit step; needs `COLLISION` in `extra`."""
     logp, entropy = t.old_logprobs.double(), t.entropy.double()
     return -weight(t) * (logp.exp() * (logp + entropy) - t.extra[COLLISION].double())
 

@@ -13,11 +13,10 @@ from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
 from entroray.loop.insight import NEVER, Insight, Looks
-from entroray.loop.limits import SkippedUpdates, VerdictFailures
+from entroray.loop.limits import IdleRules, SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
 from entroray.loop.stream import Dropped, Prompts, Stream
-from entroray.objective import Objective
-from entroray.objective.touched import Untouched, touched
+from entroray.objective import Objective, touched
 from entroray.types import Group, Prompt, Rollout, Tokens, Verdict, Version
 
 UNTOUCHED = 20
@@ -95,7 +94,7 @@ class Driver:
         self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)
-        self.untouched = Untouched(UNTOUCHED)
+        self.idle = IdleRules(UNTOUCHED)
         self.insight = Insight(looks)
         self.control, self.tune = control or Control(), tune
         self.version: Version = 0
@@ -226,6 +225,8 @@ class Driver:
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
         metrics = updated | synced | self._observe(groups, tokens, rules) | clock.metrics(len(tokens.row))
+        for rule in self.idle.note(metrics):
+            self.roles.journal.event("rule_untouched", rule=rule, steps=self.idle.patience)
         with clock("evaluate", self):
             metrics |= await self.roles.evaluate(self.version)
         metrics |= self.control.note(metrics)
@@ -233,8 +234,6 @@ class Driver:
         return metrics
 
     def _observe(self, groups: Sequence[Group], tokens: Tokens, rules: Mapping[str, int]) -> dict[str, float]:
-        for rule in self.untouched.note(rules):
-            self.roles.journal.event("rule_untouched", rule=rule, steps=self.untouched.patience)
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
         trained = describe(groups, tokens) | self.insight.diagnosed(self.version, groups, tokens)
         judged = [*groups, *self.stream.judged_since()]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from entroray.loop.driver import seeds
 from entroray.loop.roles import Generator, Verifier
-from entroray.types import Prompt
+from entroray.types import Group, Prompt
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -20,19 +20,30 @@ async def right_answers(
     generator: Generator, verifier: Verifier, prompts: Sequence[Prompt], *, samples: int, seed: int
 ) -> list[int]:
     """How many of `samples` answers are right, for each prompt; failures count as wrong answers."""
+    return list(map(right, await answered(generator, verifier, prompts, samples=samples, seed=seed)))
 
-    async def one(index: int, prompt: Prompt) -> int:
+
+async def answered(
+    generator: Generator, verifier: Verifier, prompts: Sequence[Prompt], *, samples: int, seed: int
+) -> list[Group]:
+    """`samples` judged answers to each prompt, failures among them."""
+
+    async def one(index: int, prompt: Prompt) -> Group:
         rollouts = await generator.sample(prompt, seeds(seed, index, 0, samples))
-        verdicts = await verifier.judge(prompt, rollouts)
-        return sum(v.correct >= 1 and v.status.usable for v in verdicts)
+        return Group(prompt, tuple(rollouts), tuple(await verifier.judge(prompt, rollouts)))
 
     return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
 
 
-def scores(right: Sequence[int], samples: int) -> dict[str, float]:
+def right(group: Group) -> int:
+    """How many of its answers are right."""
+    return sum(v.correct >= 1 and v.status.usable for v in group.verdicts)
+
+
+def scores(counts: Sequence[int], samples: int) -> dict[str, float]:
     """pass@1, 2, 4, ... up to `samples`, averaged over prompts."""
     ks = [k for k in (2**i for i in range(samples.bit_length())) if k <= samples]
-    return {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
+    return {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in counts) / len(counts) for k in ks}
 
 
 async def heldout(

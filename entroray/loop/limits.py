@@ -1,7 +1,7 @@
 """Failures are counted, and too many of them end the run."""
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from entroray.errors import DataError, NumericsError
@@ -54,3 +54,19 @@ class SkippedUpdates:
                 f"the gradient was not finite in {self.in_a_row} steps in a row (learner.max_skipped): lower "
                 "learner.lr or learner.max_grad_norm; the batches are in skipped/ of the run directory"
             )
+
+
+@dataclass
+class IdleRules:
+    """Steps one after the other in which a rule of the objective touched no token."""
+
+    patience: int = 10
+    idle: Counter[str] = field(default_factory=Counter)
+
+    def note(self, metrics: Mapping[str, float]) -> list[str]:
+        """The rules that have now touched none for `patience` steps; each is named once until it acts."""
+        kept = lambda n: n.startswith("objective/") and n.endswith("_tokens") and "silent" not in n  # noqa: E731
+        rules = {name: tokens for name, tokens in metrics.items() if kept(name)}
+        for name, tokens in rules.items():
+            self.idle[name] = 0 if tokens else self.idle[name] + 1
+        return [name for name in rules if self.idle[name] == self.patience]

@@ -33,21 +33,41 @@ Fraction = Annotated[float, Limit("a fraction in (0, 1], not a percentage", lamb
 Positive = Annotated[float, Limit("above 0", lambda x: x > 0)]
 NonNegative = Annotated[float, Limit("at least 0", lambda x: x >= 0)]
 Count = Annotated[int, Limit("above 0", lambda x: x > 0)]
+Probability = Annotated[float, Limit("a probability in [0, 1]", lambda x: 0 <= x <= 1)]
 AboveOne = Annotated[float, Limit("above 1", lambda x: x > 1)]
 
 
-def declare(*, needs: Iterable[str] = (), min_group: int = 1) -> Callable[[F], F]:
-    """Write on a function, as plain attributes, what it cannot do without.
+def declare(
+    *,
+    needs: Iterable[str] = (),
+    min_group: int = 1,
+    live: bool = False,
+    replaces: bool = False,
+    idle_at_one: bool = False,
+    reads_selected: bool = False,
+    before: Mapping[str, Callable] = types.MappingProxyType({}),
+) -> Callable[[F], F]:
+    """Write on a function, as plain attributes, what it cannot do without and how it behaves.
 
     `needs`: `ref_logprobs`, `entropy_grad` (the live entropy's gradient), `whole_step` (statistics over all
-    tokens of a step), or a key of `Tokens.extra`. `min_group`: fewest rollouts per prompt it makes sense for.
+    tokens of a step), or a key of `Tokens.extra`; `{setting}` in it stands for that setting's value.
+    `min_group`: fewest rollouts per prompt it makes sense for. `live`: a shape of the current policy, applied
+    again, detached, inside the update. `replaces`: a shape that may turn the sign of A. `idle_at_one`: does
+    nothing while r = 1. `reads_selected`: uses what `select` chose. `before`: step statistics it reads in
+    `Tokens.extra`, each a function of the step's tokens and the same settings, computed before the update.
     """
 
     def mark(fn: F) -> F:
-        vars(fn).update(needs=frozenset(needs), min_group=min_group)
+        vars(fn).update(needs=frozenset(needs), min_group=min_group, live=live, replaces=replaces)
+        vars(fn).update(idle_at_one=idle_at_one, reads_selected=reads_selected, before=before)
         return fn
 
     return mark
+
+
+def effective(bound: partial) -> dict[str, Any]:
+    """A bound function's settings, defaults included."""
+    return {name: p.default for name, p in keywords(bound.func).items()} | bound.keywords
 
 
 def bind(slot: types.ModuleType, spec: object, packages: Iterable[str] = ()) -> partial:

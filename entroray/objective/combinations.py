@@ -1,96 +1,174 @@
-"""Choices that undo each other, do nothing, or mean something else than they seem; known before a start."""
+"""What a row of choices cannot do: settings without effect under a schedule, and wrong combinations."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Literal
 
 from entroray.errors import ConfigError
-from entroray.objective import estimator, keep, penalties, rewards, scales, select, shapes, surrogate
-from entroray.objective.bind import keywords
+from entroray.objective.bind import effective
 from entroray.objective.equation import Objective
 
-NEUTRAL: dict[Any, dict[str, float]] = {
-    shapes.by_sign: {"positive": 1, "negative": 1},
-    scales.selected: {"inside": 1, "outside": 1},
-    rewards.soft_overlong: {"factor": 0},
-    penalties.kl: {"coef": 0},
-    penalties.kl_k3: {"coef": 0},
-    penalties.kl_cov: {"coef": 0},
-    penalties.entropy_bonus: {"coef": 0},
-}
-"""Settings with which a function changes nothing."""
-READERS = (scales.selected, penalties.kl_cov)
-"""Functions that treat selected tokens apart."""
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the rest of the settings decide about when and how a row is used."""
+
+    updates: int
+    """Optimizer updates per rollout."""
+    steps: int
+    max_lag: int
 
 
-def refuse(objective: Objective) -> None:
-    """ConfigError for a row whose choices undo each other."""
-    wrong = list(refused(objective))
+@dataclass(frozen=True)
+class Remark:
+    """One thing to know before a run; `refused` ones end it."""
+
+    kind: Literal["refused", "inert", "beware"]
+    text: str
+
+
+def remarks(objective: Objective, schedule: Schedule) -> list[Remark]:
+    """Everything to be said of a row under a schedule, the refusals first."""
+    said = [remark for rule in RULES for remark in rule(objective, schedule)]
+    return sorted(said, key=lambda r: ("refused", "inert", "beware").index(r.kind))
+
+
+def refuse(objective: Objective, schedule: Schedule) -> None:
+    """ConfigError naming every forbidden combination and the way out of it."""
+    wrong = [r.text for r in remarks(objective, schedule) if r.kind == "refused"]
     if wrong:
-        raise ConfigError("; ".join(wrong))
+        raise ConfigError("objective: " + "; ".join(wrong))
 
 
-def refused(o: Objective) -> Iterator[str]:
-    """Why this row cannot do what it says."""
-    if o.estimator.func is estimator.sign and o.keep.func is keep.informative:
-        yield (
-            "keep `informative` sends all-wrong groups back, and estimator `sign`, which has no baseline, "
-            "learns from just those: choose keep `always`"
-        )
-    everything = o.select.func is select.everything
-    if everything and any(s.func is scales.selected and _setting(s, "inside") == 0 for s in o.scales):
-        yield (
-            "scale `selected` with inside 0 drops the selected tokens, and select `everything` selects all: "
-            "nothing is left to learn from; choose another select"
-        )
-
-
-def inert(o: Objective, updates: int) -> Iterator[str]:
-    """What does nothing when a step has `updates` optimizer updates; each sentence names its choice."""
-    for choice in o.choices():
-        neutral = NEUTRAL.get(choice.func)
-        if neutral and all(_setting(choice, name) == value for name, value in neutral.items()):
-            said = ", ".join(f"{name} {value:g}" for name, value in neutral.items())
-            yield f"`{_name(choice)}` with {said} changes nothing"
-    if updates == 1:
-        yield from _on_policy(o)
-    if o.select.func is not select.everything and not any(c.func in READERS or _own(c) for c in o.choices()):
-        yield f"nothing reads what select `{_name(o.select)}` selects: add a scale or a penalty that does"
-    if o.estimator.func is estimator.sign and o.rewards:
-        yield f"estimator `sign` reads `correct`: {', '.join(map(_name, o.rewards))} does not reach it"
-
-
-def _on_policy(o: Objective) -> Iterator[str]:
-    """With one update a step the ratio is exactly 1 wherever it is looked at."""
-    why = "one update a step (learner.updates_per_rollout), so the ratio is 1"
-    if o.surrogate.func in (surrogate.clip, surrogate.cispo):
-        yield f"the bounds of surrogate `{_name(o.surrogate)}` hold nothing back: {why}"
-    if any(p.func is penalties.kl_cov for p in o.penalties):
-        yield f"penalty `kl_cov` has neither value nor gradient: {why}"
-
-
-def doubtful(o: Objective) -> Iterator[str]:
-    """What works, but not at the size its numbers suggest."""
-    if o.select.func is select.covariance_band and o.estimator.func is not estimator.zscore:
-        yield (
-            "the bounds of select `covariance_band` are made for advantages in standard deviations "
-            f"(estimator `zscore`); those of `{_name(o.estimator)}` have another scale"
-        )
-    drops = any(
-        s.func is scales.selected and 0 in (_setting(s, "inside"), _setting(s, "outside")) for s in o.scales
-    )
-    if drops and o.divisor.func.__name__ == "kept_tokens":
-        yield "denominator `kept_tokens` divides by the kept alone: their step grows as others are dropped"
-
-
-def _setting(choice: partial, name: str) -> Any:
-    return choice.keywords.get(name, keywords(choice.func)[name].default)
+Rule = Callable[[Objective, Schedule], Iterator[Remark]]
 
 
 def _name(choice: partial) -> str:
     return choice.func.__name__
 
 
-def _own(choice: partial) -> bool:
-    """Whether a user wrote it: what it reads cannot be known."""
-    return not choice.func.__module__.startswith("entroray.objective.")
+def _has(choice: partial, attribute: str) -> bool:
+    return bool(getattr(choice.func, attribute, False))
+
+
+def _negatives_need_their_groups(o: Objective, s: Schedule) -> Iterator[Remark]:
+    lives_on_them = _name(o.estimator) == "sign" or any(_name(x) == "entropy_band" for x in o.shapes)
+    if _name(o.keep) == "informative" and lives_on_them:
+        yield Remark(
+            "refused",
+            "keep `informative` drops the groups whose answers are all wrong, which this row learns from: "
+            "choose keep `always`",
+        )
+
+
+def _corrected_once(o: Objective, s: Schedule) -> Iterator[Remark]:
+    if _name(o.ratio) == "sampler" and _name(o.correction) != "none":
+        yield Remark(
+            "refused",
+            f"ratio `sampler` already weighs by the sampler, correction `{_name(o.correction)}` would do it "
+            "twice: choose correction `none` or ratio `token`",
+        )
+
+
+def _one_restraint(o: Objective, s: Schedule) -> Iterator[Remark]:
+    if any(_name(p) == "kl_cov" for p in o.penalties) and _name(o.surrogate) != "reinforce":
+        yield Remark(
+            "refused",
+            f"penalty `kl_cov` replaces the clip and surrogate `{_name(o.surrogate)}` has one: choose "
+            "surrogate `reinforce`, or select with `covariance_band` and drop",
+        )
+
+
+def _a_rollout_has_one_advantage(o: Objective, s: Schedule) -> Iterator[Remark]:
+    by_token = [x for x in o.shapes if _has(x, "live") or (_name(x) == "lean" and effective(x)["above"])]
+    if _name(o.ratio) in ("sequence", "clipped_geometric") and by_token:
+        yield Remark(
+            "refused",
+            f"ratio `{_name(o.ratio)}` shares one gradient among a rollout's tokens, and shape "
+            f"`{_name(by_token[0])}` tells them apart: choose ratio `sequence_token`",
+        )
+    of_rollouts = _name(o.ratio) in ("sequence", "clipped_geometric", "sequence_token")
+    if of_rollouts and _name(o.aggregate) != "rollout_mean":
+        yield Remark(
+            "refused",
+            f"ratio `{_name(o.ratio)}` is a rollout's, aggregate `{_name(o.aggregate)}` a token's: choose "
+            "aggregate `rollout_mean` with denominator `rollouts`",
+        )
+
+
+def _selection_is_read(o: Objective, s: Schedule) -> Iterator[Remark]:
+    readers = [c for c in o.choices() if _has(c, "reads_selected")]
+    if _name(o.select) != "everything" and not readers:
+        yield Remark(
+            "refused",
+            f"select `{_name(o.select)}` is read by nothing: add scale `selected`, or another that reads it",
+        )
+    if _name(o.select) == "everything" and readers:
+        yield Remark(
+            "beware", f"`{_name(readers[0])}` reads the selection, and select `everything` makes none"
+        )
+
+
+def _idle_at_one(o: Objective, s: Schedule) -> Iterator[Remark]:
+    if _name(o.ratio) == "sampler":
+        return
+    for choice in (o.ratio, o.surrogate, *o.penalties):
+        if _has(choice, "idle_at_one"):
+            if s.updates == 1:
+                yield Remark("inert", f"`{_name(choice)}` with one update per rollout: r is 1 throughout")
+            elif _name(choice) == "kl_cov":
+                yield Remark("inert", f"`{_name(choice)}` in the first update of each step: r is 1")
+
+
+def _neutral_settings(o: Objective, s: Schedule) -> Iterator[Remark]:
+    for penalty in o.penalties:
+        if effective(penalty).get("coef") == 0:
+            yield Remark(
+                "inert", f"penalty `{_name(penalty)}` while its coef is 0, unless a controller moves it"
+            )
+    for shape in o.shapes:
+        if _name(shape) == "by_sign" and set(effective(shape).values()) == {1.0}:
+            yield Remark("inert", "shape `by_sign` with both weights 1")
+    for scale in o.scales:
+        if _name(scale) == "selected" and set(effective(scale).values()) == {1.0}:
+            yield Remark("inert", "scale `selected` with both factors 1")
+
+
+def _thresholds_fit(o: Objective, s: Schedule) -> Iterator[Remark]:
+    if _name(o.select) == "covariance_band" and _name(o.estimator) != "zscore":
+        yield Remark(
+            "beware",
+            f"the bounds of `covariance_band` are for advantages in standard deviations, estimator "
+            f"`{_name(o.estimator)}` gives others",
+        )
+    if _name(o.divisor) == "kept_tokens" and o.scales:
+        yield Remark(
+            "beware", "denominator `kept_tokens`: what the scales drop enlarges the step of the rest"
+        )
+    if any(_name(p) == "kl_k1" for p in o.penalties):
+        yield Remark("beware", "penalty `kl_k1` has the same gradient whatever the reference: choose `kl`")
+    for shape in o.shapes:
+        settings = effective(shape)
+        if _name(shape) == "positive_by_stage" and settings["steps"] != s.steps:
+            yield Remark("beware", f"`positive_by_stage.steps` is {settings['steps']}, run.steps {s.steps}")
+
+
+def _mismatch_is_corrected(o: Objective, s: Schedule) -> Iterator[Remark]:
+    if s.max_lag and _name(o.correction) == "none" and _name(o.ratio) != "sampler":
+        yield Remark(
+            "beware", f"driver.max_lag={s.max_lag} and correction `none`: older weights sampled some tokens"
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _negatives_need_their_groups,
+    _corrected_once,
+    _one_restraint,
+    _a_rollout_has_one_advantage,
+    _selection_is_read,
+    _idle_at_one,
+    _neutral_settings,
+    _thresholds_fit,
+    _mismatch_is_corrected,
+)

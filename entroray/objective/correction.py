@@ -1,6 +1,7 @@
 """Tokens of the whole step -> detached weight that corrects for sampler and learner disagreeing.
 
-It multiplies the surrogate, never the penalties; correct once, so a row has one.
+It multiplies the surrogate, never the penalties; correct once, so a row has one. ρ = π_old / π_sampler. The
+denominator keeps the tokens a weight of 0 drops.
 """
 
 import torch
@@ -8,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entroray.objective.bind import Positive
-from entroray.objective.view import log_ratio
+from entroray.objective.view import BOUND, log_ratio
+from entroray.ops import segment_mean, segment_sum
 from entroray.types import Tokens
 
 
@@ -26,4 +28,48 @@ def truncated_importance(t: Tokens, *, cap: Positive = 2.0) -> Float[Tensor, " N
     `min(π_old / π_sampler, cap) per token`
     A ratio, not a log-ratio.
     """
-    return log_ratio(t.old_logprobs, t.behavior_logprobs).exp().clamp(max=cap)
+    return _log_weight(t).exp().clamp(max=cap)
+
+
+def sequence_product(t: Tokens, *, cap: Positive = 2.0) -> Float[Tensor, " N"]:
+    """The whole response's importance weight, truncated ("sequence" in verl and NeMo-RL).
+
+    `min(Π_t π_old / π_sampler, cap) on every token of the rollout`
+    """
+    return segment_sum(_log_weight(t), t.row, len(t.length)).clamp(-BOUND, BOUND).exp().clamp(max=cap)[t.row]
+
+
+def sequence_geometric(t: Tokens, *, cap: Positive = 2.0) -> Float[Tensor, " N"]:
+    """The response's mean importance weight, truncated ("sequence" in ms-swift).
+
+    `min(exp(mean_t log(π_old / π_sampler)), cap) on every token of the rollout`
+    """
+    return _mean(_log_weight(t), t).exp().clamp(max=cap)[t.row]
+
+
+def icepop(t: Tokens, *, low: Positive = 0.5, high: Positive = 5.0) -> Float[Tensor, " N"]:
+    """Drop tokens on which sampler and learner disagree too much (IcePop; 0.5 and 5 as in slime, verl).
+
+    `ρ = π_old / π_sampler where low <= ρ <= high, else 0`
+    Bounds are ratios.
+    """
+    weight = _log_weight(t).exp()
+    return weight.masked_fill((weight < low) | (weight > high), 0.0)
+
+
+def sequence_mask(t: Tokens, *, low: Positive = 0.999, high: Positive = 1.002) -> Float[Tensor, " N"]:
+    """Drop responses on which sampler and learner disagree too much; ρ per token elsewhere (NeMo-RL).
+
+    `ρ = π_old / π_sampler where low <= exp(mean_t log ρ) <= high, else 0`
+    Bounds are ratios; TRL instead drops where the product of ρ is above 3.
+    """
+    mean = _mean(_log_weight(t), t).exp()[t.row]
+    return _log_weight(t).exp().masked_fill((mean < low) | (mean > high), 0.0)
+
+
+def _log_weight(t: Tokens) -> Float[Tensor, " N"]:
+    return log_ratio(t.old_logprobs, t.behavior_logprobs)
+
+
+def _mean(x: Float[Tensor, " N"], t: Tokens) -> Float[Tensor, " B"]:
+    return segment_mean(x, t.row, t.mask, len(t.length))

@@ -1,24 +1,27 @@
 """A bound function -> its formula with the numbers in effect, read from its docstring.
 
-The formula is the docstring's line in backticks. Setting names in it are replaced by their values, a
-clause (after `; `) that names a null setting is left out, and `1 - 0.2` is worked out.
+The formula is what stands in backticks on lines of its own in the docstring. Setting names in it are
+replaced by their values, a clause (after `; `) that names a null setting is left out, and `1 - 0.2` is
+worked out.
 """
 
 import inspect
 import re
 from functools import partial
 
-from entroray.objective.bind import keywords
+from entroray.objective.bind import effective
 
 
 def phrase(bound: partial) -> str:
     """One line for one choice; `name(setting=value)` where its docstring has no formula."""
-    settings = {n: p.default for n, p in keywords(bound.func).items()} | bound.keywords
-    found = re.search(r"^`(.+)`$", inspect.getdoc(bound.func) or "", re.MULTILINE)
+    settings = effective(bound)
+    found = re.search(r"^`([^`]+)`$", inspect.getdoc(bound.func) or "", re.MULTILINE)
     if not found:
         return f"{bound.func.__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
     off = [name for name, value in settings.items() if value is None]
-    clauses = [c for c in found[1].split("; ") if not any(re.search(rf"\b{n}\b", c) for n in off)]
+    clauses = [
+        c for c in " ".join(found[1].split()).split("; ") if not any(re.search(rf"\b{n}\b", c) for n in off)
+    ]
     text = re.sub(r"\w+", lambda word: _shown(settings.get(word[0], word[0])), "; ".join(clauses))
     return re.sub(r"\b1 ([+-]) (\d[\d.]*(?:e[+-]?\d+)?)", _worked_out, text)
 

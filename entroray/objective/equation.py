@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from entroray.errors import ConfigError
@@ -25,7 +25,7 @@ from entroray.objective import (
     shapes,
     surrogate,
 )
-from entroray.objective.bind import bind, menu, nearest, short
+from entroray.objective.bind import bind, effective, menu, nearest, short
 from entroray.objective.describe import phrase
 from entroray.objective.view import count, spread, visible
 from entroray.types import Counts, Group, Tokens
@@ -67,30 +67,47 @@ class Objective:
 
     @torch.no_grad()
     def credit(self, t: Tokens) -> Tokens:
-        """Advantages, selection, scale and correction, with the whole step in view; once per step."""
+        """Advantages, selection, scale, correction and step statistics, with the whole step in view.
+
+        Once per step. Live shapes are in what the others see here, and left out of the advantages given back.
+        """
         seen = _shown(t, (*self.shapes, self.select, *self.scales, self.correction))
-        for shape in self.shapes:
-            seen = replace(seen, advantages=shape(seen))
+        settled = _reshaped(seen, _are_live(self.shapes, False))
+        seen = _reshaped(settled, _are_live(self.shapes, True))
         seen = replace(seen, selected=self.select(seen))
         scale = math.prod((s(seen) for s in self.scales), start=torch.ones_like(seen.advantages))
         filled = replace(
             t,
-            advantages=spread(seen.advantages, t.mask),
+            advantages=spread(settled.advantages, t.mask),
             selected=spread(seen.selected, t.mask),
             scale=spread(scale, t.mask),
             correction=spread(self.correction(seen), t.mask),
+            extra={**t.extra, **{k: spread(v, t.mask) for k, v in self._statistics(seen).items()}},
         )
         return replace(filled, counts=count(filled))
+
+    def _statistics(self, seen: Tokens) -> dict[str, Tensor]:
+        """What terms inside the update want to know of the whole step."""
+        inside = (self.ratio, self.surrogate, *self.penalties)
+        wanted = [(c, name, fn) for c in inside for name, fn in getattr(c.func, "before", {}).items()]
+        return {name: fn(seen, **effective(choice)) for choice, name, fn in wanted}
 
     def loss(self, t: Tokens) -> Float[Tensor, ""]:
         """These tokens' part of the numerator; parts add up however the update was cut."""
         seen = _shown(t, (self.ratio, self.surrogate, *self.penalties, self.aggregate))
+        with torch.no_grad():
+            seen = _reshaped(seen, _are_live(self.shapes, True))
         policy = seen.correction * seen.scale * self.surrogate(seen, self.ratio(seen))
         return (self.aggregate(seen) * sum((p(seen) for p in self.penalties), start=policy)).sum()
 
     def denominator(self, counts: Counts) -> float:
         """What an update's numerators are divided by; 1 where that count is 0, as then the loss is."""
         return self.divisor(counts) or 1.0
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Full-vocabulary statistics to be provided in `Tokens.extra`, live inside the update."""
+        return tuple(sorted(self.needs - PROMISES - {f.name for f in fields(Tokens)}))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -123,7 +140,17 @@ class Objective:
 
 
 def _needs(choice: partial) -> frozenset[str]:
-    return frozenset(getattr(choice.func, "needs", ()))
+    return frozenset(n.format(**effective(choice)) for n in getattr(choice.func, "needs", ()))
+
+
+def _are_live(shapes: Iterable[partial], live: bool) -> list[partial]:
+    return [s for s in shapes if getattr(s.func, "live", False) is live]
+
+
+def _reshaped(t: Tokens, shapes: Iterable[partial]) -> Tokens:
+    for shape in shapes:
+        t = replace(t, advantages=shape(t))
+    return t
 
 
 def _shown(t: Tokens, choices: Iterable[partial]) -> Tokens:
@@ -150,6 +177,11 @@ def build(spec: Mapping[str, Any], packages: Iterable[str] = ()) -> Objective:
     bound: dict[str, Any] = {name: _several(name, spec, packages) for name in map(short, MANY)}
     bound |= {name: _single(name, spec, packages) for name in map(short, ONE)}
     divisor = bound.pop("denominator")
+    live = [getattr(s.func, "live", False) for s in bound["shapes"]]
+    if live != sorted(live):
+        raise ConfigError(
+            "objective.shapes: a shape of the current policy must stand after those of the step"
+        )
     return Objective(**bound, divisor=divisor)
 
 
@@ -176,13 +208,3 @@ def check_group_size(objective: Objective, group_size: int) -> None:
                 f"`{choice.func.__name__}` compares rollouts of one prompt and needs at least {least} per "
                 f"prompt, got {group_size}: sample more, or choose estimator `raw` and keep `always`"
             )
-
-
-@torch.enable_grad()
-def silent(objective: Objective, t: Tokens) -> Bool[Tensor, " N"]:
-    """Tokens in the mask, with an advantage, whose log-prob the loss is flat in: clipped or dropped."""
-    leaf = t.logprobs.detach().requires_grad_()
-    entropy = t.entropy.detach().requires_grad_()
-    loss = objective.loss(replace(t, logprobs=leaf, entropy=entropy))
-    (slope,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
-    return t.mask & (t.advantages != 0) & (slope == 0)

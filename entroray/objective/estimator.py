@@ -1,13 +1,17 @@
 """Group, its rewards already shaped -> one advantage per rollout."""
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from entroray.errors import ConfigError
 from entroray.objective.bind import Fraction, Positive, declare
 from entroray.types import Group
+
+SPANS = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "any": (-math.inf, math.inf)}
 
 
 @declare(min_group=2)
@@ -45,36 +49,45 @@ def leave_one_out(group: Group) -> Float[Tensor, " G"]:
 
 @declare(min_group=2)
 def length_weighted(group: Group) -> Float[Tensor, " G"]:
-    """Reward minus the mean weighted by response lengths: the least varying baseline (OPO, arXiv 2505.23585).
+    """Reward minus the mean over the group's tokens: the baseline of least variance (OPO, arXiv 2505.23585).
 
-    `R - Σ L R / Σ L over the group`
-    Made for one update a step, where the ratio is 1.
+    `R - Σ length R / Σ length over the group`
     """
-    rewards, lengths = group.rewards, group.lengths.clamp(min=1e-9)
-    alike = (rewards == rewards[0]).all()
-    return torch.where(alike, torch.zeros_like(rewards), rewards - (lengths * rewards).sum() / lengths.sum())
+    weights = group.lengths.clamp(min=1)
+    alike = (group.rewards == group.rewards[0]).all()
+    baseline = (weights * group.rewards).sum() / weights.sum()
+    return torch.where(alike, torch.zeros_like(group.rewards), group.rewards - baseline)
 
 
 @declare(min_group=2)
-def quantile(group: Group, *, level: Fraction = 0.4, eps: Positive = 1e-6) -> Float[Tensor, " G"]:
-    """Reward minus a quantile of the group's, in standard deviations: only the rare outcome teaches (QAE).
+def quantile(group: Group, *, k: Fraction = 0.4, eps: Positive = 1e-6) -> Float[Tensor, " G"]:
+    """Reward minus a quantile of the group's, in standard deviations (QAE, "quantile advantage estimation").
 
-    `(R - Q(level)) / (std(R) + eps) over the group, Q the least reward that level of them do not exceed`
-    With rewards of 0 and 1 wrong answers have A = 0 up to a pass rate of 1 - level, and right ones beyond it.
-    No code of the authors' is public; a library's interpolating quantile gives fractional baselines.
+    `(R - Q) / (std(R) + eps), Q = the least R with at least k of the group at or below it; Bessel`
+    With rewards of 0 and 1 only the rarer outcome is trained on. No interpolation, as in the text; the
+    one-line library quantile would give fractional baselines at G = 8. k is a fraction.
     """
     rewards = group.rewards
-    rank = max(1, math.ceil(level * len(rewards))) - 1
-    deviation = center(group).square().sum().div(max(len(rewards) - 1, 1)).sqrt()
-    return (rewards - rewards.sort().values[rank]) / (deviation + eps)
+    baseline = rewards.sort().values[max(0, math.ceil(k * len(rewards) - 1e-9) - 1)]
+    deviation = (center(group).square().sum() / max(len(rewards) - 1, 1)).sqrt()
+    return (rewards - baseline) / (deviation + eps)
 
 
-def raw(group: Group, *, baseline: float = 0.0) -> Float[Tensor, " G"]:
+def raw(
+    group: Group, *, baseline: float = 0.0, span: Literal["0..1", "-1..1", "any"] = "any"
+) -> Float[Tensor, " G"]:
     """Reward minus a declared constant: REINFORCE with a constant baseline (Williams 1992).
 
-    `R - baseline`
-    In units of reward; no comparison inside the group, so a group of one is fine.
+    `R - baseline, R in span`
+    In units of reward; no comparison inside the group, so a group of one is fine. A reward outside `span`
+    is refused: a baseline for 0 and 1 is wrong for -1 and 1.
     """
+    low, high = SPANS[span]
+    if ((group.rewards < low) | (group.rewards > high)).any():
+        raise ConfigError(
+            f"estimator `raw` was told rewards in {span} and got {group.rewards.tolist()}: "
+            "set objective.estimator.span to what your judge and `rewards` give, and the baseline with it"
+        )
     return group.rewards - baseline
 
 

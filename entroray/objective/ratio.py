@@ -1,10 +1,10 @@
-"""Tokens -> how far the policy has moved from the one the step was scored under."""
+"""Tokens -> how far the policy has moved from the one the step was scored under, or sampled from."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import Positive
+from entroray.objective.bind import Positive, declare
 from entroray.objective.view import log_ratio
 from entroray.ops import segment_mean
 from entroray.types import Tokens
@@ -15,29 +15,52 @@ def token(t: Tokens) -> Float[Tensor, " N"]:
 
     `π / π_old per token`
     """
-    return log_ratio(t.logprobs, t.old_logprobs).exp()
+    return _moved(t).exp()
+
+
+def sampler(t: Tokens) -> Float[Tensor, " N"]:
+    """Each token's ratio to the sampler itself, so that no correction may stand beside it (DPPO, SkyRL).
+
+    `π / π_sampler per token`
+    """
+    return log_ratio(t.logprobs, t.behavior_logprobs).exp()
 
 
 def sequence(t: Tokens) -> Float[Tensor, " N"]:
-    """One ratio a rollout, the geometric mean of its tokens' (GSPO, arXiv 2507.18071).
+    """The rollout's geometric mean of ratios, on each of its tokens (GSPO, arXiv 2507.18071).
 
-    `s = (Π π / π_old)^(1/L) of the rollout, gradient s per token`
-    Their token form, sg[s] π / sg[π]: the same as plain GSPO where a rollout has one advantage.
+    `s = exp(mean_t log π / π_old) of the rollout`
+    All tokens of a rollout share its gradient, so advantages must not differ inside it; verl holds the mean
+    within 10 nats, here each log-ratio is within 20.
     """
-    x = log_ratio(t.logprobs, t.old_logprobs)
-    return _rollout_mean(x, t).exp().detach() * torch.exp(x - x.detach())
+    return _mean(_moved(t), t).exp()
 
 
-def clipped_geometric(t: Tokens, *, bound: Positive = 0.4) -> Float[Tensor, " N"]:
-    """The geometric mean of a rollout's ratios, each clipped on the side its advantage pushes to (GMPO).
+def sequence_token(t: Tokens) -> Float[Tensor, " N"]:
+    """The rollout's mean ratio with each token's own gradient (GSPO-token, arXiv 2507.18071).
 
-    `(Π min(π / π_old, e^bound))^(1/L) where A > 0; at least e^-bound each where A < 0`
-    arXiv 2507.20673; `bound` is of the log-ratio, in nats. verl takes the mean over a micro-batch.
+    `s = sg[exp(mean_t log π / π_old)] π / sg[π]`
     """
-    x = log_ratio(t.logprobs, t.old_logprobs)
-    held = torch.where(t.advantages > 0, x.clamp(max=bound), x.clamp(min=-bound))
-    return _rollout_mean(held, t).exp()
+    moved = _moved(t)
+    return _mean(moved.detach(), t).exp() * (t.logprobs - t.logprobs.detach()).exp()
 
 
-def _rollout_mean(x: Float[Tensor, " N"], t: Tokens) -> Float[Tensor, " N"]:
-    return segment_mean(x, t.row, torch.ones_like(t.row, dtype=torch.bool), len(t.length))[t.row]
+@declare(idle_at_one=True)
+def clipped_geometric(t: Tokens, *, low: Positive = 0.4, high: Positive = 0.4) -> Float[Tensor, " N"]:
+    """Geometric mean of token ratios, each clipped first on the side A pushes to (GMPO, arXiv 2507.20673).
+
+    `exp(mean_t of log π / π_old, at most high where A > 0, at least -low where A < 0)`
+    Bounds are log-ratios in nats, unlike every other row's; verl's `geo_mean` averages over a micro-batch.
+    """
+    moved = _moved(t)
+    held = torch.where(t.advantages > 0, moved.clamp(max=high), moved.clamp(min=-low))
+    return _mean(held, t).exp()
+
+
+def _moved(t: Tokens) -> Float[Tensor, " N"]:
+    return log_ratio(t.logprobs, t.old_logprobs)
+
+
+def _mean(x: Float[Tensor, " N"], t: Tokens) -> Float[Tensor, " N"]:
+    """Each row's mean over its shown tokens, on each of them."""
+    return segment_mean(x, t.row, t.mask, len(t.length))[t.row]

@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import Fraction, Positive, declare
+from entroray.objective.bind import Fraction, NonNegative, declare
 from entroray.types import Tokens
 
 
+@declare(reads_selected=True)
 def selected(t: Tokens, *, inside: float = 1.0, outside: float = 0.0) -> Float[Tensor, " N"]:
     """Keep the selected tokens and drop the rest, or the other way round (80/20, arXiv 2506.01939).
 
@@ -20,14 +21,13 @@ def selected(t: Tokens, *, inside: float = 1.0, outside: float = 0.0) -> Float[T
 
 
 @declare(needs=["whole_step"])
-def steer(t: Tokens, *, floor: Fraction = 0.8, least: Positive = 0.02) -> Float[Tensor, " N"]:
-    """Damp the tokens that would move the entropy most, up or down (STEER, arXiv 2510.10150).
+def steady(t: Tokens, *, least: Fraction = 0.8, floor: NonNegative = 0.02) -> Float[Tensor, " N"]:
+    """Damp tokens by how much they would move the entropy, whichever way (STEER, arXiv 2510.10150).
 
-    `exp(-k |Ω|), Ω = A (1 - π)(log π + H), k = -log floor / max(max |Ω|, least)`
-    Ω lacks a factor π against the exact change, so rare tokens are damped too much; the sign is right. The
-    maximum is over the step, theirs over a micro-batch, and Ω is taken when the step begins.
+    `max(least, exp(-k |Ω|)), k = -ln(least) / max(max |Ω|, floor), Ω = A (1 - π) (log π + H)`
+    Over the step and at its start, where r = 1; theirs is over a micro-batch, with r in Ω. Ω lacks a factor π
+    and a baseline against the true change, so rare tokens are damped too much: as published.
     """
-    p = t.logprobs.exp()
-    omega = (t.advantages * (1 - p) * (t.logprobs + t.entropy)).abs()
-    top = omega.max().clamp(min=least) if len(omega) else omega.new_tensor(least)
-    return torch.exp(math.log(floor) * omega / top)
+    moved = (t.advantages * (1 - t.logprobs.exp()) * (t.logprobs + t.entropy)).abs()
+    most = max(float(moved.max()) if len(moved) else 0.0, floor)
+    return torch.exp(math.log(least) / most * moved).clamp(min=least) if most else torch.ones_like(moved)

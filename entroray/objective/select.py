@@ -5,13 +5,15 @@ A share is of the step's tokens, at least one of those that qualify; ties break 
 hash of step and `uid`, so neither row order nor a cut has a say.
 """
 
+import math
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from entroray.objective.bind import Fraction, Positive, declare
-from entroray.objective.view import covariance
+from entroray.objective.view import covariance, discriminator
 from entroray.types import Tokens
 
 
@@ -66,16 +68,59 @@ def random_positive(t: Tokens, *, share: Fraction = 2e-4) -> Bool[Tensor, " N"]:
 
 
 @declare(needs=["whole_step"])
-def confident_mistakes(t: Tokens, *, deviations: Positive = 2.5) -> Bool[Tensor, " N"]:
-    """Punished tokens so unlikely that pushing them down lowers the entropy (Clip_B, arXiv 2602.03392).
+def top_entropy_of_rollout(t: Tokens, *, share: Fraction = 0.2) -> Bool[Tensor, " N"]:
+    """The tokens of each rollout that the policy hesitated over most (ASPO, arXiv 2510.06062; SIREN).
 
-    `tokens with A < 0 and D - mean(D) < -deviations std(D), D = π (log π + H)`
-    The other tail than Clip-Cov's. std is of all tokens of the step, without Bessel's correction.
+    `the top share of each rollout's tokens by H`
     """
-    if not len(t.logprobs):
-        return t.mask
-    d = t.logprobs.exp() * (t.logprobs + t.entropy)
-    return (t.advantages < 0) & (d - d.mean() < -deviations * d.std(correction=0))
+    order = np.lexsort((t.uid.cpu().numpy(), -t.entropy.cpu().numpy(), t.row.cpu().numpy()))
+    length = torch.bincount(t.row, minlength=len(t.length)).cpu()
+    rows = t.row.cpu()[order]
+    rank = torch.arange(len(order)) - (length.cumsum(0) - length)[rows]
+    chosen = torch.zeros_like(t.mask)
+    chosen[torch.from_numpy(order).to(chosen.device)] = (rank < (share * length)[rows]).to(chosen.device)
+    return chosen
+
+
+@declare(needs=["whole_step"])
+def low_discriminator(t: Tokens, *, mu: Positive = 2.5) -> Bool[Tensor, " N"]:
+    """Punished tokens that would lower the entropy most (Clip_B, arXiv 2602.03392; mu as in Trinity-RFT).
+
+    `A < 0 and D - mean(D) < -mu std(D), D = π (log π + H)`
+    Their code takes π from the sampler and H from the learner; here both are the learner's.
+    """
+    d = discriminator(t)
+    return (t.advantages < 0) & (d - _mean(d) < -mu * _deviation(d))
+
+
+@declare(needs=["whole_step", "mean_discriminator"])
+def below_expected(t: Tokens, *, mu: Positive = 8.5, share: Fraction = 1e-4) -> Bool[Tensor, " N"]:
+    """Punished tokens far below the vocabulary's expectation, worst first (Clip_V, arXiv 2602.03392).
+
+    `at most share of tokens, among A < 0 and E_p D - D > mu std(D - E_p D); D = π (log π + H)`
+    mu is Trinity-RFT's registered default; its constructor has 2.
+    """
+    gap = t.extra["mean_discriminator"] - discriminator(t)
+    return _lowest(-gap, (t.advantages < 0) & (gap > mu * _deviation(gap)), share, t)
+
+
+@declare(needs=["whole_step", "max_logprob"])
+def rare_but_plausible(t: Tokens, *, share: Fraction = 0.01, kappa: Fraction = 0.02) -> Bool[Tensor, " N"]:
+    """Punished tokens among the rarest, yet not noise (Lp-Reg, arXiv 2510.03222: 1 % at 14B, 0.5 % at 32B).
+
+    `A < 0 and log π among the lowest share of tokens, and π >= kappa max π`
+    """
+    plausible = t.old_logprobs >= t.extra["max_logprob"] + math.log(kappa)
+    return _lowest(t.old_logprobs, t.mask, share, t) & (t.advantages < 0) & plausible
+
+
+def _mean(x: Float[Tensor, " N"]) -> Float[Tensor, ""]:
+    return x.sum() / max(len(x), 1)
+
+
+def _deviation(x: Float[Tensor, " N"]) -> Float[Tensor, ""]:
+    """Standard deviation over the step's tokens, Bessel; 0 of fewer than two."""
+    return ((x - _mean(x)).square().sum() / max(len(x) - 1, 1)).sqrt()
 
 
 def _lowest(

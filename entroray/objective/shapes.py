@@ -1,10 +1,17 @@
-"""Tokens of the whole step -> new advantages, before the update."""
+"""Tokens of the whole step -> new advantages, in the order given.
+
+Most are applied once, before the update. Those declared `live` read the current policy: they are applied
+again in every update, detached, to what the others left.
+"""
+
+import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from entroray.objective.bind import NonNegative, Positive, declare
+from entroray.objective.bind import AboveOne, Count, Fraction, NonNegative, Positive, declare
+from entroray.ops import segment_mean, segment_sum
 from entroray.types import Tokens
 
 
@@ -17,14 +24,145 @@ def by_sign(t: Tokens, *, positive: NonNegative = 0.1, negative: NonNegative = 1
     return torch.where(t.advantages > 0, positive * t.advantages, negative * t.advantages)
 
 
-@declare(needs=["whole_step"])
-def whiten(t: Tokens, *, eps: Positive = 1e-8) -> Float[Tensor, " N"]:
-    """Advantages of mean 0 and deviation 1 over the step's tokens (REINFORCE++, arXiv 2501.03262).
+def positive_by_stage(t: Tokens, *, steps: Count = 100, hold: Fraction = 0.5) -> Float[Tensor, " N"]:
+    """Punished tokens alone at first, reinforced ones blended in linearly (Jin et al., arXiv 2511.05993).
 
-    `(A - mean(A)) / sqrt(var(A) + eps) over the step, Bessel`
-    Does not keep the sign of A: that is its purpose where rewards have no baseline.
+    `A (λ where A > 0), λ = (step - hold steps) / (steps - hold steps) within [0, 1]`
+    `steps` is the run's length in steps, `hold` the fraction of it at λ = 0: theirs is half.
+    """
+    start = hold * steps
+    weight = min(1.0, max(0.0, (t.step - start) / max(steps - start, 1.0)))
+    return by_sign(t, positive=weight)
+
+
+def positive_by_epoch(t: Tokens, *, epoch: Count = 25, epochs: Count = 4) -> Float[Tensor, " N"]:
+    """Reinforced tokens a notch heavier every epoch (Jin et al., arXiv 2511.05993).
+
+    `A (λ where A > 0), λ = (e - 1) / (E - 1), e = 1 + step // epoch, E = epochs`
+    `epoch` is in steps.
+    """
+    weight = min(1.0, (t.step // epoch) / max(epochs - 1, 1))
+    return by_sign(t, positive=weight)
+
+
+@declare(needs=["whole_step"], replaces=True)
+def whiten(t: Tokens, *, eps: Positive = 1e-8) -> Float[Tensor, " N"]:
+    """Centred and scaled over all tokens of the step (REINFORCE++, arXiv 2501.03262; Bessel as in verl).
+
+    `(A - mean(A)) / sqrt(var(A) + eps) over the step's tokens, Bessel`
+    The authors' code whitens one rank's share of the batch; here it is the step.
     """
     if not len(t.advantages):
         return t.advantages
     centred = t.advantages - t.advantages.mean()
-    return centred / (centred.square().sum() / max(len(centred) - 1, 1) + eps).sqrt()
+    variance = centred.square().sum() / max(len(centred) - 1, 1)
+    return centred / (variance + eps).sqrt()
+
+
+@declare(live=True)
+def add_entropy(t: Tokens, *, alpha: NonNegative = 0.4, kappa: AboveOne = 2.0) -> Float[Tensor, " N"]:
+    """Lift A where the policy hesitates, never past a change of sign (arXiv 2506.14758).
+
+    `A + min(alpha H, |A| / kappa), H in nats of the current policy, detached`
+    alpha is 0.4 with GRPO and 0.1 with PPO, for advantages in standard deviations. It strengthens reinforced
+    and weakens punished tokens: no entropy bonus.
+    """
+    return t.advantages + torch.minimum(alpha * t.entropy, t.advantages.abs() / kappa)
+
+
+@declare(live=True)
+def surprise_weighted(t: Tokens, *, zeta: NonNegative = 0.01) -> Float[Tensor, " N"]:
+    """Weigh rare reinforced tokens up and rare punished ones down (REPO-R, arXiv 2603.11682).
+
+    `A (1 - (zeta log π) where A > 0, max(0, 1 + (zeta log π)) elsewhere), log π current, detached`
+    The paper doubles and halves zeta by the entropy and gives no start; 0.01 is ours. Its second factor turns
+    negative where zeta |log π| > 1: held at 0 here.
+    """
+    up, down = 1 - zeta * t.logprobs, (1 + zeta * t.logprobs).clamp(min=0)
+    return t.advantages * torch.where(t.advantages > 0, up, down)
+
+
+@declare(needs=["whole_step"])
+def entropy_band(t: Tokens, *, low: NonNegative = 0.6, high: Positive = 0.7) -> Float[Tensor, " N"]:
+    """Reject what would push the entropy further out of a band (Entrocraft, arXiv 2604.26326).
+
+    `A; 0 where mean(H) > high and A < 0; 0 where mean(H) < low and A > 0; means in nats over the step`
+    Algorithm 1 removes rejected rollouts; their code, and this, keeps them in the denominator. Their code
+    also changes to raw +1 and -1 outside the band; this keeps A. They anneal the band to (0.1, 0.2).
+    """
+    if not len(t.entropy):
+        return t.advantages
+    mean = float(t.entropy.mean())
+    wrong = t.advantages < 0 if mean > high else t.advantages > 0 if mean < low else t.advantages.isnan()
+    return t.advantages.masked_fill(wrong, 0.0)
+
+
+@declare(needs=["whole_step"])
+def lean(
+    t: Tokens,
+    *,
+    target: NonNegative = 0.5,
+    gain: NonNegative = 0.99,
+    integral: float = 0.0,
+    clamp: Fraction = 0.9,
+    above: NonNegative = 0.0,
+) -> Float[Tensor, " N"]:
+    """Weigh signs by how far the entropy is from a target (EntroPIC, arXiv 2511.15248).
+
+    `A (1 + α where A > 0, 1 - α where A < 0) where π >= above;
+    α = gain (mean(H) - target) + integral, within ±clamp`
+    In nats over the step. `integral` is the sum a controller carries (K_i 0.01); the target is ours. The
+    paper acts on probable tokens and gives no bound: `above` 0 is all, as in Entrocraft's reimplementation,
+    which also leaves α without a clamp.
+    """
+    if not len(t.entropy):
+        return t.advantages
+    alpha = min(clamp, max(-clamp, gain * (float(t.entropy.mean()) - target) + integral))
+    weight = torch.where(
+        t.advantages > 0, t.advantages.new_tensor(1 + alpha), t.advantages.new_tensor(1 - alpha)
+    )
+    return t.advantages * torch.where(
+        t.logprobs >= math.log(above) if above else t.mask, weight, torch.ones_like(weight)
+    )
+
+
+@declare(needs=["whole_step", "mean_logprob"], min_group=2, replaces=True)
+def self_certainty(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
+    """The model's own confidence in place of a reward: a control arm (Intuitor, arXiv 2505.19590).
+
+    `(c - mean(c)) / (std(c) + eps) over the group, c = -mean_t mean_v log p_v, whatever the reward`
+    KL(uniform, p) less log V, which standardising takes away. It lowers entropy.
+    """
+    return _standardised(-_per_row(t.extra["mean_logprob"], t), t, eps)
+
+
+@declare(needs=["whole_step"], min_group=2, replaces=True)
+def low_entropy(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
+    """Low token entropy in place of a reward: a control arm (RENT, arXiv 2505.22660; arXiv 2506.17219).
+
+    `(c - mean(c)) / (std(c) + eps) over the group, c = -mean_t H, whatever the reward`
+    """
+    return _standardised(-_per_row(t.entropy, t), t, eps)
+
+
+@declare(needs=["whole_step"], min_group=2, replaces=True)
+def trajectory_likelihood(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
+    """The response's own log-prob in place of a reward: a control arm (trajectory entropy, arXiv 2506.17219).
+
+    `(c - mean(c)) / (std(c) + eps) over the group, c = Σ_t log π_old, whatever the reward`
+    """
+    return _standardised(segment_sum(t.old_logprobs, t.row, len(t.length)), t, eps)
+
+
+def _per_row(x: Float[Tensor, " N"], t: Tokens) -> Float[Tensor, " B"]:
+    return segment_mean(x, t.row, t.mask, len(t.length))
+
+
+def _standardised(score: Float[Tensor, " B"], t: Tokens, eps: float) -> Float[Tensor, " N"]:
+    """Each row's score less its group's mean, in the group's deviations (Bessel), on its tokens."""
+    group: Int[Tensor, " B"] = t.group.unique(return_inverse=True)[1]
+    prompts = int(group.max()) + 1 if len(group) else 0
+    size = segment_sum(torch.ones_like(score), group, prompts)
+    centred = score - (segment_sum(score, group, prompts) / size)[group]
+    variance = segment_sum(centred.square(), group, prompts) / (size - 1).clamp(min=1)
+    return (centred / (variance.sqrt()[group] + eps))[t.row]

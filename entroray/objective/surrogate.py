@@ -1,16 +1,17 @@
 """Tokens and ratio r -> loss per token; its gradient is a detached coefficient times that of log π."""
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import AboveOne, Fraction, NonNegative, Positive
+from entroray.objective.bind import AboveOne, Fraction, NonNegative, Positive, Probability, declare
+from entroray.objective.bounds import balanced_high, balanced_low
 from entroray.types import Tokens
 
 
+@declare(idle_at_one=True)
 def clip(
     t: Tokens,
     ratio: Float[Tensor, " N"],
@@ -30,68 +31,7 @@ def clip(
     return loss if dual is None else torch.where(a < 0, torch.minimum(loss, -dual * a), loss)
 
 
-def clip_with_entropy(
-    t: Tokens,
-    ratio: Float[Tensor, " N"],
-    *,
-    low: Fraction = 0.2,
-    high: Positive = 0.28,
-    alpha: NonNegative = 0.4,
-    kappa: AboveOne = 2.0,
-) -> Float[Tensor, " N"]:
-    """PPO's clip of advantages raised where the policy hesitates now (arXiv 2506.14758).
-
-    `-min(r A', clip(r, 1 - low, 1 + high) A'), A' = A + min(alpha H, |A| / kappa), H in nats, detached`
-    Weakens punishment as it strengthens praise; above 1, `kappa` keeps the sign of A. alpha 0.4 is for GRPO,
-    0.1 for PPO. There is no code of the authors'; a reimplementation uses kappa 1.
-    """
-    raised = t.advantages + torch.minimum(alpha * t.entropy.detach(), t.advantages.abs() / kappa)
-    return clip(replace(t, advantages=raised), ratio, low=low, high=high)
-
-
-def gradient_preserving(
-    t: Tokens,
-    ratio: Float[Tensor, " N"],
-    *,
-    low: Fraction = 0.2,
-    high: Positive = 0.2,
-    tail_low: NonNegative = 0.75,
-    tail_high: NonNegative = 1.0,
-    dual: AboveOne = 10.0,
-) -> Float[Tensor, " N"]:
-    """Bounded gradients beyond the clip instead of none (CE-GPPO, arXiv 2509.20712; GPPO with both tails 1).
-
-    `-sg[k] A log π, k = r; A > 0: tail_high (1 + high) beyond it; A < 0: tail_low (1 - low), 0 above dual`
-    tail_low 0.75 is theirs for 7B, 0.5 for 1.5B.
-    """
-    a, r = t.advantages, ratio.detach()
-    k = torch.where((a > 0) & (r > 1 + high), r.new_tensor(tail_high * (1 + high)), r)
-    k = torch.where((a < 0) & (r < 1 - low), r.new_tensor(tail_low * (1 - low)), k)
-    k = torch.where((a < 0) & (r > dual), r.new_tensor(0.0), k)
-    return -k * a * t.logprobs
-
-
-def dynamic_clip(
-    t: Tokens,
-    ratio: Float[Tensor, " N"],
-    *,
-    low: Fraction = 0.16,
-    high: Positive = 0.2,
-    cap: AboveOne = 10.0,
-) -> Float[Tensor, " N"]:
-    """A clip that is wider for rarer tokens (DCPO, arXiv 2509.02333).
-
-    `-min(r A, clip(r, (1 + √(1 - 4 low/q)) / 2, (1 + √(1 + 4 high/q)) / 2, at most cap) A), q = π_old`
-    Where 1 - 4 low/q is negative, 0 stands for it.
-    Their advantages, smoothed by a prompt's own history, are not part of this. Their script has high 0.28.
-    """
-    q = t.old_logprobs.exp().clamp(min=1e-12)
-    below = 0.5 + 0.5 * (1 - 4 * low / q).clamp(min=0).sqrt()
-    above = (0.5 + 0.5 * (1 + 4 * high / q).sqrt()).clamp(max=cap)
-    a = t.advantages
-    return -torch.minimum(ratio * a, torch.minimum(torch.maximum(ratio, below), above) * a)
-
-
+@declare(idle_at_one=True)
 def cispo(
     t: Tokens,
     ratio: Float[Tensor, " N"],
@@ -127,3 +67,137 @@ def likelihood(t: Tokens, ratio: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     `-A log π`
     """
     return -t.advantages * t.logprobs
+
+
+def soft_gate(
+    t: Tokens, ratio: Float[Tensor, " N"], *, rise: Positive = 1.0, fall: Positive = 1.05
+) -> Float[Tensor, " N"]:
+    """A soft gate on the ratio where PPO has a hard one (SAPO, arXiv 2511.20347).
+
+    `-(4 / τ) σ(τ (r - 1)) A, τ = rise where A > 0, fall elsewhere`
+    """
+    steep = torch.where(t.advantages > 0, ratio.new_tensor(rise), ratio.new_tensor(fall))
+    return -4 / steep * torch.sigmoid(steep * (ratio - 1)) * t.advantages
+
+
+@declare(idle_at_one=True)
+def trust_probability(
+    t: Tokens,
+    ratio: Float[Tensor, " N"],
+    *,
+    low: Probability = 0.15,
+    high: Probability = 0.15,
+    cap: Positive = 20.0,
+) -> Float[Tensor, " N"]:
+    """Gate on the change of probability instead of the ratio (DPPO's total variation; Stable-RL's numbers).
+
+    `-sg[min(r, cap)] A log π; 0 where A > 0 and π - μ > high, or A <= 0 and π - μ < -low; μ = π / r`
+    Bounds are probabilities, so rare tokens may move far; μ is whatever the ratio is anchored on.
+    """
+    moved = _anchored(t, ratio, "moved")
+    outside = torch.where(t.advantages > 0, moved > high, moved < -low)
+    weight = ratio.detach().clamp(max=cap).masked_fill(outside, 0.0)
+    return -weight * t.advantages * t.logprobs
+
+
+@declare(idle_at_one=True)
+def leaky_clip(
+    t: Tokens,
+    ratio: Float[Tensor, " N"],
+    *,
+    low: Fraction = 0.2,
+    high: Positive = 0.2,
+    leak_low: NonNegative = 0.75,
+    leak_high: NonNegative = 1.0,
+    dual: AboveOne | None = 10.0,
+) -> Float[Tensor, " N"]:
+    """PPO's clip with a bounded gradient beyond it (CE-GPPO, arXiv 2509.20712; GPPO at leaks of 1).
+
+    `-sg[w] A log π, w = r; leak_high (1 + high) where A > 0 and r > 1 + high;
+    leak_low (1 - low) where A < 0 and r < 1 - low; 0 where A < 0 and r > dual`
+    leak_low is 0.75 at 7B, 0.5 at 1.5B: up lowers the entropy; leak_high up raises it. Leaks of 0 are PPO's.
+    """
+    a, weight = t.advantages, ratio.detach()
+    above, below = (a > 0) & (weight > 1 + high), (a < 0) & (weight < 1 - low)
+    held = weight.masked_fill(above, leak_high * (1 + high)).masked_fill(below, leak_low * (1 - low))
+    if dual is not None:
+        held = held.masked_fill((a < 0) & (weight > dual), 0.0)
+    return -held * a * t.logprobs
+
+
+@declare(before={"balanced_low": balanced_low, "balanced_high": balanced_high}, needs=["whole_step"])
+def balanced_clip(
+    t: Tokens,
+    ratio: Float[Tensor, " N"],
+    *,
+    least_low: Fraction = 0.6,
+    most_low: Fraction = 0.8,
+    least_high: AboveOne = 1.2,
+    most_high: AboveOne = 2.0,
+    stride: Positive = 0.05,
+    share: Fraction = 0.5,
+    dual: AboveOne | None = 3.0,
+) -> Float[Tensor, " N"]:
+    """PPO's clip, bounds moved until reinforced tokens carry their share (BAPO, arXiv 2510.18927).
+
+    `-min(r A, clip(r, l, h) A); l from least_low to most_low, then h from least_high to most_high,
+    by stride until A > 0 carry share of Σ r |A|; where A < 0 at most dual |A|`
+    Bounds are ratios, not distances from 1. They are searched once, at the start of the step, with the
+    ratios to the sampler; the authors search in every micro-batch, and their code takes positive over
+    negative. With a sampler in step with the learner the search sees A alone and ends at either end.
+    """
+    low, high, a = t.extra["balanced_low"], t.extra["balanced_high"], t.advantages
+    loss = -torch.minimum(ratio * a, torch.minimum(torch.maximum(ratio, low), high) * a)
+    return loss if dual is None else torch.where(a < 0, torch.minimum(loss, -dual * a), loss)
+
+
+@declare(idle_at_one=True)
+def clip_by_probability(
+    t: Tokens,
+    ratio: Float[Tensor, " N"],
+    *,
+    low: Positive = 0.16,
+    high: Positive = 0.2,
+    cap: AboveOne = 10.0,
+) -> Float[Tensor, " N"]:
+    """PPO's clip with bounds that widen for rare tokens (DCPO, arXiv 2509.02333).
+
+    `-min(r A, clip(r, l, h) A), l = 1/2 + sqrt(max(1 - (4 low / q), 0)) / 2,
+    h = 1/2 + sqrt(1 + (4 high / q)) / 2, at most cap, q = π / r`
+    `low` and `high` bound (r - 1) r q, neither a ratio nor a distance. The README has 0.2, the script 0.28.
+    """
+    q = _anchored(t, ratio, "old").clamp(min=1e-12)
+    bottom = 0.5 + 0.5 * (1 - 4 * low / q).clamp(min=0).sqrt()
+    top = (0.5 + 0.5 * (1 + 4 * high / q).sqrt()).clamp(max=cap)
+    held = torch.minimum(torch.maximum(ratio, bottom), top)
+    return -torch.minimum(ratio * t.advantages, held * t.advantages)
+
+
+@declare(idle_at_one=True, reads_selected=True)
+def mirrored_clip(
+    t: Tokens,
+    ratio: Float[Tensor, " N"],
+    *,
+    confident: Fraction = 0.2,
+    hesitant: Fraction = 0.4,
+    cap: AboveOne = 3.0,
+) -> Float[Tensor, " N"]:
+    """The reciprocal ratio for reinforced tokens, so that the rare weigh more (ASPO, arXiv 2510.06062).
+
+    `-sg[min(w, cap)] A log π, w = 1/r where A > 0, r elsewhere; 0 where PPO's clip by ε is;
+    ε = hesitant where selected, confident elsewhere`
+    The gate is PPO's on r itself; the cap bounds the weight and leaves its gradient. Our reading of their
+    code, whose 0.2, 0.4 and 3 ignore its configuration and whose mask of "high" entropy marks the low.
+    """
+    a, r = t.advantages, ratio.detach()
+    width = torch.where(t.selected, r.new_tensor(hesitant), r.new_tensor(confident))
+    outside = torch.where(a > 0, r > 1 + width, r < 1 - width)
+    weight = torch.where(a > 0, 1 / r, r).clamp(max=cap).masked_fill(outside, 0.0)
+    return -weight * a * t.logprobs
+
+
+def _anchored(t: Tokens, ratio: Float[Tensor, " N"], what: Literal["old", "moved"]) -> Float[Tensor, " N"]:
+    """Probability under the ratio's anchor, or how far the policy has moved from it; detached."""
+    now = t.logprobs.detach().exp()
+    old = now / ratio.detach()
+    return old if what == "old" else now - old

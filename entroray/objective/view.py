@@ -57,3 +57,11 @@ def covariance(t: Tokens) -> Float[Tensor, " N"]:
 def log_ratio(above: Float[Tensor, " N"], below: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Difference of two log-probs in nats, within `BOUND`, so that `exp` of it stays finite."""
     return (above - below).clamp(-BOUND, BOUND)
+
+
+def discriminator(t: Tokens) -> Float[Tensor, " N"]:
+    """D = π (log π + H) of each token, in nats: its sign says which way reinforcing it moves the entropy.
+
+    The first-order change is -η A (D - E_p D) (arXiv 2602.03392, 2602.09782).
+    """
+    return t.logprobs.exp() * (t.logprobs + t.entropy)

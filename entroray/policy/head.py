@@ -3,12 +3,14 @@
 In the learner this is the only place where logits exist: never more than one tile of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from entroray.policy.statistics import named
 
 TILE_ELEMENTS = 1 << 23
 """Logits held at a time, rows x vocabulary: 32 MiB in FP32; a pass holds about four such buffers."""
@@ -35,7 +37,21 @@ def token_stats(
     Gradients flow through log-probs and entropy to `hidden` and `weight`; varentropy carries none.
     `hidden[t]` is the state that predicts `token_ids[t]`. Logits of -inf are outcomes of probability 0.
     """
-    return TokenStats(*_TiledStats.apply(hidden, weight, token_ids, temperature, tile_elements))
+    return TokenStats(*_TiledStats.apply(hidden, weight, token_ids, temperature, tile_elements, ()))
+
+
+def more_stats(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    token_ids: Int[Tensor, " N"],
+    temperature: Float[Tensor, " N"],
+    names: tuple[str, ...],
+    *,
+    tile_elements: int = TILE_ELEMENTS,
+) -> dict[str, Float[Tensor, " N"]]:
+    """`token_stats` by name, and further statistics from the same pass, with gradients of their own."""
+    out = _TiledStats.apply(hidden, weight, token_ids, temperature, tile_elements, names)
+    return dict(zip((*TokenStats._fields, *names), out, strict=True))
 
 
 def _tiles(rows: int, vocabulary: int, tile_elements: int) -> list[slice]:
@@ -56,9 +72,18 @@ def _surprise(logp: Tensor, p: Tensor) -> Tensor:
 
 class _TiledStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: Tensor, tile: int) -> Any:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        temperature: Tensor,
+        tile: int,
+        names: tuple[str, ...],
+    ) -> Any:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        out = [torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3)]
+        more = [named(name) for name in names]
+        out = [torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3 + len(more))]
         for rows in _tiles(len(hidden), len(weight), tile):
             logp = _log_softmax(hidden[rows], weight, temperature[rows])
             p = logp.exp()
@@ -66,6 +91,9 @@ class _TiledStats(torch.autograd.Function):
             out[0][rows] = logp.gather(-1, ids[rows, None].long()).squeeze(-1)
             out[1][rows] = entropy
             out[2][rows] = (p * (-logp.masked_fill(p == 0, 0.0) - entropy[:, None]).square()).sum(-1)
+            for column, statistic in zip(out[3:], more, strict=True):
+                column[rows] = statistic(logp)
+        ctx.more = more
         ctx.save_for_backward(hidden, ids, temperature, out[1])
         ctx.weight, ctx.tile = weight, tile  # by reference: ZeRO-3 swaps the parameter's storage in between
         ctx.mark_non_differentiable(out[2])
@@ -80,12 +108,14 @@ class _TiledStats(torch.autograd.Function):
         for rows in _tiles(len(hidden), len(weight), ctx.tile):
             logp = _log_softmax(hidden[rows], weight, temperature[rows])
             dz = _logit_gradient(logp, ids[rows], entropy[rows], grads[0][rows], grads[1][rows])
+            if ctx.more:
+                dz += _further_gradient(logp, ctx.more, [g[rows] for g in grads[3:]])
             dz = dz / temperature[rows, None]
             if grad_hidden is not None:
                 grad_hidden[rows] = (dz.to(weight.dtype) @ weight).to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight += dz.T @ hidden[rows].to(dz.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 4
 
 
 def _logit_gradient(logp: Tensor, ids: Tensor, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor) -> Tensor:
@@ -96,34 +126,12 @@ def _logit_gradient(logp: Tensor, ids: Tensor, entropy: Tensor, g_logp: Tensor, 
     return dz.scatter_add_(-1, ids[:, None].long(), g_logp[:, None].to(dz.dtype))
 
 
-def _collision(logp: Tensor, p: Tensor, entropy: Tensor) -> Tensor:
-    """Mean over v ~ p of p (ln p + H): what one gradient step on a sampled token does to H on its own."""
-    return (p.square() * (logp.masked_fill(p == 0, 0.0) + entropy[:, None])).sum(-1)
-
-
-EXTRA = {"collision": _collision}
-"""Further statistics of a whole distribution: name -> (log p, p [n, V], H [n]) -> [n]."""
-
-
-@torch.no_grad()
-def extra_stats(
-    hidden: Float[Tensor, "N D"],
-    weight: Float[Tensor, "V D"],
-    temperature: Float[Tensor, " N"],
-    names: Sequence[str],
-    *,
-    tile_elements: int = TILE_ELEMENTS,
-) -> dict[str, Float[Tensor, " N"]]:
-    """The statistics of `EXTRA` called `names`, tile by tile, without gradient."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    out = {name: torch.empty(len(hidden), dtype=wide, device=hidden.device) for name in names}
-    for rows in _tiles(len(hidden), len(weight), tile_elements):
-        logp = _log_softmax(hidden[rows], weight, temperature[rows])
-        p = logp.exp()
-        entropy = _surprise(logp, p).sum(-1)
-        for name, column in out.items():
-            column[rows] = EXTRA[name](logp, p, entropy)
-    return out
+@torch.enable_grad()
+def _further_gradient(logp: Tensor, more: list[Callable[[Tensor], Tensor]], grads: list[Tensor]) -> Tensor:
+    """The gradient in the logits that further statistics send back, by autograd inside the tile."""
+    z = logp.detach().requires_grad_()
+    again = z.log_softmax(-1)  # log-probs are logits of their own softmax
+    return torch.autograd.grad([statistic(again) for statistic in more], z, grads)[0]
 
 
 class StreamedHead(nn.Module):
@@ -138,9 +146,6 @@ class StreamedHead(nn.Module):
         self.weight: nn.Parameter = lm_head.weight
 
     def forward(
-        self, hidden: Tensor, token_ids: Tensor, temperature: Tensor, extra: Sequence[str] = ()
-    ) -> TokenStats | dict[str, Tensor]:
-        """Token statistics; with `extra`, those of `EXTRA` so named instead."""
-        if extra:
-            return extra_stats(hidden, self.weight, temperature, extra)
-        return token_stats(hidden, self.weight, token_ids, temperature)
+        self, hidden: Tensor, token_ids: Tensor, temperature: Tensor, more: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
+        return more_stats(hidden, self.weight, token_ids, temperature, tuple(more))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from entroray.errors import PreflightError
-from entroray.policy.head import StreamedHead, TokenStats
+from entroray.policy.head import StreamedHead
 from entroray.types import Batch
 
 
@@ -57,11 +57,11 @@ class Policy(nn.Module):
         self.model = model
         self.model.lm_head = StreamedHead(model.lm_head)
 
-    def forward(self, micro: Padded, extra: Sequence[str] = ()) -> TokenStats | dict[str, Tensor]:
-        """Token statistics; with `extra`, those of `head.EXTRA` so named instead."""
+    def forward(self, micro: Padded, more: Sequence[str] = ()) -> dict[str, Tensor]:
+        """`head.TokenStats` by name, and the further `policy.statistics` named in `more`."""
         states = self.model.model(input_ids=micro.ids, attention_mask=micro.attention, use_cache=False)
         hidden = states.last_hidden_state.flatten(0, 1)[micro.source]
-        return self.model.lm_head(hidden, micro.targets, micro.temperature, extra)
+        return self.model.lm_head(hidden, micro.targets, micro.temperature, more)
 
 
 def load(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:

@@ -1,5 +1,6 @@
 """Pools and gangs of actors in the shape of the roles the driver knows."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -131,4 +132,14 @@ def _summary(updates: list[list[dict[str, float]]]) -> dict[str, float]:
         "update/ratio_max": max(r["ratio_max"] for r in ranks),
         "update/entropy": sum(r["entropy"] for r in ranks) / tokens,
         **shares(ranks, tokens),
+        **_by_rule(ranks),
     }
+
+
+def _by_rule(sums: list[dict[str, float]]) -> dict[str, float]:
+    """Tokens that each rule inside the update touched, all updates together."""
+    total: Counter[str] = Counter()
+    for each in sums:
+        for name in (n for n in each if n.startswith("rule:")):
+            total[f"objective/{name.removeprefix('rule:')}_tokens"] += each[name]  # type: ignore[assignment]
+    return dict(total)

@@ -206,6 +206,13 @@ class Engines:
         self.newcomers = [engine for engine in self.newcomers if engine not in joining]
         self.changed.set()
 
+    async def idle(self, deadline: float) -> None:
+        """Returns when no samples are under way; InfrastructureError after `deadline` seconds."""
+        if self.tasks and (await asyncio.wait(self.tasks, timeout=deadline))[1]:
+            raise InfrastructureError(
+                f"samples of the run before were still under way after {deadline:.0f} s"
+            )
+
     async def close(self) -> None:
         """Cancel what is under way, replacements too."""
         for task in (*self.tasks, *self.replacing):

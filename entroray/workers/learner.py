@@ -14,7 +14,8 @@ from torch import Tensor
 
 from entroray.entropy.movement import SUMS, movement
 from entroray.errors import PreflightError
-from entroray.objective import Objective, silent
+from entroray.objective import Objective, silent, touched_inside
+from entroray.policy.head import TokenStats
 from entroray.policy.model import Policy, load, pad
 from entroray.types import Batch, Tokens
 
@@ -85,14 +86,27 @@ class LearnerRank:
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(self.rank)}
         os.environ |= {"WORLD_SIZE": str(s.world), "LOCAL_RANK": "0"}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.manual_seed(s.seed)
         deepspeed.init_distributed(
             "nccl" if self.device.type == "cuda" else "gloo", timeout=_seconds(timeout)
         )
+        return self._build()
+
+    def reset(self, settings: LearnerSettings, objective: Objective) -> None:
+        """Become what a rank just started with these is: weights, optimizer, schedule, random state."""
+        self.engine.destroy()
+        self.settings, self.objective = settings, objective
+        self._build()
+
+    def _build(self) -> dict[str, Any]:
+        import deepspeed
+
+        s = self.settings
+        torch.manual_seed(s.seed)
         policy = load(s.model, DTYPES[s.dtype], s.attention)
         if s.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
-        self.reference = load(s.model, DTYPES[s.dtype], s.attention).to(self.device) if s.reference else None
+        held = s.reference or "ref_logprobs" in self.objective.needs
+        self.reference = load(s.model, DTYPES[s.dtype], s.attention).to(self.device) if held else None
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             model_parameters=[p for p in policy.parameters() if p.requires_grad],
@@ -122,7 +136,7 @@ class LearnerRank:
         return self.engine.module
 
     def adopt(self, objective: Objective) -> None:
-        """Update by `objective` from now on."""
+        """Train by `objective` from now on; weights, moments and schedule go on."""
         self.objective = objective
 
     # --- one step ---
@@ -132,7 +146,7 @@ class LearnerRank:
     ) -> list[dict[str, NDArray[np.float32]]]:
         """Log-prob, entropy, varentropy (nats) of each micro-batch's tokens [n], the reference's too.
 
-        `extra` names further statistics (`policy.head.EXTRA`), for one more forward pass.
+        `extra` names further statistics (`policy.statistics`), from the same pass.
         """
         self.engine.eval()
         with torch.no_grad():
@@ -140,11 +154,9 @@ class LearnerRank:
 
     def _score(self, micro: Batch, extra: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         padded = pad(micro if micro.num_rows else EMPTY, self.device)
-        stats = self.engine(padded)._asdict()
-        if extra:
-            stats |= self.engine(padded, tuple(extra))
+        stats = dict(self.engine(padded, (*self.objective.statistics, *extra)))
         if self.reference is not None:
-            stats["ref_logprobs"] = self.reference(padded).logprobs
+            stats["ref_logprobs"] = self.reference(padded)["logprobs"]
         return {k: v.float().cpu().numpy()[: len(micro.response_ids)] for k, v in stats.items()}
 
     def update(
@@ -179,13 +191,13 @@ class LearnerRank:
 
     def _backward(self, batch: Batch, tokens: Tokens, sums: dict[str, float]) -> None:
         real = batch.num_rows > 0
-        stats = self.engine(pad(batch if real else EMPTY, self.device))
+        stats = self.engine(pad(batch if real else EMPTY, self.device), self.objective.statistics)
         if real:
-            live = replace(tokens_on(tokens, self.device), **stats._asdict())
+            live = alive(tokens_on(tokens, self.device), stats)
             loss = self.objective.loss(live) / self.objective.denominator(tokens.counts)
             _tally(self.objective, live, loss, sums)
         else:
-            loss = stats.logprobs.sum() * 0.0
+            loss = stats["logprobs"].sum() * 0.0
         self.engine.backward(loss * self.settings.world, scale_wrt_gas=False)
 
     def _grad_norm_before_step(self) -> float | None:
@@ -263,6 +275,13 @@ def tokens_on(tokens: Tokens, device: torch.device) -> Tokens:
     return replace(tokens, **moved | {"extra": {k: move(v) for k, v in tokens.extra.items()}})
 
 
+def alive(tokens: Tokens, stats: Mapping[str, Tensor]) -> Tokens:
+    """`tokens` under the current policy: what the head computed in place of what was scored."""
+    own = {name: x for name, x in stats.items() if name in TokenStats._fields}
+    extra = {name: x for name, x in stats.items() if name not in TokenStats._fields}
+    return replace(tokens, **own, extra={**tokens.extra, **extra})  # type: ignore[arg-type]
+
+
 def rebase(schedule: Any, lr: float) -> None:
     """Let `schedule` be as if it had begun with `lr`, from the coming update on."""
     if not hasattr(schedule, "lr_lambdas"):
@@ -285,6 +304,8 @@ def _tally(objective: Objective, live: Tokens, loss: Tensor, sums: dict[str, flo
         sums["ratio_max"] = max(sums["ratio_max"], float(ratio.max()) if len(ratio) else 0.0)
     for name, value in movement(live, silent(objective, live)).items():
         sums[name] += value
+    for rule, number in touched_inside(objective, live).items():
+        sums[f"rule:{rule}"] = sums.get(f"rule:{rule}", 0.0) + number
 
 
 def _node_ip() -> str:

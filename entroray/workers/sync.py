@@ -47,7 +47,8 @@ class GeneratorClient:
         self._all([h.update_weights.remote(info) for h in self.handles], "loading")
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        calls = [h.finish_weight_update.remote(self.version, self.keep_kv) for h in self.handles]
+        keep = self.keep_kv and self.version > 0  # version 0 begins a run: what is cached is another's
+        calls = [h.finish_weight_update.remote(self.version, keep) for h in self.handles]
         self.acknowledged = [tuple(a) for a in self._all(calls, "committing")]
 
     def _ranked(self, info: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:

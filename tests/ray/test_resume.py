@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ BASE = [
 ]
 
 
-def start(folder: Path, model: str, *more: str) -> subprocess.Popen:
+def start(
+    folder: Path, model: str, *more: str, first: Callable[[], object] | None = None
+) -> subprocess.Popen:
     command = [sys.executable, "-m", "entroray", *BASE, f"run.dir={folder}", f"model.path={model}", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, preexec_fn=first)
 
 
 def steps(folder: Path) -> list[int]:
@@ -120,7 +124,8 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_its_code(
 def test_a_signal_before_the_first_step_ends_with_its_code_too(
     tmp_path: Path, model: str, number: signal.Signals
 ) -> None:
-    process = start(tmp_path / "run", model)
+    deaf = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731  as a shell starts `... &`
+    process = start(tmp_path / "run", model, first=deaf)
     while not any("raylet" in p.name() for p in psutil.Process(process.pid).children(recursive=True)):
         assert process.poll() is None
         time.sleep(0.05)

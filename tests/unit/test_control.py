@@ -53,6 +53,11 @@ def test_rules_by_hand():
     assert feedback.doubling(0.5, {"level": 1.0}, **bounds)[0] == 2.0
     assert feedback.doubling(1.5, {"level": 1.0}, **bounds)[0] == 0.5
     assert feedback.doubling(0.5, {"level": 2.0}, **bounds)[0] == 3.0
+    state, levels = {"level": 1.0}, []
+    for signal in (0.7, 0.6, 0.8, 0.7):  # without a target, the first signal is it
+        level, state = feedback.doubling(signal, state, low=0.1, high=8.0)
+        levels.append(level)
+    assert levels == [1.0, 2.0, 1.0, 1.0] and state["first"] == 0.7
     inside = {"at_least": 0.2, "at_most": 0.4, "step": 0.5, "low": 0.0, "high": 1.0}
     levels = [feedback.band(h, {"level": 0.5}, **inside)[0] for h in (0.1, 0.2, 0.3, 0.4, 0.5)]
     assert levels == [1.0, 0.5, 0.5, 0.5, 0.0]

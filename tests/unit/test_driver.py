@@ -30,6 +30,14 @@ def test_every_reinforcing_row_learns_the_toy(name: str) -> None:
     assert last["entropy/mean"] < first["entropy/mean"]
 
 
+def test_a_rule_that_never_touches_a_token_is_counted_and_named() -> None:
+    never = {"select": {"fn": "covariance_band", "low": 50.0, "high": 60.0}}
+    world = ToyWorld(row("clip_cov", **never, keep={"fn": "always"}))
+    asyncio.run(driver(world).train(21))
+    assert {s["objective/covariance_band_tokens"] for s in world.steps} == {0.0}
+    assert world.events.count("rule_untouched") == 2, "the draw, and the scale that drops what it draws"
+
+
 @pytest.mark.parametrize("max_lag", [0, 1, 2])
 def test_lag_is_bounded_and_nothing_is_refused_when_nothing_straggles(max_lag: int) -> None:
     world = ToyWorld(row("grpo"))

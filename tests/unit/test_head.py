@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
-from entroray.policy.head import extra_stats, token_stats
+from entroray.errors import ConfigError
+from entroray.policy.head import more_stats, token_stats
+from entroray.policy.statistics import named
 
 
 def brute(hidden, weight, ids, temperature):
@@ -51,6 +53,72 @@ def test_gradients_of_logprob_and_entropy_pass_finite_differences():
         return stats.logprobs, stats.entropy
 
     assert torch.autograd.gradcheck(f, (hidden, weight), atol=1e-7)
+
+
+NAMES = ("mean_logprob", "max_logprob", "mean_discriminator", "nucleus_entropy:0.7", "top_entropy:3",
+         "plausible_logmass:0.2")  # fmt: skip
+
+
+def literal(p: torch.Tensor) -> dict[str, float]:
+    """The same statistics of one distribution, by the book."""
+    h = -(p * p.log()).sum()
+    best = p.sort(descending=True).values
+    crossing = int((best.cumsum(0) < 0.7).sum()) + 1
+    of = lambda q: float(-(q / q.sum() * (q / q.sum()).log()).sum())  # noqa: E731
+    return {
+        "mean_logprob": float(p.log().mean()),
+        "max_logprob": float(p.max().log()),
+        "mean_discriminator": float((p * p * (p.log() + h)).sum()),
+        "nucleus_entropy:0.7": of(best[:crossing]),
+        "top_entropy:3": of(best[:3]),
+        "plausible_logmass:0.2": float(p[p >= 0.2 * p.max()].sum().log()),
+    }
+
+
+def test_further_statistics_equal_their_definitions_whatever_the_tile():
+    hidden, weight, ids, temperature = case(n=9, d=4, v=11)
+    got = more_stats(hidden, weight, ids, temperature, NAMES, tile_elements=22)
+    for row, p in enumerate(((hidden @ weight.T) / temperature[:, None]).softmax(-1)):
+        for name, value in literal(p).items():
+            assert got[name][row].item() == pytest.approx(value, rel=1e-12, abs=1e-14), name
+
+
+def test_further_statistics_have_their_own_gradients():
+    hidden, weight, ids, temperature = case(n=3, d=4, v=7)
+    hidden.requires_grad_(), weight.requires_grad_()
+
+    def f(h, w):
+        return tuple(more_stats(h, w, ids, temperature, NAMES, tile_elements=14).values())
+
+    outputs = lambda h, w: (*f(h, w)[:2], *f(h, w)[3:])  # noqa: E731  (varentropy carries none)
+    assert torch.autograd.gradcheck(outputs, (hidden, weight), atol=1e-7)
+
+
+def test_the_mass_kept_is_the_kl_of_the_renormalised():
+    """-log of the mass is KL(q, p), q the kept tokens renormalised; q detached has the same gradient."""
+    z = torch.randn(8, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    logp = z.log_softmax(-1)
+    kept = logp.exp() >= 0.2 * logp.exp().max()
+    q = torch.where(kept, logp.exp(), 0.0).detach()
+    q = q / q.sum()
+    kl = (q[kept] * (q[kept].log() - logp[kept])).sum()
+    mass = named("plausible_logmass:0.2")(logp[None])[0]
+    assert kl.item() == pytest.approx(-mass.item(), rel=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x, z, retain_graph=True) for x in (kl, -mass)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_impossible_tokens_leave_further_statistics_finite():
+    hidden = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[0.5], [0.1], [-torch.inf]], dtype=torch.float64)
+    got = more_stats(hidden, weight, torch.tensor([0]), torch.ones(1), NAMES)
+    assert all(x.isfinite().all() for x in got.values())
+
+
+def test_an_unknown_statistic_is_refused_by_name():
+    for name in ("entropy_of_love", "nucleus_entropy", "mean_logprob:3", "named"):
+        with pytest.raises(ConfigError, match=f"no statistic `{name}`: choose from .*nucleus_entropy:mass"):
+            named(name)
 
 
 def test_varentropy_carries_no_gradient():
@@ -102,7 +170,7 @@ def test_no_tokens_at_all():
 
 MEMORY = """
 import resource, torch
-from entroray.policy.head import extra_stats, token_stats
+from entroray.policy.head import token_stats
 torch.set_num_threads(1)
 n, d, v = 1024, 16, 32000
 h = torch.randn(n, d, requires_grad=True); w = torch.randn(v, d, requires_grad=True)
@@ -120,13 +188,3 @@ def test_peak_memory_stays_far_below_one_logits_matrix():
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120, check=True
     )
     assert float(done.stdout) < 30, f"{float(done.stdout):.0f} MiB more at the peak"
-
-
-def test_extra_statistics_equal_the_brute_force_whatever_the_tile():
-    hidden, weight, ids, temperature = case()
-    p = (hidden @ weight.T / temperature[:, None]).softmax(-1)
-    entropy = brute(hidden, weight, ids, temperature)[1]
-    expected = (p**2 * (p.log() + entropy[:, None])).sum(-1)
-    for tile_elements in (1, 1 << 20):
-        found = extra_stats(hidden, weight, temperature, ["collision"], tile_elements=tile_elements)
-        torch.testing.assert_close(found["collision"], expected, rtol=1e-12, atol=1e-12)

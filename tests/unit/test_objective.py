@@ -7,21 +7,65 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from entroray.errors import ConfigError
-from entroray.objective import Objective, build, count, silent
-from entroray.objective.bind import keywords, menu
-from entroray.objective.equation import MANY, SLOTS
+from entroray.objective import build, count, silent
+from entroray.objective.bind import menu
+from entroray.objective.equation import SLOTS
+from entroray.objective.view import visible
 from entroray.types import Counts, Tokens
-from tests.cases import FULL, ROWS, SPECS, WHOLE, N, close, gate, group, live, tokens, update
+from tests.cases import BUILT, ROWS, STATISTICS, WHOLE, N, close, live, outcome, tokens, update
+from tests.published import PUBLISHED, Case, gate
 
 torch.set_num_threads(1)  # these tensors are tiny
 
 HERE = __name__.partition(".")[0]
+FULL = ROWS["dapo"] | {
+    "shapes": [{"fn": "by_sign"}],
+    "scales": [{"fn": "selected", "inside": 0.7}],
+    "correction": {"fn": "truncated_importance"},
+    "penalties": [{"fn": "kl"}, {"fn": "kl_k3"}, {"fn": "entropy_bonus"}],
+    "aggregate": {"fn": "rollout_mean"},
+}
+"""No published row: every slot filled at once."""
+SPECS = ROWS | {"full": FULL}
+OBJECTIVES = BUILT | {"full": build(FULL)}
+every_row = pytest.mark.parametrize("name", ROWS)
 every_spec = pytest.mark.parametrize("name", SPECS)
+
+
+@every_row
+@pytest.mark.parametrize("drift", [0.0, 3.0], ids=["on_policy", "off_policy"])
+def test_the_gradient_is_the_published_one(name, drift):
+    if name not in PUBLISHED:
+        pytest.fail(f"{name}: write its coefficient into PUBLISHED")
+    objective, t = BUILT[name], tokens(drift=drift)
+    _, gradient, _ = update(objective, objective.credit(t), WHOLE)
+    expected = torch.where(t.mask, -PUBLISHED[name](Case(name, t)), 0.0)
+    assert close(gradient, expected)
+
+
+@every_row
+def test_the_sign_of_the_advantage_is_kept_unless_declared(name):
+    seen = visible(tokens())
+    for shape in BUILT[name].shapes:
+        kept = (shape(seen) * seen.advantages >= 0).all()
+        assert kept or shape.func.replaces, f"{shape.func.__name__} turns a sign and does not declare it"
+
+
+def test_the_gradient_of_all_slots_at_once():
+    objective, t = build(FULL), tokens()
+    _, gradient, entropy_gradient = update(objective, objective.credit(t), WHOLE)
+    n = torch.tensor([float(sum(t.mask[t.row == row])) for row in t.row]).double()
+    a = torch.where(t.advantages > 0, 0.1 * t.advantages, t.advantages)
+    r, rho = ((x - y).exp() for x, y in ((t.logprobs, t.old_logprobs), (t.old_logprobs, t.behavior_logprobs)))
+    x = t.logprobs - t.ref_logprobs
+    policy = rho.clamp(max=2.0) * 0.7 * r * a * gate(a, r, 0.2, 0.28, 10.0)
+    expected = (-policy + 0.04 * x + 0.04 * (1 - torch.exp(-x))) / n / 24
+    assert close(gradient, torch.where(t.mask, expected, 0.0))
+    assert close(entropy_gradient, torch.where(t.mask, -0.001 / n / 24, 0.0))
+    assert (rho[t.mask] > 2).any() and (rho[t.mask] < 2).any()
 
 
 def test_off_policy_case_reaches_every_bound():
@@ -32,30 +76,29 @@ def test_off_policy_case_reaches_every_bound():
     assert (r[t.advantages < 0] > 10).any()
 
 
-@every_spec
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_change_nothing(name, ranks):
-    objective = build(SPECS[name])
-    t = objective.credit(tokens())
-    cuts = [list(range(6))[rank::ranks] for rank in range(ranks)]
-    for got, expected in zip(update(objective, t, cuts), update(objective, t, WHOLE), strict=True):
-        assert close(got, expected)
+ORDERS = ([5, 0, 3, 1, 4, 2], [2, 1, 0, 5, 4, 3], [0, 1, 2, 3, 4, 5])
+CUTS = ([0, 1, 3, 6], [0, 2, 3, 4, 5, 6], [0, 6])
 
 
 @every_spec
-@settings(max_examples=10, deadline=None)
-@given(order=st.permutations(range(6)), ends=st.sets(st.integers(1, 5)))
-def test_micro_batches_and_row_order_change_nothing(name, order, ends):
-    objective = build(SPECS[name])
-    t = objective.credit(tokens())
-    cuts = [order[a:b] for a, b in pairwise([0, *sorted(ends), 6])]
-    for got, expected in zip(update(objective, t, cuts), update(objective, t, WHOLE), strict=True):
-        assert close(got, expected)
-    assert_same(objective.credit(tokens().take(torch.tensor(order))), t.take(torch.tensor(order)))
+def test_neither_ranks_nor_micro_batches_nor_row_order_change_anything(name):
+    objective, whole = OBJECTIVES[name], tokens()
+    t = objective.credit(whole)
+    expected = update(objective, t, WHOLE)
+    by_rank = [[list(range(6))[rank::ranks] for rank in range(ranks)] for ranks in (2, 4)]
+    by_size = [[order[a:b] for a, b in pairwise(cut)] for order, cut in zip(ORDERS, CUTS, strict=True)]
+    for cuts in by_rank + by_size:
+        for got, wanted in zip(update(objective, t, cuts), expected, strict=True):
+            assert close(got, wanted)
+    for order in ORDERS[:2]:
+        rows = torch.tensor(order)
+        assert_same(objective.credit(whole.take(rows)), t.take(rows))
 
 
 def assert_same(a: Tokens, b: Tokens) -> None:
-    for f in fields(Tokens):
+    assert a.extra.keys() == b.extra.keys()
+    assert all(close(a.extra[name], b.extra[name]) for name in a.extra)
+    for f in (f for f in fields(Tokens) if f.name != "extra"):
         x, y = getattr(a, f.name), getattr(b, f.name)
         if isinstance(x, Tensor):
             assert close(x, y), f.name
@@ -65,7 +108,7 @@ def assert_same(a: Tokens, b: Tokens) -> None:
 
 @every_spec
 def test_nothing_outside_the_mask_leaves_a_trace(name):
-    objective = build(SPECS[name])
+    objective = OBJECTIVES[name]
     holes = (0.0, torch.nan, -torch.inf)
     results = [update(objective, objective.credit(tokens(hole=h)), WHOLE) for h in holes]
     mask = tokens().mask
@@ -92,21 +135,24 @@ EDGES = {
     "one_token": tokens(masked_out=tuple(i for i in range(N) if i != 12)),
     "one_row_of_one_token": tokens().take(torch.tensor([1])),
     "no_rows": tokens().take(torch.tensor([], dtype=torch.long)),
+    "one_hot": replace(
+        tokens(), **dict.fromkeys(("logprobs", "old_logprobs", "entropy"), torch.zeros(N).double())
+    ),
     "no_advantage": replace(tokens(), advantages=torch.zeros(N, dtype=torch.float64)),
 }
 
 
 @every_spec
-@pytest.mark.parametrize("edge", EDGES)
-def test_edges_are_finite(name, edge):
-    objective = build(SPECS[name])
-    t = live(objective.credit(EDGES[edge]))
-    assert objective.denominator(t.counts) > 0
-    loss = objective.loss(t) / objective.denominator(t.counts)
-    loss.backward()
-    assert loss.isfinite() and t.logprobs.grad.isfinite().all()
-    if not t.mask.any():
-        assert loss == 0 and (t.logprobs.grad == 0).all()
+def test_edges_are_finite(name):
+    objective = OBJECTIVES[name]
+    for edge, case in EDGES.items():
+        t = live(objective.credit(case))
+        assert objective.denominator(t.counts) > 0
+        loss = objective.loss(t) / objective.denominator(t.counts)
+        loss.backward()
+        assert loss.isfinite() and t.logprobs.grad.isfinite().all(), edge
+        if not t.mask.any():
+            assert loss == 0 and (t.logprobs.grad == 0).all(), edge
 
 
 @every_spec
@@ -144,79 +190,9 @@ def test_denominators():
         assert spec(fn=name, **length)(Counts(0, 0, 0, 0)) == 1.0
 
 
-BASE = ROWS["grpo"] | {"keep": {"fn": "informative"}}
-ALTERNATIVES = {
-    "rewards.soft_overlong": {"buffer": 0.5, "factor": 0.5},
-    "estimator.zscore": {"eps": 0.1},
-    "estimator.raw": {"baseline": 0.5},
-    "estimator.constant": {"value": 2.0},
-    "shapes.by_sign": {"positive": 0.5, "negative": 0.5},
-    "scales.selected": {"inside": 0.5, "outside": 0.5},
-    "correction.truncated_importance": {"cap": 1.1},
-    "surrogate.clip": {"low": 0.5, "high": 0.5, "dual": 3.0},
-    "surrogate.cispo": {"cap": 2.0, "cap_mode": "one_plus_eps", "floor": 0.5},
-    "penalties.kl": {"coef": 0.1},
-    "penalties.kl_k3": {"coef": 0.1},
-    "penalties.entropy_bonus": {"coef": 0.1},
-    "penalties.kl_cov": {"coef": 0.1},
-    "ratio.clipped_geometric": {"bound": 0.1},
-    "surrogate.clip_with_entropy": {"low": 0.5, "high": 0.5, "alpha": 0.1, "kappa": 5.0},
-    "surrogate.gradient_preserving": {
-        **{"low": 0.5, "high": 0.5, "tail_low": 0.1, "tail_high": 0.5, "dual": 3.0}
-    },
-    "surrogate.dynamic_clip": {"low": 0.02, "high": 0.5, "cap": 1.1},
-    "estimator.quantile": {"level": 0.9, "eps": 0.1},
-    "shapes.whiten": {"eps": 0.1},
-    "scales.steer": {"floor": 0.5, "least": 100.0},
-    "select.confident_mistakes": {"deviations": 0.1},
-    "select.top_entropy": {"share": 0.5},
-    "select.top_covariance": {"share": 0.5},
-    "select.covariance_band": {"share": 0.5, "low": -1.0, "high": 1.1},
-    "select.random_positive": {"share": 0.5},
-    "denominator.constant": {"length": 50},
-}
-SETTINGS = [
-    (slot, fn, setting)
-    for slot, module in SLOTS.items()
-    for fn, function in menu(module).items()
-    for setting in keywords(function)
-]
-
-
-def outcome(objective: Objective) -> list[float]:
-    """Everything a row decides, on one fixed case."""
-    t, g = objective.credit(replace(tokens(), selected=tokens().uid % 3 == 0)), group()
-    numbers = [objective.shape_rewards(g), objective.estimate(g), *update(objective, t, WHOLE)]
-    numbers += [t.scale, t.correction, torch.tensor([objective.keep(group(correct=(1, 1, 1, 1)))])]
-    flat = torch.cat([x.double().reshape(-1) for x in numbers])
-    assert flat.isfinite().all()
-    return flat.tolist()
-
-
-@pytest.mark.parametrize("slot, fn, setting", SETTINGS, ids=lambda x: x)
-def test_every_setting_changes_something(slot, fn, setting):
-    def row(**change):
-        one = {"fn": fn} | ({"length": 100} if (slot, fn) == ("denominator", "constant") else {}) | change
-        selecting = {"select": {"fn": f"{__name__}.odd"}} if slot == "scales" else {}
-        selecting |= {"scales": [{"fn": "selected"}]} if slot == "select" else {}
-        chosen = {slot: [one] if SLOTS[slot] in MANY else one}
-        return outcome(build(BASE | selecting | chosen, packages=[HERE]))
-
-    assert row(**{setting: ALTERNATIVES[f"{slot}.{fn}"][setting]}) != row()
-
-
-def odd(t: Tokens) -> Tensor:
-    return t.uid % 2 == 1
-
-
-def test_every_row_differs_from_every_other():
-    outcomes = {name: outcome(build(spec)) for name, spec in ROWS.items()}
-    assert len(set(map(tuple, outcomes.values()))) == len(ROWS)
-
-
 @every_spec
 def test_rows_cross_process_boundaries(name):
-    objective = build(SPECS[name])
+    objective = OBJECTIVES[name]
     copy = pickle.loads(pickle.dumps(objective))
     assert copy.describe() == objective.describe() and copy.needs == objective.needs
     assert outcome(copy) == outcome(objective)
@@ -225,12 +201,12 @@ def test_rows_cross_process_boundaries(name):
 def test_rows_spell_every_slot_so_that_overrides_need_no_plus():
     for name, spec in ROWS.items():
         assert set(spec) == set(SLOTS), name
-        assert build(spec).needs <= {"entropy_grad", "whole_step"}, name
+        assert build(spec).needs <= {"entropy_grad", "whole_step", "ref_logprobs", *STATISTICS}, name
 
 
 def test_needs_are_declared_and_refused_by_name():
     objective = build(FULL)
-    assert objective.needs == {"ref_logprobs", "entropy_grad"}
+    assert objective.needs == {"ref_logprobs", "entropy_grad", "whole_step"}
     t = replace(tokens(), ref_logprobs=None)
     objective.credit(t)
     with pytest.raises(ConfigError, match=r"`kl` needs `ref_logprobs`"):
@@ -250,7 +226,7 @@ def test_silent_tokens_are_the_clipped_ones():
 
 def test_silent_tokens_of_other_rows():
     for name, count_of_silent in {"cispo": 0, "rloo": 0, "supervised": 0}.items():
-        objective = build(ROWS[name])
+        objective = BUILT[name]
         assert silent(objective, objective.credit(tokens())).sum() == count_of_silent
     dropped = build(ROWS["cispo"] | {"scales": [{"fn": "selected", "inside": 0.0}]})
     t = dropped.credit(tokens())

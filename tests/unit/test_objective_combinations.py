@@ -1,85 +1,134 @@
-"""What is refused, inert or doubtful about a row, and how many tokens its rules touch."""
+"""What a row cannot do is said before a run: refused, inert or to beware of; and how often a rule acted."""
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
+import torch
 
 from entroray.cli import objectives
+from entroray.cli.settings import load
 from entroray.errors import ConfigError
-from entroray.objective import build, combinations
-from entroray.objective.touched import Untouched, touched
+from entroray.loop.limits import IdleRules
+from entroray.objective import build, touched, touched_inside
+from entroray.objective.combinations import Schedule, refuse, remarks
 from tests.cases import ROWS, tokens
 
-
-def notes(name: str, updates: int = 2, **change: Any) -> str:
-    return "\n".join(objectives.notes(build(ROWS[name] | change), updates))
-
-
-@pytest.mark.parametrize("name", sorted(set(ROWS) - {"forking_tokens", "clip_b"}))
-def test_shipped_rows_have_nothing_to_say_with_two_updates(name: str) -> None:
-    assert notes(name) == ""
-    combinations.refuse(build(ROWS[name]))
+PLAIN = Schedule(updates=2, steps=100, max_lag=0)
+SEQUENCE = ROWS["gspo"]
 
 
-DROP = [{"fn": "selected", "inside": 0.0, "outside": 1.0}]
-SAID = [
-    ("nsr", {"keep": {"fn": "informative"}}, "refused:  keep `informative` sends all-wrong groups back"),
-    ("dapo", {"scales": DROP}, "refused:  scale `selected` with inside 0 drops"),
-    (
-        "psr",
-        {"rewards": [{"fn": "soft_overlong"}]},
-        "inert:    estimator `sign` reads `correct`: soft_overlong",
-    ),
-    ("clip_cov", {"scales": []}, "inert:    nothing reads what select `covariance_band` selects"),
-    ("grpo", {"penalties": [{"fn": "kl", "coef": 0}]}, "inert:    `kl` with coef 0 changes nothing"),
-    ("clip_cov", {"estimator": {"fn": "center"}}, "doubtful: the bounds of select `covariance_band`"),
-    ("forking_tokens", {}, "doubtful: denominator `kept_tokens`"),
-]
+def said(row, kind, **schedule) -> str:
+    return " / ".join(r.text for r in remarks(build(row), replace(PLAIN, **schedule)) if r.kind == kind)
 
 
-@pytest.mark.parametrize(("name", "change", "said"), SAID)
-def test_what_a_combination_does_is_said(name: str, change: dict[str, Any], said: str) -> None:
-    assert said in notes(name, **change)
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_is_allowed_as_it_is_shipped(name):
+    refuse(build(ROWS[name]), PLAIN)
 
 
-ONE = [("grpo", 1), ("cispo", 1), ("kl_cov", 1), ("rloo", 0), ("psr", 1)]
+@pytest.mark.parametrize(
+    "row, schedule, message",
+    [
+        (ROWS["nsr"] | {"keep": {"fn": "informative"}}, {}, "answers are all wrong"),
+        (ROWS["entrocraft_band"] | {"keep": {"fn": "informative"}}, {}, "answers are all wrong"),
+        (ROWS["dppo"] | {"correction": {"fn": "icepop"}}, {}, "twice: choose correction `none`"),
+        (ROWS["kl_cov"] | {"surrogate": {"fn": "clip"}}, {}, "choose surrogate `reinforce`"),
+        (SEQUENCE | {"shapes": [{"fn": "add_entropy"}]}, {}, "choose ratio `sequence_token`"),
+        (SEQUENCE | {"shapes": [{"fn": "lean", "above": 0.5}]}, {}, "choose ratio `sequence_token`"),
+        (SEQUENCE | {"aggregate": {"fn": "token"}}, {}, "choose aggregate `rollout_mean`"),
+        (ROWS["grpo"] | {"select": {"fn": "top_entropy"}}, {}, "add scale `selected`"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_a_way_out(row, schedule, message):
+    with pytest.raises(ConfigError, match=message):
+        refuse(build(row), replace(PLAIN, **schedule))
 
 
-@pytest.mark.parametrize(("name", "count"), ONE)
-def test_what_needs_a_second_update_is_inert_with_one(name: str, count: int) -> None:
-    assert notes(name, updates=1).count("so the ratio is 1") == count
+def test_two_faults_are_told_at_once():
+    with pytest.raises(ConfigError, match=r"all wrong.*add scale `selected`"):
+        refuse(build(ROWS["nsr"] | {"keep": {"fn": "informative"}, "select": {"fn": "top_entropy"}}), PLAIN)
 
 
-def test_a_refused_row_never_starts() -> None:
-    with pytest.raises(ConfigError, match="choose keep `always`"):
-        combinations.refuse(build(ROWS["w_reinforce"] | {"keep": {"fn": "informative"}}))
+@pytest.mark.parametrize(
+    "row, schedule, kind, text",
+    [
+        (ROWS["dapo"], {"updates": 1}, "inert", "`clip` with one update per rollout"),
+        (ROWS["kl_cov"], {"updates": 1}, "inert", "`kl_cov` with one update per rollout"),
+        (ROWS["kl_cov"], {}, "inert", "`kl_cov` in the first update of each step"),
+        (ROWS["gmpo"], {"updates": 1}, "inert", "`clipped_geometric` with one update"),
+        (ROWS["adaptive_entropy"], {}, "inert", "coef is 0"),
+        (ROWS["w_reinforce"] | {"shapes": [{"fn": "by_sign", "positive": 1.0}]}, {}, "inert", "weights 1"),
+        (ROWS["clip_cov"] | {"estimator": {"fn": "center"}}, {}, "beware", "standard deviations"),
+        (ROWS["forking_tokens"], {}, "beware", "kept_tokens"),
+        (ROWS["positive_reweighting_stage"], {"steps": 90}, "beware", "is 100, run.steps 90"),
+        (ROWS["grpo"], {"max_lag": 1}, "beware", "correction `none`"),
+        (ROWS["aspo"] | {"select": {"fn": "everything"}}, {}, "beware", "select `everything` makes none"),
+    ],
+)
+def test_what_has_no_effect_is_told(row, schedule, kind, text):
+    assert text in said(row, kind, **schedule)
 
 
-def test_a_function_of_ones_own_may_read_the_selection() -> None:
-    own = {"scales": [{"fn": "tests.cases.half"}], "select": {"fn": "top_entropy"}}
-    row = build(ROWS["grpo"] | own, packages=["tests"])
-    assert not list(combinations.inert(row, updates=2))
+def test_what_acts_is_not_called_inert():
+    assert said(ROWS["dapo"], "inert") == "" == said(ROWS["dppo"], "inert", updates=1)
+    assert said(ROWS["clip_cov"], "inert", updates=1).startswith("`clip`"), "its draw acts on policy"
 
 
-def test_rules_are_counted() -> None:
-    row = ROWS["rare_and_confident"] | {"correction": {"fn": "truncated_importance"}}
-    t = tokens()
-    counts = touched(build(row), t)
-    positive = int((t.mask & (t.advantages > 0)).sum())
-    assert counts == {"by_sign": positive, "covariance_band": 1, "selected": 1, "truncated_importance": 24}
-    assert touched(build(ROWS["grpo"]), t) == {}
+def test_a_live_shape_stands_last():
+    with pytest.raises(ConfigError, match="must stand after"):
+        build(ROWS["grpo"] | {"shapes": [{"fn": "add_entropy"}, {"fn": "by_sign"}]})
 
 
-def test_a_rule_that_touches_nothing_is_named_once_a_spell() -> None:
-    rule = Untouched(patience=2)
-    said = [rule.note({"a": a, "b": 1}) for a in (0, 0, 0, 5, 0, 0)]
-    assert said == [[], ["a"], [], [], [], ["a"]]
+def test_rules_count_the_tokens_they_touched():
+    row = build(
+        ROWS["forking_tokens"] | {"shapes": [{"fn": "by_sign"}], "correction": {"fn": "truncated_importance"}}
+    )
+    assert touched(row, tokens()) == {
+        "by_sign": int((tokens().advantages > 0).sum()),
+        "top_entropy": 4,
+        "selected": 20,
+        "truncated_importance": 24,
+    }
+    assert touched(build(ROWS["grpo"]), tokens()) == {}
 
 
-def test_the_command_lists_rows_and_shows_an_equation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rules_inside_the_update_count_too():
+    o = build(ROWS["kl_cov"])
+    t = o.credit(tokens())
+    assert touched_inside(o, t) == {"kl_cov": 1}
+    still = o.credit(tokens(drift=0.0))
+    assert touched_inside(o, still) == {"kl_cov": 0}, "inert at r = 1"
+    grpo = build(ROWS["grpo"])
+    r = (t.logprobs - t.old_logprobs).exp()
+    clipped = t.mask & torch.where(t.advantages > 0, r > 1.2, (r < 0.8) & (t.advantages < 0))
+    assert touched_inside(grpo, grpo.credit(tokens())) == {"clip": int(clipped.sum())}
+
+
+def test_a_rule_that_touches_nothing_is_named_once_until_it_acts():
+    idle = IdleRules(patience=3)
+    step = lambda n: idle.note({"objective/clip_tokens": n, "objective/silent_tokens": 0.0})  # noqa: E731
+    assert [step(n) for n in (0, 0, 0, 0)] == [[], [], ["objective/clip_tokens"], []]
+    assert [step(n) for n in (5, 0, 0, 0)] == [[], [], [], ["objective/clip_tokens"]]
+
+
+def test_the_command_shows_the_equation_and_refuses(capsys):
+    asked = ["objective=dapo", "objective.surrogate.high=0.3", "learner.updates_per_rollout=1"]
+    assert objectives.main(["show", *asked]) == 0
+    text = capsys.readouterr().out
+    for part in ("clip(r, 0.8, 1.3)", "clip.high = 0.3 (above 0)", "inert        `clip` with one update"):
+        assert part in text
+    assert objectives.main(["show", "objective=nsr", "objective.keep.fn=informative"]) == 2
+    assert "refused      keep `informative` drops the groups" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="objectives takes nothing"):
+        objectives.main(["shwo"])
+
+
+def test_the_command_lists_every_row_and_function(capsys):
     assert objectives.main([]) == 0
-    listed = capsys.readouterr().out
-    assert all(f"  {name} " in listed for name in ROWS) and "covariance_band" in listed
-    assert objectives.main(["show", "objective=kl_cov", "learner.updates_per_rollout=1"]) == 0
-    shown = capsys.readouterr().out
-    assert "penalties P" in shown and "inert:    penalty `kl_cov`" in shown
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in ROWS) and "covariance_band" in text and "icepop" in text
+
+
+def test_settings_name_packages_of_ones_own():
+    config, _ = load(["objective_packages=[my_lab]"])
+    assert config.objective_packages == ["my_lab"]

@@ -1,5 +1,6 @@
 """Which tokens the selecting rows single out, and that chance is decided by step and identity alone."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -52,3 +53,58 @@ def test_random_positive_clip_draws_among_reinforced_tokens():
 
 def test_right_answers_are_plus_one_whatever_their_reward():
     assert sign(group(rewards=(0.3, 9, 0, 1), correct=(1, 0, 0, 1))).tolist() == [1, -1, -1, 1]
+
+
+def at_the_start() -> Tokens:
+    """Before the first update of the step: the policy is the one that was scored."""
+    return replace(tokens(), logprobs=tokens().old_logprobs)
+
+
+def column(t: Tokens, x: Tensor) -> Tensor:
+    return torch.where(t.mask, x, torch.nan)
+
+
+def test_clip_b_drops_the_tail_of_the_punished_alone():
+    t = at_the_start()
+    row = ROWS["clip_b"] | {"select": {"fn": "low_discriminator", "mu": 0.5}}
+    credited = build(row).credit(t)
+    d = (t.logprobs.exp() * (t.logprobs + t.entropy))[t.mask]
+    far = torch.zeros_like(t.mask)
+    far[t.mask] = d - d.mean() < -0.5 * d.std()
+    assert (
+        torch.equal(credited.selected, far & (t.advantages < 0)) and 0 < credited.selected.sum() < far.sum()
+    )
+    assert credited.counts.kept_tokens == 24 - credited.selected.sum(), "they leave the denominator"
+
+
+def test_clip_v_drops_the_furthest_below_the_vocabularys_mean_first():
+    t = at_the_start()
+    gap = torch.full_like(t.logprobs, 9.0) + torch.arange(len(t.row)) / 100
+    d = t.logprobs.exp() * (t.logprobs + t.entropy)
+    moved = replace(t, extra={**t.extra, "mean_discriminator": column(t, d + gap)})
+    chosen = build(ROWS["clip_v"]).credit(moved).selected
+    worst = torch.where(t.mask & (t.advantages < 0), gap, -torch.inf).argmax()
+    assert chosen.nonzero().tolist() == [[int(worst)]], "at most 1e-4 of the tokens, at least one"
+
+
+def test_lp_reg_holds_rare_tokens_that_are_no_noise():
+    t = at_the_start()
+    row = ROWS["lp_reg"] | {"select": {"fn": "rare_but_plausible", "share": 0.5, "kappa": 0.25}}
+    best = replace(t, extra={**t.extra, "max_logprob": column(t, torch.full_like(t.logprobs, -0.2))})
+    chosen = build(row).credit(best).selected
+    rare = t.old_logprobs <= t.old_logprobs[t.mask].sort().values[11]
+    plausible = t.old_logprobs.exp() >= 0.25 * torch.tensor(-0.2).double().exp()
+    assert torch.equal(chosen, t.mask & rare & plausible & (t.advantages < 0)) and chosen.any()
+
+
+def test_aspo_looks_for_hesitation_inside_each_rollout():
+    t = tokens()
+    chosen = build(ROWS["aspo"]).credit(t).selected
+    for row in range(6):
+        mine = t.mask & (t.row == row)
+        assert (chosen & mine).sum() == math.ceil(0.2 * mine.sum())
+        assert (
+            t.entropy[chosen & mine].min() >= t.entropy[mine & ~chosen].max()
+            if (mine & ~chosen).any()
+            else True
+        )

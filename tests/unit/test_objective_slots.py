@@ -1,6 +1,7 @@
 """Single functions of the slots against literal numbers and simple laws."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,30 @@ from hypothesis import strategies as st
 
 from entroray.errors import ConfigError
 from entroray.objective import build, check_group_size
-from entroray.objective.correction import truncated_importance
-from entroray.objective.estimator import center, constant, leave_one_out, raw, zscore
+from entroray.objective.correction import (
+    icepop,
+    sequence_geometric,
+    sequence_mask,
+    sequence_product,
+    truncated_importance,
+)
+from entroray.objective.estimator import (
+    center,
+    constant,
+    leave_one_out,
+    length_weighted,
+    quantile,
+    raw,
+    zscore,
+)
 from entroray.objective.keep import always, informative
 from entroray.objective.penalties import entropy_bonus, kl, kl_k3
 from entroray.objective.rewards import soft_overlong
 from entroray.objective.shapes import by_sign
 from entroray.objective.surrogate import cispo, clip, likelihood, reinforce
+from entroray.objective.view import visible
 from entroray.types import Counts, Group, Prompt, Rollout, Tokens, Verdict
+from tests import cases
 
 GRPO = {
     "estimator": {"fn": "zscore"},
@@ -94,7 +111,24 @@ def test_estimators_on_one_right_in_four():
     assert constant(g).tolist() == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("estimator", [center, zscore, leave_one_out])
+def test_the_length_weighted_baseline_is_a_mean_over_tokens():
+    assert length_weighted(group([1, 0, 0], lengths=[10, 10, 20])).tolist() == [0.75, -0.25, -0.25]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "k", "expected"),
+    [
+        ([1, 0, 0, 0], 0.4, [2, 0, 0, 0]),
+        ([1, 1, 1, 0], 0.4, [0, 0, 0, -2]),
+        ([1] * 2 + [0] * 3, 0.6, [1.8257, 1.8257, 0, 0, 0]),
+        ([1] * 2 + [0] * 3, 0.61, [0, 0, -1.8257, -1.8257, -1.8257]),
+    ],
+)
+def test_the_quantile_baseline_trains_the_rarer_outcome(rewards, k, expected):
+    assert quantile(group(rewards), k=k).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("estimator", [center, zscore, leave_one_out, length_weighted, quantile])
 @pytest.mark.parametrize("size", [1, 3, 7])
 @pytest.mark.parametrize("reward", [0.1, 0.7, -1 / 3])
 def test_equal_rewards_give_exactly_nothing(estimator, size, reward):
@@ -232,6 +266,37 @@ def test_truncated_importance_caps_the_ratio():
     assert weight(math.log(0.1)) == pytest.approx(0.1)
     assert weight(math.log(7)) == 2.0
     assert weight(math.log(7), cap=5.0) == 5.0
+
+
+def two_rollouts() -> Tokens:
+    """Weights 4, 1 and 0.25, 2 of two rollouts of two tokens."""
+    t = cases.tokens(masked_out=()).take(torch.tensor([0, 4]))
+    ratio = torch.tensor([4, 1, 1, 1, 1, 0.25, 2, 1, 1]).double()
+    return visible(
+        replace(
+            t,
+            behavior_logprobs=t.old_logprobs - ratio.log(),
+            mask=torch.tensor([1, 1, 0, 0, 0, 1, 1, 0, 0]).bool(),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("correction", "settings", "expected"),
+    [
+        (truncated_importance, {}, [2, 1, 0.25, 2]),
+        (sequence_product, {}, [2, 2, 0.5, 0.5]),
+        (sequence_product, {"cap": 9.0}, [4, 4, 0.5, 0.5]),
+        (sequence_geometric, {"cap": 9.0}, [2, 2, 0.5**0.5, 0.5**0.5]),
+        (sequence_geometric, {"cap": 1.5}, [1.5, 1.5, 0.5**0.5, 0.5**0.5]),
+        (icepop, {}, [4, 1, 0, 2]),
+        (icepop, {"high": 3.0}, [0, 1, 0, 2]),
+        (sequence_mask, {}, [0, 0, 0, 0]),
+        (sequence_mask, {"low": 0.7, "high": 1.5}, [0, 0, 0.25, 2]),
+    ],
+)
+def test_corrections_by_name(correction, settings, expected):
+    assert correction(two_rollouts(), **settings).tolist() == pytest.approx(expected)
 
 
 def test_by_sign():

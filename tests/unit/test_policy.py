@@ -75,11 +75,11 @@ def test_policy_statistics_equal_the_plain_model_row_by_row(folder):
         logp = logits.log_softmax(-1)[len(one.prompt_ids) - 1 : -1]
         picked = logp.gather(-1, ids[len(one.prompt_ids) :, None])[:, 0]
         n = len(one.response_ids)
-        torch.testing.assert_close(stats.logprobs[at : at + n], picked, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(stats["logprobs"][at : at + n], picked, atol=2e-5, rtol=1e-5)
         entropy = -(logp.exp() * logp).sum(-1)
-        torch.testing.assert_close(stats.entropy[at : at + n], entropy, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(stats["entropy"][at : at + n], entropy, atol=2e-5, rtol=1e-5)
         at += n
-    assert at == len(stats.logprobs)
+    assert at == len(stats["logprobs"])
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 200))

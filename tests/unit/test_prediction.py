@@ -14,7 +14,16 @@ import yaml
 from entroray.entropy import token_entropy
 from entroray.entropy.catalogue import INSIGHT, STEP, matches
 from entroray.entropy.law import fit, student
-from entroray.entropy.prediction import compare, exact, natural, proxy, rank_correlation, record, slope
+from entroray.entropy.prediction import (
+    COLLISION,
+    compare,
+    exact,
+    natural,
+    proxy,
+    rank_correlation,
+    record,
+    slope,
+)
 from entroray.loop.insight import Looks
 from entroray.objective import build
 from tests.toy import ToyWorld, driver
@@ -35,7 +44,7 @@ def table():
     t = tokens_of([group([STATES], [1])], entropy.tolist(), advantages.tolist())
     collision = (p**2 * (p.log() + entropy[:, None])).sum(-1)
     logp = p.log().gather(-1, a[:, None]).squeeze(-1)
-    return z, a, replace(t, old_logprobs=logp, logprobs=logp, extra={"collision": collision})
+    return z, a, replace(t, old_logprobs=logp, logprobs=logp, extra={COLLISION: collision})
 
 
 def steps(z, a, t):
@@ -71,7 +80,7 @@ def test_averaged_over_the_policy_the_forms_are_the_theorems_of_the_covariance_p
 def test_dropping_the_mean_term_would_not_pass():
     """methods: keeping only S_a is 36 % off for a modal token and 6 times for a rare one."""
     _, _, t = table()
-    crude = exact(replace(t, extra={"collision": torch.zeros(STATES)}))
+    crude = exact(replace(t, extra={COLLISION: torch.zeros(STATES)}))
     assert (crude / exact(t) - 1).abs().median() > 0.05
 
 

@@ -1,0 +1,252 @@
+"""`entroray lab`: objectives x seeds x tasks on one cluster, compared over seeds, resumable."""
+
+import asyncio
+import hashlib
+import itertools
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table as Grid
+
+from entroray.cli import rundir, settings, train
+from entroray.cli.bench import Bench
+from entroray.cli.machine import cpu_only, lasting
+from entroray.config import Config
+from entroray.errors import ConfigError, EntrorayError, Stopped
+from entroray.observe import cells as stored
+from entroray.observe import lab_page
+from entroray.observe.cells import Cell
+from entroray.observe.comparison import LEGEND, absent, grid, markdown, tables, tasks, variant
+from entroray.observe.console import Terminal
+from entroray.observe.journal import read, replace_text
+from entroray.workers import cluster
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell and the settings it runs with."""
+
+    cell: Cell
+    config: Config
+    tree: DictConfig
+
+
+def main(arguments: list[str]) -> int:
+    """`lab [--dir=FOLDER] [--baseline=VARIANT] [--config-dir=DIR] overrides`; without overrides: the tables.
+
+    Exit code 0 when every cell asked for is done, else that of the first that failed.
+    """
+    flags = _flags([a for a in arguments if a.startswith("-")])
+    overrides = [a for a in arguments if not a.startswith("-")]
+    folder = Path(flags.get("dir", "runs/lab")).expanduser().resolve()
+    jobs = plan(folder, overrides, flags.get("config-dir")) if overrides else []
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = rundir.hold(folder)
+    known = {cell.name: cell for cell in stored.load(folder)}
+    todo = [job for job in jobs if not _done(job.cell, known.get(job.cell.name))]
+    for job in todo:
+        stored.save(folder, job.cell)
+    tell = lambda: _report(folder, flags.get("baseline"))  # noqa: E731
+    tell()
+    print(f"{len(jobs)} cells asked for, {len(jobs) - len(todo)} done before, in {folder}", flush=True)
+    if todo:
+        _run(folder, todo, tell)
+    _print(folder, tell())
+    lock.close()
+    asked = {job.cell.name for job in jobs}
+    return next((c.exit_code for c in stored.load(folder) if c.exit_code and c.name in asked), 0)
+
+
+def _flags(given: Sequence[str]) -> dict[str, str]:
+    flags = {name.removeprefix("--"): value for name, _, value in (g.partition("=") for g in given)}
+    wrong = [
+        name for name, value in flags.items() if not value or name not in ("dir", "baseline", "config-dir")
+    ]
+    if wrong:
+        raise ConfigError(
+            f"lab takes --dir=FOLDER, --baseline=VARIANT and --config-dir=DIR, not {', '.join(wrong)}"
+        )
+    return flags
+
+
+def plan(folder: Path, overrides: Sequence[str], config_dir: str | None = None) -> list[Job]:
+    """A job for every combination that the overrides sweep, in the order they are run.
+
+    Those that share a machine follow each other, and of them every objective's first seed comes first,
+    so that a lab cut short has compared something.
+    """
+    made = [_job(folder, each, config_dir) for each in settings.expand(list(overrides))]
+    if len({(j.config.cluster.address, cpu_only(j.config)) for j in made}) > 1:
+        raise ConfigError("a lab has one Ray cluster: sweep neither cluster nor cluster.address")
+    machines = list(dict.fromkeys(_machine(job) for job in made))
+    seeds = list(dict.fromkeys(job.cell.seed for job in made))
+    return sorted(made, key=lambda job: (machines.index(_machine(job)), seeds.index(job.cell.seed)))
+
+
+def _machine(job: Job) -> str:
+    return settings.fingerprint(lasting(job.config))
+
+
+def _job(folder: Path, overrides: Sequence[str], config_dir: str | None) -> Job:
+    config, tree = settings.load(list(overrides), config_dir)
+    if config.run.dir or config.run.resume != "never" or config.checkpoint.every:
+        raise ConfigError(
+            "a lab places its runs itself and starts a killed one over: leave out run.dir, run.resume and "
+            "checkpoint.every"
+        )
+    plain = settings.fingerprint(OmegaConf.to_container(tree, resolve=True))
+    told = hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+    cell = Cell(tuple(overrides), config.seed, told)
+    config.run.dir = tree.run.dir = str(stored.path(folder, cell))
+    return Job(cell, config, tree)
+
+
+def _done(asked: Cell, known: Cell | None) -> bool:
+    """Whether a cell was finished with the settings it has now; one that failed is tried again."""
+    if known and known.status == "done" and known.settings != asked.settings:
+        print(f"{known.name}: its settings are others now, it is run again", flush=True)
+    return bool(known and known.status == "done" and known.settings == asked.settings)
+
+
+def _run(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any]) -> None:
+    train.take_signals()
+    try:
+        asyncio.run(_work(folder, jobs, tell))
+    finally:
+        cluster.stop()
+
+
+async def _work(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any]) -> None:
+    bench = Bench()
+    of_task = tasks([job.cell for job in jobs])
+    for number, job in enumerate(jobs, start=1):
+        name = f"{job.cell.task}, {variant(job.cell, of_task[job.cell.task])}, seed {job.cell.seed}"
+        print(f"[{number}/{len(jobs)}] {name}", flush=True)
+        cell = await _attempt(bench, job)
+        stored.save(folder, cell)
+        print(f"    {_line(cell)}", flush=True)
+        tell()
+    await bench.clear()
+
+
+async def _attempt(bench: Bench, job: Job) -> Cell:
+    """The cell with what came of it; after a failure the next one gets a machine of its own."""
+    try:
+        measured = await _measure(bench, job)
+    except Stopped as stopped:
+        say = f"stopped in {job.cell.name}: the same command goes on, cells that are done are left alone"
+        raise Stopped(stopped.exit_code - 128, say) from stopped
+    except Exception as error:  # boundary: one cell's fault, whatever it is, is not the others'
+        if not isinstance(error, ConfigError):  # which comes before any machine is touched
+            await bench.clear(broken=True)
+        Path(str(job.config.run.dir), "error.txt").write_text(traceback.format_exc())
+        code = error.exit_code if isinstance(error, EntrorayError) else 1
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return _ended(replace(job.cell, status="failed", reason=said[:300], exit_code=code))
+    return _ended(replace(job.cell, status="done", measured=measured))
+
+
+def _ended(cell: Cell) -> Cell:
+    return replace(cell, finished=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+async def _measure(bench: Bench, job: Job) -> dict[str, float]:
+    """One run from first weights to last, as `entroray train` makes it, and what it came to."""
+    config, folder = job.config, Path(str(job.config.run.dir))
+    _fresh(folder, job.cell)
+    objective = train.objective_of(config)
+    m, read_in, before = await bench.ready(config, list(job.cell.overrides), objective)
+    rundir.describe(folder, job.tree, {**m.facts, "seed": config.seed, "model": bench.model})
+    began = time.monotonic()
+    try:
+        with (folder / "console.log").open("w") as file:
+            journal, _ = train.open_journal(config, folder, read_in.tokenizer, file)
+            await train.drive(config, objective, read_in, m, journal, rundir.RunDir(folder))
+            journal.close()
+    finally:
+        _take_signals_back()
+    seconds = time.monotonic() - began
+    await m.export(str(folder / "model"))
+    read_in.tokenizer.save_pretrained(folder / "model")
+    after = await bench.portrait(config, objective)
+    found = stored.summarise(read(folder / "metrics.jsonl")) | {"seconds/train": seconds}
+    return found | _named("before", before) | _named("after", after)
+
+
+def _fresh(folder: Path, cell: Cell) -> None:
+    """What a killed run left is gone; that the cell was asked for stays known throughout."""
+    for each in folder.iterdir():
+        if each.name != "cell.json":
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+
+
+def _named(when: str, found: Mapping[str, float]) -> dict[str, float]:
+    return {f"{when}/{name}": value for name, value in found.items()}
+
+
+def _take_signals_back() -> None:
+    """A driver that is done can no longer be asked to stop: between two runs a signal ends the lab."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(number)
+    train.take_signals()
+
+
+def _line(cell: Cell) -> str:
+    """A finished cell in one line."""
+    if cell.status == "failed":
+        return f"failed: {cell.reason}"
+    shown = {
+        "reward": ("reward/first", "reward/final", ".3f"),
+        "entropy": ("entropy/first", "entropy/final", ".4f"),
+        "greedy": ("before/greedy", "after/greedy", ".3f"),
+    }
+    said = [
+        f"{name} {cell.measured[a]:{form}} to {cell.measured[b]:{form}}"
+        for name, (a, b, form) in shown.items()
+        if a in cell.measured and b in cell.measured
+    ]
+    return ", ".join([*said, f"{cell.measured['seconds/train']:.0f} s"])
+
+
+def _report(folder: Path, baseline: str | None) -> tuple[list[Cell], str]:
+    """Write CSV, Markdown and page of every cell ever asked of this lab; (cells, the baseline's name)."""
+    cells = sorted(stored.load(folder), key=lambda c: (c.task, c.objective, sorted(c.extras), c.seed))
+    named = {c.name: variant(c, of_task) for of_task in tasks(cells).values() for c in of_task}
+    names = list(dict.fromkeys(named.values()))
+    chosen = baseline or next(itertools.chain((n for n in names if n == "grpo"), names), "")
+    if chosen not in names:
+        raise ConfigError(f"--baseline={chosen}: the lab in {folder} has {', '.join(names) or 'no cell yet'}")
+    cells.sort(key=lambda c: (c.task, named[c.name] != chosen))
+    stored.write_csv(folder, cells)
+    replace_text(folder / "lab.md", markdown(cells, chosen))
+    lab_page.write(folder, cells, chosen)
+    return cells, chosen
+
+
+def _print(folder: Path, reported: tuple[list[Cell], str]) -> None:
+    cells, baseline = reported
+    terminal = Terminal(highlight=False)
+    if not terminal.is_terminal:
+        terminal.width = 160
+    for table in tables(cells, baseline):
+        head, *rows = grid(table)
+        shown = Grid(title=table.title, title_justify="left", box=None, pad_edge=False)
+        for index, name in enumerate(head):
+            shown.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
+        for row in rows:
+            shown.add_row(*row)
+        terminal.print(shown)
+    print("\n".join([*absent(cells), "", f"baseline {baseline}. {LEGEND}", ""]))
+    print("\n".join(f"{name:10} {folder / file}" for name, file in FILES.items()), flush=True)
+
+
+FILES = {"cells": "cells.csv", "markdown": "lab.md", "page": "lab.html"}

@@ -1,0 +1,222 @@
+"""Cells -> tables: a mean and an interval over seeds, and whether it can be told from the baseline's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from entroray.observe.cells import Cell, common, variant
+
+LEAST = 3
+"""Seeds below which nothing is claimed."""
+LEVEL, DRAWS = 0.95, 10_000
+BEFORE = "before training"
+
+
+class Column(NamedTuple):
+    """A measured quantity as tables show it."""
+
+    key: str
+    title: str
+    form: str
+    meaning: str
+
+
+REACHED = (
+    Column("reward/final", "reward", ".3f", "share of all judged training answers right, last 5 steps"),
+    Column("after/greedy", "greedy", ".3f", "share of held-out prompts right at temperature 0"),
+    Column("after/pass@1", "pass@1", ".3f", "share of held-out samples right at the training temperature"),
+    Column("after/pass@k", "pass@k", ".3f", "share of held-out prompts that one of k samples solves"),
+    Column("entropy/final", "entropy", ".4f", "nats per trained response token, last 5 steps"),
+)
+ANSWERED = (
+    Column("after/entropy/mean", "entropy", ".4f", "nats per token of held-out samples"),
+    Column("after/varentropy/mean", "varentropy", ".4f", "nats² per token of held-out samples"),
+    Column("after/distinct/2", "distinct-2", ".3f", "distinct bigrams / bigrams of one prompt's samples"),
+    Column("after/answers/distinct", "answers", ".2f", "different answers among one prompt's samples"),
+    Column("after/calibration/ece_consistency", "ECE", ".3f", "of self-consistency as confidence, held out"),
+)
+COURSE = (
+    Column("reward/first", "first reward", ".3f", "as reward, first 5 steps"),
+    Column("reward/best", "best reward", ".3f", "as reward, the best 5 steps in a row"),
+    Column("varentropy/final", "varentropy", ".4f", "nats² per trained response token, last 5 steps"),
+    Column("tokens/per_second", "tokens/s", ",.0f", "response tokens trained a second, median over steps"),
+    Column("seconds/train", "seconds", ",.0f", "of all steps together"),
+)
+PARTS = {"what it reached": REACHED, "how it answers held-out prompts": ANSWERED, "how it got there": COURSE}
+LEGEND = (
+    "95 % percentile bootstrap intervals of the mean over seeds (with 3 seeds: their range). Against the "
+    "baseline's interval: + above, - below, = overlapping, which is a tie; ? fewer than 3 seeds on either "
+    "side, nothing is claimed."
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One quantity of one variant."""
+
+    values: tuple[float, ...]
+    sign: str
+    """+ | - | = | ?, empty for the baseline itself."""
+
+    def text(self, form: str) -> str:
+        """`mean [low high] sign`; no interval below `LEAST` seeds, a dash for nothing."""
+        if not self.values:
+            return "-"
+        mean = format(float(np.mean(self.values)), form)
+        if len(self.values) < LEAST:
+            return f"{mean} {self.sign}".strip()
+        low, high = interval(self.values)
+        return f"{mean} [{low:{form}} {high:{form}}] {self.sign}".strip()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant on one task."""
+
+    name: str
+    done: int
+    asked: int
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Every variant of one task by the columns of one of `PARTS`."""
+
+    task: str
+    told: str
+    """What all of its cells were told."""
+    part: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.task}: {self.part}{f' ({self.told})' if self.told else ''}"
+
+
+@cache
+def interval(
+    values: tuple[float, ...], *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean: the same for the same values."""
+    known = np.asarray(values, np.float64)
+    picked = np.random.default_rng(seed).integers(len(known), size=(draws, len(known)))
+    low, high = np.quantile(known[picked].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def against(values: tuple[float, ...], baseline: tuple[float, ...]) -> str:
+    """+ above the baseline's interval, - below, = overlapping (a tie), ? too few seeds to say."""
+    if min(len(values), len(baseline)) < LEAST:
+        return "?"
+    (low, high), (floor, ceiling) = interval(values), interval(baseline)
+    return "+" if low > ceiling else "-" if high < floor else "="
+
+
+def tasks(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Cells by task, as they come."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.task, []).append(cell)
+    return found
+
+
+def variants(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Cells of one task by what they were told, as they come."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(variant(cell, cells), []).append(cell)
+    return found
+
+
+def tables(cells: Sequence[Cell], baseline: str) -> list[Table]:
+    """A table for each of `PARTS` of every task; `baseline` names a variant."""
+    return [
+        _table(part, of_task, tuple(_deepest(c, of_task) for c in columns), baseline)
+        for of_task in tasks(cells).values()
+        for part, columns in PARTS.items()
+    ]
+
+
+def _table(part: str, cells: Sequence[Cell], columns: tuple[Column, ...], baseline: str) -> Table:
+    named = variants(cells)
+    reference = {c.key: _values(named.get(baseline, []), c.key) for c in columns}
+    first = Row(BEFORE, 0, 0, tuple(_before(cells, c.key) for c in columns))
+    rows = [_row(name, runs, columns, reference, name == baseline) for name, runs in named.items()]
+    known = [first] if any(e.values for e in first.entries) else []
+    return Table(cells[0].task, ", ".join(common(cells)), part, columns, (*known, *rows))
+
+
+def _row(
+    name: str,
+    cells: Sequence[Cell],
+    columns: Sequence[Column],
+    reference: Mapping[str, tuple[float, ...]],
+    is_baseline: bool,
+) -> Row:
+    found = {c.key: _values(cells, c.key) for c in columns}
+    signs = {key: "" if is_baseline else against(v, reference[key]) for key, v in found.items()}
+    entries = tuple(Entry(found[c.key], signs[c.key]) for c in columns)
+    return Row(name, sum(c.status == "done" for c in cells), len(cells), entries)
+
+
+def _values(cells: Sequence[Cell], key: str) -> tuple[float, ...]:
+    return tuple(c.measured[key] for c in cells if c.status == "done" and key in c.measured)
+
+
+def _before(cells: Sequence[Cell], key: str) -> Entry:
+    """The first weights are one model, measured once: one value, whatever the seeds."""
+    known = _values(cells, key.replace("after/", "before/")) if key.startswith("after/") else ()
+    return Entry(known[:1], "")
+
+
+def _deepest(column: Column, cells: Sequence[Cell]) -> Column:
+    """pass@k with the largest k that was measured."""
+    if not column.key.endswith("@k"):
+        return column
+    ks = {
+        int(name.rpartition("@")[2]) for c in cells for name in c.measured if name.startswith("after/pass@")
+    }
+    k = max(ks, default=1)
+    return column._replace(key=f"after/pass@{k}", title=f"pass@{k}")
+
+
+def absent(cells: Sequence[Cell]) -> list[str]:
+    """A line for each cell that is missing or failed."""
+    name = lambda c: f"{c.task}, {variant(c, tasks(cells)[c.task])}, seed {c.seed}"  # noqa: E731
+    gone = [f"missing: {name(c)}" for c in cells if c.status == "missing"]
+    return gone + [f"failed: {name(c)}: {c.reason}" for c in cells if c.status == "failed"]
+
+
+def grid(table: Table) -> list[list[str]]:
+    """The table as text, its head first."""
+    head = ["", "seeds", *(c.title for c in table.columns)]
+    return [head, *([row.name, _seeds(row), *_texts(row, table.columns)] for row in table.rows)]
+
+
+def _seeds(row: Row) -> str:
+    return "" if not row.asked else str(row.done) if row.done == row.asked else f"{row.done} of {row.asked}"
+
+
+def _texts(row: Row, columns: Sequence[Column]) -> list[str]:
+    return [entry.text(c.form) for entry, c in zip(row.entries, columns, strict=True)]
+
+
+def markdown(cells: Sequence[Cell], baseline: str) -> str:
+    """The whole comparison as Markdown."""
+    parts = [f"Baseline: `{baseline}`. {LEGEND}"]
+    for table in tables(cells, baseline):
+        head, *rows = grid(table)
+        lines = [head, ["---"] * len(head), *rows]
+        parts.append(f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    if lacking := absent(cells):
+        parts.append("\n".join(f"- {line}" for line in lacking))
+    parts += [
+        f"{part.capitalize()}: " + "; ".join(f"{c.title}, {c.meaning}" for c in PARTS[part]) + "."
+        for part in PARTS
+    ]
+    return "\n\n".join(parts) + "\n"

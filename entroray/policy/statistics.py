@@ -1,0 +1,84 @@
+"""Further statistics of a token's distribution, by the name an objective asks for in `needs`.
+
+Each takes log-probs [n, V] of a tile, in nats, and gives [n], differentiable; `name:number` passes the number
+as its one argument. A logit of -inf is an outcome of probability 0.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from entroray.errors import ConfigError
+
+FLOOR = -1e4
+"""Log-prob that stands for -inf in a plain mean, in nats."""
+
+
+def named(name: str) -> Callable[[Tensor], Tensor]:
+    """The statistic `name`, or `name:number`; ConfigError when there is none such."""
+    title, _, number = name.partition(":")
+    fn = globals().get(title)
+    if (
+        not inspect.isfunction(fn)
+        or title in OTHERS
+        or len(inspect.signature(fn).parameters) != 1 + bool(number)
+    ):
+        raise ConfigError(
+            f"the head computes no statistic `{name}`: choose from {', '.join(sorted(names()))}"
+        )
+    return (lambda logp: fn(logp, float(number))) if number else fn
+
+
+def names() -> Iterable[str]:
+    """Every statistic there is, with the argument it takes."""
+    for title, fn in globals().items():
+        if inspect.isfunction(fn) and title not in OTHERS and not title.startswith("_"):
+            yield ":".join([title, *list(inspect.signature(fn).parameters)[1:]])
+
+
+OTHERS = ("named", "names")
+
+
+def mean_logprob(logp: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
+    """Mean over the vocabulary of log p: minus log V and KL(uniform, p)."""
+    return logp.clamp(min=FLOOR).mean(-1)
+
+
+def max_logprob(logp: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
+    """Log-prob of the likeliest token."""
+    return logp.amax(-1)
+
+
+def mean_discriminator(logp: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
+    """E_p[p (log p + H)], against which a sampled token's p (log p + H) is held (arXiv 2602.03392)."""
+    p = logp.exp()
+    finite = logp.masked_fill(p == 0, 0.0)
+    entropy = -(p * finite).sum(-1, keepdim=True)
+    return (p.square() * (finite + entropy)).sum(-1)
+
+
+def nucleus_entropy(logp: Float[Tensor, "n V"], mass: float) -> Float[Tensor, " n"]:
+    """Entropy of the fewest likeliest tokens that hold `mass`, renormalised; the one crossing it is in."""
+    ordered = logp.sort(-1, descending=True).values
+    p = ordered.detach().exp()
+    return _entropy(ordered.masked_fill(p.cumsum(-1) - p >= mass, -math.inf))
+
+
+def top_entropy(logp: Float[Tensor, "n V"], k: float) -> Float[Tensor, " n"]:
+    """Entropy of the k likeliest tokens, renormalised."""
+    return _entropy(logp.topk(min(int(k), logp.shape[-1]), -1).values)
+
+
+def plausible_logmass(logp: Float[Tensor, "n V"], kappa: float) -> Float[Tensor, " n"]:
+    """Log of the mass on tokens with p >= kappa max p: minus the KL of those, renormalised, to p."""
+    least = logp.detach().amax(-1, keepdim=True) + math.log(kappa)
+    return logp.masked_fill(logp.detach() < least, -math.inf).logsumexp(-1)
+
+
+def _entropy(scores: Float[Tensor, "n K"]) -> Float[Tensor, " n"]:
+    logp = scores.log_softmax(-1)
+    p = logp.exp()
+    return -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)

@@ -1,0 +1,201 @@
+"""The lab's arithmetic, what it keeps on disk, and what it says of it."""
+
+import asyncio
+import csv
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from entroray.cli import lab, settings
+from entroray.cli.machine import lasting
+from entroray.errors import ConfigError
+from entroray.loop.portrait import DRAWN, portrait
+from entroray.objective import build
+from entroray.observe import cells as stored
+from entroray.observe import lab_page
+from entroray.observe.cells import Cell, moving, summarise, variant
+from entroray.observe.comparison import absent, against, interval, markdown
+from entroray.observe.curves import Line, chart, frame, mean, ticks
+from tests.toy import ToyPrompts, ToyWorld
+
+HIGH, LOW = (0.70, 0.72, 0.74), (0.50, 0.52, 0.54)
+
+
+def test_an_interval_of_three_values_is_their_range() -> None:
+    """Of 27 equally likely draws the lowest mean is 1 in 27, more than the 2.5 % that are cut off."""
+    assert interval((0.1, 0.2, 0.6)) == (pytest.approx(0.1), pytest.approx(0.6))
+
+
+def test_an_interval_is_the_quantiles_of_all_possible_draws() -> None:
+    values = (1.0, 2.0, 4.0, 8.0, 16.0)
+    means = [np.mean(drawn) for drawn in itertools.product(values, repeat=5)]
+    low, high = np.quantile(means, [0.1, 0.9])
+    assert interval(values, level=0.8) == (pytest.approx(low, abs=0.5), pytest.approx(high, abs=0.5))
+    assert interval(values) == interval(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "baseline", "sign"),
+    [
+        (HIGH, LOW, "+"),
+        (LOW, HIGH, "-"),
+        (HIGH, HIGH, "="),
+        ((0.53, 0.6, 0.7), LOW, "="),
+        (HIGH[:2], LOW, "?"),
+        (HIGH, LOW[:2], "?"),
+        ((), LOW, "?"),
+    ],
+)
+def test_overlap_is_a_tie_and_two_seeds_claim_nothing(
+    values: tuple[float, ...], baseline: tuple[float, ...], sign: str
+) -> None:
+    assert against(values, baseline) == sign
+
+
+def cell(objective: str, seed: int, *more: str, status: str = "done", greedy: float = 0.5) -> Cell:
+    told = ("experiment=quickstart", f"objective={objective}", f"seed={seed}", "run.steps=3", *more)
+    measured = {"after/greedy": greedy, "before/greedy": 0.25, "after/pass@8": 0.9, "after/pass@1": 0.4}
+    return Cell(told, seed, "hash", status, measured=measured if status == "done" else {})
+
+
+CELLS = [
+    *(cell("grpo", seed, greedy=value) for seed, value in enumerate(LOW, start=1)),
+    *(cell("dapo", seed, greedy=value) for seed, value in enumerate(HIGH, start=1)),
+    cell("grpo", 1, "learner.updates_per_rollout=1"),
+    cell("cispo", 1),
+    cell("cispo", 2, status="missing"),
+    replace(cell("cispo", 3, status="failed"), reason="NumericsError: loss is nan"),
+]
+
+
+def test_a_variant_is_named_by_what_sets_it_apart() -> None:
+    names = [variant(c, CELLS) for c in CELLS]
+    assert names[0] == "grpo" and names[6] == "grpo learner.updates_per_rollout=1"
+
+
+def test_the_table_says_what_is_above_missing_failed_and_unknown() -> None:
+    said = markdown(CELLS, "grpo")
+    line = lambda name: next(row for row in said.splitlines() if row.startswith(f"| {name} |"))  # noqa: E731
+    assert "0.720 [0.700 0.740] +" in line("dapo")
+    assert "0.520 [0.500 0.540] |" in line("grpo")
+    assert "| 1 of 3 |" in line("cispo") and "0.500 ?" in line("cispo")
+    assert "| 0.250 |" in line("before training")
+    assert "pass@8" in said and "(run.steps=3)" in said
+    assert absent(CELLS) == [
+        "missing: quickstart, cispo, seed 2",
+        "failed: quickstart, cispo, seed 3: NumericsError: loss is nan",
+    ]
+
+
+def test_cells_outlive_the_process_and_fill_one_csv(tmp_path: Path) -> None:
+    for each in CELLS:
+        stored.save(tmp_path, each)
+    known = stored.load(tmp_path)
+    assert {c.name for c in known} == {c.name for c in CELLS} and set(known[0].measured) >= {"after/greedy"}
+    rows = list(csv.DictReader(stored.write_csv(tmp_path, CELLS).open()))
+    assert len(rows) == len(CELLS)
+    assert [r["after/greedy"] for r in rows][-2:] == ["", ""] and rows[6]["with"].startswith("learner.upd")
+
+
+def test_a_run_in_numbers() -> None:
+    metrics = [{"step": s, "reward/mean": s / 10, "tokens/per_second": float(s)} for s in range(1, 8)]
+    found = summarise(metrics)
+    assert found["reward/first"] == pytest.approx(0.3) and found["reward/final"] == pytest.approx(0.5)
+    assert found["reward/best"] == pytest.approx(0.5) and found["tokens/per_second"] == 4.0
+    assert "entropy/first" not in found
+    assert moving([1.0, 2.0, 3.0], 2) == [1.5, 2.5] and moving([1.0, 3.0], 5) == [2.0]
+
+
+def test_every_combination_is_planned_seeds_first_on_a_machine(tmp_path: Path) -> None:
+    swept = ["seed=1,2", "objective=grpo,dapo", "experiment=quickstart,countdown", "run.steps=3"]
+    jobs = lab.plan(tmp_path, swept)
+    told = [(j.cell.task, j.cell.seed, j.cell.objective) for j in jobs]
+    assert told[:4] == [("quickstart", s, o) for s in (1, 2) for o in ("grpo", "dapo")]
+    assert {t for t, _, _ in told[4:]} == {"countdown"} and len({j.cell.name for j in jobs}) == 8
+    assert jobs[0].config.run.dir == str(tmp_path / "cells" / jobs[0].cell.name)
+
+
+def test_a_lab_keeps_runs_for_itself(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a lab places its runs itself"):
+        lab.plan(tmp_path, ["experiment=quickstart", "run.dir=mine"])
+    with pytest.raises(ConfigError, match="one Ray cluster"):
+        lab.plan(tmp_path, ["experiment=quickstart", "cluster=cpu,gpu"])
+    with pytest.raises(ConfigError, match="not dri"):
+        lab.main(["--dri=mine", "experiment=quickstart"])
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("seed=3", True),
+        ("objective=dapo", True),
+        ("learner.lr=0.1", True),
+        ("driver.max_lag=1", True),
+        ("rollout.group_size=4", True),
+        ("run.steps=3", True),
+        ("rollout.max_tokens=16", False),
+        ("learner.ranks=2", False),
+        ("generator.replicas=1", False),
+        ("data.seed=1", False),
+        ("evaluate.prompts=8", False),
+    ],
+)
+def test_a_machine_is_shared_where_a_reset_can_change_it(override: str, same: bool) -> None:
+    made = [lasting(settings.load(["experiment=quickstart", *more])[0]) for more in ([], [override])]
+    assert (made[0] == made[1]) is same
+
+
+def test_a_finished_cell_is_left_alone_unless_its_settings_changed(tmp_path: Path) -> None:
+    asked = lab.plan(tmp_path, ["experiment=quickstart", "seed=1"])[0].cell
+    assert not lab._done(asked, None) and not lab._done(asked, asked)
+    assert lab._done(asked, replace(asked, status="done"))
+    assert not lab._done(asked, replace(asked, status="failed"))
+    assert not lab._done(asked, replace(asked, status="done", settings="others"))
+
+
+def test_a_portrait_measures_answers_without_a_training_step() -> None:
+    world = ToyWorld(build(settings.objective("grpo")))
+    prompts = [next(prompt) for prompt in [ToyPrompts()] for _ in range(16)]
+    found = asyncio.run(portrait(lambda t: world, world, world, prompts, temperature=1.0, samples=4))
+    assert found["entropy/mean"] == pytest.approx(np.log(8), abs=1e-5)
+    assert 0 <= found["greedy"] <= 1 and found["pass@1"] <= found["pass@4"]
+    assert found.keys() - {"greedy", "pass@1", "pass@2", "pass@4"} <= set(DRAWN)
+    assert {"distinct/2", "calibration/ece_logprob", "varentropy/mean"} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.0, 0.183, [0, 0.05, 0.1, 0.15]),
+        (1, 60, [10, 20, 30, 40, 50, 60]),
+        (1, 3, [1, 1.5, 2, 2.5, 3]),
+    ],
+)
+def test_ticks_are_round_and_within(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_a_mean_curve_has_the_steps_that_all_have() -> None:
+    assert mean([([1, 2, 3], [1.0, 2.0, 3.0]), ([1, 2], [3.0, 4.0])]) == ([1, 2], [2.0, 3.0])
+    assert mean([]) == ([], [])
+
+
+def test_a_chart_stays_in_its_frame() -> None:
+    line = Line([1, 2, 3], [0.0, 1.0, 0.5], "c0", "a <b>")
+    drawn = chart([line], frame([line]), label="curve", width=100, height=60)
+    assert "a &lt;b&gt;" in drawn and 'points="46.0,36.0 68.0,8.0 90.0,22.0"' in drawn
+
+
+def test_the_page_is_one_file_that_asks_nobody(tmp_path: Path) -> None:
+    for each in CELLS:
+        stored.save(tmp_path, each)
+        rows = [f'{{"step": {s}, "reward/mean": 0.{s}, "entropy/mean": 0.2}}\n' for s in (1, 2)]
+        (stored.path(tmp_path, each) / "metrics.jsonl").write_text("".join(rows))
+    page = lab_page.write(tmp_path, CELLS, "grpo").read_text()
+    assert page.count("<svg") > 8 and "prefers-color-scheme:dark" in page
+    assert "http" not in page and "<script" not in page
+    assert "missing: quickstart, cispo, seed 2" in page and '<b class="above">+</b>' in page
