@@ -94,6 +94,7 @@ def _multirun(arguments: list[str]) -> int:
 def _dry(config: Config, objective: Objective) -> str:
     """What would run: the equation, each role's share, memory by role."""
     lines = [objective.describe(), *told(config, objective), ""]
+    lines += [f"control: {c.describe()}" for c in knobs.control_of(config).controllers]
     for role, (count, share) in machine.shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
     return "\n".join([*lines, *_memory(config)])
