@@ -28,4 +28,4 @@ check "ruff format" ruff format --check .
 check "mypy" mypy
 check "unit tests" pytest tests/unit "$@"
 printf '\n== took: %snow the real stack\n' "$took"
-check "real stack" pytest tests/ray --durations=12 "$@"
+check "real stack" pytest tests/ray "$@"

@@ -226,19 +226,11 @@ async def drive(
     )
     pace = _pace(config)
     journal.event("start", objective=config.objective, pace=asdict(pace), state=run.state)
-    stream = PromptStream(read_in.split.training, seed=config.seed)
     control = knobs.control_of(config)
     journal.event("control", controllers=[c.describe() for c in control.controllers])
-    driver = Driver(
-        stream,
-        roles,
-        objective,
-        pace,
-        seed=config.seed,
-        looks=_looks(config),
-        control=control,
-        tune=knobs.tuner(config),
-    )
+    stream, tune = PromptStream(read_in.split.training, seed=config.seed), knobs.tuner(config)
+    steered: dict[str, Any] = {"control": control, "tune": tune}
+    driver = Driver(stream, roles, objective, pace, seed=config.seed, looks=_looks(config), **steered)
     if run.checkpoint:
         driver.restore(run.state)
     saves = m.checkpoints(run.folder)
