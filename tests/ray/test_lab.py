@@ -6,6 +6,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from entroray.cli.verify_resume import differences
 from entroray.observe import cells as stored
 
@@ -24,6 +26,7 @@ def entroray(*arguments: str, expect: int = 0) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_in_a_reused_machine_is_a_fresh_process_bit_for_bit(tmp_path: Path, model: str) -> None:
     """Any reward that a random model sometimes earns: without one, no weight would ever move."""
     (tmp_path / "mine.py").write_text("def odd(response, prompt):\n    return float(len(response) % 2)\n")
