@@ -76,11 +76,27 @@ class Reward:
 
 
 @dataclass
+class Failed:
+    """Prompts whose whole group was wrong are drawn hotter when they come up again."""
+
+    factor: float = (
+        1.0  # on a prompt's temperature for each failed group, until one rollout is right; 1: never
+    )
+    most: float = 1.5  # largest such factor
+
+
+@dataclass
 class Sampler:
     temperature: float = 1.0  # of training samples, and of the entropies and log-probs of the learner
     top_p: float = 1.0  # training needs 1: log-probs of a truncated support are another distribution's
     top_k: int = 0  # training needs 0, for the same reason
     stop: list[str] = field(default_factory=list)  # strings that end a response besides the end token
+    rule: dict[str, Any] = field(
+        default_factory=dict
+    )  # {fn: ..., settings}: how each distribution is reshaped
+    insert: str | None = None  # text of one token to put where the rule is unsure; it is never trained on
+    inserts: int = 1  # most tokens put into one response
+    failed: Failed = field(default_factory=Failed)
 
 
 @dataclass
@@ -209,6 +225,7 @@ class Checkpoint:
 class Evaluate:
     prompts: int = 256  # held-out prompts
     samples: int = 8  # for pass@k
+    shaped: bool = False  # entroray eval draws its samples through sampler.rule, not as they are
     every: int = 0  # steps between evaluations on the training engines, the first before step 1; 0: none
     final: bool = False  # before and after training, each in a process of its own
 

@@ -48,6 +48,20 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Shaped:
+    """What a sampler that shapes distributions knew at each token; entropies are from before it shaped."""
+
+    entropy: NDArray[np.float32]  # [L] nats, of the policy's distribution at its own temperature
+    varentropy: NDArray[np.float32]  # [L] nats^2
+    temperature: NDArray[np.float32]  # [L] really used; 0 where the likeliest was taken, NaN where inserted
+
+    @property
+    def inserted(self) -> NDArray[np.bool_]:
+        """Tokens that were put there, not drawn: observations, which nothing may be learnt from."""
+        return np.isnan(self.temperature)
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One sampled response, with what the sampler knew while sampling it."""
 
@@ -57,9 +71,12 @@ class Rollout:
     versions: NDArray[np.int32]  # [L] weights that sampled each token
     text: str
     temperature: float
+    """Of the policy, in the learner too; a sampler that shapes says in `shaped` what it drew at."""
     limit: int
     """Most tokens this response was allowed."""
     status: Status = Status.OK
+    shaped: Shaped | None = None
+    """None where every token was drawn from the policy's distribution as it is."""
 
     @property
     def length(self) -> int:

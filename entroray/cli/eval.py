@@ -4,12 +4,13 @@ import asyncio
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from entroray.cli import bootstrap, machine, material, settings
+from entroray.cli import bootstrap, machine, material, sampling, settings
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.loop.evaluate import heldout
@@ -39,7 +40,8 @@ def main(arguments: list[str]) -> int:
     unknown = flags.keys() - {"config", "out"}
     if unknown:
         raise ConfigError(f"eval knows --config and --out, not {', '.join(sorted(unknown))}")
-    config = of_run(Path(flags["config"]), overrides) if "config" in flags else settings.load(overrides)[0]
+    given = flags.get("config")
+    config = of_run(Path(given), overrides) if given else settings.load(overrides, training=False)[0]
     result = asyncio.run(evaluate(config))
     text = json.dumps(result, indent=2)
     if "out" in flags:
@@ -54,6 +56,7 @@ def of_run(path: Path, overrides: list[str]) -> Config:
         OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(overrides)
     )
     config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
+    sampling.check(config)
     return config
 
 
@@ -64,14 +67,15 @@ async def evaluate(config: Config) -> dict[str, Any]:
     read = material.load(config, model)
     prompts = read.split.heldout[: e.prompts]
     limit = machine.length(config)
-    options = machine.engine_options(config)
+    options, s = machine.engine_options(config), config.sampler
+    shaped = partial(sampling.shaped, tokenizer=read.tokenizer)
+    drawn = partial(shaped if e.shaped else sampling.plain, config)
     engine = Generator(model, dtype=config.model.dtype, max_length=limit, seed=0, engine=options)
     v = config.verifier
     verifier = Verifier(read.judge, slots=v.slots, deadline=config.reward.deadline, memory_mb=v.memory_mb)
     try:
         await asyncio.gather(engine.start(), verifier.warm_up())
-        r, s = config.rollout, config.sampler
-        role = lambda t: OneEngine(engine, Sampling(t, r.max_tokens, tuple(s.stop)), r.deadline)  # noqa: E731
+        role = lambda t: OneEngine(engine, drawn(t), config.rollout.deadline)  # noqa: E731
         measured = await heldout(role, verifier, prompts, temperature=s.temperature, samples=e.samples)
     finally:
         verifier.close()
@@ -80,5 +84,6 @@ async def evaluate(config: Config) -> dict[str, Any]:
         "prompts": len(prompts),
         "samples": e.samples,
         "temperature": s.temperature,
+        "sampler": sampling.describe(s) if e.shaped else "fixed",
         **measured,
     }

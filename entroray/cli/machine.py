@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from entroray.cli import sampling
 from entroray.config import Config
 from entroray.errors import PreflightError
+from entroray.loop.heat import Heat
 from entroray.objective import Objective
 from entroray.workers import cluster
 from entroray.workers.adapters import DeepSpeedLearner, Generators, Verifiers
@@ -20,6 +22,7 @@ from entroray.workers.cluster import Gang, Pool, Share
 from entroray.workers.engines import GRACE, Engines
 from entroray.workers.generator import Generator, Sampling
 from entroray.workers.learner import LearnerRank, LearnerSettings
+from entroray.workers.request import PROCESSOR
 from entroray.workers.sync import GeneratorClient, Probe, WeightSync
 from entroray.workers.verifier import Verifier
 
@@ -52,8 +55,8 @@ class Machine:
     sync: WeightSync
     facts: dict[str, Any]
 
-    def generator_role(self, sampling: Sampling) -> Generators:
-        return Generators(self.engines, sampling, self.config.rollout.deadline)
+    def generator_role(self, sampling: Sampling, heat: Heat | None = None) -> Generators:
+        return Generators(self.engines, sampling, self.config.rollout.deadline, heat or Heat())
 
     def verifier_role(self) -> Verifiers:
         return Verifiers(self.verifiers, self.config.driver.call_deadline)
@@ -159,7 +162,14 @@ def engine_options(config: Config) -> dict[str, Any]:
         "disable_log_stats": True,
         **({"enable_sleep_mode": True} if config.generator.sleep else {}),
     }
-    return ours | cpu | config.generator.engine
+    return ours | cpu | config.generator.engine | _processors(config)
+
+
+def _processors(config: Config) -> dict[str, Any]:
+    """Ours first, then the user's own; none when nothing is shaped, since vLLM then tracks less."""
+    if not sampling.shapes(config.sampler):
+        return {}
+    return {"logits_processors": [PROCESSOR, *config.generator.engine.get("logits_processors", ())]}
 
 
 async def build(

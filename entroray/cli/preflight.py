@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from entroray.cli import bootstrap, machine, rundir
+from entroray.cli import bootstrap, machine, rundir, sampling
 from entroray.config import EMBEDDED, Config
 from entroray.errors import EntrorayError, PreflightError
-from entroray.policy.tokenizer import load_tokenizer
+from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
 from entroray.workers import cluster
 
 Check = Callable[[Config], str]
@@ -145,5 +145,15 @@ def directory(config: Config) -> str:
     return config.run.dir or f"runs/{config.run.name}/<time>"
 
 
-FAST: tuple[Check, ...] = (model, resources, directory, disk, shared_memory)
+def sampler(config: Config) -> str:
+    """The token a sampler inserts is one of the model's tokenizer."""
+    text = config.sampler.insert
+    if text is None:
+        return "inserts nothing"
+    new = config.model.path == EMBEDDED and not bootstrap.cached(config).is_dir()
+    tokenizer = byte_tokenizer() if new else load_tokenizer(bootstrap.resolve(config))
+    return f"inserts {text!r}, token {sampling.token(text, tokenizer)}"
+
+
+FAST: tuple[Check, ...] = (model, sampler, resources, directory, disk, shared_memory)
 """Some seconds; `train` runs them first."""

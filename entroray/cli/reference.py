@@ -33,6 +33,11 @@ conf/README.md`, and a test compares it.
 - `model.dtype=bfloat16` needs `driver.probe.tolerance` near 0.1: two bf16 implementations differ by that
   much.
 - A row that compares the rollouts of a group needs `rollout.group_size` of at least 2.
+- `sampler=` other than fixed draws from another distribution than the policy's and sets the row's
+  `correction` to truncated importance weights (entroray/entropy/shaping.py says what is and is not made up
+  for). The learner's log-probs, ratios and entropies stay at `sampler.temperature`; the `sampler_*` columns
+  of the token records say how each token was drawn. `sampler.rule` and `sampler.failed` may be combined.
+  Beside ratio `sampler`, which weighs already, say `objective.correction.fn=none`.
 """
 
 CONTROL = """

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from entroray.cli import knobs
+from entroray.cli import knobs, sampling
 from entroray.config import Config
 from entroray.errors import ConfigError
 
@@ -22,10 +22,13 @@ PACKAGE = Path(__file__).parent.parent
 CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())  # wheel, then checkout
 
 
-def load(overrides: list[str], config_dir: str | None = None) -> tuple[Config, DictConfig]:
+def load(
+    overrides: list[str], config_dir: str | None = None, *, training: bool = True
+) -> tuple[Config, DictConfig]:
     """The composed settings, typed and checked, and as the tree they were composed from.
 
-    Raises ConfigError naming the key and the nearest right one.
+    An evaluation (`training` False) may be greedy, or cut the tail. Raises ConfigError naming the key and
+    the nearest right one.
     """
     ConfigStore.instance().store(name="schema", node=Config)
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
@@ -36,6 +39,8 @@ def load(overrides: list[str], config_dir: str | None = None) -> tuple[Config, D
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
     check(config)
+    if training:
+        sampling.check_training(config)
     return config, tree
 
 
@@ -69,13 +74,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"model.dtype={config.model.dtype}: choose float32 or bfloat16")
     if config.learner.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"learner.zero_stage={config.learner.zero_stage}: choose 0, 1, 2 or 3")
-    if config.sampler.top_p != 1.0 or config.sampler.top_k != 0:
-        raise ConfigError(
-            "sampler.top_p and sampler.top_k must be 1.0 and 0 in training: the log-probs of a truncated "
-            "distribution are not the learner's, so every importance ratio would be wrong"
-        )
-    if config.sampler.temperature <= 0:
-        raise ConfigError("sampler.temperature must be above 0 in training: greedy samples carry no gradient")
+    sampling.check(config)
     if config.learner.updates_per_rollout > config.rollout.groups_per_step:
         raise ConfigError(
             f"learner.updates_per_rollout={config.learner.updates_per_rollout} needs as many groups, "

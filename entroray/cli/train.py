@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, knobs, machine, material, preflight, rundir, settings
+from entroray.cli import bootstrap, knobs, machine, material, preflight, rundir, sampling, settings
 from entroray.cli.objectives import schedule, told
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
@@ -29,7 +29,6 @@ from entroray.observe.journal import Journal, read
 from entroray.observe.outlook import Outlook, last_word, moved
 from entroray.policy.tokenizer import fingerprint
 from entroray.workers import cluster
-from entroray.workers.generator import Sampling
 
 
 def main(arguments: list[str]) -> int:
@@ -193,6 +192,7 @@ def _header(
         "",
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
+        f"sampler    {sampling.describe(s)}",
         f"schedule   {config.run.steps} steps, {config.learner.updates_per_rollout} updates a step, "
         f"lag at most {config.driver.max_lag} ({config.driver.stale})",
         *(f"control    {c.describe()}" for c in knobs.control_of(config).controllers),
@@ -213,10 +213,10 @@ async def drive(
     run: rundir.RunDir,
 ) -> None:
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
-    s = config.sampler
-    sampling = Sampling(s.temperature, config.rollout.max_tokens, tuple(s.stop))
+    heat = sampling.heat(config)
+    drawn = sampling.shaped(config, config.sampler.temperature, read_in.tokenizer)
     roles = Roles(
-        m.generator_role(sampling),
+        m.generator_role(drawn, heat),
         m.verifier_role(),
         m.learner_role(objective),
         m.sync,
@@ -229,7 +229,7 @@ async def drive(
     control = knobs.control_of(config)
     journal.event("control", controllers=[c.describe() for c in control.controllers])
     stream, tune = PromptStream(read_in.split.training, seed=config.seed), knobs.tuner(config)
-    steered: dict[str, Any] = {"control": control, "tune": tune}
+    steered: dict[str, Any] = {"control": control, "tune": tune, "heat": heat}
     driver = Driver(stream, roles, objective, pace, seed=config.seed, looks=_looks(config), **steered)
     if run.checkpoint:
         driver.restore(run.state)
@@ -264,14 +264,14 @@ def _evaluation(
     config: Config, read_in: material.Material, m: machine.Machine
 ) -> Callable[[int], Awaitable[dict[str, float]]]:
     """Held-out accuracy on the training engines, every `evaluate.every` steps."""
-    e, s = config.evaluate, config.sampler
+    e = config.evaluate
     prompts = read_in.split.heldout[: e.prompts]
 
     async def evaluate(step: int) -> dict[str, float]:
         if not e.every or step % e.every:
             return {}
-        at = lambda t: m.generator_role(Sampling(t, config.rollout.max_tokens, tuple(s.stop)))  # noqa: E731
-        temperature, judge = s.temperature, m.verifier_role()
+        at = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
+        temperature, judge = config.sampler.temperature, m.verifier_role()
         found = await heldout(at, judge, prompts, temperature=temperature, samples=e.samples)
         return {f"eval/{name}": value for name, value in found.items()}
 

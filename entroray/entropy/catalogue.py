@@ -94,6 +94,16 @@ STEP = [
 ]
 """What `describe` and `diagnose` give together."""
 
+SAMPLER = _rows(
+    "shaped tokens",
+    "sampler's",
+    "sampler/temperature | drawn at; 0 where the likeliest was taken | - | mean of those drawn",
+    "sampler/likeliest | taken, not drawn | share of those drawn | count",
+    "sampler/inserted | put by the sampler, not trained on | share | count",
+    "sampler/gap | difference of H, engine to learner, at the policy's temperature | nats | maximum",
+)
+"""What `describe` adds where a sampler shaped; mismatch and importance then include what it shaped."""
+
 UPDATE = _rows(
     "tokens of all updates",
     SAMPLING,
@@ -161,7 +171,12 @@ def matches(name: str, metrics: Iterable[Metric]) -> bool:
 
 def text() -> str:
     """The whole page."""
-    parts = {"A step": STEP, "An update": UPDATE, "Prediction and law": INSIGHT}
+    parts = {
+        "A step": STEP,
+        "A sampler that shapes": SAMPLER,
+        "An update": UPDATE,
+        "Prediction and law": INSIGHT,
+    }
     return HEAD + "".join(f"\n## {title}\n\n{_table(rows)}" for title, rows in parts.items())
 
 

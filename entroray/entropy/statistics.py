@@ -55,7 +55,7 @@ def describe(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
     if not mask.any():
         return metrics
     lag = tokens.step - np.concatenate([r.versions for r in rollouts])[mask]
-    metrics |= _of_entropy(tokens, mask) | _of_mismatch(tokens, mask)
+    metrics |= _of_entropy(tokens, mask) | _of_mismatch(tokens, mask) | _of_sampler(rollouts, tokens)
     return metrics | {
         "logprobs/mean": float(stored(tokens.old_logprobs)[mask].mean()),
         "advantages/mean_abs": float(np.abs(stored(tokens.advantages)[mask]).mean()),
@@ -116,6 +116,23 @@ def _of_entropy(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
         if chosen.any():
             metrics[f"entropy/{name}"] = float(entropy[chosen].mean())
     return metrics | {"varentropy/mean": float(stored(tokens.varentropy)[mask].mean())}
+
+
+def _of_sampler(rollouts: Sequence[Rollout], tokens: Tokens) -> dict[str, float]:
+    """Of rollouts that a sampler shaped, inserted tokens included; nothing where there are none."""
+    edges = np.cumsum([0, *(r.length for r in rollouts)])
+    shaped = [(r.shaped, slice(edges[i], edges[i + 1])) for i, r in enumerate(rollouts) if r.shaped]
+    if not sum(place.stop - place.start for _, place in shaped):
+        return {}
+    temperature = np.concatenate([s.temperature for s, _ in shaped])
+    learner = array(tokens.entropy)
+    gaps = np.concatenate([np.abs(s.entropy - learner[place]) for s, place in shaped])
+    drawn = temperature[~np.isnan(temperature)]
+    whole = {"sampler/inserted": float(np.isnan(temperature).mean()), "sampler/gap": float(gaps.max())}
+    if not len(drawn):
+        return whole
+    likeliest = float((drawn == 0).mean())
+    return whole | {"sampler/temperature": float(drawn.mean()), "sampler/likeliest": likeliest}
 
 
 def _of_mismatch(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:

@@ -36,6 +36,13 @@ def assemble(groups: Sequence[Group]) -> Batch:
     )
 
 
+def observed(rollouts: Sequence[Rollout]) -> np.ndarray:
+    """[N] response tokens that the policy did not choose: those a sampler inserted."""
+    none = lambda r: np.zeros(r.length, dtype=np.bool_)  # noqa: E731
+    nothing = np.empty(0, dtype=np.bool_)
+    return np.concatenate([nothing, *(r.shaped.inserted if r.shaped else none(r) for r in rollouts)])
+
+
 def tokens_of(
     groups: Sequence[Group], advantages: Sequence[Float[Tensor, " G"]], scores: Scores, step: Version
 ) -> Tokens:
@@ -46,7 +53,7 @@ def tokens_of(
     row = torch.repeat_interleave(torch.arange(len(rollouts)), length)
     column = {k: torch.from_numpy(np.asarray(v)) for k, v in scores.items()}
     flat = lambda pieces: torch.from_numpy(np.concatenate(pieces))  # noqa: E731
-    mask = torch.ones(len(row), dtype=torch.bool)
+    mask = torch.from_numpy(~observed(rollouts))
     known = ("logprobs", "entropy", "varentropy", "ref_logprobs")
     return Tokens(
         row=row,
@@ -63,13 +70,13 @@ def tokens_of(
         advantages=torch.cat(list(advantages)).float()[row],
         scale=torch.ones(len(row)),
         correction=torch.ones(len(row)),
-        selected=mask,
+        selected=mask.clone(),
         group=torch.from_numpy(group_index(groups)),
         length=length,
         reward=torch.tensor([v.reward for v in verdicts]),
         correct=torch.tensor([v.correct for v in verdicts]),
         version=torch.tensor([r.version for r in rollouts]),
         step=step,
-        counts=Counts(len(row), len(row), len(rollouts), len(groups)),
+        counts=Counts(int(mask.sum()), int(mask.sum()), len(rollouts), len(groups)),
         extra={k: v for k, v in column.items() if k not in known},
     )

@@ -12,6 +12,7 @@ from entroray.control import Control
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
+from entroray.loop.heat import Heat
 from entroray.loop.insight import NEVER, Insight, Looks
 from entroray.loop.limits import IdleRules, SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
@@ -87,6 +88,7 @@ class Driver:
         *,
         seed: int,
         looks: Looks = NEVER,
+        heat: Heat | None = None,
         control: Control | None = None,
         tune: Tune | None = None,
     ):
@@ -96,6 +98,7 @@ class Driver:
         self.skipped = SkippedUpdates(pace.max_skipped)
         self.idle = IdleRules(UNTOUCHED)
         self.insight = Insight(looks)
+        self.heat = heat or Heat()
         self.control, self.tune = control or Control(), tune
         self.version: Version = 0
         self.turn: asyncio.Task[dict[str, float]] | None = None
@@ -144,6 +147,7 @@ class Driver:
             "version": self.version,
             "stream": self.stream.state(),
             "insight": self.insight.state(),
+            "heat": self.heat.state(),
             "control": self.control.state(),
         }
 
@@ -152,6 +156,7 @@ class Driver:
         self.version = state["version"]
         self.stream.restore(state["stream"], self.version)
         self.insight.restore(state["insight"])
+        self.heat.restore(state.get("heat", {}))  # a checkpoint of before samplers has none
         self.control.restore(state["control"])
         self.committed = self.state()
 
@@ -237,6 +242,8 @@ class Driver:
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
         trained = describe(groups, tokens) | self.insight.diagnosed(self.version, groups, tokens)
         judged = [*groups, *self.stream.judged_since()]
+        for group in judged:  # here, not as they finish: the order is the same in every run
+            self.heat.note(group)
         right = [float(g.correct.mean()) for g in judged]
         counted = {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
         metrics = (

@@ -72,7 +72,7 @@ def effective(bound: partial) -> dict[str, Any]:
 
 def bind(slot: types.ModuleType, spec: object, packages: Iterable[str] = ()) -> partial:
     """The slot's function `spec["fn"]`, or a dotted path inside an allowed package, settings applied."""
-    place = f"objective.{short(slot)}"
+    place = setting(slot)
     if not isinstance(spec, Mapping) or not isinstance(spec.get("fn"), str):
         raise ConfigError(f"{place} must read {{fn: name, setting: value, ...}}, got {spec!r}")
     name, settings = spec["fn"], {k: v for k, v in spec.items() if k != "fn"}
@@ -94,6 +94,11 @@ def short(slot: types.ModuleType) -> str:
     return slot.__name__.rpartition(".")[2]
 
 
+def setting(slot: types.ModuleType) -> str:
+    """Where a slot is set: its module's `SETTING`, else `objective.<slot>`."""
+    return getattr(slot, "SETTING", f"objective.{short(slot)}")
+
+
 def nearest(wrong: str, right: Iterable[str]) -> str:
     """The end of an error message: the likely meaning, then everything there is."""
     options = sorted(right)
@@ -105,13 +110,13 @@ def nearest(wrong: str, right: Iterable[str]) -> str:
 def _listed(slot: types.ModuleType, name: str) -> Callable:
     functions = menu(slot)
     if name not in functions:
-        raise ConfigError(f"objective.{short(slot)} has no `{name}`: {nearest(name, functions)}")
+        raise ConfigError(f"{setting(slot)} has no `{name}`: {nearest(name, functions)}")
     return functions[name]
 
 
 def _imported(slot: types.ModuleType, path: str, packages: Iterable[str]) -> Callable:
     """A function that the module in `path` itself defines, and that takes what the slot's own take."""
-    place, (module_name, _, attribute) = f"objective.{short(slot)}", path.rpartition(".")
+    place, (module_name, _, attribute) = setting(slot), path.rpartition(".")
     allowed = ("entroray", *packages)
     if not any(module_name == p or module_name.startswith(f"{p}.") for p in allowed):
         raise ConfigError(f"{place}: `{path}` is outside the allowed packages {', '.join(allowed)}")

@@ -1,7 +1,7 @@
 """Token records: one Parquet row per response token, from which every entropy metric can be derived again."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entroray.entropy.statistics import aligned
-from entroray.types import Group, Status, Tokens, Verdict
+from entroray.loop.batching import observed
+from entroray.types import Group, Rollout, Status, Tokens, Verdict
 
 UNITS = {
     "logprob_behavior": "nats",
@@ -20,6 +21,10 @@ UNITS = {
     "varentropy": "nats^2",
     "version": "committed steps; the learner was at step - 1",
     "rollout": "row within the step",
+    "temperature": "of the policy, in the learner too",
+    "sampler_entropy": "nats, before shaping; null where the sampler did not shape",
+    "sampler_varentropy": "nats^2, before shaping",
+    "sampler_temperature": "really drawn at; 0 the likeliest was taken, null inserted",
     "mask_reason": "null where the token counts in the aggregates",
 }
 
@@ -50,6 +55,7 @@ def table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table:
     row, mask = tokens.row.cpu().numpy(), tokens.mask.cpu().numpy()
     status = [_status(r.status, v) for r, (_, v) in zip(rollouts, judged, strict=True)]
     reason = [s if s != Status.OK else "masked" for s in status]
+    drawn = _drawn(rollouts)
 
     def learnt(x: Tensor) -> pa.Array:
         values = x.detach().cpu().float().numpy()
@@ -73,10 +79,11 @@ def table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table:
         "entropy": learnt(tokens.entropy),
         "varentropy": learnt(tokens.varentropy),
         "temperature": learnt(tokens.temperature),
+        **{f"sampler_{name}": pa.array(x, mask=np.isnan(x)) for name, x in drawn.items()},
         "advantage": learnt(tokens.advantages),
         "scale": learnt(tokens.scale),
         "selected": pa.array(tokens.selected.cpu().numpy()),
-        "mask_reason": _words(reason, row, null=mask),
+        "mask_reason": _reasons(reason, row, mask, observed(rollouts)),
         "reward": per_row([v.reward for _, v in judged]),
         "correct": per_row([v.correct for _, v in judged]),
         "status": _words(status, row),
@@ -93,6 +100,29 @@ def write(file: Path, records: pa.Table) -> None:
         os.replace(aside, file)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _drawn(rollouts: Sequence[Rollout]) -> dict[str, NDArray[np.float32]]:
+    """The sampler's own columns, NaN where it has nothing to say."""
+
+    def column(name: str, otherwise: Callable[[Rollout], float]) -> NDArray[np.float32]:
+        plain = lambda r: np.full(r.length, otherwise(r), np.float32)  # noqa: E731
+        pieces = [getattr(r.shaped, name) if r.shaped else plain(r) for r in rollouts]
+        return np.concatenate(pieces or [[]]).astype(np.float32)
+
+    unknown = lambda r: np.nan  # noqa: E731
+    return {
+        "entropy": column("entropy", unknown),
+        "varentropy": column("varentropy", unknown),
+        "temperature": column("temperature", lambda r: r.temperature),
+    }
+
+
+def _reasons(
+    per_row: Sequence[str], row: NDArray, mask: NDArray[np.bool_], put: NDArray[np.bool_]
+) -> pa.Array:
+    """Why a token is outside the mask: its rollout's reason, or that a sampler inserted it."""
+    return _words([*per_row, "inserted"], np.where(put, len(per_row), row), null=mask)
 
 
 def _status(sampled: Status, verdict: Verdict) -> str:

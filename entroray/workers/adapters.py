@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from entroray.entropy.movement import shares
+from entroray.loop.heat import Heat
 from entroray.loop.roles import Scores
 from entroray.objective import Objective, count
 from entroray.policy.packing import Rows, cut_by_groups, plan
@@ -19,16 +20,18 @@ from entroray.workers.engines import Engines
 from entroray.workers.generator import Request, Sampling
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generators:
-    """The engines as a Generator."""
+    """The engines as a Generator; `sampling` may be changed between requests, those in flight keep theirs."""
 
     engines: Engines
     sampling: Sampling
     deadline: float
+    heat: Heat = field(default_factory=Heat)
 
     async def sample(self, prompt: Prompt, seeds: Sequence[int]) -> list[Rollout]:
-        request = Request(prompt.id, prompt.token_ids, tuple(seeds), self.sampling, self.deadline)
+        sampling = replace(self.sampling, factor=self.heat.of(prompt.id))
+        request = Request(prompt.id, prompt.token_ids, tuple(seeds), sampling, self.deadline)
         return await self.engines.sample(request)
 
 

@@ -5,43 +5,32 @@ requests in flight go on with the new ones, each token knowing the version that 
 """
 
 import asyncio
+import os
 import queue
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from entroray.errors import InfrastructureError
-from entroray.types import Rollout, Status
+from entroray.types import Rollout
+from entroray.workers.request import (
+    Request,
+    Sampling,
+    params,
+    probe_params,
+    prompt_logprobs,
+    rollout,
+    timed_out,
+)
 
 TICK = 0.2
 """Seconds the idle thread sleeps between looks at its deadlines."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; top-p and top-k stay off in training (DESIGN 3.3)."""
-
-    temperature: float
-    max_tokens: int
-    stop: tuple[str, ...] = ()
-    top_p: float = 1.0
-    top_k: int = 0
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt, `len(seeds)` samples; a seed makes a sample repeatable whatever runs beside it."""
-
-    prompt_id: str
-    token_ids: tuple[int, ...]
-    seeds: tuple[int, ...]
-    sampling: Sampling
-    deadline: float
 
 
 @dataclass
@@ -70,6 +59,8 @@ class Generator:
         self.waiting: dict[str, _Waiting] = {}
         self.owner: dict[str, str] = {}
         self.serial = 0
+        self.tag = uuid.uuid4().hex
+        """Tells this engine's requests from those of another in the same process."""
         self.paused = self.asleep = False
         self.staged: tuple[str, np.ndarray] | None = None
         self.failure: InfrastructureError | None = None
@@ -164,6 +155,8 @@ class Generator:
             raise
 
     def _load(self) -> None:
+        if self.options.get("logits_processors"):  # ours is of vLLM's V1 interface, which V2 does not take
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         from vllm import LLM
 
         began = time.monotonic()
@@ -215,22 +208,37 @@ class Generator:
         self.waiting[key] = _Waiting(request, future, due, set(names))
         for name, seed in zip(names, request.seeds, strict=True):
             self.owner[name] = key
-            params = _probe_params() if probe else _params(request.sampling, seed)
-            self.engine.add_request(name, {"prompt_token_ids": list(request.token_ids)}, params)
+            wanted = probe_params() if probe else params(request.sampling, seed, self._noted(name))
+            self.engine.add_request(name, {"prompt_token_ids": list(request.token_ids)}, wanted)
 
     def _collect(self, outputs: list[Any]) -> None:
-        for output in outputs:
-            if output.finished:
-                waiting = self.waiting[self.owner.pop(output.request_id)]
-                self._deliver(waiting, output)
+        finished = [output for output in outputs if output.finished]
+        owners = [self.waiting[self.owner.pop(output.request_id)] for output in finished]
+        shaped = [o.request_id for o, w in zip(finished, owners, strict=True) if w.request.sampling.rule]
+        notes = dict(zip(shaped, self._drain_notes(shaped), strict=True))
+        for output, waiting in zip(finished, owners, strict=True):
+            self._deliver(waiting, output, notes.get(output.request_id))
 
-    def _deliver(self, waiting: _Waiting, output: Any) -> None:
+    def _deliver(self, waiting: _Waiting, output: Any, notes: np.ndarray | None) -> None:
         if output.prompt_logprobs is not None:
-            waiting.done[output.request_id] = _prompt_logprobs(output)  # type: ignore[assignment]
+            waiting.done[output.request_id] = prompt_logprobs(output)  # type: ignore[assignment]
         else:
-            waiting.done[output.request_id] = _rollout(waiting.request, output.outputs[0], self._decode)
+            drawn = rollout(waiting.request, output.outputs[0], self._decode, notes)
+            waiting.done[output.request_id] = drawn
         waiting.left.discard(output.request_id)
         self._settle(waiting)
+
+    def _noted(self, name: str) -> str:
+        """What the sampler calls a request."""
+        return f"{self.tag}-{name}"
+
+    def _drain_notes(self, names: Sequence[str]) -> list[np.ndarray | None]:
+        """The sampler's notes on requests that are over, once; every rank has the same."""
+        if not names:
+            return []
+        from entroray.workers.shaping import drain
+
+        return self.llm.collective_rpc(drain, args=([self._noted(n) for n in names],))[0]
 
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -249,9 +257,11 @@ class Generator:
         for waiting in [w for w in self.waiting.values() if w.due < now]:
             late = sorted(waiting.left)
             self.engine.abort_request(late)
+            if waiting.request.sampling.rule:
+                self._drain_notes(late)
             for name in late:
                 self.owner.pop(name, None)
-                waiting.done[name] = _timed_out(waiting.request)
+                waiting.done[name] = timed_out(waiting.request)
             waiting.left.clear()
             self._settle(waiting)
 
@@ -294,58 +304,3 @@ class Generator:
 
         self.inbox.put(perform)
         return await asyncio.wrap_future(future)
-
-
-def _params(sampling: Sampling, seed: int) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        **asdict(sampling) | {"stop": list(sampling.stop)},
-        seed=seed,
-        logprobs=0,
-        flat_logprobs=True,
-        detokenize=bool(sampling.stop),
-        include_stop_str_in_output=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _probe_params() -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-    )
-
-
-def _rollout(request: Request, completion: Any, decode: Callable[[list[int]], str]) -> Rollout:
-    token_ids = np.asarray(completion.token_ids, dtype=np.int32)
-    versions = np.zeros(len(token_ids), dtype=np.int32)
-    for span in completion.weight_versions or ():
-        versions[span.start : span.end] = int(span.version)
-    return Rollout(
-        prompt_id=request.prompt_id,
-        token_ids=token_ids,
-        logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
-        versions=versions,
-        text=completion.text or decode(list(completion.token_ids)),
-        temperature=request.sampling.temperature,
-        limit=request.sampling.max_tokens,
-        status=Status.TRUNCATED if completion.finish_reason == "length" else Status.OK,
-    )
-
-
-def _timed_out(request: Request) -> Rollout:
-    none = np.empty(0, dtype=np.int32)
-    limit = request.sampling.max_tokens
-    temperature = request.sampling.temperature
-    return Rollout(
-        request.prompt_id, none, none.astype(np.float32), none, "", temperature, limit, Status.TIMEOUT
-    )
-
-
-def _prompt_logprobs(output: Any) -> list[float]:
-    pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-    return [step[token].logprob for token, step in pairs]

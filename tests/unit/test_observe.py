@@ -18,7 +18,8 @@ from entroray.types import Counts, Group, Prompt, Rollout, Status, Tokens, Verdi
 
 COLUMNS = [
     *("step", "version", "prompt_id", "rollout", "position", "token_id", "logprob_behavior", "logprob_old"),
-    *("entropy", "varentropy", "temperature", "advantage", "scale", "selected", "mask_reason", "reward"),
+    *("entropy", "varentropy", "temperature", "sampler_entropy", "sampler_varentropy", "sampler_temperature"),
+    *("advantage", "scale", "selected", "mask_reason", "reward"),
     *("correct", "status"),
 ]
 WORDS = {0: "<b>", 1: " so", 2: "\n"}

@@ -1,0 +1,106 @@
+"""`sampler` of the configuration -> how the engines are asked to draw, and what of it training refuses."""
+
+from typing import Any
+
+from entroray.config import Config, Sampler
+from entroray.entropy import shaping
+from entroray.errors import ConfigError, PreflightError
+from entroray.loop.heat import Heat
+from entroray.workers.generator import Sampling
+
+REPORTED = "processed_logprobs"
+"""vLLM's name for log-probs of the distribution really sampled from."""
+
+
+def shapes(sampler: Sampler) -> bool:
+    """Whether anything but the policy's own distribution may be drawn from."""
+    return (sampler.rule or shaping.FIXED) != shaping.FIXED or sampler.failed.factor != 1.0
+
+
+def plain(config: Config, temperature: float) -> Sampling:
+    """The policy's own distribution at `temperature`; 0 is greedy."""
+    s = config.sampler
+    return Sampling(temperature, config.rollout.max_tokens, tuple(s.stop), s.top_p, s.top_k)
+
+
+def shaped(config: Config, temperature: float, tokenizer: Any) -> Sampling:
+    """As the sampler of the configuration draws; a greedy draw is never shaped."""
+    s, base = config.sampler, plain(config, temperature)
+    if temperature == 0 or not shapes(s):
+        return base
+    put = token(s.insert, tokenizer)
+    return base.under(dict(s.rule or shaping.FIXED), insert=put, inserts=s.inserts)
+
+
+def heat(config: Config) -> Heat:
+    """What becomes of prompts that failed."""
+    return Heat(config.sampler.failed.factor, config.sampler.failed.most)
+
+
+def token(text: str | None, tokenizer: Any) -> int | None:
+    """The one token that `sampler.insert` is; PreflightError when the tokenizer has no such token."""
+    if text is None:
+        return None
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1 or tokenizer.decode(ids) != text or ids[0] == tokenizer.eos_token_id:
+        raise PreflightError(
+            f"sampler.insert={text!r} is no single token of this tokenizer but {len(ids)} ({ids[:8]}), or "
+            "one that ends a response: give a text that encodes to exactly one, such as "
+            f"{tokenizer.decode([tokenizer.encode('?', add_special_tokens=False)[0]])!r}"
+        )
+    return int(ids[0])
+
+
+def describe(sampler: Sampler) -> str:
+    """The sampler in words, for a run's header."""
+    said = [f"rule {(sampler.rule or shaping.FIXED)['fn']}, factor on T: {shaping.describe(sampler.rule)}"]
+    if sampler.insert is not None:
+        said.append(f"insert {sampler.insert!r} where unsure, at most {sampler.inserts} a response")
+    if sampler.failed.factor != 1.0:
+        said.append(f"failed prompts x {sampler.failed.factor:g} each time, at most {sampler.failed.most:g}")
+    return "; ".join(said)
+
+
+def check(config: Config) -> None:
+    """What is wrong with a sampler whatever it is used for."""
+    s = config.sampler
+    shaping.build(s.rule)
+    if s.temperature < 0:
+        raise ConfigError(f"sampler.temperature={s.temperature:g} must be at least 0")
+    if s.failed.factor <= 0 or s.failed.most < 1:
+        raise ConfigError("sampler.failed.factor must be above 0 and sampler.failed.most at least 1")
+    if s.inserts < 1 or (s.insert is not None and (s.rule or {}).get("fn") != "quadrants"):
+        raise ConfigError(
+            f"sampler.insert={s.insert!r} needs a rule that says where it is unsure (sampler=quadrants), and "
+            f"sampler.inserts={s.inserts} must be at least 1; with sampler.insert=null nothing is inserted"
+        )
+
+
+def check_training(config: Config) -> None:
+    """ConfigError for a sampler whose log-probs cannot be reported, or cannot be corrected for."""
+    s, engine = config.sampler, config.generator.engine
+    if s.top_p != 1.0 or s.top_k != 0:
+        raise ConfigError(
+            "sampler.top_p and sampler.top_k must be 1.0 and 0 in training: the log-probs of a truncated "
+            "distribution are not the learner's, so every importance ratio would be wrong"
+        )
+    if s.temperature <= 0:
+        raise ConfigError("sampler.temperature must be above 0 in training: greedy samples carry no gradient")
+    if engine.get("logprobs_mode", REPORTED) != REPORTED:
+        raise ConfigError(
+            f"generator.engine.logprobs_mode={engine['logprobs_mode']}: an engine that does not report the "
+            f"log-probs it sampled from cannot be trained on; drop it, {REPORTED} is what is used"
+        )
+    if not shapes(s):
+        return
+    if engine.get("speculative_config"):
+        raise ConfigError(
+            "sampler.rule shapes what vLLM draws, and with speculative decoding vLLM takes no logits "
+            "processors: drop generator.engine.speculative_config, or choose sampler=fixed"
+        )
+    chosen = lambda slot: (config.objective.get(slot) or {}).get("fn")  # noqa: E731
+    if chosen("correction") in (None, "none") and chosen("ratio") != "sampler":
+        raise ConfigError(
+            "this sampler draws from another distribution than the policy's and objective.correction is "
+            "`none`: say 'objective.correction={fn: truncated_importance}', or choose sampler=fixed"
+        )

@@ -1,0 +1,125 @@
+"""What is asked of an engine, in vLLM's terms, and what it answers, in ours."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from entroray.errors import InfrastructureError
+from entroray.types import Rollout, Shaped, Status
+
+PROCESSOR = "entroray.workers.shaping:Shaping"
+"""The logits processor that samplers run in, as vLLM loads it."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; top-p and top-k stay off in training (DESIGN 3.3)."""
+
+    temperature: float
+    """Of the policy, and so of the learner; what a rule makes of it is drawn at and corrected for."""
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    top_p: float = 1.0
+    top_k: int = 0
+    rule: str | None = None
+    """JSON of a rule of entroray/entropy/rules.py; None draws from the policy's distribution as it is."""
+    factor: float = 1.0
+    """On the temperature of this prompt, under a rule."""
+    insert: int | None = None
+    inserts: int = 1
+
+    def at(self, temperature: float) -> "Sampling":
+        """The same at another temperature: the knob of a controller."""
+        return replace(self, temperature=temperature)
+
+    def under(self, rule: Mapping[str, Any], *, insert: int | None = None, inserts: int = 1) -> "Sampling":
+        """The same, reshaped by `rule`."""
+        return replace(self, rule=json.dumps(rule, sort_keys=True), insert=insert, inserts=inserts)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, `len(seeds)` samples; a seed makes a sample repeatable whatever runs beside it."""
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    seeds: tuple[int, ...]
+    sampling: Sampling
+    deadline: float
+
+
+def params(s: Sampling, seed: int, name: str) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    asked = {"name": name, "rule": s.rule, "factor": s.factor, "insert": s.insert, "inserts": s.inserts}
+    return SamplingParams(
+        temperature=s.temperature,
+        max_tokens=s.max_tokens,
+        stop=list(s.stop),
+        top_p=s.top_p,
+        top_k=s.top_k,
+        extra_args={"entroray": asked} if s.rule else None,
+        seed=seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=bool(s.stop),
+        include_stop_str_in_output=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def probe_params() -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+
+
+def rollout(
+    request: Request, completion: Any, decode: Callable[[list[int]], str], notes: np.ndarray | None
+) -> Rollout:
+    token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+    versions = np.zeros(len(token_ids), dtype=np.int32)
+    for span in completion.weight_versions or ():
+        versions[span.start : span.end] = int(span.version)
+    return Rollout(
+        prompt_id=request.prompt_id,
+        token_ids=token_ids,
+        logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
+        versions=versions,
+        text=completion.text or decode(list(completion.token_ids)),
+        temperature=request.sampling.temperature,
+        limit=request.sampling.max_tokens,
+        status=Status.TRUNCATED if completion.finish_reason == "length" else Status.OK,
+        shaped=_shaped(notes, len(token_ids)) if request.sampling.rule else None,
+    )
+
+
+def _shaped(notes: np.ndarray | None, length: int) -> Shaped:
+    """The first `length` positions of a request's notes; InfrastructureError when one is missing."""
+    if notes is None or np.isnan(notes[:length, :2]).any():
+        raise InfrastructureError(
+            f"the sampler has no notes on some of {length} tokens it was asked to shape: the engine must be "
+            "started with the logits processor of entroray/workers/shaping.py (machine.engine_options does)"
+        )
+    return Shaped(*np.ascontiguousarray(notes[:length].T))
+
+
+def timed_out(request: Request) -> Rollout:
+    none = np.empty(0, dtype=np.int32)
+    limit = request.sampling.max_tokens
+    temperature = request.sampling.temperature
+    return Rollout(
+        request.prompt_id, none, none.astype(np.float32), none, "", temperature, limit, Status.TIMEOUT
+    )
+
+
+def prompt_logprobs(output: Any) -> list[float]:
+    pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return [step[token].logprob for token, step in pairs]

@@ -1,0 +1,243 @@
+"""Samplers in a real engine: what is drawn, what is noted, also when requests are pre-empted."""
+
+import asyncio
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from entroray.cli import machine, settings
+from entroray.entropy import shaping, token_entropy
+from entroray.policy.build import build
+from entroray.types import Rollout
+from entroray.workers import cluster
+from entroray.workers.cluster import Share
+from entroray.workers.generator import Generator, Request, Sampling
+from tests.ray.conftest import TINY
+
+PROMPT = tuple(int(i) for i in np.random.default_rng(1).integers(0, 250, 20))
+RAMP = {"fn": "by_entropy", "least": 0.6, "most": 1.8, "start": 1.0, "full": 3.0}
+CORNERS = {"fn": "quadrants", "low_entropy": 1.0, "high_entropy": 2.0, "low_varentropy": 5.0}
+CORNERS |= {"high_varentropy": 6.45}
+"""Thresholds that the positions of the model below fall on both sides of: H 0.4 to 3.2 nats, V 2.8 to 7.1."""
+SAMPLERS = {
+    "ramp": Sampling(0.9, 4).under(RAMP),
+    "corners": Sampling(1.0, 4).under(CORNERS | {"certain": 0.9, "lost": 1.5}),
+    "hot": Sampling(1.0, 4, factor=1.4).under({"fn": "fixed"}),
+}
+
+
+class Watched(Generator):
+    """An engine that counts requests coming back into the batch with tokens of their own: pre-empted ones."""
+
+    def _load(self) -> None:
+        from entroray.workers.shaping import Shaping
+
+        self.back, plain = 0, Shaping.update_state
+
+        def counting(processor: Any, update: Any) -> None:
+            self.back += sum(len(tokens) > 0 for *_, tokens in (update.added if update else ()))
+            plain(processor, update)
+
+        Shaping.update_state = counting  # type: ignore[method-assign]
+        super()._load()
+
+    async def watched(self) -> tuple[int, int]:
+        """(requests that came back, requests whose notes are still held)."""
+        from entroray.workers.shaping import NOTES
+
+        return self.back, len(NOTES.slots)
+
+
+@pytest.fixture(scope="module")
+def peaked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A fixed random model whose distributions differ in entropy: its last norm is turned up."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("peaked")
+    build(folder, TINY, seed=3)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 8
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def engine(local_ray: None, peaked: str) -> Iterator[Any]:
+    """Room for ten blocks of 128 tokens: four long requests do not fit at once."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    config, _ = settings.load(["sampler=by_entropy"])
+    options = machine.engine_options(config) | {"kv_cache_memory_bytes": 10 * 65536, "max_num_seqs": 64}
+    share = Share(0.4, 0.0, 2)
+    handle = cluster.spawn(Watched, share, peaked, dtype="float32", max_length=512, seed=0, engine=options)
+    ask(handle.start.remote())
+    yield handle
+    ray.kill(handle)
+
+
+def ask(reference: Any) -> Any:
+    return asyncio.run(cluster.settle(reference, deadline=240.0, what="engine"))
+
+
+def draw(engine: Any, sampling: Sampling, count: int, first: int = 0) -> list[Rollout]:
+    seeds = tuple(range(first, first + count))
+    return ask(engine.sample.remote(Request("q", PROMPT, seeds, sampling, 200.0)))
+
+
+def logits(model: str, responses: np.ndarray) -> torch.Tensor:
+    """[n, L, V] in float64 of the policy at every position of equally long responses."""
+    from transformers import AutoModelForCausalLM
+
+    whole = np.concatenate([np.tile(PROMPT, (len(responses), 1)), responses], 1)
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        return policy(torch.from_numpy(whole).long()).logits[:, len(PROMPT) - 1 : -1].double()
+
+
+def expected(z: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log b, temperature) of the distribution a sampler says it draws from."""
+    flat = (z / sampling.temperature).flatten(0, -2)
+    rule = shaping.build({} if sampling.rule is None else json.loads(sampling.rule))
+    factor = rule(*token_entropy(flat, 1.0)).factor * sampling.factor
+    logb = shaping.shape(flat, factor).log_softmax(-1)
+    return logb.view_as(z), (factor * sampling.temperature).view(z.shape[:-1])
+
+
+def deviations(a: torch.Tensor, b: torch.Tensor) -> float:
+    """How many standard errors two means are apart."""
+    return float((a.mean() - b.mean()).abs() / (a.var() / len(a) + b.var() / len(b)).sqrt())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_is_drawn_is_what_is_stated(engine: Any, peaked: str, name: str) -> None:
+    """Chi-square of 4000 first tokens over cells of at least five, by Wilson and Hilferty's normal form."""
+    drawn = draw(engine, SAMPLERS[name].at(SAMPLERS[name].temperature), 4000)
+    first = np.array([r.token_ids[0] for r in drawn])
+    z = logits(peaked, np.array([drawn[0].token_ids[:1]]))
+    logb, temperature = expected(z, SAMPLERS[name])
+    want = logb[0, 0].exp().numpy() * len(first)
+    got = np.bincount(first, minlength=len(want))
+    large = want >= 5
+    cells = np.append(want[large], want[~large].sum()), np.append(got[large], got[~large].sum())
+    statistic, k = ((cells[1] - cells[0]) ** 2 / cells[0]).sum(), large.sum()
+    assert k > 20
+    normal = ((statistic / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
+    assert normal < 3.7, f"chi-square {statistic:.1f} of {k} degrees"
+    assert float(temperature) != pytest.approx(1.0, abs=0.02), "a sampler that does nothing shows nothing"
+
+
+def test_every_note_is_of_its_own_position(engine: Any, peaked: str) -> None:
+    for sampling in (*SAMPLERS.values(), Sampling(1.0, 4).under(CORNERS)):
+        rollouts = draw(engine, sampling, 64)
+        ids = np.array([r.token_ids for r in rollouts])
+        z = logits(peaked, ids)
+        entropy, varentropy = token_entropy((z / sampling.temperature).flatten(0, 1), 1.0)
+        logb, temperature = expected(z, sampling)
+        noted = [r.shaped for r in rollouts if r.shaped]
+        assert len(noted) == 64
+        column = lambda name, of=noted: np.array([getattr(s, name) for s in of])  # noqa: E731
+        np.testing.assert_allclose(column("entropy"), entropy.view(64, 4), atol=1e-4)
+        np.testing.assert_allclose(column("varentropy"), varentropy.view(64, 4), atol=1e-3)
+        np.testing.assert_allclose(column("temperature"), temperature, atol=1e-4)
+        stated = logb.gather(-1, torch.from_numpy(ids).long()[..., None]).squeeze(-1)
+        np.testing.assert_allclose(np.array([r.logprobs for r in rollouts]), stated, atol=1e-4)
+
+
+def test_weighted_estimates_agree_with_plain_ones(engine: Any, peaked: str) -> None:
+    """The mean of -ln pi over whole responses of four tokens, weighted by the product of pi / b."""
+    plain = draw(engine, Sampling(1.0, 4), 3000, first=10_000)
+
+    def logpi(rollouts: list[Rollout]) -> torch.Tensor:
+        found = torch.zeros(len(rollouts), dtype=torch.float64)
+        for length in {r.length for r in rollouts}:  # some end early
+            rows = [i for i, r in enumerate(rollouts) if r.length == length]
+            ids = np.array([rollouts[i].token_ids for i in rows])
+            logp = logits(peaked, ids).log_softmax(-1)
+            found[rows] = logp.gather(-1, torch.from_numpy(ids).long()[..., None]).squeeze(-1).sum(-1)
+        return found
+
+    truth = -logpi(plain)
+    for name in ("corners", "hot"):
+        rollouts = draw(engine, SAMPLERS[name], 3000)
+        pi = logpi(rollouts)
+        logb = torch.tensor([r.logprobs.sum(dtype=np.float64) for r in rollouts])
+        weighted = (pi - logb).exp() * -pi
+        assert deviations(weighted, truth) < 4, name
+        assert deviations(-pi, truth) > 4, f"{name}: unweighted must be visibly wrong"
+
+
+def test_notes_survive_pre_emption_and_are_drained_once(engine: Any, peaked: str) -> None:
+    before, _ = ask(engine.watched.remote())
+    rollouts = draw(engine, Sampling(1.0, 240).under(RAMP), 8)
+    after, held = ask(engine.watched.remote())
+    assert after > before, "nothing was pre-empted, so this shows nothing"
+    assert held == 0
+    for r in rollouts:
+        z = logits(peaked, r.token_ids[None])
+        entropy, _ = token_entropy(z[0], 1.0)
+        logb, temperature = expected(z, Sampling(1.0, 240).under(RAMP))
+        assert r.shaped is not None and r.length == 240
+        np.testing.assert_allclose(r.shaped.entropy, entropy, atol=1e-3)
+        np.testing.assert_allclose(r.shaped.temperature, temperature[0], atol=1e-3)
+        stated = logb[0].gather(-1, torch.tensor(r.token_ids).long()[:, None]).squeeze(-1)
+        np.testing.assert_allclose(r.logprobs, stated, atol=1e-3)
+
+
+def test_rows_of_one_batch_keep_to_their_own_sampler(engine: Any) -> None:
+    """Fixed, greedy, shaped and inserting requests at once draw what they draw alone."""
+    greedy, fixed = Sampling(0.0, 12), Sampling(1.0, 12)
+    wide = CORNERS | {"low_varentropy": 6.6, "high_varentropy": 6.6}
+    put = Sampling(1.0, 12).under(wide, insert=33, inserts=2)
+    samplings = (greedy, fixed, fixed.under(RAMP), put)
+    alone = [draw(engine, s, 6) for s in samplings]
+
+    async def together() -> list[list[Rollout]]:
+        asked = [engine.sample.remote(Request("q", PROMPT, tuple(range(6)), s, 100.0)) for s in samplings]
+        return await asyncio.gather(*(cluster.settle(a, deadline=120.0, what="engine") for a in asked))
+
+    for apart, mixed in zip(alone, asyncio.run(together()), strict=True):
+        assert [r.token_ids.tolist() for r in apart] == [r.token_ids.tolist() for r in mixed]
+    assert all(r.shaped is None for r in (*alone[0], *alone[1]))
+    assert len({tuple(r.token_ids) for r in alone[0]}) == 1
+    for r in alone[3]:
+        assert r.shaped is not None and 0 < r.shaped.inserted.sum() <= 2
+        assert set(r.token_ids[r.shaped.inserted]) == {33} and (r.logprobs[r.shaped.inserted] == 0).all()
+
+
+def test_an_aborted_request_leaves_no_notes(engine: Any) -> None:
+    late = ask(engine.sample.remote(Request("q", PROMPT, (1, 2), SAMPLERS["ramp"], 0.0)))
+    assert {str(r.status) for r in late} == {"timeout"}
+    draw(engine, Sampling(1.0, 4), 1)
+    assert ask(engine.watched.remote())[1] == 0
+
+
+def test_a_weighted_run_starts_at_ratio_one_and_the_engine_measures_what_the_learner_does(
+    peaked: str, tmp_path: Path
+) -> None:
+    from tests.ray.test_train import entroray, metrics
+
+    common = ["experiment=quickstart", f"model.path={peaked}", "run.steps=1", "objective.keep.fn=always"]
+    common += ["rollout.groups_per_step=8", "rollout.max_tokens=12", "data.size=2000", "generator.replicas=1"]
+    common += [
+        "data.max_prompt=64",
+        "learner.updates_per_rollout=1",
+        "observe.report=false",
+        "evaluate.final=false",
+    ]
+    for name in ("fixed", "quadrants"):
+        folder = tmp_path / name
+        said = entroray("train", *common, f"sampler={name}", f"run.dir={folder}", cache=tmp_path)
+        (row,) = metrics(folder)
+        assert f"sampler    rule {name}" in said
+        assert row["update/ratio_max"] == pytest.approx(1.0, abs=1e-6)
+        if name == "fixed":
+            assert row["mismatch/max"] < 1e-3 and row["importance/mean"] == pytest.approx(1, abs=1e-5)
+        else:
+            assert row["sampler/gap"] < 1e-3 and row["mismatch/max"] > 0.01

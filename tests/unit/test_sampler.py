@@ -1,0 +1,203 @@
+"""Samplers without an engine: rules by hand, weights exactly, what is refused, what the records say."""
+
+import asyncio
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from entroray.cli import preflight, sampling, settings
+from entroray.entropy import describe, rules, shaping, token_entropy
+from entroray.entropy.catalogue import SAMPLER, matches
+from entroray.errors import ConfigError, PreflightError
+from entroray.loop.batching import assemble, tokens_of
+from entroray.loop.heat import Heat
+from entroray.objective import build
+from entroray.observe import records
+from entroray.policy.tokenizer import byte_tokenizer
+from entroray.types import Group, Prompt, Rollout, Shaped, Verdict
+from tests.cases import ROWS
+from tests.toy import ToyWorld, driver
+
+NAMES = sorted(path.stem for path in (settings.CONF / "sampler").glob("*.yaml"))
+
+
+def logits(rows: int = 40, words: int = 300) -> torch.Tensor:
+    """From nearly uniform to nearly certain."""
+    noise = torch.randn(rows, words, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return noise * torch.linspace(0.01, 12, rows, dtype=torch.float64)[:, None]
+
+
+def test_entropy_and_varentropy_in_few_passes_are_the_exact_ones() -> None:
+    z = logits()
+    z[3, :200], z[4, 1:] = -math.inf, -math.inf
+    for exact, quick in zip(token_entropy(z, 1.0), shaping.measure(z.float()), strict=True):
+        assert torch.allclose(quick.double(), exact, atol=2e-5)
+
+
+def test_temperature_by_entropy_is_a_bounded_ramp() -> None:
+    h = torch.tensor([0.0, 0.5, 1.0, 1.5, 9.0])
+    factor = rules.by_entropy(h, h, least=0.8, most=1.4, start=0.5, full=1.5).factor
+    assert factor.tolist() == pytest.approx([0.8, 0.8, 1.1, 1.4, 1.4])
+    cooling = rules.by_entropy(h, h, least=1.4, most=0.8, start=0.5, full=1.5).factor
+    assert cooling.tolist() == pytest.approx([1.4, 1.4, 1.1, 0.8, 0.8])
+
+
+def test_quadrants_have_four_corners_and_a_middle() -> None:
+    h = torch.tensor([0.1, 3.0, 1.0, 3.0, 1.0, 0.1, 3.0])
+    v = torch.tensor([0.1, 0.1, 3.0, 3.0, 2.0, 2.0, 2.0])
+    choice = rules.quadrants(h, v)
+    assert choice.factor.tolist() == pytest.approx([0.0, 1.3, 1.2, 2.0, 1.0, 1.0, 1.0])
+    assert choice.unsure is not None and choice.unsure.tolist() == [False, True] + [False] * 5
+    warm = rules.quadrants(h, v, certain=1.2, torn=1.2)  # two corners of one value are still two corners
+    assert warm.factor.tolist() == pytest.approx([1.2, 1.3, 1.2, 2.0, 1.0, 1.0, 1.0])
+
+
+def test_shaping_divides_and_takes_the_likeliest_where_the_factor_is_0() -> None:
+    z = logits()
+    factor = torch.linspace(0.5, 2, len(z), dtype=torch.float64)
+    factor[[2, 7]] = 0
+    shaped = shaping.shape(z.clone(), factor).log_softmax(-1)
+    drawn = factor > 0
+    assert torch.allclose(shaped[drawn], (z / factor[:, None]).log_softmax(-1)[drawn])
+    assert shaped[[2, 7]].argmax(-1).tolist() == z[[2, 7]].argmax(-1).tolist()
+    assert shaped[[2, 7]].exp().amax(-1).tolist() == [1.0, 1.0] and shaped.exp().sum(-1).allclose(factor**0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_weighted_estimate_is_the_plain_one_but_for_what_cannot_be_drawn(name: str) -> None:
+    z, f = logits(), torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    factor = shaping.build(settings.load([f"sampler={name}"])[0].sampler.rule)(*token_entropy(z, 1.0)).factor
+    pi, b = z.softmax(-1), shaping.shape(z.clone(), factor).softmax(-1)
+    weighted = torch.where(b > 0, b * (pi / b) * f, 0.0).sum(-1)
+    missing = shaping.uncovered(z, factor)
+    assert ((weighted - (pi * f).sum(-1)).abs() <= missing * f.abs().max() + 1e-12).all()
+    assert (bool((missing > 0).any())) == (name == "quadrants")
+    assert missing.max() < 0.1  # nats: with H below 0.3 the likeliest has more than nine tenths
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_sampler_says_what_it_does(name: str) -> None:
+    config, _ = settings.load([f"sampler={name}", "objective=dapo"])
+    said = sampling.describe(config.sampler)
+    assert config.sampler.rule["fn"] in said
+    assert sampling.shapes(config.sampler) == (name != "fixed")
+    assert config.objective["correction"]["fn"] == ("none" if name == "fixed" else "truncated_importance")
+    drawn = sampling.shaped(config, 1.0, byte_tokenizer())
+    assert (drawn.rule is None) == (name == "fixed") and drawn.at(0.7).temperature == 0.7
+    assert sampling.shaped(config, 0.0, byte_tokenizer()).rule is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sampler.temperature=0"], "greedy"),
+        (["sampler.top_k=5"], "importance ratio"),
+        (["+generator.engine.logprobs_mode=raw_logprobs"], "does not report the log-probs"),
+        (["sampler=by_entropy", "objective.correction.fn=none"], "objective.correction is `none`"),
+        (["sampler=by_entropy", "+generator.engine.speculative_config={a: b}"], "speculative decoding"),
+    ],
+)
+def test_what_training_refuses_evaluation_may_do(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        settings.load(overrides)
+    settings.load(overrides, training=False)
+
+
+def test_a_row_that_weighs_by_the_sampler_needs_no_correction() -> None:
+    settings.load(["objective=dppo", "sampler=by_entropy", "objective.correction.fn=none"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sampler.rule.fn=quadrant"], "did you mean `quadrants`"),
+        (["sampler=by_entropy", "sampler.rule.most=-1"], "by_entropy.most` must be above 0"),
+        (["sampler=by_entropy", "sampler.rule.full=0.2"], "full=0.2 nats"),
+        (["sampler=quadrants", "sampler.rule.low_entropy=4.0"], "corners overlap"),
+        (["sampler=by_entropy", "sampler.insert='?'"], "says where it is unsure"),
+        (["sampler=quadrants", "sampler.inserts=0"], "inserts=0 must be at least 1"),
+        (["sampler=hotter_if_failed", "sampler.failed.most=0.5"], "failed.most at least 1"),
+        (["sampler.temperature=-1"], "at least 0"),
+    ],
+)
+def test_a_sampler_that_makes_no_sense_is_refused_everywhere(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        settings.load(overrides, training=False)
+
+
+@pytest.mark.parametrize("text", ["Wait", "é", "<|end|>", ""])
+def test_an_inserted_text_must_be_one_token(text: str, tmp_path: Path) -> None:
+    where = f"model.bootstrap.cache={tmp_path}"
+    config, _ = settings.load(["sampler=quadrants", where, "sampler.insert='?'"])
+    assert preflight.sampler(config) == f"inserts '?', token {byte_tokenizer().encode('?')[0]}"
+    config.sampler.insert = text
+    with pytest.raises(PreflightError, match=r"sampler\.insert=.*is no single token"):
+        preflight.sampler(config)
+
+
+def drawn(correct: list[float]) -> Group:
+    """A group whose first rollout was shaped, with its second token inserted."""
+    ids, logp = np.array([5, 6, 7], np.int32), np.array([-1.0, 0.0, -0.5], np.float32)
+    column = lambda *x: np.array(x, np.float32)  # noqa: E731
+    shaped = Shaped(column(0.5, 2.75, 0.25), column(1, 0.5, 2), column(1.25, np.nan, 0.0))
+    zero = np.zeros(3, np.int32)
+    plain = Rollout("q", ids, logp, zero, "", 1.0, 3)
+    rollouts = (replace(plain, shaped=shaped), plain)
+    return Group(Prompt("q", "", (1,), ""), rollouts, tuple(Verdict(c, c) for c in correct))
+
+
+def test_an_inserted_token_is_an_observation_and_the_records_say_how_each_was_drawn() -> None:
+    group = drawn([1.0, 0.0])
+    n = len(assemble([group]).response_ids)
+    scores = {k: np.full(n, 0.5, np.float32) for k in ("logprobs", "entropy", "varentropy")}
+    tokens = tokens_of([group], [torch.ones(2)], scores, 0)
+    assert tokens.mask.tolist() == [True, False, True, True, True, True] and tokens.counts.tokens == 5
+    assert tokens.temperature.tolist() == [1.0] * 6
+    rows = records.table(1, [group], tokens).to_pylist()
+    assert [r["mask_reason"] for r in rows] == [None, "inserted", None, None, None, None]
+    assert [r["sampler_temperature"] for r in rows] == [1.25, None, 0.0, 1.0, 1.0, 1.0]
+    assert [r["sampler_entropy"] for r in rows] == [0.5, 2.75, 0.25, None, None, None]
+    found = describe([group], tokens)
+    said = {name: value for name, value in found.items() if name.startswith("sampler/")}
+    assert said == pytest.approx(
+        {
+            "sampler/inserted": 1 / 3,
+            "sampler/gap": 2.25,
+            "sampler/temperature": 0.625,
+            "sampler/likeliest": 0.5,
+        }
+    )
+    assert all(matches(name, SAMPLER) for name in said) and len(said) == len(SAMPLER)
+
+
+def test_a_failed_prompt_is_heated_up_to_a_bound_and_cooled_by_one_right_answer() -> None:
+    heat = Heat(1.2, 1.5)
+    wrong, right = drawn([0.0, 0.0]), drawn([0.0, 1.0])
+    found = []
+    for group in (wrong, wrong, wrong, right, wrong):
+        heat.note(group)
+        found.append(heat.of("q"))
+    assert found == pytest.approx([1.2, 1.44, 1.5, 1.0, 1.2]) and heat.of("another") == 1.0
+    off = Heat()
+    off.note(wrong)
+    assert off.state() == {}
+
+
+def test_the_driver_hears_of_failed_groups_and_remembers_them() -> None:
+    world = ToyWorld(build(ROWS["grpo"]))
+    d = driver(world, group_size=2)
+    d.heat.factor, d.heat.most = 1.2, 1.5
+    asyncio.run(d.train(3))
+    assert d.heat.factors and set(d.heat.factors.values()) == {1.2}
+    again = driver(world, group_size=2)
+
+    async def restored() -> None:
+        again.restore(d.committed)
+        await again.stream.close()
+
+    asyncio.run(restored())
+    assert again.heat.factors == d.heat.factors
