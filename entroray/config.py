@@ -140,6 +140,7 @@ class LearnerConfig:
     schedule: str = "constant_with_warmup"  # any name transformers.get_scheduler knows
     warmup_updates: int = 0  # updates over which the learning rate rises from 0
     reference: bool = False  # a frozen copy of the first weights, even where no penalty needs one
+    reset_after: int = 0  # stagnant evaluations after which reference and optimizer begin anew; 0: never
     gradient_checkpointing: bool = False  # less memory for a second forward pass
     threads: int | None = None  # null: all cores of the node
     deepspeed: dict[str, Any] = field(default_factory=dict)  # to DeepSpeed, untouched

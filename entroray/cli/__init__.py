@@ -1,6 +1,7 @@
 """The `entroray` command: one folder, one module per subcommand."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -36,6 +37,7 @@ def run(argv: list[str]) -> int:
     if not argv or {"-h", "--help", "help"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job starts deaf to it
     os.environ.setdefault(
         "RAY_AUTH_MODE", "token"
     )  # Ray's default, which it announces unless it is asked for

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from entroray.cli import bootstrap, machine, material, preflight, settings
+from entroray.cli import bootstrap, machine, material, preflight, sampling, settings
 from entroray.config import Config
 from entroray.errors import InfrastructureError
 from entroray.loop.portrait import portrait
 from entroray.objective import Objective
 from entroray.workers import cluster
-from entroray.workers.generator import Sampling
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Bench:
         """What the weights served now do on the held-out prompts."""
         assert self.stands and self.read_in
         m, s, e = self.stands, config.sampler, config.evaluate
-        at = lambda t: m.generator_role(Sampling(t, config.rollout.max_tokens, tuple(s.stop)))  # noqa: E731
+        at = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
         prompts = self.read_in.split.heldout[: e.prompts]
         roles = at, m.verifier_role(), m.learner_role(objective)
         return await portrait(*roles, prompts, temperature=s.temperature, samples=e.samples)

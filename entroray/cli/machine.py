@@ -93,6 +93,13 @@ class Machine:
         facts = self.facts | await sync(0)
         return Machine(config, self.engines, self.learner, self.verifiers, sync, facts)
 
+    async def anchor(self, folder: str) -> None:
+        """The present weights, kept in `folder`, become the reference; optimizer and schedule begin anew."""
+        await self.export(folder)
+        within = self.config.driver.start_deadline
+        await self.learner.all(lambda rank, h: h.anchor.remote(folder), deadline=within)
+        self.sync.forget()
+
     async def stop(self) -> None:
         """Ranks leave their process group in order; Ray ends the rest."""
         await self.engines.close()

@@ -80,6 +80,11 @@ def check(config: Config) -> None:
             f"learner.updates_per_rollout={config.learner.updates_per_rollout} needs as many groups, "
             f"rollout.groups_per_step={config.rollout.groups_per_step}"
         )
+    if config.learner.reset_after and not config.evaluate.every:
+        raise ConfigError(
+            f"learner.reset_after={config.learner.reset_after} counts evaluations and there are none: set "
+            "evaluate.every"
+        )
     if config.generator.sleep and (config.driver.max_lag or config.cluster.gpus_per_generator == 0):
         raise ConfigError(
             "generator.sleep shares a GPU by turns: it needs driver.max_lag=0 and cluster.gpus_per_generator "

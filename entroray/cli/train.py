@@ -20,6 +20,7 @@ from entroray.errors import InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.evaluate import heldout
 from entroray.loop.insight import Looks
+from entroray.loop.limits import Stagnation
 from entroray.loop.prompts import PromptStream
 from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
@@ -92,6 +93,7 @@ def _multirun(arguments: list[str]) -> int:
 def _dry(config: Config, objective: Objective) -> str:
     """What would run: the equation, each role's share, memory by role."""
     lines = [objective.describe(), *told(config, objective), ""]
+    lines += [f"control: {c.describe()}" for c in knobs.control_of(config).controllers]
     for role, (count, share) in machine.shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
     return "\n".join([*lines, *_memory(config)])
@@ -224,33 +226,32 @@ async def drive(
     )
     pace = _pace(config)
     journal.event("start", objective=config.objective, pace=asdict(pace), state=run.state)
-    stream = PromptStream(read_in.split.training, seed=config.seed)
     control = knobs.control_of(config)
     journal.event("control", controllers=[c.describe() for c in control.controllers])
-    driver = Driver(
-        stream,
-        roles,
-        objective,
-        pace,
-        seed=config.seed,
-        looks=_looks(config),
-        control=control,
-        tune=knobs.tuner(config),
-        heat=heat,
-    )
+    stream, tune = PromptStream(read_in.split.training, seed=config.seed), knobs.tuner(config)
+    steered: dict[str, Any] = {"control": control, "tune": tune, "heat": heat}
+    driver = Driver(stream, roles, objective, pace, seed=config.seed, looks=_looks(config), **steered)
     if run.checkpoint:
         driver.restore(run.state)
     saves = m.checkpoints(run.folder)
+    stagnation = Stagnation(config.learner.reset_after, **run.state.get("stagnation", {}))
+
+    async def save(accuracy: float | None = None) -> Path:
+        told = {"best": stagnation.best, "since": stagnation.since}
+        return await saves.save(driver.version, {**driver.committed, "stagnation": told}, accuracy)
 
     async def after(step: int, metrics: Mapping[str, float]) -> None:
+        if stagnation.note(metrics.get("eval/greedy")):
+            await m.anchor(str(run.folder / "anchors" / f"step-{step:06d}"))
+            journal.event("reference_reset", step=step, best=stagnation.best)
         if config.checkpoint.every and step % config.checkpoint.every == 0:
-            saved = await saves.save(step, driver.committed, metrics.get("eval/greedy"))
+            saved = await save(metrics.get("eval/greedy"))
             journal.event("checkpoint", step=step, folder=str(saved))
 
     caught = _stop_on_signals(driver)
     await driver.train(config.run.steps, after)
     if caught:
-        saved = await saves.save(driver.version, driver.committed)
+        saved = await save()
         journal.event("stopped", signal=caught[0], step=driver.version, folder=str(saved))
         raise Stopped(
             caught[0],
@@ -299,9 +300,8 @@ def _pace(config: Config) -> Pace:
 
 
 def take_signals() -> None:
-    """SIGTERM and SIGINT raise, also where a script started us in the background, deaf to the latter."""
+    """SIGTERM is an exception like Ctrl-C."""
     signal.signal(signal.SIGTERM, _terminated)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop_on_signals(driver: Driver) -> list[int]:

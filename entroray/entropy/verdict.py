@@ -154,7 +154,7 @@ MISMATCH: Sign = (
     lambda m: m["mismatch/kl"],
     0.005,
     "learner and sampler differ by {:.3f} nats (mismatch/kl)",
-    "objective.correction={{fn: truncated}} or a smaller driver.max_lag",
+    "objective.correction={{fn: truncated_importance}} or a smaller driver.max_lag",
 )
 COLLAPSING: Sequence[Sign] = (
     UPDATES,

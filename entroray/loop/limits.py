@@ -57,6 +57,26 @@ class SkippedUpdates:
 
 
 @dataclass
+class Stagnation:
+    """Evaluations one after the other without a better held-out accuracy (ProRL, arXiv 2505.24864)."""
+
+    patience: int
+    """Evaluations; 0 is never."""
+    best: float = -1.0
+    since: int = 0
+
+    def note(self, accuracy: float | None) -> bool:
+        """Whether the `patience`th in a row has brought nothing better; then the count begins anew."""
+        if accuracy is None or not self.patience:
+            return False
+        better = accuracy > self.best
+        self.best, self.since = max(self.best, accuracy), 0 if better else self.since + 1
+        stagnates = self.since == self.patience
+        self.since = 0 if stagnates else self.since
+        return stagnates
+
+
+@dataclass
 class IdleRules:
     """Steps one after the other in which a rule of the objective touched no token."""
 

@@ -21,6 +21,8 @@ from entroray.types import Batch, Tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ONE = np.ones(1, dtype=np.int32)
+REFERENCE = "reference.pt"
+"""Of a checkpoint: the reference policy, where it is not the one the run started from."""
 EMPTY = Batch(_ONE, _ONE, _ONE, _ONE, np.ones(1, dtype=np.float32))
 """One row of one token: what a rank forwards, with weight 0, when it has fewer micro-batches than others."""
 
@@ -71,6 +73,8 @@ class LearnerRank:
         self.version = 0
         self.ahead = False
         """Whether the weights were updated since they were sent."""
+        self.anchored = False
+        """Whether the reference is no longer what `settings` started from."""
 
     def address(self) -> tuple[str, int]:
         """Where the ranks may meet: this node and a port free on it."""
@@ -94,8 +98,13 @@ class LearnerRank:
     def reset(self, settings: LearnerSettings, objective: Objective) -> None:
         """Become what a rank just started with these is: weights, optimizer, schedule, random state."""
         self.engine.destroy()
-        self.settings, self.objective = settings, objective
+        self.settings, self.objective, self.anchored = settings, objective, False
         self._build()
+
+    def anchor(self, folder: str) -> None:
+        """Begin anew with the weights in `folder`, as reference too: moments, schedule and random state."""
+        self.reset(replace(self.settings, model=folder), self.objective)
+        self.anchored = True
 
     def _build(self) -> dict[str, Any]:
         import deepspeed
@@ -249,12 +258,17 @@ class LearnerRank:
         """Weights, moments, schedule and random state into `folder`; every rank writes its own part."""
         self.engine.save_checkpoint(folder, tag="learner", save_latest=False)
         torch.save([torch.get_rng_state(), *torch.cuda.get_rng_state_all()], self._rng(folder))
+        if self.anchored and self.reference and self.rank == 0:
+            torch.save(self.reference.state_dict(), Path(folder, REFERENCE))
 
     def load(self, folder: str) -> None:
         """Go on from what `save` wrote with as many ranks and the same ZeRO stage."""
         loaded, _ = self.engine.load_checkpoint(folder, tag="learner")
         if loaded is None:
             raise PreflightError(f"{folder} holds no learner that DeepSpeed can read: resume from another")
+        self.anchored = self.reference is not None and Path(folder, REFERENCE).exists()
+        if self.reference and self.anchored:
+            self.reference.load_state_dict(torch.load(Path(folder, REFERENCE), map_location=self.device))
         cpu, *cuda = torch.load(self._rng(folder))
         torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(cuda)

@@ -125,6 +125,10 @@ class WeightSync:
             await self.learner.all(lambda rank, h: h.connect.remote(client), deadline=self.deadline)
             self.reached = there
 
+    def forget(self) -> None:
+        """Introduce learner and engines to each other again at the next sync: the learner was rebuilt."""
+        self.reached = []
+
     async def _all_well(self) -> bool:
         """Whether every engine answers and serves whole weights; those that do not are lost."""
         before, self.reached = self.engines.handles, []

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,12 @@ def groups(count: int, seed: int, *, shortest: int = 1, reward: float | None = N
 
 
 @asynccontextmanager
-async def a_gang(model: str, ranks: int, stage: int) -> AsyncIterator[tuple[DeepSpeedLearner, Objective]]:
+async def a_gang(
+    model: str, ranks: int, stage: int, row: str = "grpo"
+) -> AsyncIterator[tuple[DeepSpeedLearner, Objective]]:
     """A learner of its own processes, two updates a step."""
     overrides = [f"learner.ranks={ranks}", f"learner.zero_stage={stage}", "learner.updates_per_rollout=2"]
+    overrides.append(f"objective={row}")
     config, _ = settings.load([*overrides, "learner.token_budget=150", "learner.max_grad_norm=0.5"])
     objective = build(config.objective)
     rank_settings = machine.learner_settings(config, model, 10)
@@ -133,3 +137,36 @@ def test_empty_responses_and_equal_rewards_are_never_an_error(
     metrics = asyncio.run(run())
     assert metrics["update/skipped"] == 0 and np.isfinite(metrics["update/loss"])
     assert (metrics["update/grad_norm"] > 0) == ("reward" not in odd)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 3)])
+def test_an_anchored_learner_begins_anew_where_it_is(
+    local_ray: None, model: str, ranks: int, stage: int, tmp_path: Path
+) -> None:
+    """The reference becomes the policy, moments are gone, and a checkpoint brings that reference back."""
+    folder, saved, g = str(tmp_path / "anchor"), str(tmp_path / "saved"), groups(4, seed=0)
+    batch = assemble(g)
+
+    async def step(learner: DeepSpeedLearner, objective: Objective) -> dict[str, np.ndarray]:
+        scores = await learner.score(batch, group_index(g))
+        tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, 0))
+        await learner.update(batch, tokens)
+        return dict(await learner.score(batch, group_index(g)))
+
+    async def run() -> list[dict[str, np.ndarray]]:
+        async with a_gang(model, ranks, stage, "prorl") as (learner, objective):
+            seen = [await step(learner, objective)]
+            await learner.gang.all(lambda r, h: h.export.remote(folder), deadline=60.0)
+            await learner.gang.all(lambda r, h: h.anchor.remote(folder), deadline=120.0)
+            seen += [dict(await learner.score(batch, group_index(g))), await step(learner, objective)]
+            await learner.gang.all(lambda r, h: h.save.remote(saved), deadline=60.0)
+        async with a_gang(model, ranks, stage, "prorl") as (learner, objective):
+            await learner.gang.all(lambda r, h: h.load.remote(saved), deadline=60.0)
+            return [*seen, dict(await learner.score(batch, group_index(g)))]
+
+    before, anchored, after, resumed = asyncio.run(run())
+    np.testing.assert_array_equal(before["logprobs"], anchored["logprobs"])
+    np.testing.assert_allclose(anchored["ref_logprobs"], anchored["logprobs"], atol=1e-6)
+    assert np.abs(before["ref_logprobs"] - before["logprobs"]).max() > 1e-3
+    for name in ("logprobs", "ref_logprobs"):
+        np.testing.assert_allclose(resumed[name], after[name], atol=1e-6)

@@ -150,6 +150,7 @@ def test_every_note_is_of_its_own_position(engine: Any, peaked: str) -> None:
         np.testing.assert_allclose(np.array([r.logprobs for r in rollouts]), stated, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_weighted_estimates_agree_with_plain_ones(engine: Any, peaked: str) -> None:
     """The mean of -ln pi over whole responses of four tokens, weighted by the product of pi / b."""
     plain = draw(engine, Sampling(1.0, 4), 3000, first=10_000)

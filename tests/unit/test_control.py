@@ -285,7 +285,7 @@ def test_the_driver_holds_the_entropy_of_the_toy_where_without_control_it_collap
         settings_with("objective=grpo", BONUS),
         settings_with("objective=grpo", "control=entropy_pi"),
     )
-    c = {"target": 1.5, "gain": 2.0, "integral": 0.2, "high": 5.0}
+    c = {"target": 1.5, "gain": 2.0, "integral": 0.2, "mean": 3, "high": 5.0}
     held.control["entropy"] |= c
     runs = []
     for config in (loose, held):
@@ -298,7 +298,7 @@ def test_the_driver_holds_the_entropy_of_the_toy_where_without_control_it_collap
 
 def test_a_steered_run_is_the_same_after_a_resume():
     config = settings_with("objective=grpo", "control=entropy_pi")
-    config.control["entropy"] |= {"target": 1.5, "gain": 2.0, "high": 5.0}
+    config.control["entropy"] |= {"target": 1.8, "gain": 2.0, "integral": 0.1, "mean": 3, "high": 5.0}
 
     def world():
         return ToyWorld(build_objective(config.objective), lr=2.0)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from entroray.cli import doctor, preflight, rundir, settings
 from entroray.config import Config, Shape
 from entroray.errors import DataError, NumericsError, PreflightError
-from entroray.loop.limits import SkippedUpdates, VerdictFailures
+from entroray.loop.limits import SkippedUpdates, Stagnation, VerdictFailures
 from entroray.policy.build import build
 from entroray.reward.verdicts import failed
 from entroray.types import Verdict
@@ -150,6 +150,14 @@ def test_the_window_forgets() -> None:
     failures.note([Verdict(1.0, 1.0)] * 90 + [failed("x")] * 10, 100)
     failures.note([Verdict(1.0, 1.0)] * 100, 100)
     assert failures.share == 0
+
+
+def test_evaluations_without_a_better_one_are_counted() -> None:
+    stagnation = Stagnation(patience=2)
+    accuracies = [0.3, None, 0.2, 0.4, 0.4, 0.1, 0.0, 0.3, 0.5]
+    assert [stagnation.note(a) for a in accuracies] == [False] * 5 + [True, False, True, False]
+    assert (stagnation.best, stagnation.since) == (0.5, 0)
+    assert not any(Stagnation(patience=0).note(0.0) for _ in range(9))
 
 
 def test_skipped_updates_end_the_run_in_a_row_only() -> None:
