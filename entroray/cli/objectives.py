@@ -52,14 +52,25 @@ def _numbers(objective: Objective) -> Iterator[str]:
     for choice in objective.choices():
         for name, parameter in keywords(choice.func).items():
             value = effective(choice)[name]
-            unit = _unit(parameter.annotation)
-            yield f"  {choice.func.__name__}.{name} = {value}" + (f" ({unit})" if unit else "")
+            limit = _limit(parameter.annotation)
+            yield f"  {choice.func.__name__}.{name} = {value}" + (f" ({limit.text})" if limit else "")
 
 
-def _unit(hint: object) -> str:
+def _limit(hint: object) -> Limit | None:
     if get_origin(hint) is Annotated:
-        return next((x.text for x in get_args(hint)[1:] if isinstance(x, Limit)), "")
-    return next(filter(None, map(_unit, get_args(hint))), "")
+        return next((x for x in get_args(hint)[1:] if isinstance(x, Limit)), None)
+    return next(filter(None, map(_limit, get_args(hint))), None)
+
+
+def _units(objective: Objective) -> str:
+    """Setting and unit, for the numbers of a row that have one."""
+    found = {
+        f"{name}: {limit.unit}": None
+        for choice in objective.choices()
+        for name, parameter in keywords(choice.func).items()
+        if (limit := _limit(parameter.annotation)) and limit.unit and effective(choice)[name] is not None
+    }
+    return ", ".join(found)
 
 
 def _listing() -> Iterator[str]:
@@ -92,8 +103,8 @@ def head(name: str) -> tuple[str, str]:
 def table() -> str:
     """The rows as a Markdown table: what each chooses otherwise than `grpo`."""
     lines = [
-        "| row | what it is | otherwise than `grpo` | entropy | without effect |",
-        "|---|---|---|---|---|",
+        "| row | what it is | otherwise than `grpo` | units | entropy | without effect |",
+        "|---|---|---|---|---|---|",
     ]
     return "\n".join(lines + [_line(name) for name in rows()])
 
@@ -101,9 +112,10 @@ def table() -> str:
 def _line(name: str) -> str:
     spec, base = settings.objective(name), settings.objective(BASE)
     changed = [f"{slot}: {_brief(given)}" for slot, given in spec.items() if given != base[slot]]
-    idle = [r.text for r in remarks(build(spec), Schedule(1, 100, 0)) if r.kind == "inert"]
+    objective = build(spec)
+    idle = [r.text for r in remarks(objective, Schedule(1, 100, 0)) if r.kind == "inert"]
     what, entropy = head(name)
-    cells = (f"`{name}`", what, "; ".join(changed), entropy, "; ".join(idle))
+    cells = (f"`{name}`", what, "; ".join(changed), _units(objective), entropy, "; ".join(idle))
     return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
 

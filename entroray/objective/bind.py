@@ -23,18 +23,29 @@ KINDS: dict[Any, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Limit:
-    """What a number must also be, beside being one."""
+    """What a number must also be, beside being one, and the unit it is in."""
 
     text: str
     holds: Callable[[float], bool]
+    unit: str = ""
 
 
-Fraction = Annotated[float, Limit("a fraction in (0, 1], not a percentage", lambda x: 0 < x <= 1)]
 Positive = Annotated[float, Limit("above 0", lambda x: x > 0)]
 NonNegative = Annotated[float, Limit("at least 0", lambda x: x >= 0)]
-Count = Annotated[int, Limit("above 0", lambda x: x > 0)]
-Probability = Annotated[float, Limit("a probability in [0, 1]", lambda x: 0 <= x <= 1)]
 AboveOne = Annotated[float, Limit("above 1", lambda x: x > 1)]
+Count = Annotated[int, Limit("above 0", lambda x: x > 0, "count")]
+Fraction = Annotated[float, Limit("a fraction in (0, 1], not a percentage", lambda x: 0 < x <= 1, "fraction")]
+Probability = Annotated[float, Limit("a probability in [0, 1]", lambda x: 0 <= x <= 1, "probability")]
+Nats = Annotated[float, Limit("in nats, at least 0", lambda x: x >= 0, "nats")]
+Deviations = Annotated[float, Limit("in standard deviations, above 0", lambda x: x > 0, "deviations")]
+Epsilon = Annotated[float, Limit("a distance of the ratio from 1, above 0", lambda x: x > 0, "epsilon")]
+EpsilonBelow = Annotated[
+    float, Limit("a distance of the ratio below 1, in (0, 1]", lambda x: 0 < x <= 1, "epsilon")
+]
+RatioBound = Annotated[float, Limit("a ratio, above 0", lambda x: x > 0, "ratio bound")]
+RatioBelowOne = Annotated[float, Limit("a ratio in (0, 1]", lambda x: 0 < x <= 1, "ratio bound")]
+RatioAboveOne = Annotated[float, Limit("a ratio above 1", lambda x: x > 1, "ratio bound")]
+LogRatioBound = Annotated[float, Limit("a log-ratio in nats, above 0", lambda x: x > 0, "log-ratio bound")]
 
 
 def declare(

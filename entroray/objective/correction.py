@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import Positive
+from entroray.objective.bind import RatioBound
 from entroray.objective.view import BOUND, log_ratio
 from entroray.ops import segment_mean, segment_sum
 from entroray.types import Tokens
@@ -22,7 +22,7 @@ def none(t: Tokens) -> Float[Tensor, " N"]:
     return torch.ones_like(t.old_logprobs)
 
 
-def truncated_importance(t: Tokens, *, cap: Positive = 2.0) -> Float[Tensor, " N"]:
+def truncated_importance(t: Tokens, *, cap: RatioBound = 2.0) -> Float[Tensor, " N"]:
     """Token-level truncated importance sampling (TIS; cap 2 as in verl and slime).
 
     `min(π_old / π_sampler, cap) per token`
@@ -31,7 +31,7 @@ def truncated_importance(t: Tokens, *, cap: Positive = 2.0) -> Float[Tensor, " N
     return _log_weight(t).exp().clamp(max=cap)
 
 
-def sequence_product(t: Tokens, *, cap: Positive = 2.0) -> Float[Tensor, " N"]:
+def sequence_product(t: Tokens, *, cap: RatioBound = 2.0) -> Float[Tensor, " N"]:
     """The whole response's importance weight, truncated ("sequence" in verl and NeMo-RL).
 
     `min(Π_t π_old / π_sampler, cap) on every token of the rollout`
@@ -39,7 +39,7 @@ def sequence_product(t: Tokens, *, cap: Positive = 2.0) -> Float[Tensor, " N"]:
     return segment_sum(_log_weight(t), t.row, len(t.length)).clamp(-BOUND, BOUND).exp().clamp(max=cap)[t.row]
 
 
-def sequence_geometric(t: Tokens, *, cap: Positive = 2.0) -> Float[Tensor, " N"]:
+def sequence_geometric(t: Tokens, *, cap: RatioBound = 2.0) -> Float[Tensor, " N"]:
     """The response's mean importance weight, truncated ("sequence" in ms-swift).
 
     `min(exp(mean_t log(π_old / π_sampler)), cap) on every token of the rollout`
@@ -47,7 +47,7 @@ def sequence_geometric(t: Tokens, *, cap: Positive = 2.0) -> Float[Tensor, " N"]
     return _mean(_log_weight(t), t).exp().clamp(max=cap)[t.row]
 
 
-def icepop(t: Tokens, *, low: Positive = 0.5, high: Positive = 5.0) -> Float[Tensor, " N"]:
+def icepop(t: Tokens, *, low: RatioBound = 0.5, high: RatioBound = 5.0) -> Float[Tensor, " N"]:
     """Drop tokens on which sampler and learner disagree too much (IcePop; 0.5 and 5 as in slime, verl).
 
     `ρ = π_old / π_sampler where low <= ρ <= high, else 0`
@@ -57,7 +57,7 @@ def icepop(t: Tokens, *, low: Positive = 0.5, high: Positive = 5.0) -> Float[Ten
     return weight.masked_fill((weight < low) | (weight > high), 0.0)
 
 
-def sequence_mask(t: Tokens, *, low: Positive = 0.999, high: Positive = 1.002) -> Float[Tensor, " N"]:
+def sequence_mask(t: Tokens, *, low: RatioBound = 0.999, high: RatioBound = 1.002) -> Float[Tensor, " N"]:
     """Drop responses on which sampler and learner disagree too much; ρ per token elsewhere (NeMo-RL).
 
     `ρ = π_old / π_sampler where low <= exp(mean_t log ρ) <= high, else 0`

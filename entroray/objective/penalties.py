@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import Count, Fraction, NonNegative, Positive, declare
+from entroray.objective.bind import Count, Fraction, Nats, NonNegative, declare
 from entroray.objective.bounds import mean_entropy
 from entroray.objective.view import log_ratio
 from entroray.types import Tokens
@@ -53,9 +53,7 @@ def kl_k2(t: Tokens, *, coef: NonNegative = 0.04) -> Float[Tensor, " N"]:
 
 
 @declare(needs=["entropy_grad", "whole_step"], before={"step_entropy": mean_entropy})
-def entropy_bonus(
-    t: Tokens, *, coef: NonNegative = 1e-3, below: Positive | None = None
-) -> Float[Tensor, " N"]:
+def entropy_bonus(t: Tokens, *, coef: NonNegative = 1e-3, below: Nats | None = None) -> Float[Tensor, " N"]:
     """Reward hesitation directly, through the gradient of the full-vocabulary entropy.
 
     `-coef H, H in nats; only in steps whose mean H at the start is < below nats`

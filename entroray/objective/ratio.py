@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import Positive, declare
+from entroray.objective.bind import LogRatioBound, declare
 from entroray.objective.view import log_ratio
 from entroray.ops import segment_mean
 from entroray.types import Tokens
@@ -46,7 +46,9 @@ def sequence_token(t: Tokens) -> Float[Tensor, " N"]:
 
 
 @declare(idle_at_one=True)
-def clipped_geometric(t: Tokens, *, low: Positive = 0.4, high: Positive = 0.4) -> Float[Tensor, " N"]:
+def clipped_geometric(
+    t: Tokens, *, low: LogRatioBound = 0.4, high: LogRatioBound = 0.4
+) -> Float[Tensor, " N"]:
     """Geometric mean of token ratios, each clipped first on the side A pushes to (GMPO, arXiv 2507.20673).
 
     `exp(mean_t of log π / π_old, at most high where A > 0, at least -low where A < 0)`

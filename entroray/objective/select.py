@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entroray.objective.bind import Fraction, Positive, declare
+from entroray.objective.bind import Deviations, Fraction, declare
 from entroray.objective.view import covariance, discriminator
 from entroray.types import Tokens
 
@@ -83,7 +83,7 @@ def top_entropy_of_rollout(t: Tokens, *, share: Fraction = 0.2) -> Bool[Tensor, 
 
 
 @declare(needs=["whole_step"])
-def low_discriminator(t: Tokens, *, mu: Positive = 2.5) -> Bool[Tensor, " N"]:
+def low_discriminator(t: Tokens, *, mu: Deviations = 2.5) -> Bool[Tensor, " N"]:
     """Punished tokens that would lower the entropy most (Clip_B, arXiv 2602.03392; mu as in Trinity-RFT).
 
     `A < 0 and D - mean(D) < -mu std(D), D = π (log π + H)`
@@ -94,7 +94,7 @@ def low_discriminator(t: Tokens, *, mu: Positive = 2.5) -> Bool[Tensor, " N"]:
 
 
 @declare(needs=["whole_step", "mean_discriminator"])
-def below_expected(t: Tokens, *, mu: Positive = 8.5, share: Fraction = 1e-4) -> Bool[Tensor, " N"]:
+def below_expected(t: Tokens, *, mu: Deviations = 8.5, share: Fraction = 1e-4) -> Bool[Tensor, " N"]:
     """Punished tokens far below the vocabulary's expectation, worst first (Clip_V, arXiv 2602.03392).
 
     `at most share of tokens, among A < 0 and E_p D - D > mu std(D - E_p D); D = π (log π + H)`

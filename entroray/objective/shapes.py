@@ -10,7 +10,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from entroray.objective.bind import AboveOne, Count, Fraction, NonNegative, Positive, declare
+from entroray.objective.bind import (
+    AboveOne,
+    Count,
+    Fraction,
+    Nats,
+    NonNegative,
+    Positive,
+    Probability,
+    declare,
+)
 from entroray.ops import segment_mean, segment_sum
 from entroray.types import Tokens
 
@@ -83,7 +92,7 @@ def surprise_weighted(t: Tokens, *, zeta: NonNegative = 0.01) -> Float[Tensor, "
 
 
 @declare(needs=["whole_step"])
-def entropy_band(t: Tokens, *, low: NonNegative = 0.6, high: Positive = 0.7) -> Float[Tensor, " N"]:
+def entropy_band(t: Tokens, *, low: Nats = 0.6, high: Nats = 0.7) -> Float[Tensor, " N"]:
     """Reject what would push the entropy further out of a band (Entrocraft, arXiv 2604.26326).
 
     `A; 0 where mean(H) > high and A < 0; 0 where mean(H) < low and A > 0; means in nats over the step`
@@ -101,11 +110,11 @@ def entropy_band(t: Tokens, *, low: NonNegative = 0.6, high: Positive = 0.7) -> 
 def lean(
     t: Tokens,
     *,
-    target: NonNegative = 0.5,
+    target: Nats = 0.5,
     gain: NonNegative = 0.99,
     integral: float = 0.0,
     clamp: Fraction = 0.9,
-    above: NonNegative = 0.0,
+    above: Probability = 0.0,
 ) -> Float[Tensor, " N"]:
     """Weigh signs by how far the entropy is from a target (EntroPIC, arXiv 2511.15248).
 

@@ -6,7 +6,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import AboveOne, Fraction, NonNegative, Positive, Probability, declare
+from entroray.objective.bind import (
+    Epsilon,
+    EpsilonBelow,
+    Fraction,
+    NonNegative,
+    Positive,
+    Probability,
+    RatioAboveOne,
+    RatioBelowOne,
+    RatioBound,
+    declare,
+)
 from entroray.objective.bounds import balanced_high, balanced_low
 from entroray.types import Tokens
 
@@ -16,9 +27,9 @@ def clip(
     t: Tokens,
     ratio: Float[Tensor, " N"],
     *,
-    low: Fraction = 0.2,
-    high: Positive = 0.2,
-    dual: AboveOne | None = None,
+    low: EpsilonBelow = 0.2,
+    high: Epsilon = 0.2,
+    dual: RatioAboveOne | None = None,
 ) -> Float[Tensor, " N"]:
     """PPO's pessimistic clip (arXiv 1707.06347); high > low is clip-higher (DAPO, arXiv 2503.14476).
 
@@ -87,7 +98,7 @@ def trust_probability(
     *,
     low: Probability = 0.15,
     high: Probability = 0.15,
-    cap: Positive = 20.0,
+    cap: RatioBound = 20.0,
 ) -> Float[Tensor, " N"]:
     """Gate on the change of probability instead of the ratio (DPPO's total variation; Stable-RL's numbers).
 
@@ -105,11 +116,11 @@ def leaky_clip(
     t: Tokens,
     ratio: Float[Tensor, " N"],
     *,
-    low: Fraction = 0.2,
-    high: Positive = 0.2,
+    low: EpsilonBelow = 0.2,
+    high: Epsilon = 0.2,
     leak_low: NonNegative = 0.75,
     leak_high: NonNegative = 1.0,
-    dual: AboveOne | None = 10.0,
+    dual: RatioAboveOne | None = 10.0,
 ) -> Float[Tensor, " N"]:
     """PPO's clip with a bounded gradient beyond it (CE-GPPO, arXiv 2509.20712; GPPO at leaks of 1).
 
@@ -130,13 +141,13 @@ def balanced_clip(
     t: Tokens,
     ratio: Float[Tensor, " N"],
     *,
-    least_low: Fraction = 0.6,
-    most_low: Fraction = 0.8,
-    least_high: AboveOne = 1.2,
-    most_high: AboveOne = 2.0,
-    stride: Positive = 0.05,
+    least_low: RatioBelowOne = 0.6,
+    most_low: RatioBelowOne = 0.8,
+    least_high: RatioAboveOne = 1.2,
+    most_high: RatioAboveOne = 2.0,
+    stride: RatioBound = 0.05,
     share: Fraction = 0.5,
-    dual: AboveOne | None = 3.0,
+    dual: RatioAboveOne | None = 3.0,
 ) -> Float[Tensor, " N"]:
     """PPO's clip, bounds moved until reinforced tokens carry their share (BAPO, arXiv 2510.18927).
 
@@ -158,7 +169,7 @@ def clip_by_probability(
     *,
     low: Positive = 0.16,
     high: Positive = 0.2,
-    cap: AboveOne = 10.0,
+    cap: RatioAboveOne = 10.0,
 ) -> Float[Tensor, " N"]:
     """PPO's clip with bounds that widen for rare tokens (DCPO, arXiv 2509.02333).
 
@@ -178,9 +189,9 @@ def mirrored_clip(
     t: Tokens,
     ratio: Float[Tensor, " N"],
     *,
-    confident: Fraction = 0.2,
-    hesitant: Fraction = 0.4,
-    cap: AboveOne = 3.0,
+    confident: EpsilonBelow = 0.2,
+    hesitant: EpsilonBelow = 0.4,
+    cap: RatioAboveOne = 3.0,
 ) -> Float[Tensor, " N"]:
     """The reciprocal ratio for reinforced tokens, so that the rare weigh more (ASPO, arXiv 2510.06062).
 

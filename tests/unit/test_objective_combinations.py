@@ -115,7 +115,11 @@ def test_the_command_shows_the_equation_and_refuses(capsys):
     asked = ["objective=dapo", "objective.surrogate.high=0.3", "learner.updates_per_rollout=1"]
     assert objectives.main(["show", *asked]) == 0
     text = capsys.readouterr().out
-    for part in ("clip(r, 0.8, 1.3)", "clip.high = 0.3 (above 0)", "inert        `clip` with one update"):
+    for part in (
+        "clip(r, 0.8, 1.3)",
+        "clip.high = 0.3 (a distance of the ratio from 1, above 0)",
+        "inert        `clip` with one update",
+    ):
         assert part in text
     assert objectives.main(["show", "objective=nsr", "objective.keep.fn=informative"]) == 2
     assert "refused      keep `informative` drops the groups" in capsys.readouterr().out
