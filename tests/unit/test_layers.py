@@ -271,6 +271,12 @@ def test_the_rules_hold(rule):
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by name, and cannot collect two such together."""
+    names = [Path(path).name for path in tracked() if Path(path).name.startswith("test_")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_requirements_are_exact_pins():
     assert requirements_are_exact(read("pyproject.toml")) == []
 
