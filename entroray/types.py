@@ -47,6 +47,27 @@ class Prompt:
     """The data row itself, for verifiers that need more than `reference`."""
 
 
+class Mask(StrEnum):
+    """Why a response token is an observation: something the policy sees and learns nothing from."""
+
+    INSERTED = "inserted"  # put there by a sampler
+    PREFIX = "prefix"  # a sibling's, trained on there
+    FORCED = "forced"  # chosen for the policy, not drawn from it
+    TOOL = "tool"  # what a tool answered
+
+
+REASONS = tuple(Mask)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Response tokens [start, stop) that are observations, and why."""
+
+    start: int
+    stop: int
+    why: Mask
+
+
 @dataclass(frozen=True)
 class Shaped:
     """What a sampler that shapes distributions knew at each token; entropies are from before it shaped."""
@@ -77,10 +98,24 @@ class Rollout:
     status: Status = Status.OK
     shaped: Shaped | None = None
     """None where every token was drawn from the policy's distribution as it is."""
+    spans: tuple[Span, ...] = ()
+    """Observations besides those that `shaped` knows of."""
+    parent: int | None = None
+    """Index in its group of the rollout whose first tokens it shares, where it branched off one."""
 
     @property
     def length(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def observed(self) -> NDArray[np.int8]:
+        """[L] index into `Mask` of what is an observation, -1 where the policy drew the token."""
+        why = np.full(self.length, -1, dtype=np.int8)
+        if self.shaped is not None:
+            why[self.shaped.inserted] = REASONS.index(Mask.INSERTED)
+        for span in self.spans:
+            why[span.start : span.stop] = REASONS.index(span.why)
+        return why
 
     @property
     def version(self) -> Version:

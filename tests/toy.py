@@ -49,24 +49,25 @@ class ToyWorld:
         self.trained: list[str] = []
         self.gate: asyncio.Event | None = None
 
-    async def sample(self, prompt: Prompt, seeds: Sequence[int]) -> list[Rollout]:
+    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
         if prompt.id == self.slow and self.gate:
             version, logp = self.version, self.served.log_softmax(-1)
             await self.gate.wait()
         else:
             await asyncio.sleep(0)
             version, logp = self.version, self.served.log_softmax(-1)
-        return [self._draw(prompt, version, logp) for _ in seeds]
+        return [self._draw(prompt, version, logp, tuple(after)) for _ in seeds]
 
-    def _draw(self, prompt: Prompt, version: int, logp: torch.Tensor) -> Rollout:
-        ids = torch.multinomial(logp.exp(), LENGTH, replacement=True, generator=self.rng)
+    def _draw(self, prompt: Prompt, version: int, logp: torch.Tensor, after: tuple[int, ...]) -> Rollout:
+        left = LENGTH - len(after)
+        ids = torch.multinomial(logp.exp(), left, replacement=True, generator=self.rng)
         failed = prompt.id == self.bad
         return Rollout(
             prompt.id,
             ids.numpy().astype(np.int32),
             logp[ids].numpy(),
-            np.full(LENGTH, version, dtype=np.int32),
-            " ".join(map(str, ids.tolist())),
+            np.full(left, version, dtype=np.int32),
+            " ".join(map(str, [*after, *ids.tolist()])),
             1.0,
             LENGTH,
             Status.INFRA_FAILED if failed else Status.OK,

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,10 @@ class OneEngine:
     sampling: Sampling
     deadline: float
 
-    async def sample(self, prompt: Prompt, seeds: Any) -> list[Rollout]:
-        request = Request(prompt.id, prompt.token_ids, tuple(seeds), self.sampling, self.deadline)
+    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
+        request = Request(
+            prompt.id, prompt.token_ids, tuple(seeds), self.sampling, self.deadline, tuple(after)
+        )
         return await self.engine.sample(request)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from entroray.loop.roles import Scores
@@ -36,11 +37,9 @@ def assemble(groups: Sequence[Group]) -> Batch:
     )
 
 
-def observed(rollouts: Sequence[Rollout]) -> np.ndarray:
-    """[N] response tokens that the policy did not choose: those a sampler inserted."""
-    none = lambda r: np.zeros(r.length, dtype=np.bool_)  # noqa: E731
-    nothing = np.empty(0, dtype=np.bool_)
-    return np.concatenate([nothing, *(r.shaped.inserted if r.shaped else none(r) for r in rollouts)])
+def observed(rollouts: Sequence[Rollout]) -> NDArray[np.int8]:
+    """[N] index into `types.Mask` of the tokens that the policy did not choose, -1 elsewhere."""
+    return np.concatenate([np.empty(0, dtype=np.int8), *(r.observed for r in rollouts)])
 
 
 def tokens_of(
@@ -53,7 +52,7 @@ def tokens_of(
     row = torch.repeat_interleave(torch.arange(len(rollouts)), length)
     column = {k: torch.from_numpy(np.asarray(v)) for k, v in scores.items()}
     flat = lambda pieces: torch.from_numpy(np.concatenate(pieces))  # noqa: E731
-    mask = torch.from_numpy(~observed(rollouts))
+    mask = torch.from_numpy(observed(rollouts) < 0)
     known = ("logprobs", "entropy", "varentropy", "ref_logprobs")
     return Tokens(
         row=row,

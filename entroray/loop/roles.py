@@ -14,8 +14,12 @@ Scores = Mapping[str, NDArray[np.float32]]
 
 @runtime_checkable
 class Generator(Protocol):
-    async def sample(self, prompt: Prompt, seeds: Sequence[int]) -> list[Rollout]:
-        """One rollout per seed; what failed says so in its status."""
+    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
+        """One rollout per seed; what failed says so in its status.
+
+        `after` are tokens the response already has: a rollout then holds what follows them, the text of
+        the whole, and is cut where the whole is as long as responses may be. `loop/splice.py` joins them.
+        """
         ...
 
 

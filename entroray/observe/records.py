@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entroray.entropy.statistics import aligned
 from entroray.loop.batching import observed
-from entroray.types import Group, Rollout, Status, Tokens, Verdict
+from entroray.types import REASONS, Group, Rollout, Status, Tokens, Verdict
 
 UNITS = {
     "logprob_behavior": "nats",
@@ -119,10 +119,11 @@ def _drawn(rollouts: Sequence[Rollout]) -> dict[str, NDArray[np.float32]]:
 
 
 def _reasons(
-    per_row: Sequence[str], row: NDArray, mask: NDArray[np.bool_], put: NDArray[np.bool_]
+    per_row: Sequence[str], row: NDArray, mask: NDArray[np.bool_], observed: NDArray[np.int8]
 ) -> pa.Array:
-    """Why a token is outside the mask: its rollout's reason, or that a sampler inserted it."""
-    return _words([*per_row, "inserted"], np.where(put, len(per_row), row), null=mask)
+    """Why a token is outside the mask: what it is an observation of, else its rollout's reason."""
+    words = [*map(str, REASONS), *per_row]
+    return _words(words, np.where(observed < 0, row + len(REASONS), observed), null=mask)
 
 
 def _status(sampled: Status, verdict: Verdict) -> str:

@@ -29,9 +29,9 @@ class Generators:
     deadline: float
     heat: Heat = field(default_factory=Heat)
 
-    async def sample(self, prompt: Prompt, seeds: Sequence[int]) -> list[Rollout]:
+    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
         sampling = replace(self.sampling, factor=self.heat.of(prompt.id))
-        request = Request(prompt.id, prompt.token_ids, tuple(seeds), sampling, self.deadline)
+        request = Request(prompt.id, prompt.token_ids, tuple(seeds), sampling, self.deadline, tuple(after))
         return await self.engines.sample(request)
 
 

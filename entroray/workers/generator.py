@@ -208,8 +208,8 @@ class Generator:
         self.waiting[key] = _Waiting(request, future, due, set(names))
         for name, seed in zip(names, request.seeds, strict=True):
             self.owner[name] = key
-            wanted = probe_params() if probe else params(request.sampling, seed, self._noted(name))
-            self.engine.add_request(name, {"prompt_token_ids": list(request.token_ids)}, wanted)
+            wanted = probe_params() if probe else params(request, seed, self._noted(name))
+            self.engine.add_request(name, {"prompt_token_ids": request.read}, wanted)
 
     def _collect(self, outputs: list[Any]) -> None:
         finished = [output for output in outputs if output.finished]

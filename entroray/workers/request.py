@@ -49,16 +49,24 @@ class Request:
     seeds: tuple[int, ...]
     sampling: Sampling
     deadline: float
+    after: tuple[int, ...] = ()
+    """Tokens the response already has; they count against `sampling.max_tokens`."""
+
+    @property
+    def read(self) -> list[int]:
+        """What the engine reads before it draws."""
+        return [*self.token_ids, *self.after]
 
 
-def params(s: Sampling, seed: int, name: str) -> Any:
+def params(request: Request, seed: int, name: str) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    s = request.sampling
     asked = {"name": name, "rule": s.rule, "factor": s.factor, "insert": s.insert, "inserts": s.inserts}
     return SamplingParams(
         temperature=s.temperature,
-        max_tokens=s.max_tokens,
+        max_tokens=s.max_tokens - len(request.after),
         stop=list(s.stop),
         top_p=s.top_p,
         top_k=s.top_k,
@@ -93,12 +101,18 @@ def rollout(
         token_ids=token_ids,
         logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
         versions=versions,
-        text=completion.text or decode(list(completion.token_ids)),
+        text=_text(request, completion, decode),
         temperature=request.sampling.temperature,
         limit=request.sampling.max_tokens,
         status=Status.TRUNCATED if completion.finish_reason == "length" else Status.OK,
         shaped=_shaped(notes, len(token_ids)) if request.sampling.rule else None,
     )
+
+
+def _text(request: Request, completion: Any, decode: Callable[[list[int]], str]) -> str:
+    if completion.text and not request.after:
+        return completion.text
+    return decode([*request.after, *completion.token_ids])
 
 
 def _shaped(notes: np.ndarray | None, length: int) -> Shaped:

@@ -1,0 +1,65 @@
+"""Responses made of pieces: what is cut off one, put before another, or said by somebody else."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entroray.types import Mask, Rollout, Shaped, Span
+
+
+def cut(rollout: Rollout, length: int) -> Rollout:
+    """Its first `length` tokens; the text stays that of the whole. ValueError when it has fewer."""
+    if not 0 <= length <= rollout.length:
+        raise ValueError(f"{length} of {rollout.length} tokens cannot be kept")
+    shaped = rollout.shaped and Shaped(*(column[:length] for column in _columns(rollout.shaped)))
+    spans = [Span(s.start, min(s.stop, length), s.why) for s in rollout.spans if s.start < length]
+    per_token: dict[str, Any] = {
+        name: getattr(rollout, name)[:length] for name in ("token_ids", "logprobs", "versions")
+    }
+    return replace(rollout, **per_token, shaped=shaped, spans=tuple(spans))
+
+
+def observed(rollout: Rollout, why: Mask) -> Rollout:
+    """The same tokens, none of them learnt from."""
+    return replace(rollout, spans=(*rollout.spans, Span(0, rollout.length, why)) if rollout.length else ())
+
+
+def join(head: Rollout, tail: Rollout) -> Rollout:
+    """The response that begins as `head` and goes on as `tail`, which says how it ended and reads whole."""
+    moved = tuple(Span(s.start + head.length, s.stop + head.length, s.why) for s in tail.spans)
+    both = lambda name: np.concatenate([getattr(head, name), getattr(tail, name)])  # noqa: E731
+    per_token: dict[str, Any] = {name: both(name) for name in ("token_ids", "logprobs", "versions")}
+    return replace(tail, **per_token, shaped=_shaped(head, tail), spans=(*head.spans, *moved))
+
+
+def said(like: Rollout, token_ids: Sequence[int], why: Mask) -> Rollout:
+    """Tokens nobody drew, as an observation of probability 1 under the weights `like` ended with."""
+    ids = np.asarray(token_ids, dtype=np.int32)
+    version = like.versions[-1:] if like.length else np.zeros(1, np.int32)
+    per_token: dict[str, Any] = {
+        "logprobs": np.zeros(len(ids), np.float32),
+        "versions": np.repeat(version, len(ids)),
+    }
+    return observed(replace(like, token_ids=ids, **per_token, shaped=None, spans=()), why)
+
+
+def _shaped(head: Rollout, tail: Rollout) -> Shaped | None:
+    if head.shaped is None and tail.shaped is None:
+        return None
+    pieces = zip(_notes(head), _notes(tail), strict=True)
+    return Shaped(*(np.concatenate(piece) for piece in pieces))
+
+
+def _notes(rollout: Rollout) -> Sequence[NDArray[np.float32]]:
+    """Its sampler's notes; where it has none, drawn at the policy's temperature and nothing known of H."""
+    if rollout.shaped is not None:
+        return _columns(rollout.shaped)
+    unknown = np.full(rollout.length, np.nan, np.float32)
+    return unknown, unknown, np.full(rollout.length, rollout.temperature, np.float32)
+
+
+def _columns(shaped: Shaped) -> Sequence[NDArray[np.float32]]:
+    return shaped.entropy, shaped.varentropy, shaped.temperature
