@@ -1,7 +1,6 @@
-"""`entroray eval`: what a model folder does on held-out prompts, in this process alone: one engine, no Ray."""
+"""`entroray eval`: what a model folder does on held-out prompts, in this process: one engine, no Ray."""
 
 import asyncio
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +44,7 @@ class OneEngine:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a table; `--out` keeps everything as JSON and a page beside it, which `--html` puts elsewhere."""
+    """Prints a table; `--out` keeps everything as JSON, a page beside it, which `--html` puts elsewhere."""
     if "--compare" in arguments:
         return _compare([a for a in arguments if a != "--compare"])
     given = [a for a in arguments if a.startswith("--")]

@@ -39,13 +39,14 @@ def text(found: Found) -> str:
 
 
 def load(path: Path) -> Found:
-    """An evaluation that was kept; ConfigError where the file is none, or an older one without its prompts."""
+    """An evaluation that was kept; ConfigError where the file is none, or an older one without prompts."""
     try:
         found: Found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is no evaluation: {error}") from error
     if not isinstance(found, dict) or "each" not in found:
-        raise ConfigError(f"{path} says nothing of single prompts: make it again with entroray eval --out={path}")
+        again = f"entroray eval --out={path}"
+        raise ConfigError(f"{path} says nothing of single prompts: make it again with {again}")
     return found
 
 
@@ -90,7 +91,8 @@ def lines(found: Found) -> list[str]:
     if cot := found.get("cot"):
         chosen = ", ".join(f"{name} {number(found, key)}" for key, name in DECODED.items())
         lost = ", ".join(f"{n} {why}" for why, n in cot["lost"].items())
-        said.append(f"CoT-decoding {chosen}; {cot['located']} of {cot['paths']} paths have a gap ({lost or 'all'})")
+        counted = f"{cot['located']} of {cot['paths']} paths have a gap"
+        said.append(f"CoT-decoding {chosen}; {counted}" + (f" ({lost})" if lost else ""))
     if entropy := found.get("entropy"):
         said.append(
             f"entropy {entropy['entropy/mean']:.4f} nats a token (p50 {entropy['entropy/p50']:.4f}, "
@@ -100,7 +102,8 @@ def lines(found: Found) -> list[str]:
     names = {"distinct/2": "distinct-2", "answers/distinct": "answers a prompt", "length/mean": "tokens"}
     said.append(", ".join(f"{title} {m[key]:.3f}" for key, title in names.items() if key in m))
     if found["failed"]:
-        said.append("FAILED, counted as wrong: " + ", ".join(f"{n} {why}" for why, n in found["failed"].items()))
+        reasons = ", ".join(f"{n} {why}" for why, n in found["failed"].items())
+        said.append(f"FAILED, counted as wrong: {reasons}")
     return [line for line in said if line]
 
 

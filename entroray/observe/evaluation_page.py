@@ -1,4 +1,4 @@
-"""One self-contained page about an evaluation: accuracy over k, calibration, where entropy sits, responses."""
+"""One self-contained page about an evaluation: accuracy over k, calibration, entropy, responses."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -107,8 +107,8 @@ def _cot(cot: Mapping[str, Any], found: Found) -> str:
         ["prompts without any gap, counted as wrong", str(cot["prompts_without"])],
     ]
     how = (
-        "Each of the likeliest first tokens is followed greedily. The gap of a path is the mean of p(1) - p(2) "
-        "over the tokens of its answer, of the greedy distribution (temperature 1)."
+        "Each of the likeliest first tokens is followed greedily. The gap of a path is the mean of "
+        "p(1) - p(2) over the tokens of its answer, both at temperature 1."
     )
     return _told(how) + _rows(rows)
 
@@ -117,7 +117,9 @@ def _calibration(found: Found) -> str:
     if not found["calibration"]:
         return _told("No answer was sampled and judged.")
     figures = "".join(_diagram(name, bins) for name, bins in found["calibration"].items())
-    told = "Bars: share right in 15 equal bins of confidence, darker where more answers are. Line: calibrated."
+    told = (
+        "Bars: share right in 15 equal bins of confidence, darker where more answers are. Line: calibrated."
+    )
     return f'{_told(told)}<div class="small">{figures}</div>{_rows(calibration(found))}'
 
 
@@ -142,17 +144,15 @@ def _diagram(name: str, bins: Mapping[str, Any]) -> str:
 
 def _positions(places: Sequence[Mapping[str, Any]], found: Found) -> str:
     middle = [(p["first"] + p["last"]) / 2 for p in places]
-    said = [
-        f"tokens {p['first']} to {p['last']}: {p['entropy']:.4f} nats over {p['tokens']}" for p in places
-    ]
+    said = [f"tokens {p['first']} to {p['last']}: {p['entropy']:.4f} nats over {p['tokens']}" for p in places]
     values = [p["entropy"] for p in places]
     drawn = [Line(middle, values, "c0", "mean entropy")]
     drawn += [Line([x], [y], "c0", s) for x, y, s in zip(middle, values, said, strict=True)]
     figure = chart(drawn, frame(drawn), label="entropy by position", width=920, height=240)
-    summary = ", ".join(f"{name.partition('/')[2]} {x:.4f}" for name, x in found["entropy"].items())
+    summary = ", ".join(f"{name} {x:.4f}" for name, x in found["entropy"].items())
     told = (
-        "Mean H, nats, of the whole distribution each token was drawn from, before any shaping or truncation, "
-        f"by its place in the response. Of H and of varentropy: {summary}."
+        "Mean H, nats, of the whole distribution at each token, before any shaping or truncation, by the "
+        f"token's place in the response. Over all of them: {summary}."
     )
     return figure + _told(told)
 
@@ -160,12 +160,14 @@ def _positions(places: Sequence[Mapping[str, Any]], found: Found) -> str:
 def _uncertain(uncertain: Mapping[str, Any], found: Found) -> str:
     rows = [["token", "count", "mean entropy, nats"]]
     rows += [[visible(t["text"]), str(t["count"]), f"{t['entropy']:.3f}"] for t in uncertain["tokens"]]
-    return _told(f"Tokens drawn where H is above its 80th percentile, {uncertain['above']:.4f} nats.") + _rows(rows)
+    told = f"Tokens drawn where H is above its 80th percentile, {uncertain['above']:.4f} nats."
+    return _told(told) + _rows(rows)
 
 
 def visible(token: str) -> str:
-    """A token with its white space shown: ␣ a space, ⏎ a line break, ⇥ a tab."""
-    return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    """A token with what cannot be seen spelt out: ␣ a space, ⏎ a line break, ⇥ a tab, U+0000 others."""
+    plain = token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in plain)
 
 
 def _response(response: Mapping[str, Any]) -> str:
