@@ -234,7 +234,7 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
             ["+control.c={knob: sampler.temperature, fn: linear, start: 1, end: 0, steps: 9}"],
             "at least 1e-06",
         ),
-        ([BONUS, f"+control.c={{knob: {KNOB}, fn: constant, value: -1}}"], "at least 0"),
+        (["+control.c={knob: objective.surrogate.low, fn: constant, value: -1}"], "distance of the ratio"),
         (
             [BONUS, "control=entropy_pi", "control.entropy.knob=learner.lr", "control.entropy.low=-1"],
             "may set",
@@ -280,7 +280,7 @@ def steered(config, world):
 def test_the_driver_holds_the_entropy_of_the_toy_where_without_control_it_collapses():
     loose, held = (
         configured("objective=grpo", BONUS),
-        configured("objective=grpo", "control=entropy_pi"),
+        configured("objective=grpo", "control=entropy_pi", BONUS),
     )
     c = {"target": 1.5, "gain": 2.0, "integral": 0.2, "mean": 3, "high": 5.0}
     held.control["entropy"] |= c
@@ -294,7 +294,7 @@ def test_the_driver_holds_the_entropy_of_the_toy_where_without_control_it_collap
 
 
 def test_a_steered_run_is_the_same_after_a_resume():
-    config = configured("objective=grpo", "control=entropy_pi")
+    config = configured("objective=grpo", "control=entropy_pi", BONUS)
     config.control["entropy"] |= {"target": 1.8, "gain": 2.0, "integral": 0.1, "mean": 3, "high": 5.0}
 
     def world():
