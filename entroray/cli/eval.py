@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 from entroray.cli import bootstrap, machine, material, sampling, settings
 from entroray.config import Config
@@ -73,16 +72,11 @@ def _compare(arguments: list[str]) -> int:
     return 0
 
 
-def of_run(path: Path, overrides: list[str]) -> Config:
+def of_run(path: Path, values: list[str]) -> Config:
     """The settings a run was made with, and what is said beside them."""
-    try:
-        given = (OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
-        config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *given))  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise ConfigError(settings.explain(error)) from error
-    sampling.check(config)
-    settings.check_evaluation(config)
-    return config
+    tree = OmegaConf.load(path)
+    assert isinstance(tree, DictConfig)
+    return settings.changed(tree, values, training=False)
 
 
 async def evaluate(config: Config) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from entroray.cli import eval as command
-from entroray.cli import sampling, settings
+from entroray.cli import sampling
 from entroray.entropy.catalogue import EVALUATION, STEP, matches
 from entroray.errors import ConfigError
 from entroray.loop.decoding import Decoding, words
@@ -19,6 +20,7 @@ from entroray.loop.evaluate import examine, plan
 from entroray.observe import evaluation, evaluation_page
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.types import Likeliest, Prompt, Rollout, Shaped, Status, Verdict
+from tests.composed import composed, configured
 
 TOKENIZER = byte_tokenizer()
 WORDS = words(TOKENIZER)
@@ -222,28 +224,39 @@ def test_two_evaluations_are_compared_prompt_by_prompt(
         (["--hmtl=x"], "does not know --hmtl"),
         (["--out"], "does not know --out"),
         (["--compare", "a.json"], "takes two files"),
-        (["evaluate.k=[1,16]"], "raise evaluate.samples to 16"),
-        (["evaluate.samples=0"], "at least 1"),
-        (["evaluate.cot=5", "+generator.engine.logprobs_mode=raw_logits"], "reports logits"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(arguments: list[str], said: str) -> None:
+def test_what_the_command_does_not_know_is_refused(arguments: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         command.main(arguments)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (["evaluate.k=[1,16]"], "raise evaluate.samples to 16"),
+        (["evaluate.samples=0"], "at least 1"),
+        (["evaluate.prompts=0"], "at least 1"),
+        (["evaluate.cot=5", "+generator.engine.logprobs_mode=raw_logits"], "reports logits"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(values: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        configured(*values, training=False)
+
+
 def test_a_runs_settings_are_read_and_checked(tmp_path: Path) -> None:
     kept = tmp_path / "config.yaml"
-    kept.write_text("evaluate: {samples: 4}\nsampler: {temperature: 0.0}\n")
+    OmegaConf.save(composed(), kept)
     assert command.of_run(kept, ["evaluate.cot=3"]).evaluate.cot == 3
     with pytest.raises(ConfigError, match=r"evaluate\.k="):
-        command.of_run(kept, ["evaluate.k=[2]"])
+        command.of_run(kept, ["evaluate.k=[2]", "sampler.temperature=0"])
     with pytest.raises(ConfigError, match=r"evaluate\.cots"):
         command.of_run(kept, ["evaluate.cots=3"])
 
 
 def test_entropies_are_noted_by_a_rule_that_changes_nothing() -> None:
-    config, _ = settings.load(["objective=grpo"])
+    config = configured()
     noted = sampling.measured(config, 0.7, TOKENIZER)
     assert json.loads(str(noted.rule)) == {"fn": "fixed"} and noted.factor == 1.0 and noted.temperature == 0.7
     assert sampling.measured(config, 0.0, TOKENIZER).rule is None
