@@ -100,11 +100,32 @@ class Sampler:
 
 
 @dataclass
+class PromptChoice:
+    """Which prompts come up, by their running pass rate; one never judged always does."""
+
+    visits: int = 2  # last groups of a prompt whose mean share of right answers is its running pass rate
+    retire: float = 0.0  # pass rate from which a prompt is passed over; 0: never
+    rest: int = 0  # epochs for which it then is; 0: for good
+    band: list[float] = field(default_factory=lambda: [0.0, 1.0])  # pass rates always drawn, ends included
+    outside: float = 0.2  # share of their turns at which prompts outside the band are drawn
+
+
+@dataclass
+class ReplayConfig:
+    """Right answers of prompts rarely answered, put into a later group of theirs that is all wrong."""
+
+    tokens: int = 0  # most tokens kept in all, those kept longest leave first; 0: no replay
+    rare: float = 0.25  # share of a group's right answers up to which they are rare
+
+
+@dataclass
 class RolloutConfig:
     group_size: int = 8  # rollouts of one prompt, compared with each other
     groups_per_step: int = 32  # groups trained on in one step
     max_tokens: int = 64  # longest response; longer ones are cut and marked truncated
     deadline: float = 300.0  # seconds for each group of samples
+    prompts: PromptChoice = field(default_factory=PromptChoice)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
 
 
 @dataclass

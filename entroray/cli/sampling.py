@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from entroray.cli import choices
 from entroray.config import Config, Sampler
 from entroray.entropy import shaping
 from entroray.errors import ConfigError, PreflightError
@@ -98,8 +99,7 @@ def check_training(config: Config) -> None:
             "sampler.rule shapes what vLLM draws, and with speculative decoding vLLM takes no logits "
             "processors: drop generator.engine.speculative_config, or choose sampler=fixed"
         )
-    chosen = lambda slot: (config.objective.get(slot) or {}).get("fn")  # noqa: E731
-    if chosen("correction") in (None, "none") and chosen("ratio") != "sampler":
+    if not choices.corrected(config.objective):
         raise ConfigError(
             "this sampler draws from another distribution than the policy's and objective.correction is "
             "`none`: say 'objective.correction={fn: truncated_importance}', or choose sampler=fixed"

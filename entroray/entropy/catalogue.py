@@ -118,6 +118,27 @@ UPDATE = _rows(
 )
 """What the learner adds, of the policy as it stood at each update."""
 
+CHOICE = [
+    *_rows(
+        "prompts judged so far",
+        ANY,
+        "prompts/seen | all of them | prompts | count",
+        "prompts/mastered | passed over now for their pass rate | share | count",
+        "prompts/inside | running pass rate in the band | share | count",
+        "prompts/passed_over | turns at which no prompt was drawn, since the run began | turns | count",
+        "prompts/forced | drawn all the same, for want of others, since the run began | prompts | count",
+    ),
+    *_rows(
+        "groups trained on",
+        ANY,
+        "replay/kept | prompts with a success kept | prompts | count",
+        "replay/groups | a replayed rollout in them | share | count",
+        "replay/share | off-policy: tokens of replayed rollouts | share | count",
+        "replay/age | committed steps since replayed rollouts were drawn; lag/* is without | steps | mean",
+    ),
+]
+"""What the driver adds where `rollout=` chooses; a choice not made adds nothing."""
+
 INSIGHT = [
     *_rows(
         TOKENS,
@@ -176,6 +197,7 @@ def text() -> str:
         "A step": STEP,
         "A sampler that shapes": SAMPLER,
         "An update": UPDATE,
+        "How prompts and groups are chosen": CHOICE,
         "Prediction and law": INSIGHT,
     }
     return HEAD + "".join(f"\n## {title}\n\n{_table(rows)}" for title, rows in parts.items())

@@ -67,10 +67,11 @@ def _entropy(counts: Counter) -> float:
 def pass_at(groups: Sequence[Group]) -> dict[str, float]:
     """pass@k for k = 1, 2, 4, ... up to the smallest group: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374).
 
-    Unbiased for each prompt, not for the task where a filter chose the prompts.
+    Unbiased for each prompt, not for the task where a filter chose the prompts; replayed rollouts are none.
     """
-    least = min(len(g.verdicts) for g in groups)
-    counts = [(len(g.verdicts), sum(v.correct >= 1 for v in g.verdicts)) for g in groups]
+    drawn = [[v for r, v in zip(g.rollouts, g.verdicts, strict=True) if not r.replayed] for g in groups]
+    least = min(map(len, drawn))
+    counts = [(len(verdicts), sum(v.correct >= 1 for v in verdicts)) for verdicts in drawn]
     ks = [2**i for i in range(least.bit_length()) if 2**i <= least]
     missed = {k: sum(math.comb(n - c, k) / math.comb(n, k) for n, c in counts) for k in ks}
     return {f"pass/{k}": 1 - miss / len(groups) for k, miss in missed.items()}

@@ -12,6 +12,7 @@ from entroray.control import Control
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
+from entroray.loop.choice import Choice, Memory
 from entroray.loop.heat import Heat
 from entroray.loop.insight import NEVER, Insight, Looks
 from entroray.loop.limits import IdleRules, SkippedUpdates, VerdictFailures
@@ -42,6 +43,10 @@ class Pace:
     """Steps in a row that may leave an update out."""
     stall: float
     """Seconds without a finished step after which the run ends, naming the phase it stood in."""
+    extra: int = 0
+    """Rollouts of a prompt drawn beyond `group_size`; the first to finish are taken, the others given up."""
+    surplus: str = "by_lag"
+    """`keep` | `drop` groups finished beyond a step's; `by_lag` keeps them where `max_lag` is above 0."""
 
 
 async def nothing(step: int) -> dict[str, float]:
@@ -89,16 +94,18 @@ class Driver:
         seed: int,
         looks: Looks = NEVER,
         heat: Heat | None = None,
+        choice: Choice | None = None,
         control: Control | None = None,
         tune: Tune | None = None,
     ):
         self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
-        self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
+        self.stream = Stream(prompts, self.group, per_step=pace.groups_per_step, max_lag=pace.max_lag)
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)
         self.idle = IdleRules(UNTOUCHED)
         self.insight = Insight(looks)
-        self.heat = heat or Heat()
+        self.heat, self.choice = heat or Heat(), choice or Choice()
+        self.memories: Mapping[str, Memory] = {"heat": self.heat, **self.choice.memories}
         self.control, self.tune = control or Control(), tune
         self.version: Version = 0
         self.turn: asyncio.Task[dict[str, float]] | None = None
@@ -147,8 +154,8 @@ class Driver:
             "version": self.version,
             "stream": self.stream.state(),
             "insight": self.insight.state(),
-            "heat": self.heat.state(),
             "control": self.control.state(),
+            **{name: memory.state() for name, memory in self.memories.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -156,7 +163,8 @@ class Driver:
         self.version = state["version"]
         self.stream.restore(state["stream"], self.version)
         self.insight.restore(state["insight"])
-        self.heat.restore(state.get("heat", {}))  # a checkpoint of before samplers has none
+        for name in self.memories.keys() & state.keys():  # a checkpoint of before a choice has none
+            self.memories[name].restore(state[name])
         self.control.restore(state["control"])
         self.committed = self.state()
 
@@ -176,7 +184,12 @@ class Driver:
             "Stacks are in the event `stalled`"
         )
 
-    async def rollout(self, prompt: Prompt, serial: int) -> Group | Dropped:
+    async def group(self, prompt: Prompt, serial: int) -> Group | Dropped:
+        """As `rollout`, and what the run does for a group without one right answer."""
+        found = await self.rollout(prompt, serial)
+        return await self.choice.rescue(found, lambda factor: self.rollout(prompt, serial, factor))
+
+    async def rollout(self, prompt: Prompt, serial: int, hotter: float = 1.0) -> Group | Dropped:
         """A whole group, or why there is none; members that failed are sampled anew a few times."""
         members: list[tuple[Rollout, Verdict]] = []
         reason = ""
@@ -241,10 +254,12 @@ class Driver:
     def _observe(self, groups: Sequence[Group], tokens: Tokens, rules: Mapping[str, int]) -> dict[str, float]:
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
         trained = describe(groups, tokens) | self.insight.diagnosed(self.version, groups, tokens)
-        judged = [*groups, *self.stream.judged_since()]
-        for group in judged:  # here, not as they finish: the order is the same in every run
-            self.heat.note(group)
-        right = [float(g.correct.mean()) for g in judged]
+        whole = [*groups, *self.stream.judged_since()]
+        for group in whole:  # here, not as they finish: the order is the same in every run
+            for memory in self.memories.values():
+                memory.note(group)
+        judged = [g for group in whole for g in (*group.earlier, group)]
+        right = [g.right for g in judged]
         counted = {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
         metrics = (
             trained
@@ -262,6 +277,8 @@ class Driver:
                 "groups/surplus": float(self.stream.surplus),
             }
         )
+        for tell in self.choice.tell:
+            metrics |= tell(groups, judged, self.version)
         return metrics | self.insight.fitted(metrics)
 
 

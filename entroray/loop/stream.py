@@ -23,6 +23,7 @@ class Prompts(Protocol):
     """Prompts without end, each at a position that can be returned to."""
 
     position: int
+    """One past that of the prompt given last."""
 
     def __next__(self) -> Prompt: ...
 
@@ -84,8 +85,8 @@ class Stream:
         if self.max_lag == 0:
             missing = 0 if self._unfinished() else wave(missing, self.kept_share)
         for _ in range(missing):
-            position = self.prompts.position
-            self._issue(next(self.prompts), position)
+            prompt = next(self.prompts)
+            self._issue(prompt, self.prompts.position - 1)  # afterwards: it may have passed over some
 
     def _unfinished(self) -> bool:
         return any(slot.group is None for slot in self.slots.values())
