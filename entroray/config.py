@@ -111,6 +111,29 @@ class PromptChoice:
 
 
 @dataclass
+class Second:
+    """A group that is all wrong is drawn once more at once, hotter, and the second draw takes its place."""
+
+    factor: float = 1.0  # on the temperature of the second draw, which is weighed; 1: there is none
+
+
+@dataclass
+class Early:
+    """More rollouts of each prompt than group_size; the first to finish are taken, the others given up."""
+
+    extra: int = 0  # beyond group_size; favours short responses, and repeated runs may differ; 0: none
+
+
+@dataclass
+class Repetition:
+    """A response that has begun to repeat itself is stopped, as truncated."""
+
+    count: int = 0  # times in a row that its last tokens say the same; 0: never stopped
+    shortest: int = 1  # tokens that are said again: at least
+    longest: int = 16  # and at most
+
+
+@dataclass
 class ReplayConfig:
     """Right answers of prompts rarely answered, put into a later group of theirs that is all wrong."""
 
@@ -125,7 +148,11 @@ class RolloutConfig:
     max_tokens: int = 64  # longest response; longer ones are cut and marked truncated
     deadline: float = 300.0  # seconds for each group of samples
     prompts: PromptChoice = field(default_factory=PromptChoice)
+    second: Second = field(default_factory=Second)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    early: Early = field(default_factory=Early)
+    repetition: Repetition = field(default_factory=Repetition)
+    surplus: str = "by_lag"  # keep | drop groups beyond a step's; by_lag keeps them where max_lag >= 1
 
 
 @dataclass

@@ -118,6 +118,7 @@ def lasting(config: Config) -> dict[str, Any]:
     kept = {name: value for name, value in every.items() if name not in freed}
     kept["learner"] = {name: every["learner"][name] for name in ("ranks", "threads")}
     kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline")}
+    kept["processors"] = _processors(config)
     return kept | {"probe": every["driver"]["probe"]["text"]}
 
 
@@ -167,7 +168,7 @@ def engine_options(config: Config) -> dict[str, Any]:
 
 def _processors(config: Config) -> dict[str, Any]:
     """Ours first, then the user's own; none when nothing is shaped, since vLLM then tracks less."""
-    if not sampling.shapes(config.sampler):
+    if not sampling.shapes(config.sampler) and config.rollout.second.factor == 1.0:
         return {}
     return {"logits_processors": [PROCESSOR, *config.generator.engine.get("logits_processors", ())]}
 

@@ -1,5 +1,6 @@
 """`sampler` of the configuration -> how the engines are asked to draw, and what of it training refuses."""
 
+from dataclasses import replace
 from typing import Any
 
 from entroray.cli import choices
@@ -27,6 +28,8 @@ def plain(config: Config, temperature: float) -> Sampling:
 def shaped(config: Config, temperature: float, tokenizer: Any) -> Sampling:
     """As the sampler of the configuration draws; a greedy draw is never shaped."""
     s, base = config.sampler, plain(config, temperature)
+    if config.rollout.repetition.count:
+        base = replace(base, loops=choices.loops(config.rollout))
     if temperature == 0 or not shapes(s):
         return base
     put = token(s.insert, tokenizer)

@@ -299,6 +299,8 @@ def _pace(config: Config) -> Pace:
         max_failed=config.reward.max_failed,
         max_skipped=config.learner.max_skipped,
         stall=d.stall,
+        extra=r.early.extra,
+        surplus=r.surplus,
     )
 
 

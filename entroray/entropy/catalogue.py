@@ -129,6 +129,18 @@ CHOICE = [
         "prompts/forced | drawn all the same, for want of others, since the run began | prompts | count",
     ),
     *_rows(
+        "groups judged",
+        ANY,
+        "second/groups | drawn once more at once, hotter; reward/mean counts both draws | share | count",
+        "second/right | right answers of the second draws | share | mean of groups",
+        "second/mended | second draws with a right answer | share | count",
+        "early/abandoned | rollouts given up when enough of their group had finished | share | count",
+        "early/length_kept | those that finished | tokens | mean",
+        "early/length_drawn | all drawn, abandoned ones as long as their longest | tokens | lower bound",
+        "early/length_bias | length_kept / length_drawn - 1: shorter by at least this | share | upper bound",
+        "repetition/looped | rollouts that end in the loop they are stopped for | share | count",
+    ),
+    *_rows(
         "groups trained on",
         ANY,
         "replay/kept | prompts with a success kept | prompts | count",

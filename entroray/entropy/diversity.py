@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,24 @@ from entroray.types import Group
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 REPEAT = 4
 """Length of the n-grams whose return within one response counts as repetition."""
+
+
+@dataclass(frozen=True)
+class Loops:
+    """When a response counts as looping: its last n tokens, `shortest` to `longest`, `count` times."""
+
+    count: int
+    shortest: int = 1
+    longest: int = 16
+
+    def __call__(self, token_ids: Sequence[int] | NDArray[np.int32]) -> bool:
+        """Whether `token_ids` end in such a loop: some n tokens, `count` times in a row."""
+        ids = np.asarray(token_ids)
+        for n in range(self.shortest, min(self.longest, len(ids) // self.count) + 1):
+            tail = ids[-n * self.count :].reshape(self.count, n)
+            if (tail == tail[0]).all():
+                return True
+        return False
 
 
 def distinct(groups: Sequence[Group]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from entroray.loop.limits import IdleRules, SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
 from entroray.loop.stream import Dropped, Prompts, Stream
 from entroray.objective import Objective, touched
-from entroray.types import Group, Prompt, Rollout, Tokens, Verdict, Version
+from entroray.types import Group, Prompt, Rollout, Status, Tokens, Verdict, Version
 
 UNTOUCHED = 20
 """Steps without a token touched by a rule after which the journal says so."""
@@ -47,6 +47,10 @@ class Pace:
     """Rollouts of a prompt drawn beyond `group_size`; the first to finish are taken, the others given up."""
     surplus: str = "by_lag"
     """`keep` | `drop` groups finished beyond a step's; `by_lag` keeps them where `max_lag` is above 0."""
+
+    @property
+    def keeps_surplus(self) -> bool:
+        return self.max_lag > 0 if self.surplus == "by_lag" else self.surplus == "keep"
 
 
 async def nothing(step: int) -> dict[str, float]:
@@ -99,7 +103,8 @@ class Driver:
         tune: Tune | None = None,
     ):
         self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
-        self.stream = Stream(prompts, self.group, per_step=pace.groups_per_step, max_lag=pace.max_lag)
+        size = {"per_step": pace.groups_per_step, "max_lag": pace.max_lag}
+        self.stream = Stream(prompts, self.group, **size, keeps=pace.keeps_surplus)
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)
         self.idle = IdleRules(UNTOUCHED)
@@ -192,21 +197,32 @@ class Driver:
     async def rollout(self, prompt: Prompt, serial: int, hotter: float = 1.0) -> Group | Dropped:
         """A whole group, or why there is none; members that failed are sampled anew a few times."""
         members: list[tuple[Rollout, Verdict]] = []
-        reason = ""
-        for attempt in range(1 + self.pace.resamples):
+        reason, abandoned = "", list[Rollout]()
+        first = 0 if hotter == 1.0 else 1 + self.pace.resamples  # other seeds for a second draw
+        for attempt in range(first, first + 1 + self.pace.resamples):
             missing = self.pace.group_size - len(members)
-            drawn = seeds(self.seed, serial, attempt, missing)
-            judged = await self._sample_and_judge(prompt, drawn)
+            drawn = seeds(self.seed, serial, attempt, missing + self.pace.extra)
+            judged = await self._sample_and_judge(self._generator(hotter, missing), prompt, drawn)
+            abandoned += [r for r, _ in judged if r.status is Status.ABANDONED]
             members += [(r, v) for r, v in judged if r.status.usable and v.status.usable]
             if len(members) == self.pace.group_size:
                 rollouts, verdicts = zip(*members, strict=True)
-                return Group(prompt, rollouts, verdicts)
+                return Group(prompt, rollouts, verdicts, abandoned=tuple(abandoned))
             reason = _why(judged)
             self.roles.journal.event("resample", prompt=prompt.id, attempt=attempt, reason=reason)
         return Dropped(prompt, reason)
 
-    async def _sample_and_judge(self, prompt: Prompt, drawn: list[int]) -> list[tuple[Rollout, Verdict]]:
-        rollouts = await self.roles.generator.sample(prompt, drawn)
+    def _generator(self, hotter: float, enough: int) -> Generator:
+        """The one the run has, asked for what its choices need."""
+        generator: Any = self.roles.generator
+        if hotter != 1.0:
+            generator = generator.hotter(hotter)
+        return generator.first(enough) if self.pace.extra else generator
+
+    async def _sample_and_judge(
+        self, generator: Generator, prompt: Prompt, drawn: list[int]
+    ) -> list[tuple[Rollout, Verdict]]:
+        rollouts = await generator.sample(prompt, drawn)
         usable = [r for r in rollouts if r.status.usable]
         judged = await self.roles.verifier.judge(prompt, usable) if usable else []
         self.failures.note(judged, len(usable))
@@ -275,6 +291,7 @@ class Driver:
                 "groups/refused": float(self.stream.refused),
                 "verdicts/failed": self.failures.share,
                 "groups/surplus": float(self.stream.surplus),
+                "groups/held": float(self.stream.held),
             }
         )
         for tell in self.choice.tell:
@@ -306,7 +323,8 @@ class Clock:
 
 
 def _why(judged: list[tuple[Rollout, Verdict]]) -> str:
-    failed = [(r, v) for r, v in judged if not (r.status.usable and v.status.usable)]
+    members = [(r, v) for r, v in judged if r.status is not Status.ABANDONED]
+    failed = [(r, v) for r, v in members if not (r.status.usable and v.status.usable)]
     rollout, verdict = failed[0]
     status = verdict.status if rollout.status.usable else rollout.status
     return f"{status}: {verdict.detail}" if verdict.detail else str(status)

@@ -14,15 +14,13 @@ from entroray.errors import ConfigError
 from entroray.loop.choice import Choice
 from entroray.loop.curriculum import Curriculum, Rule
 from entroray.loop.prompts import PromptStream
-from entroray.loop.replay import Replay
 from entroray.loop.rescue import Rescue
 from entroray.objective import build
-from entroray.types import Group, Mask, Prompt, Rollout, Shaped, Span, Verdict
+from entroray.types import Group, Prompt, Rollout, Verdict
 from tests.cases import ROWS
 from tests.toy import TARGET, ToyWorld, driver
 
 PROMPTS = [Prompt(f"p{i}", f"p{i}", (0,), str(TARGET)) for i in range(6)]
-WEIGHED = {"correction": {"fn": "truncated_importance"}}
 
 
 class InOrder:
@@ -154,111 +152,6 @@ def test_the_driver_draws_the_same_prompts_after_a_resume(max_lag: int) -> None:
     assert all(matches(name, CHOICE) for name in world.steps[-1] if name.startswith("prompts/"))
 
 
-# Replay.
-
-
-def test_the_newest_success_of_a_prompt_mostly_wrong_is_kept_within_bounds() -> None:
-    replay = Replay(tokens=5, rare=0.25)
-    replay.note(group("p0", 0, 0, 0, 1))
-    replay.note(group("p1", 0, 0, 1, 1))  # not rare
-    replay.note(group("p2", 0, 0, 0, 0))
-    assert list(replay.kept) == ["p0"] and replay.kept["p0"][0].replayed
-    replay.note(group("p3", 0, 1, 0, 0))
-    replay.note(group("p0", 0, 0, 1, 0, version=4))  # newer: p3 is now kept longest
-    assert list(replay.kept) == ["p3", "p0"] and replay.kept["p0"][0].version == 4
-    replay.note(group("p4", 0, 0, 0, 1))  # six tokens: the one kept longest leaves
-    assert list(replay.kept) == ["p0", "p4"]
-    replay.note(group("p0", 0, 0, 1, 1))  # answered often enough
-    assert list(replay.kept) == ["p4"]
-
-
-def test_an_all_wrong_group_gets_the_success_of_old_and_stays_all_wrong_as_drawn() -> None:
-    replay = Replay(tokens=100, rare=0.5)
-    replay.note(group("p0", 0, 1, version=3))
-    for as_it_was in (group("p0", 0, 1), group("p1", 0, 0)):
-        assert replay.mend(as_it_was) is as_it_was
-    branched = group("p0", 0, 0)
-    branched = replace(branched, rollouts=(branched.rollouts[0], rollout(parent=0)))
-    assert replay.mend(branched) is branched
-    mended = replay.mend(group("p0", 0, 0, 0, version=7))
-    assert [r.replayed for r in mended.rollouts] == [False, False, True]
-    assert mended.correct.tolist() == [0, 0, 1] and mended.right == 0
-    assert mended.version == 7 and mended.rollouts[-1].version == 3
-    assert replay.metrics([mended, group("p1", 0, 1, 1)], [], 9) == pytest.approx(
-        {"replay/kept": 1, "replay/groups": 1 / 2, "replay/share": 2 / 12, "replay/age": 5}
-    )
-    replay.note(mended)
-    assert replay.kept["p0"][0].version == 3, "a replayed success is not a new one"
-
-
-def test_a_second_draws_success_is_rare_by_both_draws() -> None:
-    replay = Replay(tokens=100, rare=0.25)
-    replay.note(replace(group("p0", 1, 0), earlier=(group("p0", 0, 0),)))
-    assert "p0" in replay.kept
-
-
-def test_what_is_kept_survives_the_checkpoint_bit_for_bit() -> None:
-    notes = np.array([[0.1, 0.2], [1e-8, 3.0], [1.2, np.nan]], np.float32)
-    odd = rollout(shaped=Shaped(*notes), spans=(Span(0, 1, Mask.TOOL),))
-    replay, again = Replay(100, 0.5), Replay(100, 0.5)
-    kept = Verdict(0.7, 1.0, answer="7", parts={"form": 0.1})
-    replay.note(Group(Prompt("p0", "", (0,), ""), (odd, odd), (kept, Verdict(0.0, 0.0))))
-    again.restore(json.loads(json.dumps(replay.state())))
-    old, new = replay.kept["p0"], again.kept["p0"]
-    assert new[1] == old[1] == kept and new[0].spans == odd.spans and new[0].replayed
-    assert new[0].shaped is not None
-    for name in ("token_ids", "logprobs", "versions"):
-        a, b = getattr(old[0], name), getattr(new[0], name)
-        assert a.dtype == b.dtype and (a == b).all()
-    for name, column in zip(("entropy", "varentropy", "temperature"), notes, strict=True):
-        np.testing.assert_array_equal(getattr(new[0].shaped, name), column)
-
-
-def replayed(steps: int, state: dict | None = None) -> tuple[ToyWorld, dict[int, dict]]:
-    """Four prompts again and again; one of each group is right in steps 1 and 4, none otherwise."""
-    world, states = ToyWorld(build(ROWS["grpo"] | WEIGHED)), {}
-
-    async def judge(prompt: Prompt, rollouts: list) -> list[Verdict]:
-        lucky = world.version in (0, 3)
-        return [Verdict(x, x) for x in (float(lucky and i == 2) for i in range(len(rollouts)))]
-
-    world.judge = judge  # type: ignore[method-assign]
-    replay = Replay(10_000, 0.25)
-    choice = Choice({"replay": replay}, Rescue(replay=replay), (replay.metrics,))
-
-    async def run() -> None:
-        d = driver(world, prompts=PromptStream(PROMPTS[:4], seed=0), choice=choice)
-        if state:
-            world.version = state["version"]
-            d.restore(json.loads(json.dumps(state)))
-
-        async def after(step: int, metrics: object) -> None:
-            states[step] = d.state()
-
-        await d.train(steps, after)
-
-    asyncio.run(run())
-    return world, states
-
-
-def test_replay_trains_on_old_answers_and_reports_the_new_ones_alone() -> None:
-    world, states = replayed(5)
-    told = [(s["reward/mean"], s["replay/groups"], s["reward/trained_mean"]) for s in world.steps]
-    assert told == [(1 / 8, 0, 1 / 8), (0, 1, 1 / 8), (0, 1, 1 / 8), (1 / 8, 0, 1 / 8), (0, 1, 1 / 8)]
-    assert [s.get("replay/age") for s in world.steps] == [None, 1, 2, None, 1]
-    assert {s["lag/max"] for s in world.steps} == {0}, "they are exempt from the lag, which is of the rest"
-    assert world.steps[1]["groups/all_wrong"] == 1 and world.steps[1]["replay/share"] == 1 / 8
-    assert all(matches(name, CHOICE) for name in world.steps[1] if name.startswith("replay/"))
-    assert states[5]["replay"].keys() == {"p0", "p1", "p2", "p3"}
-
-
-def test_replay_goes_on_identically_after_a_resume() -> None:
-    _, states = replayed(5)
-    resumed, later = replayed(5, states[2])
-    assert [s["replay/age"] for s in resumed.steps[:1]] == [2]
-    assert later[3]["replay"] == states[3]["replay"]
-
-
 # The configuration.
 
 NAMES = sorted(path.stem for path in (settings.CONF / "rollout").glob("*.yaml"))
@@ -279,6 +172,15 @@ def test_every_row_is_described_and_only_the_plain_one_chooses_nothing(name: str
         (["rollout=band", "rollout.prompts.band=[0.8,0.2]"], "the lower first"),
         (["rollout=band", "rollout.prompts.outside=0"], "never be looked at again"),
         (["rollout=replay", "objective.correction.fn=none"], "older weights drew"),
+        (["rollout=hotter_again", "objective.correction.fn=none"], "another temperature"),
+        (["rollout=hotter_again", "+generator.engine.speculative_config={method: ngram}"], "no"),
+        (["rollout.second.factor=0.9"], "at least 1"),
+        (["rollout.early.extra=-1"], "at least 0"),
+        (["rollout.repetition.count=1"], "at least 2"),
+        (["rollout=stop_loops", "rollout.repetition.longest=0"], "shortest <= longest"),
+        (["rollout=stop_loops", "rollout.repetition.shortest=9"], "nothing would ever be stopped"),
+        (["rollout.surplus=keep"], "all training is on-policy"),
+        (["rollout.surplus=lose"], "by_lag, keep or drop"),
         (["rollout=replay", "rollout.replay.tokens=10"], "no room for one response"),
         (["rollout=replay", "rollout.replay.rare=1"], "between 0 and 1"),
     ],
