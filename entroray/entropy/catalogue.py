@@ -73,7 +73,7 @@ STEP = [
         "length/p<n> | quantile | tokens | linear interpolation",
         "length/right | where correct | tokens | mean",
         "length/wrong | where not | tokens | mean",
-        "length/truncated | stopped by the limit | share | count",
+        "length/truncated | stopped by the limit, or in a loop (rollout.repetition) | share | count",
         "repetition/share | own 4-grams written before in the same response | share | mean of responses",
         "answers/missing | no answer was read | share | count",
         "calibration/ece_consistency | ECE of the share of its group with the same answer | share | 15 bins",
@@ -192,7 +192,8 @@ Every token metric is over the response tokens of trained groups whose `mask_rea
 before the update, in float64 after rounding to float32, the type of the token records. A metric over
 nothing is left out. Entropies at different temperatures, or over different tokens, are not comparable.
 In `metrics.jsonl`, `reward/mean`, `groups/all_right` and `groups/all_wrong` are over every group judged in
-the step, kept or not. Those of `describe` come with every step, those of `diagnose` every
+the step, kept or not, first draws and hotter second ones alike, and without what was replayed. Replayed
+rollouts are among the trained ones everywhere but in `lag/*` and `pass/<n>`. Those of `describe` come with every step, those of `diagnose` every
 `observe.diagnosis.every` steps. The law is an early warning, and off while anything in `control` acts;
 `control/<name>` is the value that was in effect in the step.
 """
