@@ -193,8 +193,8 @@ before the update, in float64 after rounding to float32, the type of the token r
 nothing is left out. Entropies at different temperatures, or over different tokens, are not comparable.
 In `metrics.jsonl`, `reward/mean`, `groups/all_right` and `groups/all_wrong` are over every group judged in
 the step, kept or not, first draws and hotter second ones alike, and without what was replayed. Replayed
-rollouts are among the trained ones everywhere but in `lag/*` and `pass/<n>`. Those of `describe` come with every step, those of `diagnose` every
-`observe.diagnosis.every` steps. The law is an early warning, and off while anything in `control` acts;
+rollouts are among the trained ones everywhere but in `lag/*` and `pass/<n>`. Those of `describe` come with
+every step, those of `diagnose` every `observe.diagnosis.every` steps. The law is an early warning, and off while anything in `control` acts;
 `control/<name>` is the value that was in effect in the step.
 """
 

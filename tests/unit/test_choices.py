@@ -18,6 +18,7 @@ from entroray.loop.rescue import Rescue
 from entroray.objective import build
 from entroray.types import Group, Prompt, Rollout, Verdict
 from tests.cases import ROWS
+from tests.composed import configured
 from tests.toy import TARGET, ToyWorld, driver
 
 PROMPTS = [Prompt(f"p{i}", f"p{i}", (0,), str(TARGET)) for i in range(6)]
@@ -71,6 +72,7 @@ def test_a_mastered_prompt_is_passed_over_for_good_and_positions_stay_those_of_t
     assert chosen.position == 12 and chosen.passed == 2
     assert chosen.at(1).id == "p1", "a slot in flight finds its prompt whatever was learnt of it"
     chosen.note(group("p2", 0, 0, 0, 0))  # of 1 and 0: 0.5
+    assert chosen.records["p2"].rate == 0.5
     assert taken(chosen, 2) == "p0 p2"
 
 
@@ -159,8 +161,7 @@ NAMES = sorted(path.stem for path in (settings.CONF / "rollout").glob("*.yaml"))
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_row_is_described_and_only_the_plain_one_chooses_nothing(name: str) -> None:
-    config, _ = settings.load([f"rollout={name}"])
-    said = choices.describe(config.rollout)
+    said = choices.describe(configured(f"rollout={name}").rollout)
     assert (said == "every prompt in its turn, every group as it was drawn") == (name == "plain")
 
 
@@ -173,7 +174,7 @@ def test_every_row_is_described_and_only_the_plain_one_chooses_nothing(name: str
         (["rollout=band", "rollout.prompts.outside=0"], "never be looked at again"),
         (["rollout=replay", "objective.correction.fn=none"], "older weights drew"),
         (["rollout=hotter_again", "objective.correction.fn=none"], "another temperature"),
-        (["rollout=hotter_again", "+generator.engine.speculative_config={method: ngram}"], "no"),
+        (["rollout=hotter_again", "+generator.engine.speculative_config={method: ngram}"], "none: drop"),
         (["rollout.second.factor=0.9"], "at least 1"),
         (["rollout.early.extra=-1"], "at least 0"),
         (["rollout.repetition.count=1"], "at least 2"),
@@ -187,10 +188,9 @@ def test_every_row_is_described_and_only_the_plain_one_chooses_nothing(name: str
 )
 def test_a_choice_that_makes_no_sense_is_refused(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        settings.load(overrides)
+        configured(*overrides)
 
 
 def test_the_plain_choice_leaves_the_prompts_as_they_are() -> None:
-    config, _ = settings.load([])
     stream = PromptStream(PROMPTS, seed=0)
-    assert choices.of(config, stream, 6) == (stream, Choice({}, Rescue(), []))
+    assert choices.of(configured(), stream, 6) == (stream, Choice({}, Rescue(), []))
