@@ -100,11 +100,59 @@ class Sampler:
 
 
 @dataclass
+class PromptChoice:
+    """Which prompts come up, by their running pass rate; one never judged always does."""
+
+    visits: int = 2  # last groups of a prompt whose mean share of right answers is its running pass rate
+    retire: float = 0.0  # pass rate from which a prompt is passed over; 0: never
+    rest: int = 0  # epochs for which it then is; 0: for good
+    band: list[float] = field(default_factory=lambda: [0.0, 1.0])  # pass rates always drawn, ends included
+    outside: float = 0.2  # share of their turns at which prompts outside the band are drawn
+
+
+@dataclass
+class Second:
+    """A group that is all wrong is drawn once more at once, hotter, and the second draw takes its place."""
+
+    factor: float = 1.0  # on the temperature of the second draw, which is weighed; 1: there is none
+
+
+@dataclass
+class Early:
+    """More rollouts of each prompt than group_size; the first to finish are taken, the others given up."""
+
+    extra: int = 0  # beyond group_size; favours short responses, and repeated runs may differ; 0: none
+
+
+@dataclass
+class Repetition:
+    """A response that has begun to repeat itself is stopped, as truncated."""
+
+    count: int = 0  # times in a row that its last tokens say the same; 0: never stopped
+    shortest: int = 1  # tokens that are said again: at least
+    longest: int = 16  # and at most
+
+
+@dataclass
+class ReplayConfig:
+    """Right answers of prompts rarely answered, put into a later group of theirs that is all wrong."""
+
+    tokens: int = 0  # most tokens kept in all, those kept longest leave first; 0: no replay
+    rare: float = 0.25  # share of a group's right answers up to which they are rare
+
+
+@dataclass
 class RolloutConfig:
     group_size: int = 8  # rollouts of one prompt, compared with each other
     groups_per_step: int = 32  # groups trained on in one step
     max_tokens: int = 64  # longest response; longer ones are cut and marked truncated
     deadline: float = 300.0  # seconds for each group of samples
+    prompts: PromptChoice = field(default_factory=PromptChoice)
+    second: Second = field(default_factory=Second)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    early: Early = field(default_factory=Early)
+    repetition: Repetition = field(default_factory=Repetition)
+    surplus: str = "by_lag"  # keep | drop groups beyond a step's; by_lag keeps them where max_lag >= 1
 
 
 @dataclass

@@ -27,6 +27,8 @@ class Status(StrEnum):
     TIMEOUT = "timeout"
     INFRA_FAILED = "infra_failed"
     DATA_FAILED = "data_failed"
+    ABANDONED = "abandoned"
+    """Given up while others of its group had finished (rollout.early); not a failure."""
 
     @property
     def usable(self) -> bool:
@@ -112,6 +114,8 @@ class Rollout:
     """Index in its group of the rollout whose first tokens it shares, where it branched off one."""
     likeliest: Likeliest | None = None
     """None where nobody asked for it."""
+    replayed: bool = False
+    """A success of old put into this group: off-policy on purpose, exempt from `driver.max_lag`."""
 
     @property
     def length(self) -> int:
@@ -152,6 +156,10 @@ class Group:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     verdicts: tuple[Verdict, ...]
+    earlier: tuple["Group", ...] = ()
+    """Judged draws of this prompt that this one took the place of; the first at the policy's temperature."""
+    abandoned: tuple[Rollout, ...] = ()
+    """Drawn beside these and given up when enough had finished."""
 
     def __post_init__(self) -> None:
         if len(self.rollouts) != len(self.verdicts):
@@ -168,13 +176,18 @@ class Group:
         return torch.tensor([v.correct for v in self.verdicts], dtype=torch.float64)
 
     @property
+    def right(self) -> float:
+        """Share of right answers among those drawn for it: without what was replayed."""
+        return float(self.correct[[not r.replayed for r in self.rollouts]].mean())
+
+    @property
     def lengths(self) -> Float[Tensor, " G"]:
         return torch.tensor([r.length for r in self.rollouts], dtype=torch.float64)
 
     @property
     def version(self) -> Version:
-        """Oldest weights that sampled any of its tokens."""
-        return min(r.version for r in self.rollouts)
+        """Oldest weights that sampled any of its tokens, those of replayed rollouts apart."""
+        return min(r.version for r in self.rollouts if not r.replayed)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from entroray.entropy import token_entropy
+from entroray.loop.choice import Choice
 from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.insight import NEVER, Looks
+from entroray.loop.stream import Prompts
 from entroray.objective import Objective
 from entroray.policy.statistics import named
 from entroray.types import Batch, Group, Prompt, Rollout, Status, Tokens, Verdict
@@ -127,7 +129,15 @@ PACE = Pace(
 )
 
 
-def driver(world: ToyWorld, *, looks: Looks = NEVER, **changes: Any) -> Driver:
+def driver(
+    world: ToyWorld,
+    *,
+    looks: Looks = NEVER,
+    prompts: Prompts | None = None,
+    choice: Choice | None = None,
+    **changes: Any,
+) -> Driver:
     """The true driver over `world`."""
     roles = Roles(world, world, world, world, world)  # type: ignore[arg-type]
-    return Driver(ToyPrompts(), roles, world.objective, replace(PACE, **changes), seed=0, looks=looks)
+    pace, order = replace(PACE, **changes), prompts or ToyPrompts()
+    return Driver(order, roles, world.objective, pace, seed=0, looks=looks, choice=choice)

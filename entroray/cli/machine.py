@@ -118,6 +118,7 @@ def lasting(config: Config) -> dict[str, Any]:
     kept = {name: value for name, value in every.items() if name not in freed}
     kept["learner"] = {name: every["learner"][name] for name in ("ranks", "threads")}
     kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline")}
+    kept["processors"] = _shaping(config)
     return kept | {"probe": every["driver"]["probe"]["text"]}
 
 
@@ -162,8 +163,13 @@ def engine_options(config: Config) -> dict[str, Any]:
         "disable_log_stats": True,
         **({"enable_sleep_mode": True} if config.generator.sleep else {}),
     }
-    shaping = processors(config) if sampling.shapes(config.sampler) else {}  # without any, vLLM tracks less
-    return ours | cpu | config.generator.engine | shaping
+    return ours | cpu | config.generator.engine | _shaping(config)
+
+
+def _shaping(config: Config) -> dict[str, Any]:
+    """The processors of a run that shapes what it draws; without any, vLLM tracks less."""
+    shaped = sampling.shapes(config.sampler) or config.rollout.second.factor != 1.0
+    return processors(config) if shaped else {}
 
 
 def processors(config: Config) -> dict[str, Any]:

@@ -38,8 +38,15 @@ def main(arguments: list[str]) -> int:
 
 def schedule(config: Config) -> Schedule:
     """What the settings say of when a row is used."""
-    n = config.learner
-    return Schedule(n.updates_per_rollout, config.run.steps, config.driver.max_lag)
+    n, r = config.learner, config.rollout
+    return Schedule(
+        n.updates_per_rollout,
+        config.run.steps,
+        config.driver.max_lag,
+        second=r.second.factor != 1.0,
+        replay=bool(r.replay.tokens),
+        lowest=r.prompts.band[0],
+    )
 
 
 def told(config: Config, objective: Objective) -> list[str]:

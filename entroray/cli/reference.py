@@ -38,6 +38,10 @@ conf/README.md`, and a test compares it.
   for). The learner's log-probs, ratios and entropies stay at `sampler.temperature`; the `sampler_*` columns
   of the token records say how each token was drawn. `sampler.rule` and `sampler.failed` may be combined.
   Beside ratio `sampler`, which weighs already, say `objective.correction.fn=none`.
+- `rollout=` chooses prompts and groups; its ideas combine by their settings: `rollout=replay
+  rollout.second.factor=1.2 rollout.prompts.retire=0.9`. `hotter_again` and `replay` train on what another
+  distribution drew and set the row's `correction` as samplers do; a row that learns from all-wrong groups
+  (nsr, w_reinforce, entrocraft_band) is refused where they would lose them.
 """
 
 CONTROL = """

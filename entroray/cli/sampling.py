@@ -1,7 +1,9 @@
 """`sampler` of the configuration -> how the engines are asked to draw, and what of it training refuses."""
 
+from dataclasses import replace
 from typing import Any
 
+from entroray.cli import choices
 from entroray.config import Config, Sampler
 from entroray.entropy import shaping
 from entroray.errors import ConfigError, PreflightError
@@ -26,6 +28,8 @@ def plain(config: Config, temperature: float) -> Sampling:
 def shaped(config: Config, temperature: float, tokenizer: Any) -> Sampling:
     """As the sampler of the configuration draws; a greedy draw is never shaped."""
     s, base = config.sampler, plain(config, temperature)
+    if config.rollout.repetition.count:
+        base = replace(base, loops=choices.loops(config.rollout))
     if temperature == 0 or not shapes(s):
         return base
     put = token(s.insert, tokenizer)
@@ -109,8 +113,7 @@ def check_training(config: Config) -> None:
             "sampler.rule shapes what vLLM draws, and with speculative decoding vLLM takes no logits "
             "processors: drop generator.engine.speculative_config, or choose sampler=fixed"
         )
-    chosen = lambda slot: (config.objective.get(slot) or {}).get("fn")  # noqa: E731
-    if chosen("correction") in (None, "none") and chosen("ratio") != "sampler":
+    if not choices.corrected(config.objective):
         raise ConfigError(
             "this sampler draws from another distribution than the policy's and objective.correction is "
             "`none`: say 'objective.correction={fn: truncated_importance}', or choose sampler=fixed"

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from entroray.cli import knobs, sampling
+from entroray.cli import choices, knobs, sampling
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.loop.evaluate import plan
@@ -60,6 +60,7 @@ def _typed(tree: DictConfig, *, training: bool) -> Config:
     check(config)
     if training:
         sampling.check_training(config)
+        choices.check_training(config)
     return config
 
 
@@ -95,6 +96,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"learner.zero_stage={config.learner.zero_stage}: choose 0, 1, 2 or 3")
     sampling.check(config)
     check_evaluation(config)
+    choices.check(config)
     if config.learner.updates_per_rollout > config.rollout.groups_per_step:
         raise ConfigError(
             f"learner.updates_per_rollout={config.learner.updates_per_rollout} needs as many groups, "

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, knobs, machine, material, preflight, rundir, sampling, settings
+from entroray.cli import bootstrap, choices, knobs, machine, material, preflight, rundir, sampling, settings
 from entroray.cli.objectives import schedule, told
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
@@ -193,6 +193,7 @@ def _header(
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
         f"sampler    {sampling.describe(s)}",
+        f"rollout    {choices.describe(r)}",
         f"schedule   {config.run.steps} steps, {config.learner.updates_per_rollout} updates a step, "
         f"lag at most {config.driver.max_lag} ({config.driver.stale})",
         *(f"control    {c.describe()}" for c in knobs.control_of(config).controllers),
@@ -228,9 +229,11 @@ async def drive(
     journal.event("start", objective=config.objective, pace=asdict(pace), state=run.state)
     control = knobs.control_of(config)
     journal.event("control", controllers=[c.describe() for c in control.controllers])
-    stream, tune = PromptStream(read_in.split.training, seed=config.seed), knobs.tuner(config)
-    steered: dict[str, Any] = {"control": control, "tune": tune, "heat": heat}
-    driver = Driver(stream, roles, objective, pace, seed=config.seed, looks=_looks(config), **steered)
+    training = read_in.split.training
+    prompts, choice = choices.of(config, PromptStream(training, seed=config.seed), len(training))
+    steered: dict[str, Any] = {"control": control, "tune": knobs.tuner(config), "heat": heat}
+    steered["choice"] = choice
+    driver = Driver(prompts, roles, objective, pace, seed=config.seed, looks=_looks(config), **steered)
     if run.checkpoint:
         driver.restore(run.state)
     saves = m.checkpoints(run.folder)
@@ -296,6 +299,8 @@ def _pace(config: Config) -> Pace:
         max_failed=config.reward.max_failed,
         max_skipped=config.learner.max_skipped,
         stall=d.stall,
+        extra=r.early.extra,
+        surplus=r.surplus,
     )
 
 

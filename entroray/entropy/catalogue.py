@@ -73,7 +73,7 @@ STEP = [
         "length/p<n> | quantile | tokens | linear interpolation",
         "length/right | where correct | tokens | mean",
         "length/wrong | where not | tokens | mean",
-        "length/truncated | stopped by the limit | share | count",
+        "length/truncated | stopped by the limit, or in a loop (rollout.repetition) | share | count",
         "repetition/share | own 4-grams written before in the same response | share | mean of responses",
         "answers/missing | no answer was read | share | count",
         "calibration/ece_consistency | ECE of the share of its group with the same answer | share | 15 bins",
@@ -117,6 +117,39 @@ UPDATE = _rows(
     "objective/silent_tokens | A != 0 and the loss flat in ln p | share | exact gradient",
 )
 """What the learner adds, of the policy as it stood at each update."""
+
+CHOICE = [
+    *_rows(
+        "prompts judged so far",
+        ANY,
+        "prompts/seen | all of them | prompts | count",
+        "prompts/mastered | passed over now for their pass rate | share | count",
+        "prompts/inside | running pass rate in the band | share | count",
+        "prompts/passed_over | turns at which no prompt was drawn, since the run began | turns | count",
+        "prompts/forced | drawn all the same, for want of others, since the run began | prompts | count",
+    ),
+    *_rows(
+        "groups judged",
+        ANY,
+        "second/groups | drawn once more at once, hotter; reward/mean counts both draws | share | count",
+        "second/right | right answers of the second draws | share | mean of groups",
+        "second/mended | second draws with a right answer | share | count",
+        "early/abandoned | rollouts given up when enough of their group had finished | share | count",
+        "early/length_kept | those that finished | tokens | mean",
+        "early/length_drawn | all drawn, abandoned ones as long as their longest | tokens | lower bound",
+        "early/length_bias | length_kept / length_drawn - 1: shorter by at least this | share | upper bound",
+        "repetition/looped | rollouts that end in the loop they are stopped for | share | count",
+    ),
+    *_rows(
+        "groups trained on",
+        ANY,
+        "replay/kept | prompts with a success kept | prompts | count",
+        "replay/groups | a replayed rollout in them | share | count",
+        "replay/share | off-policy: tokens of replayed rollouts | share | count",
+        "replay/age | committed steps since replayed rollouts were drawn; lag/* is without | steps | mean",
+    ),
+]
+"""What the driver adds where `rollout=` chooses; a choice not made adds nothing."""
 
 INSIGHT = [
     *_rows(
@@ -195,9 +228,10 @@ Every token metric is over the response tokens of trained groups whose `mask_rea
 before the update, in float64 after rounding to float32, the type of the token records. A metric over
 nothing is left out. Entropies at different temperatures, or over different tokens, are not comparable.
 In `metrics.jsonl`, `reward/mean`, `groups/all_right` and `groups/all_wrong` are over every group judged in
-the step, kept or not. Those of `describe` come with every step, those of `diagnose` every
-`observe.diagnosis.every` steps. The law is an early warning, and off while anything in `control` acts;
-`control/<name>` is the value that was in effect in the step.
+the step, kept or not, first draws and hotter second ones alike, and without what was replayed. Replayed
+rollouts are among the trained ones everywhere but in `lag/*` and `pass/<n>`. Those of `describe` come with
+every step, those of `diagnose` every `observe.diagnosis.every` steps. The law is an early warning, and off
+while anything in `control` acts; `control/<name>` is the value that was in effect in the step.
 """
 
 
@@ -212,6 +246,7 @@ def text() -> str:
         "A step": STEP,
         "A sampler that shapes": SAMPLER,
         "An update": UPDATE,
+        "How prompts and groups are chosen": CHOICE,
         "Prediction and law": INSIGHT,
         "An evaluation": EVALUATION,
     }

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,24 @@ from entroray.types import Group
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 REPEAT = 4
 """Length of the n-grams whose return within one response counts as repetition."""
+
+
+@dataclass(frozen=True)
+class Loops:
+    """When a response counts as looping: its last n tokens, `shortest` to `longest`, `count` times."""
+
+    count: int
+    shortest: int = 1
+    longest: int = 16
+
+    def __call__(self, token_ids: Sequence[int] | NDArray[np.int32]) -> bool:
+        """Whether `token_ids` end in such a loop: some n tokens, `count` times in a row."""
+        ids = np.asarray(token_ids)
+        for n in range(self.shortest, min(self.longest, len(ids) // self.count) + 1):
+            tail = ids[-n * self.count :].reshape(self.count, n)
+            if (tail == tail[0]).all():
+                return True
+        return False
 
 
 def distinct(groups: Sequence[Group]) -> dict[str, float]:
@@ -68,9 +87,10 @@ def _entropy(counts: Counter) -> float:
 def pass_at(groups: Sequence[Group]) -> dict[str, float]:
     """pass@k for k = 1, 2, 4, ... up to the smallest group: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374).
 
-    Unbiased for each prompt, not for the task where a filter chose the prompts.
+    Unbiased for each prompt, not for the task where a filter chose the prompts; replayed rollouts are none.
     """
-    least = min(len(g.verdicts) for g in groups)
-    counts = [(len(g.verdicts), sum(v.correct >= 1 for v in g.verdicts)) for g in groups]
+    drawn = [[v for r, v in zip(g.rollouts, g.verdicts, strict=True) if not r.replayed] for g in groups]
+    least = min(map(len, drawn))
+    counts = [(len(verdicts), sum(v.correct >= 1 for v in verdicts)) for verdicts in drawn]
     ks = [2**i for i in range(least.bit_length()) if 2**i <= least]
     return {f"pass/{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(groups) for k in ks}

@@ -54,14 +54,19 @@ def describe(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
     metrics = _of_groups(groups) | _of_lengths(rollouts)
     if not mask.any():
         return metrics
-    lag = tokens.step - np.concatenate([r.versions for r in rollouts])[mask]
     metrics |= _of_entropy(tokens, mask) | _of_mismatch(tokens, mask) | _of_sampler(rollouts, tokens)
     return metrics | {
         "logprobs/mean": float(stored(tokens.old_logprobs)[mask].mean()),
         "advantages/mean_abs": float(np.abs(stored(tokens.advantages)[mask]).mean()),
-        "lag/mean": float(lag.mean()),
-        "lag/max": float(lag.max()),
+        **_of_lag(rollouts, tokens.step, mask),
     }
+
+
+def _of_lag(rollouts: Sequence[Rollout], step: int, mask: NDArray[np.bool_]) -> dict[str, float]:
+    """Replayed rollouts are as old as they were chosen to be: theirs is `replay/age`."""
+    fresh = np.repeat([not r.replayed for r in rollouts], [r.length for r in rollouts])
+    lag = step - np.concatenate([r.versions for r in rollouts])[mask & fresh]
+    return {"lag/mean": float(lag.mean()), "lag/max": float(lag.max())} if len(lag) else {}
 
 
 def aligned(groups: Sequence[Group], tokens: Tokens) -> list[Rollout]:

@@ -12,13 +12,14 @@ from entroray.control import Control
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
+from entroray.loop.choice import Choice, Memory
 from entroray.loop.heat import Heat
 from entroray.loop.insight import NEVER, Insight, Looks
 from entroray.loop.limits import IdleRules, SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
 from entroray.loop.stream import Dropped, Prompts, Stream
 from entroray.objective import Objective, touched
-from entroray.types import Group, Prompt, Rollout, Tokens, Verdict, Version
+from entroray.types import Group, Prompt, Rollout, Status, Tokens, Verdict, Version
 
 UNTOUCHED = 20
 """Steps without a token touched by a rule after which the journal says so."""
@@ -42,6 +43,14 @@ class Pace:
     """Steps in a row that may leave an update out."""
     stall: float
     """Seconds without a finished step after which the run ends, naming the phase it stood in."""
+    extra: int = 0
+    """Rollouts of a prompt drawn beyond `group_size`; the first to finish are taken, the others given up."""
+    surplus: str = "by_lag"
+    """`keep` | `drop` groups finished beyond a step's; `by_lag` keeps them where `max_lag` is above 0."""
+
+    @property
+    def keeps_surplus(self) -> bool:
+        return self.max_lag > 0 if self.surplus == "by_lag" else self.surplus == "keep"
 
 
 async def nothing(step: int) -> dict[str, float]:
@@ -89,16 +98,19 @@ class Driver:
         seed: int,
         looks: Looks = NEVER,
         heat: Heat | None = None,
+        choice: Choice | None = None,
         control: Control | None = None,
         tune: Tune | None = None,
     ):
         self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
-        self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
+        size = {"per_step": pace.groups_per_step, "max_lag": pace.max_lag}
+        self.stream = Stream(prompts, self.group, **size, keeps=pace.keeps_surplus)
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)
         self.idle = IdleRules(UNTOUCHED)
         self.insight = Insight(looks)
-        self.heat = heat or Heat()
+        self.heat, self.choice = heat or Heat(), choice or Choice()
+        self.memories: Mapping[str, Memory] = {"heat": self.heat, **self.choice.memories}
         self.control, self.tune = control or Control(), tune
         self.version: Version = 0
         self.turn: asyncio.Task[dict[str, float]] | None = None
@@ -147,8 +159,8 @@ class Driver:
             "version": self.version,
             "stream": self.stream.state(),
             "insight": self.insight.state(),
-            "heat": self.heat.state(),
             "control": self.control.state(),
+            **{name: memory.state() for name, memory in self.memories.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -156,7 +168,8 @@ class Driver:
         self.version = state["version"]
         self.stream.restore(state["stream"], self.version)
         self.insight.restore(state["insight"])
-        self.heat.restore(state.get("heat", {}))  # a checkpoint of before samplers has none
+        for name in self.memories.keys() & state.keys():  # a checkpoint of before a choice has none
+            self.memories[name].restore(state[name])
         self.control.restore(state["control"])
         self.committed = self.state()
 
@@ -176,24 +189,40 @@ class Driver:
             "Stacks are in the event `stalled`"
         )
 
-    async def rollout(self, prompt: Prompt, serial: int) -> Group | Dropped:
+    async def group(self, prompt: Prompt, serial: int) -> Group | Dropped:
+        """As `rollout`, and what the run does for a group without one right answer."""
+        found = await self.rollout(prompt, serial)
+        return await self.choice.rescue(found, lambda factor: self.rollout(prompt, serial, factor))
+
+    async def rollout(self, prompt: Prompt, serial: int, hotter: float = 1.0) -> Group | Dropped:
         """A whole group, or why there is none; members that failed are sampled anew a few times."""
         members: list[tuple[Rollout, Verdict]] = []
-        reason = ""
-        for attempt in range(1 + self.pace.resamples):
+        reason, abandoned = "", list[Rollout]()
+        first = 0 if hotter == 1.0 else 1 + self.pace.resamples  # other seeds for a second draw
+        for attempt in range(first, first + 1 + self.pace.resamples):
             missing = self.pace.group_size - len(members)
-            drawn = seeds(self.seed, serial, attempt, missing)
-            judged = await self._sample_and_judge(prompt, drawn)
+            drawn = seeds(self.seed, serial, attempt, missing + self.pace.extra)
+            judged = await self._sample_and_judge(self._generator(hotter, missing), prompt, drawn)
+            abandoned += [r for r, _ in judged if r.status is Status.ABANDONED]
             members += [(r, v) for r, v in judged if r.status.usable and v.status.usable]
             if len(members) == self.pace.group_size:
                 rollouts, verdicts = zip(*members, strict=True)
-                return Group(prompt, rollouts, verdicts)
+                return Group(prompt, rollouts, verdicts, abandoned=tuple(abandoned))
             reason = _why(judged)
             self.roles.journal.event("resample", prompt=prompt.id, attempt=attempt, reason=reason)
         return Dropped(prompt, reason)
 
-    async def _sample_and_judge(self, prompt: Prompt, drawn: list[int]) -> list[tuple[Rollout, Verdict]]:
-        rollouts = await self.roles.generator.sample(prompt, drawn)
+    def _generator(self, hotter: float, enough: int) -> Generator:
+        """The one the run has, asked for what its choices need."""
+        generator: Any = self.roles.generator
+        if hotter != 1.0:
+            generator = generator.hotter(hotter)
+        return generator.first(enough) if self.pace.extra else generator
+
+    async def _sample_and_judge(
+        self, generator: Generator, prompt: Prompt, drawn: list[int]
+    ) -> list[tuple[Rollout, Verdict]]:
+        rollouts = await generator.sample(prompt, drawn)
         usable = [r for r in rollouts if r.status.usable]
         judged = await self.roles.verifier.judge(prompt, usable) if usable else []
         self.failures.note(judged, len(usable))
@@ -241,10 +270,12 @@ class Driver:
     def _observe(self, groups: Sequence[Group], tokens: Tokens, rules: Mapping[str, int]) -> dict[str, float]:
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
         trained = describe(groups, tokens) | self.insight.diagnosed(self.version, groups, tokens)
-        judged = [*groups, *self.stream.judged_since()]
-        for group in judged:  # here, not as they finish: the order is the same in every run
-            self.heat.note(group)
-        right = [float(g.correct.mean()) for g in judged]
+        whole = [*groups, *self.stream.judged_since()]
+        for group in whole:  # here, not as they finish: the order is the same in every run
+            for memory in self.memories.values():
+                memory.note(group)
+        judged = [g for group in whole for g in (*group.earlier, group)]
+        right = [g.right for g in judged]
         counted = {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
         metrics = (
             trained
@@ -260,8 +291,11 @@ class Driver:
                 "groups/refused": float(self.stream.refused),
                 "verdicts/failed": self.failures.share,
                 "groups/surplus": float(self.stream.surplus),
+                "groups/held": float(self.stream.held),
             }
         )
+        for tell in self.choice.tell:
+            metrics |= tell(groups, judged, self.version)
         return metrics | self.insight.fitted(metrics)
 
 
@@ -289,7 +323,8 @@ class Clock:
 
 
 def _why(judged: list[tuple[Rollout, Verdict]]) -> str:
-    failed = [(r, v) for r, v in judged if not (r.status.usable and v.status.usable)]
+    members = [(r, v) for r, v in judged if r.status is not Status.ABANDONED]
+    failed = [(r, v) for r, v in members if not (r.status.usable and v.status.usable)]
     rollout, verdict = failed[0]
     status = verdict.status if rollout.status.usable else rollout.status
     return f"{status}: {verdict.detail}" if verdict.detail else str(status)

@@ -24,6 +24,19 @@ class Generator(Protocol):
 
 
 @runtime_checkable
+class Choosing(Generator, Protocol):
+    """A generator of which more can be asked: by runs with rollout.second or rollout.early alone."""
+
+    def hotter(self, factor: float) -> "Choosing":
+        """It, drawing at `factor` times the temperature; the log-probs are of what it drew from."""
+        ...
+
+    def first(self, count: int) -> "Choosing":
+        """It, giving up the rest of a call when `count` rollouts have finished: those come `abandoned`."""
+        ...
+
+
+@runtime_checkable
 class Verifier(Protocol):
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """One verdict per rollout, in order; what failed says so in its status."""

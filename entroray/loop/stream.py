@@ -23,6 +23,7 @@ class Prompts(Protocol):
     """Prompts without end, each at a position that can be returned to."""
 
     position: int
+    """One past that of the prompt given last."""
 
     def __next__(self) -> Prompt: ...
 
@@ -62,9 +63,14 @@ class Stream:
     With `max_lag` 0 groups come in waves, each as large as the share kept last step says it must be: a
     small wave costs the engine as many turns as a large one. A wave is finished before it is looked at,
     so neither lengths nor timing have a say in which groups are trained on; what is too many is surplus.
+
+    Surplus, finished and not among those a step takes, is held for the next one where the stream `keeps`,
+    which with `max_lag` 0 it must not: the weights that sampled it will be of the past by then.
     """
 
-    def __init__(self, prompts: Prompts, rollout: Rollouts, *, per_step: int, max_lag: int):
+    def __init__(self, prompts: Prompts, rollout: Rollouts, *, per_step: int, max_lag: int, keeps: bool):
+        if keeps and max_lag == 0:
+            raise ValueError("what is kept for the next step is a step old, and max_lag is 0")
         self.prompts, self.rollout = prompts, rollout
         self.per_step, self.max_lag = per_step, max_lag
         self.version: Version = 0
@@ -74,7 +80,8 @@ class Stream:
         self.changed = asyncio.Event()
         self.dropped: Counter[str] = Counter()
         self.refused = 0
-        self.surplus = 0
+        self.surplus = self.held = 0
+        self.keeps = keeps
         self.kept_share = 1.0
         self.untrained: list[Group] = []
 
@@ -84,8 +91,8 @@ class Stream:
         if self.max_lag == 0:
             missing = 0 if self._unfinished() else wave(missing, self.kept_share)
         for _ in range(missing):
-            position = self.prompts.position
-            self._issue(next(self.prompts), position)
+            prompt = next(self.prompts)
+            self._issue(prompt, self.prompts.position - 1)  # afterwards: it may have passed over some
 
     def _unfinished(self) -> bool:
         return any(slot.group is None for slot in self.slots.values())
@@ -145,12 +152,14 @@ class Stream:
         return not self._unfinished() if self.max_lag == 0 else not wait or self._feasible(ready)
 
     def _leave(self, ready: list[Slot]) -> list[Group]:
-        """The groups of `ready`; in waves, the rest of the wave is put aside."""
+        """The groups of `ready`; the other finished ones are held, or put aside."""
         if self.max_lag == 0:
             kept = len(self.slots)
             self.kept_share = kept / (kept + len(self.untrained))
-            taken = {s.serial for s in ready}
-            surplus = [s for s in self.slots.values() if s.serial not in taken]
+        taken = {s.serial for s in ready}
+        surplus = [s for s in self.slots.values() if s.group and s.serial not in taken]
+        self.held = len(surplus) if self.keeps else 0
+        if not self.keeps:
             self.untrained += [self.slots.pop(s.serial).group for s in surplus]  # type: ignore[misc]
             self.surplus += len(surplus)
         return [self.slots.pop(s.serial).group for s in ready]  # type: ignore[misc]

@@ -18,6 +18,12 @@ class Schedule:
     """Optimizer updates per rollout."""
     steps: int
     max_lag: int
+    second: bool = False
+    """Groups that are all wrong are drawn again, hotter."""
+    replay: bool = False
+    """One of such a group is replaced by a right answer of old."""
+    lowest: float = 0.0
+    """Pass rate below which prompts rarely come up."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,51 @@ def _has(choice: partial, attribute: str) -> bool:
     return bool(getattr(choice.func, attribute, False))
 
 
-def _negatives_need_their_groups(o: Objective, s: Schedule) -> Iterator[Remark]:
-    lives_on_them = _name(o.estimator) == "sign" or any(_name(x) == "entropy_band" for x in o.shapes)
-    if _name(o.keep) == "informative" and lives_on_them:
+def _learns_without_a_baseline(o: Objective) -> tuple[bool, bool]:
+    """Whether a row learns from groups that are all wrong, and from those all right (arXiv 2506.01347)."""
+    if any(_name(x) == "entropy_band" for x in o.shapes):
+        return True, True
+    weights = [effective(x) for x in o.shapes if _name(x) == "by_sign"]
+    of_sign = lambda sign: all(w[sign] != 0 for w in weights)  # noqa: E731
+    signed = _name(o.estimator) == "sign"
+    return signed and of_sign("negative"), signed and of_sign("positive")
+
+
+def _equal_groups_are_kept(o: Objective, s: Schedule) -> Iterator[Remark]:
+    wrong, right = _learns_without_a_baseline(o)
+    if _name(o.keep) == "informative" and (wrong or right):
         yield Remark(
             "refused",
-            "keep `informative` drops the groups whose answers are all wrong, which this row learns from: "
-            "choose keep `always`",
+            f"keep `informative` drops the groups whose answers are all {'wrong' if wrong else 'right'}, "
+            "which this row learns from: choose keep `always`",
+        )
+
+
+def _wrong_groups_are_not_rescued(o: Objective, s: Schedule) -> Iterator[Remark]:
+    wrong, right = _learns_without_a_baseline(o)
+    if not wrong:
+        return
+    if s.second:
+        yield Remark(
+            "refused",
+            "rollout.second puts a hotter draw in the place of the groups that are all wrong, which this row "
+            "learns from: choose rollout.second.factor=1",
+        )
+    if s.replay and not right:
+        yield Remark(
+            "refused",
+            "rollout.replay puts right answers in the place of wrong ones, and this row learns from wrong "
+            "ones alone: choose rollout.replay.tokens=0",
+        )
+    elif s.replay:
+        yield Remark(
+            "beware", "rollout.replay takes a wrong answer, which this row learns from, for each it puts"
+        )
+    if s.lowest > 0:
+        yield Remark(
+            "beware",
+            f"rollout.prompts.band rarely draws prompts of pass rate below {s.lowest:g}, whose wrong answers "
+            "this row learns from",
         )
 
 
@@ -162,7 +206,8 @@ def _mismatch_is_corrected(o: Objective, s: Schedule) -> Iterator[Remark]:
 
 
 RULES: tuple[Rule, ...] = (
-    _negatives_need_their_groups,
+    _equal_groups_are_kept,
+    _wrong_groups_are_not_rescued,
     _corrected_once,
     _one_restraint,
     _a_rollout_has_one_advantage,

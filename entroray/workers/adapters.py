@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from entroray.entropy.movement import shares
+from entroray.entropy.shaping import FIXED
 from entroray.loop.heat import Heat
 from entroray.loop.roles import Scores
 from entroray.objective import Objective, count
@@ -28,11 +29,22 @@ class Generators:
     sampling: Sampling
     deadline: float
     heat: Heat = field(default_factory=Heat)
+    factor: float = 1.0
+    enough: int | None = None
 
     async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
-        sampling = replace(self.sampling, factor=self.heat.of(prompt.id))
+        sampling = replace(self.sampling, factor=self.heat.of(prompt.id) * self.factor)
         request = Request(prompt.id, prompt.token_ids, tuple(seeds), sampling, self.deadline, tuple(after))
-        return await self.engines.sample(request)
+        return await self.engines.sample(replace(request, enough=self.enough))
+
+    def hotter(self, factor: float) -> "Generators":
+        """The same engines, drawing at `factor` times the temperature and noting it."""
+        sampling = self.sampling if self.sampling.rule else self.sampling.under(FIXED)
+        return replace(self, sampling=sampling, factor=factor)
+
+    def first(self, count: int) -> "Generators":
+        """The same engines, giving up what is left of a request when `count` of it have finished."""
+        return replace(self, enough=count)
 
 
 @dataclass(frozen=True)

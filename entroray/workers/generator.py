@@ -12,13 +12,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from entroray.errors import InfrastructureError
-from entroray.types import Rollout
+from entroray.types import Rollout, Status
 from entroray.workers.request import (
     Request,
     Sampling,
@@ -26,7 +26,7 @@ from entroray.workers.request import (
     probe_params,
     prompt_logprobs,
     rollout,
-    timed_out,
+    unfinished,
 )
 
 TICK = 0.2
@@ -213,11 +213,14 @@ class Generator:
 
     def _collect(self, outputs: list[Any]) -> None:
         finished = [output for output in outputs if output.finished]
-        owners = [self.waiting[self.owner.pop(output.request_id)] for output in finished]
+        keys = [self.owner.pop(output.request_id) for output in finished]
+        owners = [self.waiting[key] for key in keys]
         shaped = [o.request_id for o, w in zip(finished, owners, strict=True) if w.request.sampling.rule]
         notes = dict(zip(shaped, self._drain_notes(shaped), strict=True))
         for output, waiting in zip(finished, owners, strict=True):
             self._deliver(waiting, output, notes.get(output.request_id))
+        for key in dict.fromkeys(keys):  # once all that finished in this step are in
+            self._settle(key)
 
     def _deliver(self, waiting: _Waiting, output: Any, notes: np.ndarray | None) -> None:
         if output.prompt_logprobs is not None:
@@ -226,7 +229,6 @@ class Generator:
             drawn = rollout(waiting.request, output.outputs[0], self._decode, notes)
             waiting.done[output.request_id] = drawn
         waiting.left.discard(output.request_id)
-        self._settle(waiting)
 
     def _noted(self, name: str) -> str:
         """What the sampler calls a request."""
@@ -243,27 +245,37 @@ class Generator:
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def _settle(self, waiting: _Waiting) -> None:
+    def _settle(self, key: str) -> None:
+        """Answer when every sample is in, or enough of them are."""
+        waiting = self.waiting[key]
+        if waiting.request.enough is not None and len(waiting.done) >= waiting.request.enough:
+            self._give_up(waiting, Status.ABANDONED)
+            for name in list(waiting.done)[waiting.request.enough :]:  # as they finished
+                waiting.done[name] = replace(waiting.done[name], status=Status.ABANDONED)
         if waiting.left:
             return
+        del self.waiting[key]
         names = sorted(waiting.done, key=lambda n: int(n.rpartition("-")[2]))
-        del self.waiting[names[0].rpartition("-")[0]]
         results = [waiting.done[n] for n in names]
         probe = not isinstance(results[0], Rollout)
         if not waiting.future.cancelled():
             waiting.future.set_result(results[0] if probe else results)
 
     def _expire(self, now: float) -> None:
-        for waiting in [w for w in self.waiting.values() if w.due < now]:
-            late = sorted(waiting.left)
-            self.engine.abort_request(late)
-            if waiting.request.sampling.rule:
-                self._drain_notes(late)
-            for name in late:
-                self.owner.pop(name, None)
-                waiting.done[name] = timed_out(waiting.request)
-            waiting.left.clear()
-            self._settle(waiting)
+        for key in [key for key, waiting in self.waiting.items() if waiting.due < now]:
+            self._give_up(self.waiting[key], Status.TIMEOUT)
+            self._settle(key)
+
+    def _give_up(self, waiting: _Waiting, status: Status) -> None:
+        """Abort what is left of a request, and forget it."""
+        late = sorted(waiting.left)
+        self.engine.abort_request(late)
+        if waiting.request.sampling.rule:
+            self._drain_notes(late)
+        for name in late:
+            self.owner.pop(name, None)
+            waiting.done[name] = unfinished(waiting.request, status)
+        waiting.left.clear()
 
     def _sleep(self) -> None:
         if not self.asleep:

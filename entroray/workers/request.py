@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from entroray.entropy.diversity import Loops
 from entroray.errors import InfrastructureError
 from entroray.types import Likeliest, Rollout, Shaped, Status
 
 PROCESSOR = "entroray.workers.shaping:Shaping"
 """The logits processor that samplers run in, as vLLM loads it."""
+CUT = ("length", "repetition")
+"""vLLM's reasons for ending a response that was not done."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Sampling:
     inserts: int = 1
     likeliest: int = 0
     """How many of the most probable tokens to report at each position."""
+    loops: Loops | None = None
+    """A response that loops so is stopped."""
 
     def at(self, temperature: float) -> "Sampling":
         """The same at another temperature: the knob of a controller."""
@@ -53,6 +58,8 @@ class Request:
     deadline: float
     after: tuple[int, ...] = ()
     """Tokens the response already has; they count against `sampling.max_tokens`."""
+    enough: int | None = None
+    """When so many samples have finished the engine gives the others up; None waits for all."""
 
     @property
     def read(self) -> list[int]:
@@ -79,7 +86,15 @@ def params(request: Request, seed: int, name: str) -> Any:
         detokenize=bool(s.stop),
         include_stop_str_in_output=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        repetition_detection=_detection(s.loops) if s.loops else None,
     )
+
+
+def _detection(loops: Loops) -> Any:
+    from vllm.sampling_params import RepetitionDetectionParams
+
+    sizes = {"max_pattern_size": loops.longest, "min_pattern_size": loops.shortest}
+    return RepetitionDetectionParams(**sizes, min_count=loops.count)
 
 
 def probe_params() -> Any:
@@ -109,7 +124,7 @@ def rollout(
         text=_text(request, completion, decode),
         temperature=request.sampling.temperature,
         limit=request.sampling.max_tokens,
-        status=Status.TRUNCATED if completion.finish_reason == "length" else Status.OK,
+        status=Status.TRUNCATED if completion.finish_reason in CUT else Status.OK,
         shaped=_shaped(notes, len(token_ids)) if request.sampling.rule else None,
         likeliest=_likeliest(completion, logprobs) if deep else None,
     )
@@ -136,13 +151,12 @@ def _shaped(notes: np.ndarray | None, length: int) -> Shaped:
     return Shaped(*np.ascontiguousarray(notes[:length].T))
 
 
-def timed_out(request: Request) -> Rollout:
+def unfinished(request: Request, status: Status) -> Rollout:
+    """What there is of a sample that was not waited for: nothing, and why."""
     none = np.empty(0, dtype=np.int32)
     limit = request.sampling.max_tokens
     temperature = request.sampling.temperature
-    return Rollout(
-        request.prompt_id, none, none.astype(np.float32), none, "", temperature, limit, Status.TIMEOUT
-    )
+    return Rollout(request.prompt_id, none, none.astype(np.float32), none, "", temperature, limit, status)
 
 
 def prompt_logprobs(output: Any) -> list[float]:

@@ -31,6 +31,10 @@ def test_every_row_is_allowed_as_it_is_shipped(name):
     [
         (ROWS["nsr"] | {"keep": {"fn": "informative"}}, {}, "answers are all wrong"),
         (ROWS["entrocraft_band"] | {"keep": {"fn": "informative"}}, {}, "answers are all wrong"),
+        (ROWS["psr"] | {"keep": {"fn": "informative"}}, {}, "answers are all right"),
+        (ROWS["nsr"], {"second": True}, "rollout.second.factor=1"),
+        (ROWS["w_reinforce"], {"second": True}, "groups that are all wrong, which this row"),
+        (ROWS["nsr"], {"replay": True}, "learns from wrong ones alone"),
         (ROWS["dppo"] | {"correction": {"fn": "icepop"}}, {}, "twice: choose correction `none`"),
         (ROWS["kl_cov"] | {"surrogate": {"fn": "clip"}}, {}, "choose surrogate `reinforce`"),
         (SEQUENCE | {"shapes": [{"fn": "add_entropy"}]}, {}, "choose ratio `sequence_token`"),
@@ -52,6 +56,8 @@ def test_two_faults_are_told_at_once():
 @pytest.mark.parametrize(
     "row, schedule, kind, text",
     [
+        (ROWS["w_reinforce"], {"replay": True}, "beware", "takes a wrong answer"),
+        (ROWS["nsr"], {"lowest": 0.2}, "beware", "pass rate below 0.2"),
         (ROWS["dapo"], {"updates": 1}, "inert", "`clip` with one update per rollout"),
         (ROWS["kl_cov"], {"updates": 1}, "inert", "`kl_cov` with one update per rollout"),
         (ROWS["kl_cov"], {}, "inert", "`kl_cov` in the first update of each step"),

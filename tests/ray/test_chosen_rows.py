@@ -1,0 +1,160 @@
+"""Every row of conf/rollout on the real stack, two steps each; what is given up, stopped, drawn hotter."""
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from entroray.cli import choices, machine, material, sampling, settings, train
+from entroray.config import Config
+from entroray.entropy.catalogue import CHOICE, matches
+from entroray.entropy.diversity import Loops
+from entroray.loop.driver import Driver, Roles
+from entroray.loop.prompts import PromptStream
+from entroray.objective import build
+from entroray.types import Group, Status
+from entroray.workers.generator import Request, Sampling
+
+ROWS = sorted(path.stem for path in (settings.CONF / "rollout").glob("*.yaml"))
+QUICK = [
+    *("experiment=quickstart", "objective=grpo", "data.size=300", "data.max_prompt=128"),
+    *("generator.replicas=1", "generator.threads=1", "learner.threads=1", "learner.updates_per_rollout=1"),
+    *("rollout.groups_per_step=6", "rollout.group_size=4", "rollout.max_tokens=24"),
+    "sampler.stop=[e,t,a,o,i,n,s,r,h,l,'1','2','3',' ']",
+]
+"""A random model: a stop string ends a response after 18 tokens or so, and the judge is easily content."""
+JUDGE = "def seventh(response, prompt):\n    return float(len(response) % 7 == 0)\n"
+Machine = tuple[asyncio.AbstractEventLoop, machine.Machine, Any]
+
+
+class Book:
+    """A journal that remembers metrics and groups."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.groups: list[Group] = []
+
+    def step(self, step: int, metrics: Mapping[str, float], groups: Any, tokens: Any) -> None:
+        self.steps.append({"step": step, **metrics})
+        self.groups += groups
+
+    def event(self, kind: str, **fields: Any) -> None:
+        assert kind != "resample", fields
+
+    def skipped(self, step: int, batch: Any, tokens: Any) -> None:
+        raise AssertionError(f"the update of step {step} was left out")
+
+
+def configured(model: str, folder: Path, *overrides: str) -> Config:
+    judge = f"reward.path={folder}/judge.py:seventh"
+    return settings.load([*QUICK, f"model.path={model}", judge, *overrides])[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("judge")
+    (made / "judge.py").write_text(JUDGE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def running(local_ray: None, model: str, folder: Path) -> Iterator[Machine]:
+    """One machine for all, with the logits processor that a second draw needs."""
+    config = configured(model, folder, "rollout=hotter_again")
+    loop, read = asyncio.new_event_loop(), material.load(config, model)
+    objective, probe = build(config.objective), (1, 2, 3)
+    m = loop.run_until_complete(
+        machine.build(config, model, objective, read.judge, probe, total_updates=1000)
+    )
+    yield loop, m, read
+    loop.run_until_complete(m.stop())
+    loop.close()
+
+
+def steps(running: Machine, config: Config, count: int) -> Book:
+    """`count` steps as `entroray train` takes them, on eight prompts that come again and again."""
+    loop, m, read = running
+    objective, book = build(config.objective), Book()
+    role = m.generator_role(sampling.shaped(config, 1.0, read.tokenizer), sampling.heat(config))
+    roles = Roles(role, m.verifier_role(), m.learner_role(objective), m.sync, book)
+    few = read.split.training[:8]
+    prompts, choice = choices.of(config, PromptStream(few, seed=0), len(few))
+
+    async def go() -> None:
+        await m.learner.all(lambda rank, h: h.adopt.remote(objective), deadline=60.0)
+        await m.sync(0)
+        await Driver(prompts, roles, objective, train._pace(config), seed=0, choice=choice).train(count)
+
+    loop.run_until_complete(asyncio.wait_for(go(), 120.0))
+    return book
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_trains(running: Machine, model: str, folder: Path, name: str) -> None:
+    config = configured(model, folder, f"rollout={name}", "objective.keep.fn=always")
+    told = steps(running, config, 2).steps
+    assert [s["step"] for s in told] == [1, 2]
+    chosen = {n for s in told for n in s if n.startswith(("prompts/", "replay/", "second/", "early/"))}
+    chosen |= {n for s in told for n in s if n == "repetition/looped"}
+    assert all(matches(n, CHOICE) for n in chosen)
+    assert bool(chosen) == (name not in ("plain", "drop_surplus"))
+    assert all(np.isfinite(s["update/loss"]) for s in told)
+
+
+def test_a_second_draw_is_hotter_by_its_factor_and_its_log_probs_say_so(
+    running: Machine, model: str, folder: Path
+) -> None:
+    config = configured(model, folder, "rollout=hotter_again", "rollout.second.factor=1.5")
+    book = steps(running, config, 1)
+    second = [g for g in book.groups if g.earlier]
+    assert second and book.steps[0]["second/groups"] == len(second) / 6
+    for g in second:
+        assert g.earlier[0].right == 0 and all(r.shaped is None for r in g.earlier[0].rollouts)
+        heat = np.concatenate([r.shaped.temperature for r in g.rollouts if r.shaped])
+        assert set(np.round(heat, 5)) == {1.5} and {r.temperature for r in g.rollouts} == {1.0}
+    assert book.steps[0]["mismatch/max"] > 0.01, "drawn from another distribution, and corrected for"
+
+
+def test_a_replayed_success_is_weighed_against_the_weights_of_now(
+    running: Machine, model: str, folder: Path
+) -> None:
+    config = configured(model, folder, "rollout=replay", "rollout.replay.rare=0.5", "learner.lr=1e-3")
+    book = steps(running, config, 6)
+    used = [s for s in book.steps if s["replay/groups"]]
+    assert used and all(s["lag/max"] == 0 and s["replay/age"] >= 1 for s in used)
+    assert any(s["mismatch/max"] > 1e-4 for s in used), "the policy has moved since"
+    assert all(s["mismatch/max"] < 1e-3 for s in book.steps if not s["replay/groups"])
+
+
+def ask(running: Machine, request: Request) -> list[Any]:
+    loop, m, _ = running
+    return loop.run_until_complete(asyncio.wait_for(m.engines.sample(request), 60.0))
+
+
+def test_the_engine_gives_up_the_slow_and_goes_on(running: Machine) -> None:
+    plain = Sampling(1.0, 24, stop=tuple("etaoinsrhl123 "))
+    for drawing in (plain, plain.under({"fn": "fixed"})):
+        whole = ask(running, Request("q", (5, 6, 7), tuple(range(12)), drawing, 60.0))
+        early = ask(running, Request("q", (5, 6, 7), tuple(range(12)), drawing, 60.0, enough=4))
+        taken = [i for i, r in enumerate(early) if r.status.usable]
+        assert len(taken) == 4 and {str(r.status) for r in early} <= {"ok", "truncated", "abandoned"}
+        assert all(early[i].token_ids.tolist() == whole[i].token_ids.tolist() for i in taken)
+        bound = sorted(r.length for r in whole)[3]
+        assert max(early[i].length for i in taken) <= bound < max(r.length for r in whole)
+        again = ask(running, Request("q", (5, 6, 7), (0, 1), drawing, 60.0))
+        assert [r.token_ids.tolist() for r in again] == [r.token_ids.tolist() for r in whole[:2]]
+
+
+def test_a_loop_is_stopped_where_it_closes_and_nowhere_else(running: Machine) -> None:
+    """Twice the same token is rare enough in a random model, and frequent enough."""
+    loops, seeds = Loops(count=2, shortest=1, longest=2), tuple(range(64))
+    whole = ask(running, Request("q", (5, 6, 7), seeds, Sampling(1.0, 40), 60.0))
+    cut = ask(running, Request("q", (5, 6, 7), seeds, Sampling(1.0, 40, loops=loops), 60.0))
+    closes = [next((n for n in range(1, 41) if loops(r.token_ids[:n])), None) for r in whole]
+    assert 3 < sum(n is not None and n < 40 for n in closes) < 60
+    for r, long, at in zip(cut, whole, closes, strict=True):
+        assert r.token_ids.tolist() == long.token_ids[: at or 40].tolist()
+        assert (r.status is Status.TRUNCATED) == (at is not None or long.status is Status.TRUNCATED)

@@ -1,0 +1,196 @@
+"""How prompts and groups are chosen: literal orders, what is remembered, what is refused."""
+
+import asyncio
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from entroray.cli import choices, settings
+from entroray.entropy.catalogue import CHOICE, matches
+from entroray.errors import ConfigError
+from entroray.loop.choice import Choice
+from entroray.loop.curriculum import Curriculum, Rule
+from entroray.loop.prompts import PromptStream
+from entroray.loop.rescue import Rescue
+from entroray.objective import build
+from entroray.types import Group, Prompt, Rollout, Verdict
+from tests.cases import ROWS
+from tests.composed import configured
+from tests.toy import TARGET, ToyWorld, driver
+
+PROMPTS = [Prompt(f"p{i}", f"p{i}", (0,), str(TARGET)) for i in range(6)]
+
+
+class InOrder:
+    """p0 .. p5 and again, in that order."""
+
+    position = 0
+
+    def __next__(self) -> Prompt:
+        self.position += 1
+        return self.at(self.position - 1)
+
+    def at(self, position: int) -> Prompt:
+        return PROMPTS[position % 6]
+
+
+def rollout(name: str = "p0", length: int = 2, version: int = 0, **changes: Any) -> Rollout:
+    ids, ones = np.arange(length, dtype=np.int32), np.full(length, -0.1, np.float32)
+    return Rollout(name, ids, ones, np.full(length, version, np.int32), "t", 1.0, 9, **changes)
+
+
+def group(name: str, *correct: float, **changes: Any) -> Group:
+    prompt = Prompt(name, name, (0,), "")
+    rollouts = tuple(rollout(name, **changes) for _ in correct)
+    return Group(prompt, rollouts, tuple(Verdict(c, c) for c in correct))
+
+
+def taken(prompts: Any, count: int) -> str:
+    return " ".join(next(prompts).id for _ in range(count))
+
+
+# The order of prompts.
+
+
+def test_without_a_rule_nothing_is_passed_over() -> None:
+    chosen = Curriculum(InOrder(), 6, Rule(), seed=0)
+    chosen.note(group("p1", 1, 1))
+    chosen.note(group("p2", 0, 0))
+    assert taken(chosen, 8) == "p0 p1 p2 p3 p4 p5 p0 p1" and chosen.passed == 0
+
+
+def test_a_mastered_prompt_is_passed_over_for_good_and_positions_stay_those_of_the_data() -> None:
+    chosen = Curriculum(InOrder(), 6, Rule(visits=2, retire=0.75), seed=0)
+    assert taken(chosen, 3) == "p0 p1 p2"
+    chosen.note(group("p1", 1, 1, 1, 0))  # 0.75
+    chosen.note(group("p2", 1, 1, 0, 0))
+    chosen.note(group("p2", 1, 1, 1, 1))  # mean of the last two 0.75
+    assert taken(chosen, 7) == "p3 p4 p5 p0 p3 p4 p5"
+    assert chosen.position == 12 and chosen.passed == 2
+    assert chosen.at(1).id == "p1", "a slot in flight finds its prompt whatever was learnt of it"
+    chosen.note(group("p2", 0, 0, 0, 0))  # of 1 and 0: 0.5
+    assert chosen.records["p2"].rate == 0.5
+    assert taken(chosen, 2) == "p0 p2"
+
+
+def test_a_mastered_prompt_rests_for_as_many_epochs_as_asked_and_comes_back() -> None:
+    chosen = Curriculum(InOrder(), 6, Rule(visits=1, retire=0.9, rest=1), seed=0)
+    assert taken(chosen, 6) == "p0 p1 p2 p3 p4 p5"
+    chosen.note(group("p5", 1, 1))  # judged in epoch 0: left out of epoch 1, back in epoch 2
+    assert taken(chosen, 11) == "p0 p1 p2 p3 p4 p0 p1 p2 p3 p4 p5"
+
+
+def test_a_band_passes_over_what_is_outside_but_for_a_share_of_its_turns() -> None:
+    chosen = Curriculum(InOrder(), 6, Rule(low=0.25, high=0.75, outside=0.3), seed=0)
+    for name, right in (("p0", 0), ("p1", 0.25), ("p2", 0.75), ("p3", 1)):
+        chosen.note(group(name, right, right))
+    seen = [next(chosen).id for _ in range(2000)]
+    counts = {name: seen.count(name) / seen.count("p5") for name in ("p0", "p1", "p2", "p3", "p4")}
+    assert counts["p1"] == counts["p2"] == pytest.approx(1.0, abs=0.01) == counts["p4"]
+    assert counts["p0"] == pytest.approx(0.3, abs=0.06) and counts["p3"] == pytest.approx(0.3, abs=0.06)
+    assert chosen.metrics([], [], 1)["prompts/inside"] == 0.5
+
+
+def test_nothing_starves_where_every_prompt_is_passed_over() -> None:
+    chosen = Curriculum(InOrder(), 6, Rule(retire=0.9, low=0.4, high=0.6, outside=1e-9), seed=0)
+    for i in range(6):
+        chosen.note(group(f"p{i}", float(i != 2), float(i != 2)))
+    assert taken(chosen, 3) == "p2 p2 p2" and chosen.forced == 3, "the one that is not mastered"
+    chosen.note(group("p2", 1, 1))
+    chosen.note(group("p2", 1, 1))
+    assert taken(chosen, 3) == "p3 p4 p5" and chosen.forced == 6
+
+
+def test_a_hotter_second_draw_says_nothing_of_the_pass_rate() -> None:
+    chosen = Curriculum(InOrder(), 6, Rule(), seed=0)
+    chosen.note(replace(group("p1", 1, 1), earlier=(group("p1", 0, 0),)))
+    assert chosen.records["p1"].rates == [0.0]
+
+
+def a_run(steps: int, state: dict | None = None, **changes: Any) -> tuple[ToyWorld, dict[int, dict]]:
+    """Four of twelve prompts a step; each group right as its prompt says, some always, some never."""
+    world = ToyWorld(build(ROWS["grpo"]))
+    data = [Prompt(f"{i:02d}", f"{i}", (0,), str(TARGET)) for i in range(12)]
+
+    async def judge(prompt: Prompt, rollouts: list) -> list[Verdict]:
+        kind = int(prompt.id) % 3
+        return [Verdict(x, x) for x in (float(kind == 0 or (kind == 1 and i % 2)) for i in range(8))]
+
+    world.judge = judge  # type: ignore[method-assign]
+    rule = Rule(visits=1, retire=0.9, rest=1, low=0.2, high=0.8, outside=0.3)
+    chosen = Curriculum(PromptStream(data, seed=1), 12, rule, seed=1)
+    choice = Choice({"curriculum": chosen}, tell=(chosen.metrics,))
+    states = {}
+
+    async def run() -> None:
+        d = driver(world, prompts=chosen, choice=choice, **changes)
+        if state:
+            d.restore(json.loads(json.dumps(state)))
+
+        async def after(step: int, metrics: object) -> None:
+            states[step] = d.state()
+
+        await d.train(steps, after)
+
+    asyncio.run(run())
+    return world, states
+
+
+@pytest.mark.parametrize("max_lag", [0, 1])
+def test_the_driver_draws_the_same_prompts_after_a_resume(max_lag: int) -> None:
+    world, states = a_run(12, max_lag=max_lag)
+    resumed, _ = a_run(12, states[6], max_lag=max_lag)
+    if max_lag == 0:
+        assert resumed.trained == world.trained[24:]
+        assert resumed.steps[-1]["prompts/passed_over"] == world.steps[-1]["prompts/passed_over"] > 0
+    else:  # what was in flight comes first, its prompts found again by position
+        assert resumed.trained[:4] == world.trained[24:28]
+    late = world.trained[24:]
+    counts = [sum(int(p) % 3 == kind for p in late) for kind in range(3)]
+    assert counts[1] > counts[0] > 0 and counts[1] > counts[2] > 0, "the band comes first, nothing starves"
+    assert all(matches(name, CHOICE) for name in world.steps[-1] if name.startswith("prompts/"))
+
+
+# The configuration.
+
+NAMES = sorted(path.stem for path in (settings.CONF / "rollout").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_is_described_and_only_the_plain_one_chooses_nothing(name: str) -> None:
+    said = choices.describe(configured(f"rollout={name}").rollout)
+    assert (said == "every prompt in its turn, every group as it was drawn") == (name == "plain")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout=mastered", "rollout.prompts.retire=1.5"], "between 0 and 1"),
+        (["rollout=mastered", "rollout.prompts.visits=0"], "at least 1"),
+        (["rollout=band", "rollout.prompts.band=[0.8,0.2]"], "the lower first"),
+        (["rollout=band", "rollout.prompts.outside=0"], "never be looked at again"),
+        (["rollout=replay", "objective.correction.fn=none"], "older weights drew"),
+        (["rollout=hotter_again", "objective.correction.fn=none"], "another temperature"),
+        (["rollout=hotter_again", "+generator.engine.speculative_config={method: ngram}"], "none: drop"),
+        (["rollout.second.factor=0.9"], "at least 1"),
+        (["rollout.early.extra=-1"], "at least 0"),
+        (["rollout.repetition.count=1"], "at least 2"),
+        (["rollout=stop_loops", "rollout.repetition.longest=0"], "shortest <= longest"),
+        (["rollout=stop_loops", "rollout.repetition.shortest=9"], "nothing would ever be stopped"),
+        (["rollout.surplus=keep"], "all training is on-policy"),
+        (["rollout.surplus=lose"], "by_lag, keep or drop"),
+        (["rollout=replay", "rollout.replay.tokens=10"], "no room for one response"),
+        (["rollout=replay", "rollout.replay.rare=1"], "between 0 and 1"),
+    ],
+)
+def test_a_choice_that_makes_no_sense_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        configured(*overrides)
+
+
+def test_the_plain_choice_leaves_the_prompts_as_they_are() -> None:
+    stream = PromptStream(PROMPTS, seed=0)
+    assert choices.of(configured(), stream, 6) == (stream, Choice({}, Rescue(), []))
