@@ -12,7 +12,8 @@ USAGE = """usage: entroray <command> [hydra overrides]
 
   train       run reinforcement learning: entroray train experiment=quickstart [seed=1 ...]
   bootstrap   build and warm-start the embedded small model
-  eval        held-out accuracy of a model folder: entroray eval model.path=runs/latest/model
+  eval        held-out accuracy of a model folder: entroray eval model.path=runs/latest/model --out=a.json
+              and two of them compared, prompt by prompt: entroray eval --compare a.json b.json
   verify-resume  n steps, a checkpoint and n more against 2n: equal bit for bit, or exit code 6
   doctor      everything wrong with this machine and these settings, at once, with remedies
   lab         rows compared over seeds: entroray lab experiment=quickstart objective=grpo,dapo seed=1,2,3

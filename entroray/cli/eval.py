@@ -87,6 +87,10 @@ async def evaluate(config: Config) -> dict[str, Any]:
     prompts = read.split.heldout[: e.prompts]
     if not prompts:
         raise PreflightError(f"no held-out prompt among {config.data.size} rows: raise data.heldout")
+    if e.cot > len(read.tokenizer):
+        raise ConfigError(
+            f"evaluate.cot={e.cot}: the tokenizer knows {len(read.tokenizer)} tokens, so lower it"
+        )
     engine = Generator(
         model, dtype=config.model.dtype, max_length=machine.length(config), seed=0, engine=_options(config)
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 EXACT = 64
 """Samples up to which maj@k is exact; with more it is the mean over `SUBSETS` subsets, always the same."""
@@ -78,12 +79,21 @@ def _rivals(rivals: tuple[int, ...], most: int, room: int) -> dict[tuple[int, in
 
 
 def _sampled(answers: Sequence[str | None], right: dict[str, float], k: int) -> float:
+    """The mean over `SUBSETS` subsets of k, the same for every prompt with as many answers."""
     names = list(right)
     if not names:
         return 0.0
-    votes = np.array([[a == v for v in names] for a in answers], dtype=float)
-    order = np.random.default_rng(0).permuted(np.tile(np.arange(len(answers)), (SUBSETS, 1)), axis=1)
-    counts = votes[order[:, :k]].sum(axis=1)
+    place = {name: i for i, name in enumerate(names)}
+    who = np.array([len(names) if a is None else place[a] for a in answers])
+    cells = who[_shuffled(len(answers))[:, :k]] + (len(names) + 1) * np.arange(SUBSETS)[:, None]
+    counts = np.bincount(cells.ravel(), minlength=SUBSETS * (len(names) + 1)).reshape(SUBSETS, -1)[:, :-1]
     leading = (counts == counts.max(axis=1, keepdims=True)) & (counts > 0)
     share = leading / np.maximum(leading.sum(axis=1, keepdims=True), 1)
-    return float((share @ np.array([right[v] for v in names])).mean())
+    return float((share @ np.array([right[name] for name in names])).mean())
+
+
+@cache
+def _shuffled(samples: int) -> NDArray[np.int64]:
+    """[SUBSETS, samples] places in a random order; the first k of a row are a subset."""
+    rows = np.tile(np.arange(samples), (SUBSETS, 1))
+    return np.random.default_rng(0).permuted(rows, axis=1)

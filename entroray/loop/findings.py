@@ -46,7 +46,7 @@ def of(
     return {
         **{name: float(column.mean()) for name, column in each.items()},
         "intervals": dict(bounds),
-        "failed": _failed(sampled),
+        "failed": _failed(sampled if sampled is greedy else [*greedy, *sampled]),
         "metrics": _metrics(known, confident),
         "calibration": {name: _diagram(*pair) for name, pair in confident.items()},
         **_entropies(known, words),

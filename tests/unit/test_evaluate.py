@@ -77,6 +77,9 @@ def test_a_majority_of_very_many_samples_is_the_mean_over_fixed_subsets() -> Non
     assert len(answers) > EXACT
     exact = sum(math.comb(60, j) * math.comb(40, 5 - j) for j in (3, 4, 5)) / math.comb(100, 5)
     assert majority_at_k(answers, right, 5) == pytest.approx(exact, abs=0.03)
+    assert majority_at_k(answers, right, 100) == 1.0
+    silent = [None] * 99 + ["a"]  # found by a draw of 20 in 100 with probability 1/5
+    assert majority_at_k(silent, [0.0] * 99 + [1.0], 20) == pytest.approx(0.2, abs=0.03)
     assert majority_at_k(answers, right, 5) == majority_at_k(answers, right, 5)
 
 

@@ -123,10 +123,10 @@ def test_paths_of_cot_decoding_are_counted_by_what_became_of_them() -> None:
 
 def test_failed_answers_are_wrong_and_said_and_have_no_say_elsewhere() -> None:
     found = examined(failing="p0")
-    assert found["failed"] == {"timeout": 4}
+    assert found["failed"] == {"timeout": 5}, "four samples and the greedy answer"
     assert found["pass@1"] == pytest.approx((0 + 0.25 + 0.25) / 3)
     assert sum(found["calibration"]["consistency"]["count"]) == 8
-    assert "4 timeout" in "\n".join(evaluation.lines(found))
+    assert "5 timeout" in "\n".join(evaluation.lines(found))
 
 
 def test_at_temperature_0_the_greedy_answer_is_the_one_sample() -> None:
