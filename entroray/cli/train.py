@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, knobs, machine, material, preflight, rundir, sampling, settings
+from entroray.cli import bootstrap, knobs, machine, material, preflight, rundir, sampling, settings, tools
 from entroray.cli.objectives import schedule, told
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
@@ -21,7 +21,6 @@ from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.evaluate import heldout
 from entroray.loop.insight import Looks
 from entroray.loop.limits import Stagnation
-from entroray.loop.prompts import PromptStream
 from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
 from entroray.observe.console import Console, summary
@@ -93,6 +92,8 @@ def _multirun(arguments: list[str]) -> int:
 def _dry(config: Config, objective: Objective) -> str:
     """What would run: the equation, each role's share, memory by role."""
     lines = [objective.describe(), *told(config, objective), ""]
+    lines += [f"prompts: {line}" for line in material.told(config)]
+    lines += [f"tool: {tools.describe(config)}"] if tools.asked(config) else []
     lines += [f"control: {c.describe()}" for c in knobs.control_of(config).controllers]
     for role, (count, share) in machine.shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
@@ -185,7 +186,8 @@ def _header(
     config: Config, objective: Objective, read_in: material.Material, folder: Path, facts: dict[str, Any]
 ) -> list[str]:
     r, s, split = config.rollout, config.sampler, read_in.split
-    stops = [repr(x) for x in (read_in.tokenizer.eos_token, *s.stop)]
+    stops = [repr(x) for x in (read_in.tokenizer.eos_token, *tools.stops(config))]
+    called = [f"tool       {tools.describe(config)}"] if tools.asked(config) else []
     return [
         *objective.describe().splitlines(),
         *told(config, objective),
@@ -193,10 +195,12 @@ def _header(
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
         f"sampler    {sampling.describe(s)}",
+        *called,
         f"schedule   {config.run.steps} steps, {config.learner.updates_per_rollout} updates a step, "
         f"lag at most {config.driver.max_lag} ({config.driver.stale})",
         *(f"control    {c.describe()}" for c in knobs.control_of(config).controllers),
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
+        *(f"prompts    {line}" for line in material.told(config)),
         f"data       {len(split.training)} training, {len(split.heldout)} held out; {read_in.dropped}",
         f"machine    {facts['resources']}; ready in {facts['start_seconds']:.0f} s, "
         f"probe error {facts['sync/probe_error']:.1e} nats",
@@ -215,9 +219,10 @@ async def drive(
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
     heat = sampling.heat(config)
     drawn = sampling.shaped(config, config.sampler.temperature, read_in.tokenizer)
+    generator, verifier = m.generator_role(drawn, heat), m.verifier_role()
     roles = Roles(
-        m.generator_role(drawn, heat),
-        m.verifier_role(),
+        tools.conversing(config, read_in.tokenizer, generator, verifier, journal.event),
+        verifier,
         m.learner_role(objective),
         m.sync,
         journal,
@@ -228,7 +233,7 @@ async def drive(
     journal.event("start", objective=config.objective, pace=asdict(pace), state=run.state)
     control = knobs.control_of(config)
     journal.event("control", controllers=[c.describe() for c in control.controllers])
-    stream, tune = PromptStream(read_in.split.training, seed=config.seed), knobs.tuner(config)
+    stream, tune = material.order(config, read_in.split.training, config.seed), knobs.tuner(config)
     steered: dict[str, Any] = {"control": control, "tune": tune, "heat": heat}
     driver = Driver(stream, roles, objective, pace, seed=config.seed, looks=_looks(config), **steered)
     if run.checkpoint:
@@ -270,8 +275,9 @@ def _evaluation(
     async def evaluate(step: int) -> dict[str, float]:
         if not e.every or step % e.every:
             return {}
-        at = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
         temperature, judge = config.sampler.temperature, m.verifier_role()
+        drawn = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
+        at = lambda t: tools.conversing(config, read_in.tokenizer, drawn(t), judge)  # noqa: E731
         found = await heldout(at, judge, prompts, temperature=temperature, samples=e.samples)
         return {f"eval/{name}": value for name, value in found.items()}
 

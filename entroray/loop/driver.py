@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from entroray.control import Control
+from entroray.entropy.domains import by_domain
+from entroray.entropy.domains import judged as of_judged
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
@@ -244,16 +246,13 @@ class Driver:
         judged = [*groups, *self.stream.judged_since()]
         for group in judged:  # here, not as they finish: the order is the same in every run
             self.heat.note(group)
-        right = [float(g.correct.mean()) for g in judged]
         counted = {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
         metrics = (
             trained
             | counted
+            | of_judged(judged)
+            | by_domain(groups, tokens, judged)
             | {
-                # Of every group judged: a filter that keeps the undecided ones must not show as a plateau.
-                "reward/mean": sum(right) / len(right),
-                "groups/all_right": sum(r == 1 for r in right) / len(right),
-                "groups/all_wrong": sum(r == 0 for r in right) / len(right),
                 "reward/trained_mean": trained["reward/mean"],
                 "reward/shaped_mean": sum(shaped) / len(shaped),
                 "groups/dropped": float(self.stream.dropped.total()),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from entroray.loop.driver import seeds
+from entroray.loop.mixture import domains
 from entroray.loop.roles import Generator, Verifier
 from entroray.types import Group, Prompt
 
@@ -60,4 +61,19 @@ async def heldout(
     """
     greedy = await right_answers(at(0.0), verifier, prompts, samples=1, seed=0)
     sampled = await right_answers(at(temperature), verifier, prompts, samples=samples, seed=0)
+    return _scored(greedy, sampled, samples) | by_domain(prompts, greedy, sampled, samples)
+
+
+def by_domain(
+    prompts: Sequence[Prompt], greedy: Sequence[int], sampled: Sequence[int], samples: int
+) -> dict[str, float]:
+    """The scores of `heldout` for each part of a mixture, as `greedy:countdown`."""
+    found = {}
+    for name, places in domains(prompts).items():
+        own = _scored([greedy[i] for i in places], [sampled[i] for i in places], samples)
+        found |= {f"{score}:{name}": value for score, value in own.items()}
+    return found
+
+
+def _scored(greedy: Sequence[int], sampled: Sequence[int], samples: int) -> dict[str, float]:
     return {"greedy": sum(greedy) / len(greedy), **scores(sampled, samples)}

@@ -220,6 +220,10 @@ class Generator:
             self._deliver(waiting, output, notes.get(output.request_id))
 
     def _deliver(self, waiting: _Waiting, output: Any, notes: np.ndarray | None) -> None:
+        if output.prompt_token_ids != waiting.request.read:
+            raise InfrastructureError(
+                f"the engine read other tokens than it was given: {output.prompt_token_ids}"
+            )
         if output.prompt_logprobs is not None:
             waiting.done[output.request_id] = prompt_logprobs(output)  # type: ignore[assignment]
         else:
