@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from entroray.cli import bootstrap, machine, material, preflight, sampling, settings, tools
+from entroray.cli import bootstrap, calls, machine, material, preflight, sampling, settings
 from entroray.config import Config
 from entroray.errors import InfrastructureError
 from entroray.loop.portrait import portrait
@@ -55,7 +55,7 @@ class Bench:
         m, s, e = self.stands, config.sampler, config.evaluate
         tokenizer, verifier = self.read_in.tokenizer, m.verifier_role()
         drawn = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
-        at = lambda t: tools.conversing(config, tokenizer, drawn(t), verifier)  # noqa: E731
+        at = lambda t: calls.conversing(config, tokenizer, drawn(t), verifier)  # noqa: E731
         prompts = self.read_in.split.heldout[: e.prompts]
         roles = at, verifier, m.learner_role(objective)
         return await portrait(*roles, prompts, temperature=s.temperature, samples=e.samples)

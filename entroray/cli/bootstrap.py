@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from entroray.cli import machine, material, sampling, settings, tools
+from entroray.cli import calls, machine, material, sampling, settings
 from entroray.config import EMBEDDED, Config, Part
 from entroray.errors import ConfigError
 from entroray.loop.demonstrations import NAMES, Worked, demonstration
@@ -58,7 +58,7 @@ def _besides(config: Config) -> list[dict[str, Any]]:
     """What else shapes prompts and responses, where it is set: what is not leaves the older names valid."""
     system = {"system": config.model.system} if config.model.system else {}
     r = config.rollout
-    tool = {"tool": asdict(r.tool), "turns": r.turns} if tools.asked(config) else {}
+    tool = {"tool": asdict(r.tool), "turns": r.turns} if calls.asked(config) else {}
     return [system | tool] if system or tool else []
 
 
@@ -119,7 +119,7 @@ async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
     probe = tuple(read.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
     m = await machine.build(config, start, objective, read.judge, probe, total_updates=plan.max_steps)
     drawn = m.generator_role(sampling.plain(config, config.sampler.temperature))
-    generator = tools.conversing(config, read.tokenizer, drawn, m.verifier_role())
+    generator = calls.conversing(config, read.tokenizer, drawn, m.verifier_role())
     checks = read.split.training[: plan.check_prompts]
     began = time.monotonic()
     reached = await warm_up(
@@ -140,7 +140,7 @@ def _demonstrations(config: Config, read: material.Material) -> Iterator[Group]:
     answers = {name: _answers(name, part) for name, part in material.tasks(config).items()}
     end, most = read.tokenizer.eos_token_id, config.rollout.max_tokens
     for prompt in material.order(config, read.split.demonstrations, config.seed):
-        ids, said = tools.demonstrated(config, read.tokenizer, answers[prompt.domain](prompt.entry))
+        ids, said = calls.demonstrated(config, read.tokenizer, answers[prompt.domain](prompt.entry))
         yield demonstrate(prompt, [*ids, end][:most], said)
 
 

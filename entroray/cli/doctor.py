@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from entroray.cli import bootstrap, machine, material, preflight, settings, tools
+from entroray.cli import bootstrap, calls, machine, material, preflight, settings
 from entroray.config import EMBEDDED, Config
 from entroray.errors import DataError, PreflightError
 from entroray.loop.demonstrations import Worked, demonstration
@@ -144,7 +144,7 @@ def judge(config: Config) -> str:
 
 def _right(config: Config, read: material.Material, answer: str | Worked) -> str:
     """The text of a response that is right, with what a tool says in it."""
-    ids, _ = tools.demonstrated(config, read.tokenizer, answer)
+    ids, _ = calls.demonstrated(config, read.tokenizer, answer)
     return read.tokenizer.decode(ids)
 
 

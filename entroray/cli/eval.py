@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from entroray.cli import bootstrap, machine, material, sampling, settings, tools
+from entroray.cli import bootstrap, calls, machine, material, sampling, settings
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.loop.evaluate import heldout
@@ -79,7 +79,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
     try:
         await asyncio.gather(engine.start(), verifier.warm_up())
         one = lambda t: OneEngine(engine, drawn(t), config.rollout.deadline)  # noqa: E731
-        role = lambda t: tools.conversing(config, read.tokenizer, one(t), verifier)  # noqa: E731
+        role = lambda t: calls.conversing(config, read.tokenizer, one(t), verifier)  # noqa: E731
         measured = await heldout(role, verifier, prompts, temperature=s.temperature, samples=e.samples)
     finally:
         verifier.close()

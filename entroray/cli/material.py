@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entroray.cli import tools
+from entroray.cli import calls
 from entroray.config import Config, Data, Part
 from entroray.errors import ConfigError, PreflightError
 from entroray.loop import mixture, prompts
@@ -101,7 +101,7 @@ def order(config: Config, of: tuple[Prompt, ...], seed: int) -> prompts.PromptSt
 def judge(config: Config) -> Mapping[str, Any]:
     """The reward spec: a user's own function when `reward.path` is set, else the tasks'; and the tool's."""
     judged = _judge(config)
-    return {"fn": "with_tool", "judge": judged, "tool": tools.spec(config)} if tools.asked(config) else judged
+    return {"fn": "with_tool", "judge": judged, "tool": calls.spec(config)} if calls.asked(config) else judged
 
 
 def _judge(config: Config) -> Mapping[str, Any]:

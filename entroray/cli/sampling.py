@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from entroray.cli import tools
+from entroray.cli import calls
 from entroray.config import Config, Sampler
 from entroray.entropy import shaping
 from entroray.errors import ConfigError, PreflightError
@@ -21,7 +21,7 @@ def shapes(sampler: Sampler) -> bool:
 def plain(config: Config, temperature: float) -> Sampling:
     """The policy's own distribution at `temperature`; 0 is greedy."""
     s = config.sampler
-    return Sampling(temperature, config.rollout.max_tokens, tools.stops(config), s.top_p, s.top_k)
+    return Sampling(temperature, config.rollout.max_tokens, calls.stops(config), s.top_p, s.top_k)
 
 
 def shaped(config: Config, temperature: float, tokenizer: Any) -> Sampling:

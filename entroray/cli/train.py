@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, knobs, machine, material, preflight, rundir, sampling, settings, tools
+from entroray.cli import bootstrap, calls, knobs, machine, material, preflight, rundir, sampling, settings
 from entroray.cli.objectives import schedule, told
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
@@ -93,7 +93,7 @@ def _dry(config: Config, objective: Objective) -> str:
     """What would run: the equation, each role's share, memory by role."""
     lines = [objective.describe(), *told(config, objective), ""]
     lines += [f"prompts: {line}" for line in material.told(config)]
-    lines += [f"tool: {tools.describe(config)}"] if tools.asked(config) else []
+    lines += [f"tool: {calls.describe(config)}"] if calls.asked(config) else []
     lines += [f"control: {c.describe()}" for c in knobs.control_of(config).controllers]
     for role, (count, share) in machine.shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
@@ -186,8 +186,8 @@ def _header(
     config: Config, objective: Objective, read_in: material.Material, folder: Path, facts: dict[str, Any]
 ) -> list[str]:
     r, s, split = config.rollout, config.sampler, read_in.split
-    stops = [repr(x) for x in (read_in.tokenizer.eos_token, *tools.stops(config))]
-    called = [f"tool       {tools.describe(config)}"] if tools.asked(config) else []
+    stops = [repr(x) for x in (read_in.tokenizer.eos_token, *calls.stops(config))]
+    called = [f"tool       {calls.describe(config)}"] if calls.asked(config) else []
     return [
         *objective.describe().splitlines(),
         *told(config, objective),
@@ -221,7 +221,7 @@ async def drive(
     drawn = sampling.shaped(config, config.sampler.temperature, read_in.tokenizer)
     generator, verifier = m.generator_role(drawn, heat), m.verifier_role()
     roles = Roles(
-        tools.conversing(config, read_in.tokenizer, generator, verifier, journal.event),
+        calls.conversing(config, read_in.tokenizer, generator, verifier, journal.event),
         verifier,
         m.learner_role(objective),
         m.sync,
@@ -277,7 +277,7 @@ def _evaluation(
             return {}
         temperature, judge = config.sampler.temperature, m.verifier_role()
         drawn = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
-        at = lambda t: tools.conversing(config, read_in.tokenizer, drawn(t), judge)  # noqa: E731
+        at = lambda t: calls.conversing(config, read_in.tokenizer, drawn(t), judge)  # noqa: E731
         found = await heldout(at, judge, prompts, temperature=temperature, samples=e.samples)
         return {f"eval/{name}": value for name, value in found.items()}
 

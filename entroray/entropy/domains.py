@@ -22,7 +22,7 @@ def judged(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def by_domain(trained: Sequence[Group], tokens: Tokens, groups: Sequence[Group]) -> dict[str, float]:
-    """`judged` of all `groups` and TRAINED of the `trained` ones, for each domain there is; `tokens` theirs."""
+    """`judged` of all `groups`, and TRAINED of those whose `tokens` these are, for each domain there is."""
     metrics = {}
     for name in sorted({g.prompt.domain for g in groups} - {""}):
         own = [g for g in groups if g.prompt.domain == name]

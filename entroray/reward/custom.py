@@ -35,9 +35,7 @@ def load(path: str, setting: str) -> Callable[[str, Prompt], Any]:
     try:
         inspect.signature(function).bind("response", "prompt")
     except TypeError as error:
-        raise ConfigError(
-            f"{setting}={path!r}: {name} must take two arguments, the text and the prompt: {error}"
-        ) from error
+        raise ConfigError(f"{setting}={path!r}: {name} must take (text, prompt): {error}") from error
     return function
 
 

@@ -77,7 +77,9 @@ def test_metrics_of_each_domain() -> None:
     def group(domain: str, ids: list[int], correct: list[float]) -> Group:
         row = lambda n: (np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32))  # noqa: E731
         rollouts = tuple(Rollout("p", *row(n), "", 1.0, 9) for n in ids)
-        return Group(Prompt("p", "", (0,), "", domain=domain), rollouts, tuple(Verdict(c, c) for c in correct))
+        return Group(
+            Prompt("p", "", (0,), "", domain=domain), rollouts, tuple(Verdict(c, c) for c in correct)
+        )
 
     a, b, sent_back = group("a", [1, 2], [1, 0]), group("b", [3, 1], [1, 0]), group("b", [1, 1], [0, 0])
     entropy = np.array([1, 1, 1, 5, 5, 5, 9], np.float32)
@@ -106,7 +108,9 @@ def test_evaluations_of_each_domain() -> None:
 
 def test_a_judge_for_each_domain() -> None:
     gym = lambda task, extract: {"fn": "gym", "task": task, "extract": extract}  # noqa: E731
-    judge = build({"fn": "by_domain", "judges": {"a": gym("chain_sum", "after"), "b": gym("chain_sum", "whole")}})
+    judge = build(
+        {"fn": "by_domain", "judges": {"a": gym("chain_sum", "after"), "b": gym("chain_sum", "whole")}}
+    )
     one = lambda domain: Prompt("p", "", (1,), "5", {"answer": "5"}, domain)  # noqa: E731
     assert [judge("=5", one(d)).correct for d in "ab"] == [1, 0]
     assert "no judge of domain 'c'" in judge("=5", one("c")).detail
@@ -117,7 +121,9 @@ def test_a_judge_for_each_domain() -> None:
 
 @pytest.fixture(scope="module")
 def mixed() -> material.Config:
-    return settings.load(["data=mixture", "data.parts.chain_sum.size=400", "data.parts.countdown.size=200"])[0]
+    return settings.load(["data=mixture", "data.parts.chain_sum.size=400", "data.parts.countdown.size=200"])[
+        0
+    ]
 
 
 def test_a_mixture_is_read_part_by_part(mixed: material.Config) -> None:
@@ -125,18 +131,24 @@ def test_a_mixture_is_read_part_by_part(mixed: material.Config) -> None:
     for part in (read.split.heldout, read.split.demonstrations, read.split.training):
         assert {p.domain for p in part} == {"chain_sum", "countdown"}
     assert [p.domain for p in read.split.heldout[:4]] == ["chain_sum", "countdown"] * 2
-    every = [p.id for part in (read.split.heldout, read.split.demonstrations, read.split.training) for p in part]
+    every = [
+        p.id for part in (read.split.heldout, read.split.demonstrations, read.split.training) for p in part
+    ]
     assert len(set(every)) == len(every)
     judge = build(read.judge)
     for group in islice(bootstrap._demonstrations(mixed, read), 20):
         text = byte_tokenizer().decode(group.rollouts[0].token_ids.tolist(), skip_special_tokens=True)
         assert judge(text, group.prompt).correct == 1, group.prompt.domain
-    assert material.told(mixed)[1].startswith("countdown: weight 1, countdown, template '{numbers}->{target}'")
+    assert material.told(mixed)[1].startswith(
+        "countdown: weight 1, countdown, template '{numbers}->{target}'"
+    )
 
 
 def test_each_part_has_a_system_message_of_its_own(mixed: material.Config) -> None:
     parts = {"one": Part(system="Add."), "two": Part(system=None, seed=10_000)}
-    parts = {n: replace(p, size=20, template=n + " {question}", judge={"fn": "math"}) for n, p in parts.items()}
+    parts = {
+        n: replace(p, size=20, template=n + " {question}", judge={"fn": "math"}) for n, p in parts.items()
+    }
     config = replace(mixed, data=replace(mixed.data, parts=parts, max_prompt=200))
     config = replace(config, model=replace(config.model, system="Think."))
     tokenizer = byte_tokenizer()
@@ -161,8 +173,10 @@ def test_wrong_parts_are_refused_by_name(mixed: material.Config) -> None:
     with pytest.raises(ConfigError, match=r"data\.parts\.countdown\.weight=0"):
         settings.load(["data=mixture", "data.parts.countdown.weight=0"])
     with pytest.raises(ConfigError, match="weigt"):
-        settings.load(["data=mixture", "+data.parts.countdown.weigt=2"])
-    bare = replace(mixed, data=replace(mixed.data, parts={"one": Part()}), reward=replace(mixed.reward, judge={}))
+        settings.load(["data=mixture", "data.parts.countdown.weigt=2"])
+    bare = replace(
+        mixed, data=replace(mixed.data, parts={"one": Part()}), reward=replace(mixed.reward, judge={})
+    )
     with pytest.raises(ConfigError, match=r"no judge: set data\.parts\.one\.judge"):
         material.judge(bare)
     with pytest.raises(ConfigError, match="no name for a metric"):

@@ -245,7 +245,9 @@ def test_tools_are_counted_and_their_tokens_are_in_no_entropy() -> None:
 class Calling(ToyWorld):
     """The toy with a tool: token 7 is a call, and ends a turn; what it is answered is token 0."""
 
-    groups: list[Group] = []
+    def __init__(self, *given, **settings) -> None:
+        super().__init__(*given, **settings)
+        self.groups: list[Group] = []
 
     def _draw(self, *given) -> Rollout:
         drawn = super()._draw(*given)
@@ -258,7 +260,7 @@ class Calling(ToyWorld):
 
     def step(self, step, metrics, groups, tokens) -> None:
         super().step(step, metrics, groups, tokens)
-        self.groups = [*self.groups, *groups]
+        self.groups += groups
         assert tokens.mask.tolist() == [code < 0 for g in groups for r in g.rollouts for code in r.observed]
 
 
