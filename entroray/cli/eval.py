@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from entroray.cli import bootstrap, calls, machine, material, sampling, settings
 from entroray.config import Config
@@ -53,14 +53,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def of_run(path: Path, overrides: list[str]) -> Config:
+def of_run(path: Path, values: list[str]) -> Config:
     """The settings a run was made with, and what is said beside them."""
-    tree = OmegaConf.merge(
-        OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(overrides)
-    )
-    config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
-    sampling.check(config)
-    return config
+    tree = OmegaConf.load(path)
+    assert isinstance(tree, DictConfig)
+    return settings.changed(tree, values, training=False)
 
 
 async def evaluate(config: Config) -> dict[str, Any]:

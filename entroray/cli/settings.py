@@ -21,6 +21,8 @@ from entroray.errors import ConfigError
 PACKAGE = Path(__file__).parent.parent
 CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())  # wheel, then checkout
 
+ConfigStore.instance().store(name="schema", node=Config)
+
 
 def load(
     overrides: list[str], config_dir: str | None = None, *, training: bool = True
@@ -30,18 +32,34 @@ def load(
     An evaluation (`training` False) may be greedy, or cut the tail. Raises ConfigError naming the key and
     the nearest right one.
     """
-    ConfigStore.instance().store(name="schema", node=Config)
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
             tree = compose("train", overrides=overrides + extra)
-        config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+    return _typed(tree, training=training), tree
+
+
+def changed(tree: DictConfig, values: list[str], *, training: bool = True) -> Config:
+    """Composed settings with `path=value` said beside them; no group can be chosen anew."""
+    try:
+        told = OmegaConf.merge(OmegaConf.structured(Config), tree, OmegaConf.from_dotlist(values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+    assert isinstance(told, DictConfig)
+    return _typed(told, training=training)
+
+
+def _typed(tree: DictConfig, *, training: bool) -> Config:
+    try:
+        config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
     check(config)
     if training:
         sampling.check_training(config)
-    return config, tree
+    return config
 
 
 def _explain(error: Exception) -> str:
