@@ -38,6 +38,14 @@ conf/README.md`, and a test compares it.
   for). The learner's log-probs, ratios and entropies stay at `sampler.temperature`; the `sampler_*` columns
   of the token records say how each token was drawn. `sampler.rule` and `sampler.failed` may be combined.
   Beside ratio `sampler`, which weighs already, say `objective.correction.fn=none`.
+- A mixture names its tasks under `data.parts` (conf/data/mixture.yaml): `data=mixture
+  data.parts.countdown.weight=3`. Held-out shares and lengths are `data`'s own and hold for each part; a part
+  without a judge has `reward.judge`. Metrics of one part end in its name, as in `reward/mean:countdown`.
+- `rollout.tool` answers calls within a response (conf/data/calculator.yaml): generation stops at `close`,
+  the tool is given what stands behind the last `open`, `answer` is put into the response and masked, and
+  generation goes on. One of your own: `rollout.tool.fn=null rollout.tool.path=my_file.py:my_function`, called
+  with (call, prompt); what it raises is read as `error`, and after `reward.deadline` seconds the response
+  has failed and is sampled anew.
 """
 
 CONTROL = """

@@ -23,7 +23,7 @@ def judged(groups: Sequence[Group]) -> dict[str, float]:
 
 def by_domain(trained: Sequence[Group], tokens: Tokens, groups: Sequence[Group]) -> dict[str, float]:
     """`judged` of all `groups`, and TRAINED of those whose `tokens` these are, for each domain there is."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name in sorted({g.prompt.domain for g in groups} - {""}):
         own = [g for g in groups if g.prompt.domain == name]
         found = judged(own) | {"groups/share": len(own) / len(groups)} | _trained(name, trained, tokens)

@@ -68,7 +68,7 @@ def by_domain(
     prompts: Sequence[Prompt], greedy: Sequence[int], sampled: Sequence[int], samples: int
 ) -> dict[str, float]:
     """The scores of `heldout` for each part of a mixture, as `greedy:countdown`."""
-    found = {}
+    found: dict[str, float] = {}
     for name, places in domains(prompts).items():
         own = _scored([greedy[i] for i in places], [sampled[i] for i in places], samples)
         found |= {f"{score}:{name}": value for score, value in own.items()}

@@ -67,7 +67,8 @@ class Turns:
 
     async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
         drawn = await self.generator.sample(prompt, seeds, after)
-        talks = [Talk(r, self._call(r)) for r in drawn]
+        begun = self.decode(after).rpartition(self.syntax.close)[2]  # what is there may stand within a call
+        talks = [Talk(r, self._call(r, begun)) for r in drawn]
         for turn in range(1, self.calls + 1):
             if all(talk.call is None for talk in talks):
                 break
@@ -78,9 +79,9 @@ class Turns:
         """The same at another temperature of the policy."""
         return replace(self, generator=self.generator.at(temperature))  # type: ignore[attr-defined]
 
-    def _call(self, drawn: Rollout) -> str | None:
+    def _call(self, drawn: Rollout, begun: str = "") -> str | None:
         ended = drawn.status is Status.OK
-        return self.syntax.call(self.decode(drawn.token_ids.tolist())) if ended else None
+        return self.syntax.call(begun + self.decode(drawn.token_ids.tolist())) if ended else None
 
     async def _turn(
         self, prompt: Prompt, talks: list[Talk], seeds: list[int], before: tuple[int, ...]

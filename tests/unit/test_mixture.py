@@ -3,22 +3,24 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from entroray.cli import bootstrap, material, settings
-from entroray.config import Part
+from entroray.cli import bootstrap, material, train
+from entroray.config import Config, Part
 from entroray.entropy.domains import by_domain
 from entroray.errors import ConfigError, PreflightError
 from entroray.loop.batching import tokens_of
 from entroray.loop.evaluate import by_domain as scores_by_domain
 from entroray.loop.mixture import BLOCK, Mixture, apart, by_turns, domains, stream
 from entroray.loop.prompts import PromptStream
-from entroray.policy.tokenizer import byte_tokenizer
+from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
 from entroray.reward import build
 from entroray.types import Group, Prompt, Rollout, Verdict
+from tests.composed import configured
 
 
 def prompts(domain: str, count: int) -> list[Prompt]:
@@ -48,8 +50,9 @@ def test_a_mixture_resumes_exactly_wherever_it_stood() -> None:
 
 def test_the_order_of_domains_is_that_of_every_machine() -> None:
     """Pinned, as that of a single task is."""
-    assert "".join(p.domain for p in islice(Mixture(BOTH, WEIGHTS, seed=1), 24)) == "?"
-    assert [p.domain for p in islice(Mixture(BOTH, WEIGHTS, seed=2), 24)] != "?"
+    assert "".join(p.domain for p in islice(Mixture(BOTH, WEIGHTS, seed=1), 24)) == "aabaaababaaaaaaabaabaabb"
+    two = "".join(p.domain for p in islice(Mixture(BOTH, WEIGHTS, seed=2), 24))
+    assert two != "aabaaababaaaaaaabaabaabb"
 
 
 def test_one_task_has_no_mixture_and_a_part_without_prompts_is_refused() -> None:
@@ -120,13 +123,11 @@ def test_a_judge_for_each_domain() -> None:
 
 
 @pytest.fixture(scope="module")
-def mixed() -> material.Config:
-    return settings.load(["data=mixture", "data.parts.chain_sum.size=400", "data.parts.countdown.size=200"])[
-        0
-    ]
+def mixed() -> Config:
+    return configured("data=mixture", "data.parts.chain_sum.size=400", "data.parts.countdown.size=200")
 
 
-def test_a_mixture_is_read_part_by_part(mixed: material.Config) -> None:
+def test_a_mixture_is_read_part_by_part(mixed: Config) -> None:
     read = material.read(mixed, byte_tokenizer())
     for part in (read.split.heldout, read.split.demonstrations, read.split.training):
         assert {p.domain for p in part} == {"chain_sum", "countdown"}
@@ -144,7 +145,7 @@ def test_a_mixture_is_read_part_by_part(mixed: material.Config) -> None:
     )
 
 
-def test_each_part_has_a_system_message_of_its_own(mixed: material.Config) -> None:
+def test_each_part_has_a_system_message_of_its_own(mixed: Config) -> None:
     parts = {"one": Part(system="Add."), "two": Part(system=None, seed=10_000)}
     parts = {
         n: replace(p, size=20, template=n + " {question}", judge={"fn": "math"}) for n, p in parts.items()
@@ -157,10 +158,35 @@ def test_each_part_has_a_system_message_of_its_own(mixed: material.Config) -> No
     assert begins == {"one": "<|system|>Add.<|user|>one ", "two": "<|system|>Think.<|user|>tw"}
 
 
-def test_the_warm_starts_of_before_keep_their_names(mixed: material.Config) -> None:
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_system_message_and_template_in_a_model_folder_with_its_own_chat_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    config = configured("data=chain_sum", "model.system=Add up.", "data.size=3", "data.max_prompt=200")
+    config = replace(config, data=replace(config.data, heldout=0.0, demonstrations=0.0))
+    first = material.read(config, load_tokenizer(str(tmp_path))).split.training[0]
+    rendered = (
+        f"<|im_start|>system\nAdd up.<|im_end|>\n<|im_start|>user\n{first.text}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(first.token_ids) == rendered and first.text.endswith("=")
+    said = train._dry(config, train.objective_of(config))
+    assert "prompts: chain_sum, template '{expression:compact}=', system 'Add up.', judged by gym" in said
+
+
+def test_the_warm_starts_of_before_keep_their_names(mixed: Config) -> None:
     """Pinned: a key that changes would make everybody wait for a warm start that is there."""
-    names = {c: bootstrap.cached(settings.load([c])[0]).name for c in ("data=chain_sum", "data=countdown")}
-    assert names == {"data=chain_sum": "?", "data=countdown": "?"}
+    names = {c: bootstrap.cached(configured(c)).name for c in ("data=chain_sum", "data=countdown")}
+    assert names == {
+        "data=chain_sum": "chain_sum-b9ecd4e0e7e8cc72",
+        "data=countdown": "countdown-82d7e9c4b6d09642",
+    }
     assert bootstrap.cached(mixed).name.startswith("chain_sum-countdown-")
     heavier = replace(mixed.data.parts["countdown"], weight=2.0)
     other = replace(mixed, data=replace(mixed.data, parts=mixed.data.parts | {"countdown": heavier}))
@@ -169,11 +195,11 @@ def test_the_warm_starts_of_before_keep_their_names(mixed: material.Config) -> N
     assert bootstrap.cached(asked) != bootstrap.cached(mixed)
 
 
-def test_wrong_parts_are_refused_by_name(mixed: material.Config) -> None:
+def test_wrong_parts_are_refused_by_name(mixed: Config) -> None:
     with pytest.raises(ConfigError, match=r"data\.parts\.countdown\.weight=0"):
-        settings.load(["data=mixture", "data.parts.countdown.weight=0"])
+        configured("data=mixture", "data.parts.countdown.weight=0")
     with pytest.raises(ConfigError, match="weigt"):
-        settings.load(["data=mixture", "data.parts.countdown.weigt=2"])
+        configured("data=mixture", "data.parts.countdown.weigt=2")
     bare = replace(
         mixed, data=replace(mixed.data, parts={"one": Part()}), reward=replace(mixed.reward, judge={})
     )

@@ -145,6 +145,7 @@ def test_a_continuation_holds_what_follows_and_counts_what_was_there() -> None:
     script = Script("3]", "=5", answers=[Answer("5")])
     (tail,) = talk(script, after="[2+3][")
     assert [read for read, _ in script.read] == ["[2+3][", "[2+3][3]5"]
+    assert script.asked == [["3"]], "a call that was begun before is whole"
     assert decode(tail.token_ids) == "3]5=5" and tail.text == "[2+3][3]5=5" and why(tail) == "..t.."
     (full,) = talk(Script("3]", answers=[Answer("5" * 30)]), after="[2+3][")
     assert full.length == LIMIT - 6 and full.text == "[2+3][3]" + "5" * 12
