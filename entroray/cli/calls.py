@@ -55,6 +55,10 @@ def check(config: Config) -> None:
         )
     if config.rollout.turns < 1:
         raise ConfigError(f"rollout.turns={config.rollout.turns}: a response with a tool needs at least 1")
+    if config.evaluate.cot:
+        raise ConfigError(
+            "evaluate.cot reads probabilities of every token, and a tool's have none: set it to 0"
+        )
     if config.sampler.insert is not None:
         raise ConfigError(
             "sampler.inserts counts the tokens put into one turn, so sampler.insert cannot be combined with "

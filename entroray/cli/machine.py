@@ -162,13 +162,12 @@ def engine_options(config: Config) -> dict[str, Any]:
         "disable_log_stats": True,
         **({"enable_sleep_mode": True} if config.generator.sleep else {}),
     }
-    return ours | cpu | config.generator.engine | _processors(config)
+    shaping = processors(config) if sampling.shapes(config.sampler) else {}  # without any, vLLM tracks less
+    return ours | cpu | config.generator.engine | shaping
 
 
-def _processors(config: Config) -> dict[str, Any]:
-    """Ours first, then the user's own; none when nothing is shaped, since vLLM then tracks less."""
-    if not sampling.shapes(config.sampler):
-        return {}
+def processors(config: Config) -> dict[str, Any]:
+    """What an engine needs to shape or to measure: ours first, then the user's own."""
     return {"logits_processors": [PROCESSOR, *config.generator.engine.get("logits_processors", ())]}
 
 

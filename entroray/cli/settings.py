@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from entroray.cli import calls, knobs, material, sampling
 from entroray.config import Config
 from entroray.errors import ConfigError
+from entroray.loop.evaluate import plan
 
 PACKAGE = Path(__file__).parent.parent
 CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())  # wheel, then checkout
@@ -95,6 +96,7 @@ def check(config: Config) -> None:
     sampling.check(config)
     calls.check(config)
     material.check(config)
+    check_evaluation(config)
     if config.learner.updates_per_rollout > config.rollout.groups_per_step:
         raise ConfigError(
             f"learner.updates_per_rollout={config.learner.updates_per_rollout} needs as many groups, "
@@ -113,6 +115,22 @@ def check(config: Config) -> None:
     if not config.objective:
         raise ConfigError("no objective: say objective=<name>, see conf/objective")
     knobs.control_of(config)
+
+
+def check_evaluation(config: Config) -> None:
+    """ConfigError where `evaluate` asks for what its samples cannot give."""
+    e, engine = config.evaluate, config.generator.engine
+    if e.prompts < 1 or e.samples < 1 or e.cot < 0:
+        raise ConfigError(
+            f"evaluate.prompts={e.prompts} and evaluate.samples={e.samples} must be at least 1, "
+            f"evaluate.cot={e.cot} at least 0"
+        )
+    plan(config.sampler.temperature, e.samples, e.k)
+    if e.cot and str(engine.get("logprobs_mode", "")).endswith("logits"):
+        raise ConfigError(
+            f"evaluate.cot={e.cot} reads probabilities and generator.engine.logprobs_mode="
+            f"{engine['logprobs_mode']} reports logits: drop it, or set evaluate.cot=0"
+        )
 
 
 def expand(overrides: list[str]) -> list[list[str]]:

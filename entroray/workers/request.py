@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from entroray.errors import InfrastructureError
-from entroray.types import Rollout, Shaped, Status
+from entroray.types import Likeliest, Rollout, Shaped, Status
 
 PROCESSOR = "entroray.workers.shaping:Shaping"
 """The logits processor that samplers run in, as vLLM loads it."""
@@ -30,6 +30,8 @@ class Sampling:
     """On the temperature of this prompt, under a rule."""
     insert: int | None = None
     inserts: int = 1
+    likeliest: int = 0
+    """How many of the most probable tokens to report at each position."""
 
     def at(self, temperature: float) -> "Sampling":
         """The same at another temperature: the knob of a controller."""
@@ -72,7 +74,7 @@ def params(request: Request, seed: int, name: str) -> Any:
         top_k=s.top_k,
         extra_args={"entroray": asked} if s.rule else None,
         seed=seed,
-        logprobs=0,
+        logprobs=s.likeliest,
         flat_logprobs=True,
         detokenize=bool(s.stop),
         include_stop_str_in_output=True,
@@ -93,20 +95,29 @@ def rollout(
     request: Request, completion: Any, decode: Callable[[list[int]], str], notes: np.ndarray | None
 ) -> Rollout:
     token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+    deep = request.sampling.likeliest
+    reported = np.asarray(completion.logprobs.logprobs, dtype=np.float32)
+    logprobs = reported.reshape(len(token_ids), 1 + deep)  # the drawn token's stands before the likeliest
     versions = np.zeros(len(token_ids), dtype=np.int32)
     for span in completion.weight_versions or ():
         versions[span.start : span.end] = int(span.version)
     return Rollout(
         prompt_id=request.prompt_id,
         token_ids=token_ids,
-        logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
+        logprobs=np.ascontiguousarray(logprobs[:, 0]),
         versions=versions,
         text=_text(request, completion, decode),
         temperature=request.sampling.temperature,
         limit=request.sampling.max_tokens,
         status=Status.TRUNCATED if completion.finish_reason == "length" else Status.OK,
         shaped=_shaped(notes, len(token_ids)) if request.sampling.rule else None,
+        likeliest=_likeliest(completion, logprobs) if deep else None,
     )
+
+
+def _likeliest(completion: Any, logprobs: np.ndarray) -> Likeliest:
+    ids = np.asarray(completion.logprobs.token_ids, np.int32).reshape(logprobs.shape)
+    return Likeliest(ids[:, 1:].copy(), np.exp(logprobs[:, 1:]))
 
 
 def _text(request: Request, completion: Any, decode: Callable[[list[int]], str]) -> str:

@@ -11,13 +11,14 @@ import pytest
 
 from entroray.cli import lab, settings
 from entroray.cli.machine import lasting
+from entroray.entropy.bootstrap import interval
 from entroray.errors import ConfigError
 from entroray.loop.portrait import DRAWN, portrait
 from entroray.objective import build
 from entroray.observe import cells as stored
 from entroray.observe import lab_page
 from entroray.observe.cells import Cell, moving, summarise, variant
-from entroray.observe.comparison import absent, against, interval, markdown
+from entroray.observe.comparison import absent, against, markdown
 from entroray.observe.curves import Line, chart, frame, mean, ticks
 from tests.composed import configured
 from tests.toy import ToyPrompts, ToyWorld
