@@ -53,6 +53,22 @@ class Model:
 
 
 @dataclass
+class Part:
+    """One task of a mixture; what is not here is shared, as `data` has it."""
+
+    weight: float = 1.0  # share of the prompts, beside the weights of the others
+    source: str = "reasoning_gym"  # as in data
+    task: str = "chain_sum"  # as in data
+    settings: dict[str, Any] = field(default_factory=dict)  # as in data
+    size: int = 20000  # as in data
+    seed: int = 0  # as in data
+    template: str | None = None  # as in data
+    system: str | None = None  # system message; null: model.system
+    demonstration: str | None = None  # as in data
+    judge: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}; empty: reward.judge
+
+
+@dataclass
 class Data:
     source: str = "reasoning_gym"  # reasoning_gym | table (.jsonl, .parquet, or a data set of the hub)
     task: str = "chain_sum"  # reasoning-gym task, file path, or hub name
@@ -65,13 +81,16 @@ class Data:
     demonstrations: float = 0.3  # fraction for the warm start of the embedded model, by hash
     bad_rows: float = 0.0  # share of a table's rows that may be bad and are then left out and counted
     max_prompt: int = 512  # tokens; longer prompts are dropped and counted
+    parts: dict[str, Part] = field(
+        default_factory=dict
+    )  # a mixture: {name: {weight, system, judge, and source to template as above}}, in place of one task
 
 
 @dataclass
 class Reward:
     path: str | None = None  # my_file.py:my_function instead of the judge below
     judge: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}
-    deadline: float = 5.0  # seconds for each item
+    deadline: float = 5.0  # seconds for each item, a tool call being one
     max_failed: float = 0.2  # share of the last 1000 responses without a verdict, above which the run ends
 
 
@@ -142,17 +161,29 @@ class ReplayConfig:
 
 
 @dataclass
+class Tool:
+    fn: str | None = None  # calculator, which answers calls within a response; null: none
+    settings: dict[str, Any] = field(default_factory=dict)  # of that function
+    path: str | None = None  # my_file.py:my_function instead, called with (call, prompt)
+    open: str = "<call>"  # what a call begins with
+    close: str = "</call>"  # what ends it, and the turn
+    answer: str = "{answer}"  # how the answer stands behind it; it is never trained on
+
+
+@dataclass
 class RolloutConfig:
     group_size: int = 8  # rollouts of one prompt, compared with each other
     groups_per_step: int = 32  # groups trained on in one step
-    max_tokens: int = 64  # longest response; longer ones are cut and marked truncated
-    deadline: float = 300.0  # seconds for each group of samples
     prompts: PromptChoice = field(default_factory=PromptChoice)
     second: Second = field(default_factory=Second)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     early: Early = field(default_factory=Early)
     repetition: Repetition = field(default_factory=Repetition)
     surplus: str = "by_lag"  # keep | drop groups beyond a step's; by_lag keeps them where max_lag >= 1
+    max_tokens: int = 64  # longest response, tools' answers included; longer ones are cut, marked truncated
+    deadline: float = 300.0  # seconds for each group of samples, and for each turn of them
+    turns: int = 4  # most tool calls in one response; it is truncated at one more
+    tool: Tool = field(default_factory=Tool)
 
 
 @dataclass

@@ -47,6 +47,8 @@ class Prompt:
     """The known right answer, or one of them."""
     entry: Mapping[str, Any] = field(default_factory=dict)
     """The data row itself, for verifiers that need more than `reference`."""
+    domain: str = ""
+    """The part of a mixture it is of."""
 
 
 class Mask(StrEnum):
@@ -56,6 +58,7 @@ class Mask(StrEnum):
     PREFIX = "prefix"  # a sibling's, trained on there
     FORCED = "forced"  # chosen for the policy, not drawn from it
     TOOL = "tool"  # what a tool answered
+    TOOL_ERROR = "tool_error"  # what stands for the answer of a tool that failed
 
 
 REASONS = tuple(Mask)
@@ -145,6 +148,17 @@ class Verdict:
     correct: float
     answer: str | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    status: Status = Status.OK
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a tool said to one call; where `status` is not usable it said nothing, by no fault of the call."""
+
+    text: str
+    failed: bool = False
+    """The text stands for an answer that the tool could not give."""
     status: Status = Status.OK
     detail: str = ""
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from entroray.cli import bootstrap, machine, material, preflight, sampling, settings
+from entroray.cli import bootstrap, calls, machine, material, preflight, sampling, settings
 from entroray.config import Config
 from entroray.errors import InfrastructureError
 from entroray.loop.portrait import portrait
@@ -53,9 +53,11 @@ class Bench:
         """What the weights served now do on the held-out prompts."""
         assert self.stands and self.read_in
         m, s, e = self.stands, config.sampler, config.evaluate
-        at = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
+        tokenizer, verifier = self.read_in.tokenizer, m.verifier_role()
+        drawn = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
+        at = lambda t: calls.conversing(config, tokenizer, drawn(t), verifier)  # noqa: E731
         prompts = self.read_in.split.heldout[: e.prompts]
-        roles = at, m.verifier_role(), m.learner_role(objective)
+        roles = at, verifier, m.learner_role(objective)
         return await portrait(*roles, prompts, temperature=s.temperature, samples=e.samples)
 
     async def clear(self, *, broken: bool = False) -> None:

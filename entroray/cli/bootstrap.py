@@ -7,20 +7,20 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from entroray.cli import machine, material, settings
-from entroray.config import EMBEDDED, Config
+from entroray.cli import calls, machine, material, sampling, settings
+from entroray.config import EMBEDDED, Config, Part
 from entroray.errors import ConfigError
-from entroray.loop.prompts import PromptStream, demonstration
+from entroray.loop.demonstrations import NAMES, Worked, demonstration
+from entroray.loop.prompts import Row
 from entroray.loop.warmup import Warmup, accuracy, demonstrate, warm_up
 from entroray.objective import build as build_objective
 from entroray.types import Group
 from entroray.workers import cluster
-from entroray.workers.generator import Sampling
 
 FORMAT = 1
 """Raise when the recipe changes in a way its settings do not show."""
@@ -42,9 +42,24 @@ def cached(config: Config) -> Path:
     root = config.model.bootstrap.cache or os.environ.get("ENTRORAY_CACHE") or "~/.cache/entroray"
     recipe = asdict(config.model.bootstrap) | {"cache": None}
     rendered = [config.data.template, config.sampler.temperature, config.rollout.max_tokens]
-    content = settings.fingerprint([FORMAT, recipe, asdict(config.data), config.reward.judge, rendered])
+    data = {name: value for name, value in asdict(config.data).items() if name != "parts" or value}
+    asked = [FORMAT, recipe, data, config.reward.judge, rendered, *_besides(config)]
+    content = settings.fingerprint(asked)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return Path(root).expanduser() / "models" / f"{config.data.task.replace('/', '-')}-{key}"
+    return Path(root).expanduser() / "models" / f"{_name(config).replace('/', '-')}-{key}"
+
+
+def _name(config: Config) -> str:
+    """Of the task, or of every part of the mixture."""
+    return "-".join(config.data.parts) or config.data.task
+
+
+def _besides(config: Config) -> list[dict[str, Any]]:
+    """What else shapes prompts and responses, where it is set: what is not leaves the older names valid."""
+    system = {"system": config.model.system} if config.model.system else {}
+    r = config.rollout
+    tool = {"tool": asdict(r.tool), "turns": r.turns} if calls.asked(config) else {}
+    return [system | tool] if system or tool else []
 
 
 def resolve(config: Config) -> str:
@@ -64,7 +79,7 @@ async def make(config: Config, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         start, done = Path(scratch, "start"), Path(scratch, "done")
         parameters = build(start, plan.shape, plan.seed)
-        print(f"warm start of a {parameters / 1e6:.2f} M parameter model on {config.data.task}", flush=True)
+        print(f"warm start of a {parameters / 1e6:.2f} M parameter model on {_name(config)}", flush=True)
         machine.join(config)
         try:
             reached, seconds = await _train(_supervised(config), str(start), done)
@@ -103,7 +118,8 @@ async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
     objective = build_objective(settings.objective("supervised"))
     probe = tuple(read.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
     m = await machine.build(config, start, objective, read.judge, probe, total_updates=plan.max_steps)
-    generator = m.generator_role(Sampling(config.sampler.temperature, config.rollout.max_tokens))
+    drawn = m.generator_role(sampling.plain(config, config.sampler.temperature))
+    generator = calls.conversing(config, read.tokenizer, drawn, m.verifier_role())
     checks = read.split.training[: plan.check_prompts]
     began = time.monotonic()
     reached = await warm_up(
@@ -121,15 +137,21 @@ async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
 
 
 def _demonstrations(config: Config, read: material.Material) -> Iterator[Group]:
-    if config.data.demonstration is None:
+    answers = {name: _answers(name, part) for name, part in material.tasks(config).items()}
+    end, most = read.tokenizer.eos_token_id, config.rollout.max_tokens
+    for prompt in material.order(config, read.split.demonstrations, config.seed):
+        ids, said = calls.demonstrated(config, read.tokenizer, answers[prompt.domain](prompt.entry))
+        yield demonstrate(prompt, [*ids, end][:most], said)
+
+
+def _answers(name: str, part: Part) -> Callable[[Row], str | Worked]:
+    if part.demonstration is None:
+        key = f"data.parts.{name}.demonstration" if name else "data.demonstration"
         raise ConfigError(
-            f"model.path={EMBEDDED} needs right answers to imitate and data.demonstration is not set: "
-            "choose chain_sum, countdown or gsm8k, or give model.path a trained model"
+            f"model.path={EMBEDDED} needs right answers to imitate and {key} is not set: "
+            f"choose {', '.join(NAMES[:-1])} or {NAMES[-1]}, or give model.path a trained model"
         )
-    answer, end = demonstration(config.data.demonstration), read.tokenizer.eos_token_id
-    for prompt in PromptStream(read.split.demonstrations, seed=config.seed):
-        ids = read.tokenizer.encode(answer(prompt.entry), add_special_tokens=False)
-        yield demonstrate(prompt, [*ids, end][: config.rollout.max_tokens])
+    return demonstration(part.demonstration)
 
 
 def _report(step: int, loss: float, reached: float) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from entroray.cli import bootstrap, machine, material, preflight, settings
+from entroray.cli import bootstrap, calls, machine, material, preflight, settings
 from entroray.config import EMBEDDED, Config
 from entroray.errors import DataError, PreflightError
-from entroray.loop.prompts import demonstration
+from entroray.loop.demonstrations import Worked, demonstration
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
 from entroray.types import Prompt, Rollout, Verdict
 from entroray.workers import cluster
@@ -123,15 +123,15 @@ def data(config: Config) -> str:
     """Rows are read, rendered, tokenised and split; of a generated task the first `ROWS`."""
     read = _material(config)
     parts = f"{len(read.split.training)} training, {len(read.split.heldout)} held out"
-    return f"{config.data.task}: {parts}; {read.dropped}"
+    return f"{', '.join(part.task for part in material.tasks(config).values())}: {parts}; {read.dropped}"
 
 
 def judge(config: Config) -> str:
     """The judge gives a verdict on a right answer where one is known, else on the bare reference."""
     read = _material(config)
     prompt = (read.split.demonstrations or read.split.training)[0]
-    known = None if config.reward.path else config.data.demonstration
-    answer = demonstration(known)(prompt.entry) if known else prompt.reference
+    known = None if config.reward.path else material.tasks(config)[prompt.domain].demonstration
+    answer = _right(config, read, demonstration(known)(prompt.entry)) if known else prompt.reference
     verdict = asyncio.run(_judged(config, read, prompt, answer))
     if not verdict.status.usable:
         raise DataError(f"the judge gave no verdict on {answer!r}: {verdict.status}: {verdict.detail}")
@@ -140,6 +140,12 @@ def judge(config: Config) -> str:
             f"the judge finds the right answer {answer!r} wrong: make reward.judge and data.demonstration fit"
         )
     return f"{read.judge['fn']} gives {verdict.reward:g} for {answer[:40]!r}"
+
+
+def _right(config: Config, read: material.Material, answer: str | Worked) -> str:
+    """The text of a response that is right, with what a tool says in it."""
+    ids, _ = calls.demonstrated(config, read.tokenizer, answer)
+    return read.tokenizer.decode(ids)
 
 
 async def _judged(config: Config, read: material.Material, prompt: Prompt, answer: str) -> Verdict:
@@ -158,5 +164,7 @@ async def _judged(config: Config, read: material.Material, prompt: Prompt, answe
 def _material(config: Config) -> material.Material:
     new = config.model.path == EMBEDDED and not bootstrap.cached(config).is_dir()
     tokenizer = byte_tokenizer() if new else load_tokenizer(bootstrap.resolve(config))
-    few = replace(config.data, size=min(config.data.size, ROWS))
+    d = config.data
+    parts = {name: replace(part, size=min(part.size, ROWS)) for name, part in d.parts.items()}
+    few = replace(d, size=min(d.size, ROWS), parts=parts)
     return material.read(replace(config, data=few), tokenizer)

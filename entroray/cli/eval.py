@@ -9,11 +9,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, machine, material, sampling, settings
+from entroray.cli import bootstrap, calls, machine, material, sampling, settings
 from entroray.config import Config
 from entroray.errors import ConfigError, PreflightError
 from entroray.loop.decoding import TWO, Decoding, words
 from entroray.loop.evaluate import examine, plan
+from entroray.loop.roles import Generator as Role
 from entroray.observe import evaluation, evaluation_page
 from entroray.types import Prompt, Rollout
 from entroray.workers import cluster
@@ -97,11 +98,12 @@ async def evaluate(config: Config) -> dict[str, Any]:
     verifier = Verifier(read.judge, slots=v.slots, deadline=config.reward.deadline, memory_mb=v.memory_mb)
     known = words(read.tokenizer)
 
-    def role(temperature: float, likeliest: int = 0) -> OneEngine:
+    def role(temperature: float, likeliest: int = 0) -> Role:
         drawn = sampling.measured(config, temperature, read.tokenizer)
-        return OneEngine(engine, replace(drawn, likeliest=likeliest), config.rollout.deadline)
+        one = OneEngine(engine, replace(drawn, likeliest=likeliest), config.rollout.deadline)
+        return calls.conversing(config, read.tokenizer, one, verifier)
 
-    def at(temperature: float) -> OneEngine:
+    def at(temperature: float) -> Role:
         return role(temperature, max(e.cot, TWO) if e.cot and temperature == 0 else 0)
 
     def ends(token: int) -> bool:

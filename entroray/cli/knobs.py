@@ -7,14 +7,14 @@ from typing import Any
 
 from entroray.config import Config
 from entroray.control import Control, Controller, build
-from entroray.entropy.catalogue import CHOICE, INSIGHT, SAMPLER, STEP, UPDATE, matches
+from entroray.entropy.catalogue import CHOICE, DOMAIN, INSIGHT, SAMPLER, STEP, UPDATE, matches
 from entroray.errors import ConfigError
 from entroray.loop.driver import Roles
 from entroray.objective import Objective
 from entroray.objective import build as build_objective
 from entroray.objective.bind import nearest
 
-METRICS = (*STEP, *SAMPLER, *UPDATE, *CHOICE, *INSIGHT)
+METRICS = (*STEP, *SAMPLER, *UPDATE, *CHOICE, *INSIGHT, *DOMAIN)
 OTHERS = ("eval/", "groups/", "objective/", "reward/", "seconds/", "sync/", "tokens/", "update/", "verdicts/")
 """Families with metrics that the catalogue of entropy/ does not list."""
 OUTSIDE = {"learner.lr": 0.0, "sampler.temperature": 1e-6}
@@ -75,7 +75,7 @@ def tuner(config: Config) -> Callable[[Mapping[str, float], Roles], tuple[Object
         generator: Any = roles.generator
         learner = replace(learner, objective=objective, lr=values.get("learner.lr"))
         if (temperature := values.get("sampler.temperature")) is not None:
-            generator = replace(generator, sampling=replace(generator.sampling, temperature=temperature))
+            generator = generator.at(temperature)
         return objective, replace(roles, learner=learner, generator=generator)
 
     return tune

@@ -117,8 +117,8 @@ def lasting(config: Config) -> dict[str, Any]:
     freed = ("seed", "run", "objective", "control", "driver", "observe", "checkpoint")
     kept = {name: value for name, value in every.items() if name not in freed}
     kept["learner"] = {name: every["learner"][name] for name in ("ranks", "threads")}
-    kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline")}
     kept["processors"] = _shaping(config)
+    kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline", "turns", "tool")}
     return kept | {"probe": every["driver"]["probe"]["text"]}
 
 

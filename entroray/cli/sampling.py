@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from entroray.cli import choices
+from entroray.cli import calls, choices
 from entroray.config import Config, Sampler
 from entroray.entropy import shaping
 from entroray.errors import ConfigError, PreflightError
@@ -22,7 +22,7 @@ def shapes(sampler: Sampler) -> bool:
 def plain(config: Config, temperature: float) -> Sampling:
     """The policy's own distribution at `temperature`; 0 is greedy."""
     s = config.sampler
-    return Sampling(temperature, config.rollout.max_tokens, tuple(s.stop), s.top_p, s.top_k)
+    return Sampling(temperature, config.rollout.max_tokens, calls.stops(config), s.top_p, s.top_k)
 
 
 def shaped(config: Config, temperature: float, tokenizer: Any) -> Sampling:

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from entroray.cli import choices, knobs, sampling
+from entroray.cli import calls, choices, knobs, material, sampling
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.loop.evaluate import plan
@@ -95,6 +95,8 @@ def check(config: Config) -> None:
     if config.learner.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"learner.zero_stage={config.learner.zero_stage}: choose 0, 1, 2 or 3")
     sampling.check(config)
+    calls.check(config)
+    material.check(config)
     check_evaluation(config)
     choices.check(config)
     if config.learner.updates_per_rollout > config.rollout.groups_per_step:

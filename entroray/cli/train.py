@@ -13,7 +13,18 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, choices, knobs, machine, material, preflight, rundir, sampling, settings
+from entroray.cli import (
+    bootstrap,
+    calls,
+    choices,
+    knobs,
+    machine,
+    material,
+    preflight,
+    rundir,
+    sampling,
+    settings,
+)
 from entroray.cli.objectives import schedule, told
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
@@ -21,7 +32,6 @@ from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.evaluate import heldout
 from entroray.loop.insight import Looks
 from entroray.loop.limits import Stagnation
-from entroray.loop.prompts import PromptStream
 from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
 from entroray.observe.console import Console, summary
@@ -93,6 +103,8 @@ def _multirun(arguments: list[str]) -> int:
 def _dry(config: Config, objective: Objective) -> str:
     """What would run: the equation, each role's share, memory by role."""
     lines = [objective.describe(), *told(config, objective), ""]
+    lines += [f"prompts: {line}" for line in material.told(config)]
+    lines += [f"tool: {calls.describe(config)}"] if calls.asked(config) else []
     lines += [f"control: {c.describe()}" for c in knobs.control_of(config).controllers]
     for role, (count, share) in machine.shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
@@ -185,7 +197,8 @@ def _header(
     config: Config, objective: Objective, read_in: material.Material, folder: Path, facts: dict[str, Any]
 ) -> list[str]:
     r, s, split = config.rollout, config.sampler, read_in.split
-    stops = [repr(x) for x in (read_in.tokenizer.eos_token, *s.stop)]
+    stops = [repr(x) for x in (read_in.tokenizer.eos_token, *calls.stops(config))]
+    called = [f"tool       {calls.describe(config)}"] if calls.asked(config) else []
     return [
         *objective.describe().splitlines(),
         *told(config, objective),
@@ -194,10 +207,12 @@ def _header(
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
         f"sampler    {sampling.describe(s)}",
         f"rollout    {choices.describe(r)}",
+        *called,
         f"schedule   {config.run.steps} steps, {config.learner.updates_per_rollout} updates a step, "
         f"lag at most {config.driver.max_lag} ({config.driver.stale})",
         *(f"control    {c.describe()}" for c in knobs.control_of(config).controllers),
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
+        *(f"prompts    {line}" for line in material.told(config)),
         f"data       {len(split.training)} training, {len(split.heldout)} held out; {read_in.dropped}",
         f"machine    {facts['resources']}; ready in {facts['start_seconds']:.0f} s, "
         f"probe error {facts['sync/probe_error']:.1e} nats",
@@ -216,9 +231,10 @@ async def drive(
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
     heat = sampling.heat(config)
     drawn = sampling.shaped(config, config.sampler.temperature, read_in.tokenizer)
+    generator, verifier = m.generator_role(drawn, heat), m.verifier_role()
     roles = Roles(
-        m.generator_role(drawn, heat),
-        m.verifier_role(),
+        calls.conversing(config, read_in.tokenizer, generator, verifier, journal.event),
+        verifier,
         m.learner_role(objective),
         m.sync,
         journal,
@@ -230,7 +246,7 @@ async def drive(
     control = knobs.control_of(config)
     journal.event("control", controllers=[c.describe() for c in control.controllers])
     training = read_in.split.training
-    prompts, choice = choices.of(config, PromptStream(training, seed=config.seed), len(training))
+    prompts, choice = choices.of(config, material.order(config, training, config.seed), len(training))
     steered: dict[str, Any] = {"control": control, "tune": knobs.tuner(config), "heat": heat}
     steered["choice"] = choice
     driver = Driver(prompts, roles, objective, pace, seed=config.seed, looks=_looks(config), **steered)
@@ -273,8 +289,9 @@ def _evaluation(
     async def evaluate(step: int) -> dict[str, float]:
         if not e.every or step % e.every:
             return {}
-        at = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
         temperature, judge = config.sampler.temperature, m.verifier_role()
+        drawn = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
+        at = lambda t: calls.conversing(config, read_in.tokenizer, drawn(t), judge)  # noqa: E731
         found = await heldout(at, judge, prompts, temperature=temperature, samples=e.samples)
         return {f"eval/{name}": value for name, value in found.items()}
 

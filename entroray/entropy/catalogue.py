@@ -12,7 +12,7 @@ SAMPLING, ANY = "sampling", "-"
 
 
 class Metric(NamedTuple):
-    """One row: `<n>` in a name stands for a number."""
+    """One row: in a name `<n>` stands for a number and `<d>` for a part of a mixture."""
 
     name: str
     definition: str
@@ -75,6 +75,9 @@ STEP = [
         "length/wrong | where not | tokens | mean",
         "length/truncated | stopped by the limit, or in a loop (rollout.repetition) | share | count",
         "repetition/share | own 4-grams written before in the same response | share | mean of responses",
+        "tool/calls | calls answered, of steps with any | calls | mean",
+        "tool/share | tokens that a tool said, of steps with any | share | count",
+        "tool/failed | calls answered with an error, of calls | share | count",
         "answers/missing | no answer was read | share | count",
         "calibration/ece_consistency | ECE of the share of its group with the same answer | share | 15 bins",
         "calibration/brier_consistency | the same confidence against correct | share^2 | mean square",
@@ -184,6 +187,31 @@ INSIGHT = [
 ]
 """What the driver adds over a window of steps. A is that of the first update: scale and correction in it."""
 
+DOMAIN = [
+    *_rows(
+        GROUPS,
+        SAMPLING,
+        "groups/share:<d> | groups of this part, of all judged | share | count",
+        "groups/all_right:<d> | every rollout correct | share | count",
+        "groups/all_wrong:<d> | none correct | share | count",
+    ),
+    *_rows(
+        ROLLOUTS,
+        SAMPLING,
+        "reward/mean:<d> | correct (0 or 1) | share | mean",
+        "length/mean:<d> | response tokens | tokens | mean",
+        "length/truncated:<d> | stopped by the limit | share | count",
+    ),
+    *_rows(
+        TOKENS,
+        SAMPLING,
+        "entropy/mean:<d> | H, as in entropy/mean | nats | exact, mean",
+        "entropy/p80:<d> | its quantile | nats | exact, linear interpolation",
+        "varentropy/mean:<d> | variance of -ln p under p | nats^2 | exact, mean",
+    ),
+]
+"""What the driver adds for each part of a mixture."""
+
 EVALUATION = [
     *_rows(
         "held-out prompts",
@@ -237,7 +265,9 @@ while anything in `control` acts; `control/<name>` is the value that was in effe
 
 def matches(name: str, metrics: Iterable[Metric]) -> bool:
     """Whether `name` is one of `metrics`, numbers filled in."""
-    return any(re.fullmatch(re.escape(m.name).replace("<n>", r"\d+(_\d+)?"), name) for m in metrics)
+    stands = {"<n>": r"\d+(_\d+)?", "<d>": r"[^:]+"}
+    spelt = lambda m: re.sub("<[nd]>", lambda found: stands[found[0]], re.escape(m.name))  # noqa: E731
+    return any(re.fullmatch(spelt(m), name) for m in metrics)
 
 
 def text() -> str:
@@ -248,6 +278,7 @@ def text() -> str:
         "An update": UPDATE,
         "How prompts and groups are chosen": CHOICE,
         "Prediction and law": INSIGHT,
+        "A mixture": DOMAIN,
         "An evaluation": EVALUATION,
     }
     return HEAD + "".join(f"\n## {title}\n\n{_table(rows)}" for title, rows in parts.items())

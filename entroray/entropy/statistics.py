@@ -9,7 +9,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from entroray.types import Group, Rollout, Status, Tokens
+from entroray.types import Group, Mask, Rollout, Status, Tokens
 
 QUANTILES = {"p20": 0.20, "p50": 0.50, "p80": 0.80, "p95": 0.95}
 
@@ -51,7 +51,7 @@ def describe(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
     if not rollouts:
         return {}
     mask = array(tokens.mask)
-    metrics = _of_groups(groups) | _of_lengths(rollouts)
+    metrics = _of_groups(groups) | _of_lengths(rollouts) | _of_tools(rollouts)
     if not mask.any():
         return metrics
     metrics |= _of_entropy(tokens, mask) | _of_mismatch(tokens, mask) | _of_sampler(rollouts, tokens)
@@ -112,6 +112,18 @@ def _of_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
 
 
+def _of_tools(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Of calls and what was said to them; nothing where no rollout called."""
+    spans = [s for r in rollouts for s in r.spans if s.why in (Mask.TOOL, Mask.TOOL_ERROR)]
+    if not spans:
+        return {}
+    return {
+        "tool/calls": len(spans) / len(rollouts),
+        "tool/share": sum(s.stop - s.start for s in spans) / sum(r.length for r in rollouts),
+        "tool/failed": sum(s.why is Mask.TOOL_ERROR for s in spans) / len(spans),
+    }
+
+
 def _of_entropy(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
     entropy, advantages = stored(tokens.entropy)[mask], stored(tokens.advantages)[mask]
     quantiles = np.quantile(entropy, list(QUANTILES.values()))
@@ -129,9 +141,11 @@ def _of_sampler(rollouts: Sequence[Rollout], tokens: Tokens) -> dict[str, float]
     shaped = [(r.shaped, slice(edges[i], edges[i + 1])) for i, r in enumerate(rollouts) if r.shaped]
     if not sum(place.stop - place.start for _, place in shaped):
         return {}
-    temperature = np.concatenate([s.temperature for s, _ in shaped])
-    learner = array(tokens.entropy)
-    gaps = np.concatenate([np.abs(s.entropy - learner[place]) for s, place in shaped])
+    entropy = np.concatenate([s.entropy for s, _ in shaped])
+    noted = ~np.isnan(entropy)  # not what a tool said
+    temperature = np.concatenate([s.temperature for s, _ in shaped])[noted]
+    learner = np.concatenate([array(tokens.entropy)[place] for _, place in shaped])
+    gaps = np.abs(entropy - learner)[noted]
     drawn = temperature[~np.isnan(temperature)]
     whole = {"sampler/inserted": float(np.isnan(temperature).mean()), "sampler/gap": float(gaps.max())}
     if not len(drawn):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from entroray.control import Control
+from entroray.entropy.domains import by_domain
+from entroray.entropy.domains import judged as of_judged
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
@@ -275,16 +277,13 @@ class Driver:
             for memory in self.memories.values():
                 memory.note(group)
         judged = [g for group in whole for g in (*group.earlier, group)]
-        right = [g.right for g in judged]
         counted = {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
         metrics = (
             trained
             | counted
+            | of_judged(judged)
+            | by_domain(groups, tokens, judged)
             | {
-                # Of every group judged: a filter that keeps the undecided ones must not show as a plateau.
-                "reward/mean": sum(right) / len(right),
-                "groups/all_right": sum(r == 1 for r in right) / len(right),
-                "groups/all_wrong": sum(r == 0 for r in right) / len(right),
                 "reward/trained_mean": trained["reward/mean"],
                 "reward/shaped_mean": sum(shaped) / len(shaped),
                 "groups/dropped": float(self.stream.dropped.total()),

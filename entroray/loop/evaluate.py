@@ -10,6 +10,7 @@ from entroray.errors import ConfigError
 from entroray.loop import findings
 from entroray.loop.decoding import Decoding, Words, fork
 from entroray.loop.driver import seeds
+from entroray.loop.mixture import domains
 from entroray.loop.roles import Generator, Verifier
 from entroray.types import Group, Prompt
 
@@ -85,6 +86,21 @@ async def heldout(
     """
     greedy = await right_answers(at(0.0), verifier, prompts, samples=1, seed=0)
     sampled = await right_answers(at(temperature), verifier, prompts, samples=samples, seed=0)
+    return _scored(greedy, sampled, samples) | by_domain(prompts, greedy, sampled, samples)
+
+
+def by_domain(
+    prompts: Sequence[Prompt], greedy: Sequence[int], sampled: Sequence[int], samples: int
+) -> dict[str, float]:
+    """The scores of `heldout` for each part of a mixture, as `greedy:countdown`."""
+    found: dict[str, float] = {}
+    for name, places in domains(prompts).items():
+        own = _scored([greedy[i] for i in places], [sampled[i] for i in places], samples)
+        found |= {f"{score}:{name}": value for score, value in own.items()}
+    return found
+
+
+def _scored(greedy: Sequence[int], sampled: Sequence[int], samples: int) -> dict[str, float]:
     return {"greedy": sum(greedy) / len(greedy), **scores(sampled, samples)}
 
 
@@ -107,4 +123,11 @@ async def examine(
         heated = at(plan.temperature)
         sampled = await answered(heated, verifier, prompts, samples=plan.samples, seed=0)
     paths = await fork(greedy, decoding, verifier, words.text) if decoding else []
-    return findings.of(greedy, sampled, paths, plan.ks, words)
+    found = findings.of(greedy, sampled, paths, plan.ks, words)
+    parts = domains(prompts).items()
+    mean = lambda places: {n: _mean(c, places) for n, c in found["each"].items() if n != "id"}  # noqa: E731
+    return found | ({"domains": {name: mean(places) for name, places in parts}} if parts else {})
+
+
+def _mean(column: Sequence[float], places: Sequence[int]) -> float:
+    return sum(column[i] for i in places) / len(places)

@@ -110,7 +110,8 @@ def _confidences(groups: Sequence[Group]) -> dict[str, tuple[Column, Column]]:
     if not pairs:
         return {}
     correct = np.array([float(right(v)) for _, v in pairs])
-    mean = np.array([float(r.logprobs.mean()) if r.length else math.nan for r, _ in pairs])
+    own = [r.logprobs[r.observed < 0] for r, _ in pairs]
+    mean = np.array([float(logprobs.mean()) if len(logprobs) else math.nan for logprobs in own])
     spoken = np.isfinite(mean)
     found = {"logprob": (np.exp(mean[spoken]), correct[spoken])} if spoken.any() else {}
     if max(len(g.rollouts) for g in groups) < 2:  # one answer always agrees with itself

@@ -1,8 +1,7 @@
-"""Rows of data -> questions -> prompts -> an endless stream of them; and right answers to imitate."""
+"""Rows of data -> questions -> prompts -> an endless stream of them."""
 
 import hashlib
 import json
-import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from entroray.errors import ConfigError, DataError, PreflightError
+from entroray.errors import ConfigError, PreflightError
 from entroray.reward import gym
 from entroray.reward.extract import nearest
-from entroray.reward.verdicts import CORRECT_FROM
 from entroray.types import Prompt
 
 Row = Mapping[str, Any]
@@ -218,6 +216,7 @@ def make_prompts(
     tokenize: Callable[[str], tuple[int, ...]],
     template: str | None = None,
     max_tokens: int | None = None,
+    domain: str = "",
 ) -> PromptSet:
     """Render, tokenise, drop duplicates (the first stays) and what is longer than `max_tokens`.
 
@@ -238,7 +237,7 @@ def make_prompts(
         if max_tokens is not None and len(tokens) > max_tokens:
             too_long.add(key)
         else:
-            found[key] = Prompt(key, text, tokens, question.answer, question.row)
+            found[key] = Prompt(key, text, tokens, question.answer, question.row, domain)
     if not found:
         raise PreflightError(
             f"no prompt is left of {seen} rows: the shortest has {shortest} tokens, the limit is {max_tokens}"
@@ -307,47 +306,3 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
     """Raw PCG64 words, sorted: NumPy promises those streams for ever, and `permutation` only for now."""
     words = np.random.PCG64([seed, epoch]).random_raw(count)
     return np.argsort(words, kind="stable").tolist()
-
-
-# Right answers to imitate.
-
-
-def chain_sum_steps(row: Row) -> str:
-    """`12 + 34 - 5` -> `12+34=46,46-5=41`: one running sum a step; rule `after` with marker `=` reads it."""
-    first, *rest = row["metadata"]["expression"].split()
-    total, steps = int(first), []
-    for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        before, total = total, total + int(term) * (1 if sign == "+" else -1)
-        steps.append(f"{before}{sign}{term}={total}")
-    steps = steps or [f"{first}={total}"]
-    if str(total) != row["answer"]:
-        raise DataError(f"chain_sum row says {row['answer']} where its expression gives {total}: {row}")
-    return ",".join(steps)
-
-
-def countdown_expression(row: Row) -> str:
-    """The row's own solution without spaces, checked by the scorer; rule `whole` reads it."""
-    expression = "".join(row["answer"].split())
-    if gym.scorer("countdown")(expression, row) < CORRECT_FROM:
-        raise DataError(f"countdown row whose own answer {expression!r} is not right: {row}")
-    return expression
-
-
-def gsm8k_solution(row: Row) -> str:
-    """The worked answer without its `<<48/2=24>>` notes, up to `#### 24`; rule `after`, marker `####`."""
-    return re.sub(r"<<[^<>]*>>", "", row["answer"]).strip()
-
-
-_DEMONSTRATIONS: Mapping[str, Callable[[Row], str]] = {
-    "chain_sum": chain_sum_steps,
-    "countdown": countdown_expression,
-    "gsm8k": gsm8k_solution,
-}
-
-
-def demonstration(name: str) -> Callable[[Row], str]:
-    """The function row -> right response called `name`; give it `Prompt.entry`."""
-    if name not in _DEMONSTRATIONS:
-        known = list(_DEMONSTRATIONS)
-        raise ConfigError(f"demonstrations={name!r} is unknown; {nearest(name, known)}")
-    return _DEMONSTRATIONS[name]

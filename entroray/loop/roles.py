@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from entroray.types import Batch, Group, Prompt, Rollout, Tokens, Verdict, Version
+from entroray.types import Answer, Batch, Group, Prompt, Rollout, Tokens, Verdict, Version
 
 Scores = Mapping[str, NDArray[np.float32]]
 """Columns [N] of a scored batch: logprobs, entropy, varentropy, and what the objective needs besides."""
@@ -40,6 +40,13 @@ class Choosing(Generator, Protocol):
 class Verifier(Protocol):
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """One verdict per rollout, in order; what failed says so in its status."""
+        ...
+
+
+@runtime_checkable
+class Tool(Protocol):
+    async def answer(self, prompt: Prompt, calls: Sequence[str]) -> list[Answer]:
+        """One answer per call, in order; a call that the tool cannot answer is answered with an error."""
         ...
 
 

@@ -11,7 +11,7 @@ from entroray.loop.batching import assemble, tokens_of
 from entroray.loop.driver import seeds
 from entroray.loop.roles import Generator, Learner, Sync, Verifier
 from entroray.objective import Objective
-from entroray.types import Group, Prompt, Rollout, Verdict
+from entroray.types import Group, Prompt, Rollout, Span, Verdict
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,12 @@ class Warmup:
     seed: int
 
 
-def demonstrate(prompt: Prompt, response: Sequence[int]) -> Group:
-    """A right answer in the shape of a group of one."""
+def demonstrate(prompt: Prompt, response: Sequence[int], said: Sequence[Span] = ()) -> Group:
+    """A right answer in the shape of a group of one; what is `said` by a tool is not learnt."""
     ids = np.asarray(response, dtype=np.int32)
     blank = np.zeros(len(ids))
-    rollout = Rollout(
-        prompt.id, ids, blank.astype(np.float32), blank.astype(np.int32), "", 1.0, limit=len(ids)
-    )
+    columns = ids, blank.astype(np.float32), blank.astype(np.int32)
+    rollout = Rollout(prompt.id, *columns, "", 1.0, limit=len(ids), spans=tuple(said))
     return Group(prompt, (rollout,), (Verdict(1.0, 1.0),))
 
 

@@ -1,15 +1,11 @@
 """Verifiers: plain functions (response text, prompt) -> Verdict, chosen by name."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from entroray.errors import ConfigError
-from entroray.reward import custom, gym, math
-from entroray.reward.extract import nearest
-from entroray.reward.verdicts import Judge, guarded
-
-_CHOICES: Mapping[str, Callable[..., Judge]] = {"math": math.judge, "gym": gym.judge, "custom": custom.judge}
+from entroray.reward import choice, custom, gym, math, tools
+from entroray.reward.verdicts import Judge, failed, guarded
+from entroray.types import Prompt, Verdict
 
 
 def build(spec: Mapping[str, Any]) -> Judge:
@@ -17,22 +13,31 @@ def build(spec: Mapping[str, Any]) -> Judge:
 
     Raises ConfigError for an unknown name, an unknown or missing setting, or one of the wrong type.
     """
-    settings = dict(spec)
-    name = settings.pop("fn", None)
-    if name not in _CHOICES:
-        raise ConfigError(f"reward.fn={name!r} is unknown; {nearest(str(name), list(_CHOICES))}")
-    make = _CHOICES[name]
-    _check(name, settings, inspect.signature(make).parameters)
-    return guarded(make(**settings), f"reward.{name}")
+    return guarded(choice.made(spec, _CHOICES, "reward"), f"reward.{spec['fn']}")
 
 
-def _check(name: str, settings: Mapping[str, Any], known: Mapping[str, inspect.Parameter]) -> None:
-    for key, value in settings.items():
-        if key not in known:
-            raise ConfigError(f"reward.{key} is no setting of fn={name!r}; {nearest(key, list(known))}")
-        if not isinstance(value, known[key].annotation):
-            kind = known[key].annotation.__name__
-            raise ConfigError(f"reward.{key}={value!r} is a {type(value).__name__}, not a {kind}")
-    missing = [k for k, p in known.items() if p.default is p.empty and k not in settings]
-    if missing:
-        raise ConfigError(f"reward.fn={name!r} needs {', '.join(f'reward.{k}' for k in missing)}")
+def by_domain(*, judges: dict) -> Judge:
+    """The judge of the part of the mixture that the prompt is of."""
+    built = {name: build(spec) for name, spec in judges.items()}
+
+    def judge(response: str, prompt: Prompt) -> Verdict:
+        if prompt.domain not in built:
+            return failed(f"no judge of domain {prompt.domain!r}, of {', '.join(built)} only")
+        return built[prompt.domain](response, prompt)
+
+    return judge
+
+
+def with_tool(*, judge: dict, tool: dict) -> Judge:
+    """`judge`, and for what is a `Call` the tool: both in the same processes, under the same deadline."""
+    judged, answered = build(judge), tools.build(tool)
+    return lambda text, prompt: (answered if isinstance(text, tools.Call) else judged)(text, prompt)
+
+
+_CHOICES: Mapping[str, Callable[..., Judge]] = {
+    "math": math.judge,
+    "gym": gym.judge,
+    "custom": custom.judge,
+    "by_domain": by_domain,
+    "with_tool": with_tool,
+}

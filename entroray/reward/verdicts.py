@@ -63,11 +63,12 @@ def guarded(function: Callable[[str, Prompt], Any], source: str) -> Judge:
         try:
             return as_verdict(function(response, prompt), source)
         except (Exception, SystemExit) as error:  # boundary: user code; it fails this sample alone
-            return failed(f"{source} raised {_last_line(error)}")
+            return failed(f"{source} raised {last_line(error)}")
 
     return judge
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """What was raised, and where."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{traceback.format_exception_only(error)[-1].strip()} ({place.filename}:{place.lineno})"

@@ -15,7 +15,7 @@ from entroray.loop.heat import Heat
 from entroray.loop.roles import Scores
 from entroray.objective import Objective, count
 from entroray.policy.packing import Rows, cut_by_groups, plan
-from entroray.types import Batch, Prompt, Rollout, Tokens, Verdict
+from entroray.types import Answer, Batch, Prompt, Rollout, Tokens, Verdict
 from entroray.workers.cluster import Gang, Pool
 from entroray.workers.engines import Engines
 from entroray.workers.generator import Request, Sampling
@@ -46,10 +46,14 @@ class Generators:
         """The same engines, giving up what is left of a request when `count` of it have finished."""
         return replace(self, enough=count)
 
+    def at(self, temperature: float) -> "Generators":
+        """The same at another temperature of the policy."""
+        return replace(self, sampling=replace(self.sampling, temperature=temperature))
+
 
 @dataclass(frozen=True)
 class Verifiers:
-    """The pool of verifiers as a Verifier."""
+    """The pool of verifiers as a Verifier, and as the Tool whose calls they run."""
 
     pool: Pool
     deadline: float
@@ -57,6 +61,9 @@ class Verifiers:
 
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
         return await self.pool.call(lambda h: h.judge.remote(prompt, list(rollouts)), deadline=self.deadline)
+
+    async def answer(self, prompt: Prompt, calls: Sequence[str]) -> list[Answer]:
+        return await self.pool.call(lambda h: h.answer.remote(prompt, list(calls)), deadline=self.deadline)
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,8 @@ class Generator:
             self._settle(key)
 
     def _deliver(self, waiting: _Waiting, output: Any, notes: np.ndarray | None) -> None:
+        if output.prompt_token_ids != waiting.request.read:
+            raise InfrastructureError(f"the engine read {output.prompt_token_ids}, not what it was given")
         if output.prompt_logprobs is not None:
             waiting.done[output.request_id] = prompt_logprobs(output)  # type: ignore[assignment]
         else:

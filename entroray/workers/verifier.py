@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from entroray.errors import ConfigError, InfrastructureError
+from entroray.reward.tools import Call
 from entroray.reward.verdicts import failed
-from entroray.types import Prompt, Rollout, Status, Verdict
+from entroray.types import Answer, Prompt, Rollout, Status, Verdict
 from entroray.workers.nursery import FORK, HEADER
 
 ITEMS_PER_WORKER = 1000
@@ -74,6 +75,11 @@ class Verifier:
         """
         return list(await asyncio.gather(*(self._judge(prompt, r) for r in rollouts)))
 
+    async def answer(self, prompt: Prompt, calls: Sequence[str]) -> list[Answer]:
+        """One answer of the tool per call, in order, where `reward` has one; raises as `judge` does."""
+        said = await asyncio.gather(*(self._ask(prompt, Call(call)) for call in calls))
+        return [Answer(str(v.answer or ""), not v.correct, v.status, v.detail) for v in said]
+
     def close(self) -> None:
         """End every process this verifier started; what is still being judged fails."""
         self._closed = True
@@ -85,13 +91,15 @@ class Verifier:
     async def _judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
         if not rollout.status.usable:
             return failed("not judged: the response itself failed", rollout.status)
-        item = pickle.dumps((prompt, rollout.text))
-        async with self._slots:
-            verdict = await self._attempt(item) or await self._attempt(item, fresh=True)
-        if verdict is None:
-            return failed("two judge processes died over this response", Status.INFRA_FAILED)
+        verdict = await self._ask(prompt, rollout.text)
         cut = verdict.status is Status.OK and rollout.status is Status.TRUNCATED
         return replace(verdict, status=Status.TRUNCATED) if cut else verdict
+
+    async def _ask(self, prompt: Prompt, text: str) -> Verdict:
+        item = pickle.dumps((prompt, text))
+        async with self._slots:
+            verdict = await self._attempt(item) or await self._attempt(item, fresh=True)
+        return verdict or failed("two judge processes died over this response", Status.INFRA_FAILED)
 
     async def _attempt(self, item: bytes, *, fresh: bool = False) -> Verdict | None:
         """The verdict, or None when the worker died; only a good verdict lets a worker live on."""

@@ -12,11 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from entroray.errors import ConfigError, DataError, PreflightError
+from entroray.loop.demonstrations import chain_sum_steps, demonstration
 from entroray.loop.prompts import (
     PromptStream,
     Question,
-    chain_sum_steps,
-    demonstration,
     make_prompts,
     prompt_id,
     reasoning_gym_rows,

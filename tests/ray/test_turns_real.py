@@ -1,0 +1,174 @@
+"""Tools and mixtures on the real stack: what the engine drew is what the learner scores; runs of both."""
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pytest
+import ray
+
+from entroray.cli import machine, settings
+from entroray.loop.batching import assemble, group_index
+from entroray.loop.turns import Syntax, Turns
+from entroray.policy.tokenizer import byte_tokenizer
+from entroray.types import Answer, Group, Mask, Prompt, Rollout, Status, Verdict
+from entroray.workers import cluster
+from entroray.workers.cluster import Share
+from entroray.workers.generator import Generator, Request, Sampling
+from entroray.workers.verifier import Verifier
+from tests.ray.conftest import run
+from tests.ray.test_learner import a_gang
+from tests.ray.test_train import SMALL, entroray, metrics
+
+PROMPT = Prompt("q", "", tuple(int(i) for i in np.random.default_rng(1).integers(0, 250, 20)), "")
+LIMIT = 120
+RULE = {"fn": "by_entropy", "least": 0.6, "most": 1.8, "start": 1.0, "full": 3.0}
+
+
+class Engine:
+    """One engine as a role, and a tool that answers every call with its length."""
+
+    def __init__(self, handle: Any, sampling: Sampling):
+        self.handle, self.sampling = handle, sampling
+        self.read: list[tuple[int, ...]] = []
+
+    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
+        self.read.append(tuple(after))
+        asked = Request("q", prompt.token_ids, tuple(seeds), self.sampling, 100.0, tuple(after))
+        return await cluster.settle(self.handle.sample.remote(asked), deadline=150.0, what="engine")
+
+    async def answer(self, prompt: Prompt, calls: Sequence[str]) -> list[Answer]:
+        return [Answer(f"={len(call)};") for call in calls]
+
+
+@pytest.fixture(scope="module")
+def engine(local_ray: None, model: str) -> Iterator[Any]:
+    config, _ = settings.load(["sampler=by_entropy"])
+    options = machine.engine_options(config)
+    share = Share(0.4, 0.0, 1)
+    handle = cluster.spawn(Generator, share, model, dtype="float32", max_length=512, seed=0, engine=options)
+    asyncio.run(cluster.settle(handle.start.remote(), deadline=240.0, what="engine"))
+    yield handle
+    ray.kill(handle)
+
+
+def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, model: str) -> None:
+    """Of a random model, for which a call ends by chance: `]`, one token in 260."""
+    tokenizer = byte_tokenizer()
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    plain = Sampling(1.0, LIMIT, stop=("]",))
+
+    async def conversed(sampling: Sampling) -> tuple[list[Rollout], list[tuple[int, ...]]]:
+        one = Engine(engine, sampling)
+        turns = Turns(one, one, Syntax("[", "]"), 3, encode, decode)
+        return await turns.sample(PROMPT, range(48)), one.read
+
+    async def scored() -> list[tuple[list[Rollout], list[tuple[int, ...]], Any]]:
+        found = []
+        async with a_gang(model, 1, 1) as (learner, _):
+            for sampling in (plain, plain.under(RULE)):
+                rollouts, read = await conversed(sampling)
+                halves = (tuple(rollouts[:24]), tuple(rollouts[24:]))
+                groups = [Group(PROMPT, half, (Verdict(0.0, 0.0),) * 24) for half in halves]
+                scores = await learner.score(assemble(groups), group_index(groups))
+                found.append((rollouts, read, scores))
+        return found
+
+    fixed, shaped = run(scored())
+    for rollouts, read, scores in (fixed, shaped):
+        drawn = np.concatenate([r.observed for r in rollouts]) < 0
+        calls = [[s for s in r.spans if s.why is Mask.TOOL] for r in rollouts]
+        assert sum(len(c) == 2 for c in calls) >= 3 and 100 < (~drawn).sum() < drawn.sum()
+        assert all(r.length <= LIMIT and r.status in (Status.OK, Status.TRUNCATED) for r in rollouts)
+        whole = {
+            tuple(r.token_ids[: s.stop].tolist()) for r, c in zip(rollouts, calls, strict=True) for s in c
+        }
+        assert set(read[1:]) <= whole, "each turn reads the ids of those before it"
+        if rollouts[0].shaped is None:
+            behaviour = np.concatenate([r.logprobs for r in rollouts])
+            np.testing.assert_allclose(behaviour[drawn], scores["logprobs"][drawn], atol=1e-4)
+        else:
+            noted = np.concatenate([r.shaped.entropy for r in rollouts if r.shaped])
+            np.testing.assert_allclose(noted[drawn], scores["entropy"][drawn], atol=1e-3)
+            assert np.isnan(noted[~drawn]).all()
+
+
+TOOL = """
+import time
+def slow(call, prompt):
+    if call == "sleep":
+        time.sleep(60)
+    if call == "raise":
+        raise KeyError(call)
+    return call.upper() + prompt.reference
+"""
+
+
+def test_a_slow_tool_times_out_alone_and_one_that_raises_says_so(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TOOL)
+    tool = {"fn": "custom", "path": f"{tmp_path}/mine.py:slow"}
+    spec = {"fn": "with_tool", "judge": {"fn": "gym", "task": "chain_sum"}, "tool": tool}
+
+    async def answered() -> list[Answer]:
+        verifier = Verifier(spec, slots=2, deadline=1.0)
+        try:
+            await verifier.warm_up()
+            return await verifier.answer(Prompt("p", "", (1,), "!"), ["a", "sleep", "raise", "b"])
+        finally:
+            verifier.close()
+
+    a, late, raised, b = run(answered())
+    assert (a, b) == (Answer("A!"), Answer("B!"))
+    assert late.status is Status.TIMEOUT and not late.text
+    assert (raised.text, raised.failed, raised.status) == ("error", True, Status.OK)
+    assert "KeyError" in raised.detail and "mine.py" in raised.detail
+
+
+def test_a_run_with_a_calculator(tmp_path: Path) -> None:
+    """With a lag: the tool's tokens are masked as the tool's, and all others are what the engine drew."""
+    folder = tmp_path / "run"
+    said = entroray(
+        "train",
+        "experiment=calculator",
+        "driver=async",
+        f"run.dir={folder}",
+        *SMALL,
+        cache=tmp_path / "cache",
+    )
+    assert "tool       calculator, called as [...]" in said
+    rows = metrics(folder)
+    assert [r["step"] for r in rows] == [1, 2, 3] and all(r["tool/calls"] > 0.2 for r in rows)
+    assert rows[0]["mismatch/max"] < 1e-4 and max(r["lag/max"] for r in rows) <= 1
+    ask = lambda query: duckdb.connect().execute(query).fetchall()  # noqa: E731
+    table = f"'{folder}/tokens/*.parquet'"
+    by_reason = dict(ask(f"select mask_reason, count(*) from {table} group by 1"))
+    assert by_reason["tool"] > 50 and by_reason[None] > by_reason["tool"]
+    assert ask(f"select max(abs(logprob_behavior)) from {table} where mask_reason = 'tool'") == [(0.0,)]
+    words = json.loads((folder / "tokens" / "vocabulary.json").read_text())
+    ids = ask(f"select distinct token_id from {table} where mask_reason = 'tool'")
+    assert {words[str(i)] for (i,) in ids} <= set("-.0123456789e+")
+
+
+def test_a_run_of_a_mixture(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    sizes = ["data.parts.chain_sum.size=2000", "data.parts.countdown.size=600", "evaluate.every=1"]
+    given = [x for x in SMALL if not x.startswith("run.steps")]
+    entroray(
+        "train", "data=mixture", "run.steps=2", f"run.dir={folder}", *given, *sizes, cache=tmp_path / "c"
+    )
+    rows = metrics(folder)
+    assert len(rows) == 2
+    for row in rows:
+        assert row["groups/share:chain_sum"] + row["groups/share:countdown"] == pytest.approx(1)
+        parts = ("chain_sum", "countdown")
+        mean = sum(row[f"reward/mean:{d}"] * row[f"groups/share:{d}"] for d in parts)
+        assert mean == pytest.approx(row["reward/mean"])
+        for d in parts:
+            assert (
+                row[f"entropy/mean:{d}"] > 0 and 0 <= row[f"eval/greedy:{d}"] <= row[f"eval/pass@8:{d}"] + 1
+            )

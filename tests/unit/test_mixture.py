@@ -1,0 +1,209 @@
+"""Mixtures: whose turn it is, what two parts may not share, and metrics of each part."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from entroray.cli import bootstrap, material, train
+from entroray.config import Config, Part
+from entroray.entropy.domains import by_domain
+from entroray.errors import ConfigError, PreflightError
+from entroray.loop.batching import tokens_of
+from entroray.loop.evaluate import by_domain as scores_by_domain
+from entroray.loop.mixture import BLOCK, Mixture, apart, by_turns, domains, stream
+from entroray.loop.prompts import PromptStream
+from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
+from entroray.reward import build
+from entroray.types import Group, Prompt, Rollout, Verdict
+from tests.composed import configured
+
+
+def prompts(domain: str, count: int) -> list[Prompt]:
+    return [Prompt(f"{domain}{i:03d}", f"{domain} {i}", (1,), "", domain=domain) for i in range(count)]
+
+
+BOTH = [*prompts("a", 7), *prompts("b", 5)]
+WEIGHTS = {"a": 3.0, "b": 1.0}
+
+
+def test_domains_come_by_weight_and_each_has_every_prompt_once_an_epoch() -> None:
+    drawn = list(islice(Mixture(BOTH, WEIGHTS, seed=1), 3 * BLOCK))
+    share = Counter(p.domain for p in drawn)["a"] / len(drawn)
+    assert share == pytest.approx(0.75, abs=0.03)
+    for name, count in (("a", 7), ("b", 5)):
+        own = [p.id for p in drawn if p.domain == name]
+        assert own == [p.id for p in islice(PromptStream(prompts(name, count), seed=1), len(own))]
+
+
+def test_a_mixture_resumes_exactly_wherever_it_stood() -> None:
+    whole = [p.id for p in islice(Mixture(BOTH, WEIGHTS, seed=3), 2 * BLOCK + 50)]
+    for position in (0, 1, 40, BLOCK - 1, BLOCK, 2 * BLOCK + 7):
+        resumed = Mixture(BOTH[::-1], WEIGHTS, seed=3, position=position)
+        assert [p.id for p in islice(resumed, 20)] == whole[position : position + 20]
+        assert resumed.at(5).id == whole[5] and resumed.position == position + 20
+
+
+def test_the_order_of_domains_is_that_of_every_machine() -> None:
+    """Pinned, as that of a single task is."""
+    assert "".join(p.domain for p in islice(Mixture(BOTH, WEIGHTS, seed=1), 24)) == "aabaaababaaaaaaabaabaabb"
+    two = "".join(p.domain for p in islice(Mixture(BOTH, WEIGHTS, seed=2), 24))
+    assert two != "aabaaababaaaaaaabaabaabb"
+
+
+def test_one_task_has_no_mixture_and_a_part_without_prompts_is_refused() -> None:
+    assert isinstance(stream(prompts("", 3), {}, seed=0), PromptStream)
+    assert isinstance(stream(BOTH, WEIGHTS, seed=0), Mixture)
+    with pytest.raises(PreflightError, match="no prompts of c"):
+        Mixture(BOTH, WEIGHTS | {"c": 1.0}, seed=0)
+
+
+def test_what_two_parts_share_stays_in_the_first() -> None:
+    a, b, c = prompts("a", 3), prompts("b", 3), prompts("c", 2)
+    b[0], b[1], c[1] = replace(b[0], id="a001"), replace(b[1], text="a 2"), replace(c[1], text="b 2")
+    kept, shared = apart([a, b, c])
+    assert [[p.id for p in part] for part in kept] == [["a000", "a001", "a002"], ["b002"], ["c000"]]
+    assert shared == 3
+
+
+def test_parts_come_by_turns() -> None:
+    mixed = by_turns([prompts("a", 2), prompts("b", 4)])
+    assert [p.id for p in mixed] == ["a000", "b000", "a001", "b001", "b002", "b003"]
+    assert domains(mixed) == {"a": [0, 2], "b": [1, 3, 4, 5]} and domains(prompts("", 3)) == {}
+
+
+def test_metrics_of_each_domain() -> None:
+    def group(domain: str, ids: list[int], correct: list[float]) -> Group:
+        row = lambda n: (np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32))  # noqa: E731
+        rollouts = tuple(Rollout("p", *row(n), "", 1.0, 9) for n in ids)
+        return Group(
+            Prompt("p", "", (0,), "", domain=domain), rollouts, tuple(Verdict(c, c) for c in correct)
+        )
+
+    a, b, sent_back = group("a", [1, 2], [1, 0]), group("b", [3, 1], [1, 0]), group("b", [1, 1], [0, 0])
+    entropy = np.array([1, 1, 1, 5, 5, 5, 9], np.float32)
+    columns = {"logprobs": entropy, "entropy": entropy, "varentropy": entropy}
+    tokens = tokens_of([a, b], [torch.zeros(2)] * 2, columns, 0)
+    found = by_domain([a, b], tokens, [a, b, sent_back])
+    assert (found["reward/mean:a"], found["reward/mean:b"]) == (0.5, 0.25)
+    assert (found["groups/all_wrong:a"], found["groups/all_wrong:b"]) == (0, 0.5)
+    assert found["groups/share:b"] == pytest.approx(2 / 3)
+    assert (found["entropy/mean:a"], found["entropy/mean:b"]) == (1, 6)
+    assert (found["length/mean:a"], found["length/mean:b"]) == (1.5, 2)
+    assert by_domain([group("", [1, 2, 2, 2], [0] * 4)], tokens, [group("", [1], [0])]) == {}
+
+
+def test_evaluations_of_each_domain() -> None:
+    found = scores_by_domain(by_turns([prompts("a", 2), prompts("b", 1)]), [1, 0, 1], [2, 0, 1], 2)
+    assert found == {
+        "greedy:a": 1.0,
+        "pass@1:a": 0.75,
+        "pass@2:a": 1.0,
+        "greedy:b": 0.0,
+        "pass@1:b": 0.0,
+        "pass@2:b": 0.0,
+    }
+
+
+def test_a_judge_for_each_domain() -> None:
+    gym = lambda task, extract: {"fn": "gym", "task": task, "extract": extract}  # noqa: E731
+    judge = build(
+        {"fn": "by_domain", "judges": {"a": gym("chain_sum", "after"), "b": gym("chain_sum", "whole")}}
+    )
+    one = lambda domain: Prompt("p", "", (1,), "5", {"answer": "5"}, domain)  # noqa: E731
+    assert [judge("=5", one(d)).correct for d in "ab"] == [1, 0]
+    assert "no judge of domain 'c'" in judge("=5", one("c")).detail
+
+
+# As it is set up.
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Config:
+    return configured("data=mixture", "data.parts.chain_sum.size=400", "data.parts.countdown.size=200")
+
+
+def test_a_mixture_is_read_part_by_part(mixed: Config) -> None:
+    read = material.read(mixed, byte_tokenizer())
+    for part in (read.split.heldout, read.split.demonstrations, read.split.training):
+        assert {p.domain for p in part} == {"chain_sum", "countdown"}
+    assert [p.domain for p in read.split.heldout[:4]] == ["chain_sum", "countdown"] * 2
+    every = [
+        p.id for part in (read.split.heldout, read.split.demonstrations, read.split.training) for p in part
+    ]
+    assert len(set(every)) == len(every)
+    judge = build(read.judge)
+    for group in islice(bootstrap._demonstrations(mixed, read), 20):
+        text = byte_tokenizer().decode(group.rollouts[0].token_ids.tolist(), skip_special_tokens=True)
+        assert judge(text, group.prompt).correct == 1, group.prompt.domain
+    assert material.told(mixed)[1].startswith(
+        "countdown: weight 1, countdown, template '{numbers}->{target}'"
+    )
+
+
+def test_each_part_has_a_system_message_of_its_own(mixed: Config) -> None:
+    parts = {"one": Part(system="Add."), "two": Part(system=None, seed=10_000)}
+    parts = {
+        n: replace(p, size=20, template=n + " {question}", judge={"fn": "math"}) for n, p in parts.items()
+    }
+    config = replace(mixed, data=replace(mixed.data, parts=parts, max_prompt=200))
+    config = replace(config, model=replace(config.model, system="Think."))
+    tokenizer = byte_tokenizer()
+    read = material.read(config, tokenizer)
+    begins = {p.domain: tokenizer.decode(p.token_ids)[:26] for p in read.split.training}
+    assert begins == {"one": "<|system|>Add.<|user|>one ", "two": "<|system|>Think.<|user|>tw"}
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_system_message_and_template_in_a_model_folder_with_its_own_chat_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    config = configured("data=chain_sum", "model.system=Add up.", "data.size=3", "data.max_prompt=200")
+    config = replace(config, data=replace(config.data, heldout=0.0, demonstrations=0.0))
+    first = material.read(config, load_tokenizer(str(tmp_path))).split.training[0]
+    rendered = (
+        f"<|im_start|>system\nAdd up.<|im_end|>\n<|im_start|>user\n{first.text}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(first.token_ids) == rendered and first.text.endswith("=")
+    said = train._dry(config, train.objective_of(config))
+    assert "prompts: chain_sum, template '{expression:compact}=', system 'Add up.', judged by gym" in said
+
+
+def test_the_warm_starts_of_before_keep_their_names(mixed: Config) -> None:
+    """Pinned: a key that changes would make everybody wait for a warm start that is there."""
+    names = {c: bootstrap.cached(configured(c)).name for c in ("data=chain_sum", "data=countdown")}
+    assert names == {
+        "data=chain_sum": "chain_sum-b9ecd4e0e7e8cc72",
+        "data=countdown": "countdown-82d7e9c4b6d09642",
+    }
+    assert bootstrap.cached(mixed).name.startswith("chain_sum-countdown-")
+    heavier = replace(mixed.data.parts["countdown"], weight=2.0)
+    other = replace(mixed, data=replace(mixed.data, parts=mixed.data.parts | {"countdown": heavier}))
+    assert bootstrap.cached(other) != bootstrap.cached(mixed)
+    asked = replace(mixed, model=replace(mixed.model, system="Think."))
+    assert bootstrap.cached(asked) != bootstrap.cached(mixed)
+
+
+def test_wrong_parts_are_refused_by_name(mixed: Config) -> None:
+    with pytest.raises(ConfigError, match=r"data\.parts\.countdown\.weight=0"):
+        configured("data=mixture", "data.parts.countdown.weight=0")
+    with pytest.raises(ConfigError, match="weigt"):
+        configured("data=mixture", "data.parts.countdown.weigt=2")
+    bare = replace(
+        mixed, data=replace(mixed.data, parts={"one": Part()}), reward=replace(mixed.reward, judge={})
+    )
+    with pytest.raises(ConfigError, match=r"no judge: set data\.parts\.one\.judge"):
+        material.judge(bare)
+    with pytest.raises(ConfigError, match="no name for a metric"):
+        material.check(replace(mixed, data=replace(mixed.data, parts={"a:b": Part()})))
