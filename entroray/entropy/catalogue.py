@@ -75,9 +75,6 @@ STEP = [
         "length/wrong | where not | tokens | mean",
         "length/truncated | stopped by the limit, or in a loop (rollout.repetition) | share | count",
         "repetition/share | own 4-grams written before in the same response | share | mean of responses",
-        "tool/calls | calls answered, of steps with any | calls | mean",
-        "tool/share | tokens that a tool said, of steps with any | share | count",
-        "tool/failed | calls answered with an error, of calls | share | count",
         "answers/missing | no answer was read | share | count",
         "calibration/ece_consistency | ECE of the share of its group with the same answer | share | 15 bins",
         "calibration/brier_consistency | the same confidence against correct | share^2 | mean square",
@@ -107,6 +104,15 @@ SAMPLER = _rows(
     "was learnt since | nats | maximum",
 )
 """What `describe` adds where a sampler shaped; mismatch and importance then include what it shaped."""
+
+TOOLS = _rows(
+    ROLLOUTS,
+    SAMPLING,
+    "tool/calls | calls answered | calls | mean",
+    "tool/share | tokens that the tool said | share of response tokens | count",
+    "tool/failed | answered with an error | share of calls | count",
+)
+"""What `describe` adds where a rollout called a tool."""
 
 UPDATE = _rows(
     "tokens of all updates",
@@ -275,6 +281,7 @@ def text() -> str:
     parts = {
         "A step": STEP,
         "A sampler that shapes": SAMPLER,
+        "A tool": TOOLS,
         "An update": UPDATE,
         "How prompts and groups are chosen": CHOICE,
         "Prediction and law": INSIGHT,

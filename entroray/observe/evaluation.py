@@ -88,6 +88,8 @@ def lines(found: Found) -> list[str]:
     """The rest in words: greedy, CoT-decoding, entropy, diversity, what failed."""
     mean = next(name for name in found["each"] if name.startswith("avg@"))
     said = [f"greedy {number(found, 'greedy')}, {mean} {number(found, mean)}"]
+    for name, part in found.get("domains", {}).items():
+        said.append(f"{name}: greedy {part['greedy']:.3f}, {mean} {part[mean]:.3f}")
     if cot := found.get("cot"):
         chosen = ", ".join(f"{name} {number(found, key)}" for key, name in DECODED.items())
         lost = ", ".join(f"{n} {why}" for why, n in cot["lost"].items())

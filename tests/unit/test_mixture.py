@@ -1,5 +1,6 @@
 """Mixtures: whose turn it is, what two parts may not share, and metrics of each part."""
 
+import asyncio
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -11,16 +12,21 @@ import torch
 
 from entroray.cli import bootstrap, material, train
 from entroray.config import Config, Part
+from entroray.entropy.catalogue import DOMAIN, matches
 from entroray.entropy.domains import by_domain
 from entroray.errors import ConfigError, PreflightError
 from entroray.loop.batching import tokens_of
+from entroray.loop.decoding import Words
 from entroray.loop.evaluate import by_domain as scores_by_domain
+from entroray.loop.evaluate import examine, plan
 from entroray.loop.mixture import BLOCK, Mixture, apart, by_turns, domains, stream
 from entroray.loop.prompts import PromptStream
+from entroray.observe.evaluation import lines
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
 from entroray.reward import build
 from entroray.types import Group, Prompt, Rollout, Verdict
 from tests.composed import configured
+from tests.toy import ToyWorld
 
 
 def prompts(domain: str, count: int) -> list[Prompt]:
@@ -29,6 +35,7 @@ def prompts(domain: str, count: int) -> list[Prompt]:
 
 BOTH = [*prompts("a", 7), *prompts("b", 5)]
 WEIGHTS = {"a": 3.0, "b": 1.0}
+WHOLE = {"a": 6, "b": 3}
 
 
 def test_domains_come_by_weight_and_each_has_every_prompt_once_an_epoch() -> None:
@@ -94,6 +101,7 @@ def test_metrics_of_each_domain() -> None:
     assert found["groups/share:b"] == pytest.approx(2 / 3)
     assert (found["entropy/mean:a"], found["entropy/mean:b"]) == (1, 6)
     assert (found["length/mean:a"], found["length/mean:b"]) == (1.5, 2)
+    assert all(matches(name, DOMAIN) for name in found) and len(found) == 2 * len(DOMAIN)
     assert by_domain([group("", [1, 2, 2, 2], [0] * 4)], tokens, [group("", [1], [0])]) == {}
 
 
@@ -107,6 +115,24 @@ def test_evaluations_of_each_domain() -> None:
         "pass@1:b": 0.0,
         "pass@2:b": 0.0,
     }
+
+
+def test_a_whole_evaluation_has_every_accuracy_of_each_domain() -> None:
+    world = ToyWorld(None)  # type: ignore[arg-type]
+    both = by_turns(
+        [[replace(p, reference="3") for p in prompts(name, count)] for name, count in WHOLE.items()]
+    )
+    words = Words(str, str, frozenset())
+    found = asyncio.run(examine(lambda t: world, world, both, plan(1.0, 4), words))
+    assert found["domains"].keys() == {"a", "b"} and "id" not in found["domains"]["a"]
+    for name in ("greedy", "pass@4", "pass^2", "avg@4"):
+        mean = sum(found["domains"][d][name] * n for d, n in WHOLE.items()) / sum(WHOLE.values())
+        assert mean == pytest.approx(found[name])
+    assert any(line.startswith("b: greedy ") for line in lines(found))
+    bare = asyncio.run(
+        examine(lambda t: world, world, [replace(p, domain="") for p in both], plan(1.0, 2), words)
+    )
+    assert "domains" not in bare
 
 
 def test_a_judge_for_each_domain() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from entroray.entropy.catalogue import TOOLS, matches
 from entroray.entropy.statistics import describe
 from entroray.loop.batching import tokens_of
 from entroray.loop.demonstrations import Worked, chain_sum_calls
@@ -236,6 +237,8 @@ def test_tools_are_counted_and_their_tokens_are_in_no_entropy() -> None:
     found = describe([group], tokens_of([group], [torch.zeros(2)], columns, 3))
     assert (found["tool/calls"], found["tool/failed"]) == (1.0, 0.5)
     assert found["tool/share"] == pytest.approx(2 / 12)
+    told = [name for name in found if name.startswith("tool/")]
+    assert all(matches(name, TOOLS) for name in told) and len(told) == len(TOOLS)
     assert found["entropy/mean"] == 1.0 and found["sampler/gap"] == 98.0
     bare = describe(
         [replace(group, rollouts=(plain, plain))], tokens_of([group], [torch.zeros(2)], columns, 3)
