@@ -73,6 +73,13 @@ class ToyWorld:
             Status.INFRA_FAILED if failed else Status.OK,
         )
 
+    async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
+        logp = self.served.log_softmax(-1)
+        best = torch.argsort(logp, descending=True, stable=True)[:count]
+        version = np.full(1, self.version, dtype=np.int32)
+        row = lambda i: (np.array([i], np.int32), logp[i : i + 1].numpy(), version)  # noqa: E731
+        return [Rollout(prompt.id, *row(int(i)), str(int(i)), 1.0, LENGTH) for i in best]
+
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
         right = [float(r.token_ids[0] == int(prompt.reference)) for r in rollouts]
         return [Verdict(x, x) for x in right]

@@ -34,6 +34,11 @@ class Generators:
         request = Request(prompt.id, prompt.token_ids, tuple(seeds), sampling, self.deadline, tuple(after))
         return await self.engines.sample(request)
 
+    async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
+        plain = Sampling(self.sampling.temperature, self.sampling.max_tokens)
+        request = Request(prompt.id, prompt.token_ids, (0,), plain, self.deadline, likeliest=count)
+        return await self.engines.sample(request)
+
 
 @dataclass(frozen=True)
 class Verifiers:

@@ -51,6 +51,8 @@ class Request:
     deadline: float
     after: tuple[int, ...] = ()
     """Tokens the response already has; they count against `sampling.max_tokens`."""
+    likeliest: int = 0
+    """How many of the likeliest next tokens are asked for, in place of samples."""
 
     @property
     def read(self) -> list[int]:
@@ -66,13 +68,14 @@ def params(request: Request, seed: int, name: str) -> Any:
     asked = {"name": name, "rule": s.rule, "factor": s.factor, "insert": s.insert, "inserts": s.inserts}
     return SamplingParams(
         temperature=s.temperature,
-        max_tokens=s.max_tokens - len(request.after),
+        max_tokens=1 if request.likeliest else s.max_tokens - len(request.after),
+        min_tokens=1 if request.likeliest else 0,  # then none of them ends the response
         stop=list(s.stop),
         top_p=s.top_p,
         top_k=s.top_k,
         extra_args={"entroray": asked} if s.rule else None,
         seed=seed,
-        logprobs=0,
+        logprobs=request.likeliest,
         flat_logprobs=True,
         detokenize=bool(s.stop),
         include_stop_str_in_output=True,
@@ -107,6 +110,23 @@ def rollout(
         status=Status.TRUNCATED if completion.finish_reason == "length" else Status.OK,
         shaped=_shaped(notes, len(token_ids)) if request.sampling.rule else None,
     )
+
+
+def likeliest(request: Request, completion: Any, decode: Callable[[list[int]], str]) -> list[Rollout]:
+    """Rollouts of one token each, the likeliest first; log-probs of the distribution they lead."""
+    drawn = rollout(request, completion, decode, None)
+    found = completion.logprobs  # its first entry is of the token drawn
+    pairs = zip(found.token_ids[1:], found.logprobs[1:], strict=True)
+    return [
+        replace(
+            drawn,
+            token_ids=np.array([token], np.int32),
+            logprobs=np.array([logprob], np.float32),
+            text=decode([*request.after, token]),
+            status=Status.OK,
+        )
+        for token, logprob in pairs
+    ]
 
 
 def _text(request: Request, completion: Any, decode: Callable[[list[int]], str]) -> str:
