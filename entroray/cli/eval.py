@@ -18,6 +18,7 @@ from entroray.loop.evaluate import heldout
 from entroray.types import Prompt, Rollout
 from entroray.workers import cluster
 from entroray.workers.generator import Generator, Request, Sampling
+from entroray.workers.request import opening
 from entroray.workers.verifier import Verifier
 
 
@@ -34,6 +35,9 @@ class OneEngine:
             prompt.id, prompt.token_ids, tuple(seeds), self.sampling, self.deadline, tuple(after)
         )
         return await self.engine.sample(request)
+
+    async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
+        return await self.engine.sample(opening(prompt, count, self.sampling, self.deadline))
 
 
 def main(arguments: list[str]) -> int:

@@ -18,6 +18,7 @@ from entroray.types import Batch, Prompt, Rollout, Tokens, Verdict
 from entroray.workers.cluster import Gang, Pool
 from entroray.workers.engines import Engines
 from entroray.workers.generator import Request, Sampling
+from entroray.workers.request import opening
 
 
 @dataclass
@@ -35,9 +36,7 @@ class Generators:
         return await self.engines.sample(request)
 
     async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
-        plain = Sampling(self.sampling.temperature, self.sampling.max_tokens)
-        request = Request(prompt.id, prompt.token_ids, (0,), plain, self.deadline, likeliest=count)
-        return await self.engines.sample(request)
+        return await self.engines.sample(opening(prompt, count, self.sampling, self.deadline))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from entroray.errors import InfrastructureError
-from entroray.types import Rollout, Shaped, Status
+from entroray.types import Prompt, Rollout, Shaped, Status
 
 PROCESSOR = "entroray.workers.shaping:Shaping"
 """The logits processor that samplers run in, as vLLM loads it."""
@@ -58,6 +58,12 @@ class Request:
     def read(self) -> list[int]:
         """What the engine reads before it draws."""
         return [*self.token_ids, *self.after]
+
+
+def opening(prompt: Prompt, count: int, sampling: Sampling, deadline: float) -> Request:
+    """What asks for the `count` likeliest first tokens, of the policy's own distribution."""
+    own = Sampling(sampling.temperature, sampling.max_tokens)
+    return Request(prompt.id, prompt.token_ids, (0,), own, deadline, likeliest=count)
 
 
 def params(request: Request, seed: int, name: str) -> Any:
