@@ -105,6 +105,7 @@ class RolloutConfig:
     groups_per_step: int = 32  # groups trained on in one step
     max_tokens: int = 64  # longest response; longer ones are cut and marked truncated
     deadline: float = 300.0  # seconds for each group of samples
+    plan: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}: how a group's members are drawn
 
 
 @dataclass

@@ -7,14 +7,14 @@ from typing import Any
 
 from entroray.config import Config
 from entroray.control import Control, Controller, build
-from entroray.entropy.catalogue import INSIGHT, SAMPLER, STEP, UPDATE, matches
+from entroray.entropy.catalogue import BRANCHES, INSIGHT, SAMPLER, STEP, UPDATE, matches
 from entroray.errors import ConfigError
 from entroray.loop.driver import Roles
 from entroray.objective import Objective
 from entroray.objective import build as build_objective
 from entroray.objective.bind import nearest
 
-METRICS = (*STEP, *SAMPLER, *UPDATE, *INSIGHT)
+METRICS = (*STEP, *SAMPLER, *BRANCHES, *UPDATE, *INSIGHT)
 OTHERS = ("eval/", "groups/", "objective/", "reward/", "seconds/", "sync/", "tokens/", "update/", "verdicts/")
 """Families with metrics that the catalogue of entropy/ does not list."""
 OUTSIDE = {"learner.lr": 0.0, "sampler.temperature": 1e-6}

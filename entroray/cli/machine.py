@@ -118,7 +118,7 @@ def lasting(config: Config) -> dict[str, Any]:
     kept = {name: value for name, value in every.items() if name not in freed}
     kept["learner"] = {name: every["learner"][name] for name in ("ranks", "threads")}
     kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline")}
-    return kept | {"probe": every["driver"]["probe"]["text"]}
+    return kept | {"probe": every["driver"]["probe"]["text"], "processors": _processors(config)}
 
 
 def learner_settings(config: Config, model: str, total_updates: int) -> LearnerSettings:
@@ -166,8 +166,8 @@ def engine_options(config: Config) -> dict[str, Any]:
 
 
 def _processors(config: Config) -> dict[str, Any]:
-    """Ours first, then the user's own; none when nothing is shaped, since vLLM then tracks less."""
-    if not sampling.shapes(config.sampler):
+    """Ours first, then the user's own; none when nothing is shaped or read, since vLLM then tracks less."""
+    if not sampling.noted(config):
         return {}
     return {"logits_processors": [PROCESSOR, *config.generator.engine.get("logits_processors", ())]}
 

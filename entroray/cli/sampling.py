@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from entroray.cli import plans
 from entroray.config import Config, Sampler
 from entroray.entropy import shaping
 from entroray.errors import ConfigError, PreflightError
@@ -17,6 +18,11 @@ def shapes(sampler: Sampler) -> bool:
     return (sampler.rule or shaping.FIXED) != shaping.FIXED or sampler.failed.factor != 1.0
 
 
+def noted(config: Config) -> bool:
+    """Whether the engines need the logits processor that notes and shapes."""
+    return shapes(config.sampler) or plans.reads_entropy(config.rollout)
+
+
 def plain(config: Config, temperature: float) -> Sampling:
     """The policy's own distribution at `temperature`; 0 is greedy."""
     s = config.sampler
@@ -26,7 +32,7 @@ def plain(config: Config, temperature: float) -> Sampling:
 def shaped(config: Config, temperature: float, tokenizer: Any) -> Sampling:
     """As the sampler of the configuration draws; a greedy draw is never shaped."""
     s, base = config.sampler, plain(config, temperature)
-    if temperature == 0 or not shapes(s):
+    if temperature == 0 or not noted(config):
         return base
     put = token(s.insert, tokenizer)
     return base.under(dict(s.rule or shaping.FIXED), insert=put, inserts=s.inserts)

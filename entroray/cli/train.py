@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, knobs, machine, material, preflight, rundir, sampling, settings
+from entroray.cli import bootstrap, knobs, machine, material, plans, preflight, rundir, sampling, settings
 from entroray.cli.objectives import schedule, told
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
@@ -193,6 +193,7 @@ def _header(
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
         f"sampler    {sampling.describe(s)}",
+        f"groups     {plans.describe(r)}",
         f"schedule   {config.run.steps} steps, {config.learner.updates_per_rollout} updates a step, "
         f"lag at most {config.driver.max_lag} ({config.driver.stale})",
         *(f"control    {c.describe()}" for c in knobs.control_of(config).controllers),
@@ -230,6 +231,7 @@ async def drive(
     journal.event("control", controllers=[c.describe() for c in control.controllers])
     stream, tune = PromptStream(read_in.split.training, seed=config.seed), knobs.tuner(config)
     steered: dict[str, Any] = {"control": control, "tune": tune, "heat": heat}
+    steered["plan"] = plans.plan_of(config.rollout)
     driver = Driver(stream, roles, objective, pace, seed=config.seed, looks=_looks(config), **steered)
     if run.checkpoint:
         driver.restore(run.state)

@@ -12,6 +12,8 @@ from entroray.control import Control
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
+from entroray.loop.branching import Plan, independent
+from entroray.loop.forks import survivors
 from entroray.loop.heat import Heat
 from entroray.loop.insight import NEVER, Insight, Looks
 from entroray.loop.limits import IdleRules, SkippedUpdates, VerdictFailures
@@ -87,12 +89,13 @@ class Driver:
         pace: Pace,
         *,
         seed: int,
+        plan: Plan = independent,
         looks: Looks = NEVER,
         heat: Heat | None = None,
         control: Control | None = None,
         tune: Tune | None = None,
     ):
-        self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
+        self.roles, self.objective, self.pace, self.seed, self.plan = roles, objective, pace, seed, plan
         self.stream = Stream(prompts, self.rollout, per_step=pace.groups_per_step, max_lag=pace.max_lag)
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)
@@ -177,14 +180,14 @@ class Driver:
         )
 
     async def rollout(self, prompt: Prompt, serial: int) -> Group | Dropped:
-        """A whole group, or why there is none; members that failed are sampled anew a few times."""
+        """A whole group, or why there is none; members that failed are drawn anew, alone, a few times."""
         members: list[tuple[Rollout, Verdict]] = []
         reason = ""
         for attempt in range(1 + self.pace.resamples):
             missing = self.pace.group_size - len(members)
             drawn = seeds(self.seed, serial, attempt, missing)
-            judged = await self._sample_and_judge(prompt, drawn)
-            members += [(r, v) for r, v in judged if r.status.usable and v.status.usable]
+            judged = await self._sample_and_judge(prompt, drawn, independent if attempt else self.plan)
+            members += survivors(judged)
             if len(members) == self.pace.group_size:
                 rollouts, verdicts = zip(*members, strict=True)
                 return Group(prompt, rollouts, verdicts)
@@ -192,8 +195,10 @@ class Driver:
             self.roles.journal.event("resample", prompt=prompt.id, attempt=attempt, reason=reason)
         return Dropped(prompt, reason)
 
-    async def _sample_and_judge(self, prompt: Prompt, drawn: list[int]) -> list[tuple[Rollout, Verdict]]:
-        rollouts = await self.roles.generator.sample(prompt, drawn)
+    async def _sample_and_judge(
+        self, prompt: Prompt, drawn: list[int], plan: Plan
+    ) -> list[tuple[Rollout, Verdict]]:
+        rollouts = await plan(self.roles.generator, prompt, drawn)
         usable = [r for r in rollouts if r.status.usable]
         judged = await self.roles.verifier.judge(prompt, usable) if usable else []
         self.failures.note(judged, len(usable))
