@@ -225,7 +225,9 @@ class Checkpoint:
 @dataclass
 class Evaluate:
     prompts: int = 256  # held-out prompts
-    samples: int = 8  # for pass@k
+    samples: int = 8  # answers to each, beside a greedy one
+    k: list[int] = field(default_factory=list)  # of pass@k, pass^k, maj@k, beside 1, 2, 4, ... and samples
+    cot: int = 0  # likeliest first tokens that entroray eval follows greedily (CoT-decoding); 0: none
     shaped: bool = False  # entroray eval draws its samples through sampler.rule, not as they are
     every: int = 0  # steps between evaluations on the training engines, the first before step 1; 0: none
     final: bool = False  # before and after training, each in a process of its own

@@ -83,6 +83,14 @@ class Shaped:
 
 
 @dataclass(frozen=True)
+class Likeliest:
+    """The m most probable tokens at each position by falling probability, after temperature; greedy: at 1."""
+
+    token_ids: NDArray[np.int32]  # [L, m]
+    probabilities: NDArray[np.float32]  # [L, m]
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One sampled response, with what the sampler knew while sampling it."""
 
@@ -102,6 +110,8 @@ class Rollout:
     """Observations besides those that `shaped` knows of."""
     parent: int | None = None
     """Index in its group of the rollout whose first tokens it shares, where it branched off one."""
+    likeliest: Likeliest | None = None
+    """None where nobody asked for it."""
 
     @property
     def length(self) -> int:

@@ -1,25 +1,32 @@
-"""`entroray eval`: held-out accuracy of a model folder, in this process alone: one engine, no Ray."""
+"""`entroray eval`: what a model folder does on held-out prompts, in this process: one engine, no Ray."""
 
 import asyncio
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from entroray.cli import bootstrap, machine, material, sampling, settings
 from entroray.config import Config
-from entroray.errors import ConfigError
-from entroray.loop.evaluate import heldout
+from entroray.errors import ConfigError, PreflightError
+from entroray.loop.decoding import TWO, Decoding, words
+from entroray.loop.evaluate import examine, plan
+from entroray.loop.splice import openings
+from entroray.observe import evaluation, evaluation_page
 from entroray.types import Prompt, Rollout
 from entroray.workers import cluster
 from entroray.workers.generator import Generator, Request, Sampling
 from entroray.workers.request import opening
 from entroray.workers.verifier import Verifier
+
+FLAGS = ("config", "out", "html")
+USAGE = (
+    "eval [--config=run/config.yaml] [--out=file.json] [--html=page.html] overrides, or "
+    "eval --compare first.json second.json"
+)
 
 
 @dataclass(frozen=True)
@@ -37,60 +44,91 @@ class OneEngine:
         return await self.engine.sample(request)
 
     async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
-        return await self.engine.sample(opening(prompt, count, self.sampling, self.deadline))
+        (drawn,) = await self.engine.sample(opening(prompt, count, self.sampling, self.deadline))
+        return openings(drawn)
 
 
 def main(arguments: list[str]) -> int:
-    """`eval [--config=run/config.yaml] [--out=file.json] overrides`; prints the scores as JSON."""
-    flags = dict(a.removeprefix("--").split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
-    overrides = [a for a in arguments if not a.startswith("--")]
-    unknown = flags.keys() - {"config", "out"}
+    """Prints a table; `--out` keeps everything as JSON, a page beside it, which `--html` puts elsewhere."""
+    if "--compare" in arguments:
+        return _compare([a for a in arguments if a != "--compare"])
+    given = [a for a in arguments if a.startswith("--")]
+    flags = dict(a.removeprefix("--").partition("=")[::2] for a in given)
+    unknown = [name for name, value in flags.items() if name not in FLAGS or not value]
     if unknown:
-        raise ConfigError(f"eval knows --config and --out, not {', '.join(sorted(unknown))}")
-    given = flags.get("config")
-    config = of_run(Path(given), overrides) if given else settings.load(overrides, training=False)[0]
+        raise ConfigError(f"eval does not know --{', --'.join(unknown)}: {USAGE}")
+    overrides = [a for a in arguments if a not in given]
+    source = flags.get("config")
+    config = of_run(Path(source), overrides) if source else settings.load(overrides, training=False)[0]
     result = asyncio.run(evaluate(config))
-    text = json.dumps(result, indent=2)
+    evaluation.show(result)
     if "out" in flags:
-        Path(flags["out"]).write_text(text)
-    print(text)
+        Path(flags["out"]).write_text(evaluation.text(result), encoding="utf-8")
+    if "html" in flags or "out" in flags:
+        page = Path(flags.get("html") or Path(flags["out"]).with_suffix(".html"))
+        print(f"page       {evaluation_page.write(page, result)}")
     return 0
 
 
-def of_run(path: Path, overrides: list[str]) -> Config:
+def _compare(arguments: list[str]) -> int:
+    """`--compare first.json second.json`: the second against the first on the prompts both answered."""
+    if len(arguments) != 2:
+        raise ConfigError(f"eval --compare takes two files that eval --out wrote, got {arguments}: {USAGE}")
+    evaluation.show_comparison(*map(evaluation.load, map(Path, arguments)))
+    return 0
+
+
+def of_run(path: Path, values: list[str]) -> Config:
     """The settings a run was made with, and what is said beside them."""
-    tree = OmegaConf.merge(
-        OmegaConf.structured(Config), OmegaConf.load(path), OmegaConf.from_dotlist(overrides)
-    )
-    config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
-    sampling.check(config)
-    return config
+    tree = OmegaConf.load(path)
+    assert isinstance(tree, DictConfig)
+    return settings.changed(tree, values, training=False)
 
 
 async def evaluate(config: Config) -> dict[str, Any]:
-    """Greedy accuracy and pass@k on the held-out prompts."""
+    """Everything found on the held-out prompts, as JSON holds it."""
     os.environ.update(cluster.environment() | (cluster.CPU_ONLY if machine.cpu_only(config) else {}))
-    model, e = bootstrap.resolve(config), config.evaluate
+    model, e, s, v = bootstrap.resolve(config), config.evaluate, config.sampler, config.verifier
     read = material.load(config, model)
     prompts = read.split.heldout[: e.prompts]
-    limit = machine.length(config)
-    options, s = machine.engine_options(config), config.sampler
-    shaped = partial(sampling.shaped, tokenizer=read.tokenizer)
-    drawn = partial(shaped if e.shaped else sampling.plain, config)
-    engine = Generator(model, dtype=config.model.dtype, max_length=limit, seed=0, engine=options)
-    v = config.verifier
+    if not prompts:
+        raise PreflightError(f"no held-out prompt among {config.data.size} rows: raise data.heldout")
+    engine = Generator(
+        model, dtype=config.model.dtype, max_length=machine.length(config), seed=0, engine=_options(config)
+    )
     verifier = Verifier(read.judge, slots=v.slots, deadline=config.reward.deadline, memory_mb=v.memory_mb)
+    known = words(read.tokenizer)
+
+    def role(temperature: float, likeliest: int = 0) -> OneEngine:
+        drawn = sampling.measured(config, temperature, read.tokenizer)
+        return OneEngine(engine, replace(drawn, likeliest=likeliest), config.rollout.deadline)
+
+    def at(temperature: float) -> OneEngine:
+        return role(temperature, max(e.cot, TWO) if e.cot and temperature == 0 else 0)
+
+    def ends(token: int) -> bool:
+        return token in known.special or any(stop in known.text([token]) for stop in s.stop)
+
+    decoding = Decoding(e.cot, role(0.0, TWO), ends) if e.cot else None
+    drawn = plan(s.temperature, e.samples, e.k)
     try:
         await asyncio.gather(engine.start(), verifier.warm_up())
-        role = lambda t: OneEngine(engine, drawn(t), config.rollout.deadline)  # noqa: E731
-        measured = await heldout(role, verifier, prompts, temperature=s.temperature, samples=e.samples)
+        found = await examine(at, verifier, prompts, drawn, known, decoding)
     finally:
         verifier.close()
     return {
         "model": model,
         "prompts": len(prompts),
-        "samples": e.samples,
+        "samples": drawn.samples,
         "temperature": s.temperature,
         "sampler": sampling.describe(s) if e.shaped else "fixed",
-        **measured,
+        **found,
     }
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """vLLM's options for an engine that notes entropies and may report many likeliest tokens."""
+    options = machine.engine_options(config)
+    if not options.get("speculative_config"):
+        options |= machine.processors(config)
+    return {"max_logprobs": max(20, config.evaluate.cot)} | options

@@ -118,7 +118,7 @@ def lasting(config: Config) -> dict[str, Any]:
     kept = {name: value for name, value in every.items() if name not in freed}
     kept["learner"] = {name: every["learner"][name] for name in ("ranks", "threads")}
     kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline")}
-    return kept | {"probe": every["driver"]["probe"]["text"], "processors": _processors(config)}
+    return kept | {"probe": every["driver"]["probe"]["text"], "noted": sampling.noted(config)}
 
 
 def learner_settings(config: Config, model: str, total_updates: int) -> LearnerSettings:
@@ -162,13 +162,12 @@ def engine_options(config: Config) -> dict[str, Any]:
         "disable_log_stats": True,
         **({"enable_sleep_mode": True} if config.generator.sleep else {}),
     }
-    return ours | cpu | config.generator.engine | _processors(config)
+    noting = processors(config) if sampling.noted(config) else {}  # without any, vLLM tracks less
+    return ours | cpu | config.generator.engine | noting
 
 
-def _processors(config: Config) -> dict[str, Any]:
-    """Ours first, then the user's own; none when nothing is shaped or read, since vLLM then tracks less."""
-    if not sampling.noted(config):
-        return {}
+def processors(config: Config) -> dict[str, Any]:
+    """What an engine needs to shape or to measure: ours first, then the user's own."""
     return {"logits_processors": [PROCESSOR, *config.generator.engine.get("logits_processors", ())]}
 
 

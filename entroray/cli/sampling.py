@@ -38,6 +38,17 @@ def shaped(config: Config, temperature: float, tokenizer: Any) -> Sampling:
     return base.under(dict(s.rule or shaping.FIXED), insert=put, inserts=s.inserts)
 
 
+def measured(config: Config, temperature: float, tokenizer: Any) -> Sampling:
+    """As an evaluation draws: the engine notes exact entropies, and shapes only where evaluate.shaped asks.
+
+    A greedy draw notes nothing; nor does an engine that decodes speculatively, which takes no processors.
+    """
+    if temperature == 0 or config.generator.engine.get("speculative_config"):
+        return plain(config, temperature)
+    drawn = shaped(config, temperature, tokenizer) if config.evaluate.shaped else plain(config, temperature)
+    return drawn if drawn.rule else drawn.under(shaping.FIXED)
+
+
 def heat(config: Config) -> Heat:
     """What becomes of prompts that failed."""
     return Heat(config.sampler.failed.factor, config.sampler.failed.most)

@@ -17,9 +17,12 @@ from omegaconf.errors import OmegaConfBaseException
 from entroray.cli import knobs, plans, sampling
 from entroray.config import Config
 from entroray.errors import ConfigError
+from entroray.loop.evaluate import plan
 
 PACKAGE = Path(__file__).parent.parent
 CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())  # wheel, then checkout
+
+ConfigStore.instance().store(name="schema", node=Config)
 
 
 def load(
@@ -30,18 +33,34 @@ def load(
     An evaluation (`training` False) may be greedy, or cut the tail. Raises ConfigError naming the key and
     the nearest right one.
     """
-    ConfigStore.instance().store(name="schema", node=Config)
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
             tree = compose("train", overrides=overrides + extra)
-        config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+    return _typed(tree, training=training), tree
+
+
+def changed(tree: DictConfig, values: list[str], *, training: bool = True) -> Config:
+    """Composed settings with `path=value` said beside them; no group can be chosen anew."""
+    try:
+        told = OmegaConf.merge(OmegaConf.structured(Config), tree, OmegaConf.from_dotlist(values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+    assert isinstance(told, DictConfig)
+    return _typed(told, training=training)
+
+
+def _typed(tree: DictConfig, *, training: bool) -> Config:
+    try:
+        config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
     check(config)
     if training:
         sampling.check_training(config)
-    return config, tree
+    return config
 
 
 def _explain(error: Exception) -> str:
@@ -76,6 +95,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"learner.zero_stage={config.learner.zero_stage}: choose 0, 1, 2 or 3")
     sampling.check(config)
     plans.check(config)
+    check_evaluation(config)
     if config.learner.updates_per_rollout > config.rollout.groups_per_step:
         raise ConfigError(
             f"learner.updates_per_rollout={config.learner.updates_per_rollout} needs as many groups, "
@@ -94,6 +114,22 @@ def check(config: Config) -> None:
     if not config.objective:
         raise ConfigError("no objective: say objective=<name>, see conf/objective")
     knobs.control_of(config)
+
+
+def check_evaluation(config: Config) -> None:
+    """ConfigError where `evaluate` asks for what its samples cannot give."""
+    e, engine = config.evaluate, config.generator.engine
+    if e.prompts < 1 or e.samples < 1 or e.cot < 0:
+        raise ConfigError(
+            f"evaluate.prompts={e.prompts} and evaluate.samples={e.samples} must be at least 1, "
+            f"evaluate.cot={e.cot} at least 0"
+        )
+    plan(config.sampler.temperature, e.samples, e.k)
+    if e.cot and str(engine.get("logprobs_mode", "")).endswith("logits"):
+        raise ConfigError(
+            f"evaluate.cot={e.cot} reads probabilities and generator.engine.logprobs_mode="
+            f"{engine['logprobs_mode']} reports logits: drop it, or set evaluate.cot=0"
+        )
 
 
 def expand(overrides: list[str]) -> list[list[str]]:

@@ -1,7 +1,9 @@
 """Whether the policy is as right as it is sure: collapse shows as over-confidence (arXiv 2511.05993)."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,14 +13,51 @@ from entroray.types import Group
 BINS = 15
 
 
+@dataclass(frozen=True)
+class Reliability:
+    """A reliability diagram: equally wide bins of [0, 1], means NaN where a bin is empty."""
+
+    edges: NDArray[np.float64]  # [bins + 1]
+    count: NDArray[np.int64]  # [bins]
+    confidence: NDArray[np.float64]  # [bins] mean
+    accuracy: NDArray[np.float64]  # [bins] mean
+
+
 def expected_error(confidence: NDArray, correct: NDArray, bins: int = BINS) -> float:
     """ECE: |mean confidence - mean correct| of equally wide bins of [0, 1], weighted by their size.
 
     (arXiv 1706.04599, 15 bins.) A confidence of 1 belongs to the last bin.
     """
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(index, weights=confidence - correct, minlength=bins)
+    gaps = np.bincount(_bin(confidence, bins), weights=confidence - correct, minlength=bins)
     return float(np.abs(gaps).sum() / len(confidence))
+
+
+def reliability(confidence: NDArray, correct: NDArray, bins: int = BINS) -> Reliability:
+    """The bins of `expected_error`, which is sum of count |confidence - accuracy| / sum of count."""
+    index = _bin(confidence, bins)
+    count = np.bincount(index, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        means = [np.bincount(index, x, bins) / count for x in (confidence, correct)]
+    return Reliability(np.linspace(0, 1, bins + 1), count, *means)
+
+
+def _bin(confidence: NDArray, bins: int) -> NDArray[np.int64]:
+    return np.minimum((confidence * bins).astype(int), bins - 1)
+
+
+def auroc(score: NDArray, correct: NDArray) -> float:
+    """Probability that a right one scores above a wrong one, a tie counting half; NaN without both.
+
+    By mean ranks (Mann and Whitney).
+    """
+    right = correct >= 1
+    pairs = int(right.sum()) * int((~right).sum())
+    if not pairs:
+        return math.nan
+    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[place]
+    ones = int(right.sum())
+    return float((rank[right].sum() - ones * (ones + 1) / 2) / pairs)
 
 
 def brier(confidence: NDArray, correct: NDArray) -> float:

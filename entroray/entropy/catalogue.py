@@ -171,6 +171,42 @@ INSIGHT = [
 ]
 """What the driver adds over a window of steps. A is that of the first update: scale and correction in it."""
 
+EVALUATION = [
+    *_rows(
+        "held-out prompts",
+        SAMPLING,
+        "pass@<n> | one of n samples is right | share | unbiased, 1 - C(m-c, n)/C(m, n)",
+        "pass^<n> | all of n samples are right | share | unbiased, C(c, n)/C(m, n)",
+        "maj@<n> | the most frequent answer of n samples is right; a tie of j counts 1/j | share | exact up "
+        "to 64 samples, then over 2000 fixed subsets",
+        "avg@<n> | right ones of n samples | share | mean",
+    ),
+    *_rows(
+        "held-out prompts",
+        "0",
+        "greedy | the greedy answer is right | share | mean",
+        "cot/surest | CoT-decoding's path with the largest gap is right; wrong where none has a gap | share "
+        "| mean",
+        "cot/supported | the answer with the largest summed gap is right | share | mean",
+    ),
+    *_rows(
+        "samples",
+        SAMPLING,
+        "calibration/auroc_consistency | a right one is surer than a wrong one, by self-consistency | share "
+        "| exact, ties count half",
+        "calibration/auroc_logprob | the same by mean ln p of its tokens | share | exact, ties count half",
+    ),
+    *_rows(
+        "paths",
+        "0",
+        "calibration/ece_gap | ECE of the gap: mean p(1) - p(2) over the answer's tokens | share | 15 bins",
+        "calibration/brier_gap | the same confidence against correct | share^2 | mean square",
+        "calibration/auroc_gap | the same confidence | share | exact, ties count half",
+    ),
+]
+"""What `entroray eval` adds; of the rest it gives diversity, calibration, length and entropy, the latter of
+the engine's own distribution."""
+
 HEAD = """# Metrics
 
 Made from `entroray/entropy/catalogue.py`; a test compares both this page and what a step really gives.
@@ -198,6 +234,7 @@ def text() -> str:
         "A plan that branches": BRANCHES,
         "An update": UPDATE,
         "Prediction and law": INSIGHT,
+        "An evaluation": EVALUATION,
     }
     return HEAD + "".join(f"\n## {title}\n\n{_table(rows)}" for title, rows in parts.items())
 

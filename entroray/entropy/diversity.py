@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from entroray.entropy.accuracy import pass_at_k
 from entroray.types import Group
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -72,5 +73,4 @@ def pass_at(groups: Sequence[Group]) -> dict[str, float]:
     least = min(len(g.verdicts) for g in groups)
     counts = [(len(g.verdicts), sum(v.correct >= 1 for v in g.verdicts)) for g in groups]
     ks = [2**i for i in range(least.bit_length()) if 2**i <= least]
-    missed = {k: sum(math.comb(n - c, k) / math.comb(n, k) for n, c in counts) for k in ks}
-    return {f"pass/{k}": 1 - miss / len(groups) for k, miss in missed.items()}
+    return {f"pass/{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(groups) for k in ks}

@@ -11,9 +11,9 @@ from typing import Literal
 
 from entroray.loop import forks
 from entroray.loop.roles import Generator
-from entroray.loop.splice import join, observed
+from entroray.loop.splice import join
 from entroray.objective.bind import Count, declare
-from entroray.types import Mask, Prompt, Rollout
+from entroray.types import Prompt, Rollout
 
 SETTING = "rollout.plan"
 Plan = Callable[[Generator, Prompt, Sequence[int]], Awaitable[list[Rollout]]]
@@ -90,10 +90,10 @@ async def first_token_forks(generator: Generator, prompt: Prompt, seeds: Sequenc
     """
     heads = await generator.first_tokens(prompt, len(seeds))
     if len(heads) < len(seeds):  # past their deadline: nothing to go on from
-        return [heads[0]] * len(seeds)
+        return [*heads] * len(seeds)
     asked = zip(heads, seeds, strict=True)
     tails = await asyncio.gather(*(generator.sample(prompt, [s], h.token_ids.tolist()) for h, s in asked))
-    return [join(observed(h, Mask.FORCED), tail) for h, (tail,) in zip(heads, tails, strict=True)]
+    return [join(h, tail) for h, (tail,) in zip(heads, tails, strict=True)]
 
 
 async def _grow(

@@ -1,19 +1,50 @@
-"""Held-out accuracy: greedy, and pass@k without bias."""
+"""Held-out evaluation: greedy, n samples a prompt at a temperature, and what they say of the policy."""
 
 import asyncio
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from entroray.entropy.accuracy import pass_at_k
+from entroray.errors import ConfigError
+from entroray.loop import findings
+from entroray.loop.decoding import Decoding, Words, fork
 from entroray.loop.driver import seeds
 from entroray.loop.roles import Generator, Verifier
 from entroray.types import Group, Prompt
 
+At = Callable[[float], Generator]
+"""The engines at one temperature."""
 
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Probability that one of k draws without return is right: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374)."""
-    if not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} needs between 1 and {samples} samples")
-    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn for each prompt beside one greedy answer."""
+
+    temperature: float
+    samples: int
+    ks: tuple[int, ...]
+    """Of pass@k, pass^k and maj@k, the first 1 and the last `samples`."""
+
+
+def plan(temperature: float, samples: int, more: Sequence[int] = ()) -> Plan:
+    """k = 1, 2, 4, ..., `samples`, and `more` besides; at temperature 0 the greedy answer is the one sample.
+
+    ConfigError for a k above the samples there are.
+    """
+    drawn = samples if temperature > 0 else 1
+    if not all(1 <= k <= drawn for k in more):
+        heat = "" if temperature > 0 else " and sampler.temperature above 0, where one answer is all there is"
+        raise ConfigError(
+            f"evaluate.k={list(more)} needs k between 1 and {drawn}, the answers drawn for each "
+            f"prompt: raise evaluate.samples to {max(more)}{heat}"
+        )
+    return Plan(temperature, drawn, tuple(sorted({*powers(drawn), *more, drawn})))
+
+
+def powers(samples: int) -> list[int]:
+    """1, 2, 4, ... up to `samples`."""
+    return [2**i for i in range(samples.bit_length()) if 2**i <= samples]
 
 
 async def right_answers(
@@ -37,22 +68,16 @@ async def answered(
 
 def right(group: Group) -> int:
     """How many of its answers are right."""
-    return sum(v.correct >= 1 and v.status.usable for v in group.verdicts)
+    return sum(map(findings.right, group.verdicts))
 
 
 def scores(counts: Sequence[int], samples: int) -> dict[str, float]:
     """pass@1, 2, 4, ... up to `samples`, averaged over prompts."""
-    ks = [k for k in (2**i for i in range(samples.bit_length())) if k <= samples]
-    return {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in counts) / len(counts) for k in ks}
+    return {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in counts) / len(counts) for k in powers(samples)}
 
 
 async def heldout(
-    at: Callable[[float], Generator],
-    verifier: Verifier,
-    prompts: Sequence[Prompt],
-    *,
-    temperature: float,
-    samples: int,
+    at: At, verifier: Verifier, prompts: Sequence[Prompt], *, temperature: float, samples: int
 ) -> dict[str, float]:
     """Share of `prompts` right when greedy, and pass@1, 2, 4, ... at `temperature`; `at` samples at one.
 
@@ -61,3 +86,25 @@ async def heldout(
     greedy = await right_answers(at(0.0), verifier, prompts, samples=1, seed=0)
     sampled = await right_answers(at(temperature), verifier, prompts, samples=samples, seed=0)
     return {"greedy": sum(greedy) / len(greedy), **scores(sampled, samples)}
+
+
+async def examine(
+    at: At,
+    verifier: Verifier,
+    prompts: Sequence[Prompt],
+    plan: Plan,
+    words: Words,
+    decoding: Decoding | None = None,
+) -> dict[str, Any]:
+    """Everything `entroray eval` finds, as JSON holds it; the draws are those of `heldout`.
+
+    Entropies are there where `at(plan.temperature)` notes them (`Rollout.shaped`). With `decoding`, `at(0)`
+    must report as many likeliest tokens as there are paths, and at least two.
+    """
+    greedy = await answered(at(0.0), verifier, prompts, samples=1, seed=0)
+    sampled = greedy
+    if plan.temperature > 0:
+        heated = at(plan.temperature)
+        sampled = await answered(heated, verifier, prompts, samples=plan.samples, seed=0)
+    paths = await fork(greedy, decoding, verifier, words.text) if decoding else []
+    return findings.of(greedy, sampled, paths, plan.ks, words)

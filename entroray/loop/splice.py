@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entroray.types import Mask, Rollout, Shaped, Span
+from entroray.types import Likeliest, Mask, Rollout, Shaped, Span, Status
 
 
 def cut(rollout: Rollout, length: int) -> Rollout:
@@ -19,7 +19,9 @@ def cut(rollout: Rollout, length: int) -> Rollout:
     per_token: dict[str, Any] = {
         name: getattr(rollout, name)[:length] for name in ("token_ids", "logprobs", "versions")
     }
-    return replace(rollout, **per_token, shaped=shaped, spans=tuple(spans))
+    top = rollout.likeliest
+    likeliest = top and Likeliest(top.token_ids[:length], top.probabilities[:length])
+    return replace(rollout, **per_token, shaped=shaped, spans=tuple(spans), likeliest=likeliest)
 
 
 def observed(rollout: Rollout, why: Mask) -> Rollout:
@@ -32,7 +34,22 @@ def join(head: Rollout, tail: Rollout) -> Rollout:
     moved = tuple(Span(s.start + head.length, s.stop + head.length, s.why) for s in tail.spans)
     both = lambda name: np.concatenate([getattr(head, name), getattr(tail, name)])  # noqa: E731
     per_token: dict[str, Any] = {name: both(name) for name in ("token_ids", "logprobs", "versions")}
-    return replace(tail, **per_token, shaped=_shaped(head, tail), spans=(*head.spans, *moved))
+    spliced: dict[str, Any] = {"shaped": _shaped(head, tail), "likeliest": _likeliest(head, tail)}
+    return replace(tail, **per_token, **spliced, spans=(*head.spans, *moved))
+
+
+def openings(rollout: Rollout) -> list[Rollout]:
+    """One forced token each: those that were likeliest where `rollout` began, which reports them, in order.
+
+    A rollout without tokens, as one that failed, comes back alone.
+    """
+    if not rollout.length:
+        return [rollout]
+    assert rollout.likeliest is not None, "it must report its likeliest tokens"
+    first = replace(cut(rollout, 1), status=Status.OK, spans=(Span(0, 1, Mask.FORCED),))
+    pairs = zip(rollout.likeliest.token_ids[0], rollout.likeliest.probabilities[0], strict=True)
+    one = lambda x, dtype: np.array([x], dtype)  # noqa: E731
+    return [replace(first, token_ids=one(i, np.int32), logprobs=np.log(one(p, np.float32))) for i, p in pairs]
 
 
 def said(like: Rollout, token_ids: Sequence[int], why: Mask) -> Rollout:
@@ -43,7 +60,7 @@ def said(like: Rollout, token_ids: Sequence[int], why: Mask) -> Rollout:
         "logprobs": np.zeros(len(ids), np.float32),
         "versions": np.repeat(version, len(ids)),
     }
-    return observed(replace(like, token_ids=ids, **per_token, shaped=None, spans=()), why)
+    return observed(replace(like, token_ids=ids, **per_token, shaped=None, likeliest=None, spans=()), why)
 
 
 def _shaped(head: Rollout, tail: Rollout) -> Shaped | None:
@@ -59,6 +76,16 @@ def _notes(rollout: Rollout) -> Sequence[NDArray[np.float32]]:
         return _columns(rollout.shaped)
     unknown = np.full(rollout.length, np.nan, np.float32)
     return unknown, unknown, np.full(rollout.length, rollout.temperature, np.float32)
+
+
+def _likeliest(head: Rollout, tail: Rollout) -> Likeliest | None:
+    """Known of the whole where it is known of both pieces, as deep as both go."""
+    a, b = head.likeliest, tail.likeliest
+    if a is None or b is None:
+        return None
+    deep = min(a.token_ids.shape[1], b.token_ids.shape[1])
+    both = lambda x, y: np.concatenate([x[:, :deep], y[:, :deep]])  # noqa: E731
+    return Likeliest(both(a.token_ids, b.token_ids), both(a.probabilities, b.probabilities))
 
 
 def _columns(shaped: Shaped) -> Sequence[NDArray[np.float32]]:

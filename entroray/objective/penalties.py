@@ -53,21 +53,20 @@ def kl_k2(t: Tokens, *, coef: NonNegative = 0.04) -> Float[Tensor, " N"]:
 
 
 @declare(needs=["entropy_grad", "whole_step"], before={"step_entropy": mean_entropy})
-def entropy_bonus(t: Tokens, *, coef: NonNegative = 1e-3, below: Nats | None = None) -> Float[Tensor, " N"]:
+def entropy_bonus(t: Tokens, *, coef: float = 1e-3, below: Nats | None = None) -> Float[Tensor, " N"]:
     """Reward hesitation directly, through the gradient of the full-vocabulary entropy.
 
     `-coef H, H in nats; only in steps whose mean H at the start is < below nats`
-    Published sweeps: 1e-3 does nothing, 1e-2 explodes (arXiv 2505.22617); move it by a controller. `below`
-    is Skywork-OR1's gate; theirs looks at the step before and takes -log π for H, here H is exact.
+    Published sweeps: 1e-3 does nothing, 1e-2 explodes (arXiv 2505.22617); move it by a controller, which
+    may go below 0, where entropy is lowered. `below` is Skywork-OR1's gate; theirs looks at the step before
+    and takes -log π for H, here H is exact.
     """
     gate = 1.0 if below is None else (t.extra["step_entropy"] < below).to(t.entropy.dtype)
     return -coef * gate * t.entropy
 
 
 @declare(needs=["nucleus_entropy:{mass}", "entropy_grad"])
-def nucleus_entropy_bonus(
-    t: Tokens, *, coef: NonNegative = 1e-3, mass: Fraction = 0.99
-) -> Float[Tensor, " N"]:
+def nucleus_entropy_bonus(t: Tokens, *, coef: float = 1e-3, mass: Fraction = 0.99) -> Float[Tensor, " N"]:
     """Reward hesitation among probable tokens alone, so that no tail is lifted (TRE, arXiv 2602.03635).
 
     `-coef H of the fewest tokens that hold mass, renormalised, in nats`
@@ -78,7 +77,7 @@ def nucleus_entropy_bonus(
 
 
 @declare(needs=["top_entropy:{k}", "entropy_grad"])
-def top_entropy_bonus(t: Tokens, *, coef: NonNegative = 1e-3, k: Count = 2) -> Float[Tensor, " N"]:
+def top_entropy_bonus(t: Tokens, *, coef: float = 1e-3, k: Count = 2) -> Float[Tensor, " N"]:
     """Reward hesitation among the k likeliest tokens (TRE's top-k form, arXiv 2602.03635).
 
     `-coef H of the k likeliest tokens, renormalised, in nats`

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
+from entroray.entropy.bootstrap import interval
 from entroray.observe.cells import Cell, common, variant
 
 LEAST = 3
 """Seeds below which nothing is claimed."""
-LEVEL, DRAWS = 0.95, 10_000
 BEFORE = "before training"
 
 
@@ -96,17 +95,6 @@ class Table:
     @property
     def title(self) -> str:
         return f"{self.task}: {self.part}{f' ({self.told})' if self.told else ''}"
-
-
-@cache
-def interval(
-    values: tuple[float, ...], *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean: the same for the same values."""
-    known = np.asarray(values, np.float64)
-    picked = np.random.default_rng(seed).integers(len(known), size=(draws, len(known)))
-    low, high = np.quantile(known[picked].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def against(values: tuple[float, ...], baseline: tuple[float, ...]) -> str:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
-import plotext
 import rich.console
 from rich.panel import Panel
 from rich.text import Text
@@ -111,6 +110,8 @@ def _cell(value: float | None, column: Column) -> str:
 
 def _plot(curves: Mapping[str, tuple[list[int], list[float]]]) -> str:
     """The curves side by side, at most 100 characters wide and 15 lines tall."""
+    import plotext  # a third of a second, once, at the end of a run
+
     figure = plotext.figure
     figure.clear()
     plotext.terminal.limit(False, False)

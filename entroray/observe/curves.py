@@ -1,7 +1,7 @@
 """Curves as inline SVG: no script, no network, colours from the page's style."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -13,8 +13,19 @@ LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 8.0, 24.0
 class Line:
     """One curve: `style` is its class on the page, `name` what pointing at it says."""
 
-    steps: Sequence[int]
+    steps: Sequence[float]
     values: Sequence[float]
+    style: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Area:
+    """What lies between `low` and `high` over `steps`: a band around a curve, or with two steps a bar."""
+
+    steps: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
     style: str
     name: str = ""
 
@@ -37,9 +48,19 @@ def frame(lines: Sequence[Line]) -> Frame:
 
 
 def chart(
-    lines: Sequence[Line], shown: Frame, *, label: str, width: float = WIDTH, height: float = HEIGHT
+    lines: Sequence[Line],
+    shown: Frame,
+    *,
+    label: str,
+    width: float = WIDTH,
+    height: float = HEIGHT,
+    areas: Sequence[Area] = (),
+    below: Mapping[float, str] | None = None,
 ) -> str:
-    """An <svg> of `lines` over a grid with ticks on both axes; `label` is for those who cannot see it."""
+    """An <svg> of `lines` over `areas` over a grid; `label` is for those who cannot see it.
+
+    Ticks on both axes; `below` gives those of the lower one, where whole numbers would not do.
+    """
     x = lambda s: LEFT + (s - shown.first) / (shown.last - shown.first) * (width - LEFT - RIGHT)  # noqa: E731
     y = lambda v: height - BOTTOM - (v - shown.low) / (shown.high - shown.low) * (height - TOP - BOTTOM)  # noqa: E731
     grid = [
@@ -47,16 +68,25 @@ def chart(
         f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:g}</text>'
         for v in ticks(shown.low, shown.high)
     ]
-    below = [
-        f'<text x="{x(s):.1f}" y="{height - 6}" text-anchor="middle">{s:g}</text>'
-        for s in ticks(shown.first, shown.last)
-        if float(s).is_integer()
+    whole = {s: f"{s:g}" for s in ticks(shown.first, shown.last) if float(s).is_integer()}
+    marks = [
+        f'<text x="{x(s):.1f}" y="{height - 6}" text-anchor="middle">{escape(said)}</text>'
+        for s, said in (whole if below is None else below).items()
     ]
+    filled = [_filled(area, x, y) for area in areas]
     drawn = [
         _drawn(line, [(x(s), y(v)) for s, v in zip(line.steps, line.values, strict=True)]) for line in lines
     ]
     head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'
-    return "".join([head, *grid, *below, *drawn, "</svg>"])
+    return "".join([head, *grid, *marks, *filled, *drawn, "</svg>"])
+
+
+def _filled(area: Area, x: Callable[[float], float], y: Callable[[float], float]) -> str:
+    there = list(zip(area.steps, area.high, strict=True))
+    back = list(zip(area.steps, area.low, strict=True))[::-1]
+    points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in there + back)
+    said = f"<title>{escape(area.name)}</title>" if area.name else ""
+    return f'<polygon class="{area.style}" points="{points}">{said}</polygon>'
 
 
 def _drawn(line: Line, points: Sequence[tuple[float, float]]) -> str:

@@ -3,35 +3,35 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
-
 from entroray.config import Shape
 from entroray.policy.tokenizer import byte_tokenizer
 
 
 def build(folder: Path, shape: Shape, seed: int) -> int:
     """Write a freshly initialised model and its byte tokenizer to `folder`; returns its parameter count."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed  # more than a second of imports
+
     set_seed(seed)
     tokenizer = byte_tokenizer()
-    model: Any = Qwen3ForCausalLM(_config(shape, tokenizer))
+    model: Any = Qwen3ForCausalLM(Qwen3Config(**_sizes(shape, tokenizer)))
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model.num_parameters()
 
 
-def _config(shape: Shape, tokenizer: Any) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.width // shape.heads,
-        intermediate_size=shape.mlp,
-        max_position_embeddings=shape.context,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
+def _sizes(shape: Shape, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.width // shape.heads,
+        "intermediate_size": shape.mlp,
+        "max_position_embeddings": shape.context,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "dtype": "float32",
+    }

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from entroray.errors import PreflightError
 from entroray.policy.head import StreamedHead
@@ -73,6 +72,8 @@ def load(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:
         raise PreflightError(
             f"model.path={path} has no config.json: give a Hugging Face model folder or hub id"
         )
+    from transformers import AutoModelForCausalLM  # a second of imports, and only ranks need it
+
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     if getattr(model, "lm_head", None) is None or getattr(model.config, "final_logit_softcapping", None):
         raise PreflightError(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from entroray.errors import PreflightError
 
@@ -37,6 +37,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model folder or hub id; PreflightError when it has no chat template."""
+    from transformers import AutoTokenizer  # it imports every architecture's table
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from entroray.entropy.movement import shares
 from entroray.loop.heat import Heat
 from entroray.loop.roles import Scores
+from entroray.loop.splice import openings
 from entroray.objective import Objective, count
 from entroray.policy.packing import Rows, cut_by_groups, plan
 from entroray.types import Batch, Prompt, Rollout, Tokens, Verdict
@@ -36,7 +37,8 @@ class Generators:
         return await self.engines.sample(request)
 
     async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
-        return await self.engines.sample(opening(prompt, count, self.sampling, self.deadline))
+        (drawn,) = await self.engines.sample(opening(prompt, count, self.sampling, self.deadline))
+        return openings(drawn)
 
 
 @dataclass(frozen=True)

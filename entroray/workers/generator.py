@@ -22,7 +22,6 @@ from entroray.types import Rollout
 from entroray.workers.request import (
     Request,
     Sampling,
-    likeliest,
     params,
     probe_params,
     prompt_logprobs,
@@ -76,7 +75,7 @@ class Generator:
         return await asyncio.wrap_future(self.ready)
 
     async def sample(self, request: Request) -> list[Rollout]:
-        """One rollout per seed, or per likeliest next token; `timeout` where the deadline passed."""
+        """One rollout per seed; those that outlive the deadline come back as `timeout`."""
         return await self._post(lambda future: self._admit(request, future))
 
     async def sample_all(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, list[Rollout]]]:
@@ -223,9 +222,6 @@ class Generator:
     def _deliver(self, waiting: _Waiting, output: Any, notes: np.ndarray | None) -> None:
         if output.prompt_logprobs is not None:
             waiting.done[output.request_id] = prompt_logprobs(output)  # type: ignore[assignment]
-        elif waiting.request.likeliest:
-            found = likeliest(waiting.request, output.outputs[0], self._decode)
-            waiting.done[output.request_id] = found  # type: ignore[assignment]
         else:
             drawn = rollout(waiting.request, output.outputs[0], self._decode, notes)
             waiting.done[output.request_id] = drawn

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from entroray.errors import InfrastructureError
-from entroray.types import Prompt, Rollout, Shaped, Status
+from entroray.types import Likeliest, Prompt, Rollout, Shaped, Status
 
 PROCESSOR = "entroray.workers.shaping:Shaping"
 """The logits processor that samplers run in, as vLLM loads it."""
@@ -30,6 +30,10 @@ class Sampling:
     """On the temperature of this prompt, under a rule."""
     insert: int | None = None
     inserts: int = 1
+    likeliest: int = 0
+    """How many of the most probable tokens to report at each position."""
+    least: int = 0
+    """Tokens before which nothing may end the response; there the end has probability 0."""
 
     def at(self, temperature: float) -> "Sampling":
         """The same at another temperature: the knob of a controller."""
@@ -51,8 +55,6 @@ class Request:
     deadline: float
     after: tuple[int, ...] = ()
     """Tokens the response already has; they count against `sampling.max_tokens`."""
-    likeliest: int = 0
-    """How many of the likeliest next tokens are asked for, in place of samples."""
 
     @property
     def read(self) -> list[int]:
@@ -61,9 +63,9 @@ class Request:
 
 
 def opening(prompt: Prompt, count: int, sampling: Sampling, deadline: float) -> Request:
-    """What asks for the `count` likeliest first tokens, of the policy's own distribution."""
-    own = Sampling(sampling.temperature, sampling.max_tokens)
-    return Request(prompt.id, prompt.token_ids, (0,), own, deadline, likeliest=count)
+    """One token, and the `count` likeliest in its place that do not end the response."""
+    own = Sampling(sampling.temperature, 1, likeliest=count, least=1)
+    return Request(prompt.id, prompt.token_ids, (0,), own, deadline)
 
 
 def params(request: Request, seed: int, name: str) -> Any:
@@ -74,14 +76,14 @@ def params(request: Request, seed: int, name: str) -> Any:
     asked = {"name": name, "rule": s.rule, "factor": s.factor, "insert": s.insert, "inserts": s.inserts}
     return SamplingParams(
         temperature=s.temperature,
-        max_tokens=1 if request.likeliest else s.max_tokens - len(request.after),
-        min_tokens=1 if request.likeliest else 0,  # then none of them ends the response
+        max_tokens=s.max_tokens - len(request.after),
+        min_tokens=s.least,
         stop=list(s.stop),
         top_p=s.top_p,
         top_k=s.top_k,
         extra_args={"entroray": asked} if s.rule else None,
         seed=seed,
-        logprobs=request.likeliest,
+        logprobs=s.likeliest,
         flat_logprobs=True,
         detokenize=bool(s.stop),
         include_stop_str_in_output=True,
@@ -102,37 +104,29 @@ def rollout(
     request: Request, completion: Any, decode: Callable[[list[int]], str], notes: np.ndarray | None
 ) -> Rollout:
     token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+    deep = request.sampling.likeliest
+    reported = np.asarray(completion.logprobs.logprobs, dtype=np.float32)
+    logprobs = reported.reshape(len(token_ids), 1 + deep)  # the drawn token's stands before the likeliest
     versions = np.zeros(len(token_ids), dtype=np.int32)
     for span in completion.weight_versions or ():
         versions[span.start : span.end] = int(span.version)
     return Rollout(
         prompt_id=request.prompt_id,
         token_ids=token_ids,
-        logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
+        logprobs=np.ascontiguousarray(logprobs[:, 0]),
         versions=versions,
         text=_text(request, completion, decode),
         temperature=request.sampling.temperature,
         limit=request.sampling.max_tokens,
         status=Status.TRUNCATED if completion.finish_reason == "length" else Status.OK,
         shaped=_shaped(notes, len(token_ids)) if request.sampling.rule else None,
+        likeliest=_likeliest(completion, logprobs) if deep else None,
     )
 
 
-def likeliest(request: Request, completion: Any, decode: Callable[[list[int]], str]) -> list[Rollout]:
-    """Rollouts of one token each, the likeliest first; log-probs of the distribution they lead."""
-    drawn = rollout(request, completion, decode, None)
-    found = completion.logprobs  # its first entry is of the token drawn
-    pairs = zip(found.token_ids[1:], found.logprobs[1:], strict=True)
-    return [
-        replace(
-            drawn,
-            token_ids=np.array([token], np.int32),
-            logprobs=np.array([logprob], np.float32),
-            text=decode([*request.after, token]),
-            status=Status.OK,
-        )
-        for token, logprob in pairs
-    ]
+def _likeliest(completion: Any, logprobs: np.ndarray) -> Likeliest:
+    ids = np.asarray(completion.logprobs.token_ids, np.int32).reshape(logprobs.shape)
+    return Likeliest(ids[:, 1:].copy(), np.exp(logprobs[:, 1:]))
 
 
 def _text(request: Request, completion: Any, decode: Callable[[list[int]], str]) -> str:

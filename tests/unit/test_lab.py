@@ -11,14 +11,16 @@ import pytest
 
 from entroray.cli import lab, settings
 from entroray.cli.machine import lasting
+from entroray.entropy.bootstrap import interval
 from entroray.errors import ConfigError
 from entroray.loop.portrait import DRAWN, portrait
 from entroray.objective import build
 from entroray.observe import cells as stored
 from entroray.observe import lab_page
 from entroray.observe.cells import Cell, moving, summarise, variant
-from entroray.observe.comparison import absent, against, interval, markdown
+from entroray.observe.comparison import absent, against, markdown
 from entroray.observe.curves import Line, chart, frame, mean, ticks
+from tests.composed import configured
 from tests.toy import ToyPrompts, ToyWorld
 
 HIGH, LOW = (0.70, 0.72, 0.74), (0.50, 0.52, 0.54)
@@ -144,7 +146,7 @@ def test_a_lab_keeps_runs_for_itself(tmp_path: Path) -> None:
     ],
 )
 def test_a_machine_is_shared_where_a_reset_can_change_it(override: str, same: bool) -> None:
-    made = [lasting(settings.load(["experiment=quickstart", *more])[0]) for more in ([], [override])]
+    made = [lasting(configured("experiment=quickstart", *more)) for more in ([], [override])]
     assert (made[0] == made[1]) is same
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from entroray.config import Shape
 from entroray.errors import PreflightError
@@ -62,6 +61,8 @@ def batch(rows: int, seed: int = 0) -> Batch:
 
 
 def test_policy_statistics_equal_the_plain_model_row_by_row(folder):
+    from transformers import AutoModelForCausalLM
+
     policy, plain = load(str(folder), torch.float32), AutoModelForCausalLM.from_pretrained(folder)
     b = batch(6)
     with torch.no_grad():

@@ -3,12 +3,10 @@
 import json
 import shutil
 from collections import namedtuple
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
 
 from entroray.cli import doctor, preflight, rundir, settings
 from entroray.config import Config, Shape
@@ -17,6 +15,7 @@ from entroray.loop.limits import SkippedUpdates, Stagnation, VerdictFailures
 from entroray.policy.build import build
 from entroray.reward.verdicts import failed
 from entroray.types import Verdict
+from tests.composed import configured
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@cache
-def composed(*choices: str) -> DictConfig:
-    return settings.load(["data.max_prompt=32", "rollout.max_tokens=32", *choices])[1]
-
-
 def config(*overrides: str) -> Config:
-    """Hydra takes a tenth of a second: it composes the choices once, and the settings are merged in."""
-    choices = [o for o in overrides if o.partition("=")[0] in ("cluster", "data", "experiment")]
-    rest = OmegaConf.from_dotlist([o for o in overrides if o not in choices])
-    made: Config = OmegaConf.to_object(OmegaConf.merge(composed(*choices), rest))  # type: ignore[assignment]
-    return made
+    return configured("data.max_prompt=32", "rollout.max_tokens=32", *overrides)
 
 
 def changed(folder: Path, to: Path, name: str, **values: Any) -> Path:

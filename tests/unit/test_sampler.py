@@ -20,6 +20,7 @@ from entroray.observe import records
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.types import Group, Prompt, Rollout, Shaped, Verdict
 from tests.cases import ROWS
+from tests.composed import configured
 from tests.toy import ToyWorld, driver
 
 NAMES = sorted(path.stem for path in (settings.CONF / "sampler").glob("*.yaml"))
@@ -70,7 +71,7 @@ def test_shaping_divides_and_takes_the_likeliest_where_the_factor_is_0() -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_the_weighted_estimate_is_the_plain_one_but_for_what_cannot_be_drawn(name: str) -> None:
     z, f = logits(), torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    factor = shaping.build(settings.load([f"sampler={name}"])[0].sampler.rule)(*token_entropy(z, 1.0)).factor
+    factor = shaping.build(configured(f"sampler={name}").sampler.rule)(*token_entropy(z, 1.0)).factor
     pi, b = z.softmax(-1), shaping.shape(z.clone(), factor).softmax(-1)
     weighted = torch.where(b > 0, b * (pi / b) * f, 0.0).sum(-1)
     missing = shaping.uncovered(z, factor)
@@ -81,7 +82,7 @@ def test_the_weighted_estimate_is_the_plain_one_but_for_what_cannot_be_drawn(nam
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_sampler_says_what_it_does(name: str) -> None:
-    config, _ = settings.load([f"sampler={name}", "objective=dapo"])
+    config = configured(f"sampler={name}", "objective=dapo")
     said = sampling.describe(config.sampler)
     assert config.sampler.rule["fn"] in said
     assert sampling.shapes(config.sampler) == (name != "fixed")
@@ -103,12 +104,12 @@ def test_every_sampler_says_what_it_does(name: str) -> None:
 )
 def test_what_training_refuses_evaluation_may_do(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        settings.load(overrides)
-    settings.load(overrides, training=False)
+        configured(*overrides)
+    configured(*overrides, training=False)
 
 
 def test_a_row_that_weighs_by_the_sampler_needs_no_correction() -> None:
-    settings.load(["objective=dppo", "sampler=by_entropy", "objective.correction.fn=none"])
+    configured("objective=dppo", "sampler=by_entropy", "objective.correction.fn=none")
 
 
 @pytest.mark.parametrize(
@@ -126,13 +127,13 @@ def test_a_row_that_weighs_by_the_sampler_needs_no_correction() -> None:
 )
 def test_a_sampler_that_makes_no_sense_is_refused_everywhere(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        settings.load(overrides, training=False)
+        configured(*overrides, training=False)
 
 
 @pytest.mark.parametrize("text", ["Wait", "é", "<|end|>", ""])
 def test_an_inserted_text_must_be_one_token(text: str, tmp_path: Path) -> None:
     where = f"model.bootstrap.cache={tmp_path}"
-    config, _ = settings.load(["sampler=quadrants", where, "sampler.insert='?'"])
+    config = configured("sampler=quadrants", where, "sampler.insert='?'")
     assert preflight.sampler(config) == f"inserts '?', token {byte_tokenizer().encode('?')[0]}"
     config.sampler.insert = text
     with pytest.raises(PreflightError, match=r"sampler\.insert=.*is no single token"):

@@ -1,0 +1,161 @@
+"""An evaluation as JSON, on the terminal, and against another one."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from entroray.entropy.bootstrap import Difference, paired
+from entroray.errors import ConfigError
+from entroray.observe.console import Terminal
+
+Found = Mapping[str, Any]
+"""What `entroray eval` found (entroray/loop/findings.py), as JSON holds it."""
+CURVES = {
+    "pass@": "one of k samples is right",
+    "pass^": "all of k samples are right",
+    "maj@": "the most frequent answer of k samples is right",
+}
+CONFIDENCE = {
+    "consistency": "share of the prompt's samples with the same answer",
+    "logprob": "mean probability of its tokens, exp(mean ln p)",
+    "gap": "CoT-decoding's mean of p(1) - p(2) over the answer's tokens",
+}
+SCORES = ("ece", "brier", "auroc")
+DECODED = {"cot/surest": "surest path", "cot/supported": "best supported answer"}
+COMPARED = (
+    "95 % percentile bootstrap interval of the difference over prompts, both answering the same ones; "
+    "+ above, - below, = 0 lies within: a tie"
+)
+
+
+def text(found: Found) -> str:
+    """JSON, one line for each part."""
+    lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in found.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def load(path: Path) -> Found:
+    """An evaluation that was kept; ConfigError where the file is none, or an older one without prompts."""
+    try:
+        found: Found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no evaluation: {error}") from error
+    if not isinstance(found, dict) or "each" not in found:
+        again = f"entroray eval --out={path}"
+        raise ConfigError(f"{path} says nothing of single prompts: make it again with {again}")
+    return found
+
+
+def ks(found: Found, curve: str) -> list[int]:
+    """The k of `curve` (pass@, pass^, maj@), rising; none where it was not measured."""
+    return sorted(int(name.removeprefix(curve)) for name in found["each"] if name.startswith(curve))
+
+
+def number(found: Found, name: str) -> str:
+    """`mean [low high]`, or a dash."""
+    if name not in found:
+        return "-"
+    low, high = found["intervals"][name]
+    return f"{found[name]:.3f} [{low:.3f} {high:.3f}]"
+
+
+def head(found: Found) -> str:
+    """What was asked, in one line."""
+    heat = f"temperature {found['temperature']:g}, sampler {found['sampler']}"
+    return f"{found['prompts']} held-out prompts x {found['samples']} samples, {heat}; 95 % over prompts"
+
+
+def accuracy(found: Found) -> list[list[str]]:
+    """Rows of pass@k, pass^k and maj@k, under a head of their k."""
+    columns = ks(found, "pass@")
+    rows = [[f"{curve}k", *(number(found, f"{curve}{k}") for k in columns)] for curve in CURVES]
+    return [["", *(f"k={k}" for k in columns)], *(row for row in rows if set(row[1:]) != {"-"})]
+
+
+def calibration(found: Found) -> list[list[str]]:
+    """Rows of ECE, Brier score and AUROC of each confidence, under their head."""
+    value = lambda kind, name: found["metrics"].get(f"calibration/{kind}_{name}")  # noqa: E731
+    form = lambda x: "-" if x is None else f"{x:.3f}"  # noqa: E731
+    rows = [[name, *(form(value(kind, name)) for kind in SCORES)] for name in found["calibration"]]
+    return [["confidence", "ECE", "Brier", "AUROC"], *rows]
+
+
+def lines(found: Found) -> list[str]:
+    """The rest in words: greedy, CoT-decoding, entropy, diversity, what failed."""
+    mean = next(name for name in found["each"] if name.startswith("avg@"))
+    said = [f"greedy {number(found, 'greedy')}, {mean} {number(found, mean)}"]
+    if cot := found.get("cot"):
+        chosen = ", ".join(f"{name} {number(found, key)}" for key, name in DECODED.items())
+        lost = ", ".join(f"{n} {why}" for why, n in cot["lost"].items())
+        counted = f"{cot['located']} of {cot['paths']} paths have a gap"
+        said.append(f"CoT-decoding {chosen}; {counted}" + (f" ({lost})" if lost else ""))
+    if entropy := found.get("entropy"):
+        said.append(
+            f"entropy {entropy['entropy/mean']:.4f} nats a token (p50 {entropy['entropy/p50']:.4f}, "
+            f"p95 {entropy['entropy/p95']:.4f}), varentropy {entropy['varentropy/mean']:.4f} nats²"
+        )
+    m = found["metrics"]
+    names = {"distinct/2": "distinct-2", "answers/distinct": "answers a prompt", "length/mean": "tokens"}
+    said.append(", ".join(f"{title} {m[key]:.3f}" for key, title in names.items() if key in m))
+    if found["failed"]:
+        reasons = ", ".join(f"{n} {why}" for why, n in found["failed"].items())
+        said.append(f"FAILED, counted as wrong: {reasons}")
+    return [line for line in said if line]
+
+
+def show(found: Found) -> None:
+    """The evaluation on the terminal."""
+    terminal = _terminal()
+    terminal.print(f"{found['model']}\n{head(found)}", highlight=False, markup=False, soft_wrap=True)
+    terminal.print(_table(accuracy(found)))
+    for line in lines(found):
+        terminal.print(line, markup=False, soft_wrap=True)
+    if found["calibration"]:
+        terminal.print(_table(calibration(found)))
+
+
+def compare(first: Found, second: Found) -> dict[str, Difference]:
+    """Every accuracy that both have, on the prompts that both answered; ConfigError where there is none."""
+    a, b = first["each"], second["each"]
+    at = {prompt: i for i, prompt in enumerate(b["id"])}
+    pairs = [(i, at[prompt]) for i, prompt in enumerate(a["id"]) if prompt in at]
+    if not pairs:
+        raise ConfigError("the two evaluations share no prompt: evaluate both with the same data settings")
+    one, other = np.array(pairs).T
+    column = lambda each, name, rows: np.array(each[name], np.float64)[rows]  # noqa: E731
+    return {n: paired(column(a, n, one), column(b, n, other)) for n in a if n in b and n != "id"}
+
+
+def show_comparison(first: Found, second: Found) -> None:
+    """The second against the first on the terminal."""
+    found = compare(first, second)
+    shared = len({*first["each"]["id"]} & {*second["each"]["id"]})
+    rows = [
+        [name, f"{d.first:.3f}", f"{d.second:.3f}", f"{d.mean:+.3f} [{d.low:+.3f} {d.high:+.3f}]", d.sign]
+        for name, d in found.items()
+    ]
+    terminal = _terminal()
+    terminal.print(f"first      {first['model']}\nsecond     {second['model']}", markup=False, soft_wrap=True)
+    terminal.print(_table([["", "first", "second", "difference", ""], *rows]))
+    terminal.print(f"{shared} prompts; {COMPARED}", markup=False, soft_wrap=True)
+
+
+def _terminal() -> Terminal:
+    terminal = Terminal(highlight=False)
+    if not terminal.is_terminal:
+        terminal.width = 160
+    return terminal
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Table:
+    titles, *body = rows
+    table = Table(box=None, pad_edge=False)
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in body:
+        table.add_row(*row)
+    return table

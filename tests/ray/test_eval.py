@@ -1,0 +1,135 @@
+"""`entroray eval` on a real engine: exact entropies, CoT-decoding by transformers too, a comparison."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from entroray.cli import material, settings
+from entroray.entropy import token_entropy
+from entroray.entropy.confidence import answer_span
+from entroray.loop.decoding import words
+from entroray.policy.tokenizer import load_tokenizer
+from tests.ray.test_train import entroray
+
+SETTINGS = [
+    "experiment=quickstart",
+    "data.size=2000",
+    "data.max_prompt=64",
+    "rollout.max_tokens=12",
+    "sampler.temperature=0.8",
+    "evaluate.prompts=6",
+    "evaluate.samples=3",
+    "generator.threads=1",
+    "reward.judge.extract=whole",
+]
+"""The whole response is the answer, so that a random model has answers too."""
+PATHS = 4
+
+
+@pytest.fixture(scope="module")
+def peaked(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The random model with its last norm turned up: its distributions differ in entropy."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("peaked") / "model"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 8
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def found(peaked: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    folder = tmp_path_factory.mktemp("eval")
+    told = [*SETTINGS, f"model.path={peaked}", f"evaluate.cot={PATHS}", "evaluate.k=[3]"]
+    said = entroray("eval", f"--out={folder}/found.json", *told, cache=folder)
+    return json.loads((folder / "found.json").read_text()), folder, said
+
+
+def test_an_evaluation_says_all_it_should(found: tuple[dict[str, Any], Path, str]) -> None:
+    result, folder, said = found
+    assert result["prompts"] == 6 and result["samples"] == 3 and result["failed"] == {}
+    assert {"greedy", "pass@1", "pass@3", "pass^3", "maj@2", "avg@3", "cot/surest"} <= result.keys()
+    assert set(result["calibration"]) == {"consistency", "logprob", "gap"}
+    assert len(result["each"]["id"]) == len(set(result["each"]["id"])) == 6
+    assert result["cot"]["paths"] == 6 * PATHS and sum(result["cot"]["lost"].values()) < 6 * PATHS
+    assert "pass^k" in said and "CoT-decoding" in said and "AUROC" in said
+    page = (folder / "found.html").read_text()
+    assert page.count("<svg") >= 5 and "Most frequent high-entropy tokens" in page and "src=" not in page
+
+
+def test_entropies_are_those_of_the_whole_distribution_at_the_temperature(
+    found: tuple[dict[str, Any], Path, str], peaked: str
+) -> None:
+    result, _, _ = found
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(peaked), load_tokenizer(peaked)
+    prompts = {p.text: p for p in material.read(settings.load(SETTINGS)[0], tokenizer).split.heldout}
+    names = {words(tokenizer).name(i): i for i in range(len(tokenizer))}
+    assert result["responses"]
+    for response in result["responses"]:
+        before = prompts[response["prompt"]].token_ids
+        ids = [names[name] for name, _ in response["tokens"]]
+        exact, _ = token_entropy(logits(model, before, ids), 0.8)
+        np.testing.assert_allclose([h for _, h in response["tokens"]], exact, atol=1e-3)
+        assert 0.01 < float(exact.mean()) < 5
+
+
+def test_gaps_are_those_of_the_model_on_each_greedy_path(
+    found: tuple[dict[str, Any], Path, str], peaked: str
+) -> None:
+    """CoT-decoding once more, by transformers: top tokens, greedy, p(1) - p(2) over the answer."""
+    result, _, _ = found
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(peaked), load_tokenizer(peaked)
+    text = words(tokenizer).text
+    prompts = material.read(settings.load(SETTINGS)[0], tokenizer).split.heldout[:6]
+    expected = []
+    for prompt in prompts:
+        first = logits(model, prompt.token_ids, [0])[0].topk(PATHS).indices.tolist()
+        for token in first:
+            ids = followed(model, prompt.token_ids, token, set(tokenizer.all_special_ids), 12)
+            top = logits(model, prompt.token_ids, ids).softmax(-1).topk(2).values.numpy()
+            span = answer_span(ids, text(ids).strip() or None, text)
+            if isinstance(span, range):
+                expected.append(
+                    float((top[span.start : span.stop, 0] - top[span.start : span.stop, 1]).mean())
+                )
+    bins = result["calibration"]["gap"]
+    assert sum(bins["count"]) == result["cot"]["located"] == len(expected)
+    counted, _ = np.histogram(expected, bins["edges"])
+    assert counted.tolist() == bins["count"]
+    means = [m * n for m, n in zip(bins["confidence"], bins["count"], strict=True) if n]
+    assert sum(means) == pytest.approx(sum(expected), abs=1e-3)
+
+
+def logits(model: Any, before: tuple[int, ...], ids: list[int]) -> torch.Tensor:
+    """[L, V] that each of `ids` was drawn from."""
+    with torch.no_grad():
+        return model(torch.tensor([[*before, *ids]])).logits[0, len(before) - 1 : -1].double()
+
+
+def followed(model: Any, before: tuple[int, ...], token: int, special: set[int], most: int) -> list[int]:
+    ids = [token]
+    while ids[-1] not in special and len(ids) < most:
+        ids.append(int(logits(model, before, [*ids, 0])[-1].argmax()))
+    return ids
+
+
+def test_two_evaluations_of_one_model_tie_and_greedy_alone_is_allowed(
+    found: tuple[dict[str, Any], Path, str], peaked: str
+) -> None:
+    result, folder, _ = found
+    greedy = [*SETTINGS, f"model.path={peaked}", "sampler.temperature=0"]
+    entroray("eval", f"--out={folder}/greedy.json", f"--html={folder}/page.html", *greedy, cache=folder)
+    other = json.loads((folder / "greedy.json").read_text())
+    assert other["samples"] == 1 and other["pass@1"] == other["greedy"] == result["greedy"]
+    assert "entropy" not in other and (folder / "page.html").exists()
+    said = entroray("eval", "--compare", f"{folder}/found.json", f"{folder}/greedy.json", cache=folder)
+    assert "+0.000 [+0.000 +0.000]" in said and "6 prompts" in said
