@@ -184,6 +184,7 @@ class RolloutConfig:
     deadline: float = 300.0  # seconds for each group of samples, and for each turn of them
     turns: int = 4  # most tool calls in one response; it is truncated at one more
     tool: Tool = field(default_factory=Tool)
+    plan: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}: how a group's members are drawn
 
 
 @dataclass

@@ -135,6 +135,11 @@ class Rollout:
         return why
 
     @property
+    def inherited(self) -> int:
+        """How many of its first tokens are its parent's; 0 without one."""
+        return max((span.stop for span in self.spans if span.why is Mask.PREFIX), default=0)
+
+    @property
     def version(self) -> Version:
         """Oldest weights used."""
         return int(self.versions.min()) if self.length else 0

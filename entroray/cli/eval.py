@@ -15,10 +15,12 @@ from entroray.errors import ConfigError, PreflightError
 from entroray.loop.decoding import TWO, Decoding, words
 from entroray.loop.evaluate import examine, plan
 from entroray.loop.roles import Generator as Role
+from entroray.loop.splice import openings
 from entroray.observe import evaluation, evaluation_page
 from entroray.types import Prompt, Rollout
 from entroray.workers import cluster
 from entroray.workers.generator import Generator, Request, Sampling
+from entroray.workers.request import opening
 from entroray.workers.verifier import Verifier
 
 FLAGS = ("config", "out", "html")
@@ -41,6 +43,10 @@ class OneEngine:
             prompt.id, prompt.token_ids, tuple(seeds), self.sampling, self.deadline, tuple(after)
         )
         return await self.engine.sample(request)
+
+    async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
+        (drawn,) = await self.engine.sample(opening(prompt, count, self.sampling, self.deadline))
+        return openings(drawn)
 
 
 def main(arguments: list[str]) -> int:

@@ -7,14 +7,24 @@ from typing import Any
 
 from entroray.config import Config
 from entroray.control import Control, Controller, build
-from entroray.entropy.catalogue import CHOICE, DOMAIN, INSIGHT, SAMPLER, STEP, TOOLS, UPDATE, matches
+from entroray.entropy.catalogue import (
+    BRANCHES,
+    CHOICE,
+    DOMAIN,
+    INSIGHT,
+    SAMPLER,
+    STEP,
+    TOOLS,
+    UPDATE,
+    matches,
+)
 from entroray.errors import ConfigError
 from entroray.loop.driver import Roles
 from entroray.objective import Objective
 from entroray.objective import build as build_objective
 from entroray.objective.bind import nearest
 
-METRICS = (*STEP, *SAMPLER, *TOOLS, *UPDATE, *CHOICE, *INSIGHT, *DOMAIN)
+METRICS = (*STEP, *SAMPLER, *BRANCHES, *TOOLS, *UPDATE, *CHOICE, *INSIGHT, *DOMAIN)
 OTHERS = ("eval/", "groups/", "objective/", "reward/", "seconds/", "sync/", "tokens/", "update/", "verdicts/")
 """Families with metrics that the catalogue of entropy/ does not list."""
 OUTSIDE = {"learner.lr": 0.0, "sampler.temperature": 1e-6}

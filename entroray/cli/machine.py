@@ -168,8 +168,7 @@ def engine_options(config: Config) -> dict[str, Any]:
 
 def _shaping(config: Config) -> dict[str, Any]:
     """The processors of a run that shapes what it draws; without any, vLLM tracks less."""
-    shaped = sampling.shapes(config.sampler) or config.rollout.second.factor != 1.0
-    return processors(config) if shaped else {}
+    return processors(config) if sampling.noted(config) else {}
 
 
 def processors(config: Config) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from entroray.cli import calls, choices
+from entroray.cli import calls, choices, plans
 from entroray.config import Config, Sampler
 from entroray.entropy import shaping
 from entroray.errors import ConfigError, PreflightError
@@ -19,6 +19,16 @@ def shapes(sampler: Sampler) -> bool:
     return (sampler.rule or shaping.FIXED) != shaping.FIXED or sampler.failed.factor != 1.0
 
 
+def noted(config: Config) -> bool:
+    """Whether the engines need the logits processor that notes and shapes."""
+    return _ruled(config) or config.rollout.second.factor != 1.0
+
+
+def _ruled(config: Config) -> bool:
+    """Whether first draws are under a rule, if only one that notes and changes nothing."""
+    return shapes(config.sampler) or plans.reads_entropy(config.rollout)
+
+
 def plain(config: Config, temperature: float) -> Sampling:
     """The policy's own distribution at `temperature`; 0 is greedy."""
     s = config.sampler
@@ -30,7 +40,7 @@ def shaped(config: Config, temperature: float, tokenizer: Any) -> Sampling:
     s, base = config.sampler, plain(config, temperature)
     if config.rollout.repetition.count:
         base = replace(base, loops=choices.loops(config.rollout))
-    if temperature == 0 or not shapes(s):
+    if temperature == 0 or not _ruled(config):
         return base
     put = token(s.insert, tokenizer)
     return base.under(dict(s.rule or shaping.FIXED), insert=put, inserts=s.inserts)

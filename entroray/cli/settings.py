@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from entroray.cli import calls, choices, knobs, material, sampling
+from entroray.cli import calls, choices, knobs, material, plans, sampling
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.loop.evaluate import plan
@@ -97,6 +97,7 @@ def check(config: Config) -> None:
     sampling.check(config)
     calls.check(config)
     material.check(config)
+    plans.check(config)
     check_evaluation(config)
     choices.check(config)
     if config.learner.updates_per_rollout > config.rollout.groups_per_step:

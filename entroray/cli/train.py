@@ -20,6 +20,7 @@ from entroray.cli import (
     knobs,
     machine,
     material,
+    plans,
     preflight,
     rundir,
     sampling,
@@ -206,7 +207,8 @@ def _header(
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
         f"sampler    {sampling.describe(s)}",
-        f"rollout    {choices.describe(r)}",
+        f"groups     {plans.describe(r)}",
+        f"choice     {choices.describe(r)}",
         *called,
         f"schedule   {config.run.steps} steps, {config.learner.updates_per_rollout} updates a step, "
         f"lag at most {config.driver.max_lag} ({config.driver.stale})",
@@ -248,7 +250,7 @@ async def drive(
     training = read_in.split.training
     prompts, choice = choices.of(config, material.order(config, training, config.seed), len(training))
     steered: dict[str, Any] = {"control": control, "tune": knobs.tuner(config), "heat": heat}
-    steered["choice"] = choice
+    steered |= {"choice": choice, "plan": plans.plan_of(config.rollout)}
     driver = Driver(prompts, roles, objective, pace, seed=config.seed, looks=_looks(config), **steered)
     if run.checkpoint:
         driver.restore(run.state)

@@ -113,6 +113,25 @@ TOOLS = _rows(
     "tool/failed | answered with an error | share of calls | count",
 )
 """What `describe` adds where a rollout called a tool."""
+BRANCHES = [
+    *_rows(
+        ROLLOUTS,
+        SAMPLING,
+        "branches/share | rollouts that began as another's first tokens | share | count",
+        "branches/inherited | response tokens that are a parent's, not trained on | share | count",
+        "branches/forced | response tokens chosen for the policy, not trained on | share | count",
+        "branches/position | tokens before the fork | tokens | mean of branches",
+        "branches/entropy | H of the sampler's distribution at the fork | nats | exact, mean of branches",
+        "branches/changed | another answer than the parent's | share of branches with both | count",
+    ),
+    *_rows(
+        GROUPS,
+        SAMPLING,
+        "answers/distinct_roots | distinct answers from the prompt, of groups with any | answers | mean",
+        "answers/distinct_branches | distinct answers of branches, of groups with any | answers | mean",
+    ),
+]
+"""What `describe` adds where a plan branches or forks; pass/<n> and distinct/<n> are then of kin."""
 
 UPDATE = _rows(
     "tokens of all updates",
@@ -282,6 +301,7 @@ def text() -> str:
         "A step": STEP,
         "A sampler that shapes": SAMPLER,
         "A tool": TOOLS,
+        "A plan that branches": BRANCHES,
         "An update": UPDATE,
         "How prompts and groups are chosen": CHOICE,
         "Prediction and law": INSIGHT,

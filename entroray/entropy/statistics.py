@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -9,7 +10,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from entroray.types import Group, Mask, Rollout, Status, Tokens
+from entroray.entropy.branches import branches
+from entroray.types import REASONS, Group, Mask, Rollout, Status, Tokens
 
 QUANTILES = {"p20": 0.20, "p50": 0.50, "p80": 0.80, "p95": 0.95}
 
@@ -51,7 +53,7 @@ def describe(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
     if not rollouts:
         return {}
     mask = array(tokens.mask)
-    metrics = _of_groups(groups) | _of_lengths(rollouts) | _of_tools(rollouts)
+    metrics = _of_groups(groups) | _of_lengths(rollouts) | _of_tools(rollouts) | branches(groups)
     if not mask.any():
         return metrics
     metrics |= _of_entropy(tokens, mask) | _of_mismatch(tokens, mask) | _of_sampler(rollouts, tokens)
@@ -136,22 +138,28 @@ def _of_entropy(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
 
 
 def _of_sampler(rollouts: Sequence[Rollout], tokens: Tokens) -> dict[str, float]:
-    """Of rollouts that a sampler shaped, inserted tokens included; nothing where there are none."""
+    """Of rollouts that a sampler shaped, each token drawn or inserted once; nothing where there are none."""
     edges = np.cumsum([0, *(r.length for r in rollouts)])
-    shaped = [(r.shaped, slice(edges[i], edges[i + 1])) for i, r in enumerate(rollouts) if r.shaped]
-    if not sum(place.stop - place.start for _, place in shaped):
+    learner = array(tokens.entropy)
+    rows = zip(rollouts, pairwise(edges), strict=True)
+    shaped = [(r.shaped, _here(r), learner[a:b]) for r, (a, b) in rows if r.shaped]
+    if not sum(here.sum() for _, here, _ in shaped):
         return {}
-    entropy = np.concatenate([s.entropy for s, _ in shaped])
-    noted = ~np.isnan(entropy)  # not what a tool said
-    temperature = np.concatenate([s.temperature for s, _ in shaped])[noted]
-    learner = np.concatenate([array(tokens.entropy)[place] for _, place in shaped])
-    gaps = np.abs(entropy - learner)[noted]
+    temperature = np.concatenate([s.temperature[here] for s, here, _ in shaped])
+    gaps = np.concatenate([np.abs(s.entropy - h)[here] for s, here, h in shaped])
     drawn = temperature[~np.isnan(temperature)]
-    whole = {"sampler/inserted": float(np.isnan(temperature).mean()), "sampler/gap": float(gaps.max())}
+    whole = {"sampler/inserted": float(np.isnan(temperature).mean())}
+    if len(known := gaps[~np.isnan(gaps)]):  # a piece that no sampler noted has none
+        whole["sampler/gap"] = float(known.max())
     if not len(drawn):
         return whole
     likeliest = float((drawn == 0).mean())
     return whole | {"sampler/temperature": float(drawn.mean()), "sampler/likeliest": likeliest}
+
+
+def _here(rollout: Rollout) -> NDArray[np.bool_]:
+    """What its sampler drew or inserted in it, not a parent, a tool or a plan."""
+    return (rollout.observed < 0) | (rollout.observed == REASONS.index(Mask.INSERTED))
 
 
 def _of_mismatch(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:

@@ -5,12 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from entroray.entropy.confidence import Lost, answer_span, gap
 from entroray.loop.roles import Generator, Verifier
-from entroray.loop.splice import join
-from entroray.types import Group, Likeliest, Mask, Prompt, Rollout, Span, Status
+from entroray.loop.splice import join, openings
+from entroray.types import Group, Prompt, Rollout, Status
 
 Text = Callable[[Sequence[int]], str]
 """Of a response's tokens, as it is read: special ones are not seen."""
@@ -72,21 +70,8 @@ async def _fork(group: Group, how: Decoding, verifier: Verifier, text: Text) -> 
 
 def _beginnings(greedy: Rollout, text: Text) -> list[Rollout]:
     """One token each: those that were likeliest where `greedy` began, by falling probability."""
-    assert greedy.likeliest is not None, "the greedy answer must report its likeliest tokens"
-    ids, p = greedy.likeliest.token_ids[:1], greedy.likeliest.probabilities[:1]
-    return [
-        replace(
-            greedy,
-            token_ids=ids[0, i : i + 1],
-            logprobs=np.log(p[0, i : i + 1]),
-            versions=greedy.versions[:1],
-            text=text([int(ids[0, i])]),
-            status=Status.TRUNCATED if greedy.limit == 1 else Status.OK,
-            spans=(Span(0, 1, Mask.FORCED),),
-            likeliest=Likeliest(ids[:, :TWO], p[:, :TWO]),
-        )
-        for i in range(ids.shape[1])
-    ]
+    status = Status.TRUNCATED if greedy.limit == 1 else Status.OK
+    return [replace(o, text=text(o.token_ids.tolist()), status=status) for o in openings(greedy)]
 
 
 async def _followed(prompt: Prompt, begun: Rollout, how: Decoding) -> Rollout:

@@ -14,7 +14,9 @@ from entroray.entropy.domains import judged as of_judged
 from entroray.entropy.statistics import describe
 from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
+from entroray.loop.branching import Plan, independent
 from entroray.loop.choice import Choice, Memory
+from entroray.loop.forks import survivors
 from entroray.loop.heat import Heat
 from entroray.loop.insight import NEVER, Insight, Looks
 from entroray.loop.limits import IdleRules, SkippedUpdates, VerdictFailures
@@ -98,13 +100,14 @@ class Driver:
         pace: Pace,
         *,
         seed: int,
+        plan: Plan = independent,
         looks: Looks = NEVER,
         heat: Heat | None = None,
         choice: Choice | None = None,
         control: Control | None = None,
         tune: Tune | None = None,
     ):
-        self.roles, self.objective, self.pace, self.seed = roles, objective, pace, seed
+        self.roles, self.objective, self.pace, self.seed, self.plan = roles, objective, pace, seed, plan
         size = {"per_step": pace.groups_per_step, "max_lag": pace.max_lag}
         self.stream = Stream(prompts, self.group, **size, keeps=pace.keeps_surplus)
         self.failures = VerdictFailures(pace.max_failed)
@@ -197,16 +200,17 @@ class Driver:
         return await self.choice.rescue(found, lambda factor: self.rollout(prompt, serial, factor))
 
     async def rollout(self, prompt: Prompt, serial: int, hotter: float = 1.0) -> Group | Dropped:
-        """A whole group, or why there is none; members that failed are sampled anew a few times."""
+        """A whole group, or why there is none; members that failed are drawn anew, alone, a few times."""
         members: list[tuple[Rollout, Verdict]] = []
         reason, abandoned = "", list[Rollout]()
         first = 0 if hotter == 1.0 else 1 + self.pace.resamples  # other seeds for a second draw
         for attempt in range(first, first + 1 + self.pace.resamples):
             missing = self.pace.group_size - len(members)
             drawn = seeds(self.seed, serial, attempt, missing + self.pace.extra)
-            judged = await self._sample_and_judge(self._generator(hotter, missing), prompt, drawn)
+            plan = self.plan if attempt == first else independent
+            judged = await self._sample_and_judge(self._generator(hotter, missing), prompt, drawn, plan)
             abandoned += [r for r, _ in judged if r.status is Status.ABANDONED]
-            members += [(r, v) for r, v in judged if r.status.usable and v.status.usable]
+            members += survivors(judged)
             if len(members) == self.pace.group_size:
                 rollouts, verdicts = zip(*members, strict=True)
                 return Group(prompt, rollouts, verdicts, abandoned=tuple(abandoned))
@@ -222,9 +226,9 @@ class Driver:
         return generator.first(enough) if self.pace.extra else generator
 
     async def _sample_and_judge(
-        self, generator: Generator, prompt: Prompt, drawn: list[int]
+        self, generator: Generator, prompt: Prompt, drawn: list[int], plan: Plan
     ) -> list[tuple[Rollout, Verdict]]:
-        rollouts = await generator.sample(prompt, drawn)
+        rollouts = await plan(generator, prompt, drawn)
         usable = [r for r in rollouts if r.status.usable]
         judged = await self.roles.verifier.judge(prompt, usable) if usable else []
         self.failures.note(judged, len(usable))

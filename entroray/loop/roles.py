@@ -22,6 +22,14 @@ class Generator(Protocol):
         """
         ...
 
+    async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
+        """Forced rollouts of one token: the `count` likeliest first that do not end the response, in order.
+
+        Their log-probs are of the policy's distribution without the end token. Where the deadline passed
+        there is one rollout, which says so.
+        """
+        ...
+
 
 @runtime_checkable
 class Choosing(Generator, Protocol):

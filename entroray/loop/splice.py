@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entroray.types import Likeliest, Mask, Rollout, Shaped, Span
+from entroray.types import Likeliest, Mask, Rollout, Shaped, Span, Status
 
 
 def cut(rollout: Rollout, length: int) -> Rollout:
@@ -36,6 +36,20 @@ def join(head: Rollout, tail: Rollout) -> Rollout:
     per_token: dict[str, Any] = {name: both(name) for name in ("token_ids", "logprobs", "versions")}
     spliced: dict[str, Any] = {"shaped": _shaped(head, tail), "likeliest": _likeliest(head, tail)}
     return replace(tail, **per_token, **spliced, spans=(*head.spans, *moved))
+
+
+def openings(rollout: Rollout) -> list[Rollout]:
+    """One forced token each: those that were likeliest where `rollout` began, which reports them, in order.
+
+    A rollout without tokens, as one that failed, comes back alone.
+    """
+    if not rollout.length:
+        return [rollout]
+    assert rollout.likeliest is not None, "it must report its likeliest tokens"
+    first = replace(cut(rollout, 1), status=Status.OK, spans=(Span(0, 1, Mask.FORCED),))
+    pairs = zip(rollout.likeliest.token_ids[0], rollout.likeliest.probabilities[0], strict=True)
+    one = lambda x, dtype: np.array([x], dtype)  # noqa: E731
+    return [replace(first, token_ids=one(i, np.int32), logprobs=np.log(one(p, np.float32))) for i, p in pairs]
 
 
 def said(like: Rollout, token_ids: Sequence[int], why: Mask) -> Rollout:

@@ -75,6 +75,10 @@ class Turns:
             talks = await self._turn(prompt, talks, [turn_seed(s, turn) for s in seeds], tuple(after))
         return [talk.whole if talk.call is None else _truncated(talk.whole) for talk in talks]
 
+    async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
+        """As the engines answer; a first token calls nothing."""
+        return await self.generator.first_tokens(prompt, count)
+
     def at(self, temperature: float) -> "Turns":
         """The same at another temperature of the policy."""
         return replace(self, generator=self.generator.at(temperature))  # type: ignore[attr-defined]

@@ -1,15 +1,17 @@
 """Group, its rewards already shaped -> one advantage per rollout."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from entroray.errors import ConfigError
 from entroray.objective.bind import Fraction, Positive, declare
-from entroray.types import Group
+from entroray.types import Group, Rollout
 
 SPANS = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "any": (-math.inf, math.inf)}
 
@@ -71,6 +73,61 @@ def quantile(group: Group, *, k: Fraction = 0.4, eps: Positive = 1e-6) -> Float[
     baseline = rewards.sort().values[max(0, math.ceil(k * len(rewards) - 1e-9) - 1)]
     deviation = (center(group).square().sum() / max(len(rewards) - 1, 1)).sqrt()
     return (rewards - baseline) / (deviation + eps)
+
+
+@declare(min_group=2)
+def subtree(group: Group, *, eps: Positive | None = 1e-6) -> Float[Tensor, " G"]:
+    """What a response and its branches are worth beyond the place where it began (TreeRL, arXiv 2506.11902).
+
+    `mean R of it and its branches - mean R of all that hold the tokens it began after; divided by
+    std(R) + eps over the group, Bessel`
+    Their local advantage, V(node) - V(parent), each V a mean over the leaves below; the division, which
+    eps null leaves out, is ours. A response from the prompt began after nothing, so without branches this is
+    `zscore`, or `center`. One number a row: a parent's tokens carry its value from its first to its last.
+    Before a fork that is a mean over its k branches and itself; beyond it, what it did better than they did
+    counts 1 / (1 + k). TreeRL cuts a response at its forks instead, and divides by sqrt(leaves).
+    """
+    below, beside = _kin(group)
+    mean = lambda kin: (kin * group.rewards).sum(-1) / kin.sum(-1)  # noqa: E731
+    alike = _spread(group.rewards, beside) == 0  # then 0 exactly, however the means were rounded
+    gain = (mean(below) - mean(beside)).masked_fill(alike, 0.0)
+    if eps is None:
+        return gain
+    deviation = (center(group).square().sum() / max(len(gain) - 1, 1)).sqrt()
+    return gain / (deviation + eps)
+
+
+def _spread(rewards: Float[Tensor, " G"], kin: Bool[Tensor, "G G"]) -> Float[Tensor, " G"]:
+    """Range of the rewards that each row of `kin` marks."""
+    most = torch.where(kin, rewards, -math.inf).amax(-1)
+    return most - torch.where(kin, rewards, math.inf).amin(-1)
+
+
+def _kin(group: Group) -> tuple[Bool[Tensor, "G G"], Bool[Tensor, "G G"]]:
+    """[i, j]: j is i or branched off it, at first or at last hand; j holds the tokens that i began after."""
+    rollouts = group.rollouts
+    lines = [_line(rollouts, i) for i in range(len(rollouts))]
+    below = [[i in line for line in lines] for i in range(len(rollouts))]
+    beside = [
+        [_common(rollouts, lines[i], line) >= rollouts[i].inherited for line in lines]
+        for i in range(len(rollouts))
+    ]
+    return torch.tensor(below), torch.tensor(beside)
+
+
+def _line(rollouts: Sequence[Rollout], index: int) -> list[int]:
+    """From the response drawn from the prompt down to `index`."""
+    parent = rollouts[index].parent
+    return [index] if parent is None else [*_line(rollouts, parent), index]
+
+
+def _common(rollouts: Sequence[Rollout], a: list[int], b: list[int]) -> int:
+    """Tokens that the last of both lines have by descent in common."""
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    if not shared:
+        return 0
+    parted = [rollouts[line[shared]].inherited for line in (a, b) if len(line) > shared]
+    return min(parted, default=rollouts[a[-1]].length)
 
 
 def raw(

@@ -13,12 +13,14 @@ from entroray.entropy.movement import shares
 from entroray.entropy.shaping import FIXED
 from entroray.loop.heat import Heat
 from entroray.loop.roles import Scores
+from entroray.loop.splice import openings
 from entroray.objective import Objective, count
 from entroray.policy.packing import Rows, cut_by_groups, plan
 from entroray.types import Answer, Batch, Prompt, Rollout, Tokens, Verdict
 from entroray.workers.cluster import Gang, Pool
 from entroray.workers.engines import Engines
 from entroray.workers.generator import Request, Sampling
+from entroray.workers.request import opening
 
 
 @dataclass
@@ -49,6 +51,10 @@ class Generators:
     def at(self, temperature: float) -> "Generators":
         """The same at another temperature of the policy."""
         return replace(self, sampling=replace(self.sampling, temperature=temperature))
+
+    async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
+        (drawn,) = await self.engines.sample(opening(prompt, count, self.sampling, self.deadline))
+        return openings(drawn)
 
 
 @dataclass(frozen=True)

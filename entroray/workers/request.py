@@ -9,7 +9,7 @@ import numpy as np
 
 from entroray.entropy.diversity import Loops
 from entroray.errors import InfrastructureError
-from entroray.types import Likeliest, Rollout, Shaped, Status
+from entroray.types import Likeliest, Prompt, Rollout, Shaped, Status
 
 PROCESSOR = "entroray.workers.shaping:Shaping"
 """The logits processor that samplers run in, as vLLM loads it."""
@@ -37,6 +37,8 @@ class Sampling:
     """How many of the most probable tokens to report at each position."""
     loops: Loops | None = None
     """A response that loops so is stopped."""
+    least: int = 0
+    """Tokens before which nothing may end the response; there the end has probability 0."""
 
     def at(self, temperature: float) -> "Sampling":
         """The same at another temperature: the knob of a controller."""
@@ -67,6 +69,12 @@ class Request:
         return [*self.token_ids, *self.after]
 
 
+def opening(prompt: Prompt, count: int, sampling: Sampling, deadline: float) -> Request:
+    """One token, and the `count` likeliest in its place that do not end the response."""
+    own = Sampling(sampling.temperature, 1, likeliest=count, least=1)
+    return Request(prompt.id, prompt.token_ids, (0,), own, deadline)
+
+
 def params(request: Request, seed: int, name: str) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -76,6 +84,7 @@ def params(request: Request, seed: int, name: str) -> Any:
     return SamplingParams(
         temperature=s.temperature,
         max_tokens=s.max_tokens - len(request.after),
+        min_tokens=s.least,
         stop=list(s.stop),
         top_p=s.top_p,
         top_k=s.top_k,

@@ -156,7 +156,8 @@ def test_the_driver_draws_the_same_prompts_after_a_resume(max_lag: int) -> None:
 
 # The configuration.
 
-NAMES = sorted(path.stem for path in (settings.CONF / "rollout").glob("*.yaml"))
+ROWS = sorted((settings.CONF / "rollout").glob("*.yaml"))
+NAMES = [row.stem for row in ROWS if "plan:" not in row.read_text()]  # plans have tests of their own
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,6 +18,7 @@ BASE = ROWS["grpo"] | {"keep": {"fn": "informative"}}
 ALTERNATIVES = {
     "rewards.soft_overlong": {"buffer": 0.5, "factor": 0.5},
     "estimator.zscore": {"eps": 0.1},
+    "estimator.subtree": {"eps": 0.1},
     "estimator.quantile": {"k": 0.9, "eps": 0.1},
     "estimator.raw": {"baseline": 0.5},
     "estimator.constant": {"value": 2.0},

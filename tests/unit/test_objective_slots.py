@@ -25,6 +25,7 @@ from entroray.objective.estimator import (
     length_weighted,
     quantile,
     raw,
+    subtree,
     zscore,
 )
 from entroray.objective.keep import always, informative
@@ -33,7 +34,7 @@ from entroray.objective.rewards import soft_overlong
 from entroray.objective.shapes import by_sign
 from entroray.objective.surrogate import cispo, clip, likelihood, reinforce
 from entroray.objective.view import visible
-from entroray.types import Counts, Group, Prompt, Rollout, Tokens, Verdict
+from entroray.types import Counts, Group, Mask, Prompt, Rollout, Span, Tokens, Verdict
 from tests import cases
 
 GRPO = {
@@ -111,6 +112,41 @@ def test_estimators_on_one_right_in_four():
     assert constant(g).tolist() == [1, 1, 1, 1]
 
 
+def family(rewards, parents, inherited) -> Group:
+    """A group whose members hold the first tokens of their parents."""
+    g = group(rewards)
+    grown = [
+        replace(r, parent=parent, spans=(Span(0, shared, Mask.PREFIX),) if shared else ())
+        for r, parent, shared in zip(g.rollouts, parents, inherited, strict=True)
+    ]
+    return replace(g, rollouts=tuple(grown))
+
+
+def test_a_branch_is_compared_with_what_shares_its_beginning():
+    """Two roots; 2 and 3 branched off 0 after 3 and 6 tokens, 4 off 3 after 8."""
+    g = family([1, 0, 0, 1, 0], [None, None, 0, 0, 3], [0, 0, 3, 6, 8])
+    # root 0 and all below it: (1+0+1+0)/4; all of the group: 2/5
+    # 2 began after 3 tokens, which 0, 2, 3 and 4 hold: 0 - 2/4
+    # 3 and 4 below it: 1/2; its 6 tokens are held by 0, 3 and 4: 2/3
+    # 4 began after 8 tokens, which 3 and 4 hold: 0 - 1/2
+    assert subtree(g, eps=None).tolist() == pytest.approx([0.1, -0.4, -0.5, -1 / 6, -0.5])
+    deviation = math.sqrt((2 * 0.6**2 + 3 * 0.4**2) / 4)
+    by_deviation = [x / (deviation + 1e-6) for x in (0.1, -0.4, -0.5, -1 / 6, -0.5)]
+    assert subtree(g).tolist() == pytest.approx(by_deviation)
+    assert center(g).tolist() == pytest.approx([0.6, -0.4, -0.4, 0.6, -0.4]), "the flat one knows no kin"
+
+
+def test_branches_from_one_place_are_compared_with_each_other_and_their_parent():
+    g = family([0, 1, 0, 1], [None, None, 1, 1], [0, 0, 5, 5])
+    assert subtree(g, eps=None).tolist() == pytest.approx([-1 / 2, 2 / 3 - 1 / 2, -2 / 3, 1 / 3])
+
+
+def test_a_family_that_is_alike_learns_only_as_a_whole():
+    g = family([0.1, 0.1, 0.1, 0.4], [None, 0, 0, None], [0, 4, 7, 0])
+    found = subtree(g, eps=None).tolist()
+    assert found[1:3] == [0.0, 0.0] and found[0] == pytest.approx(-0.075) and found[3] == pytest.approx(0.225)
+
+
 def test_the_length_weighted_baseline_is_a_mean_over_tokens():
     assert length_weighted(group([1, 0, 0], lengths=[10, 10, 20])).tolist() == [0.75, -0.25, -0.25]
 
@@ -128,7 +164,7 @@ def test_the_quantile_baseline_trains_the_rarer_outcome(rewards, k, expected):
     assert quantile(group(rewards), k=k).tolist() == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("estimator", [center, zscore, leave_one_out, length_weighted, quantile])
+@pytest.mark.parametrize("estimator", [center, zscore, leave_one_out, length_weighted, quantile, subtree])
 @pytest.mark.parametrize("size", [1, 3, 7])
 @pytest.mark.parametrize("reward", [0.1, 0.7, -1 / 3])
 def test_equal_rewards_give_exactly_nothing(estimator, size, reward):
@@ -142,6 +178,8 @@ def test_group_estimators_ignore_a_shift_and_sum_to_nothing(rewards, shift):
     others = [(sum(rewards) - r) / (len(rewards) - 1) for r in rewards]
     expected = [r - o for r, o in zip(rewards, others, strict=True)]
     assert leave_one_out(group(rewards)).tolist() == pytest.approx(expected, abs=1e-9)
+    assert torch.allclose(subtree(group(rewards)), zscore(group(rewards)), atol=1e-9)
+    assert torch.allclose(subtree(group(rewards), eps=None), center(group(rewards)), atol=1e-12)
     for estimator in (center, zscore, leave_one_out):
         advantage = estimator(group(rewards))
         assert advantage.sum().item() == pytest.approx(0, abs=1e-9)

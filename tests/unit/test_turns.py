@@ -239,7 +239,7 @@ def test_tools_are_counted_and_their_tokens_are_in_no_entropy() -> None:
     assert found["tool/share"] == pytest.approx(2 / 12)
     told = [name for name in found if name.startswith("tool/")]
     assert all(matches(name, TOOLS) for name in told) and len(told) == len(TOOLS)
-    assert found["entropy/mean"] == 1.0 and found["sampler/gap"] == 98.0
+    assert found["entropy/mean"] == 1.0 and found["sampler/gap"] == 0.0
     bare = describe(
         [replace(group, rollouts=(plain, plain))], tokens_of([group], [torch.zeros(2)], columns, 3)
     )

@@ -1,0 +1,82 @@
+"""`rollout.plan` of the configuration -> how the members of a group are drawn, and what of it is refused."""
+
+from functools import partial
+
+from entroray.cli import calls
+from entroray.config import Config, RolloutConfig
+from entroray.errors import ConfigError
+from entroray.loop import branching
+from entroray.objective.bind import bind, effective
+from entroray.objective.describe import phrase
+
+INDEPENDENT = {"fn": "independent"}
+LISTED = 20
+"""vLLM's own limit on how many likeliest tokens it lists."""
+
+
+def plan_of(rollout: RolloutConfig) -> partial:
+    """The plan as configured; ConfigError names what is unknown or mistyped."""
+    return bind(branching, rollout.plan or INDEPENDENT)
+
+
+def reads_entropy(rollout: RolloutConfig) -> bool:
+    """Whether the engines must note the entropy of every distribution they draw from."""
+    return "entropy" in getattr(plan_of(rollout).func, "needs", ())
+
+
+def describe(rollout: RolloutConfig) -> str:
+    """The plan in words, for a run's header."""
+    bound = plan_of(rollout)
+    return f"{bound.func.__name__}: {phrase(bound)}"
+
+
+def check(config: Config) -> None:
+    """ConfigError for a plan that does not fill a group, or that the sampler or the engine rules out."""
+    bound, r = plan_of(config.rollout), config.rollout
+    s, size, name = effective(bound), r.group_size, bound.func.__name__
+    if name == "branching" and s["roots"] >= size:
+        raise ConfigError(
+            f"rollout.plan.roots={s['roots']} leaves no branches in rollout.group_size={size}: fewer roots, "
+            "a larger group, or rollout=plain"
+        )
+    if name == "tree" and (total := s["roots"] * (1 + s["width"]) ** s["depth"]) != size:
+        raise ConfigError(
+            f"rollout.plan: roots={s['roots']} (1 + width={s['width']})^depth={s['depth']} makes {total} "
+            f"responses and rollout.group_size={size}: make them equal"
+        )
+    if name != "independent":
+        _check_alone(config, name)
+    if reads_entropy(r):
+        _check_notes(config, name)
+    listed = config.generator.engine.get("max_logprobs", LISTED)
+    if name == "first_token_forks" and (-1 < listed < size or r.max_tokens < 2):
+        raise ConfigError(
+            f"rollout.plan first_token_forks needs {size} likeliest first tokens (rollout.group_size), the "
+            f"engine lists at most {listed}: say +generator.engine.max_logprobs={size}; and "
+            f"rollout.max_tokens={r.max_tokens} must leave room for a second token"
+        )
+
+
+def _check_alone(config: Config, name: str) -> None:
+    if config.rollout.early.extra:
+        raise ConfigError(
+            f"rollout.plan {name} with rollout.early.extra={config.rollout.early.extra}: what is given up would "
+            "depend on which members finish first, and branches on their parents; drop one of them"
+        )
+    if calls.asked(config):
+        raise ConfigError(
+            f"rollout.plan {name} with rollout.tool: a branch may begin within a call or its answer; drop one"
+        )
+
+
+def _check_notes(config: Config, name: str) -> None:
+    if config.sampler.insert is not None:
+        raise ConfigError(
+            f"rollout.plan {name} with sampler.insert={config.sampler.insert!r}: sampler.inserts is counted "
+            "in each draw, so a branch could insert again; sampler.insert=null, or rollout=plain"
+        )
+    if config.generator.engine.get("speculative_config"):
+        raise ConfigError(
+            f"rollout.plan {name} reads entropies that a logits processor notes, and with speculative "
+            "decoding vLLM takes none: drop generator.engine.speculative_config, or rollout=plain"
+        )

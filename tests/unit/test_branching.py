@@ -1,0 +1,328 @@
+"""Groups that branch, over the toy world: where, how often, who trains what, what becomes of failures."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from entroray.cli import machine, plans, sampling, settings
+from entroray.entropy import describe
+from entroray.entropy.catalogue import BRANCHES, SAMPLER, matches
+from entroray.errors import ConfigError
+from entroray.loop.batching import tokens_of
+from entroray.loop.branching import branching, first_token_forks, independent, tree
+from entroray.loop.forks import branch, places, survivors
+from entroray.loop.splice import cut
+from entroray.types import Group, Mask, Prompt, Rollout, Shaped, Span, Status, Verdict
+from tests.toy import VOCABULARY, ToyWorld, driver
+from tests.unit.test_driver import row
+
+LONG = 12
+PROMPT = Prompt("q0", "q0", (0,), "3")
+
+
+class Garden(ToyWorld):
+    """Responses of twelve tokens drawn by their seeds, with a sampler's notes; entropy goes by position."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(row("grpo"), **kwargs)
+        self.asked: list[tuple[int, tuple[int, ...]]] = []
+        self.late: set[int] = set()
+
+    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
+        await asyncio.sleep(0)
+        self.asked.append((len(seeds), tuple(after)))
+        return [self._grown(prompt, seed, tuple(after)) for seed in seeds]
+
+    def _grown(self, prompt: Prompt, seed: int, after: tuple[int, ...]) -> Rollout:
+        rng = np.random.default_rng(seed)
+        n = 0 if seed in self.late else LONG - len(after)
+        ids = rng.integers(0, VOCABULARY, n).astype(np.int32)
+        entropy = np.array([noted(len(after) + i) for i in range(n)], np.float32)
+        notes = Shaped(entropy, entropy, np.ones(n, np.float32))
+        versions = np.full(n, self.version, np.int32)
+        logprobs = np.full(n, -np.log(VOCABULARY), np.float32)
+        text = " ".join(map(str, [*after, *ids.tolist()]))
+        status = Status.OK if n else Status.TIMEOUT
+        return Rollout(prompt.id, ids, logprobs, versions, text, 1.0, LONG, status, notes)
+
+    async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        right = [float(r.token_ids.sum() % 2) for r in rollouts]
+        return [Verdict(x, x, answer=str(r.token_ids[-1])) for x, r in zip(right, rollouts, strict=True)]
+
+
+def noted(position: int) -> float:
+    """Entropy at a position: highest at 5, then 8, then 2; 0 at 7."""
+    return {5: 2.0, 8: 1.5, 2: 1.0, 7: 0.0}.get(position, 0.1)
+
+
+def drawn(plan, world: Garden | None = None, count: int = 8) -> list[Rollout]:
+    return asyncio.run(plan(world or Garden(), PROMPT, list(range(100, 100 + count))))
+
+
+def one(**changes) -> Rollout:
+    return replace(Garden()._grown(PROMPT, 1, ()), **changes)
+
+
+def alike(a: Rollout, b: Rollout) -> bool:
+    return a.token_ids.tolist() == b.token_ids.tolist() and (a.spans, a.parent) == (b.spans, b.parent)
+
+
+# Where
+
+
+def test_places_are_among_the_highest_entropies_and_each_as_likely() -> None:
+    found = Counter(places(one(), 1, seed, top=3, weight="equal")[0] for seed in range(3000))
+    assert found.keys() == {2, 5, 8}
+    assert all(count == pytest.approx(1000, abs=4 * np.sqrt(3000 * 2 / 9)) for count in found.values())
+
+
+def test_places_in_proportion_to_entropy() -> None:
+    found = Counter(places(one(), 1, seed, top=None, weight="entropy")[0] for seed in range(5000))
+    total = 2.0 + 1.5 + 1.0 + 6 * 0.1  # positions 1 to 10 but 7
+    assert found.keys() == {1, 2, 3, 4, 5, 6, 8, 9, 10}
+    for position, entropy in {5: 2.0, 8: 1.5, 2: 1.0, 1: 0.1}.items():
+        share = entropy / total
+        assert found[position] / 5000 == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 5000))
+
+
+def test_no_branch_at_the_first_token_the_end_or_what_nobody_drew() -> None:
+    everywhere = partial(places, count=99, seed=3, top=None, weight="equal")
+    assert sorted(everywhere(one())) == [1, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert 11 in everywhere(one(status=Status.TRUNCATED)), "nothing ended it: its last token is like others"
+    tool = one(spans=(Span(2, 4, Mask.TOOL),))
+    assert not {2, 3} & set(everywhere(tool))
+    assert min(everywhere(one(spans=(Span(0, 4, Mask.PREFIX),)))) == 5
+    holes = one()
+    assert holes.shaped
+    holes.shaped.entropy[5] = np.nan
+    assert 5 not in everywhere(holes), "a piece that no sampler noted"
+    assert len(set(everywhere(one()))) == len(everywhere(one())) and places(
+        one(), 2, 3, top=9, weight="equal"
+    )
+    with pytest.raises(ConfigError, match="notes"):
+        everywhere(one(shaped=None))
+
+
+def test_the_same_seed_chooses_the_same_places() -> None:
+    chosen = [places(one(), 3, seed, top=8, weight="entropy") for seed in (1, 1, 2)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    again = [drawn(partial(tree, roots=2, depth=2, width=1)) for _ in range(2)]
+    assert all(alike(a, b) for a, b in zip(*again, strict=True))
+
+
+# Plans
+
+
+def test_branching_asks_for_roots_and_then_for_what_follows_their_forks() -> None:
+    world = Garden()
+    members = drawn(partial(branching, roots=3, places=1, top=3), world)
+    assert world.asked[0] == (3, ()) and sum(n for n, _ in world.asked) == 8
+    assert [r.parent for r in members] == [None] * 3 + [0, 0, 1, 1, 2]
+    for r in members[3:]:
+        assert r.parent is not None and r.inherited in (2, 5, 8)
+        assert r.token_ids[: r.inherited].tolist() == members[r.parent].token_ids[: r.inherited].tolist()
+        assert r.length == LONG and r.text.split() == [str(i) for i in r.token_ids]
+    assert members[3].inherited == members[4].inherited, "one place for each response, as in CURE"
+
+
+def test_several_places_share_the_branches_of_a_response() -> None:
+    members = drawn(partial(branching, roots=1, places=3, top=3), count=7)
+    assert Counter(r.inherited for r in members[1:]) == {2: 2, 5: 2, 8: 2}
+
+
+def test_a_tree_branches_its_branches() -> None:
+    members = drawn(partial(tree, roots=2, depth=2, width=1))
+    assert [r.parent for r in members] == [None, None, 0, 1, 0, 1, 2, 3]
+    for r in members[6:]:
+        assert r.parent is not None and r.inherited > members[r.parent].inherited > 0
+    assert len(drawn(partial(tree, roots=1, depth=3, width=1))) == 8
+    assert len(drawn(partial(tree, roots=2, depth=1, width=3))) == 8
+
+
+def test_each_token_of_a_family_is_trained_once() -> None:
+    for plan in (partial(branching, roots=2), partial(tree, roots=1, depth=3)):
+        members = drawn(plan)
+        trained: Counter[tuple[int, int]] = Counter()
+        for index, member in enumerate(members):
+            trained.update((index, int(p)) for p in np.flatnonzero(member.observed < 0))
+        held = {owner(members, i, p) for i, r in enumerate(members) for p in range(r.length)}
+        assert set(trained) == held and set(trained.values()) == {1}
+        group = Group(PROMPT, tuple(members), tuple(Verdict(1.0, 1.0) for _ in members))
+        assert batch([group]).counts.tokens == len(held) == sum(r.length - r.inherited for r in members)
+
+
+def owner(members: list[Rollout], index: int, position: int) -> tuple[int, int]:
+    """Who drew the token at a position of a member."""
+    while position < members[index].inherited:
+        index = members[index].parent or 0
+    return index, position
+
+
+def batch(groups: list[Group]):
+    n = sum(r.length for g in groups for r in g.rollouts)
+    entropy = np.concatenate([r.shaped.entropy if r.shaped else [0.5] for g in groups for r in g.rollouts])
+    columns = {"logprobs": np.full(n, -1, np.float32), "entropy": entropy.astype(np.float32)[:n]}
+    advantages = [torch.ones(len(g.rollouts)) for g in groups]
+    return tokens_of(groups, advantages, columns | {"varentropy": columns["entropy"]}, 0)
+
+
+def test_forks_begin_with_distinct_likeliest_tokens_that_are_masked() -> None:
+    members = drawn(first_token_forks, count=5)
+    assert [int(r.token_ids[0]) for r in members] == [0, 1, 2, 3, 4]
+    assert all(r.length == LONG and r.observed.tolist() == [REASON] + [-1] * 11 for r in members)
+    assert all(r.shaped is not None and np.isnan(r.shaped.entropy[0]) for r in members)
+
+
+REASON = list(Mask).index(Mask.FORCED)
+
+
+def test_first_tokens_that_come_too_late_are_a_group_that_failed() -> None:
+    world = Garden()
+
+    async def late(prompt: Prompt, count: int) -> list[Rollout]:
+        return [replace(one(), status=Status.TIMEOUT)]
+
+    world.first_tokens = late  # type: ignore[method-assign]
+    assert [r.status for r in drawn(first_token_forks, world, 3)] == [Status.TIMEOUT] * 3
+
+
+def test_a_response_with_no_place_to_branch_has_others_drawn_in_place_of_its_branches() -> None:
+    world = Garden()
+    world.late = {100}  # the first root fails: it grows nothing, the other takes all branches
+    members = drawn(partial(branching, roots=2), world, 4)
+    assert [r.parent for r in members] == [None, None, 1, 1]
+    plain = drawn(partial(branching, roots=2, top=None), Short(), 4)
+    assert [(r.parent, r.length) for r in plain] == [(None, 2)] * 4
+
+
+class Short(Garden):
+    """Two tokens: the first cannot be branched at, nor the last."""
+
+    def _grown(self, prompt: Prompt, seed: int, after: tuple[int, ...]) -> Rollout:
+        return cut(super()._grown(prompt, seed, after), 2)
+
+
+# In the driver
+
+
+def test_the_driver_trains_on_groups_that_branch() -> None:
+    for plan in (partial(branching, roots=2), partial(tree, roots=2), first_token_forks):
+        world = Garden()
+        d = driver(world)
+        d.plan = plan
+        asyncio.run(d.train(2))
+        assert all(np.isfinite(list(s.values())).all() for s in world.steps)
+        share = {"branches/share", "branches/forced"} & world.steps[0].keys()
+        assert share == ({"branches/forced"} if plan is first_token_forks else {"branches/share"})
+
+
+def test_a_run_that_does_not_branch_is_what_it_was() -> None:
+    seen = []
+    for plan in (None, independent):
+        world = ToyWorld(row("grpo"))
+        d = driver(world)
+        if plan:
+            d.plan = plan
+        asyncio.run(d.train(3))
+        seen.append(
+            [{k: v for k, v in s.items() if not k.startswith(("seconds", "tokens/"))} for s in world.steps]
+        )
+    assert seen[0] == seen[1] and not [k for k in seen[0][0] if k.startswith("branches")]
+
+
+def test_the_oldest_token_of_a_branch_says_how_old_it_is() -> None:
+    parent = one(versions=np.full(LONG, 3, np.int32))
+    tail = replace(Garden()._grown(PROMPT, 2, tuple(parent.token_ids[:5])), versions=np.full(7, 4, np.int32))
+    grown = branch(parent, 0, 5, tail)
+    assert grown.version == 3 and (grown.parent, grown.inherited) == (0, 5)
+
+
+def test_a_branch_goes_with_its_parent_and_the_rest_are_named_anew() -> None:
+    members = drawn(partial(tree, roots=2))  # parents: -, -, 0, 1, 0, 1, 2, 3
+    verdicts = [Verdict(1.0, 1.0) for _ in members]
+    verdicts[0] = Verdict(0.0, 0.0, status=Status.INFRA_FAILED)
+    kept = survivors(list(zip(members, verdicts, strict=True)))
+    assert [r.parent for r, _ in kept] == [None, 0, 0, 1]
+    assert [r.token_ids.tolist() for r, _ in kept] == [members[i].token_ids.tolist() for i in (1, 3, 5, 7)]
+
+
+def test_what_failed_in_a_family_is_replaced_by_responses_drawn_alone() -> None:
+    world, judged = Garden(), []
+
+    async def judge(prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        judged.append(len(rollouts))
+        lost = Verdict(0.0, 0.0, status=Status.INFRA_FAILED)
+        return [lost if len(judged) == 1 and i == 0 else Verdict(1.0, 1.0) for i, _ in enumerate(rollouts)]
+
+    world.judge = judge  # type: ignore[method-assign]
+    d = driver(world)
+    d.plan = partial(branching, roots=2)
+    group = asyncio.run(d.rollout(PROMPT, 1))
+    assert isinstance(group, Group) and judged == [8, 4], "a root and its three branches are missing"
+    assert [r.parent for r in group.rollouts] == [None, 0, 0, 0, None, None, None, None]
+
+
+# What is measured
+
+
+def test_the_metrics_of_a_step_that_branched_are_those_documented() -> None:
+    members = drawn(partial(branching, roots=2, places=1, top=1), count=4)  # all at 5, where H is 2
+    verdicts = tuple(Verdict(0.0, 0.0, answer=a) for a in ("1", None, "1", "2"))
+    forks = drawn(first_token_forks, count=4)
+    groups = [Group(PROMPT, tuple(members), verdicts), Group(PROMPT, tuple(forks), verdicts)]
+    found = describe(groups, batch(groups))
+    ours = {k: v for k, v in found.items() if matches(k, BRANCHES)}
+    assert ours == {
+        "branches/share": 2 / 8,
+        "branches/inherited": pytest.approx(10 / 96),
+        "branches/forced": pytest.approx(4 / 96),
+        "branches/position": 5.0,
+        "branches/entropy": 2.0,
+        "branches/changed": 0.0,
+        "answers/distinct_roots": 1.5,
+        "answers/distinct_branches": 2.0,
+    }
+    assert ours.keys() == {m.name for m in BRANCHES}
+    assert {k for k in found if matches(k, SAMPLER)} == {m.name for m in SAMPLER}
+    assert np.isfinite(list(found.values())).all(), "forced tokens have no notes, and spoil nothing"
+
+
+# What is refused, and what is asked of the engine
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["rollout=branching", "rollout.group_size=4"],
+            r"roots=4 leaves no branches in rollout.group_size=4",
+        ),
+        (["rollout=tree", "rollout.group_size=16"], r"makes 8 responses and rollout.group_size=16"),
+        (["rollout=first_token_forks", "rollout.group_size=32"], r"\+generator.engine.max_logprobs=32"),
+        (["rollout=branching", "sampler=quadrants", "sampler.insert=w"], "insert again"),
+        (["rollout=branching", "sampler.temperature=0"], "greedy samples carry no gradient"),
+        (["rollout=branching", "+rollout.plan.rots=3"], "did you mean `roots`"),
+        (["rollout=branching", "+generator.engine.speculative_config={a: 1}"], "takes none"),
+    ],
+)
+def test_what_cannot_branch_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        settings.load(overrides)
+
+
+def test_a_plan_that_reads_entropies_has_them_noted_and_changes_nothing_else() -> None:
+    config, _ = settings.load(["rollout=branching", "objective=dapo"])
+    asked = sampling.shaped(config, 1.0, None)
+    assert asked.rule == '{"fn": "fixed"}' and asked.factor == 1.0
+    assert machine.engine_options(config)["logits_processors"]
+    assert "4 from the prompt; the rest from 1 position(s) of each" in plans.describe(config.rollout)
+    assert config.objective["estimator"]["fn"] == "subtree" and config.objective["correction"]["fn"] == "none"
+    config.rollout.plan = {"fn": "first_token_forks"}
+    assert sampling.shaped(config, 1.0, None).rule is None
+    assert "logits_processors" not in machine.engine_options(config)
