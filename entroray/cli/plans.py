@@ -60,8 +60,8 @@ def check(config: Config) -> None:
 def _check_alone(config: Config, name: str) -> None:
     if config.rollout.early.extra:
         raise ConfigError(
-            f"rollout.plan {name} with rollout.early.extra={config.rollout.early.extra}: what is given up would "
-            "depend on which members finish first, and branches on their parents; drop one of them"
+            f"rollout.plan {name} with rollout.early.extra={config.rollout.early.extra}: the last to finish "
+            "are given up, and branches on their parents; drop one of them"
         )
     if calls.asked(config):
         raise ConfigError(

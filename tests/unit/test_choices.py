@@ -156,8 +156,8 @@ def test_the_driver_draws_the_same_prompts_after_a_resume(max_lag: int) -> None:
 
 # The configuration.
 
-ROWS = sorted((settings.CONF / "rollout").glob("*.yaml"))
-NAMES = [row.stem for row in ROWS if "plan:" not in row.read_text()]  # plans have tests of their own
+FILES = sorted((settings.CONF / "rollout").glob("*.yaml"))
+NAMES = [file.stem for file in FILES if "plan:" not in file.read_text()]  # plans have tests of their own
 
 
 @pytest.mark.parametrize("name", NAMES)
