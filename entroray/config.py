@@ -12,6 +12,9 @@ class Run:
     dir: str | None = None  # null: runs/<experiment>/<time>
     name: str = "train"  # folder under runs/ when dir is null
     steps: int = 100  # optimizer steps; each trains on groups_per_step groups
+    tokens: int = (
+        0  # response tokens drawn after which a run ends before run.steps, for fair comparisons; 0: none
+    )
     resume: str = "never"  # never | auto: go on with run.dir, else with the newest unfinished run like this
     dry: bool = False  # print resources and memory by role, start nothing
 

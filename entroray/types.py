@@ -187,6 +187,12 @@ class Group:
             )
 
     @property
+    def drawn(self) -> int:
+        """Response tokens that the policy was asked for, whatever became of them."""
+        fresh = [r for r in (*self.rollouts, *self.abandoned) if not r.replayed]
+        return sum(int((r.observed < 0).sum()) for r in fresh) + sum(g.drawn for g in self.earlier)
+
+    @property
     def rewards(self) -> Float[Tensor, " G"]:
         return torch.tensor([v.reward for v in self.verdicts], dtype=torch.float64)
 

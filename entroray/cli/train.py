@@ -318,6 +318,7 @@ def _pace(config: Config) -> Pace:
         max_failed=config.reward.max_failed,
         max_skipped=config.learner.max_skipped,
         stall=d.stall,
+        tokens=config.run.tokens or None,
         extra=r.early.extra,
         surplus=r.surplus,
     )
@@ -350,7 +351,7 @@ def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
     metrics = read(folder / "metrics.jsonl")
     words = [last_word(metrics), *moved(knobs.control_of(config).controllers, metrics)]
     print("\n".join([summary(metrics), "", *words]))
-    print(f"\n{config.run.steps} steps in {seconds:.0f} s")
+    print(f"\n{metrics[-1]['step'] if metrics else 0} steps in {seconds:.0f} s")
     if config.evaluate.final:
         _compare(config, folder, model)
     if config.observe.report:

@@ -49,6 +49,8 @@ class Pace:
     """Seconds without a finished step after which the run ends, naming the phase it stood in."""
     extra: int = 0
     """Rollouts of a prompt drawn beyond `group_size`; the first to finish are taken, the others given up."""
+    tokens: int | None = None
+    """Response tokens drawn after which no further step is begun."""
     surplus: str = "by_lag"
     """`keep` | `drop` groups finished beyond a step's; `by_lag` keeps them where `max_lag` is above 0."""
 
@@ -118,18 +120,19 @@ class Driver:
         self.memories: Mapping[str, Memory] = {"heat": self.heat, **self.choice.memories}
         self.control, self.tune = control or Control(), tune
         self.version: Version = 0
+        self.drawn = 0
         self.turn: asyncio.Task[dict[str, float]] | None = None
         self.stopping = False
         self.committed = self.state()
         self.phase = "start"
 
     async def train(self, steps: int, after: After | None = None) -> list[dict[str, float]]:
-        """Run until `steps` steps are committed or `stop`; `after(step, metrics)` comes between steps."""
+        """Run until `steps` are committed, `pace.tokens` drawn, or `stop`; `after` comes between steps."""
         history = []
         try:
             if self.version == 0 and (first := await self.roles.evaluate(0)):
                 self.roles.journal.event("evaluation", step=0, **first)
-            while self.version < steps and not self.stopping:
+            while self.version < steps and not self._spent() and not self.stopping:
                 self._turn_knobs()  # before anything is sampled for this step
                 self.stream.advance(self.version)
                 history.append(await self._within(self._begin()))
@@ -142,6 +145,9 @@ class Driver:
         finally:
             await self.stream.close()
         return history
+
+    def _spent(self) -> bool:
+        return self.pace.tokens is not None and self.drawn >= self.pace.tokens
 
     def _turn_knobs(self) -> None:
         values = self.control.turn(self.version + 1)
@@ -162,6 +168,7 @@ class Driver:
         """Everything the driver remembers between two steps, as plain JSON."""
         return {
             "version": self.version,
+            "drawn": self.drawn,
             "stream": self.stream.state(),
             "insight": self.insight.state(),
             "control": self.control.state(),
@@ -170,7 +177,7 @@ class Driver:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on after the step that `state` was taken at; call inside the running loop, before `train`."""
-        self.version = state["version"]
+        self.version, self.drawn = state["version"], state.get("drawn", 0)
         self.stream.restore(state["stream"], self.version)
         self.insight.restore(state["insight"])
         for name in self.memories.keys() & state.keys():  # a checkpoint of before a choice has none
@@ -277,6 +284,7 @@ class Driver:
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
         trained = describe(groups, tokens) | self.insight.diagnosed(self.version, groups, tokens)
         whole = [*groups, *self.stream.judged_since()]
+        self.drawn += sum(group.drawn for group in whole)
         for group in whole:  # here, not as they finish: the order is the same in every run
             for memory in self.memories.values():
                 memory.note(group)
@@ -295,6 +303,7 @@ class Driver:
                 "verdicts/failed": self.failures.share,
                 "groups/surplus": float(self.stream.surplus),
                 "groups/held": float(self.stream.held),
+                "tokens/drawn": float(self.drawn),
             }
         )
         for tell in self.choice.tell:

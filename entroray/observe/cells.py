@@ -87,7 +87,8 @@ def summarise(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         _, values = series(metrics, key)
         if values:
             found[key] = sorted(values)[len(values) // 2]
-    return found
+    _, drawn = series(metrics, "tokens/drawn")
+    return found | ({"tokens/drawn": drawn[-1]} if drawn else {})
 
 
 def moving(values: Sequence[float], window: int) -> list[float]:

@@ -42,6 +42,7 @@ COURSE = (
     Column("reward/best", "best reward", ".3f", "as reward, the best 5 steps in a row"),
     Column("varentropy/final", "varentropy", ".4f", "nats² per trained response token, last 5 steps"),
     Column("tokens/per_second", "tokens/s", ",.0f", "response tokens trained a second, median over steps"),
+    Column("tokens/drawn", "drawn", ",.0f", "response tokens drawn in the whole run, trained on or not"),
     Column("seconds/train", "seconds", ",.0f", "of all steps together"),
 )
 PARTS = {"what it reached": REACHED, "how it answers held-out prompts": ANSWERED, "how it got there": COURSE}

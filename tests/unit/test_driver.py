@@ -207,3 +207,19 @@ def test_seeds_are_stable_and_differ_between_draws() -> None:
     assert seeds(1, 2, 0, 3) == seeds(1, 2, 0, 3)
     assert len({*seeds(1, 2, 0, 8), *seeds(1, 2, 1, 8), *seeds(1, 3, 0, 8), *seeds(2, 2, 0, 8)}) == 32
     assert all(0 <= s < 2**31 for s in seeds(0, 0, 0, 100))
+
+
+def test_a_run_of_so_many_tokens_ends_with_the_step_that_drew_the_last_and_resumes_there() -> None:
+    """4 groups of 8 rollouts of 2 tokens a step: 64, so that 150 are drawn in the third step."""
+    world = ToyWorld(row("grpo"))
+    d = driver(world, tokens=150)
+    asyncio.run(d.train(9))
+    assert [s["tokens/drawn"] for s in world.steps] == [64.0, 128.0, 192.0]
+
+    async def resumed() -> None:
+        rest = driver(world, tokens=200)
+        rest.restore(json.loads(json.dumps(d.committed)))
+        await rest.train(9)
+
+    asyncio.run(resumed())
+    assert world.steps[-1]["tokens/drawn"] == 256.0 and len(world.steps) == 4
