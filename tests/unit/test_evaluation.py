@@ -17,9 +17,10 @@ from entroray.entropy.catalogue import EVALUATION, STEP, matches
 from entroray.errors import ConfigError
 from entroray.loop.decoding import Decoding, words
 from entroray.loop.evaluate import examine, plan
+from entroray.loop.splice import cut, join, said
 from entroray.observe import evaluation, evaluation_page
 from entroray.policy.tokenizer import byte_tokenizer
-from entroray.types import Likeliest, Prompt, Rollout, Shaped, Status, Verdict
+from entroray.types import Likeliest, Mask, Prompt, Rollout, Shaped, Status, Verdict
 from tests.composed import composed, configured
 
 TOKENIZER = byte_tokenizer()
@@ -99,6 +100,22 @@ def test_confidences_are_scored_against_correctness() -> None:
     bins = FOUND["calibration"]["logprob"]
     assert sum(bins["count"]) == 12 and bins["count"][11] == 12 and bins["accuracy"][11] == pytest.approx(0.5)
     assert bins["confidence"][11] == pytest.approx(np.exp(-0.25)) and bins["accuracy"][0] is None
+
+
+def test_what_nobody_drew_has_no_say_in_confidence_or_entropy() -> None:
+    """Two tokens of a tool, of log-prob 0, among seven: exp(-0.25) as before."""
+
+    class Tool(World):
+        async def sample(
+            self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()
+        ) -> list[Rollout]:
+            drawn = await super().sample(prompt, seeds)
+            return [join(join(r, said(r, [65, 66], Mask.TOOL)), cut(r, 0)) for r in drawn]
+
+    told = plan(1.0, 4)
+    found = asyncio.run(examine(lambda t: Tool(t), World(), PROMPTS, told, WORDS))
+    assert found["calibration"]["logprob"] == FOUND["calibration"]["logprob"]
+    assert found["entropy"] == FOUND["entropy"] and found["positions"] == FOUND["positions"]
 
 
 def test_entropy_is_the_engines_own_at_every_place() -> None:
