@@ -1,4 +1,4 @@
-"""Every row of conf/rollout but the plans on the real stack, two steps each; what is given up, stopped, drawn hotter."""
+"""Every choice of conf/rollout on the real stack, two steps each; what is given up, stopped, drawn hotter."""
 
 import asyncio
 from collections.abc import Iterator, Mapping
