@@ -1,4 +1,4 @@
-"""Every row of conf/rollout on the real stack, two steps each; what is given up, stopped, drawn hotter."""
+"""Every choice of conf/rollout on the real stack, two steps each; what is given up, stopped, drawn hotter."""
 
 import asyncio
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,8 @@ from entroray.objective import build
 from entroray.types import Group, Status
 from entroray.workers.generator import Request, Sampling
 
-ROWS = sorted(path.stem for path in (settings.CONF / "rollout").glob("*.yaml"))
+FILES = sorted((settings.CONF / "rollout").glob("*.yaml"))
+ROWS = [file.stem for file in FILES if "plan:" not in file.read_text()]  # test_grown_groups.py has the plans
 QUICK = [
     *("experiment=quickstart", "objective=grpo", "data.size=300", "data.max_prompt=128"),
     *("generator.replicas=1", "generator.threads=1", "learner.threads=1", "learner.updates_per_rollout=1"),
