@@ -25,7 +25,7 @@ from tests.ray.test_learner import a_gang
 from tests.ray.test_train import SMALL, entroray, metrics
 
 PROMPT = Prompt("q", "", tuple(int(i) for i in np.random.default_rng(1).integers(0, 250, 20)), "")
-LIMIT = 120
+LIMIT = 200
 RULE = {"fn": "by_entropy", "least": 0.6, "most": 1.8, "start": 1.0, "full": 3.0}
 
 
@@ -66,15 +66,15 @@ def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, mod
     async def conversed(sampling: Sampling) -> tuple[list[Rollout], list[tuple[int, ...]]]:
         one = Engine(engine, sampling)
         turns = Turns(one, one, Syntax("[", "]"), 3, encode, decode)
-        return await turns.sample(PROMPT, range(48)), one.read
+        return await turns.sample(PROMPT, range(64)), one.read
 
     async def scored() -> list[tuple[list[Rollout], list[tuple[int, ...]], Any]]:
         found = []
         async with a_gang(model, 1, 1) as (learner, _):
             for sampling in (plain, plain.under(RULE)):
                 rollouts, read = await conversed(sampling)
-                halves = (tuple(rollouts[:24]), tuple(rollouts[24:]))
-                groups = [Group(PROMPT, half, (Verdict(0.0, 0.0),) * 24) for half in halves]
+                halves = (tuple(rollouts[:32]), tuple(rollouts[32:]))
+                groups = [Group(PROMPT, half, (Verdict(0.0, 0.0),) * 32) for half in halves]
                 scores = await learner.score(assemble(groups), group_index(groups))
                 found.append((rollouts, read, scores))
         return found
@@ -83,7 +83,7 @@ def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, mod
     for rollouts, read, scores in (fixed, shaped):
         drawn = np.concatenate([r.observed for r in rollouts]) < 0
         calls = [[s for s in r.spans if s.why is Mask.TOOL] for r in rollouts]
-        assert sum(len(c) == 2 for c in calls) >= 3 and 100 < (~drawn).sum() < drawn.sum()
+        assert sum(len(c) > 1 for c in calls) >= 3 and 100 < (~drawn).sum() < drawn.sum()
         assert all(r.length <= LIMIT and r.status in (Status.OK, Status.TRUNCATED) for r in rollouts)
         whole = {
             tuple(r.token_ids[: s.stop].tolist()) for r, c in zip(rollouts, calls, strict=True) for s in c
@@ -156,7 +156,8 @@ def test_a_run_with_a_calculator(tmp_path: Path) -> None:
 
 def test_a_run_of_a_mixture(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    sizes = ["data.parts.chain_sum.size=2000", "data.parts.countdown.size=600", "evaluate.every=1"]
+    sizes = ["data.parts.chain_sum.size=2000", "data.parts.countdown.size=600", "generator.threads=1"]
+    sizes += ["evaluate.every=1", "evaluate.samples=2"]
     given = [x for x in SMALL if not x.startswith("run.steps")]
     entroray(
         "train", "data=mixture", "run.steps=2", f"run.dir={folder}", *given, *sizes, cache=tmp_path / "c"
@@ -169,6 +170,5 @@ def test_a_run_of_a_mixture(tmp_path: Path) -> None:
         mean = sum(row[f"reward/mean:{d}"] * row[f"groups/share:{d}"] for d in parts)
         assert mean == pytest.approx(row["reward/mean"])
         for d in parts:
-            assert (
-                row[f"entropy/mean:{d}"] > 0 and 0 <= row[f"eval/greedy:{d}"] <= row[f"eval/pass@8:{d}"] + 1
-            )
+            assert row[f"entropy/mean:{d}"] > 0 and 0 <= row[f"eval/greedy:{d}"] <= 1
+            assert row[f"eval/pass@1:{d}"] <= row[f"eval/pass@2:{d}"]
