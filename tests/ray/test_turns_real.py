@@ -83,7 +83,7 @@ def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, mod
     for rollouts, read, scores in (fixed, shaped):
         drawn = np.concatenate([r.observed for r in rollouts]) < 0
         calls = [[s for s in r.spans if s.why is Mask.TOOL] for r in rollouts]
-        assert sum(len(c) > 1 for c in calls) >= 3 and 100 < (~drawn).sum() < drawn.sum()
+        assert any(len(c) > 1 for c in calls) and 30 < (~drawn).sum() < drawn.sum()
         assert all(r.length <= LIMIT and r.status in (Status.OK, Status.TRUNCATED) for r in rollouts)
         whole = {
             tuple(r.token_ids[: s.stop].tolist()) for r, c in zip(rollouts, calls, strict=True) for s in c
