@@ -122,6 +122,7 @@ def followed(model: Any, before: tuple[int, ...], token: int, special: set[int],
     return ids
 
 
+@pytest.mark.slow
 def test_two_evaluations_of_one_model_tie_and_greedy_alone_is_allowed(
     found: tuple[dict[str, Any], Path, str], peaked: str
 ) -> None:

@@ -149,6 +149,7 @@ async def _every_plan(config: Any, model: str) -> dict[str, list[tuple[Mapping[s
     return found
 
 
+@pytest.mark.slow
 def test_the_command_line_grows_groups_and_says_so(model: str, tmp_path: Path) -> None:
     from tests.ray.test_train import entroray, metrics
 

@@ -129,6 +129,7 @@ def test_a_slow_tool_times_out_alone_and_one_that_raises_says_so(tmp_path: Path)
     assert "KeyError" in raised.detail and "mine.py" in raised.detail
 
 
+@pytest.mark.slow
 def test_a_run_with_a_calculator(tmp_path: Path) -> None:
     """With a lag: the tool's tokens are masked as the tool's, and all others are what the engine drew."""
     folder = tmp_path / "run"
@@ -154,6 +155,7 @@ def test_a_run_with_a_calculator(tmp_path: Path) -> None:
     assert {words[str(i)] for (i,) in ids} <= set("-.0123456789e+")
 
 
+@pytest.mark.slow
 def test_a_run_of_a_mixture(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     sizes = ["data.parts.chain_sum.size=2000", "data.parts.countdown.size=600", "generator.threads=1"]
@@ -165,10 +167,11 @@ def test_a_run_of_a_mixture(tmp_path: Path) -> None:
     rows = metrics(folder)
     assert len(rows) == 2
     for row in rows:
-        assert row["groups/share:chain_sum"] + row["groups/share:countdown"] == pytest.approx(1)
-        parts = ("chain_sum", "countdown")
-        mean = sum(row[f"reward/mean:{d}"] * row[f"groups/share:{d}"] for d in parts)
+        drawn = [d for d in ("chain_sum", "countdown") if f"groups/share:{d}" in row]  # a step may lack one
+        assert drawn and sum(row[f"groups/share:{d}"] for d in drawn) == pytest.approx(1)
+        mean = sum(row[f"reward/mean:{d}"] * row[f"groups/share:{d}"] for d in drawn)
         assert mean == pytest.approx(row["reward/mean"])
-        for d in parts:
-            assert row[f"entropy/mean:{d}"] > 0 and 0 <= row[f"eval/greedy:{d}"] <= 1
+        assert all(row[f"entropy/mean:{d}"] > 0 for d in drawn)
+        for d in ("chain_sum", "countdown"):
+            assert 0 <= row[f"eval/greedy:{d}"] <= 1
             assert row[f"eval/pass@1:{d}"] <= row[f"eval/pass@2:{d}"]
