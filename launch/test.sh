@@ -26,6 +26,6 @@ fi
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "mypy" mypy
-check "unit tests" pytest tests/unit --numprocesses 2 --dist loadfile "$@"
+check "unit tests" pytest tests/unit --numprocesses 2 --dist worksteal "$@"
 printf '\n== took: %snow the real stack\n' "$took"
 check "real stack" pytest tests/ray "$@"

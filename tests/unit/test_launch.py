@@ -231,7 +231,7 @@ def test_the_tests_run_cheapest_first(machine):
         "ruff check .",
         "ruff format --check .",
         "mypy",
-        "pytest tests/unit --numprocesses 2 --dist loadfile -x",
+        "pytest tests/unit --numprocesses 2 --dist worksteal -x",
         "pytest tests/ray -x",
     ]
 
