@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up, then every check there is, cheapest first; the first that fails ends it with its exit code.
-# Arguments go to both pytest calls, as in: launch/test.sh -k sync -x. `launch/test.sh slow` runs the long tests alone.
+# Arguments go to every pytest call, as in: launch/test.sh -k sync -x. `launch/test.sh slow` runs the long tests alone.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -17,7 +17,7 @@ check() { # NAME COMMAND...
     took+="$name $((SECONDS - from)) s, "
 }
 
-took=""
+took="" both=(--numprocesses 2 --dist worksteal)
 if [[ ${1:-} == slow ]]; then
     shift
     check "slow tests" pytest tests -m slow --durations=0 "$@"
@@ -25,7 +25,8 @@ if [[ ${1:-} == slow ]]; then
 fi
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
-check "mypy" mypy
-check "unit tests" pytest tests/unit --numprocesses 2 --dist worksteal "$@"
+check "unit tests" pytest tests/unit "${both[@]}" "$@"
+check "conf, launch and docker" pytest tests/files "${both[@]}" "$@"
+check "mypy" mypy --num-workers 2
 printf '\n== took: %snow the real stack\n' "$took"
-check "real stack" pytest tests/ray "$@"
+check "real stack" pytest tests/ray --durations=15 "$@"

@@ -60,7 +60,7 @@ def gone(processes: list[psutil.Process], shared: set[str], seconds: float = 30.
     assert set(os.listdir("/dev/shm")) <= shared
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_engine_that_dies_is_replaced_and_its_prompts_asked_again(
     tmp_path: Path, model: str, replicas: int
 ) -> None:

@@ -139,7 +139,7 @@ def test_empty_responses_and_equal_rewards_are_never_an_error(
     assert (metrics["update/grad_norm"] > 0) == ("reward" not in odd)
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 3)])
 def test_an_anchored_learner_begins_anew_where_it_is(
     local_ray: None, model: str, ranks: int, stage: int, tmp_path: Path
 ) -> None:

@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from entroray.cli import knobs, machine, settings
 from entroray.cli.material import load
 from entroray.config import Config
+from entroray.errors import PreflightError
 from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.prompts import PromptStream
 from entroray.objective import build
 from entroray.types import Batch, Group, Tokens
 from entroray.workers.checkpoint import state_of
 from entroray.workers.generator import Sampling
+from entroray.workers.learner import rebase
 
 BONUS = "objective.penalties.0.coef"
 CONTROL = {
@@ -96,3 +99,19 @@ def test_moved_settings_act_and_a_resume_goes_on_with_them(
     assert abs(rows[0]["update/loss"]) < 0.1 and rows[3]["update/loss"] < -0.2
     assert second.rows == {step: first.rows[step] for step in (3, 4)}
     assert resumed.control.state() == whole.control.state() and resumed.control.state()["memory"]["bonus"]
+
+
+def test_rebased_a_schedule_goes_on_as_if_it_had_begun_there() -> None:
+    weight = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(weight, lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, n / 4))
+    for _ in range(2):
+        optimizer.step()
+        schedule.step()
+    rebase(schedule, 0.1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.075)
+    with pytest.raises(PreflightError, match=r"learner\.schedule"):
+        rebase(torch.optim.lr_scheduler.StepLR(optimizer, 3), 0.1)

@@ -103,7 +103,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path: Path, model: str) -
     assert "3 + 3 steps equal 6" in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_and_ends_with_its_code(
     tmp_path: Path, model: str, number: signal.Signals
 ) -> None:
@@ -120,7 +120,7 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_its_code(
     assert (saved / "COMMITTED").exists() and "run.resume=auto" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_before_the_first_step_ends_with_its_code_too(
     tmp_path: Path, model: str, number: signal.Signals
 ) -> None:

@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass, replace
 
 import pytest
-import torch
 
 from entroray.cli import knobs, settings
 from entroray.control import Control, build, feedback, schedules
-from entroray.errors import ConfigError, PreflightError
+from entroray.errors import ConfigError
 from entroray.objective import build as build_objective
-from entroray.workers.learner import rebase
 from tests.composed import configured
 from tests.toy import ToyWorld, driver
 
@@ -317,19 +315,3 @@ def test_a_steered_run_is_the_same_after_a_resume():
     took = [s["control/entropy"] for s in first.steps + second.steps]
     assert took == [s["control/entropy"] for s in whole.steps] and len(set(took)) > 5
     assert rest.control.state() == straight.control.state()
-
-
-def test_rebased_a_schedule_goes_on_as_if_it_had_begun_there():
-    weight = [torch.nn.Parameter(torch.zeros(1))]
-    optimizer = torch.optim.SGD(weight, lr=1.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, n / 4))
-    for _ in range(2):
-        optimizer.step()
-        schedule.step()
-    rebase(schedule, 0.1)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
-    optimizer.step()
-    schedule.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.075)
-    with pytest.raises(PreflightError, match=r"learner\.schedule"):
-        rebase(torch.optim.lr_scheduler.StepLR(optimizer, 3), 0.1)

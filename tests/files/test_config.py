@@ -8,7 +8,7 @@ from entroray.cli import reference, settings
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.objective import build
-from tests.composed import composed, configured
+from tests.composed import composed
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -19,7 +19,7 @@ def names(group: str) -> list[str]:
 
 @pytest.mark.parametrize("name", names("experiment"))
 def test_every_experiment_composes(name: str) -> None:
-    config = configured(f"experiment={name}")
+    config, _ = settings.load([f"experiment={name}"])
     assert config.run.name == name
     build(config.objective)
 
@@ -35,8 +35,8 @@ BEYOND = [name for name in names("objective") if "_global_" in (CONF / f"objecti
 
 @pytest.mark.parametrize("name", ["dapo", *BEYOND])
 def test_an_objective_composes_with_what_it_brings(name: str) -> None:
-    config = configured(f"objective={name}")
-    assert config.objective == settings.objective(name)
+    config, tree = settings.load([f"objective={name}"])
+    assert config.objective == settings.objective(name) and tree == composed(f"objective={name}")
     assert config.control or config.learner.reset_after or name == "dapo"
 
 
@@ -45,8 +45,10 @@ OTHERS = sorted({p.parent.name for p in CONF.glob("*/*.yaml")} - {"experiment", 
 
 @pytest.mark.parametrize("group", OTHERS)
 def test_every_other_choice_composes_and_makes_a_difference(group: str) -> None:
-    trees = [settings.fingerprint(composed(f"{group}={name}")) for name in names(group)]
-    assert len(set(trees)) == len(trees) > 1
+    trees = {name: settings.load([f"{group}={name}"], training=False)[1] for name in names(group)}
+    assert len({settings.fingerprint(tree) for tree in trees.values()}) == len(trees) > 1
+    for name, tree in trees.items():
+        assert composed(f"{group}={name}") == tree, "the tests' own way to it"
 
 
 def test_groups_set_what_their_names_say() -> None:

@@ -230,23 +230,24 @@ def test_the_tests_run_cheapest_first(machine):
     assert calls == [
         "ruff check .",
         "ruff format --check .",
-        "mypy",
         "pytest tests/unit --numprocesses 2 --dist worksteal -x",
-        "pytest tests/ray -x",
+        "pytest tests/files --numprocesses 2 --dist worksteal -x",
+        "mypy --num-workers 2",
+        "pytest tests/ray --durations=15 -x",
     ]
 
 
 @pytest.mark.parametrize(
     ("codes", "arguments", "code", "calls"),
     [
-        ({"ruff": 0, "mypy": 2, "pytest": 0}, [], 2, 3),
-        ({"ruff": 0, "mypy": 0, "pytest": 1}, [], 1, 4),
-        ({"ruff": 0, "mypy": 0, "pytest": 5}, [], 5, 4),  # an empty folder of tests is a mistake
+        ({"ruff": 0, "mypy": 2, "pytest": 0}, [], 2, 5),
+        ({"ruff": 0, "mypy": 0, "pytest": 1}, [], 1, 3),
+        ({"ruff": 0, "mypy": 0, "pytest": 5}, [], 5, 3),  # an empty folder of tests is a mistake
         (
             {"ruff": 0, "mypy": 0, "pytest": 5},
             ["-k", "sync"],
             0,
-            5,
+            6,
         ),  # arguments that choose nothing in one are not
     ],
 )
