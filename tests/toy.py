@@ -4,6 +4,7 @@ Drives the true driver, stream and objectives; only the machines are tables.
 """
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -149,3 +150,19 @@ def driver(
     roles = Roles(world, world, world, world, world)  # type: ignore[arg-type]
     pace, order = replace(PACE, **changes), prompts or ToyPrompts()
     return Driver(order, roles, world.objective, pace, seed=0, looks=looks, choice=choice)
+
+
+def trained(d: Driver, steps: int, state: dict | None = None) -> dict[int, dict]:
+    """The driver's state after each step, up to `steps`; from `state` on, as read from a file."""
+    states = {}
+
+    async def run() -> None:
+        if state:
+            d.restore(json.loads(json.dumps(state)))
+        await d.train(steps, after)
+
+    async def after(step: int, metrics: object) -> None:
+        states[step] = d.state()
+
+    asyncio.run(run())
+    return states

@@ -22,6 +22,14 @@ from entroray.loop.evaluate import plan
 PACKAGE = Path(__file__).parent.parent
 CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())  # wheel, then checkout
 
+TAKEN = {
+    "model": "model.path says it",
+    "dtype": "model.dtype says it",
+    "seed": "seed says it",
+    "max_model_len": "it is data.max_prompt + rollout.max_tokens",
+    "async_scheduling": "it is off: a token in flight across a sync would carry the wrong version",
+}
+
 ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -99,6 +107,7 @@ def check(config: Config) -> None:
     material.check(config)
     plans.check(config)
     check_evaluation(config)
+    check_engine(config.generator.engine)
     choices.check(config)
     if config.learner.updates_per_rollout > config.rollout.groups_per_step:
         raise ConfigError(
@@ -118,6 +127,12 @@ def check(config: Config) -> None:
     if not config.objective:
         raise ConfigError("no objective: say objective=<name>, see conf/objective")
     knobs.control_of(config)
+
+
+def check_engine(options: dict[str, Any]) -> None:
+    """ConfigError for an option of vLLM's that has a setting of its own here, or must not change."""
+    for name in sorted(TAKEN.keys() & options.keys()):
+        raise ConfigError(f"generator.engine.{name}={options[name]}: drop it, {TAKEN[name]}")
 
 
 def check_evaluation(config: Config) -> None:

@@ -165,9 +165,8 @@ class Generator:
             dtype=self.dtype,
             seed=self.seed,
             max_model_len=self.max_length,
-            logprobs_mode="processed_logprobs",
             async_scheduling=False,  # a token in flight across a sync would carry the wrong version
-            **self.options,
+            **({"logprobs_mode": "processed_logprobs"} | self.options),
         )
         self.engine, self.tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         self.llm.update_weight_version("0")

@@ -72,6 +72,8 @@ def test_groups_set_what_their_names_say() -> None:
         ("learner.updates_per_rollout=64", "groups_per_step"),
         ("learner.zero_stage=4", "0, 1, 2 or 3"),
         ("generator.sleep=true", "cluster=one_gpu"),
+        ("+generator.engine.seed=3", "seed says it"),
+        ("+generator.engine.max_model_len=64", r"data.max_prompt \+ rollout.max_tokens"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(override: str, said: str) -> None:

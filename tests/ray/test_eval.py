@@ -128,6 +128,7 @@ def test_two_evaluations_of_one_model_tie_and_greedy_alone_is_allowed(
 ) -> None:
     result, folder, _ = found
     greedy = [*SETTINGS, f"model.path={peaked}", "sampler.temperature=0"]
+    greedy += ["+generator.engine.logprobs_mode=raw_logprobs"]
     entroray("eval", f"--out={folder}/greedy.json", f"--html={folder}/page.html", *greedy, cache=folder)
     other = json.loads((folder / "greedy.json").read_text())
     assert other["samples"] == 1 and other["pass@1"] == other["greedy"] == result["greedy"]

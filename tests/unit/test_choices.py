@@ -1,7 +1,5 @@
 """How prompts and groups are chosen: literal orders, what is remembered, what is refused."""
 
-import asyncio
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +17,7 @@ from entroray.objective import build
 from entroray.types import Group, Prompt, Rollout, Verdict
 from tests.cases import ROWS
 from tests.composed import configured
-from tests.toy import TARGET, ToyWorld, driver
+from tests.toy import TARGET, ToyWorld, driver, trained
 
 PROMPTS = [Prompt(f"p{i}", f"p{i}", (0,), str(TARGET)) for i in range(6)]
 
@@ -123,20 +121,8 @@ def a_run(steps: int, state: dict | None = None, **changes: Any) -> tuple[ToyWor
     rule = Rule(visits=1, retire=0.9, rest=1, low=0.2, high=0.8, outside=0.3)
     chosen = Curriculum(PromptStream(data, seed=1), 12, rule, seed=1)
     choice = Choice({"curriculum": chosen}, tell=(chosen.metrics,))
-    states = {}
-
-    async def run() -> None:
-        d = driver(world, prompts=chosen, choice=choice, **changes)
-        if state:
-            d.restore(json.loads(json.dumps(state)))
-
-        async def after(step: int, metrics: object) -> None:
-            states[step] = d.state()
-
-        await d.train(steps, after)
-
-    asyncio.run(run())
-    return world, states
+    d = driver(world, prompts=chosen, choice=choice, **changes)
+    return world, trained(d, steps, state)
 
 
 @pytest.mark.parametrize("max_lag", [0, 1])

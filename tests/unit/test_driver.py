@@ -11,7 +11,7 @@ from entroray.errors import DataError, InfrastructureError
 from entroray.loop.driver import seeds
 from entroray.loop.stream import wave
 from entroray.objective import build
-from tests.toy import ToyWorld, driver
+from tests.toy import ToyWorld, driver, trained
 
 ROWS = Path(__file__).parents[2] / "conf" / "objective"
 
@@ -149,21 +149,12 @@ def test_a_restored_driver_draws_the_prompts_it_would_have_had(max_lag: int) -> 
         made.judge = one_in_three  # type: ignore[method-assign]
         return made
 
-    async def run(world: ToyWorld, steps: int, state: dict | None = None) -> dict:
-        d = driver(world, groups_per_step=3, max_lag=max_lag)
-        if state:
-            d.restore(json.loads(json.dumps(state)))
-        states = {}
-
-        async def note(step: int, metrics: object) -> None:
-            states[step] = d.state()
-
-        await d.train(steps, note)
-        return states
+    def run(world: ToyWorld, state: dict | None = None) -> dict:
+        return trained(driver(world, groups_per_step=3, max_lag=max_lag), 6, state)
 
     whole, resumed = world(), world()
-    states = asyncio.run(run(whole, 6))
-    asyncio.run(run(resumed, 6, states[3]))
+    states = run(whole)
+    run(resumed, states[3])
     assert [s["step"] for s in resumed.steps] == [4, 5, 6]
     assert whole.trained[-len(resumed.trained) :] == resumed.trained
 

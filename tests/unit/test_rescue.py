@@ -20,7 +20,7 @@ from entroray.loop.stream import Dropped
 from entroray.objective import build
 from entroray.types import Group, Mask, Prompt, Rollout, Shaped, Span, Status, Verdict
 from tests.cases import ROWS
-from tests.toy import ToyWorld, driver
+from tests.toy import ToyWorld, driver, trained
 from tests.unit.test_choices import PROMPTS, InOrder, group, rollout
 
 WEIGHED = {"correction": {"fn": "truncated_importance"}}
@@ -87,7 +87,7 @@ def test_what_is_kept_survives_the_checkpoint_bit_for_bit() -> None:
 
 def replayed(steps: int, state: dict | None = None) -> tuple[ToyWorld, dict[int, dict]]:
     """Four prompts again and again; one of each group is right in steps 1 and 4, none otherwise."""
-    world, states = ToyWorld(build(ROWS["grpo"] | WEIGHED)), {}
+    world = ToyWorld(build(ROWS["grpo"] | WEIGHED))
 
     async def judge(prompt: Prompt, rollouts: list) -> list[Verdict]:
         lucky = world.version in (0, 3)
@@ -97,19 +97,9 @@ def replayed(steps: int, state: dict | None = None) -> tuple[ToyWorld, dict[int,
     replay = Replay(10_000, 0.25)
     choice = Choice({"replay": replay}, Rescue(replay=replay), (replay.metrics,))
 
-    async def run() -> None:
-        d = driver(world, prompts=PromptStream(PROMPTS[:4], seed=0), choice=choice)
-        if state:
-            world.version = state["version"]
-            d.restore(json.loads(json.dumps(state)))
-
-        async def after(step: int, metrics: object) -> None:
-            states[step] = d.state()
-
-        await d.train(steps, after)
-
-    asyncio.run(run())
-    return world, states
+    world.version = state["version"] if state else 0
+    d = driver(world, prompts=PromptStream(PROMPTS[:4], seed=0), choice=choice)
+    return world, trained(d, steps, state)
 
 
 def test_replay_trains_on_old_answers_and_reports_the_new_ones_alone() -> None:
