@@ -78,7 +78,7 @@ STEP = [
         "answers/missing | no answer was read | share | count",
         "calibration/ece_consistency | ECE of the share of its group with the same answer | share | 15 bins",
         "calibration/brier_consistency | the same confidence against correct | share^2 | mean square",
-        "calibration/ece_logprob | ECE of exp(mean ln p of its tokens) | share | 15 bins",
+        "calibration/ece_logprob | ECE of exp(mean ln p of its tokens, as drawn) | share | 15 bins",
         "calibration/brier_logprob | the same confidence against correct | share^2 | mean square",
     ),
     *_rows(
@@ -280,9 +280,9 @@ Made from `entroray/entropy/catalogue.py`; a test compares both this page and wh
 Every token metric is over the response tokens of trained groups whose `mask_reason` is null, each once,
 before the update, in float64 after rounding to float32, the type of the token records. A metric over
 nothing is left out. Entropies at different temperatures, or over different tokens, are not comparable.
-In `metrics.jsonl`, `reward/mean`, `groups/all_right` and `groups/all_wrong` are over every group judged in
-the step, kept or not, first draws and hotter second ones alike, and without what was replayed. Replayed
-rollouts are among the trained ones everywhere but in `lag/*` and `pass/<n>`. Those of `describe` come with
+In `metrics.jsonl`, those of rollouts and of groups are over every group judged in the step, kept or not,
+first draws and hotter second ones alike; `reward/*`, `groups/*` and `length/{mean,max,truncated}` are
+without what was replayed. Replayed rollouts are among the trained ones everywhere but in `lag/*`. Those of `describe` come with
 every step, those of `diagnose` every `observe.diagnosis.every` steps. The law is an early warning, and off
 while anything in `control` acts; `control/<name>` is the value that was in effect in the step.
 """

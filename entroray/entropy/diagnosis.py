@@ -4,6 +4,7 @@ Everything is over response tokens whose mask is set, each once, at the sampling
 update, in float64 after rounding to float32, unless the catalogue says otherwise.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,18 +23,17 @@ CLIPPABLE = (1.0, 5.0)
 DECILES = 10
 
 
-def diagnose(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
+def diagnose(groups: Sequence[Group], tokens: Tokens, judged: Sequence[Group] = ()) -> dict[str, float]:
     """The metrics of the catalogue that `describe` does not give; one over nothing is left out.
 
-    ValueError where `tokens` are not the rollouts of `groups`, in their order.
+    What is of answers and lengths is of all `judged` groups where they are given: a filter that keeps the
+    undecided ones would make pass@k 1 and a policy look well calibrated. ValueError where `tokens` are not
+    the rollouts of `groups`, in their order.
     """
-    rollouts = aligned(groups, tokens)
-    if not rollouts:
+    if not aligned(groups, tokens):
         return {}
+    metrics = _of_answers(judged or groups)
     mask = array(tokens.mask)
-    mean_logprob = _mean_logprob(tokens, mask)
-    metrics = distinct(groups) | answers(groups) | pass_at(groups) | calibration(groups, mean_logprob)
-    metrics |= _lengths(rollouts, np.array([v.correct for g in groups for v in g.verdicts]))
     if not mask.any():
         return metrics
     column = columns(tokens, mask)
@@ -45,6 +45,13 @@ def diagnose(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
         **_importance(column),
         "advantages/zero": float((column["advantages"] == 0).mean()),
     }
+
+
+def _of_answers(groups: Sequence[Group]) -> dict[str, float]:
+    rollouts = [r for g in groups for r in g.rollouts]
+    correct = np.array([v.correct for g in groups for v in g.verdicts])
+    sure = calibration(groups, np.array([_mean_logprob(r) for r in rollouts]))
+    return distinct(groups) | answers(groups) | pass_at(groups) | sure | _lengths(rollouts, correct)
 
 
 def columns(tokens: Tokens, mask: NDArray[np.bool_]) -> Mapping[str, Column]:
@@ -117,12 +124,10 @@ def _lengths(rollouts: Sequence[Rollout], correct: NDArray) -> dict[str, float]:
     return metrics
 
 
-def _mean_logprob(tokens: Tokens, mask: NDArray[np.bool_]) -> Column:
-    """Of each row [B] under the learner; NaN for a row of which no token counts."""
-    rows, row = len(tokens.length), array(tokens.row)[mask]
-    total = np.bincount(row, stored(tokens.old_logprobs)[mask], rows)
-    with np.errstate(invalid="ignore"):
-        return total / np.bincount(row, minlength=rows)
+def _mean_logprob(rollout: Rollout) -> float:
+    """Of the tokens drawn in it, as they were drawn; NaN where there are none."""
+    drawn = rollout.logprobs[rollout.observed < 0]
+    return float(drawn.mean(dtype=np.float64)) if len(drawn) else math.nan
 
 
 def _centred(x: Column) -> Column:

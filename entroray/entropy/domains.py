@@ -2,31 +2,43 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from entroray.entropy.statistics import describe
+from entroray.entropy.statistics import describe, lengths
 from entroray.types import Group, Tokens
 
-TRAINED = ("entropy/mean", "entropy/p80", "varentropy/mean", "length/mean", "length/truncated")
+TRAINED = ("entropy/mean", "entropy/p80", "varentropy/mean")
 """Those of `describe` that are given by domain, over the trained groups."""
+JUDGED = ("reward/mean", "groups/all_right", "groups/all_wrong", "length/mean", "length/truncated")
+"""Those of `judged` that are given by domain."""
 
 
 def judged(groups: Sequence[Group]) -> dict[str, float]:
     """Of every group judged: a filter that keeps the undecided ones must not show as a plateau."""
     right = [g.right for g in groups]
-    return {
+    fresh = [(r, v) for g in groups for r, v in zip(g.rollouts, g.verdicts, strict=True) if not r.replayed]
+    reward = np.array([v.reward for _, v in fresh], np.float64)
+    return lengths([r for r, _ in fresh]) | {
         "reward/mean": sum(right) / len(right),
+        "reward/raw_mean": float(reward.mean()),
+        "reward/std": float(reward.std()),
         "groups/all_right": sum(r == 1 for r in right) / len(right),
         "groups/all_wrong": sum(r == 0 for r in right) / len(right),
     }
 
 
 def by_domain(trained: Sequence[Group], tokens: Tokens, groups: Sequence[Group]) -> dict[str, float]:
-    """`judged` of all `groups`, and TRAINED of those whose `tokens` these are, for each domain there is."""
+    """JUDGED of all `groups`, and TRAINED of those whose `tokens` these are, for each domain there is."""
     metrics: dict[str, float] = {}
     for name in sorted({g.prompt.domain for g in groups} - {""}):
         own = [g for g in groups if g.prompt.domain == name]
-        found = judged(own) | {"groups/share": len(own) / len(groups)} | _trained(name, trained, tokens)
+        whole = judged(own)
+        found = (
+            {n: whole[n] for n in JUDGED}
+            | {"groups/share": len(own) / len(groups)}
+            | _trained(name, trained, tokens)
+        )
         metrics |= {f"{metric}:{name}": value for metric, value in found.items()}
     return metrics
 

@@ -23,12 +23,14 @@ SUMS = (
 def movement(live: Tokens, silent: Bool[Tensor, " N"]) -> dict[str, float]:
     """Sums over these tokens, which add up over micro-batches, ranks and updates.
 
-    `clip_<side>_<sign>` counts tokens that the loss is flat in: their ratio is above (`high`) or below
-    (`low`) 1, their advantage positive or negative. `kl` is k3 and `kl_k1` is k1 of KL(scored, live), nats.
+    `clip_<side>_<sign>` counts tokens that the loss is flat in though their weight is not 0: their ratio is
+    above (`high`) or below (`low`) 1, their advantage positive or negative. `kl` is k3 and `kl_k1` is k1 of
+    KL(scored, live), nats.
     """
     log_ratio = (live.logprobs - live.old_logprobs)[live.mask].double()
     flat, up = silent[live.mask], live.advantages[live.mask] > 0
-    count = lambda where: float((flat & where).sum())  # noqa: E731
+    weighed = (live.scale * live.correction)[live.mask] != 0  # else dropped before the update, not clipped
+    count = lambda where: float((flat & weighed & where).sum())  # noqa: E731
     high, low = log_ratio > 0, log_ratio < 0
     return {
         "kl": _total(torch.expm1(log_ratio) - log_ratio),

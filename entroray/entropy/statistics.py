@@ -53,7 +53,7 @@ def describe(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
     if not rollouts:
         return {}
     mask = array(tokens.mask)
-    metrics = _of_groups(groups) | _of_lengths(rollouts) | _of_tools(rollouts) | branches(groups)
+    metrics = _of_groups(groups) | lengths(rollouts) | _of_tools(rollouts) | branches(groups)
     if not mask.any():
         return metrics
     metrics |= _of_entropy(tokens, mask) | _of_mismatch(tokens, mask) | _of_sampler(rollouts, tokens)
@@ -74,11 +74,11 @@ def _of_lag(rollouts: Sequence[Rollout], step: int, mask: NDArray[np.bool_]) -> 
 def aligned(groups: Sequence[Group], tokens: Tokens) -> list[Rollout]:
     """The rollouts of `groups` in order, one per row of `tokens`; ValueError where they do not match."""
     rollouts = [r for group in groups for r in group.rollouts]
-    lengths = [r.length for r in rollouts]
-    if lengths != tokens.length.tolist() or sum(lengths) != len(tokens.row):
+    given = [r.length for r in rollouts]
+    if given != tokens.length.tolist() or sum(given) != len(tokens.row):
         raise ValueError(
             f"step {tokens.step}: tokens have {len(tokens.length)} rows of {len(tokens.row)} tokens in all, "
-            f"the groups {len(lengths)} rollouts of {sum(lengths)}: pass the groups they were made from"
+            f"the groups {len(given)} rollouts of {sum(given)}: pass the groups they were made from"
         )
     return rollouts
 
@@ -105,11 +105,12 @@ def _of_groups(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
-def _of_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    lengths = [r.length for r in rollouts]
+def lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean and longest, tokens; share cut off by the limit or in a loop."""
+    tokens = [r.length for r in rollouts]
     return {
-        "length/mean": sum(lengths) / len(lengths),
-        "length/max": float(max(lengths)),
+        "length/mean": sum(tokens) / len(tokens),
+        "length/max": float(max(tokens)),
         "length/truncated": sum(r.status is Status.TRUNCATED for r in rollouts) / len(rollouts),
     }
 

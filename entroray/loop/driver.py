@@ -282,7 +282,7 @@ class Driver:
 
     def _observe(self, groups: Sequence[Group], tokens: Tokens, rules: Mapping[str, int]) -> dict[str, float]:
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
-        trained = describe(groups, tokens) | self.insight.diagnosed(self.version, groups, tokens)
+        trained = describe(groups, tokens)
         whole = [*groups, *self.stream.judged_since()]
         self.drawn += sum(group.drawn for group in whole)
         for group in whole:  # here, not as they finish: the order is the same in every run
@@ -292,6 +292,7 @@ class Driver:
         counted = {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
         metrics = (
             trained
+            | self.insight.diagnosed(self.version, groups, tokens, judged)
             | counted
             | of_judged(judged)
             | by_domain(groups, tokens, judged)

@@ -48,9 +48,11 @@ class Insight:
             self.predictions.append(found)
         return found | record(self.predictions)
 
-    def diagnosed(self, step: Version, groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
+    def diagnosed(
+        self, step: Version, groups: Sequence[Group], tokens: Tokens, judged: Sequence[Group]
+    ) -> dict[str, float]:
         """The metrics of `diagnose`, when they are due."""
-        return diagnose(groups, tokens) if _due(step, self.looks.diagnosis) else {}
+        return diagnose(groups, tokens, judged) if _due(step, self.looks.diagnosis) else {}
 
     def fitted(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The law over the last steps, this one included."""
