@@ -302,7 +302,10 @@ def _evaluation(
 
 def _looks(config: Config) -> Looks:
     o = config.observe
-    law = 0 if config.control else o.law.window  # it was found on runs that nobody steers
+    filtered = (
+        config.objective["keep"]["fn"] != "always"
+    )  # R of all groups, H of those kept: of no one policy
+    law = 0 if config.control or filtered else o.law.window  # it was found on runs that nobody steers
     return Looks(o.diagnosis.every, o.prediction.every, o.prediction.window, law)
 
 

@@ -282,9 +282,10 @@ before the update, in float64 after rounding to float32, the type of the token r
 nothing is left out. Entropies at different temperatures, or over different tokens, are not comparable.
 In `metrics.jsonl`, those of rollouts and of groups are over every group judged in the step, kept or not,
 first draws and hotter second ones alike; `reward/*`, `groups/*` and `length/{mean,max,truncated}` are
-without what was replayed. Replayed rollouts are among the trained ones everywhere but in `lag/*`. Those of `describe` come with
-every step, those of `diagnose` every `observe.diagnosis.every` steps. The law is an early warning, and off
-while anything in `control` acts; `control/<name>` is the value that was in effect in the step.
+without what was replayed. Replayed rollouts are among the trained ones everywhere but in `lag/*`. Those of
+`describe` come with every step, those of `diagnose` every `observe.diagnosis.every` steps. The law is an
+early warning; it is off while anything in `control` acts, and where the row trains on a part of the groups,
+whose entropy is not that of all. `control/<name>` is the value that was in effect in the step.
 """
 
 

@@ -73,6 +73,8 @@ def _law(history: Sequence[Mapping[str, Any]]) -> str:
     last = history[-1] if history else {}
     if any(name.startswith("control/") for name in last):
         return "law: off, a controller acts"
+    if last.get("law/ceiling") is None and any(step.get("groups/dropped") for step in history):
+        return "law: off, the row trains on a part of the groups (keep), whose entropy is not that of all"
     if last.get("law/ceiling") is None:
         return "law: not fitted (observe.law.window)"
     return (

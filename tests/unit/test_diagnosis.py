@@ -133,3 +133,19 @@ def test_clipped_tokens_are_told_apart_by_side_and_sign():
     assert found["update/kl"] == pytest.approx((3 * (1 - LN2) + 2 * (-0.5 + LN2)) / 6)
     assert found["update/kl_k1"] == pytest.approx(-LN2 / 6)
     assert all(matches(name, UPDATE) for name in found) and len(found) == len(UPDATE)
+    dropped = replace(
+        live, scale=torch.tensor([0.0, 1, 1, 1, 1, 1]), correction=torch.tensor([1.0, 0, 1, 1, 1, 1])
+    )
+    found = shares([movement(dropped, flat)], 6.0)
+    assert [found[f"update/clip_{s}_positive"] for s in ("high", "low")] == [0, 0], "no weight, no clip"
+    assert found["update/clip_high_negative"] == 1 / 6 and found["objective/silent_tokens"] == 4 / 6
+
+
+def test_what_is_said_of_answers_is_of_every_group_judged():
+    kept = written([1], [1], answers=["3", "4"], correct=[1, 0])
+    wrong = written([2, 2, 2], [2, 2, 2], answers=["7", None], correct=[0, 0])
+    t = tokens_of([kept], [1.0, 1.0])
+    assert diagnose([kept], t)["pass/2"] == 1.0
+    found = diagnose([kept], t, [kept, wrong])
+    assert (found["pass/1"], found["pass/2"], found["answers/missing"]) == (0.25, 0.5, 0.25)
+    assert found["length/wrong"] == pytest.approx(7 / 3)
