@@ -35,6 +35,7 @@ from entroray.loop.insight import Looks
 from entroray.loop.limits import Stagnation
 from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
+from entroray.objective.keep import always
 from entroray.observe.console import Console, summary
 from entroray.observe.journal import Journal, read
 from entroray.observe.outlook import Outlook, last_word, moved
@@ -251,7 +252,9 @@ async def drive(
     prompts, choice = choices.of(config, material.order(config, training, config.seed), len(training))
     steered: dict[str, Any] = {"control": control, "tune": knobs.tuner(config), "heat": heat}
     steered |= {"choice": choice, "plan": plans.plan_of(config.rollout)}
-    driver = Driver(prompts, roles, objective, pace, seed=config.seed, looks=_looks(config), **steered)
+    driver = Driver(
+        prompts, roles, objective, pace, seed=config.seed, looks=_looks(config, objective), **steered
+    )
     if run.checkpoint:
         driver.restore(run.state)
     saves = m.checkpoints(run.folder)
@@ -300,12 +303,10 @@ def _evaluation(
     return evaluate
 
 
-def _looks(config: Config) -> Looks:
+def _looks(config: Config, objective: Objective) -> Looks:
     o = config.observe
-    filtered = (
-        config.objective["keep"]["fn"] != "always"
-    )  # R of all groups, H of those kept: of no one policy
-    law = 0 if config.control or filtered else o.law.window  # it was found on runs that nobody steers
+    whole = objective.keep.func is always  # else R is of all groups and H of those kept
+    law = o.law.window if whole and not config.control else 0  # it was found on runs that nobody steers
     return Looks(o.diagnosis.every, o.prediction.every, o.prediction.window, law)
 
 

@@ -60,9 +60,16 @@ def _tiles(rows: int, vocabulary: int, tile_elements: int) -> list[slice]:
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: Tensor) -> Tensor:
-    logits = hidden @ weight.T
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return (logits.to(wide) / temperature.to(wide)[:, None]).log_softmax(-1)
+    logits = _logits(hidden, weight)
+    return (logits / temperature.to(logits.dtype)[:, None]).log_softmax(-1)
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """In FP32 or wider: rounded to bf16, a logit near 16 would be off by up to 1/16."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.is_cuda and hidden.dtype != wide:
+        return torch.mm(hidden, weight.T, out_dtype=wide)  # no copy of the weight
+    return hidden.to(wide) @ weight.to(wide).T
 
 
 def _surprise(logp: Tensor, p: Tensor) -> Tensor:

@@ -161,6 +161,15 @@ def test_uniform_and_certain_distributions_have_the_entropies_of_the_textbook():
     torch.testing.assert_close(stats.varentropy, torch.zeros(4).double())
 
 
+def test_bf16_weights_give_the_log_probs_of_fp32_logits():
+    """Logits of about 30 rounded to bf16 would be off by up to 1/16 nat."""
+    hidden, weight, ids, temperature = case(torch.bfloat16, d=64)
+    hidden, temperature = hidden * 4, torch.ones_like(temperature)
+    wide = (hidden.double(), weight.double(), ids, temperature.double())
+    for ours, exact in zip(token_stats(hidden, weight, ids, temperature), brute(*wide), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+
+
 def test_no_tokens_at_all():
     weight = torch.randn(5, 3, requires_grad=True)
     stats = token_stats(torch.empty(0, 3), weight, torch.empty(0, dtype=torch.long), torch.empty(0))
