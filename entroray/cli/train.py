@@ -33,13 +33,14 @@ from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.evaluate import heldout
 from entroray.loop.insight import Looks
 from entroray.loop.limits import Stagnation
+from entroray.loop.probe import probe
 from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
 from entroray.objective.keep import always
 from entroray.observe.console import Console, summary
 from entroray.observe.journal import Journal, read
 from entroray.observe.outlook import Outlook, last_word, moved
-from entroray.policy.tokenizer import fingerprint
+from entroray.policy.tokenizer import chat, fingerprint
 from entroray.workers import cluster
 
 
@@ -253,7 +254,7 @@ async def drive(
     steered: dict[str, Any] = {"control": control, "tune": knobs.tuner(config), "heat": heat}
     steered |= {"choice": choice, "plan": plans.plan_of(config.rollout)}
     driver = Driver(
-        prompts, roles, objective, pace, seed=config.seed, looks=_looks(config, objective), **steered
+        prompts, roles, objective, pace, seed=config.seed, looks=_looks(config, objective, read_in), **steered
     )
     if run.checkpoint:
         driver.restore(run.state)
@@ -303,11 +304,12 @@ def _evaluation(
     return evaluate
 
 
-def _looks(config: Config, objective: Objective) -> Looks:
+def _looks(config: Config, objective: Objective, read_in: material.Material) -> Looks:
     o = config.observe
     whole = objective.keep.func is always  # else R is of all groups and H of those kept
     law = o.law.window if whole and not config.control else 0  # it was found on runs that nobody steers
-    return Looks(o.diagnosis.every, o.prediction.every, o.prediction.window, law)
+    asked = probe(read_in.split.heldout, chat(read_in.tokenizer, config.model.system))
+    return Looks(o.diagnosis.every, o.prediction.every, o.prediction.window, law, asked)
 
 
 def _pace(config: Config) -> Pace:

@@ -212,6 +212,14 @@ INSIGHT = [
 ]
 """What the driver adds over a window of steps. A is that of the first update: scale and correction in it."""
 
+PROBE = _rows(
+    "fixed prompts, without their first tokens",
+    "1",
+    "entropy/prompt_in | of the first held-out prompts, read and not answered | nats | exact, mean",
+    "entropy/prompt_out | of sentences of no task, in the same template | nats | exact, mean",
+)
+"""Under the weights after the update, with every diagnosis."""
+
 DOMAIN = [
     *_rows(
         GROUPS,
@@ -306,6 +314,7 @@ def text() -> str:
         "An update": UPDATE,
         "How prompts and groups are chosen": CHOICE,
         "Prediction and law": INSIGHT,
+        "Prompts": PROBE,
         "A mixture": DOMAIN,
         "An evaluation": EVALUATION,
     }

@@ -268,6 +268,8 @@ class Driver:
             with clock("rescore", self):
                 after = await self.roles.learner.score(batch, group_index(groups))
             updated |= self.insight.changed(tokens, after)
+        with clock("probe", self):
+            updated |= await self.insight.read(self.version + 1, self.roles.learner)
         with clock("sync", self):
             synced = await self.roles.sync(self.version + 1)
         self.version += 1

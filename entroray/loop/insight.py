@@ -10,7 +10,8 @@ import torch
 from entroray.entropy import law
 from entroray.entropy.diagnosis import diagnose
 from entroray.entropy.prediction import COLLISION, compare, record
-from entroray.loop.roles import Scores
+from entroray.loop.probe import Probe
+from entroray.loop.roles import Learner, Scores
 from entroray.types import Group, Tokens, Version
 
 
@@ -24,6 +25,8 @@ class Looks:
     """Predictions that slope and rank are taken over."""
     law: int = 0
     """Steps the reward-entropy law is fitted over."""
+    probe: Probe | None = None
+    """Prompts to read when a diagnosis is due."""
 
 
 NEVER = Looks()
@@ -47,6 +50,11 @@ class Insight:
         if found:
             self.predictions.append(found)
         return found | record(self.predictions)
+
+    async def read(self, step: Version, learner: Learner) -> dict[str, float]:
+        """Entropy of the probe's prompts under the weights of `step`, when a diagnosis is due."""
+        due = self.looks.probe and _due(step, self.looks.diagnosis)
+        return await self.looks.probe.read(learner) if due else {}
 
     def diagnosed(
         self, step: Version, groups: Sequence[Group], tokens: Tokens, judged: Sequence[Group]

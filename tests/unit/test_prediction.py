@@ -7,12 +7,13 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from entroray.entropy import token_entropy
-from entroray.entropy.catalogue import INSIGHT, STEP, matches
+from entroray.entropy.catalogue import INSIGHT, PROBE, STEP, matches
 from entroray.entropy.law import fit, student
 from entroray.entropy.prediction import (
     COLLISION,
@@ -25,7 +26,9 @@ from entroray.entropy.prediction import (
     slope,
 )
 from entroray.loop.insight import Looks
+from entroray.loop.probe import OUTSIDE, Probe, probe
 from entroray.objective import build
+from entroray.types import Prompt
 from tests.toy import ToyWorld, driver
 from tests.unit.test_statistics import group, tokens_of
 
@@ -144,6 +147,30 @@ def test_the_driver_predicts_diagnoses_and_fits_and_all_of_it_is_documented():
     ours = {name for step in world.steps for name in step if name.split("/")[0] in families}
     assert [name for name in ours if not matches(name, STEP + INSIGHT)] == []
     assert all(any(matches(name, [m]) for name in ours) for m in INSIGHT)
+
+
+class Table:
+    """Scores whose entropy is the token's own number."""
+
+    async def score(self, batch, group, extra=()):
+        assert len(group) == batch.num_rows and (batch.prompt_lengths == 1).all()
+        return {"entropy": batch.response_ids.astype(np.float32)}
+
+
+def test_prompts_in_and_out_of_domain_are_read_without_their_first_tokens():
+    asked = Probe([(9, 1, 2), (9, 6)], [(9, 4), (9,)])
+    assert asyncio.run(asked.read(Table())) == {"entropy/prompt_in": 3.0, "entropy/prompt_out": 4.0}
+
+
+def test_the_driver_reads_its_probe_with_every_diagnosis():
+    world = ToyWorld(build(yaml.safe_load(ROW.read_text())), lr=0.5)
+    heldout = [Prompt(f"h{i}", "", (0, 1), "") for i in range(20)]
+    asked = probe(heldout, lambda text: (0, 2, 3))
+    assert len(asked.inside) == len(asked.outside) == len(set(OUTSIDE)) == 16
+    asyncio.run(driver(world, looks=Looks(diagnosis=2, probe=asked)).train(3))
+    read = [{k for k in step if k.startswith("entropy/prompt_")} for step in world.steps]
+    assert read[0] == read[2] == {"entropy/prompt_in", "entropy/prompt_out"} and not read[1]
+    assert all(matches(name, PROBE) for name in read[0])
 
 
 def test_what_the_driver_learnt_of_its_steps_outlives_it():
