@@ -283,9 +283,9 @@ class Driver:
     def _observe(self, groups: Sequence[Group], tokens: Tokens, rules: Mapping[str, int]) -> dict[str, float]:
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
         trained = describe(groups, tokens) | self.insight.diagnosed(self.version, groups, tokens)
-        whole = [*groups, *self.stream.judged_since()]
+        whole = self.stream.judged_since()
         self.drawn += sum(group.drawn for group in whole)
-        for group in whole:  # here, not as they finish: the order is the same in every run
+        for group in whole:  # here, not as they finish: in order of issue, the same in every run
             for memory in self.memories.values():
                 memory.note(group)
         judged = [g for group in whole for g in (*group.earlier, group)]

@@ -8,9 +8,11 @@ import pytest
 import yaml
 
 from entroray.errors import DataError, InfrastructureError
+from entroray.loop.choice import Choice
 from entroray.loop.driver import seeds
 from entroray.loop.stream import wave
 from entroray.objective import build
+from entroray.types import Group
 from tests.toy import ToyWorld, driver, trained
 
 ROWS = Path(__file__).parents[2] / "conf" / "objective"
@@ -140,6 +142,37 @@ def test_who_finishes_late_has_no_say_in_what_is_trained_on(late: str) -> None:
         trained.append(world.trained)
         assert world.steps[-1]["groups/surplus"] > 0
     assert trained[0] == trained[1] == sorted(trained[0], key=lambda q: int(q[1:]))
+
+
+class Heard:
+    """A memory of the prompts it was told of."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def note(self, group: Group) -> None:
+        self.prompts.append(group.prompt.id)
+
+    def state(self) -> list[str]:
+        return list(self.prompts)
+
+    def restore(self, state: list[str]) -> None:
+        self.prompts = list(state)
+
+
+@pytest.mark.parametrize("late", ["", "q1", "q3"])
+def test_memories_hear_of_all_groups_in_order_of_issue_whoever_finishes_late(late: str) -> None:
+    """q0, q3, q6, ... are trained on, the others sent back; each is noted once."""
+    world, heard = ToyWorld(row("grpo", keep={"fn": "informative"}), slow=late), Heard()
+    world.judge = one_in_three  # type: ignore[method-assign]
+
+    async def run() -> None:
+        world.gate = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.05, world.gate.set)
+        await driver(world, groups_per_step=3, choice=Choice({"heard": heard})).train(3)
+
+    asyncio.run(run())
+    assert heard.prompts == [f"q{i}" for i in range(len(heard.prompts))]
 
 
 @pytest.mark.parametrize("max_lag", [0, 1])
