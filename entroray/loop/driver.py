@@ -19,7 +19,7 @@ from entroray.loop.choice import Choice, Memory
 from entroray.loop.forks import survivors
 from entroray.loop.heat import Heat
 from entroray.loop.insight import NEVER, Insight, Looks
-from entroray.loop.limits import IdleRules, SkippedUpdates, VerdictFailures
+from entroray.loop.limits import IdleRules, Limit, SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
 from entroray.loop.stream import Dropped, Prompts, Stream
 from entroray.objective import Objective, touched
@@ -118,6 +118,11 @@ class Driver:
         self.insight = Insight(looks)
         self.heat, self.choice = heat or Heat(), choice or Choice()
         self.memories: Mapping[str, Memory] = {"heat": self.heat, **self.choice.memories}
+        self.limits: Mapping[str, Limit] = {
+            "failures": self.failures,
+            "skipped": self.skipped,
+            "idle": self.idle,
+        }
         self.control, self.tune = control or Control(), tune
         self.version: Version = 0
         self.drawn = 0
@@ -172,6 +177,7 @@ class Driver:
             "stream": self.stream.state(),
             "insight": self.insight.state(),
             "control": self.control.state(),
+            "limits": {name: limit.state() for name, limit in self.limits.items()},
             **{name: memory.state() for name, memory in self.memories.items()},
         }
 
@@ -182,6 +188,8 @@ class Driver:
         self.insight.restore(state["insight"])
         for name in self.memories.keys() & state.keys():  # a checkpoint of before a choice has none
             self.memories[name].restore(state[name])
+        for name, counted in state.get("limits", {}).items():  # one of before they were kept has none
+            self.limits[name].restore(counted)
         self.control.restore(state["control"])
         self.committed = self.state()
 

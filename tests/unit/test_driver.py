@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from entroray.errors import DataError, InfrastructureError
+from entroray.errors import DataError, InfrastructureError, NumericsError
 from entroray.loop.choice import Choice
-from entroray.loop.driver import seeds
+from entroray.loop.driver import Driver, seeds
 from entroray.loop.stream import wave
 from entroray.objective import build
-from entroray.types import Group
+from entroray.types import Group, Status, Verdict
 from tests.toy import ToyWorld, driver, trained
 
 ROWS = Path(__file__).parents[2] / "conf" / "objective"
@@ -144,6 +144,38 @@ def test_who_finishes_late_has_no_say_in_what_is_trained_on(late: str) -> None:
     assert trained[0] == trained[1] == sorted(trained[0], key=lambda q: int(q[1:]))
 
 
+def test_a_run_that_always_skips_its_update_ends_however_often_it_is_resumed() -> None:
+    """max_skipped is 3, and each process does one step."""
+    world, state = ToyWorld(row("grpo")), None
+
+    async def skips(batch: object, tokens: object) -> dict[str, float]:
+        return {"update/skipped": 1.0}
+
+    world.update = skips  # type: ignore[method-assign]
+    for step in (1, 2):
+        state = trained(driver(world), step, state)[step]
+    with pytest.raises(NumericsError, match="3 steps in a row"):
+        trained(driver(world), 3, state)
+
+
+def test_limits_count_on_after_a_resume_and_begin_anew_from_an_older_checkpoint() -> None:
+    d = driver(ToyWorld(row("grpo")))
+    d.failures.note([Verdict(0.0, 0.0, status=Status.TIMEOUT, detail="slow"), Verdict(0.0, 0.0)], 2)
+    d.idle.note({"objective/cap_tokens": 0.0})
+
+    async def restored(state: dict) -> Driver:
+        rest = driver(ToyWorld(row("grpo")))
+        rest.restore(json.loads(json.dumps(state)))
+        await rest.stream.close()
+        return rest
+
+    rest = asyncio.run(restored(d.state()))
+    assert list(rest.failures.recent) == ["timeout: slow", ""]
+    assert rest.idle.idle == {"objective/cap_tokens": 1}
+    older = {name: value for name, value in d.state().items() if name != "limits"}
+    assert asyncio.run(restored(older)).failures.share == 0.0
+
+
 class Heard:
     """A memory of the prompts it was told of."""
 
@@ -193,15 +225,11 @@ def test_a_restored_driver_draws_the_prompts_it_would_have_had(max_lag: int) -> 
 
 
 async def one_in_three(prompt: object, rollouts: list) -> list:
-    from entroray.types import Verdict
-
     signal = int(prompt.id[1:]) % 3 == 0  # type: ignore[attr-defined]
     return [Verdict(float(signal and i % 2), float(signal and i % 2)) for i, _ in enumerate(rollouts)]
 
 
 async def all_wrong(prompt: object, rollouts: list) -> list:
-    from entroray.types import Verdict
-
     return [Verdict(0.0, 0.0) for _ in rollouts]
 
 
