@@ -140,6 +140,11 @@ class Rollout:
         return max((span.stop for span in self.spans if span.why is Mask.PREFIX), default=0)
 
     @property
+    def drawn(self) -> int:
+        """Tokens that the policy drew for it; none where it was replayed."""
+        return 0 if self.replayed else int((self.observed < 0).sum())
+
+    @property
     def version(self) -> Version:
         """Oldest weights used."""
         return int(self.versions.min()) if self.length else 0
@@ -179,6 +184,8 @@ class Group:
     """Judged draws of this prompt that this one took the place of; the first at the policy's temperature."""
     abandoned: tuple[Rollout, ...] = ()
     """Drawn beside these and given up when enough had finished."""
+    lost: int = 0
+    """Response tokens drawn for members that failed or made room for others, and are nowhere here."""
 
     def __post_init__(self) -> None:
         if len(self.rollouts) != len(self.verdicts):
@@ -188,9 +195,12 @@ class Group:
 
     @property
     def drawn(self) -> int:
-        """Response tokens that the policy was asked for, whatever became of them."""
-        fresh = [r for r in (*self.rollouts, *self.abandoned) if not r.replayed]
-        return sum(int((r.observed < 0).sum()) for r in fresh) + sum(g.drawn for g in self.earlier)
+        """Response tokens that the policy was asked for, whatever became of them.
+
+        Not known, and so not in it: what an engine that died had drawn, and what a stopped run had in flight.
+        """
+        here = sum(r.drawn for r in (*self.rollouts, *self.abandoned))
+        return here + sum(g.drawn for g in self.earlier) + self.lost
 
     @property
     def rewards(self) -> Float[Tensor, " G"]:

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class Driver:
         }
         self.control, self.tune = control or Control(), tune
         self.version: Version = 0
-        self.drawn = 0
+        self.drawn = 0  # in groups judged; `stream.lost` are the others
         self.turn: asyncio.Task[dict[str, float]] | None = None
         self.stopping = False
         self.committed = self.state()
@@ -152,7 +152,7 @@ class Driver:
         return history
 
     def _spent(self) -> bool:
-        return self.pace.tokens is not None and self.drawn >= self.pace.tokens
+        return self.pace.tokens is not None and self.drawn + self.stream.lost >= self.pace.tokens
 
     def _turn_knobs(self) -> None:
         values = self.control.turn(self.version + 1)
@@ -217,21 +217,24 @@ class Driver:
     async def rollout(self, prompt: Prompt, serial: int, hotter: float = 1.0) -> Group | Dropped:
         """A whole group, or why there is none; members that failed are drawn anew, alone, a few times."""
         members: list[tuple[Rollout, Verdict]] = []
-        reason, abandoned = "", list[Rollout]()
+        reason, abandoned, lost = "", list[Rollout](), 0
         first = 0 if hotter == 1.0 else 1 + self.pace.resamples  # other seeds for a second draw
         for attempt in range(first, first + 1 + self.pace.resamples):
             missing = self.pace.group_size - len(members)
             drawn = seeds(self.seed, serial, attempt, missing + self.pace.extra)
             plan = self.plan if attempt == first else independent
             judged = await self._sample_and_judge(self._generator(hotter, missing), prompt, drawn, plan)
-            abandoned += [r for r, _ in judged if r.status is Status.ABANDONED]
-            members += survivors(judged)
+            early = [r for r, _ in judged if r.status is Status.ABANDONED]
+            kept = survivors(judged)
+            abandoned += early
+            members += kept
+            lost += _drawn(r for r, _ in judged) - _drawn(early) - _drawn(r for r, _ in kept)
             if len(members) == self.pace.group_size:
                 rollouts, verdicts = zip(*members, strict=True)
-                return Group(prompt, rollouts, verdicts, abandoned=tuple(abandoned))
+                return Group(prompt, rollouts, verdicts, abandoned=tuple(abandoned), lost=lost)
             reason = _why(judged)
             self.roles.journal.event("resample", prompt=prompt.id, attempt=attempt, reason=reason)
-        return Dropped(prompt, reason)
+        return Dropped(prompt, reason, _drawn([*(r for r, _ in members), *abandoned]) + lost)
 
     def _generator(self, hotter: float, enough: int) -> Generator:
         """The one the run has, asked for what its choices need."""
@@ -311,7 +314,7 @@ class Driver:
                 "verdicts/failed": self.failures.share,
                 "groups/surplus": float(self.stream.surplus),
                 "groups/held": float(self.stream.held),
-                "tokens/drawn": float(self.drawn),
+                "tokens/drawn": float(self.drawn + self.stream.lost),
             }
         )
         for tell in self.choice.tell:
@@ -340,6 +343,10 @@ class Clock:
         total = time.monotonic() - self.began
         phases = {f"seconds/{phase}": s for phase, s in self.seconds.items()}
         return phases | {"seconds/step": total, "tokens/per_second": tokens / total}
+
+
+def _drawn(rollouts: Iterable[Rollout]) -> int:
+    return sum(r.drawn for r in rollouts)
 
 
 def _why(judged: list[tuple[Rollout, Verdict]]) -> str:

@@ -17,6 +17,8 @@ class Dropped:
 
     prompt: Prompt
     reason: str
+    drawn: int = 0
+    """Response tokens drawn for it all the same."""
 
 
 class Prompts(Protocol):
@@ -80,6 +82,7 @@ class Stream:
         self.changed = asyncio.Event()
         self.dropped: Counter[str] = Counter()
         self.refused = 0
+        self.lost = 0
         self.surplus = self.held = 0
         self.keeps = keeps
         self.kept_share = 1.0
@@ -112,6 +115,7 @@ class Stream:
         if isinstance(result, Group):
             slot.group = result
         else:
+            self.lost += result.drawn
             self._free(slot, result.reason)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
@@ -171,6 +175,7 @@ class Stream:
             assert slot.group is not None
             if not wait and self.version - slot.group.version > self.max_lag:
                 self.refused += 1
+                self.lost += slot.group.drawn
                 del self.slots[slot.serial]
                 self._issue(slot.prompt, slot.position)
             elif not keep(slot.group):
@@ -207,6 +212,7 @@ class Stream:
             "dropped": dict(self.dropped),
             "refused": self.refused,
             "surplus": self.surplus,
+            "lost": self.lost,
         }
 
     def restore(self, state: Mapping[str, Any], version: Version) -> None:
@@ -215,6 +221,7 @@ class Stream:
         self.serial, self.kept_share = state["serial"], state["kept_share"]
         self.dropped = Counter(state["dropped"])
         self.refused, self.surplus = state["refused"], state["surplus"]
+        self.lost = state.get("lost", 0)  # a checkpoint of before it was counted has none
         for serial, position in state["in_flight"]:
             self._start(Slot(serial, position, self.prompts.at(position), version))
 

@@ -12,7 +12,7 @@ from entroray.loop.choice import Choice
 from entroray.loop.driver import Driver, seeds
 from entroray.loop.stream import wave
 from entroray.objective import build
-from entroray.types import Group, Status, Verdict
+from entroray.types import Group, Prompt, Status, Verdict
 from tests.toy import ToyWorld, driver, trained
 
 ROWS = Path(__file__).parents[2] / "conf" / "objective"
@@ -275,3 +275,42 @@ def test_a_run_of_so_many_tokens_ends_with_the_step_that_drew_the_last_and_resum
 
     asyncio.run(resumed())
     assert world.steps[-1]["tokens/drawn"] == 256.0 and len(world.steps) == 4
+
+
+def test_tokens_of_members_that_failed_of_dropped_groups_and_of_refusals_are_drawn_too() -> None:
+    """Rollouts have 2 tokens. q0 fails whole, 3 times 8; of q1 one member is judged late, once."""
+    world = ToyWorld(row("grpo"), bad="q0")
+    late = {"q1"}
+
+    async def judge(prompt: Prompt, rollouts: list) -> list[Verdict]:
+        status = Status.TIMEOUT if prompt.id in late else Status.OK
+        late.discard(prompt.id)
+        return [Verdict(0.0, 0.0, status=status), *[Verdict(1.0, 1.0)] * (len(rollouts) - 1)]
+
+    world.judge = judge  # type: ignore[method-assign]
+    d = driver(world)
+    asyncio.run(d.train(1))
+    assert world.trained == ["q1", "q2", "q3", "q4"] and world.steps[0]["groups/dropped"] == 1
+    assert world.steps[0]["tokens/drawn"] == 4 * 16 + 3 * 16 + 2
+    assert d.state()["drawn"] == 4 * 16 + 2 and d.state()["stream"]["lost"] == 3 * 16
+
+
+def test_a_refused_group_was_drawn_all_the_same() -> None:
+    """q1 outlives the lag and is drawn again: its first 16 tokens count, and are in the checkpoint."""
+    world = ToyWorld(row("grpo"), slow="q1")
+    d = driver(world, max_lag=1, wait=False)
+
+    async def run() -> None:
+        world.gate = asyncio.Event()
+
+        async def after(step: int, metrics: object) -> None:
+            if step == 3 and world.gate:
+                world.gate.set()
+
+        await d.train(6, after)
+
+    asyncio.run(run())
+    told = world.steps[-1]
+    assert told["groups/refused"] == 1
+    assert told["tokens/drawn"] == 6 * 4 * 16 + 16
+    assert d.state()["stream"]["lost"] == 16
