@@ -26,6 +26,7 @@ from entroray.workers.request import (
     probe_params,
     prompt_logprobs,
     rollout,
+    so_far,
     unfinished,
 )
 
@@ -270,12 +271,13 @@ class Generator:
     def _give_up(self, waiting: _Waiting, status: Status) -> None:
         """Abort what is left of a request, and forget it."""
         late = sorted(waiting.left)
+        begun = [so_far(self.engine, name) for name in late]
         self.engine.abort_request(late)
         if waiting.request.sampling.rule:
             self._drain_notes(late)
-        for name in late:
+        for name, there in zip(late, begun, strict=True):
             self.owner.pop(name, None)
-            waiting.done[name] = unfinished(waiting.request, status)
+            waiting.done[name] = unfinished(waiting.request, status, there, self._decode)
         waiting.left.clear()
 
     def _sleep(self) -> None:
