@@ -174,7 +174,7 @@ def unfinished(
 
 
 def so_far(engine: Any, name: str) -> Any | None:
-    """The completion of a request under way as if it ended here, from vLLM's own books; None where it has none.
+    """The completion of a request under way, as if it ended here, from vLLM's own books; None without one.
 
     An abort returns nothing, and these tokens were drawn all the same.
     """

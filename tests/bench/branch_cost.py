@@ -1,10 +1,11 @@
 """Branches with the prefix cache and without, alone on the machine: python -m tests.bench.branch_cost
 
 Each engine draws responses and then branches of them from half-way. Prompts differ in every round, so that
-all a branch can find in the cache is its own family's. The first round warms up; the rest are summed. It is one
-engine without a cluster around it: with several, a branch finds its prefix only where its prompt was read
-(`Homes` in entroray/workers/engines.py), and an update of the weights empties
-the cache unless `sync.keep_kv` is on.
+all a branch can find in the cache is its own family's. The first round warms up; the rest are summed.
+
+It is one engine without a cluster around it. With several, a branch finds its prefix only where its prompt
+was read (`Homes` in entroray/workers/engines.py), and an update of the weights empties the cache unless
+`generator.keep_kv` is on.
 """
 
 import argparse

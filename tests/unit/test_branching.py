@@ -128,7 +128,7 @@ def weights(*rollouts: Rollout) -> list[list[float]]:
     """Of each token that is trained on, by rollout."""
     group = Group(PROMPT, rollouts, (Verdict(1.0, 1.0),) * len(rollouts))
     n = sum(r.length for r in rollouts)
-    columns = {name: np.zeros(n) for name in ("logprobs", "entropy", "varentropy")}
+    columns = {name: np.zeros(n, np.float32) for name in ("logprobs", "entropy", "varentropy")}
     seen = visible(tokens_of([group], [torch.zeros(len(rollouts))], columns, 1))
     share = rollout_mean(seen)
     return [share[seen.row == row].tolist() for row in range(len(rollouts))]
@@ -140,8 +140,8 @@ def test_a_branch_is_as_long_as_all_that_was_drawn_for_it() -> None:
     child = branch(root, 0, 9, cut(one(), 3))
     grandchild = branch(child, 1, 11, cut(one(), 1))
     assert [len(w) for w in weights(root, child, grandchild)] == [12, 3, 1]
-    for row in weights(root, child, grandchild):
-        assert row == pytest.approx([1 / 12] * len(row))
+    for each in weights(root, child, grandchild):
+        assert each == pytest.approx([1 / 12] * len(each))
 
 
 def test_what_nobody_drew_is_no_part_of_a_length_not_in_a_prefix_either() -> None:
@@ -155,13 +155,13 @@ def test_what_nobody_drew_is_no_part_of_a_length_not_in_a_prefix_either() -> Non
 
 def test_without_branches_nothing_is_said_of_what_is_inherited() -> None:
     group = Group(PROMPT, (one(), one()), (Verdict(1.0, 1.0),) * 2)
-    columns = {name: np.zeros(24) for name in ("logprobs", "entropy", "varentropy")}
+    columns = {name: np.zeros(24, np.float32) for name in ("logprobs", "entropy", "varentropy")}
     assert tokens_of([group], [torch.zeros(2)], columns, 1).inherited is None
 
 
 def test_what_is_inherited_goes_with_its_row() -> None:
     group = Group(PROMPT, (one(), branch(one(), 0, 9, cut(one(), 3))), (Verdict(1.0, 1.0),) * 2)
-    columns = {name: np.zeros(24) for name in ("logprobs", "entropy", "varentropy")}
+    columns = {name: np.zeros(24, np.float32) for name in ("logprobs", "entropy", "varentropy")}
     taken = tokens_of([group], [torch.zeros(2)], columns, 1).take(torch.tensor([1]))
     assert taken.inherited is not None and taken.inherited.tolist() == [9]
 

@@ -51,7 +51,8 @@ def test_answers_and_pass_at_k():
 
 def changed(g, at, **changes):
     """The group with its rollout at `at` changed."""
-    return replace(g, rollouts=tuple(replace(r, **changes) if i == at else r for i, r in enumerate(g.rollouts)))
+    rollouts = [replace(r, **changes) if i == at else r for i, r in enumerate(g.rollouts)]
+    return replace(g, rollouts=tuple(rollouts))
 
 
 def test_n_grams_are_of_tokens_that_the_policy_drew_there():
