@@ -4,7 +4,7 @@ Axes: G rollouts of one prompt, B rows (rollouts) of a step, L tokens of one res
 tokens of all rows, flat. Index t always means response token t: `logprobs[t]` scores `token_ids[t]`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
@@ -127,10 +127,13 @@ class Rollout:
     @property
     def observed(self) -> NDArray[np.int8]:
         """[L] index into `Mask` of what is an observation, -1 where the policy drew the token."""
+        return self._observed(self.spans)
+
+    def _observed(self, spans: Iterable[Span]) -> NDArray[np.int8]:
         why = np.full(self.length, -1, dtype=np.int8)
         if self.shaped is not None:
             why[self.shaped.inserted] = REASONS.index(Mask.INSERTED)
-        for span in self.spans:
+        for span in spans:
             why[span.start : span.stop] = REASONS.index(span.why)
         return why
 
@@ -138,6 +141,17 @@ class Rollout:
     def inherited(self) -> int:
         """How many of its first tokens are its parent's; 0 without one."""
         return max((span.stop for span in self.spans if span.why is Mask.PREFIX), default=0)
+
+    @property
+    def drawn_before(self) -> int:
+        """How many of its inherited tokens the policy drew: without what was inserted, forced or a tool's."""
+        own = [span for span in self.spans if span.why is not Mask.PREFIX]
+        return int((self._observed(own)[: self.inherited] < 0).sum())
+
+    @property
+    def drawn(self) -> int:
+        """Tokens that the policy drew for it; none where it was replayed."""
+        return 0 if self.replayed else int((self.observed < 0).sum())
 
     @property
     def version(self) -> Version:
@@ -179,6 +193,8 @@ class Group:
     """Judged draws of this prompt that this one took the place of; the first at the policy's temperature."""
     abandoned: tuple[Rollout, ...] = ()
     """Drawn beside these and given up when enough had finished."""
+    lost: int = 0
+    """Response tokens drawn for members that failed or made room for others, and are nowhere here."""
 
     def __post_init__(self) -> None:
         if len(self.rollouts) != len(self.verdicts):
@@ -188,9 +204,12 @@ class Group:
 
     @property
     def drawn(self) -> int:
-        """Response tokens that the policy was asked for, whatever became of them."""
-        fresh = [r for r in (*self.rollouts, *self.abandoned) if not r.replayed]
-        return sum(int((r.observed < 0).sum()) for r in fresh) + sum(g.drawn for g in self.earlier)
+        """Response tokens that the policy was asked for, whatever became of them.
+
+        Not known, and so not in it: what an engine that died had drawn, and what a stopped run had in flight.
+        """
+        here = sum(r.drawn for r in (*self.rollouts, *self.abandoned))
+        return here + sum(g.drawn for g in self.earlier) + self.lost
 
     @property
     def rewards(self) -> Float[Tensor, " G"]:
@@ -294,6 +313,8 @@ class Tokens:
     counts: Counts
     extra: Mapping[str, Float[Tensor, " N"]] = field(default_factory=dict)
     """Further full-vocabulary statistics, by the name an objective asked for in `needs`."""
+    inherited: Int[Tensor, " B"] | None = None
+    """Tokens before a branch that the policy drew, outside the mask here; None where nothing branched."""
 
     def take(self, rows: Int[Tensor, " b"]) -> "Tokens":
         """The tokens of `rows`, in that order, re-indexed; `counts` stay those of the whole update."""
@@ -311,4 +332,4 @@ class Tokens:
         return replace(self, **cut | {"row": local})
 
 
-PER_ROW = frozenset({"group", "length", "reward", "correct", "version"})
+PER_ROW = frozenset({"group", "length", "reward", "correct", "version", "inherited"})

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,8 +74,10 @@ def consistency(group: Group) -> list[float]:
 def calibration(groups: Sequence[Group], mean_logprob: NDArray) -> dict[str, float]:
     """ECE and Brier score over rollouts, of self-consistency and of exp(mean log-prob) [B] as confidence.
 
-    A rollout without response tokens (NaN) has no say in the second.
+    Replayed rollouts have no say, nor has one without response tokens (NaN) in the second.
     """
+    groups, fresh = [_fresh(g) for g in groups], [not r.replayed for g in groups for r in g.rollouts]
+    mean_logprob = mean_logprob[np.array(fresh, bool)]
     correct = np.array([v.correct for g in groups for v in g.verdicts], np.float64)
     share = np.array([c for g in groups for c in consistency(g)], np.float64)
     known = np.isfinite(mean_logprob)
@@ -87,3 +89,9 @@ def calibration(groups: Sequence[Group], mean_logprob: NDArray) -> dict[str, flo
         for name, pair in measured.items()
         for kind, score in (("ece", expected_error), ("brier", brier))
     }
+
+
+def _fresh(group: Group) -> Group:
+    """Without what was replayed."""
+    kept = [(r, v) for r, v in zip(group.rollouts, group.verdicts, strict=True) if not r.replayed]
+    return replace(group, rollouts=tuple(r for r, _ in kept), verdicts=tuple(v for _, v in kept))

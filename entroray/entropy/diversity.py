@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entroray.entropy.accuracy import pass_at_k
-from entroray.types import Group
+from entroray.types import Group, Mask, Rollout, Verdict
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 REPEAT = 4
@@ -38,13 +38,17 @@ def distinct(groups: Sequence[Group]) -> dict[str, float]:
     """Distinct n-grams / n-grams of a group, n = 1, 2, 3, mean over groups (distinct-n, arXiv 1510.03055).
 
     `repetition/share` is the share of a response's own 4-grams that it wrote before, mean over responses
-    with any. N-grams do not cross responses; they are told apart by a 64-bit hash.
+    with any. Of tokens that the policy drew there: n-grams cross neither responses nor observations. They
+    are told apart by a 64-bit hash.
     """
-    ids = np.concatenate([r.token_ids for g in groups for r in g.rollouts] or [np.empty(0, np.int32)])
-    row = np.repeat(*_numbered([r.length for g in groups for r in g.rollouts]))
-    group = np.repeat(*_numbered([sum(r.length for r in g.rollouts) for g in groups]))
-    metrics = {f"distinct/{n}": _share_distinct(ids, row, group, n) for n in (1, 2, 3)}
-    metrics["repetition/share"] = 1 - _share_distinct(ids, row, row, REPEAT)
+    rollouts = [r for g in groups for r in g.rollouts]
+    own = np.concatenate([np.empty(0, bool), *(r.observed < 0 for r in rollouts)])
+    ids = np.concatenate([np.empty(0, np.int32), *(r.token_ids for r in rollouts)])[own]
+    row = np.repeat(*_numbered([r.length for r in rollouts]))[own]
+    group = np.repeat(*_numbered([sum(r.length for r in g.rollouts) for g in groups]))[own]
+    stretch = row + np.cumsum(~own)[own]  # rises from row to row, and at every observation
+    metrics = {f"distinct/{n}": _share_distinct(ids, stretch, group, n) for n in (1, 2, 3)}
+    metrics["repetition/share"] = 1 - _share_distinct(ids, stretch, row, REPEAT)
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
@@ -52,13 +56,13 @@ def _numbered(counts: Sequence[int]) -> tuple[NDArray[np.int64], list[int]]:
     return np.arange(len(counts)), list(counts)
 
 
-def _share_distinct(ids: NDArray, row: NDArray, within: NDArray, n: int) -> float:
-    """Mean over `within` of its share of n-grams that are distinct; NaN where there is no n-gram."""
+def _share_distinct(ids: NDArray, stretch: NDArray, within: NDArray, n: int) -> float:
+    """Mean over `within` of its share of distinct n-grams, each in one stretch; NaN where there is none."""
     starts = max(0, len(ids) - n + 1)
     code = (within[:starts].astype(np.uint64) + np.uint64(1)) * MULTIPLIER
     for offset in range(n):
         code = (code ^ (code >> np.uint64(29)) ^ ids[offset : offset + starts].astype(np.uint64)) * MULTIPLIER
-    whole = row[:starts] == row[n - 1 : n - 1 + starts]
+    whole = stretch[:starts] == stretch[n - 1 : n - 1 + starts]
     code, within = code[whole], within[:starts][whole]
     _, first = np.unique(code, return_index=True)
     size = int(within[-1]) + 1 if len(within) else 0
@@ -68,9 +72,13 @@ def _share_distinct(ids: NDArray, row: NDArray, within: NDArray, n: int) -> floa
 
 
 def answers(groups: Sequence[Group]) -> dict[str, float]:
-    """Distinct answers in a group, the entropy (nats) of their shares, the share of rollouts with none."""
-    given = [[v.answer for v in g.verdicts if v.answer is not None] for g in groups]
-    rollouts = sum(len(g.verdicts) for g in groups)
+    """Distinct answers in a group, the entropy (nats) of their shares, the share of rollouts with none.
+
+    Replayed rollouts, whose answers are of old, have no say.
+    """
+    fresh = [[v for r, v in zip(g.rollouts, g.verdicts, strict=True) if not r.replayed] for g in groups]
+    given = [[v.answer for v in verdicts if v.answer is not None] for verdicts in fresh]
+    rollouts = sum(map(len, fresh))
     answered = [Counter(each) for each in given if each]
     metrics = {"answers/missing": 1 - sum(map(len, given)) / rollouts}
     if answered:
@@ -87,10 +95,25 @@ def _entropy(counts: Counter) -> float:
 def pass_at(groups: Sequence[Group]) -> dict[str, float]:
     """pass@k for k = 1, 2, 4, ... up to the smallest group: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374).
 
-    Unbiased for each prompt, not for the task where a filter chose the prompts; replayed rollouts are none.
+    Unbiased for each prompt, not for the task where a filter chose the prompts. Of independent draws alone:
+    the first draw of a group drawn again, its roots, nothing replayed or forced, and no group of which the
+    slowest were given up. Nothing where no group has any.
     """
-    drawn = [[v for r, v in zip(g.rollouts, g.verdicts, strict=True) if not r.replayed] for g in groups]
-    least = min(map(len, drawn))
+    drawn = [independent for g in groups if (independent := _independent(g))]
+    least = min(map(len, drawn), default=0)
     counts = [(len(verdicts), sum(v.correct >= 1 for v in verdicts)) for verdicts in drawn]
     ks = [2**i for i in range(least.bit_length()) if 2**i <= least]
-    return {f"pass/{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(groups) for k in ks}
+    return {f"pass/{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
+
+
+def _independent(group: Group) -> list[Verdict]:
+    """On the rollouts drawn from the prompt as the policy draws, none having had a say in another's."""
+    first = group.earlier[0] if group.earlier else group
+    if first.abandoned:
+        return []
+    pairs = zip(first.rollouts, first.verdicts, strict=True)
+    return [v for r, v in pairs if not r.replayed and r.parent is None and not _forced(r)]
+
+
+def _forced(rollout: Rollout) -> bool:
+    return any(span.why is Mask.FORCED for span in rollout.spans)

@@ -78,4 +78,9 @@ def tokens_of(
         step=step,
         counts=Counts(int(mask.sum()), int(mask.sum()), len(rollouts), len(groups)),
         extra={k: v for k, v in column.items() if k not in known},
+        inherited=torch.tensor([r.drawn_before for r in rollouts]) if any(map(_branched, rollouts)) else None,
     )
+
+
+def _branched(rollout: Rollout) -> bool:
+    return rollout.parent is not None

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from entroray.loop.choice import Choice, Memory
 from entroray.loop.forks import survivors
 from entroray.loop.heat import Heat
 from entroray.loop.insight import NEVER, Insight, Looks
-from entroray.loop.limits import IdleRules, SkippedUpdates, VerdictFailures
+from entroray.loop.limits import IdleRules, Limit, SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
 from entroray.loop.stream import Dropped, Prompts, Stream
 from entroray.objective import Objective, touched
@@ -118,9 +118,14 @@ class Driver:
         self.insight = Insight(looks)
         self.heat, self.choice = heat or Heat(), choice or Choice()
         self.memories: Mapping[str, Memory] = {"heat": self.heat, **self.choice.memories}
+        self.limits: Mapping[str, Limit] = {
+            "failures": self.failures,
+            "skipped": self.skipped,
+            "idle": self.idle,
+        }
         self.control, self.tune = control or Control(), tune
         self.version: Version = 0
-        self.drawn = 0
+        self.drawn = 0  # in groups judged; `stream.lost` are the others
         self.turn: asyncio.Task[dict[str, float]] | None = None
         self.stopping = False
         self.committed = self.state()
@@ -147,7 +152,7 @@ class Driver:
         return history
 
     def _spent(self) -> bool:
-        return self.pace.tokens is not None and self.drawn >= self.pace.tokens
+        return self.pace.tokens is not None and self.drawn + self.stream.lost >= self.pace.tokens
 
     def _turn_knobs(self) -> None:
         values = self.control.turn(self.version + 1)
@@ -172,6 +177,7 @@ class Driver:
             "stream": self.stream.state(),
             "insight": self.insight.state(),
             "control": self.control.state(),
+            "limits": {name: limit.state() for name, limit in self.limits.items()},
             **{name: memory.state() for name, memory in self.memories.items()},
         }
 
@@ -182,6 +188,8 @@ class Driver:
         self.insight.restore(state["insight"])
         for name in self.memories.keys() & state.keys():  # a checkpoint of before a choice has none
             self.memories[name].restore(state[name])
+        for name, counted in state.get("limits", {}).items():  # one of before they were kept has none
+            self.limits[name].restore(counted)
         self.control.restore(state["control"])
         self.committed = self.state()
 
@@ -209,21 +217,24 @@ class Driver:
     async def rollout(self, prompt: Prompt, serial: int, hotter: float = 1.0) -> Group | Dropped:
         """A whole group, or why there is none; members that failed are drawn anew, alone, a few times."""
         members: list[tuple[Rollout, Verdict]] = []
-        reason, abandoned = "", list[Rollout]()
+        reason, abandoned, lost = "", list[Rollout](), 0
         first = 0 if hotter == 1.0 else 1 + self.pace.resamples  # other seeds for a second draw
         for attempt in range(first, first + 1 + self.pace.resamples):
             missing = self.pace.group_size - len(members)
             drawn = seeds(self.seed, serial, attempt, missing + self.pace.extra)
             plan = self.plan if attempt == first else independent
             judged = await self._sample_and_judge(self._generator(hotter, missing), prompt, drawn, plan)
-            abandoned += [r for r, _ in judged if r.status is Status.ABANDONED]
-            members += survivors(judged)
+            early = [r for r, _ in judged if r.status is Status.ABANDONED]
+            kept = survivors(judged)
+            abandoned += early
+            members += kept
+            lost += _drawn(r for r, _ in judged) - _drawn(early) - _drawn(r for r, _ in kept)
             if len(members) == self.pace.group_size:
                 rollouts, verdicts = zip(*members, strict=True)
-                return Group(prompt, rollouts, verdicts, abandoned=tuple(abandoned))
+                return Group(prompt, rollouts, verdicts, abandoned=tuple(abandoned), lost=lost)
             reason = _why(judged)
             self.roles.journal.event("resample", prompt=prompt.id, attempt=attempt, reason=reason)
-        return Dropped(prompt, reason)
+        return Dropped(prompt, reason, _drawn([*(r for r, _ in members), *abandoned]) + lost)
 
     def _generator(self, hotter: float, enough: int) -> Generator:
         """The one the run has, asked for what its choices need."""
@@ -285,9 +296,9 @@ class Driver:
     def _observe(self, groups: Sequence[Group], tokens: Tokens, rules: Mapping[str, int]) -> dict[str, float]:
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
         trained = describe(groups, tokens)
-        whole = [*groups, *self.stream.judged_since()]
+        whole = self.stream.judged_since()
         self.drawn += sum(group.drawn for group in whole)
-        for group in whole:  # here, not as they finish: the order is the same in every run
+        for group in whole:  # here, not as they finish: in order of issue, the same in every run
             for memory in self.memories.values():
                 memory.note(group)
         judged = [g for group in whole for g in (*group.earlier, group)]
@@ -306,7 +317,7 @@ class Driver:
                 "verdicts/failed": self.failures.share,
                 "groups/surplus": float(self.stream.surplus),
                 "groups/held": float(self.stream.held),
-                "tokens/drawn": float(self.drawn),
+                "tokens/drawn": float(self.drawn + self.stream.lost),
             }
         )
         for tell in self.choice.tell:
@@ -335,6 +346,10 @@ class Clock:
         total = time.monotonic() - self.began
         phases = {f"seconds/{phase}": s for phase, s in self.seconds.items()}
         return phases | {"seconds/step": total, "tokens/per_second": tokens / total}
+
+
+def _drawn(rollouts: Iterable[Rollout]) -> int:
+    return sum(r.drawn for r in rollouts)
 
 
 def _why(judged: list[tuple[Rollout, Verdict]]) -> str:

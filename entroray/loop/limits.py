@@ -3,9 +3,22 @@
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from entroray.errors import DataError, NumericsError
 from entroray.types import Verdict
+
+
+class Limit(Protocol):
+    """A count that goes on where a resumed run goes on."""
+
+    def state(self) -> Any:
+        """Plain JSON."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Go on from `state`."""
+        ...
 
 
 @dataclass
@@ -38,6 +51,14 @@ class VerdictFailures:
         """Of the responses looked back on; 0 of none."""
         return sum(map(bool, self.recent)) / max(1, len(self.recent))
 
+    def state(self) -> list[str]:
+        """Plain JSON."""
+        return list(self.recent)
+
+    def restore(self, state: Sequence[str]) -> None:
+        """Go on from `state`."""
+        self.recent = deque(state)
+
 
 @dataclass
 class SkippedUpdates:
@@ -54,6 +75,14 @@ class SkippedUpdates:
                 f"the gradient was not finite in {self.in_a_row} steps in a row (learner.max_skipped): lower "
                 "learner.lr or learner.max_grad_norm; the batches are in skipped/ of the run directory"
             )
+
+    def state(self) -> int:
+        """Plain JSON."""
+        return self.in_a_row
+
+    def restore(self, state: int) -> None:
+        """Go on from `state`."""
+        self.in_a_row = state
 
 
 @dataclass
@@ -90,3 +119,11 @@ class IdleRules:
         for name, tokens in rules.items():
             self.idle[name] = 0 if tokens else self.idle[name] + 1
         return [name for name in rules if self.idle[name] == self.patience]
+
+    def state(self) -> dict[str, int]:
+        """Plain JSON."""
+        return dict(self.idle)
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from `state`."""
+        self.idle = Counter(state)

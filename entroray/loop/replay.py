@@ -39,7 +39,8 @@ class Replay:
             return group
         rollout, verdict = found
         rollouts, verdicts = (*group.rollouts[:-1], rollout), (*group.verdicts[:-1], verdict)
-        return replace(group, rollouts=rollouts, verdicts=verdicts)
+        lost = group.lost + group.rollouts[-1].drawn
+        return replace(group, rollouts=rollouts, verdicts=verdicts, lost=lost)
 
     def note(self, group: Group) -> None:
         """Keep a success of a group mostly wrong; forget those of one that is not."""

@@ -48,6 +48,8 @@ def _failed(group: Group | Dropped) -> bool:
 
 def _instead(first: Group | Dropped, second: Group | Dropped) -> Group | Dropped:
     """The second draw, which knows of the first; the first where the second gave no group."""
-    if isinstance(first, Group) and isinstance(second, Group):
+    if not isinstance(first, Group):
+        return first
+    if isinstance(second, Group):
         return replace(second, earlier=(first,))
-    return first
+    return replace(first, lost=first.lost + second.drawn)

@@ -17,6 +17,8 @@ class Dropped:
 
     prompt: Prompt
     reason: str
+    drawn: int = 0
+    """Response tokens drawn for it all the same."""
 
 
 class Prompts(Protocol):
@@ -80,10 +82,11 @@ class Stream:
         self.changed = asyncio.Event()
         self.dropped: Counter[str] = Counter()
         self.refused = 0
+        self.lost = 0
         self.surplus = self.held = 0
         self.keeps = keeps
         self.kept_share = 1.0
-        self.untrained: list[Group] = []
+        self.judged: dict[int, Group] = {}
 
     def fill(self) -> None:
         """Draw prompts until the window is full, or the wave large enough."""
@@ -112,6 +115,7 @@ class Stream:
         if isinstance(result, Group):
             slot.group = result
         else:
+            self.lost += result.drawn
             self._free(slot, result.reason)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
@@ -155,30 +159,33 @@ class Stream:
         """The groups of `ready`; the other finished ones are held, or put aside."""
         if self.max_lag == 0:
             kept = len(self.slots)
-            self.kept_share = kept / (kept + len(self.untrained))
+            self.kept_share = kept / (kept + len(self.judged))
         taken = {s.serial for s in ready}
         surplus = [s for s in self.slots.values() if s.group and s.serial not in taken]
         self.held = len(surplus) if self.keeps else 0
         if not self.keeps:
-            self.untrained += [self.slots.pop(s.serial).group for s in surplus]  # type: ignore[misc]
             self.surplus += len(surplus)
-        return [self.slots.pop(s.serial).group for s in ready]  # type: ignore[misc]
+        for slot in ready if self.keeps else [*ready, *surplus]:
+            self.judged[slot.serial] = slot.group  # type: ignore[assignment]
+            del self.slots[slot.serial]
+        return [s.group for s in ready]  # type: ignore[misc]
 
     def _sift(self, keep: Callable[[Group], bool], *, wait: bool) -> None:
         for slot in [s for s in self.slots.values() if s.group]:
             assert slot.group is not None
             if not wait and self.version - slot.group.version > self.max_lag:
                 self.refused += 1
+                self.lost += slot.group.drawn
                 del self.slots[slot.serial]
                 self._issue(slot.prompt, slot.position)
             elif not keep(slot.group):
-                self.untrained.append(slot.group)
+                self.judged[slot.serial] = slot.group
                 self._free(slot, "no signal")
 
     def judged_since(self) -> list[Group]:
-        """Groups judged and not trained on since the last call: sent back by `keep`, or surplus."""
-        found, self.untrained = self.untrained, []
-        return found
+        """Groups judged since the last call, in order of issue: taken, sent back by `keep`, or surplus."""
+        found, self.judged = self.judged, {}
+        return [found[serial] for serial in sorted(found)]
 
     def _feasible(self, ready: list[Slot]) -> bool:
         """Whether all others can still be trained within `max_lag`, `per_step` of them a step."""
@@ -205,6 +212,7 @@ class Stream:
             "dropped": dict(self.dropped),
             "refused": self.refused,
             "surplus": self.surplus,
+            "lost": self.lost,
         }
 
     def restore(self, state: Mapping[str, Any], version: Version) -> None:
@@ -213,6 +221,7 @@ class Stream:
         self.serial, self.kept_share = state["serial"], state["kept_share"]
         self.dropped = Counter(state["dropped"])
         self.refused, self.surplus = state["refused"], state["surplus"]
+        self.lost = state.get("lost", 0)  # a checkpoint of before it was counted has none
         for serial, position in state["in_flight"]:
             self._start(Slot(serial, position, self.prompts.at(position), version))
 

@@ -17,9 +17,11 @@ def token(t: Tokens) -> Float[Tensor, " N"]:
 
 
 def rollout_mean(t: Tokens) -> Float[Tensor, " N"]:
-    """Every rollout counts the same, however long (GRPO, arXiv 2402.03300).
+    """Every rollout counts the same, however long (GRPO, arXiv 2402.03300); observations are no part of it.
 
     `1 / (response tokens of the rollout)`
+    A branch is as long as its parent's tokens and its own: it counts by the part that it drew itself.
     """
-    ones = torch.ones_like(t.logprobs)
-    return 1 / segment_sum(ones, t.row, len(t.length))[t.row]
+    length = segment_sum(torch.ones_like(t.logprobs), t.row, len(t.length))
+    whole = length if t.inherited is None else length + t.inherited
+    return 1 / whole[t.row]

@@ -26,6 +26,7 @@ UNITS = {
     "sampler_varentropy": "nats^2, before shaping",
     "sampler_temperature": "really drawn at; 0 the likeliest was taken, null inserted",
     "mask_reason": "null where the token counts in the aggregates",
+    "replayed": "the rollout is a success of an earlier step; its version says which",
 }
 
 
@@ -87,6 +88,7 @@ def table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table:
         "reward": per_row([v.reward for _, v in judged]),
         "correct": per_row([v.correct for _, v in judged]),
         "status": _words(status, row),
+        "replayed": pa.array(np.array([r.replayed for r in rollouts], bool)[row]),
     }
     return pa.table(columns, metadata=UNITS)
 

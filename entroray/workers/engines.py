@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -24,6 +24,31 @@ class Engine:
     name: str
     handle: Any
     owes: int = 0
+
+
+@dataclass
+class Homes:
+    """Which engine served a prompt last: what its cache knows of the prompt is read again for nothing.
+
+    A request goes there unless that engine owes more than `ahead` samples more than the one that owes least,
+    which is then the home. The `most` prompts served last are remembered. Seeds make a sample the same on
+    any engine, so this moves work, not results.
+    """
+
+    ahead: int = 16
+    most: int = 4096
+    known: dict[str, Engine] = field(default_factory=dict)
+    """The prompt served longest ago first."""
+
+    def choose(self, prompt_id: str, live: Sequence[Engine]) -> Engine:
+        """The engine of `live`, of which there is one, to ask next."""
+        least = min(live, key=lambda e: e.owes)
+        home = self.known.pop(prompt_id, least)
+        chosen = home if home in live and home.owes <= least.owes + self.ahead else least
+        self.known[prompt_id] = chosen
+        if len(self.known) > self.most:
+            del self.known[next(iter(self.known))]
+        return chosen
 
 
 @dataclass(eq=False)
@@ -57,6 +82,7 @@ class Engines:
         self.started = len(handles)
         self.newcomers: list[Engine] = []
         self.mend: Callable[[], Awaitable[None]] | None = None
+        self.homes = Homes()
         self.queue: list[Asked] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self.replacing: set[asyncio.Task[None]] = set()
@@ -77,14 +103,14 @@ class Engines:
         return await asked.answer
 
     def _hand_out(self) -> None:
-        """Everything asked for since the last turn, each request to the engine that owes least."""
+        """Everything asked for since the last turn, each request to an engine that knows its prompt."""
         asked, self.queue = [a for a in self.queue if not a.answer.done()], []
         if not self.live:
             self._keep(self._wait_and_ask(asked))
             return
         shares: dict[Engine, list[Asked]] = {engine: [] for engine in self.live}
         for each in asked:
-            engine = min(self.live, key=lambda e: e.owes)
+            engine = self.homes.choose(each.request.prompt_id, self.live)
             engine.owes += len(each.request.seeds)
             shares[engine].append(each)
         for engine, share in shares.items():

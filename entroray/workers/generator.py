@@ -26,6 +26,7 @@ from entroray.workers.request import (
     probe_params,
     prompt_logprobs,
     rollout,
+    so_far,
     unfinished,
 )
 
@@ -160,13 +161,14 @@ class Generator:
         from vllm import LLM
 
         began = time.monotonic()
+        options: dict[str, Any] = {"logprobs_mode": "processed_logprobs"} | self.options
         self.llm = LLM(
             model=self.model,
             dtype=self.dtype,
             seed=self.seed,
             max_model_len=self.max_length,
             async_scheduling=False,  # a token in flight across a sync would carry the wrong version
-            **({"logprobs_mode": "processed_logprobs"} | self.options),
+            **options,
         )
         self.engine, self.tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         self.llm.update_weight_version("0")
@@ -270,12 +272,13 @@ class Generator:
     def _give_up(self, waiting: _Waiting, status: Status) -> None:
         """Abort what is left of a request, and forget it."""
         late = sorted(waiting.left)
+        begun = [so_far(self.engine, name) for name in late]
         self.engine.abort_request(late)
         if waiting.request.sampling.rule:
             self._drain_notes(late)
-        for name in late:
+        for name, there in zip(late, begun, strict=True):
             self.owner.pop(name, None)
-            waiting.done[name] = unfinished(waiting.request, status)
+            waiting.done[name] = unfinished(waiting.request, status, there, self._decode)
         waiting.left.clear()
 
     def _sleep(self) -> None:

@@ -160,12 +160,30 @@ def _shaped(notes: np.ndarray | None, length: int) -> Shaped:
     return Shaped(*np.ascontiguousarray(notes[:length].T))
 
 
-def unfinished(request: Request, status: Status) -> Rollout:
-    """What there is of a sample that was not waited for: nothing, and why."""
+def unfinished(
+    request: Request, status: Status, so_far: Any | None, decode: Callable[[list[int]], str]
+) -> Rollout:
+    """What there is of a sample that was not waited for, and why; without its sampler's notes."""
+    if so_far is not None and len(so_far.token_ids):
+        plain = replace(request, sampling=replace(request.sampling, rule=None))
+        return replace(rollout(plain, so_far, decode, None), status=status)
     none = np.empty(0, dtype=np.int32)
     limit = request.sampling.max_tokens
     temperature = request.sampling.temperature
     return Rollout(request.prompt_id, none, none.astype(np.float32), none, "", temperature, limit, status)
+
+
+def so_far(engine: Any, name: str) -> Any | None:
+    """The completion of a request under way, as if it ended here, from vLLM's own books; None without one.
+
+    An abort returns nothing, and these tokens were drawn all the same.
+    """
+    from vllm.v1.engine import FinishReason
+
+    books = engine.output_processor
+    states = [books.request_states[i] for i in books.external_req_ids.get(name, ())]
+    told = [state.make_request_output([], None, FinishReason.ABORT, None) for state in states]
+    return told[0].outputs[0] if told else None
 
 
 def prompt_logprobs(output: Any) -> list[float]:

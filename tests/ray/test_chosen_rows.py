@@ -143,6 +143,8 @@ def test_the_engine_gives_up_the_slow_and_goes_on(running: Machine) -> None:
         taken = [i for i, r in enumerate(early) if r.status.usable]
         assert len(taken) == 4 and {str(r.status) for r in early} <= {"ok", "truncated", "abandoned"}
         assert all(early[i].token_ids.tolist() == whole[i].token_ids.tolist() for i in taken)
+        left = [(early[i].token_ids.tolist(), whole[i].token_ids.tolist()) for i in {*range(12)} - {*taken}]
+        assert all(a and a == b[: len(a)] for a, b in left), "what a sample given up had drawn is known"
         bound = sorted(r.length for r in whole)[3]
         assert max(early[i].length for i in taken) <= bound < max(r.length for r in whole)
         again = ask(running, Request("q", (5, 6, 7), (0, 1), drawing, 60.0))

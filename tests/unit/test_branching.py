@@ -18,6 +18,8 @@ from entroray.loop.batching import tokens_of
 from entroray.loop.branching import branching, first_token_forks, independent, tree
 from entroray.loop.forks import branch, places, survivors
 from entroray.loop.splice import cut
+from entroray.objective.aggregate import rollout_mean
+from entroray.objective.view import visible
 from entroray.types import Group, Mask, Prompt, Rollout, Shaped, Span, Status, Verdict
 from tests.composed import configured
 from tests.toy import VOCABULARY, ToyWorld, driver
@@ -117,6 +119,51 @@ def test_the_same_seed_chooses_the_same_places() -> None:
     assert chosen[0] == chosen[1] != chosen[2]
     again = [drawn(partial(tree, roots=2, depth=2, width=1)) for _ in range(2)]
     assert all(alike(a, b) for a, b in zip(*again, strict=True))
+
+
+# What they weigh
+
+
+def weights(*rollouts: Rollout) -> list[list[float]]:
+    """Of each token that is trained on, by rollout."""
+    group = Group(PROMPT, rollouts, (Verdict(1.0, 1.0),) * len(rollouts))
+    n = sum(r.length for r in rollouts)
+    columns = {name: np.zeros(n, np.float32) for name in ("logprobs", "entropy", "varentropy")}
+    seen = visible(tokens_of([group], [torch.zeros(len(rollouts))], columns, 1))
+    share = rollout_mean(seen)
+    return [share[seen.row == row].tolist() for row in range(len(rollouts))]
+
+
+def test_a_branch_is_as_long_as_all_that_was_drawn_for_it() -> None:
+    """Twelve tokens each: a root, a branch that drew its last three, and one of that which drew one."""
+    root = one()
+    child = branch(root, 0, 9, cut(one(), 3))
+    grandchild = branch(child, 1, 11, cut(one(), 1))
+    assert [len(w) for w in weights(root, child, grandchild)] == [12, 3, 1]
+    for each in weights(root, child, grandchild):
+        assert each == pytest.approx([1 / 12] * len(each))
+
+
+def test_what_nobody_drew_is_no_part_of_a_length_not_in_a_prefix_either() -> None:
+    root = one(spans=(Span(2, 4, Mask.TOOL),))
+    root.shaped.temperature[5] = np.nan  # type: ignore[union-attr]
+    child = branch(root, 0, 9, cut(one(), 3))
+    assert child.drawn_before == 6 and child.inherited == 9
+    alone, grown = weights(root, child)
+    assert alone == pytest.approx([1 / 9] * 9) and grown == pytest.approx([1 / 9] * 3)
+
+
+def test_without_branches_nothing_is_said_of_what_is_inherited() -> None:
+    group = Group(PROMPT, (one(), one()), (Verdict(1.0, 1.0),) * 2)
+    columns = {name: np.zeros(24, np.float32) for name in ("logprobs", "entropy", "varentropy")}
+    assert tokens_of([group], [torch.zeros(2)], columns, 1).inherited is None
+
+
+def test_what_is_inherited_goes_with_its_row() -> None:
+    group = Group(PROMPT, (one(), branch(one(), 0, 9, cut(one(), 3))), (Verdict(1.0, 1.0),) * 2)
+    columns = {name: np.zeros(24, np.float32) for name in ("logprobs", "entropy", "varentropy")}
+    taken = tokens_of([group], [torch.zeros(2)], columns, 1).take(torch.tensor([1]))
+    assert taken.inherited is not None and taken.inherited.tolist() == [9]
 
 
 # Plans

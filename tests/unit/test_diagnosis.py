@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from entroray.entropy import describe, diagnose
-from entroray.entropy.calibration import brier, consistency, expected_error
+from entroray.entropy.calibration import brier, calibration, consistency, expected_error
 from entroray.entropy.catalogue import STEP, UPDATE, matches, text
 from entroray.entropy.diversity import answers, distinct, pass_at
 from entroray.entropy.movement import movement, shares
+from entroray.types import Mask, Span
 from tests.unit.test_statistics import group, tokens_of
 
 LN2 = math.log(2)
@@ -46,6 +47,44 @@ def test_answers_and_pass_at_k():
     assert found["answers/entropy"] == pytest.approx(math.log(3) - 2 / 3 * LN2)
     # two of four right: no right one among two drawn in 1 of 6 ways
     assert pass_at(groups) == pytest.approx({"pass/1": 0.25, "pass/2": 5 / 12, "pass/4": 0.5})
+
+
+def changed(g, at, **changes):
+    """The group with its rollout at `at` changed."""
+    rollouts = [replace(r, **changes) if i == at else r for i, r in enumerate(g.rollouts)]
+    return replace(g, rollouts=tuple(rollouts))
+
+
+def test_n_grams_are_of_tokens_that_the_policy_drew_there():
+    """A branch's first two tokens are its parent's; a tool says 9 9 amid what the second response wrote."""
+    prefix, tool = (Span(0, 2, Mask.PREFIX),), (Span(2, 4, Mask.TOOL),)
+    branched = changed(written([1, 2, 3], [1, 2, 4]), 1, spans=prefix, parent=0)
+    assert distinct([branched]) == {"distinct/1": 1.0, "distinct/2": 1.0, "distinct/3": 1.0}
+    told = distinct([changed(written([7, 8, 9, 9, 7, 8]), 0, spans=tool)])
+    assert told == {"distinct/1": 2 / 4, "distinct/2": 1 / 2}, "nothing across what the tool said"
+    again = distinct([changed(written([5] * 5, [1, 1, 9, 9, 1, 1, 1, 1]), 1, spans=tool)])
+    assert again["repetition/share"] == (1 / 2 + 0) / 2
+    assert distinct([changed(written([1, 2]), 0, spans=prefix)]) == {}
+
+
+def test_pass_at_k_is_of_independent_draws_alone():
+    four = written([1], [1], [1], [1], correct=[1, 0, 0, 1])
+    roots = changed(changed(four, 2, parent=0), 3, parent=1)
+    assert pass_at([roots]) == {"pass/1": 0.5, "pass/2": 1.0}, "two roots, one right"
+    forced = Span(0, 1, Mask.FORCED)
+    everywhere = replace(four, rollouts=tuple(replace(r, spans=(forced,)) for r in four.rollouts))
+    assert pass_at([everywhere]) == {} and pass_at([four, everywhere]) == pass_at([four])
+    first = written([1], [1], correct=[0, 0])
+    assert pass_at([replace(four, earlier=(first,))]) == {"pass/1": 0.0, "pass/2": 0.0}, "drawn hotter since"
+    assert pass_at([replace(four, abandoned=four.rollouts[:1])]) == {}, "the short ones alone finished"
+
+
+def test_what_is_replayed_has_no_say_in_answers_and_calibration():
+    three = written([1], [1], [1], answers=["3", "4", "4"], correct=[1, 0, 0])
+    old = changed(three, 0, replayed=True)
+    assert answers([old]) == {"answers/missing": 0.0, "answers/distinct": 1.0, "answers/entropy": 0.0}
+    told = calibration([old], np.log([1.0, 0.5, 0.5]))
+    assert told["calibration/ece_consistency"] == 1.0 and told["calibration/brier_logprob"] == 0.25
 
 
 def test_calibration_by_hand():

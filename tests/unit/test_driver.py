@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from entroray.errors import DataError, InfrastructureError
-from entroray.loop.driver import seeds
+from entroray.errors import DataError, InfrastructureError, NumericsError
+from entroray.loop.choice import Choice
+from entroray.loop.driver import Driver, seeds
 from entroray.loop.stream import wave
 from entroray.objective import build
+from entroray.types import Group, Prompt, Status, Verdict
 from tests.toy import ToyWorld, driver, trained
 
 ROWS = Path(__file__).parents[2] / "conf" / "objective"
@@ -142,6 +144,69 @@ def test_who_finishes_late_has_no_say_in_what_is_trained_on(late: str) -> None:
     assert trained[0] == trained[1] == sorted(trained[0], key=lambda q: int(q[1:]))
 
 
+def test_a_run_that_always_skips_its_update_ends_however_often_it_is_resumed() -> None:
+    """max_skipped is 3, and each process does one step."""
+    world, state = ToyWorld(row("grpo")), None
+
+    async def skips(batch: object, tokens: object) -> dict[str, float]:
+        return {"update/skipped": 1.0}
+
+    world.update = skips  # type: ignore[method-assign]
+    for step in (1, 2):
+        state = trained(driver(world), step, state)[step]
+    with pytest.raises(NumericsError, match="3 steps in a row"):
+        trained(driver(world), 3, state)
+
+
+def test_limits_count_on_after_a_resume_and_begin_anew_from_an_older_checkpoint() -> None:
+    d = driver(ToyWorld(row("grpo")))
+    d.failures.note([Verdict(0.0, 0.0, status=Status.TIMEOUT, detail="slow"), Verdict(0.0, 0.0)], 2)
+    d.idle.note({"objective/cap_tokens": 0.0})
+
+    async def restored(state: dict) -> Driver:
+        rest = driver(ToyWorld(row("grpo")))
+        rest.restore(json.loads(json.dumps(state)))
+        await rest.stream.close()
+        return rest
+
+    rest = asyncio.run(restored(d.state()))
+    assert list(rest.failures.recent) == ["timeout: slow", ""]
+    assert rest.idle.idle == {"objective/cap_tokens": 1}
+    older = {name: value for name, value in d.state().items() if name != "limits"}
+    assert asyncio.run(restored(older)).failures.share == 0.0
+
+
+class Heard:
+    """A memory of the prompts it was told of."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def note(self, group: Group) -> None:
+        self.prompts.append(group.prompt.id)
+
+    def state(self) -> list[str]:
+        return list(self.prompts)
+
+    def restore(self, state: list[str]) -> None:
+        self.prompts = list(state)
+
+
+@pytest.mark.parametrize("late", ["", "q1", "q3"])
+def test_memories_hear_of_all_groups_in_order_of_issue_whoever_finishes_late(late: str) -> None:
+    """q0, q3, q6, ... are trained on, the others sent back; each is noted once."""
+    world, heard = ToyWorld(row("grpo", keep={"fn": "informative"}), slow=late), Heard()
+    world.judge = one_in_three  # type: ignore[method-assign]
+
+    async def run() -> None:
+        world.gate = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.05, world.gate.set)
+        await driver(world, groups_per_step=3, choice=Choice({"heard": heard})).train(3)
+
+    asyncio.run(run())
+    assert heard.prompts == [f"q{i}" for i in range(len(heard.prompts))]
+
+
 @pytest.mark.parametrize("max_lag", [0, 1])
 def test_a_restored_driver_draws_the_prompts_it_would_have_had(max_lag: int) -> None:
     def world() -> ToyWorld:
@@ -160,15 +225,11 @@ def test_a_restored_driver_draws_the_prompts_it_would_have_had(max_lag: int) -> 
 
 
 async def one_in_three(prompt: object, rollouts: list) -> list:
-    from entroray.types import Verdict
-
     signal = int(prompt.id[1:]) % 3 == 0  # type: ignore[attr-defined]
     return [Verdict(float(signal and i % 2), float(signal and i % 2)) for i, _ in enumerate(rollouts)]
 
 
 async def all_wrong(prompt: object, rollouts: list) -> list:
-    from entroray.types import Verdict
-
     return [Verdict(0.0, 0.0) for _ in rollouts]
 
 
@@ -214,3 +275,42 @@ def test_a_run_of_so_many_tokens_ends_with_the_step_that_drew_the_last_and_resum
 
     asyncio.run(resumed())
     assert world.steps[-1]["tokens/drawn"] == 256.0 and len(world.steps) == 4
+
+
+def test_tokens_of_members_that_failed_of_dropped_groups_and_of_refusals_are_drawn_too() -> None:
+    """Rollouts have 2 tokens. q0 fails whole, 3 times 8; of q1 one member is judged late, once."""
+    world = ToyWorld(row("grpo"), bad="q0")
+    late = {"q1"}
+
+    async def judge(prompt: Prompt, rollouts: list) -> list[Verdict]:
+        status = Status.TIMEOUT if prompt.id in late else Status.OK
+        late.discard(prompt.id)
+        return [Verdict(0.0, 0.0, status=status), *[Verdict(1.0, 1.0)] * (len(rollouts) - 1)]
+
+    world.judge = judge  # type: ignore[method-assign]
+    d = driver(world)
+    asyncio.run(d.train(1))
+    assert world.trained == ["q1", "q2", "q3", "q4"] and world.steps[0]["groups/dropped"] == 1
+    assert world.steps[0]["tokens/drawn"] == 4 * 16 + 3 * 16 + 2
+    assert d.state()["drawn"] == 4 * 16 + 2 and d.state()["stream"]["lost"] == 3 * 16
+
+
+def test_a_refused_group_was_drawn_all_the_same() -> None:
+    """q1 outlives the lag and is drawn again: its first 16 tokens count, and are in the checkpoint."""
+    world = ToyWorld(row("grpo"), slow="q1")
+    d = driver(world, max_lag=1, wait=False)
+
+    async def run() -> None:
+        world.gate = asyncio.Event()
+
+        async def after(step: int, metrics: object) -> None:
+            if step == 3 and world.gate:
+                world.gate.set()
+
+        await d.train(6, after)
+
+    asyncio.run(run())
+    told = world.steps[-1]
+    assert told["groups/refused"] == 1
+    assert told["tokens/drawn"] == 6 * 4 * 16 + 16
+    assert d.state()["stream"]["lost"] == 16

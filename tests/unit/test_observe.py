@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import duckdb
 import numpy as np
@@ -20,7 +21,7 @@ COLUMNS = [
     *("step", "version", "prompt_id", "rollout", "position", "token_id", "logprob_behavior", "logprob_old"),
     *("entropy", "varentropy", "temperature", "sampler_entropy", "sampler_varentropy", "sampler_temperature"),
     *("advantage", "scale", "selected", "mask_reason", "reward"),
-    *("correct", "status"),
+    *("correct", "status", "replayed"),
 ]
 WORDS = {0: "<b>", 1: " so", 2: "\n"}
 METRICS = {"reward/mean": 0.25, "entropy/mean": 1.2345, "entropy/p80": 2.5, "lag/max": 1.0} | {
@@ -138,6 +139,13 @@ def test_a_step_without_a_token_is_a_table_without_a_row():
     for rows, of in {(2,): [empty], (): []}.items():
         table = records.table(1, of, tokens.take(torch.tensor(rows, dtype=torch.long)))
         assert table.num_rows == 0 and table.column_names == COLUMNS
+
+
+def test_a_replayed_rollout_is_marked_in_the_records():
+    groups, tokens = a_step()
+    old = replace(groups[1], rollouts=(groups[1].rollouts[0], replace(groups[1].rollouts[1], replayed=True)))
+    told = records.table(2, [groups[0], old], tokens)["replayed"].to_pylist()
+    assert told == [False] * 4 + [True] * 3
 
 
 def test_nan_outside_the_mask_leaves_no_trace():

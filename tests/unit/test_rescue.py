@@ -54,6 +54,7 @@ def test_an_all_wrong_group_gets_the_success_of_old_and_stays_all_wrong_as_drawn
     mended = replay.mend(group("p0", 0, 0, 0, version=7))
     assert [r.replayed for r in mended.rollouts] == [False, False, True]
     assert mended.correct.tolist() == [0, 0, 1] and mended.right == 0
+    assert mended.drawn == 6, "two tokens each, those of the one that made room too"
     assert mended.version == 7 and mended.rollouts[-1].version == 3
     assert replay.metrics([mended, group("p1", 0, 1, 1)], [], 9) == pytest.approx(
         {"replay/kept": 1, "replay/groups": 1 / 2, "replay/share": 2 / 12, "replay/age": 5}
@@ -176,9 +177,9 @@ def test_a_second_draw_that_gives_no_group_leaves_the_first() -> None:
     first = group("p0", 0, 0)
 
     async def again(factor: float) -> Dropped:
-        return Dropped(first.prompt, "engine gone")
+        return Dropped(first.prompt, "engine gone", 7)
 
-    assert asyncio.run(Rescue(1.2)(first, again)) is first
+    assert asyncio.run(Rescue(1.2)(first, again)) == replace(first, lost=7)
     dropped = Dropped(first.prompt, "timeout")
     assert asyncio.run(Rescue(1.2)(dropped, again)) is dropped
 
