@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
 
-from entroray.cli import settings
+from entroray.cli import plans, settings
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.objective import Objective, build, check_group_size
@@ -46,6 +46,7 @@ def schedule(config: Config) -> Schedule:
         second=r.second.factor != 1.0,
         replay=bool(r.replay.tokens),
         lowest=r.prompts.band[0],
+        siblings=plans.makes_siblings(r),
     )
 
 

@@ -24,6 +24,11 @@ def reads_entropy(rollout: RolloutConfig) -> bool:
     return "entropy" in getattr(plan_of(rollout).func, "needs", ())
 
 
+def makes_siblings(rollout: RolloutConfig) -> bool:
+    """Whether responses of a group share tokens."""
+    return bool(getattr(plan_of(rollout).func, "siblings", False))
+
+
 def describe(rollout: RolloutConfig) -> str:
     """The plan in words, for a run's header."""
     bound = plan_of(rollout)

@@ -6,8 +6,9 @@ from functools import partial
 from typing import Literal
 
 from entroray.errors import ConfigError
-from entroray.objective.bind import effective
+from entroray.objective.bind import effective, keywords
 from entroray.objective.equation import Objective
+from entroray.objective.estimator import subtree
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Schedule:
     """One of such a group is replaced by a right answer of old."""
     lowest: float = 0.0
     """Pass rate below which prompts rarely come up."""
+    siblings: bool = False
+    """Responses of a group share tokens."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,19 @@ def _wrong_groups_are_not_rescued(o: Objective, s: Schedule) -> Iterator[Remark]
             f"rollout.prompts.band rarely draws prompts of pass rate below {s.lowest:g}, whose wrong answers "
             "this row learns from",
         )
+
+
+def _siblings_are_compared(o: Objective, s: Schedule) -> Iterator[Remark]:
+    """Only where the estimator compares at all: what needs no second rollout has no mean of a group."""
+    if not s.siblings or o.estimator.func is subtree or getattr(o.estimator.func, "min_group", 1) < 2:
+        return
+    left = [f" ~objective.estimator.{name}" for name in o.estimator.keywords if name not in keywords(subtree)]
+    yield Remark(
+        "beware",
+        f"estimator `{_name(o.estimator)}` compares responses that share tokens as if each were drawn alone: "
+        f"say 'objective.estimator={{fn: subtree}}'{''.join(left)} to compare each with what began where it "
+        "began",
+    )
 
 
 def _corrected_once(o: Objective, s: Schedule) -> Iterator[Remark]:
@@ -208,6 +224,7 @@ def _mismatch_is_corrected(o: Objective, s: Schedule) -> Iterator[Remark]:
 RULES: tuple[Rule, ...] = (
     _equal_groups_are_kept,
     _wrong_groups_are_not_rescued,
+    _siblings_are_compared,
     _corrected_once,
     _one_restraint,
     _a_rollout_has_one_advantage,

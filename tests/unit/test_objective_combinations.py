@@ -68,11 +68,20 @@ def test_two_faults_are_told_at_once():
         (ROWS["forking_tokens"], {}, "beware", "kept_tokens"),
         (ROWS["positive_reweighting_stage"], {"steps": 90}, "beware", "is 100, run.steps 90"),
         (ROWS["grpo"], {"max_lag": 1}, "beware", "correction `none`"),
+        (ROWS["grpo"], {"siblings": True}, "beware", "'objective.estimator={fn: subtree}' to compare each"),
+        (ROWS["qae"], {"siblings": True}, "beware", "subtree}' ~objective.estimator.k to compare"),
         (ROWS["aspo"] | {"select": {"fn": "everything"}}, {}, "beware", "select `everything` makes none"),
     ],
 )
 def test_what_has_no_effect_is_told(row, schedule, kind, text):
     assert text in said(row, kind, **schedule)
+
+
+@pytest.mark.parametrize("name", ["nsr", "reinforce", "reinforce_pp"])
+def test_rows_that_compare_no_responses_may_have_siblings(name):
+    assert "subtree" not in said(ROWS[name], "beware", siblings=True)
+    row = ROWS["grpo"] | {"estimator": {"fn": "subtree"}}
+    assert said(row, "beware", siblings=True) == "" == said(ROWS["grpo"], "beware")
 
 
 def test_what_acts_is_not_called_inert():
