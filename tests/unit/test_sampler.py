@@ -137,7 +137,7 @@ def test_a_processor_of_ones_own_is_weighed_and_must_be_reported() -> None:
     corrected = [*own, "objective.correction={fn: truncated_importance}"]
     assert sampling.shapes(configured(*corrected))
     for option in ("logprobs_mode=raw_logprobs", "speculative_config={a: b}"):
-        with pytest.raises(ConfigError, match="log-probs|speculative"):
+        with pytest.raises(ConfigError, match=r"log-probs|speculative"):
             configured(*corrected, f"+generator.engine.{option}")
     assert not sampling.shapes(configured("+generator.engine.logits_processors=[]"))
 
@@ -148,7 +148,7 @@ def test_a_temperature_above_0_is_one_that_the_engine_draws_at() -> None:
     assert SamplingParams(temperature=sampling.LEAST).temperature == sampling.LEAST
     assert SamplingParams(temperature=0.9 * sampling.LEAST).temperature == sampling.LEAST
     configured("sampler.temperature=0.01")
-    with pytest.raises(ConfigError, match="may set sampler.temperature to 0.005"):
+    with pytest.raises(ConfigError, match=r"may set sampler\.temperature to 0\.005"):
         configured("control=temperature_band", "control.temperature.low=0.005")
 
 
