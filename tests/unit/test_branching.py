@@ -319,6 +319,10 @@ def test_what_a_sampler_did_to_inherited_tokens_is_counted_once() -> None:
         (["rollout=first_token_forks", "rollout.group_size=32"], r"\+generator.engine.max_logprobs=32"),
         (["rollout=branching", "sampler=quadrants", "sampler.insert=w"], "insert again"),
         (["rollout=branching", "sampler.temperature=0"], "greedy samples carry no gradient"),
+        (["rollout=first_token_forks", "sampler.stop=['7']"], "sampler.stop"),
+        (["rollout=branching", "rollout.plan.places=2"], r"places=2.*1 branch"),
+        (["rollout=branching", "rollout.plan.roots=3", "rollout.plan.places=3"], r"places=3.*2 branches"),
+        (["rollout=tree", "rollout.plan.places=2"], r"places=2.*1 branch"),
         (["rollout=branching", "+rollout.plan.rots=3"], "did you mean `roots`"),
         (["rollout=branching", "+generator.engine.speculative_config={a: 1}"], "takes none"),
     ],
@@ -344,6 +348,13 @@ def test_a_header_says_how_siblings_are_compared(capsys: pytest.CaptureFixture[s
     assert "subtree.eps = 1e-06" in said and "beware" not in said
     left = ["rollout=tree", "objective=qae", "objective.estimator={fn: subtree}", "~objective.estimator.k"]
     assert objectives.main(["show", *left]) == 0
+
+
+def test_a_group_has_as_many_places_as_a_response_has_branches() -> None:
+    plan = ["rollout.plan.roots=3", "rollout.plan.places=2"]
+    assert configured("rollout=branching", *plan).rollout.plan["places"] == 2
+    assert configured("rollout=tree", "rollout.plan.width=3", "rollout.plan.depth=1", "rollout.plan.places=3")
+    assert configured("rollout=first_token_forks").sampler.stop == []
 
 
 def test_a_plan_that_reads_entropies_has_them_noted_and_changes_nothing_else() -> None:
