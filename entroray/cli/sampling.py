@@ -71,6 +71,13 @@ def measured(config: Config, temperature: float, tokenizer: Any) -> Sampling:
     return drawn if drawn.rule else drawn.under(shaping.FIXED)
 
 
+def measures(config: Config) -> str:
+    """How an evaluation draws, in words: it heats no prompt, whatever failed in training."""
+    greedy_or_plain = config.sampler.temperature == 0 or config.generator.engine.get("speculative_config")
+    fixed = (config.sampler.rule or shaping.FIXED) == shaping.FIXED
+    return "fixed" if fixed or greedy_or_plain or not config.evaluate.shaped else _ruled_by(config.sampler)
+
+
 def heat(config: Config) -> Heat:
     """What becomes of prompts that failed."""
     return Heat(config.sampler.failed.factor, config.sampler.failed.most)
@@ -92,12 +99,17 @@ def token(text: str | None, tokenizer: Any) -> int | None:
 
 def describe(sampler: Sampler) -> str:
     """The sampler in words, for a run's header."""
-    said = [f"rule {(sampler.rule or shaping.FIXED)['fn']}, factor on T: {shaping.describe(sampler.rule)}"]
-    if sampler.insert is not None:
-        said.append(f"insert {sampler.insert!r} where unsure, at most {sampler.inserts} a response")
-    if sampler.failed.factor != 1.0:
-        said.append(f"failed prompts x {sampler.failed.factor:g} each time, at most {sampler.failed.most:g}")
-    return "; ".join(said)
+    if sampler.failed.factor == 1.0:
+        return _ruled_by(sampler)
+    heated = f"failed prompts x {sampler.failed.factor:g} each time, at most {sampler.failed.most:g}"
+    return f"{_ruled_by(sampler)}; {heated}"
+
+
+def _ruled_by(sampler: Sampler) -> str:
+    said = f"rule {(sampler.rule or shaping.FIXED)['fn']}, factor on T: {shaping.describe(sampler.rule)}"
+    if sampler.insert is None:
+        return said
+    return f"{said}; insert {sampler.insert!r} where unsure, at most {sampler.inserts} a response"
 
 
 def check(config: Config) -> None:
