@@ -74,6 +74,12 @@ def check(config: Config) -> None:
             f"rollout.replay.tokens={replay.tokens} has no room for one response of rollout.max_tokens="
             f"{config.rollout.max_tokens}: give it more, or 0 for no replay"
         )
+    if replay.tokens and config.rollout.group_size < 2:
+        raise ConfigError(
+            f"rollout.replay puts a success in the place of the only rollout of its group with "
+            f"rollout.group_size={config.rollout.group_size}, and nothing that was drawn is left: say 2 or "
+            "more, or rollout.replay.tokens=0"
+        )
     if not 0 < replay.rare < 1:
         raise ConfigError(f"rollout.replay.rare={replay.rare:g} must lie between 0 and 1")
 

@@ -127,7 +127,10 @@ async def evaluate(config: Config) -> dict[str, Any]:
         "prompts": len(prompts),
         "samples": drawn.samples,
         "temperature": s.temperature,
-        "sampler": sampling.describe(s) if e.shaped else "fixed",
+        "sampler": sampling.measures(config),
+        "top_p": s.top_p,
+        "top_k": s.top_k,
+        "max_tokens": config.rollout.max_tokens,
         **found,
     }
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from entroray.cli import sampling
 from entroray.config import Config
 from entroray.control import Control, Controller, build
 from entroray.entropy.catalogue import (
@@ -27,7 +28,7 @@ from entroray.objective.bind import nearest
 METRICS = (*STEP, *SAMPLER, *BRANCHES, *TOOLS, *UPDATE, *CHOICE, *INSIGHT, *DOMAIN)
 OTHERS = ("eval/", "groups/", "objective/", "reward/", "seconds/", "sync/", "tokens/", "update/", "verdicts/")
 """Families with metrics that the catalogue of entropy/ does not list."""
-OUTSIDE = {"learner.lr": 0.0, "sampler.temperature": 1e-6}
+OUTSIDE = {"learner.lr": 0.0, "sampler.temperature": sampling.LEAST}
 """Settings beside the objective's that can be moved, and the least each may be."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
 
-from entroray.cli import settings
+from entroray.cli import plans, sampling, settings
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.objective import Objective, build, check_group_size
@@ -46,6 +46,10 @@ def schedule(config: Config) -> Schedule:
         second=r.second.factor != 1.0,
         replay=bool(r.replay.tokens),
         lowest=r.prompts.band[0],
+        highest=r.prompts.band[1],
+        retire=r.prompts.retire,
+        shaped=sampling.shapes(config),
+        siblings=plans.makes_siblings(r),
     )
 
 

@@ -1,6 +1,7 @@
 """`rollout.plan` of the configuration -> how the members of a group are drawn, and what of it is refused."""
 
 from functools import partial
+from typing import Any
 
 from entroray.cli import calls
 from entroray.config import Config, RolloutConfig
@@ -24,6 +25,11 @@ def reads_entropy(rollout: RolloutConfig) -> bool:
     return "entropy" in getattr(plan_of(rollout).func, "needs", ())
 
 
+def makes_siblings(rollout: RolloutConfig) -> bool:
+    """Whether responses of a group share tokens."""
+    return bool(getattr(plan_of(rollout).func, "siblings", False))
+
+
 def describe(rollout: RolloutConfig) -> str:
     """The plan in words, for a run's header."""
     bound = plan_of(rollout)
@@ -39,6 +45,7 @@ def check(config: Config) -> None:
             f"rollout.plan.roots={s['roots']} leaves no branches in rollout.group_size={size}: fewer roots, "
             "a larger group, or rollout=plain"
         )
+    _check_places(s, size, name)
     if name == "tree" and (total := s["roots"] * (1 + s["width"]) ** s["depth"]) != size:
         raise ConfigError(
             f"rollout.plan: roots={s['roots']} (1 + width={s['width']})^depth={s['depth']} makes {total} "
@@ -48,12 +55,36 @@ def check(config: Config) -> None:
         _check_alone(config, name)
     if reads_entropy(r):
         _check_notes(config, name)
-    listed = config.generator.engine.get("max_logprobs", LISTED)
-    if name == "first_token_forks" and (-1 < listed < size or r.max_tokens < 2):
+    if name == "first_token_forks":
+        _check_forks(config)
+
+
+def _check_forks(config: Config) -> None:
+    listed, r = config.generator.engine.get("max_logprobs", LISTED), config.rollout
+    if -1 < listed < r.group_size or r.max_tokens < 2:
         raise ConfigError(
-            f"rollout.plan first_token_forks needs {size} likeliest first tokens (rollout.group_size), the "
-            f"engine lists at most {listed}: say +generator.engine.max_logprobs={size}; and "
+            f"rollout.plan first_token_forks needs {r.group_size} likeliest first tokens (rollout.group_size)"
+            f", the engine lists at most {listed}: say +generator.engine.max_logprobs={r.group_size}; and "
             f"rollout.max_tokens={r.max_tokens} must leave room for a second token"
+        )
+    if config.sampler.stop:
+        raise ConfigError(
+            f"rollout.plan first_token_forks with sampler.stop={list(config.sampler.stop)}: a forced first "
+            "token that holds such a string would be gone on from, which ends every other response; drop one "
+            "of them"
+        )
+
+
+def _check_places(settings: dict[str, Any], size: int, name: str) -> None:
+    """ConfigError for more places than any response has branches to begin at them."""
+    if name not in ("branching", "tree"):
+        return
+    branches = settings["width"] if name == "tree" else -(-(size - settings["roots"]) // settings["roots"])
+    if settings["places"] > branches:
+        raise ConfigError(
+            f"rollout.plan.places={settings['places']}: a response has {branches} "
+            f"branch{'es' if branches > 1 else ''} here, so further places are never used; say "
+            f"{branches}, or ask for more branches"
         )
 
 

@@ -14,8 +14,22 @@ REPORTED = "processed_logprobs"
 """vLLM's name for log-probs of the distribution really sampled from."""
 
 
-def shapes(sampler: Sampler) -> bool:
+LEAST = 0.01
+"""Lowest temperature above 0: vLLM draws at this one where a lower is asked, and would not say so."""
+
+
+def shapes(config: Config) -> bool:
     """Whether anything but the policy's own distribution may be drawn from."""
+    return bool(_reshapes(config.sampler) or own(config))
+
+
+def own(config: Config) -> list[Any]:
+    """The user's logits processors; nobody knows what they make of a distribution."""
+    return list(config.generator.engine.get("logits_processors") or ())
+
+
+def _reshapes(sampler: Sampler) -> bool:
+    """Whether ours does."""
     return (sampler.rule or shaping.FIXED) != shaping.FIXED or sampler.failed.factor != 1.0
 
 
@@ -26,7 +40,7 @@ def noted(config: Config) -> bool:
 
 def _ruled(config: Config) -> bool:
     """Whether first draws are under a rule, if only one that notes and changes nothing."""
-    return shapes(config.sampler) or plans.reads_entropy(config.rollout)
+    return _reshapes(config.sampler) or plans.reads_entropy(config.rollout)
 
 
 def plain(config: Config, temperature: float) -> Sampling:
@@ -57,6 +71,13 @@ def measured(config: Config, temperature: float, tokenizer: Any) -> Sampling:
     return drawn if drawn.rule else drawn.under(shaping.FIXED)
 
 
+def measures(config: Config) -> str:
+    """How an evaluation draws, in words: it heats no prompt, whatever failed in training."""
+    greedy_or_plain = config.sampler.temperature == 0 or config.generator.engine.get("speculative_config")
+    fixed = (config.sampler.rule or shaping.FIXED) == shaping.FIXED
+    return "fixed" if fixed or greedy_or_plain or not config.evaluate.shaped else _ruled_by(config.sampler)
+
+
 def heat(config: Config) -> Heat:
     """What becomes of prompts that failed."""
     return Heat(config.sampler.failed.factor, config.sampler.failed.most)
@@ -78,12 +99,17 @@ def token(text: str | None, tokenizer: Any) -> int | None:
 
 def describe(sampler: Sampler) -> str:
     """The sampler in words, for a run's header."""
-    said = [f"rule {(sampler.rule or shaping.FIXED)['fn']}, factor on T: {shaping.describe(sampler.rule)}"]
-    if sampler.insert is not None:
-        said.append(f"insert {sampler.insert!r} where unsure, at most {sampler.inserts} a response")
-    if sampler.failed.factor != 1.0:
-        said.append(f"failed prompts x {sampler.failed.factor:g} each time, at most {sampler.failed.most:g}")
-    return "; ".join(said)
+    if sampler.failed.factor == 1.0:
+        return _ruled_by(sampler)
+    heated = f"failed prompts x {sampler.failed.factor:g} each time, at most {sampler.failed.most:g}"
+    return f"{_ruled_by(sampler)}; {heated}"
+
+
+def _ruled_by(sampler: Sampler) -> str:
+    said = f"rule {(sampler.rule or shaping.FIXED)['fn']}, factor on T: {shaping.describe(sampler.rule)}"
+    if sampler.insert is None:
+        return said
+    return f"{said}; insert {sampler.insert!r} where unsure, at most {sampler.inserts} a response"
 
 
 def check(config: Config) -> None:
@@ -92,6 +118,11 @@ def check(config: Config) -> None:
     shaping.build(s.rule)
     if s.temperature < 0:
         raise ConfigError(f"sampler.temperature={s.temperature:g} must be at least 0")
+    if 0 < s.temperature < LEAST:
+        raise ConfigError(
+            f"sampler.temperature={s.temperature:g}: vLLM draws at {LEAST:g} instead, and log-probs and "
+            f"entropies would be of another distribution; say {LEAST:g} or more (an evaluation may say 0)"
+        )
     if s.failed.factor <= 0 or s.failed.most < 1:
         raise ConfigError("sampler.failed.factor must be above 0 and sampler.failed.most at least 1")
     if s.inserts < 1 or (s.insert is not None and (s.rule or {}).get("fn") != "quadrants"):
@@ -116,15 +147,23 @@ def check_training(config: Config) -> None:
             f"generator.engine.logprobs_mode={engine['logprobs_mode']}: an engine that does not report the "
             f"log-probs it sampled from cannot be trained on; drop it, {REPORTED} is what is used"
         )
-    if not shapes(s):
+    if not shapes(config):
         return
+    what, instead = _shaper(config)
     if engine.get("speculative_config"):
         raise ConfigError(
-            "sampler.rule shapes what vLLM draws, and with speculative decoding vLLM takes no logits "
-            "processors: drop generator.engine.speculative_config, or choose sampler=fixed"
+            f"{what} shapes what vLLM draws, and with speculative decoding vLLM takes no logits processors: "
+            f"drop generator.engine.speculative_config, or {instead}"
         )
     if not choices.corrected(config.objective):
         raise ConfigError(
-            "this sampler draws from another distribution than the policy's and objective.correction is "
-            "`none`: say 'objective.correction={fn: truncated_importance}', or choose sampler=fixed"
+            f"{what} draws from another distribution than the policy's and objective.correction is `none`: "
+            f"say 'objective.correction={{fn: truncated_importance}}', or {instead}"
         )
+
+
+def _shaper(config: Config) -> tuple[str, str]:
+    """What shapes, and how to do without it, for an error."""
+    if _reshapes(config.sampler):
+        return "this sampler", "choose sampler=fixed"
+    return f"generator.engine.logits_processors={own(config)}", "drop them"

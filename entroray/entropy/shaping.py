@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from entroray.entropy import rules
@@ -76,8 +76,3 @@ def uncovered(logits: Float[Tensor, "n V"], factor: Float[Tensor, " n"]) -> Floa
     """Probability of what the sampler cannot draw: 1 - p of the likeliest token where the factor is 0."""
     rest = 1.0 - logits.softmax(-1).amax(-1)
     return torch.where(factor == 0, rest, 0.0)
-
-
-def inserted(temperature: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
-    """Tokens that were put, not drawn: they have no temperature."""
-    return temperature.isnan()

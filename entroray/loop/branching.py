@@ -29,7 +29,7 @@ async def independent(generator: Generator, prompt: Prompt, seeds: Sequence[int]
     return await generator.sample(prompt, seeds)
 
 
-@declare(needs=("entropy",))
+@declare(needs=("entropy",), siblings=True)
 async def branching(
     generator: Generator,
     prompt: Prompt,
@@ -53,7 +53,7 @@ async def branching(
     return await _grow(generator, prompt, members, seeds[roots:], choose, places)
 
 
-@declare(needs=("entropy",))
+@declare(needs=("entropy",), siblings=True)
 async def tree(
     generator: Generator,
     prompt: Prompt,

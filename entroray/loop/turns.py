@@ -33,7 +33,7 @@ class Syntax:
 
     def said(self, text: str) -> str:
         """The answer as the policy reads it."""
-        return self.answer.format(answer=text)
+        return self.answer.replace("{answer}", text)
 
 
 class Talk(NamedTuple):

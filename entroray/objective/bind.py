@@ -56,6 +56,9 @@ def declare(
     replaces: bool = False,
     idle_at_one: bool = False,
     reads_selected: bool = False,
+    siblings: bool = False,
+    alike: Callable[..., tuple[float, float]] | None = None,
+    lives_on_alike: bool = False,
     before: Mapping[str, Callable] = types.MappingProxyType({}),
 ) -> Callable[[F], F]:
     """Write on a function, as plain attributes, what it cannot do without and how it behaves.
@@ -64,13 +67,17 @@ def declare(
     tokens of a step), or a key of `Tokens.extra`; `{setting}` in it stands for that setting's value.
     `min_group`: fewest rollouts per prompt it makes sense for. `live`: a shape of the current policy, applied
     again, detached, inside the update. `replaces`: a shape that may turn the sign of A. `idle_at_one`: does
-    nothing while r = 1. `reads_selected`: uses what `select` chose. `before`: step statistics it reads in
-    `Tokens.extra`, each a function of the step's tokens and the same settings, computed before the update.
+    nothing while r = 1. `reads_selected`: uses what `select` chose. `siblings`: a plan whose responses share
+    tokens. `alike`: its settings -> A in a group of answers all wrong, and in one all right (rewards 0 and 1
+    where nothing else is said); undeclared it gives none. `lives_on_alike`: pointless without such groups.
+    `before`: step statistics it reads in `Tokens.extra`, each a function of the step's tokens and the same
+    settings, computed before the update.
     """
 
     def mark(fn: F) -> F:
         vars(fn).update(needs=frozenset(needs), min_group=min_group, live=live, replaces=replaces)
         vars(fn).update(idle_at_one=idle_at_one, reads_selected=reads_selected, before=before)
+        vars(fn).update(siblings=siblings, alike=alike, lives_on_alike=lives_on_alike)
         return fn
 
     return mark

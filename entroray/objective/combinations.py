@@ -1,13 +1,18 @@
 """What a row of choices cannot do: settings without effect under a schedule, and wrong combinations."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from entroray.errors import ConfigError
-from entroray.objective.bind import effective
+from entroray.objective.bind import effective, keywords
 from entroray.objective.equation import Objective
+from entroray.objective.estimator import subtree
+
+MISMATCH = 0.05
+"""Nats per token up to which a mean log-ratio is the numerics of two programs, not another distribution."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,14 @@ class Schedule:
     """One of such a group is replaced by a right answer of old."""
     lowest: float = 0.0
     """Pass rate below which prompts rarely come up."""
+    highest: float = 1.0
+    """Pass rate above which they do."""
+    retire: float = 0.0
+    """Pass rate from which they do not come up at all; 0 for no such rate."""
+    shaped: bool = False
+    """The sampler draws from another distribution than the policy's."""
+    siblings: bool = False
+    """Responses of a group share tokens."""
 
 
 @dataclass(frozen=True)
@@ -58,37 +71,51 @@ def _has(choice: partial, attribute: str) -> bool:
     return bool(getattr(choice.func, attribute, False))
 
 
-def _learns_without_a_baseline(o: Objective) -> tuple[bool, bool]:
-    """Whether a row learns from groups that are all wrong, and from those all right (arXiv 2506.01347)."""
-    if any(_name(x) == "entropy_band" for x in o.shapes):
-        return True, True
-    weights = [effective(x) for x in o.shapes if _name(x) == "by_sign"]
-    of_sign = lambda sign: all(w[sign] != 0 for w in weights)  # noqa: E731
-    signed = _name(o.estimator) == "sign"
-    return signed and of_sign("negative"), signed and of_sign("positive")
+@dataclass(frozen=True)
+class _Alike:
+    """What a row learns from groups whose answers are all wrong, or all right."""
+
+    wrong: bool
+    right: bool
+    purpose: bool
+    """It is what the row is for: PSR, NSR and W-REINFORCE (arXiv 2506.01347), Entrocraft (2604.26326)."""
+
+
+def _of_groups_alike(o: Objective) -> _Alike:
+    """From the sign of A that the last function to decide it gives such groups, and the weights on signs."""
+    wrong, right, purpose = 0.0, 0.0, False
+    for choice in (o.estimator, *o.shapes):
+        settings = effective(choice)
+        if _name(choice) == "by_sign":
+            weigh = lambda a, s=settings: a * s["positive" if a > 0 else "negative"]  # noqa: E731
+            wrong, right = weigh(wrong), weigh(right)
+        elif given := getattr(choice.func, "alike", None):
+            (wrong, right), purpose = given(**settings), _has(choice, "lives_on_alike")
+    mostly_wrong = wrong < 0 and abs(wrong) > abs(right)
+    return _Alike(wrong != 0, right != 0, purpose or mostly_wrong)
 
 
 def _equal_groups_are_kept(o: Objective, s: Schedule) -> Iterator[Remark]:
-    wrong, right = _learns_without_a_baseline(o)
-    if _name(o.keep) == "informative" and (wrong or right):
+    alike = _of_groups_alike(o)
+    if _name(o.keep) == "informative" and (alike.wrong or alike.right):
         yield Remark(
-            "refused",
-            f"keep `informative` drops the groups whose answers are all {'wrong' if wrong else 'right'}, "
-            "which this row learns from: choose keep `always`",
+            "refused" if alike.purpose else "beware",
+            f"keep `informative` drops the groups whose answers are all {'wrong' if alike.wrong else 'right'}"
+            f", which this row learns from{': choose keep `always`' if alike.purpose else ' too'}",
         )
 
 
 def _wrong_groups_are_not_rescued(o: Objective, s: Schedule) -> Iterator[Remark]:
-    wrong, right = _learns_without_a_baseline(o)
-    if not wrong:
+    alike = _of_groups_alike(o)
+    if not alike.wrong:
         return
     if s.second:
         yield Remark(
-            "refused",
+            "refused" if alike.purpose else "beware",
             "rollout.second puts a hotter draw in the place of the groups that are all wrong, which this row "
-            "learns from: choose rollout.second.factor=1",
+            f"learns from{': choose rollout.second.factor=1' if alike.purpose else ' too'}",
         )
-    if s.replay and not right:
+    if s.replay and alike.purpose and not alike.right:
         yield Remark(
             "refused",
             "rollout.replay puts right answers in the place of wrong ones, and this row learns from wrong "
@@ -104,6 +131,36 @@ def _wrong_groups_are_not_rescued(o: Objective, s: Schedule) -> Iterator[Remark]
             f"rollout.prompts.band rarely draws prompts of pass rate below {s.lowest:g}, whose wrong answers "
             "this row learns from",
         )
+
+
+def _mastered_prompts_come_up(o: Objective, s: Schedule) -> Iterator[Remark]:
+    if not _of_groups_alike(o).right:
+        return
+    if s.retire:
+        yield Remark(
+            "beware",
+            f"rollout.prompts.retire passes over prompts of pass rate {s.retire:g} and more, whose right "
+            "answers this row learns from",
+        )
+    if s.highest < 1:
+        yield Remark(
+            "beware",
+            f"rollout.prompts.band rarely draws prompts of pass rate above {s.highest:g}, whose right "
+            "answers this row learns from",
+        )
+
+
+def _siblings_are_compared(o: Objective, s: Schedule) -> Iterator[Remark]:
+    """Only where the estimator compares at all: what needs no second rollout has no mean of a group."""
+    if not s.siblings or o.estimator.func is subtree or getattr(o.estimator.func, "min_group", 1) < 2:
+        return
+    left = [f" ~objective.estimator.{name}" for name in o.estimator.keywords if name not in keywords(subtree)]
+    yield Remark(
+        "beware",
+        f"estimator `{_name(o.estimator)}` compares responses that share tokens as if each were drawn alone: "
+        f"say 'objective.estimator={{fn: subtree}}'{''.join(left)} to compare each with what began where it "
+        "began",
+    )
 
 
 def _corrected_once(o: Objective, s: Schedule) -> Iterator[Remark]:
@@ -205,9 +262,24 @@ def _mismatch_is_corrected(o: Objective, s: Schedule) -> Iterator[Remark]:
         )
 
 
+def _mask_lets_shaped_responses_pass(o: Objective, s: Schedule) -> Iterator[Remark]:
+    """NeMo-RL's bounds are for two programs that compute one distribution; shaping moves a mean further."""
+    if _name(o.correction) != "sequence_mask" or not (s.shaped or s.second or s.replay):
+        return
+    low, high = (effective(o.correction)[side] for side in ("low", "high"))
+    if max(abs(math.log(low)), abs(math.log(high))) < MISMATCH:
+        yield Remark(
+            "beware",
+            f"correction `sequence_mask` within {low:g} and {high:g} drops nearly every response drawn from "
+            "another distribution than the policy's: choose `truncated_importance`, or wider bounds",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     _equal_groups_are_kept,
     _wrong_groups_are_not_rescued,
+    _mastered_prompts_come_up,
+    _siblings_are_compared,
     _corrected_once,
     _one_restraint,
     _a_rollout_has_one_advantage,
@@ -216,4 +288,5 @@ RULES: tuple[Rule, ...] = (
     _neutral_settings,
     _thresholds_fit,
     _mismatch_is_corrected,
+    _mask_lets_shaped_responses_pass,
 )

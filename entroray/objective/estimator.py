@@ -130,6 +130,11 @@ def _common(rollouts: Sequence[Rollout], a: list[int], b: list[int]) -> int:
     return min(parted, default=rollouts[a[-1]].length)
 
 
+def _alike(*, baseline: float, span: str) -> tuple[float, float]:
+    return (-1.0 if span == "-1..1" else 0.0) - baseline, 1.0 - baseline
+
+
+@declare(alike=_alike)
 def raw(
     group: Group, *, baseline: float = 0.0, span: Literal["0..1", "-1..1", "any"] = "any"
 ) -> Float[Tensor, " G"]:
@@ -148,6 +153,7 @@ def raw(
     return group.rewards - baseline
 
 
+@declare(alike=lambda: (-1.0, 1.0), lives_on_alike=True)
 def sign(group: Group) -> Float[Tensor, " G"]:
     """+1 for a right answer and -1 for a wrong one, without a baseline (PSR and NSR, arXiv 2506.01347).
 
@@ -157,6 +163,7 @@ def sign(group: Group) -> Float[Tensor, " G"]:
     return 2 * group.correct - 1
 
 
+@declare(alike=lambda value: (value, value))
 def constant(group: Group, *, value: float = 1.0) -> Float[Tensor, " G"]:
     """The same advantage whatever the reward: each response is an example to copy (maximum likelihood).
 

@@ -26,6 +26,8 @@ CONFIDENCE = {
 }
 SCORES = ("ece", "brier", "auroc")
 DECODED = {"cot/surest": "surest path", "cot/supported": "best supported answer"}
+ASKED = ("samples", "temperature", "sampler", "top_p", "top_k", "max_tokens")
+"""How answers were drawn, as an evaluation notes it."""
 COMPARED = (
     "95 % percentile bootstrap interval of the difference over prompts, both answering the same ones; "
     "+ above, - below, = 0 lies within: a tie"
@@ -132,6 +134,13 @@ def compare(first: Found, second: Found) -> dict[str, Difference]:
     return {n: paired(column(a, n, one), column(b, n, other)) for n in a if n in b and n != "id"}
 
 
+def unlike(first: Found, second: Found) -> list[str]:
+    """Settings that the two drew their answers with and do not share; an older file notes fewer."""
+    form = lambda x: "not noted" if x is None else f"{x:g}" if isinstance(x, int | float) else str(x)  # noqa: E731
+    pairs = ((name, first.get(name), second.get(name)) for name in ASKED)
+    return [f"{name} {form(a)} and {form(b)}" for name, a, b in pairs if a != b]
+
+
 def show_comparison(first: Found, second: Found) -> None:
     """The second against the first on the terminal."""
     found = compare(first, second)
@@ -144,6 +153,8 @@ def show_comparison(first: Found, second: Found) -> None:
     terminal.print(f"first      {first['model']}\nsecond     {second['model']}", markup=False, soft_wrap=True)
     terminal.print(_table([["", "first", "second", "difference", ""], *rows]))
     terminal.print(f"{shared} prompts; {COMPARED}", markup=False, soft_wrap=True)
+    if different := unlike(first, second):
+        terminal.print(f"settings differ: {', '.join(different)}", markup=False, soft_wrap=True)
 
 
 def _terminal() -> Terminal:

@@ -161,7 +161,7 @@ class Generator:
         from vllm import LLM
 
         began = time.monotonic()
-        options: dict[str, Any] = {"logprobs_mode": "processed_logprobs"} | self.options
+        options = {"logprobs_mode": "processed_logprobs", **self.options}
         self.llm = LLM(
             model=self.model,
             dtype=self.dtype,

@@ -20,6 +20,7 @@ from entroray.types import Rollout
 from entroray.workers import cluster
 from entroray.workers.cluster import Share
 from entroray.workers.generator import Generator, Request, Sampling
+from tests.composed import configured
 from tests.ray.conftest import TINY
 
 PROMPT = tuple(int(i) for i in np.random.default_rng(1).integers(0, 250, 20))
@@ -31,6 +32,7 @@ SAMPLERS = {
     "ramp": Sampling(0.9, 4).under(RAMP),
     "corners": Sampling(1.0, 4).under(CORNERS | {"certain": 0.9, "lost": 1.5}),
     "hot": Sampling(1.0, 4, factor=1.4).under({"fn": "fixed"}),
+    "shipped": Sampling(1.0, 4).under(configured("sampler=by_entropy").sampler.rule),
 }
 
 
@@ -165,7 +167,7 @@ def test_weighted_estimates_agree_with_plain_ones(engine: Any, peaked: str) -> N
         return found
 
     truth = -logpi(plain)
-    for name in ("corners", "hot"):
+    for name in ("corners", "hot", "shipped"):
         rollouts = draw(engine, SAMPLERS[name], 3000)
         pi = logpi(rollouts)
         logb = torch.tensor([r.logprobs.sum(dtype=np.float64) for r in rollouts])

@@ -230,7 +230,7 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
         (["+control.c={knob: objective.estimator.fn, fn: constant, value: 3}"], "not a number"),
         (
             ["+control.c={knob: sampler.temperature, fn: linear, start: 1, end: 0, steps: 9}"],
-            "at least 1e-06",
+            "at least 0.01",
         ),
         (["+control.c={knob: objective.surrogate.low, fn: constant, value: -1}"], "distance of the ratio"),
         (

@@ -228,11 +228,39 @@ def test_two_evaluations_are_compared_prompt_by_prompt(
     assert command.main(["--compare", f"{tmp_path}/a.json", f"{tmp_path}/b.json"]) == 0
     said = capsys.readouterr().out
     assert "+0.020 [+0.020 +0.020]" in said and "199 prompts" in said
+    assert "settings differ" not in said
     with pytest.raises(ConfigError, match="share no prompt"):
         evaluation.compare(one, {"each": {"id": ["q"]}})
     (tmp_path / "old.json").write_text('{"greedy": 1.0}')
     with pytest.raises(ConfigError, match="make it again"):
         evaluation.load(tmp_path / "old.json")
+
+
+def test_what_two_evaluations_asked_otherwise_is_said_under_their_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    each = {"id": ["p0", "p1"], "greedy": [1.0, 0.0]}
+    one = {"model": "m", "temperature": 1.0, "sampler": "fixed", "samples": 8, "max_tokens": 64, "each": each}
+    other = one | {"temperature": 0.8, "max_tokens": 32}
+    older = {name: value for name, value in one.items() if name != "max_tokens"}
+    assert evaluation.unlike(one, other) == ["temperature 1 and 0.8", "max_tokens 64 and 32"]
+    assert evaluation.unlike(one, older) == ["max_tokens 64 and not noted"]
+    assert evaluation.unlike(one, one) == []
+    for name, found in (("a", one), ("b", other)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    assert command.main(["--compare", f"{tmp_path}/a.json", f"{tmp_path}/b.json"]) == 0
+    assert "settings differ: temperature 1 and 0.8, max_tokens 64 and 32" in capsys.readouterr().out
+
+
+def test_an_evaluation_says_how_it_draws() -> None:
+    said = lambda *overrides: sampling.measures(configured(*overrides, training=False))  # noqa: E731
+    shaped = "evaluate.shaped=true"
+    assert said() == said(shaped) == said("sampler=by_entropy") == "fixed"
+    assert said(shaped, "sampler=by_entropy").startswith("rule by_entropy, factor on T: ")
+    assert said(shaped, "sampler=hotter_if_failed") == "fixed", "nothing is heated in an evaluation"
+    both = said(shaped, "sampler=by_entropy", "sampler.failed.factor=1.2")
+    assert both == said(shaped, "sampler=by_entropy")
+    assert said(shaped, "sampler=by_entropy", "sampler.temperature=0") == "fixed"
 
 
 @pytest.mark.parametrize(

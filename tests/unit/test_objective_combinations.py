@@ -15,6 +15,8 @@ from tests.cases import ROWS, tokens
 
 PLAIN = Schedule(updates=2, steps=100, max_lag=0)
 SEQUENCE = ROWS["gspo"]
+RAW, FILTERED = ROWS["reinforce"], {"keep": {"fn": "informative"}}
+MASKED = {"correction": {"fn": "sequence_mask"}}
 
 
 def said(row, kind, **schedule) -> str:
@@ -35,6 +37,10 @@ def test_every_row_is_allowed_as_it_is_shipped(name):
         (ROWS["nsr"], {"second": True}, "rollout.second.factor=1"),
         (ROWS["w_reinforce"], {"second": True}, "groups that are all wrong, which this row"),
         (ROWS["nsr"], {"replay": True}, "learns from wrong ones alone"),
+        (RAW | {"shapes": [{"fn": "by_sign", "positive": 0.0}]}, {"second": True}, "factor=1"),  # NSR
+        (RAW | {"shapes": [{"fn": "by_sign", "positive": 0.0}]}, {"replay": True}, "wrong ones alone"),
+        (RAW | {"shapes": [{"fn": "by_sign", "positive": 0.1}]} | FILTERED, {}, "choose keep `always`"),
+        (RAW | {"estimator": {"fn": "raw", "baseline": 1.0}} | FILTERED, {}, "choose keep `always`"),
         (ROWS["dppo"] | {"correction": {"fn": "icepop"}}, {}, "twice: choose correction `none`"),
         (ROWS["kl_cov"] | {"surrogate": {"fn": "clip"}}, {}, "choose surrogate `reinforce`"),
         (SEQUENCE | {"shapes": [{"fn": "add_entropy"}]}, {}, "choose ratio `sequence_token`"),
@@ -57,6 +63,13 @@ def test_two_faults_are_told_at_once():
     "row, schedule, kind, text",
     [
         (ROWS["w_reinforce"], {"replay": True}, "beware", "takes a wrong answer"),
+        (RAW | FILTERED, {}, "beware", "all wrong, which this row learns from too"),
+        (RAW, {"second": True}, "beware", "which this row learns from too"),
+        (RAW, {"replay": True}, "beware", "takes a wrong answer"),
+        (ROWS["reinforce_pp"], {"second": True}, "beware", "which this row learns from too"),
+        (ROWS["self_certainty"], {"second": True}, "beware", "which this row learns from too"),
+        (ROWS["psr"], {"retire": 0.9}, "beware", "prompts of pass rate 0.9 and more, whose right"),
+        (ROWS["psr"], {"highest": 0.8}, "beware", "pass rate above 0.8, whose right answers"),
         (ROWS["nsr"], {"lowest": 0.2}, "beware", "pass rate below 0.2"),
         (ROWS["dapo"], {"updates": 1}, "inert", "`clip` with one update per rollout"),
         (ROWS["kl_cov"], {"updates": 1}, "inert", "`kl_cov` with one update per rollout"),
@@ -68,11 +81,43 @@ def test_two_faults_are_told_at_once():
         (ROWS["forking_tokens"], {}, "beware", "kept_tokens"),
         (ROWS["positive_reweighting_stage"], {"steps": 90}, "beware", "is 100, run.steps 90"),
         (ROWS["grpo"], {"max_lag": 1}, "beware", "correction `none`"),
+        (ROWS["grpo"] | MASKED, {"shaped": True}, "beware", "drops nearly every response"),
+        (ROWS["grpo"] | MASKED, {"second": True}, "beware", "drops nearly every response"),
+        (ROWS["grpo"] | MASKED, {"replay": True}, "beware", "drops nearly every response"),
+        (ROWS["grpo"], {"siblings": True}, "beware", "'objective.estimator={fn: subtree}' to compare each"),
+        (ROWS["qae"], {"siblings": True}, "beware", "subtree}' ~objective.estimator.k to compare"),
         (ROWS["aspo"] | {"select": {"fn": "everything"}}, {}, "beware", "select `everything` makes none"),
     ],
 )
 def test_what_has_no_effect_is_told(row, schedule, kind, text):
     assert text in said(row, kind, **schedule)
+
+
+@pytest.mark.parametrize("name", ["nsr", "reinforce", "reinforce_pp"])
+def test_rows_that_compare_no_responses_may_have_siblings(name):
+    assert "subtree" not in said(ROWS[name], "beware", siblings=True)
+    row = ROWS["grpo"] | {"estimator": {"fn": "subtree"}}
+    assert said(row, "beware", siblings=True) == "" == said(ROWS["grpo"], "beware")
+
+
+@pytest.mark.parametrize(
+    "name, kinds", [("nsr", "retire"), ("psr", "second lowest"), ("grpo", "second retire")]
+)
+def test_what_a_row_learns_nothing_from_may_be_taken_away(name, kinds):
+    assert said(ROWS[name], "beware", **{kind: 0.9 for kind in kinds.split()}) == ""
+
+
+def test_a_mask_of_whole_responses_is_fit_for_what_the_policy_drew_itself():
+    assert said(ROWS["grpo"] | MASKED, "beware") == ""
+    wide = {"correction": {"fn": "sequence_mask", "low": 0.5, "high": 2.0}}
+    assert said(ROWS["grpo"] | wide, "beware", shaped=True) == ""
+
+
+def test_a_baseline_at_the_reward_of_wrong_answers_leaves_nothing_of_groups_all_wrong():
+    plain = RAW | {"estimator": {"fn": "raw"}}
+    assert said(plain, "beware", second=True) == ""
+    signed = RAW | {"estimator": {"fn": "raw", "span": "-1..1"}}
+    assert "learns from too" in said(signed, "beware", second=True)
 
 
 def test_what_acts_is_not_called_inert():

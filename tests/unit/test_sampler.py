@@ -85,7 +85,7 @@ def test_every_sampler_says_what_it_does(name: str) -> None:
     config = configured(f"sampler={name}", "objective=dapo")
     said = sampling.describe(config.sampler)
     assert config.sampler.rule["fn"] in said
-    assert sampling.shapes(config.sampler) == (name != "fixed")
+    assert sampling.shapes(config) == (name != "fixed")
     assert config.objective["correction"]["fn"] == ("none" if name == "fixed" else "truncated_importance")
     drawn = sampling.shaped(config, 1.0, byte_tokenizer())
     assert (drawn.rule is None) == (name == "fixed") and drawn.at(0.7).temperature == 0.7
@@ -100,6 +100,7 @@ def test_every_sampler_says_what_it_does(name: str) -> None:
         (["+generator.engine.logprobs_mode=raw_logprobs"], "does not report the log-probs"),
         (["sampler=by_entropy", "objective.correction.fn=none"], "objective.correction is `none`"),
         (["sampler=by_entropy", "+generator.engine.speculative_config={a: b}"], "speculative decoding"),
+        (["+generator.engine.logits_processors=['mine:Own']"], "mine:Own.*objective.correction is `none`"),
     ],
 )
 def test_what_training_refuses_evaluation_may_do(overrides: list[str], said: str) -> None:
@@ -123,11 +124,32 @@ def test_a_row_that_weighs_by_the_sampler_needs_no_correction() -> None:
         (["sampler=quadrants", "sampler.inserts=0"], "inserts=0 must be at least 1"),
         (["sampler=hotter_if_failed", "sampler.failed.most=0.5"], "failed.most at least 1"),
         (["sampler.temperature=-1"], "at least 0"),
+        (["sampler.temperature=0.009"], "vLLM draws at 0.01 instead"),
     ],
 )
 def test_a_sampler_that_makes_no_sense_is_refused_everywhere(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         configured(*overrides, training=False)
+
+
+def test_a_processor_of_ones_own_is_weighed_and_must_be_reported() -> None:
+    own = ["+generator.engine.logits_processors=['mine:Own']"]
+    corrected = [*own, "objective.correction={fn: truncated_importance}"]
+    assert sampling.shapes(configured(*corrected))
+    for option in ("logprobs_mode=raw_logprobs", "speculative_config={a: b}"):
+        with pytest.raises(ConfigError, match=r"log-probs|speculative"):
+            configured(*corrected, f"+generator.engine.{option}")
+    assert not sampling.shapes(configured("+generator.engine.logits_processors=[]"))
+
+
+def test_a_temperature_above_0_is_one_that_the_engine_draws_at() -> None:
+    from vllm.sampling_params import SamplingParams
+
+    assert SamplingParams(temperature=sampling.LEAST).temperature == sampling.LEAST
+    assert SamplingParams(temperature=0.9 * sampling.LEAST).temperature == sampling.LEAST
+    configured("sampler.temperature=0.01")
+    with pytest.raises(ConfigError, match=r"may set sampler\.temperature to 0\.005"):
+        configured("control=temperature_band", "control.temperature.low=0.005")
 
 
 @pytest.mark.parametrize("text", ["Wait", "é", "<|end|>", ""])

@@ -158,6 +158,7 @@ def test_calls_are_found_between_their_marks() -> None:
     assert wide.call("no call") is None and wide.call("2</calc>") == ""
     assert SYNTAX.call("[1]=") == "1", "a token may reach beyond the mark that ended the turn"
     assert wide.said("{7}") == "={7};"
+    assert Syntax("[", "]", '{"v": {answer}} {} {0}').said("{7}") == '{"v": {7}} {} {0}'
 
 
 def test_seeds_of_turns_are_fixed_and_apart() -> None:
