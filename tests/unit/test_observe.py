@@ -310,15 +310,36 @@ def page(run_dir):
     return text[: text.index("<script>")] + text[text.index("<header>") :]
 
 
+DRAWN = {
+    "control/bonus": 0.1,
+    "reward/shaped_mean": 0.5,
+    "update/clip_low_negative": 0.02,
+    "entropy/realised_change": -0.01,
+}
+
+
+def test_the_shaped_reward_that_is_drawn_is_the_shaped_one():
+    drawn = {c.name: c.key for c in report.PLOTS[0].curves}
+    assert drawn == {"shaped reward": "reward/shaped_mean", "share right": "reward/mean"}
+
+
+def test_a_prediction_is_drawn_in_nats_where_its_slope_is_known():
+    plot = next(p for p in report.PLOTS if "predicted" in p.title)
+    slope, foretold = "entropy/prediction_slope_exact", "entropy/predicted_change_exact"
+    steps = [{"step": 1, foretold: -2.0}, {"step": 2}, {"step": 3, foretold: -4.0, slope: 0.5}]
+    assert plot.curves[0].drawn(steps) == ([3], [-2.0])
+    assert plot.curves[1].drawn([{"step": 3, "entropy/realised_change": -1.5}]) == ([3], [-1.5])
+
+
 def test_report_of_a_run(tmp_path):
     book = journal(tmp_path, tokens_every=1, vocabulary=WORDS)
     groups, tokens = a_step()
     for step in (1, 2):
-        book.step(step, describe(groups, tokens) | METRICS | {"control/bonus": 0.1}, groups, tokens)
+        book.step(step, describe(groups, tokens) | METRICS | DRAWN, groups, tokens)
     book.event("engine_lost", reason="<i>")
     (tmp_path / "config.yaml").write_text("name: <script>")
     text = page(tmp_path)
-    assert text.count('class="plotly-graph-div"') == len(report.PLOTS) + 1 == 9
+    assert text.count('class="plotly-graph-div"') == len(report.PLOTS) + 1 == 11
     assert "Setting moved by bonus" in text
     ranking = re.findall(r"<tr><td>(.{5})</td>", text)
     assert ranking == ["0.700", "0.600", "0.400", "0.300", "0.200", "0.100"]
