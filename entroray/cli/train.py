@@ -26,7 +26,7 @@ from entroray.cli import (
     sampling,
     settings,
 )
-from entroray.cli.objectives import schedule, told
+from entroray.cli.objectives import advised, schedule, told
 from entroray.config import Config
 from entroray.errors import InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
@@ -190,7 +190,9 @@ def open_journal(
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     every = config.observe.tokens.every
     journal = Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words)
-    journal.trackers.append(Outlook(journal.event, console.say, read(folder / "metrics.jsonl")))
+    journal.trackers.append(
+        Outlook(journal.event, console.say, read(folder / "metrics.jsonl"), advised(config))
+    )
     return journal, console
 
 
@@ -349,7 +351,7 @@ def _stop_on_signals(driver: Driver) -> list[int]:
 def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
     take_signals()  # the event loop took them with it
     metrics = read(folder / "metrics.jsonl")
-    words = [last_word(metrics), *moved(knobs.control_of(config).controllers, metrics)]
+    words = [last_word(metrics, advised(config)), *moved(knobs.control_of(config).controllers, metrics)]
     print("\n".join([summary(metrics), "", *words]))
     print(f"\n{metrics[-1]['step'] if metrics else 0} steps in {seconds:.0f} s")
     if config.evaluate.final:

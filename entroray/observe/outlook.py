@@ -14,15 +14,19 @@ FORETOLD, REALISED = f"entropy/predicted_change_{FORM}", "entropy/realised_chang
 
 
 class Outlook:
-    """A tracker that reads the whole run after each step; `report(kind, **fields)` hears of every change."""
+    """A tracker that reads the whole run after each step; `report(kind, **fields)` hears of every change.
+
+    `has` are the run's settings by dotted name, as `entropy.causes` reads them.
+    """
 
     def __init__(
         self,
         report: Callable[..., None],
         say: Callable[[str], None],
         history: Sequence[Mapping[str, Any]] = (),
+        has: Mapping[str, Any] | None = None,
     ):
-        self.report, self.say, self.history = report, say, list(history)
+        self.report, self.say, self.history, self.has = report, say, list(history), has
         self.announced, self.kind, self.held = "", "", 0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -30,7 +34,7 @@ class Outlook:
         while self.history and self.history[-1]["step"] >= step:
             self.history.pop()
         self.history.append({"step": step, **metrics})
-        found = verdict.read(self.history)
+        found = verdict.read(self.history, self.has)
         if not found:
             return
         self.held = self.held + 1 if found.kind == self.kind else 1
@@ -45,9 +49,9 @@ class Outlook:
         """Nothing is held open."""
 
 
-def last_word(history: Sequence[Mapping[str, Any]]) -> str:
+def last_word(history: Sequence[Mapping[str, Any]], has: Mapping[str, Any] | None = None) -> str:
     """How a run ended, a line each: the verdict, prediction against what happened, the law."""
-    found = verdict.read(history)
+    found = verdict.read(history, has)
     said = f"verdict: {found.line()}" if found else f"verdict: none before {verdict.LEAST} steps"
     return "\n".join([said, _predicted(history), _law(history)])
 
