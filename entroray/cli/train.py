@@ -20,6 +20,7 @@ from entroray.cli import (
     knobs,
     machine,
     material,
+    memory,
     plans,
     preflight,
     rundir,
@@ -109,25 +110,7 @@ def _dry(config: Config, objective: Objective) -> str:
     lines += [f"control: {c.describe()}" for c in knobs.control_of(config).controllers]
     for role, (count, share) in machine.shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
-    return "\n".join([*lines, *_memory(config)])
-
-
-def _memory(config: Config) -> list[str]:
-    """Bytes by role from the model's own size, where it can be read without loading it."""
-    model = Path(bootstrap.resolve(config), "model.safetensors")
-    if not model.is_file():
-        return [f"memory: unknown until {model.parent} is there"]
-    weights = model.stat().st_size
-    n = config.learner
-    shared = n.ranks if n.zero_stage >= 1 else 1
-    state = weights * (1 if n.zero_stage >= 3 else n.ranks) + 8 * weights // 4 * n.ranks // shared
-    mib = lambda b: f"{b / 2**20:,.0f} MiB"  # noqa: E731
-    cache = machine.engine_options(config).get("kv_cache_memory_bytes")
-    return [
-        f"memory of the learner, weights and Adam moments over all ranks: about {mib(state)}",
-        f"memory of each generator: weights {mib(weights)}"
-        + (f", keys and values {mib(cache)}" if cache else ", keys and values by vLLM's share"),
-    ]
+    return "\n".join([*lines, *memory.lines(config, objective)])
 
 
 def _terminated(number: int, _: Any) -> None:
