@@ -128,7 +128,8 @@ async def _train(
     facts |= {"resources": machine.join(config)}
     trained = time.monotonic()
     try:
-        journal, console = open_journal(config, folder, read_in.tokenizer)
+        first = run.state.get("version", 0) + 1
+        journal, console = open_journal(config, folder, read_in.tokenizer, first_step=first)
         probe = tuple(read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await machine.build(
@@ -141,8 +142,7 @@ async def _train(
             resume=run.resume,
             report=journal.event,
         )
-        if run.resume:
-            journal.cut(run.resume[1])
+        journal.cut(first - 1)  # all of it where a run without a checkpoint is started over
         facts |= m.facts | {"start_seconds": round(time.monotonic() - began, 1)}
         rundir.describe(folder, tree, facts)
         console.header("entroray", _header(config, objective, read_in, folder, facts))
@@ -161,15 +161,18 @@ async def _train(
 
 
 def open_journal(
-    config: Config, folder: Path, tokenizer: Any, file: TextIO | None = None
+    config: Config, folder: Path, tokenizer: Any, file: TextIO | None = None, first_step: int = 1
 ) -> tuple[Journal, Console]:
-    """The journal of a run in `folder`, and the console it reports to: the terminal, or `file`."""
+    """The journal of a run in `folder`, and the console it reports to: the terminal, or `file`.
+
+    What trackers hold of `first_step` and beyond, from before a resumption, is hidden.
+    """
     console = Console(file=file)
     trackers: list[Any] = [console]
     if config.observe.tensorboard:
         from entroray.observe.trackers import TensorBoard
 
-        trackers.append(TensorBoard(folder / "tensorboard"))
+        trackers.append(TensorBoard(folder / "tensorboard", first_step=first_step))
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     every = config.observe.tokens.every
     journal = Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words)
@@ -239,12 +242,18 @@ async def drive(
     driver = Driver(prompts, roles, objective, pace, seed=config.seed, looks=_looks(config), **steered)
     if run.checkpoint:
         driver.restore(run.state)
+    outlooks = [t for t in journal.trackers if isinstance(t, Outlook)]
+    for outlook in outlooks:
+        outlook.restore(run.state.get("outlook", {}))
     saves = m.checkpoints(run.folder)
     stagnation = Stagnation(config.learner.reset_after, **run.state.get("stagnation", {}))
 
     async def save(accuracy: float | None = None) -> Path:
         told = {"best": stagnation.best, "since": stagnation.since}
-        return await saves.save(driver.version, {**driver.committed, "stagnation": told}, accuracy)
+        state = {**driver.committed, "stagnation": told}
+        for outlook in outlooks:
+            state |= {"outlook": outlook.state()}
+        return await saves.save(driver.version, state, accuracy)
 
     async def after(step: int, metrics: Mapping[str, float]) -> None:
         if stagnation.note(metrics.get("eval/greedy")):

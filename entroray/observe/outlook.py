@@ -45,6 +45,15 @@ class Outlook:
             self.report("verdict", step=step, verdict=found.kind, words=found.words, **reasons)
             self.say(f"step {step}: {found.line()}")
 
+    def state(self) -> dict[str, Any]:
+        """What is announced, and for how many steps the verdict has been what it is."""
+        return {"announced": self.announced, "kind": self.kind, "held": self.held}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; an older checkpoint has none."""
+        if state:
+            self.announced, self.kind, self.held = state["announced"], state["kind"], state["held"]
+
     def close(self) -> None:
         """Nothing is held open."""
 

@@ -197,6 +197,29 @@ def test_a_change_is_announced_once_it_holds():
     assert len(resumed.history) == 50
 
 
+def test_a_resumed_run_does_not_announce_its_verdict_again():
+    """Wherever it was cut, what is announced is what an unbroken run announces."""
+    steps = run("collapsing")
+
+    def announced(pieces):
+        said, state = [], {}
+        for piece in pieces:
+            outlook = Outlook(
+                lambda kind, **f: said.append((f["step"], f["verdict"])), str, steps[: piece[0]]
+            )
+            outlook.restore(json.loads(json.dumps(state)))
+            for s in steps[slice(*piece)]:
+                outlook.log(s["step"], s)
+            state = outlook.state()
+        return said
+
+    whole = announced([(0, 90)])
+    assert [name for _, name in whole] == ["healthy", "collapsing"]
+    change = whole[1][0]
+    for cut in (20, change - 2, change, change + 1):
+        assert announced([(0, cut), (cut, 90)]) == whole
+
+
 def test_the_last_word_holds_prediction_and_law_against_what_happened():
     steps = [
         s | {"law/ceiling": 0.61, "law/low": 0.5, "law/high": 0.7, "law/r2": 0.8} for s in run("healthy")
