@@ -29,7 +29,7 @@ from entroray.cli import (
 )
 from entroray.cli.objectives import advised, schedule, told
 from entroray.config import Config
-from entroray.errors import InfrastructureError, Stopped
+from entroray.errors import ConfigError, InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.evaluate import heldout
 from entroray.loop.insight import Looks
@@ -74,24 +74,32 @@ def objective_of(config: Config) -> Objective:
 
 
 def _flags(arguments: list[str]) -> tuple[list[str], str | None, bool]:
-    """(overrides, --config-dir, whether --cfg job was given)."""
+    """(overrides, --config-dir, whether --cfg job was given); ConfigError for any other flag or value."""
     overrides, config_dir, show = [], None, False
     rest = iter(arguments)
     for argument in rest:
-        if argument in ("--cfg", "-c"):
-            show = next(rest, "job") == "job"
-        elif argument in ("--config-dir", "-cd"):
-            config_dir = next(rest)
-        elif argument.startswith("--config-dir="):
-            config_dir = argument.partition("=")[2]
-        else:
+        flag, joined, value = argument.partition("=")
+        if not flag.startswith("-"):
             overrides.append(argument)
+            continue
+        value = value if joined else next(rest, "")
+        if flag in ("--cfg", "-c") and value == "job":
+            show = True
+        elif flag in ("--config-dir", "-cd") and value:
+            config_dir = value
+        else:
+            raise ConfigError(
+                f"train does not take {flag} {value}".rstrip() + ": it takes --cfg job, --config-dir FOLDER, "
+                "--multirun, and settings as key=value"
+            )
     return overrides, config_dir, show
 
 
 def _multirun(arguments: list[str]) -> int:
     """Every combination, one after the other, each in a process of its own; the first failure's code."""
-    overrides, config_dir, _ = _flags(arguments)
+    overrides, config_dir, show = _flags(arguments)
+    if show:
+        raise ConfigError("--cfg job prints the settings of one run: leave out --multirun, or --cfg job")
     extra = ["--config-dir", config_dir] if config_dir else []
     worst = 0
     for number, combination in enumerate(settings.expand(overrides)):
