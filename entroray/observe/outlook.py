@@ -71,13 +71,16 @@ def _predicted(history: Sequence[Mapping[str, Any]]) -> str:
     if len(known) < prediction.LEAST:
         return f"prediction: none before {prediction.LEAST} steps are rescored (observe.prediction.every)"
     signs = sum(m[FORETOLD] * m[REALISED] > 0 for m in known)
+    falls = sum(m[REALISED] < 0 for m in known)
     change = sum(m[REALISED] for m in known) / len(known)
     found = prediction.record(known)
+    slope = found[f"entropy/prediction_slope_{FORM}"]
     ranks = {form: found.get(f"entropy/prediction_rank_{form}") for form in prediction.FORMS}
     said = ", ".join(f"{form} {rank:+.2f}" for form, rank in ranks.items() if rank is not None)
     return (
         f"prediction: the {FORM} form foretold whether entropy rises in {signs} of {len(known)} rescored "
-        f"steps (it changed by {change:+.4f} nats a step); rank correlation {said}"
+        f"steps, 'it always falls' in {falls} (it changed by {change:+.4f} nats a step); slope "
+        f"of realised on predicted {slope:.3g}; rank correlation {said}"
     )
 
 

@@ -231,7 +231,10 @@ def test_the_last_word_holds_prediction_and_law_against_what_happened():
         }
         steps[i] |= foretold | {"entropy/realised_change": -0.01 * (i + 1) if i < 5 else 0.09}
     said = last_word(steps)
-    assert "rises in 5 of 6 rescored steps (it changed by -0.0100 nats a step)" in said
+    assert (
+        "rises in 5 of 6 rescored steps, 'it always falls' in 5 (it changed by -0.0100 nats a step)" in said
+    )
+    assert "slope of realised on predicted 0.00011;" in said  # 0.01 (1 + 4 + 9 + 16 + 25 - 54) / 91
     assert (
         "rank correlation exact +0.14" in said
         and "0.610 is the reward at entropy 0, 95 % 0.500 to 0.700" in said
