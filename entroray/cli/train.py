@@ -250,17 +250,13 @@ async def drive(
     driver = Driver(prompts, roles, objective, pace, seed=config.seed, looks=_looks(config), **steered)
     if run.checkpoint:
         driver.restore(run.state)
-    outlooks = [t for t in journal.trackers if isinstance(t, Outlook)]
-    for outlook in outlooks:
-        outlook.restore(run.state.get("outlook", {}))
+    outlook = _outlook(journal, run.state)
     saves = m.checkpoints(run.folder)
     stagnation = Stagnation(config.learner.reset_after, **run.state.get("stagnation", {}))
 
     async def save(accuracy: float | None = None) -> Path:
         told = {"best": stagnation.best, "since": stagnation.since}
-        state = {**driver.committed, "stagnation": told}
-        for outlook in outlooks:
-            state |= {"outlook": outlook.state()}
+        state = {**driver.committed, "stagnation": told, "outlook": outlook.state()}
         return await saves.save(driver.version, state, accuracy)
 
     async def after(step: int, metrics: Mapping[str, float]) -> None:
@@ -281,6 +277,13 @@ async def drive(
             f"stopped by {signal.Signals(caught[0]).name} after step {driver.version}, saved in {saved}. "
             f"Go on with the same command and run.resume=auto run.dir={run.folder}",
         )
+
+
+def _outlook(journal: Journal, state: Mapping[str, Any]) -> Outlook:
+    """What reads the run into words, going on from a checkpoint's `state`."""
+    found = next(t for t in journal.trackers if isinstance(t, Outlook))
+    found.restore(state.get("outlook", {}))
+    return found
 
 
 def _evaluation(
