@@ -59,7 +59,30 @@ def _besides(config: Config) -> list[dict[str, Any]]:
     system = {"system": config.model.system} if config.model.system else {}
     r = config.rollout
     tool = {"tool": asdict(r.tool), "turns": r.turns} if calls.asked(config) else {}
-    return [system | tool] if system or tool else []
+    found = system | tool | _trained(config) | _judged(config.reward.path)
+    return [found] if found else []
+
+
+def _trained(config: Config) -> dict[str, Any]:
+    """Settings of the run that the warm start shares, where they differ from their defaults."""
+    said = lambda c: {  # noqa: E731
+        "dtype": c.model.dtype,
+        "stop": list(c.sampler.stop),
+        "betas": list(c.learner.betas),
+        "weight_decay": c.learner.weight_decay,
+        "deepspeed": dict(c.learner.deepspeed),
+    }
+    usual = said(Config())
+    return {name: value for name, value in said(config).items() if value != usual[name]}
+
+
+def _judged(path: str | None) -> dict[str, Any]:
+    """Function and text of the user's own judge, which measures the band; its path where there is no file."""
+    if not path:
+        return {}
+    file, _, name = path.rpartition(":")
+    source = Path(file).expanduser()
+    return {"path": [name, source.read_text(encoding="utf-8")] if source.is_file() else path}
 
 
 def resolve(config: Config) -> str:

@@ -24,7 +24,7 @@ from entroray.errors import ConfigError, EntrorayError, Stopped
 from entroray.observe import cells as stored
 from entroray.observe import lab_page
 from entroray.observe.cells import Cell
-from entroray.observe.comparison import LEGEND, absent, grid, markdown, tables, tasks, variant
+from entroray.observe.comparison import LEGEND, absent, codes, grid, markdown, tables, tasks, variant
 from entroray.observe.console import Terminal
 from entroray.observe.journal import read, replace_text
 from entroray.workers import cluster
@@ -125,12 +125,12 @@ def _run(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any]) -> None:
 
 
 async def _work(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any]) -> None:
-    bench = Bench()
+    bench, code = Bench(), rundir.code()
     of_task = tasks([job.cell for job in jobs])
     for number, job in enumerate(jobs, start=1):
         name = f"{job.cell.task}, {variant(job.cell, of_task[job.cell.task])}, seed {job.cell.seed}"
         print(f"[{number}/{len(jobs)}] {name}", flush=True)
-        cell = await _attempt(bench, job)
+        cell = replace(await _attempt(bench, job), code=code)
         stored.save(folder, cell)
         print(f"    {_line(cell)}", flush=True)
         tell()
@@ -245,7 +245,7 @@ def _print(folder: Path, reported: tuple[list[Cell], str]) -> None:
         for row in rows:
             shown.add_row(*row)
         terminal.print(shown)
-    print("\n".join([*absent(cells), "", f"baseline {baseline}. {LEGEND}", ""]))
+    print("\n".join([*absent(cells), *codes(cells), "", f"baseline {baseline}. {LEGEND}", ""]))
     print("\n".join(f"{name:10} {folder / file}" for name, file in FILES.items()), flush=True)
 
 

@@ -4,8 +4,9 @@ import inspect
 import itertools
 import re
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from entroray.cli import plans, sampling, settings
 from entroray.config import Config
@@ -136,3 +137,15 @@ def _brief(given: object) -> str:
     assert isinstance(given, dict)
     numbers = [f"{k} {v}" for k, v in given.items() if k != "fn"]
     return f"{given['fn']}" + (f" ({', '.join(numbers)})" if numbers else "")
+
+
+ADVISED = (
+    *("learner.lr", "learner.updates_per_rollout", "driver.max_lag", "model.dtype", "sampler.temperature"),
+    "rollout.max_tokens",
+)
+"""Settings that the verdict on a run advises about, beside its objective."""
+
+
+def advised(config: Config) -> dict[str, Any]:
+    """What a run has of them, by dotted name, as `entropy.causes` reads it."""
+    return {name: attrgetter(name)(config) for name in ADVISED} | {"objective": dict(config.objective)}

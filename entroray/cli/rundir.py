@@ -142,6 +142,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def code() -> str:
+    """The commit of the checkout, else the version of the installed package; empty without either."""
+    return commit() or versions().get("entroray", "")
+
+
 def commit() -> str | None:
     """The checkout's commit, when there is one."""
     here = Path(__file__).parent

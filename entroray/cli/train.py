@@ -20,15 +20,16 @@ from entroray.cli import (
     knobs,
     machine,
     material,
+    memory,
     plans,
     preflight,
     rundir,
     sampling,
     settings,
 )
-from entroray.cli.objectives import schedule, told
+from entroray.cli.objectives import advised, schedule, told
 from entroray.config import Config
-from entroray.errors import InfrastructureError, Stopped
+from entroray.errors import ConfigError, InfrastructureError, Stopped
 from entroray.loop.driver import Driver, Pace, Roles
 from entroray.loop.evaluate import heldout
 from entroray.loop.insight import Looks
@@ -75,24 +76,32 @@ def objective_of(config: Config) -> Objective:
 
 
 def _flags(arguments: list[str]) -> tuple[list[str], str | None, bool]:
-    """(overrides, --config-dir, whether --cfg job was given)."""
+    """(overrides, --config-dir, whether --cfg job was given); ConfigError for any other flag or value."""
     overrides, config_dir, show = [], None, False
     rest = iter(arguments)
     for argument in rest:
-        if argument in ("--cfg", "-c"):
-            show = next(rest, "job") == "job"
-        elif argument in ("--config-dir", "-cd"):
-            config_dir = next(rest)
-        elif argument.startswith("--config-dir="):
-            config_dir = argument.partition("=")[2]
-        else:
+        flag, joined, value = argument.partition("=")
+        if not flag.startswith("-"):
             overrides.append(argument)
+            continue
+        value = value if joined else next(rest, "")
+        if flag in ("--cfg", "-c") and value == "job":
+            show = True
+        elif flag in ("--config-dir", "-cd") and value:
+            config_dir = value
+        else:
+            raise ConfigError(
+                f"train does not take {flag} {value}".rstrip() + ": it takes --cfg job, --config-dir FOLDER, "
+                "--multirun, and settings as key=value"
+            )
     return overrides, config_dir, show
 
 
 def _multirun(arguments: list[str]) -> int:
     """Every combination, one after the other, each in a process of its own; the first failure's code."""
-    overrides, config_dir, _ = _flags(arguments)
+    overrides, config_dir, show = _flags(arguments)
+    if show:
+        raise ConfigError("--cfg job prints the settings of one run: leave out --multirun, or --cfg job")
     extra = ["--config-dir", config_dir] if config_dir else []
     worst = 0
     for number, combination in enumerate(settings.expand(overrides)):
@@ -111,25 +120,7 @@ def _dry(config: Config, objective: Objective) -> str:
     lines += [f"control: {c.describe()}" for c in knobs.control_of(config).controllers]
     for role, (count, share) in machine.shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
-    return "\n".join([*lines, *_memory(config)])
-
-
-def _memory(config: Config) -> list[str]:
-    """Bytes by role from the model's own size, where it can be read without loading it."""
-    model = Path(bootstrap.resolve(config), "model.safetensors")
-    if not model.is_file():
-        return [f"memory: unknown until {model.parent} is there"]
-    weights = model.stat().st_size
-    n = config.learner
-    shared = n.ranks if n.zero_stage >= 1 else 1
-    state = weights * (1 if n.zero_stage >= 3 else n.ranks) + 8 * weights // 4 * n.ranks // shared
-    mib = lambda b: f"{b / 2**20:,.0f} MiB"  # noqa: E731
-    cache = machine.engine_options(config).get("kv_cache_memory_bytes")
-    return [
-        f"memory of the learner, weights and Adam moments over all ranks: about {mib(state)}",
-        f"memory of each generator: weights {mib(weights)}"
-        + (f", keys and values {mib(cache)}" if cache else ", keys and values by vLLM's share"),
-    ]
+    return "\n".join([*lines, *memory.lines(config, objective)])
 
 
 def _terminated(number: int, _: Any) -> None:
@@ -147,7 +138,8 @@ async def _train(
     facts |= {"resources": machine.join(config)}
     trained = time.monotonic()
     try:
-        journal, console = open_journal(config, folder, read_in.tokenizer)
+        first = run.state.get("version", 0) + 1
+        journal, console = open_journal(config, folder, read_in.tokenizer, first_step=first)
         probe = tuple(read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await machine.build(
@@ -160,8 +152,7 @@ async def _train(
             resume=run.resume,
             report=journal.event,
         )
-        if run.resume:
-            journal.cut(run.resume[1])
+        journal.cut(first - 1)  # all of it where a run without a checkpoint is started over
         facts |= m.facts | {"start_seconds": round(time.monotonic() - began, 1)}
         rundir.describe(folder, tree, facts)
         console.header("entroray", _header(config, objective, read_in, folder, facts))
@@ -180,19 +171,24 @@ async def _train(
 
 
 def open_journal(
-    config: Config, folder: Path, tokenizer: Any, file: TextIO | None = None
+    config: Config, folder: Path, tokenizer: Any, file: TextIO | None = None, first_step: int = 1
 ) -> tuple[Journal, Console]:
-    """The journal of a run in `folder`, and the console it reports to: the terminal, or `file`."""
+    """The journal of a run in `folder`, and the console it reports to: the terminal, or `file`.
+
+    What trackers hold of `first_step` and beyond, from before a resumption, is hidden.
+    """
     console = Console(file=file)
     trackers: list[Any] = [console]
     if config.observe.tensorboard:
         from entroray.observe.trackers import TensorBoard
 
-        trackers.append(TensorBoard(folder / "tensorboard"))
+        trackers.append(TensorBoard(folder / "tensorboard", first_step=first_step))
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     every = config.observe.tokens.every
     journal = Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words)
-    journal.trackers.append(Outlook(journal.event, console.say, read(folder / "metrics.jsonl")))
+    journal.trackers.append(
+        Outlook(journal.event, console.say, read(folder / "metrics.jsonl"), advised(config))
+    )
     return journal, console
 
 
@@ -258,12 +254,14 @@ async def drive(
     )
     if run.checkpoint:
         driver.restore(run.state)
+    outlook = _outlook(journal, run.state)
     saves = m.checkpoints(run.folder)
     stagnation = Stagnation(config.learner.reset_after, **run.state.get("stagnation", {}))
 
     async def save(accuracy: float | None = None) -> Path:
         told = {"best": stagnation.best, "since": stagnation.since}
-        return await saves.save(driver.version, {**driver.committed, "stagnation": told}, accuracy)
+        state = {**driver.committed, "stagnation": told, "outlook": outlook.state()}
+        return await saves.save(driver.version, state, accuracy)
 
     async def after(step: int, metrics: Mapping[str, float]) -> None:
         if stagnation.note(metrics.get("eval/greedy")):
@@ -283,6 +281,13 @@ async def drive(
             f"stopped by {signal.Signals(caught[0]).name} after step {driver.version}, saved in {saved}. "
             f"Go on with the same command and run.resume=auto run.dir={run.folder}",
         )
+
+
+def _outlook(journal: Journal, state: Mapping[str, Any]) -> Outlook:
+    """What reads the run into words, going on from a checkpoint's `state`."""
+    found = next(t for t in journal.trackers if isinstance(t, Outlook))
+    found.restore(state.get("outlook", {}))
+    return found
 
 
 def _evaluation(
@@ -355,7 +360,7 @@ def _stop_on_signals(driver: Driver) -> list[int]:
 def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
     take_signals()  # the event loop took them with it
     metrics = read(folder / "metrics.jsonl")
-    words = [last_word(metrics), *moved(knobs.control_of(config).controllers, metrics)]
+    words = [last_word(metrics, advised(config)), *moved(knobs.control_of(config).controllers, metrics)]
     print("\n".join([summary(metrics), "", *words]))
     print(f"\n{metrics[-1]['step'] if metrics else 0} steps in {seconds:.0f} s")
     if config.evaluate.final:

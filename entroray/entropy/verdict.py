@@ -1,12 +1,15 @@
-"""A run put into words: healthy, collapsing, exploding, saturated or no signal, and the rule that says so.
+"""A run put into words: healthy, collapsing, exploding, saturated, no signal or no gain, and the rule.
 
 Every threshold is relative to the run's own first steps: levels of entropy mean nothing across models,
 temperatures and tasks.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from entroray.entropy import causes
 
 History = Sequence[Mapping[str, float | None]]
 FIRST, RECENT, TREND = 5, 10, 20
@@ -39,13 +42,16 @@ class Reading:
         return f"{self.kind}: {self.words}.{why} (Rule: {self.rule}.)"
 
 
-def read(history: History) -> Reading | None:
-    """The state of a run from its metrics, oldest first; None before 15 steps with an entropy."""
+def read(history: History, has: causes.Settings | None = None) -> Reading | None:
+    """The state of a run from its metrics, oldest first; None before 15 steps with an entropy.
+
+    `has` are the run's settings by dotted name, so that none is advised which it has or which is not there.
+    """
     steps = [m for m in history if m.get("entropy/mean") is not None]
     if len(steps) < LEAST:
         return None
     for rule in (_exploding, _used_up, _no_signal, _collapsing, _no_gain, _saturated):
-        if found := rule(steps):
+        if found := rule(steps, has or {}):
             return found
     start, now = ends(steps, "entropy/mean")
     words = f"entropy {now:.3f} nats, {now / start:.0%} of its start, {_reward(steps)}"
@@ -69,7 +75,7 @@ def trend(values: Sequence[float]) -> tuple[float, float]:
     return slope, math.sqrt(left / (n - 2) / sxx)
 
 
-def _exploding(steps: History) -> Reading | None:
+def _exploding(steps: History, has: causes.Settings) -> Reading | None:
     start, now = ends(steps, "entropy/mean")
     slope, error = trend(_recent(steps, "entropy/mean"))
     rising, far = slope > 2 * error, now > 2 * RISEN * start
@@ -77,38 +83,49 @@ def _exploding(steps: History) -> Reading | None:
         return None
     words = f"entropy {now:.3f} nats, {now / start:.1f} times its start, {_reward(steps)}"
     rule = f"entropy above {RISEN:g} times the first {FIRST} steps and rising, or above {2 * RISEN:g} times"
-    return Reading(
-        "exploding", words, rule, *_cause(steps, EXPLODING, "no single sign", "half of learner.lr")
-    )
+    return Reading("exploding", words, rule, *_advised(_cause(steps, causes.EXPLODING, has), has))
 
 
-def _used_up(steps: History) -> Reading | None:
+def _used_up(steps: History, has: causes.Settings) -> Reading | None:
     _, right = ends(steps, "groups/all_right")
     if not right >= RIGHT:
         return None
     words = f"{right:.0%} of groups are all right, {_reward(steps)}"
-    return Reading("saturated", words, f"all-right groups at least {RIGHT:.0%}", *HARDER)
+    return Reading(
+        "saturated",
+        words,
+        f"all-right groups at least {RIGHT:.0%}",
+        "most prompts are solved",
+        causes.harder(has),
+    )
 
 
-def _no_signal(steps: History) -> Reading | None:
+def _no_signal(steps: History, has: causes.Settings) -> Reading | None:
     right, wrong = ends(steps, "groups/all_right")[1], ends(steps, "groups/all_wrong")[1]
     if not right + wrong >= UNDECIDED:
         return None
     words = f"{wrong:.0%} of groups are all wrong and {right:.0%} all right: their advantages are 0"
     rule = f"groups all right or all wrong at least {UNDECIDED:.0%}"
-    return Reading("no signal", words, rule, *_cause(steps, NO_SIGNAL, *HARD))
+    return Reading("no signal", words, rule, *_cause(steps, causes.LOST, has, causes.HARD))
 
 
-def _no_gain(steps: History) -> Reading | None:
+def _no_gain(steps: History, has: causes.Settings) -> Reading | None:
     first, now = ends(steps, "reward/mean")
-    if len(steps) < 2 * TREND or now > first:
+    noise = _noise([v for m in steps if (v := m.get("reward/mean")) is not None])
+    if len(steps) < 2 * TREND or now - first > 2 * noise:
         return None
-    words = f"no gain in {len(steps)} steps, {_reward(steps)}"
-    rule = f"reward after {2 * TREND} steps not above the first {FIRST}"
-    return Reading("no signal", words, rule, *_cause(steps, NO_SIGNAL, *HARD))
+    words = f"no gain in {len(steps)} steps beyond {2 * noise:.3f}, twice its noise, {_reward(steps)}"
+    rule = f"reward after {2 * TREND} steps not above the first {FIRST} by twice the error of that difference"
+    return Reading("no gain", words, rule, *_cause(steps, causes.LOST, has, causes.HARD))
 
 
-def _collapsing(steps: History) -> Reading | None:
+def _noise(values: Sequence[float]) -> float:
+    """Standard error of a mean of 10 less one of 5, from differences of neighbours, which no trend widens."""
+    pairs = [(b - a) ** 2 for a, b in itertools.pairwise(values)]
+    return math.sqrt(sum(pairs) / (2 * len(pairs)) * (1 / FIRST + 1 / RECENT)) if pairs else 0.0
+
+
+def _collapsing(steps: History, has: causes.Settings) -> Reading | None:
     start, now = ends(steps, "entropy/mean")
     slope, error = trend([math.log(max(h, 1e-9)) for h in _recent(steps, "entropy/mean")])
     end = GONE * start
@@ -118,111 +135,36 @@ def _collapsing(steps: History) -> Reading | None:
     fate = f"at this rate it reaches {end:.3f} in {left:.0f} steps" if left > 0 else "it is all but gone"
     words = f"entropy {now:.3f} nats, {now / start:.0%} of its start; {fate}; {_reward(steps)}"
     rule = f"entropy below {FALLEN:.0%} of the first {FIRST} steps, falling, {GONE:.0%} in {HORIZON} steps"
-    return Reading(
-        "collapsing", words, rule, *_cause(steps, COLLAPSING, "no single sign", "half of learner.lr")
-    )
+    return Reading("collapsing", words, rule, *_advised(_cause(steps, causes.COLLAPSING, has), has))
 
 
-def _saturated(steps: History) -> Reading | None:
+def _saturated(steps: History, has: causes.Settings) -> Reading | None:
     start, now = ends(steps, "entropy/mean")
     slope, error = trend(_recent(steps, "reward/mean"))
     if now > SPENT * start or slope > 2 * error:
         return None
     words = f"reward rises no more with entropy at {now / start:.0%} of its start, {_reward(steps)}"
     rule = f"entropy below {SPENT:.0%} of the first {FIRST} steps, no trend in reward"
-    return Reading("saturated", words, rule, *SPENT_UP)
+    return Reading("saturated", words, rule, "little entropy is left to explore with", causes.hotter(has))
 
 
-# --- causes ---
-
-Sign = tuple[Callable[[Mapping[str, float]], float], float, str, str]
-"""(statistic of recent means, value from which it counts, what it says, the setting to try)."""
-HARDER = ("most prompts are solved", "harder prompts (data.settings)")
-SPENT_UP = ("little entropy is left to explore with", "a higher sampler.temperature or harder prompts")
-HARD = (
-    "the task is too hard for this model",
-    "easier prompts (data.settings) or a larger rollout.group_size",
-)
-
-UPDATES: Sign = (
-    lambda m: m["update/kl"],
-    0.005,
-    "one step moves the policy by {:.3f} nats (update/kl)",
-    "learner.updates_per_rollout=1",
-)
-MISMATCH: Sign = (
-    lambda m: m["mismatch/kl"],
-    0.005,
-    "learner and sampler differ by {:.3f} nats (mismatch/kl)",
-    "objective.correction={{fn: truncated_importance}} or a smaller driver.max_lag",
-)
-COLLAPSING: Sequence[Sign] = (
-    UPDATES,
-    MISMATCH,
-    (
-        lambda m: m["quadrants/e1"] + m["quadrants/e4"],
-        0.55,
-        "{:.0%} of trained tokens lie where the update lowers entropy (quadrants e1, e4)",
-        "objective.surrogate.high=0.28",
-    ),
-    (
-        lambda m: m["groups/all_right"],
-        0.4,
-        "{:.0%} of groups are all right (groups/all_right)",
-        "harder prompts (data.settings)",
-    ),
-)
-EXPLODING: Sequence[Sign] = (
-    UPDATES,
-    MISMATCH,
-    (
-        lambda m: m["groups/all_wrong"],
-        0.5,
-        "{:.0%} of groups are all wrong, so little but the entropy term is left (groups/all_wrong)",
-        "a smaller entropy penalty (objective.penalties) or half of learner.lr",
-    ),
-    (
-        lambda m: m["quadrants/e2"] + m["quadrants/e3"],
-        0.55,
-        "{:.0%} of trained tokens lie where the update raises entropy (quadrants e2, e3)",
-        "objective.surrogate.high=0.2",
-    ),
-)
-NO_SIGNAL: Sequence[Sign] = (
-    (
-        lambda m: m["length/truncated"],
-        0.3,
-        "{:.0%} of responses are cut off (length/truncated)",
-        "a larger rollout.max_tokens",
-    ),
-    (
-        lambda m: m["answers/missing"],
-        0.5,
-        "{:.0%} of responses hold no answer (answers/missing)",
-        "data.template and reward.judge",
-    ),
-    (
-        lambda m: m["groups/all_right"],
-        0.5,
-        "{:.0%} of groups are all right (groups/all_right)",
-        "harder prompts (data.settings)",
-    ),
-)
+def _advised(found: causes.Cause, has: causes.Settings) -> causes.Cause:
+    """Smaller steps where entropy moves too fast and nothing says why."""
+    return found if found.remedy else found._replace(remedy=causes.half_lr(has))
 
 
-def _cause(steps: History, signs: Sequence[Sign], otherwise: str, remedy: str) -> tuple[str, str]:
-    """The sign furthest above the value from which it counts, and its setting."""
+def _cause(
+    steps: History, signs: Sequence[causes.Sign], has: causes.Settings, otherwise: Sequence[causes.Sign] = ()
+) -> causes.Cause:
+    """The strongest of `signs`, else of `otherwise`; a policy destroyed by one step goes before both."""
     names = {name for m in steps[-RECENT:] for name in m}
     means = {name: _mean(steps[-RECENT:], name) for name in names}
-    seen = []
-    for statistic, least, said, setting in signs:
-        try:
-            value = statistic(means)
-        except KeyError:  # not measured in these steps
-            continue
-        if value >= least:
-            seen.append((value / least, said.format(value), setting.format()))
-    return max(seen)[1:] if seen else (otherwise, remedy)
+    return (
+        causes.destroyed(steps, ends(steps, "reward/mean"), has)
+        or causes.strongest(means, signs, has)
+        or causes.strongest(means, otherwise, has)
+        or causes.Cause("no single sign")
+    )
 
 
 def _reward(steps: History) -> str:

@@ -34,6 +34,8 @@ class Cell:
     exit_code: int = 0
     finished: str = ""
     """UTC."""
+    code: str = ""
+    """Commit that it ran, or the package's version where there is none; empty in cells of older labs."""
     measured: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -133,4 +135,5 @@ def write_csv(lab: Path, cells: Iterable[Cell]) -> Path:
 def _row(cell: Cell) -> dict[str, Any]:
     told = {"task": cell.task, "objective": cell.objective, "with": " ".join(sorted(cell.extras))}
     ended = {"seed": cell.seed, "status": cell.status, "reason": cell.reason, "finished": cell.finished}
+    ended |= {"code": cell.code}
     return told | ended | dict(cell.measured)

@@ -1,5 +1,6 @@
 """Cells -> tables: a mean and an interval over seeds, and whether it can be told from the baseline's."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,7 +50,7 @@ PARTS = {"what it reached": REACHED, "how it answers held-out prompts": ANSWERED
 LEGEND = (
     "95 % percentile bootstrap intervals of the mean over seeds (with 3 seeds: their range). Against the "
     "baseline's interval: + above, - below, = overlapping, which is a tie; ? fewer than 3 seeds on either "
-    "side, nothing is claimed."
+    "side, nothing is claimed; n: seeds that have it, where not all do."
 )
 
 
@@ -61,15 +62,20 @@ class Entry:
     sign: str
     """+ | - | = | ?, empty for the baseline itself."""
 
-    def text(self, form: str) -> str:
-        """`mean [low high] sign`; no interval below `LEAST` seeds, a dash for nothing."""
+    def text(self, form: str, done: int) -> str:
+        """`mean [low high] n=... sign`: no interval below `LEAST` seeds, no n where all of `done` have it.
+
+        A dash for nothing.
+        """
         if not self.values:
             return "-"
-        mean = format(float(np.mean(self.values)), form)
-        if len(self.values) < LEAST:
-            return f"{mean} {self.sign}".strip()
-        low, high = interval(self.values)
-        return f"{mean} [{low:{form}} {high:{form}}] {self.sign}".strip()
+        said = [format(float(np.mean(self.values)), form)]
+        if len(self.values) >= LEAST:
+            low, high = interval(self.values)
+            said.append(f"[{low:{form}} {high:{form}}]")
+        if done and len(self.values) != done:
+            said.append(f"n={len(self.values)}")
+        return " ".join([*said, self.sign]).strip()
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,13 @@ def absent(cells: Sequence[Cell]) -> list[str]:
     return gone + [f"failed: {name(c)}: {c.reason}" for c in cells if c.status == "failed"]
 
 
+def codes(cells: Sequence[Cell]) -> list[str]:
+    """A line that says so where finished cells ran more than one version of the code."""
+    found = Counter(c.code or "a version not recorded" for c in cells if c.status == "done")
+    told = ", ".join(f"{count} of {name}" for name, count in found.most_common())
+    return [f"more than one version of the code: {told} (cells that are done)"] if len(found) > 1 else []
+
+
 def grid(table: Table) -> list[list[str]]:
     """The table as text, its head first."""
     head = ["", "seeds", *(c.title for c in table.columns)]
@@ -192,7 +205,7 @@ def _seeds(row: Row) -> str:
 
 
 def _texts(row: Row, columns: Sequence[Column]) -> list[str]:
-    return [entry.text(c.form) for entry, c in zip(row.entries, columns, strict=True)]
+    return [entry.text(c.form, row.done) for entry, c in zip(row.entries, columns, strict=True)]
 
 
 def markdown(cells: Sequence[Cell], baseline: str) -> str:
@@ -202,7 +215,7 @@ def markdown(cells: Sequence[Cell], baseline: str) -> str:
         head, *rows = grid(table)
         lines = [head, ["---"] * len(head), *rows]
         parts.append(f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
-    if lacking := absent(cells):
+    if lacking := [*absent(cells), *codes(cells)]:
         parts.append("\n".join(f"- {line}" for line in lacking))
     parts += [
         f"{part.capitalize()}: " + "; ".join(f"{c.title}, {c.meaning}" for c in PARTS[part]) + "."

@@ -15,6 +15,7 @@ from entroray.observe.comparison import (
     Row,
     Table,
     absent,
+    codes,
     grid,
     tables,
     tasks,
@@ -43,7 +44,7 @@ def write(lab: Path, cells: Sequence[Cell], baseline: str) -> Path:
         f"<header><h1>{escape(lab.name)}</h1>",
         f"<p>Baseline: <code>{escape(baseline)}</code>. {LEGEND}</p></header>",
         *(_task(lab, task, of_task, baseline) for task, of_task in tasks(cells).items()),
-        _absent(absent(cells)),
+        _absent([*absent(cells), *codes(cells)]),
         _meanings(),
     ]
     replace_text(lab / "lab.html", PAGE.format(name=escape(lab.name), style=STYLE, body="".join(body)))
@@ -141,7 +142,7 @@ def _absent(lines: Sequence[str]) -> str:
     if not lines:
         return ""
     said = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<section class="absent"><h2>Missing and failed</h2><ul>{said}</ul></section>'
+    return f'<section class="absent"><h2>Missing, failed or mixed</h2><ul>{said}</ul></section>'
 
 
 def _meanings() -> str:

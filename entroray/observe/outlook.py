@@ -14,15 +14,19 @@ FORETOLD, REALISED = f"entropy/predicted_change_{FORM}", "entropy/realised_chang
 
 
 class Outlook:
-    """A tracker that reads the whole run after each step; `report(kind, **fields)` hears of every change."""
+    """A tracker that reads the whole run after each step; `report(kind, **fields)` hears of every change.
+
+    `has` are the run's settings by dotted name, as `entropy.causes` reads them.
+    """
 
     def __init__(
         self,
         report: Callable[..., None],
         say: Callable[[str], None],
         history: Sequence[Mapping[str, Any]] = (),
+        has: Mapping[str, Any] | None = None,
     ):
-        self.report, self.say, self.history = report, say, list(history)
+        self.report, self.say, self.history, self.has = report, say, list(history), has
         self.announced, self.kind, self.held = "", "", 0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -30,7 +34,7 @@ class Outlook:
         while self.history and self.history[-1]["step"] >= step:
             self.history.pop()
         self.history.append({"step": step, **metrics})
-        found = verdict.read(self.history)
+        found = verdict.read(self.history, self.has)
         if not found:
             return
         self.held = self.held + 1 if found.kind == self.kind else 1
@@ -41,13 +45,22 @@ class Outlook:
             self.report("verdict", step=step, verdict=found.kind, words=found.words, **reasons)
             self.say(f"step {step}: {found.line()}")
 
+    def state(self) -> dict[str, Any]:
+        """What is announced, and for how many steps the verdict has been what it is."""
+        return {"announced": self.announced, "kind": self.kind, "held": self.held}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; an older checkpoint has none."""
+        if state:
+            self.announced, self.kind, self.held = state["announced"], state["kind"], state["held"]
+
     def close(self) -> None:
         """Nothing is held open."""
 
 
-def last_word(history: Sequence[Mapping[str, Any]]) -> str:
+def last_word(history: Sequence[Mapping[str, Any]], has: Mapping[str, Any] | None = None) -> str:
     """How a run ended, a line each: the verdict, prediction against what happened, the law."""
-    found = verdict.read(history)
+    found = verdict.read(history, has)
     said = f"verdict: {found.line()}" if found else f"verdict: none before {verdict.LEAST} steps"
     return "\n".join([said, _predicted(history), _law(history)])
 
@@ -58,13 +71,16 @@ def _predicted(history: Sequence[Mapping[str, Any]]) -> str:
     if len(known) < prediction.LEAST:
         return f"prediction: none before {prediction.LEAST} steps are rescored (observe.prediction.every)"
     signs = sum(m[FORETOLD] * m[REALISED] > 0 for m in known)
+    falls = sum(m[REALISED] < 0 for m in known)
     change = sum(m[REALISED] for m in known) / len(known)
     found = prediction.record(known)
+    slope = found[f"entropy/prediction_slope_{FORM}"]
     ranks = {form: found.get(f"entropy/prediction_rank_{form}") for form in prediction.FORMS}
     said = ", ".join(f"{form} {rank:+.2f}" for form, rank in ranks.items() if rank is not None)
     return (
         f"prediction: the {FORM} form foretold whether entropy rises in {signs} of {len(known)} rescored "
-        f"steps (it changed by {change:+.4f} nats a step); rank correlation {said}"
+        f"steps, 'it always falls' in {falls} (it changed by {change:+.4f} nats a step); slope "
+        f"of realised on predicted {slope:.3g}; rank correlation {said}"
     )
 
 

@@ -22,7 +22,7 @@ INK, TEAL, INDIGO, PURPLE, ORANGE, RED, GREY = (
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric as drawn: `fill` shades the space down to the curve before it."""
+    """One metric as drawn, `times` another; `fill` shades the space down to the curve before it."""
 
     key: str
     name: str
@@ -30,6 +30,17 @@ class Curve:
     dash: str = "solid"
     width: float = 2.0
     fill: bool = False
+    times: str = ""
+
+    def drawn(self, metrics: Metrics) -> tuple[list[int], list[float]]:
+        """Steps and values, where all that it is made of was measured."""
+        if not self.times:
+            return series(metrics, self.key)
+        at, factors = series(metrics, self.times)
+        by_step = dict(zip(at, factors, strict=True))
+        steps, values = series(metrics, self.key)
+        known = [(n, v * by_step[n]) for n, v in zip(steps, values, strict=True) if n in by_step]
+        return [n for n, _ in known], [v for _, v in known]
 
 
 @dataclass(frozen=True)
@@ -44,14 +55,15 @@ class Plot:
     stacked: bool = False
 
 
+FORETOLD = "entropy/predicted_change_exact"
 PLOTS = (
     Plot(
         "Reward",
-        "Share right: mean over the rollouts of a step of <code>correct</code> (0 or 1). Shaped reward: mean "
-        "of what the advantages are computed from, in the task's own scale.",
+        "Share right: mean of <code>correct</code> (0 or 1) over a step's judged rollouts. Shaped reward: "
+        "mean, over the rollouts trained on, of what the advantages are computed from, in its own scale.",
         "share of rollouts",
         (
-            Curve("reward/raw_mean", "shaped reward", GREY, "dot", 1.5),
+            Curve("reward/shaped_mean", "shaped reward", GREY, "dot", 1.5),
             Curve("reward/mean", "share right", TEAL),
         ),
     ),
@@ -81,6 +93,28 @@ PLOTS = (
         (
             Curve("entropy/positive", "advantage &gt; 0", TEAL),
             Curve("entropy/negative", "advantage &lt; 0", RED),
+        ),
+    ),
+    Plot(
+        "Change of entropy, predicted and realised",
+        "Mean change of H over the trained tokens by the update, where they were scored again; predicted: "
+        "the exact first-order form times its slope, which is fitted to these same steps.",
+        "nats per token and step",
+        (
+            Curve(FORETOLD, "predicted x slope", GREY, "dot", 1.5, times="entropy/prediction_slope_exact"),
+            Curve("entropy/realised_change", "realised", INDIGO),
+        ),
+    ),
+    Plot(
+        "Clipped tokens",
+        "Share of tokens of all updates whose loss is flat: ratio r of present to scored policy too high or "
+        "too low, by the sign of the advantage A.",
+        "share of tokens",
+        (
+            Curve("update/clip_high_positive", "r &gt; 1, A &gt; 0", TEAL),
+            Curve("update/clip_high_negative", "r &gt; 1, A &lt; 0", ORANGE, "dot", 1.5),
+            Curve("update/clip_low_positive", "r &lt; 1, A &gt; 0", INDIGO, "dot", 1.5),
+            Curve("update/clip_low_negative", "r &lt; 1, A &lt; 0", RED),
         ),
     ),
     Plot(
@@ -195,8 +229,8 @@ def _moved(metrics: Metrics) -> list[Plot]:
 
 
 def _card(plot: Plot, metrics: Metrics) -> str:
-    drawn = [curve for curve in plot.curves if series(metrics, curve.key)[0]]
-    keys = ", ".join(f"<code>{curve.key}</code>" for curve in plot.curves)
+    drawn = [curve for curve in plot.curves if curve.drawn(metrics)[0]]
+    keys = ", ".join(f"<code>{key}</code>" for c in plot.curves for key in (c.key, c.times) if key)
     inner = _figure(plot, drawn, metrics) if drawn else _missing("metrics.jsonl", f"it holds none of {keys}")
     title = f"<h2>{plot.title} <small>{plot.unit}</small></h2>"
     return f'<section class="card">{title}<p class="meaning">{plot.meaning}</p>{inner}</section>'
@@ -204,7 +238,7 @@ def _card(plot: Plot, metrics: Metrics) -> str:
 
 def _figure(plot: Plot, curves: Sequence[Curve], metrics: Metrics) -> str:
     figure = go.Figure([_trace(plot, curve, metrics) for curve in curves])
-    values = [value for curve in curves for value in series(metrics, curve.key)[1]]
+    values = [value for curve in curves for value in curve.drawn(metrics)[1]]
     log = plot.log and 0 < 10 * min(values) < max(values)
     figure.update_layout(
         height=280,
@@ -231,7 +265,7 @@ def _figure(plot: Plot, curves: Sequence[Curve], metrics: Metrics) -> str:
 
 
 def _trace(plot: Plot, curve: Curve, metrics: Metrics) -> go.Bar | go.Scatter:
-    steps, values = series(metrics, curve.key)
+    steps, values = curve.drawn(metrics)
     if plot.stacked:
         return go.Bar(
             x=steps, y=values, name=curve.name, marker={"color": curve.colour, "line": {"width": 0}}

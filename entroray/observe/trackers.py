@@ -14,9 +14,9 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files for TensorBoard in `folder`; on resume, `first_step` hides what was logged from it on."""
+    """Event files for TensorBoard in `folder`; what older ones there hold from `first_step` on is hidden."""
 
-    def __init__(self, folder: Path, *, first_step: int | None = None):
+    def __init__(self, folder: Path, *, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder), purge_step=first_step)

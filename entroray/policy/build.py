@@ -20,6 +20,15 @@ def build(folder: Path, shape: Shape, seed: int) -> int:
     return model.num_parameters()
 
 
+def count(shape: Shape) -> int:
+    """Parameters of the model that `build` would write; takes no memory for them."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with torch.device("meta"):
+        return int(Qwen3ForCausalLM(Qwen3Config(**_sizes(shape, byte_tokenizer()))).num_parameters())
+
+
 def _sizes(shape: Shape, tokenizer: Any) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),

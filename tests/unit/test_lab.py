@@ -3,13 +3,14 @@
 import asyncio
 import csv
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from entroray.cli import lab, settings
+from entroray.cli import lab, rundir, settings
 from entroray.cli.machine import lasting
 from entroray.entropy.bootstrap import interval
 from entroray.errors import ConfigError
@@ -18,7 +19,7 @@ from entroray.objective import build
 from entroray.observe import cells as stored
 from entroray.observe import lab_page
 from entroray.observe.cells import Cell, moving, summarise, variant
-from entroray.observe.comparison import absent, against, markdown
+from entroray.observe.comparison import absent, against, codes, markdown
 from entroray.observe.curves import Line, chart, frame, mean, ticks
 from tests.composed import configured
 from tests.toy import ToyPrompts, ToyWorld
@@ -90,6 +91,36 @@ def test_the_table_says_what_is_above_missing_failed_and_unknown() -> None:
         "missing: quickstart, cispo, seed 2",
         "failed: quickstart, cispo, seed 3: NumericsError: loss is nan",
     ]
+
+
+def test_a_mean_over_fewer_seeds_than_are_done_says_of_how_many() -> None:
+    lacking = [replace(CELLS[0], measured={"after/pass@1": 0.4}), *CELLS[1:]]
+    said = next(row for row in markdown(lacking, "dapo").splitlines() if row.startswith("| grpo |"))
+    assert "| 3 |" in said and "| 0.530 n=2 ? |" in said and "0.400 [0.400 0.400] = |" in said
+
+
+def test_cells_of_two_versions_of_the_code_are_told_under_the_tables(tmp_path: Path) -> None:
+    assert codes(CELLS) == [] and codes([replace(c, code="1950491") for c in CELLS]) == []
+    mixed = [replace(CELLS[0], code="1950491"), replace(CELLS[1], code="f783b7f-dirty"), *CELLS[2:]]
+    told = (
+        "more than one version of the code: 6 of a version not recorded, 1 of 1950491, 1 of f783b7f-dirty "
+        "(cells that are done)"
+    )
+    assert codes(mixed) == [told] and f"- {told}" in markdown(mixed, "grpo")
+    for each in mixed:
+        stored.save(tmp_path, each)
+        (stored.path(tmp_path, each) / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+    assert told in lab_page.write(tmp_path, mixed, "grpo").read_text()
+    assert rundir.code()
+
+
+def test_a_cell_of_a_lab_before_the_code_was_noted_is_read_and_done(tmp_path: Path) -> None:
+    stored.save(tmp_path, CELLS[0])
+    file = stored.path(tmp_path, CELLS[0]) / "cell.json"
+    old = {name: value for name, value in json.loads(file.read_text()).items() if name != "code"}
+    file.write_text(json.dumps(old))
+    (known,) = stored.load(tmp_path)
+    assert known == CELLS[0] and lab._done(replace(CELLS[0], code="1950491"), known)
 
 
 def test_cells_outlive_the_process_and_fill_one_csv(tmp_path: Path) -> None:

@@ -221,6 +221,25 @@ def test_the_warm_starts_of_before_keep_their_names(mixed: Config) -> None:
     assert bootstrap.cached(asked) != bootstrap.cached(mixed)
 
 
+def test_whatever_makes_a_warm_start_another_gives_it_another_name(tmp_path: Path) -> None:
+    """Else a float32 model in the cache would be taken for the bfloat16 one that was asked for."""
+    judge = tmp_path / "judge.py"
+    judge.write_text("def half(text, prompt):\n    return 0.5\n")
+    shared = (
+        "model.dtype=bfloat16",
+        "sampler.stop=[x]",
+        "learner.betas=[0.9,0.99]",
+        "learner.weight_decay=0.1",
+        "learner.deepspeed={gradient_clipping: 0.5}",
+        f"reward.path={judge}:half",
+    )
+    one = [bootstrap.cached(configured("data=chain_sum", each)).name for each in shared]
+    judge.write_text("def half(text, prompt):\n    return 0.4\n")
+    one.append(bootstrap.cached(configured("data=chain_sum", shared[-1])).name)
+    one.append(bootstrap.cached(configured("data=chain_sum")).name)
+    assert len(set(one)) == len(shared) + 2
+
+
 def test_wrong_parts_are_refused_by_name(mixed: Config) -> None:
     with pytest.raises(ConfigError, match=r"data\.parts\.countdown\.weight=0"):
         configured("data=mixture", "data.parts.countdown.weight=0")

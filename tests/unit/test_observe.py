@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from dataclasses import replace
 
 import duckdb
@@ -270,7 +271,7 @@ def test_token_records_the_disk_refuses_do_not_end_the_run(tmp_path):
 def test_tensorboard_holds_the_metrics(tmp_path):
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    tracker = TensorBoard(tmp_path)
+    tracker = TensorBoard(tmp_path, first_step=1)
     tracker.log(7, {"entropy/mean": 1.5})
     tracker.close()
     (file,) = tmp_path.iterdir()
@@ -280,6 +281,21 @@ def test_tensorboard_holds_the_metrics(tmp_path):
         for v in e.summary.value
     ]
     assert values == [(7, "entropy/mean", 1.5)]
+
+
+def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last, value in ((1, 5, 1.0), (4, 6, 2.0)):  # killed after 5, resumed after 3
+        tracker = TensorBoard(tmp_path, first_step=first)
+        for step in range(first, last + 1):
+            tracker.log(step, {"entropy/mean": value})
+        tracker.close()
+        time.sleep(1.1)  # files are read in the order of their names, which have seconds
+    shown = EventAccumulator(str(tmp_path))
+    shown.Reload()
+    points = [(e.step, e.value) for e in shown.Scalars("entropy/mean")]
+    assert points == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
 
 
 def test_console_prints_aligned_lines_and_repeats_the_header(tmp_path):
@@ -318,15 +334,36 @@ def page(run_dir):
     return text[: text.index("<script>")] + text[text.index("<header>") :]
 
 
+DRAWN = {
+    "control/bonus": 0.1,
+    "reward/shaped_mean": 0.5,
+    "update/clip_low_negative": 0.02,
+    "entropy/realised_change": -0.01,
+}
+
+
+def test_the_shaped_reward_that_is_drawn_is_the_shaped_one():
+    drawn = {c.name: c.key for c in report.PLOTS[0].curves}
+    assert drawn == {"shaped reward": "reward/shaped_mean", "share right": "reward/mean"}
+
+
+def test_a_prediction_is_drawn_in_nats_where_its_slope_is_known():
+    plot = next(p for p in report.PLOTS if "predicted" in p.title)
+    slope, foretold = "entropy/prediction_slope_exact", "entropy/predicted_change_exact"
+    steps = [{"step": 1, foretold: -2.0}, {"step": 2}, {"step": 3, foretold: -4.0, slope: 0.5}]
+    assert plot.curves[0].drawn(steps) == ([3], [-2.0])
+    assert plot.curves[1].drawn([{"step": 3, "entropy/realised_change": -1.5}]) == ([3], [-1.5])
+
+
 def test_report_of_a_run(tmp_path):
     book = journal(tmp_path, tokens_every=1, vocabulary=WORDS)
     groups, tokens = a_step()
     for step in (1, 2):
-        book.step(step, describe(groups, tokens) | METRICS | {"control/bonus": 0.1}, groups, tokens)
+        book.step(step, describe(groups, tokens) | METRICS | DRAWN, groups, tokens)
     book.event("engine_lost", reason="<i>")
     (tmp_path / "config.yaml").write_text("name: <script>")
     text = page(tmp_path)
-    assert text.count('class="plotly-graph-div"') == len(report.PLOTS) + 1 == 9
+    assert text.count('class="plotly-graph-div"') == len(report.PLOTS) + 1 == 11
     assert "Setting moved by bonus" in text
     ranking = re.findall(r"<tr><td>(.{5})</td>", text)
     assert ranking == ["0.700", "0.600", "0.400", "0.300", "0.200", "0.100"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from entroray.cli import doctor, preflight, rundir, settings
+from entroray.cli import doctor, preflight, rundir, settings, train
 from entroray.config import Config, Shape
-from entroray.errors import DataError, NumericsError, PreflightError
+from entroray.errors import ConfigError, DataError, NumericsError, PreflightError
 from entroray.loop.limits import SkippedUpdates, Stagnation, VerdictFailures
 from entroray.policy.build import build
 from entroray.reward.verdicts import failed
@@ -33,6 +33,27 @@ def changed(folder: Path, to: Path, name: str, **values: Any) -> Path:
     shutil.copytree(folder, to)
     (to / name).write_text(json.dumps(json.loads((to / name).read_text()) | values))
     return to
+
+
+@pytest.mark.parametrize(
+    "told", [["--cfg", "hydra"], ["--cfg"], ["-c", "all"], ["--cfg=defaults"], ["--config-dir"], ["--dry"]]
+)
+def test_a_flag_that_train_does_not_have_trains_nothing(told: list[str]) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"not take {told[0].partition('=')[0]}.*it takes --cfg job"
+    ) as said:
+        train.main(
+            [*told, "experiment=quickstart"] if told[-1] != told[0] else ["experiment=quickstart", *told]
+        )
+    assert said.value.exit_code == 2
+
+
+def test_settings_are_shown_in_either_spelling_and_never_of_many_runs(capsys: pytest.CaptureFixture) -> None:
+    for told in (["--cfg", "job"], ["-c", "job"], ["--cfg=job"]):
+        assert train.main([*told, "experiment=quickstart", "seed=7"]) == 0
+        assert "seed: 7" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="of one run"):
+        train.main(["--multirun", "--cfg", "job", "experiment=quickstart"])
 
 
 def test_a_whole_model_is_described(folder: Path) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from entroray.cli.objectives import advised
 from entroray.control import build
 from entroray.entropy.verdict import LEAST, read, trend
 from entroray.observe.outlook import STEADY, Outlook, last_word, moved
+from tests.composed import configured
 
 DATA = Path(__file__).parent / "data"
 
@@ -48,7 +50,11 @@ def test_collapse_is_dated_from_its_own_rate():
     now = sum(s["entropy/mean"] for s in steps[-10:]) / 10
     left = round(50 * math.log(now / (0.1 * start)))
     assert found.kind == "collapsing" and f"reaches {0.1 * start:.3f} in {left} steps" in found.words
-    assert found.cause == "no single sign" and found.remedy == "half of learner.lr"
+    assert (
+        found.cause == "no single sign"
+        and found.line().count("; try ") == 1
+        and found.remedy == "half of learner.lr"
+    )
 
 
 def test_the_strongest_sign_is_the_cause():
@@ -66,11 +72,99 @@ def test_levels_are_relative_to_the_run_itself():
         assert read(scaled).kind == "collapsing"
 
 
-def test_a_reward_that_never_rose_is_no_signal_and_one_that_stopped_is_saturated():
+def test_a_reward_that_never_rose_is_no_gain_and_one_that_stopped_is_saturated():
     flat = [{"entropy/mean": 1.0, "reward/mean": 0.2 - i / 1000} for i in range(60)]
-    assert read(flat).kind == "no signal" and read(flat[:30]).kind == "healthy"
+    assert read(flat).kind == "no gain" and read(flat[:30]).kind == "healthy"
     spent = [{"entropy/mean": max(0.3, 1 - i / 20), "reward/mean": min(0.6, 0.2 + i / 50)} for i in range(60)]
     assert read(spent).kind == "saturated"
+
+
+def test_a_flat_reward_is_told_from_a_rising_one_by_its_noise_and_called_no_more_than_flat():
+    shake = [0.03 * (-1) ** i for i in range(60)]
+    flat = [{"entropy/mean": 1.0, "reward/mean": 0.70 + shake[i]} for i in range(60)]
+    flat[0]["reward/mean"] = 0.65  # a low first step is no gain of what follows
+    found = read(flat)
+    assert found.kind == "no gain" and found.cause == "no single sign" and not found.remedy
+    assert "too hard" not in found.line() and "try" not in found.line()
+    rising = [s | {"reward/mean": s["reward/mean"] + i / 500} for i, s in enumerate(flat)]
+    assert read(rising).kind == "healthy"
+
+
+def test_a_learning_rate_that_destroyed_the_policy_is_not_told_to_write_longer_responses():
+    found = read(run("gone"), {"learner.lr": 0.01, "rollout.max_tokens": 24})
+    assert found.remedy == "learner.lr=0.001"
+    assert found.cause == "step 1 moved the policy by 0.879 nats (update/kl), and reward is mostly gone"
+    calm = [s | {"update/kl": 0.01} for s in run("gone")]
+    assert read(calm, {"rollout.max_tokens": 24}).remedy == "rollout.max_tokens=48"
+
+
+@pytest.mark.parametrize("name", ["collapsing", "exploding", "no_signal", "gone", "saturated"])
+def test_every_recorded_run_is_told_one_setting(name):
+    remedy = read(run(name)).remedy
+    assert remedy and " or " not in remedy and " and " not in remedy
+
+
+CLIP = {"fn": "clip", "low": 0.2, "high": 0.2}
+TWO = {"learner.updates_per_rollout": 2, "learner.lr": 0.002}
+
+
+@pytest.mark.parametrize(
+    ("has", "remedy"),
+    [
+        (TWO | {"objective": {"surrogate": CLIP}}, "objective.surrogate.high=0.28"),
+        (TWO | {"objective": {"surrogate": CLIP | {"high": 0.28}}}, "learner.lr=0.001"),  # dapo
+        (TWO | {"objective": {"surrogate": {"fn": "cispo", "cap": 5.0}}}, "learner.lr=0.001"),
+        (TWO | {"objective": {"surrogate": {"fn": "reinforce"}}}, "learner.lr=0.001"),  # kl_cov
+        (
+            TWO | {"objective": {"surrogate": CLIP | {"high": 4e-4}, "ratio": {"fn": "sequence"}}},
+            "learner.lr=0.001",
+        ),
+        (
+            {"learner.updates_per_rollout": 1, "objective": {"surrogate": CLIP}},
+            "half of learner.lr",
+        ),  # never acts
+        ({}, "half of learner.lr"),
+    ],
+)
+def test_a_bound_is_advised_only_where_there_is_one_that_acts_and_is_tighter(has, remedy):
+    decay = [{"entropy/mean": math.exp(-i / 50), "reward/mean": 0.3} for i in range(60)]
+    assert read([s | {"quadrants/e1": 0.4, "quadrants/e4": 0.3} for s in decay], has).remedy == remedy
+
+
+@pytest.mark.parametrize(
+    ("sign", "has", "remedy"),
+    [
+        ({"update/kl": 0.02}, {"learner.updates_per_rollout": 2}, "learner.updates_per_rollout=1"),
+        ({"update/kl": 0.02}, {"learner.updates_per_rollout": 1, "learner.lr": 0.004}, "learner.lr=0.002"),
+        ({"mismatch/kl": 0.02}, {}, "objective.correction={fn: truncated_importance}"),
+        (
+            {"mismatch/kl": 0.02},
+            {"driver.max_lag": 2, "objective": {"correction": {"fn": "m"}}},
+            "driver.max_lag=0",
+        ),
+        (
+            {"mismatch/kl": 0.02},
+            {"model.dtype": "bfloat16", "objective": {"correction": {"fn": "m"}}},
+            "model.dtype=float32",
+        ),
+    ],
+)
+def test_the_next_setting_is_advised_where_a_run_has_the_first(sign, has, remedy):
+    decay = [{"entropy/mean": math.exp(-i / 50), "reward/mean": 0.3} for i in range(60)]
+    assert read([s | sign for s in decay], has).remedy == remedy
+
+
+def test_half_an_entropy_bonus_is_advised_where_there_is_one():
+    paid = {"objective": {"penalties": [{"fn": "kl"}, {"fn": "entropy_bonus", "coef": 0.3}]}}
+    found = read(run("exploding"), paid)
+    assert found.remedy == "half of the coef of entropy_bonus in objective.penalties"
+    assert read(run("exploding"), {"objective": {"penalties": [{"fn": "kl"}]}}).remedy == "half of learner.lr"
+
+
+def test_what_a_run_has_is_told_by_the_names_that_are_asked_for():
+    has = advised(configured("objective=dapo", "learner.lr=2.0e-3"))
+    assert has["objective"]["surrogate"]["high"] == 0.28 and has["learner.lr"] == 2e-3
+    assert {"driver.max_lag", "model.dtype", "sampler.temperature", "rollout.max_tokens"} < has.keys()
 
 
 def test_too_short_a_run_gets_no_verdict_and_gaps_do_no_harm():
@@ -103,6 +197,29 @@ def test_a_change_is_announced_once_it_holds():
     assert len(resumed.history) == 50
 
 
+def test_a_resumed_run_does_not_announce_its_verdict_again():
+    """Wherever it was cut, what is announced is what an unbroken run announces."""
+    steps = run("collapsing")
+
+    def announced(pieces):
+        said, state = [], {}
+        for piece in pieces:
+            outlook = Outlook(
+                lambda kind, **f: said.append((f["step"], f["verdict"])), str, steps[: piece[0]]
+            )
+            outlook.restore(json.loads(json.dumps(state)))
+            for s in steps[slice(*piece)]:
+                outlook.log(s["step"], s)
+            state = outlook.state()
+        return said
+
+    whole = announced([(0, 90)])
+    assert [name for _, name in whole] == ["healthy", "collapsing"]
+    change = whole[1][0]
+    for cut in (20, change - 2, change, change + 1):
+        assert announced([(0, cut), (cut, 90)]) == whole
+
+
 def test_the_last_word_holds_prediction_and_law_against_what_happened():
     steps = [
         s | {"law/ceiling": 0.61, "law/low": 0.5, "law/high": 0.7, "law/r2": 0.8} for s in run("healthy")
@@ -114,7 +231,10 @@ def test_the_last_word_holds_prediction_and_law_against_what_happened():
         }
         steps[i] |= foretold | {"entropy/realised_change": -0.01 * (i + 1) if i < 5 else 0.09}
     said = last_word(steps)
-    assert "rises in 5 of 6 rescored steps (it changed by -0.0100 nats a step)" in said
+    assert (
+        "rises in 5 of 6 rescored steps, 'it always falls' in 5 (it changed by -0.0100 nats a step)" in said
+    )
+    assert "slope of realised on predicted 0.00011;" in said  # 0.01 (1 + 4 + 9 + 16 + 25 - 54) / 91
     assert (
         "rank correlation exact +0.14" in said
         and "0.610 is the reward at entropy 0, 95 % 0.500 to 0.700" in said
