@@ -5,28 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from entroray.cli import signals
 from entroray.config import Config
 from entroray.control import Control, Controller, build
-from entroray.entropy.catalogue import (
-    BRANCHES,
-    CHOICE,
-    DOMAIN,
-    INSIGHT,
-    SAMPLER,
-    STEP,
-    TOOLS,
-    UPDATE,
-    matches,
-)
 from entroray.errors import ConfigError
 from entroray.loop.driver import Roles
 from entroray.objective import Objective
 from entroray.objective import build as build_objective
-from entroray.objective.bind import nearest
 
-METRICS = (*STEP, *SAMPLER, *BRANCHES, *TOOLS, *UPDATE, *CHOICE, *INSIGHT, *DOMAIN)
-OTHERS = ("eval/", "groups/", "objective/", "reward/", "seconds/", "sync/", "tokens/", "update/", "verdicts/")
-"""Families with metrics that the catalogue of entropy/ does not list."""
 OUTSIDE = {"learner.lr": 0.0, "sampler.temperature": 1e-6}
 """Settings beside the objective's that can be moved, and the least each may be."""
 
@@ -35,7 +21,8 @@ def control_of(config: Config) -> Control:
     """The controllers of these settings; ConfigError for one that moves what cannot be moved."""
     controllers = build(config.control)
     for c in controllers:
-        _measured(c)
+        if c.signal is not None:
+            signals.check(config, f"control.{c.name}", c.signal)
     own = {c.knob: current(config, c.knob) for c in controllers}
     for c in controllers:
         for value in _extremes(c, own[c.knob]):
@@ -96,14 +83,6 @@ def _index(part: str) -> int:
     if part != str(abs(int(part))):
         raise ValueError(part)
     return int(part)
-
-
-def _measured(c: Controller) -> None:
-    """ConfigError for a signal that no step will ever have measured."""
-    if c.signal is None or matches(c.signal, METRICS) or c.signal.startswith(OTHERS):
-        return
-    known = [m.name for m in METRICS] + list(OTHERS)
-    raise ConfigError(f"control.{c.name}: no step measures `{c.signal}`: {nearest(c.signal, known)}")
 
 
 def _extremes(c: Controller, own: float) -> list[float]:

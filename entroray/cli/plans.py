@@ -24,6 +24,11 @@ def reads_entropy(rollout: RolloutConfig) -> bool:
     return "entropy" in getattr(plan_of(rollout).func, "needs", ())
 
 
+def forks(rollout: RolloutConfig) -> bool:
+    """Whether members of a group may share their first tokens."""
+    return plan_of(rollout).func.__name__ != INDEPENDENT["fn"]
+
+
 def describe(rollout: RolloutConfig) -> str:
     """The plan in words, for a run's header."""
     bound = plan_of(rollout)

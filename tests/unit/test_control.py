@@ -227,6 +227,36 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
             ["control=temperature_band", "control.temperature.signal=entropy/meen"],
             "did you mean `entropy/mean`",
         ),
+        (
+            ["control=temperature_band", "control.temperature.signal=reward/meen"],
+            "did you mean `reward/mean`",
+        ),
+        (["control=temperature_band", "control.temperature.signal=entropy/p33"], "no step of these"),
+        (["control=temperature_band", "control.temperature.signal=law/a"], "law is off while"),
+        (["control=temperature_band", "control.temperature.signal=eval/greedy"], "set evaluate.every"),
+        (["control=temperature_band", "control.temperature.signal=control/temperature"], "no step of these"),
+        (["control=temperature_band", "control.temperature.signal=step"], "no step of these"),
+        (
+            ["control=temperature_band", "control.temperature.signal=replay/share"],
+            "set rollout.replay.tokens",
+        ),
+        (
+            [
+                "control=temperature_band",
+                "control.temperature.signal=covariance/mean",
+                "observe.diagnosis.every=0",
+            ],
+            "set observe.diagnosis.every",
+        ),
+        (
+            [
+                "control=temperature_band",
+                "control.temperature.signal=entropy/realised_change",
+                "observe.prediction.every=0",
+            ],
+            "set observe.prediction.every",
+        ),
+        (["control=temperature_band", "control.temperature.signal=objective/clap_tokens"], "clip_tokens"),
         (["+control.c={knob: objective.estimator.fn, fn: constant, value: 3}"], "not a number"),
         (
             ["+control.c={knob: sampler.temperature, fn: linear, start: 1, end: 0, steps: 9}"],
@@ -242,6 +272,22 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
 def test_a_knob_that_cannot_be_moved_there_is_refused_at_start(overrides, said):
     with pytest.raises(ConfigError, match=said):
         configured(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("signal", "more"),
+    [
+        ("eval/pass@4", ["evaluate.every=5", "evaluate.samples=4"]),
+        ("objective/clip_tokens", []),
+        ("pass/8", []),
+        ("covariance/p99_8", []),
+        ("entropy/mean:chain_sum", ["data=mixture"]),
+        ("update/ratio_max", []),
+    ],
+)
+def test_a_signal_that_these_settings_bring_is_read(signal, more):
+    config = configured("control=temperature_band", f"control.temperature.signal={signal}", *more)
+    assert [c.signal for c in knobs.control_of(config).controllers] == [signal]
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (settings.CONF / "control").glob("*.yaml")))
