@@ -1,7 +1,7 @@
 """Settings that controllers move while a run goes on: found by their path, put in effect on the roles."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from entroray.errors import ConfigError
 from entroray.loop.driver import Roles
 from entroray.objective import Objective
 from entroray.objective import build as build_objective
+from entroray.objective.bind import effective
 
 OUTSIDE = {"learner.lr": 0.0, "sampler.temperature": 1e-6}
 """Settings beside the objective's that can be moved, and the least each may be."""
@@ -25,8 +26,8 @@ def control_of(config: Config) -> Control:
             signals.check(config, f"control.{c.name}", c.signal)
     own = {c.knob: current(config, c.knob) for c in controllers}
     for c in controllers:
-        for value in _extremes(c, own[c.knob]):
-            _possible(config, c, value)
+        for why, value in _extremes(c, own[c.knob]):
+            _possible(config, c, why, value)
     return Control(controllers, own)
 
 
@@ -85,19 +86,24 @@ def _index(part: str) -> int:
     return int(part)
 
 
-def _extremes(c: Controller, own: float) -> list[float]:
-    """The values a controller may reach: its bounds, its first, or a schedule's numbers."""
-    given = c.rule.keywords
-    named = [given[key] for key in ("low", "high", "start", "end", "value", "gate") if key in given]
-    return [own if c.start is None else c.start, *named, *given.get("values", [])]
+def _extremes(c: Controller, own: float) -> Iterator[tuple[str, float]]:
+    """The values a controller may reach, and why: its first, its bounds, or a schedule's numbers."""
+    yield "its first value", own if c.start is None else c.start
+    given = effective(c.rule)
+    for key in ("low", "high", "start", "end", "value", "gate"):
+        if key in given:
+            yield f"{key}={given[key]:g}{'' if key in c.rule.keywords else ', its default'}", given[key]
+    for value in given.get("values", []):
+        yield "one of values", value
 
 
-def _possible(config: Config, c: Controller, value: float) -> None:
+def _possible(config: Config, c: Controller, why: str, value: float) -> None:
     least = OUTSIDE.get(c.knob)
+    place = f"control.{c.name} may set {c.knob} to {value:g} ({why})"
     if least is None:
         try:
             build_objective(in_effect(config.objective, {c.knob: value}), config.objective_packages)
         except ConfigError as error:
-            raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g}: {error}") from error
+            raise ConfigError(f"{place}: {error}") from error
     elif value < least:
-        raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g}: it is at least {least:g}")
+        raise ConfigError(f"{place}: it is at least {least:g}")

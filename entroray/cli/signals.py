@@ -78,8 +78,8 @@ def _families(config: Config) -> Iterator[tuple[Sequence[Metric], str]]:
         (_of("repetition/"), rollout.repetition.count, "set rollout.repetition.count above 0"),
         (_of("replay/"), rollout.replay.tokens, "set rollout.replay.tokens above 0"),
     ]
-    for rows, there, lacks in needs:
-        yield rows, "" if there else lacks
+    for family, there, lacks in needs:
+        yield family, "" if there else lacks
 
 
 def _of(prefix: str) -> list[Metric]:

@@ -262,6 +262,13 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
             ["+control.c={knob: sampler.temperature, fn: linear, start: 1, end: 0, steps: 9}"],
             "at least 1e-06",
         ),
+        (
+            [
+                "+control.c={knob: sampler.temperature, fn: bang_bang, signal: entropy/mean, target: 0.2, "
+                "step: 0.1, low: 0.7, high: 1.3}"
+            ],
+            "gate=0, its default",
+        ),
         (["+control.c={knob: objective.surrogate.low, fn: constant, value: -1}"], "distance of the ratio"),
         (
             [BONUS, "control=entropy_pi", "control.entropy.knob=learner.lr", "control.entropy.low=-1"],
