@@ -61,8 +61,8 @@ step. A controller reads `signal`, any metric, as it was `delay` steps before (d
 metrics are known after it), averaged over `mean` steps (default 1), and begins at `start` (default: the
 setting's own value). Where raising the setting lowers the signal, `gain` or `step` is negative. Two
 controllers of one knob are refused; two that read one signal need each its `priority`: the lowest acts
-first, the next where it no longer moves. `control/<name>` in metrics.jsonl is the value in that step. State
-is in the checkpoint.
+first, the next while it stands at its limit and would go past it. `control/<name>` in metrics.jsonl is the
+value in that step. State is in the checkpoint.
 """
 
 
