@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
 
+from entroray import control
 from entroray.cli import settings
 from entroray.config import Config
 from entroray.errors import ConfigError
@@ -46,7 +47,12 @@ def schedule(config: Config) -> Schedule:
         second=r.second.factor != 1.0,
         replay=bool(r.replay.tokens),
         lowest=r.prompts.band[0],
+        by_entropy=tuple((c.name, c.knob) for c in control.build(config.control) if _of_entropy(c.signal)),
     )
+
+
+def _of_entropy(signal: str | None) -> bool:
+    return (signal or "").startswith(("entropy/", "update/entropy"))
 
 
 def told(config: Config, objective: Objective) -> list[str]:

@@ -56,8 +56,8 @@ def build(specs: Mapping[str, Any]) -> tuple[Controller, ...]:
             names = ", ".join(c.name for c in made if (c.signal, c.priority) == (signal, priority))
             raise ConfigError(
                 f"control: {names} read `{signal}` and would fight over it: give each its own `priority` "
-                "(the lowest acts first, the next while it stands at its limit and would go past it), or leave "
-                "one of them"
+                "(the lowest acts first, the next while it stands at its limit and would go past it), or "
+                "leave one of them"
             )
     return made
 
