@@ -5,17 +5,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from entroray.cli import signals
+from entroray.cli import choices, plans, signals
 from entroray.config import Config
 from entroray.control import Control, Controller, build
+from entroray.entropy import shaping
 from entroray.errors import ConfigError
 from entroray.loop.driver import Roles
 from entroray.objective import Objective
 from entroray.objective import build as build_objective
 from entroray.objective.bind import effective
 
-OUTSIDE = {"learner.lr": 0.0, "sampler.temperature": 1e-6}
-"""Settings beside the objective's that can be moved, and the least each may be."""
+RULE = "sampler.rule."
+LEAST = {"learner.lr": 0.0, "sampler.temperature": 1e-6, "rollout.max_tokens": 1}
+"""Settings beside those of the objective and of the sampler's rule that can be moved; the least of each."""
+MOVED = f"numbers written out in objective.* and {RULE}*, {', '.join(LEAST)}"
 
 
 def control_of(config: Config) -> Control:
@@ -33,9 +36,10 @@ def control_of(config: Config) -> Control:
 
 def current(config: Config, path: str) -> float:
     """The number at `path`; ConfigError when there is none, or none that can be moved."""
-    if not path.startswith("objective.") and path not in OUTSIDE:
+    if not path.startswith(("objective.", RULE)) and path not in LEAST:
         raise ConfigError(
-            f"control: `{path}` cannot be moved in a run: numbers of objective.*, {', '.join(OUTSIDE)} can"
+            f"control: `{path}` cannot be moved in a run; what can: {MOVED}. All else is built into engines, "
+            "optimizer or the order of prompts when a run starts"
         )
     node: Any = asdict(config)
     for part in path.split("."):
@@ -72,6 +76,9 @@ def tuner(config: Config) -> Callable[[Mapping[str, float], Roles], tuple[Object
         learner: Any = roles.learner
         generator: Any = roles.generator
         learner = replace(learner, objective=objective, lr=values.get("learner.lr"))
+        rule = {path.removeprefix(RULE): x for path, x in values.items() if path.startswith(RULE)}
+        if rule or "rollout.max_tokens" in values:
+            generator = generator.moved(rule, values.get("rollout.max_tokens"))
         if (temperature := values.get("sampler.temperature")) is not None:
             generator = generator.at(temperature)
         return objective, replace(roles, learner=learner, generator=generator)
@@ -98,12 +105,26 @@ def _extremes(c: Controller, own: float) -> Iterator[tuple[str, float]]:
 
 
 def _possible(config: Config, c: Controller, why: str, value: float) -> None:
-    least = OUTSIDE.get(c.knob)
-    place = f"control.{c.name} may set {c.knob} to {value:g} ({why})"
-    if least is None:
-        try:
+    try:
+        if c.knob.startswith("objective."):
             build_objective(in_effect(config.objective, {c.knob: value}), config.objective_packages)
-        except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from error
-    elif value < least:
-        raise ConfigError(f"{place}: it is at least {least:g}")
+        elif c.knob.startswith(RULE):
+            shaping.build(config.sampler.rule | {c.knob.removeprefix(RULE): value})
+        elif value < LEAST[c.knob]:
+            raise ConfigError(f"it is at least {LEAST[c.knob]:g}")
+        elif c.knob == "rollout.max_tokens":
+            _fits(config, round(value))
+    except ConfigError as error:
+        raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g} ({why}): {error}") from error
+
+
+def _fits(config: Config, tokens: int) -> None:
+    """ConfigError where responses of so many tokens are too long for the engines, or too short for a plan."""
+    if tokens > config.rollout.max_tokens:
+        raise ConfigError(
+            f"the engines are built for responses of rollout.max_tokens={config.rollout.max_tokens}, which "
+            "is the most it can be: set it to the longest and let the controller `start` below"
+        )
+    shorter = replace(config, rollout=replace(config.rollout, max_tokens=tokens))
+    plans.check(shorter)
+    choices.check(shorter)

@@ -242,6 +242,29 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
             "set observe.prediction.every",
         ),
         (["control=temperature_band", "control.temperature.signal=objective/clap_tokens"], "clip_tokens"),
+        (
+            ["+control.c={knob: learner.max_grad_norm, fn: constant, value: 3}"],
+            "what can: numbers written out",
+        ),
+        (["+control.c={knob: sampler.rule.most, fn: constant, value: 3}"], "nothing at `most`"),
+        (
+            ["sampler=by_entropy", "+control.c={knob: sampler.rule.full, fn: constant, value: 0.1}"],
+            "must be above start",
+        ),
+        (
+            ["sampler=by_entropy", "+control.c={knob: sampler.rule.fn, fn: constant, value: 0.1}"],
+            "not a number",
+        ),
+        (["+control.c={knob: rollout.max_tokens, fn: constant, value: 0}"], "at least 1"),
+        (["+control.c={knob: rollout.max_tokens, fn: constant, value: 65}"], "is the most it can be"),
+        (
+            [
+                "rollout.repetition.count=4",
+                "rollout.repetition.shortest=4",
+                "+control.c={knob: rollout.max_tokens, fn: constant, value: 15}",
+            ],
+            "do not fit",
+        ),
         (["+control.c={knob: objective.estimator.fn, fn: constant, value: 3}"], "not a number"),
         (
             ["+control.c={knob: sampler.temperature, fn: linear, start: 1, end: 0, steps: 9}"],
