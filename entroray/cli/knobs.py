@@ -1,7 +1,8 @@
 """Settings that controllers move while a run goes on: found by their path, put in effect on the roles."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ def control_of(config: Config) -> Control:
     for c in controllers:
         for why, value in _extremes(c, own[c.knob]):
             _possible(config, c, why, value)
+    _agree(config, [c for c in controllers if c.knob.startswith(RULE)], own)
     return Control(controllers, own)
 
 
@@ -116,6 +118,18 @@ def _possible(config: Config, c: Controller, why: str, value: float) -> None:
             _fits(config, round(value))
     except ConfigError as error:
         raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g} ({why}): {error}") from error
+
+
+def _agree(config: Config, controllers: Sequence[Controller], own: Mapping[str, float]) -> None:
+    """ConfigError where two numbers of the sampler's rule may contradict each other in an engine."""
+    keys = [c.knob.removeprefix(RULE) for c in controllers]
+    reached = [{value for _, value in _extremes(c, own[c.knob])} for c in controllers]
+    for values in itertools.product(*reached):
+        try:
+            shaping.build(config.sampler.rule | dict(zip(keys, values, strict=True)))
+        except ConfigError as error:
+            named = ", ".join(c.name for c in controllers)
+            raise ConfigError(f"control: {named} may together set what cannot be: {error}") from error
 
 
 def _fits(config: Config, tokens: int) -> None:

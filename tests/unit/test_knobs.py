@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from entroray.cli import knobs, sampling
+from entroray.errors import ConfigError
 from entroray.loop.turns import Turns
 from entroray.objective import build
 from entroray.workers.adapters import Generators
@@ -34,6 +35,15 @@ def test_a_number_of_the_rule_and_the_longest_response_travel_with_the_next_requ
     assert [rule for rule, _ in seen] == [config.sampler.rule | {"most": x} for x in most]
     assert [tokens for _, tokens in seen] == [16, 24, 31]  # 23.5 is rounded
     assert drawn.moved({"most": 1.2}, None).max_tokens == config.rollout.max_tokens
+
+
+def test_two_numbers_of_the_rule_that_may_contradict_each_other_are_refused():
+    full = "+control.full={knob: sampler.rule.full, fn: linear, start: 2.0, end: 1.0, steps: 3}"
+    start = "+control.start={knob: sampler.rule.start, fn: linear, start: 0.3, end: 1.5, steps: 3}"
+    configured("sampler=by_entropy", full)
+    configured("sampler=by_entropy", start)
+    with pytest.raises(ConfigError, match="full, start may together"):
+        configured("sampler=by_entropy", full, start)
 
 
 def test_a_tool_s_turns_are_drawn_with_what_was_moved():
