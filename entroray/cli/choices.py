@@ -16,7 +16,7 @@ from entroray.loop.stream import Prompts
 def of(config: Config, prompts: Prompts, count: int) -> tuple[Prompts, Choice]:
     """The prompts as they come up, `count` an epoch, and what else the run chooses."""
     r, memories, tell = config.rollout, dict[str, Memory](), list[Tell]()
-    if _orders(r):
+    if orders(r):
         low, high = r.prompts.band
         rule = Rule(r.prompts.visits, r.prompts.retire, r.prompts.rest, low, high, r.prompts.outside)
         prompts = memories["curriculum"] = curriculum = Curriculum(prompts, count, rule, seed=config.seed)
@@ -38,7 +38,7 @@ def loops(r: RolloutConfig) -> Loops:
     return Loops(r.repetition.count, r.repetition.shortest, r.repetition.longest)
 
 
-def _orders(r: RolloutConfig) -> bool:
+def orders(r: RolloutConfig) -> bool:
     """Whether any prompt may be passed over."""
     return bool(r.prompts.retire) or list(r.prompts.band) != [0.0, 1.0]
 

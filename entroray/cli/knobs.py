@@ -1,54 +1,47 @@
 """Settings that controllers move while a run goes on: found by their path, put in effect on the roles."""
 
 import copy
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from entroray.cli import sampling
+from entroray.cli import choices, plans, sampling, signals
 from entroray.config import Config
 from entroray.control import Control, Controller, build
-from entroray.entropy.catalogue import (
-    BRANCHES,
-    CHOICE,
-    DOMAIN,
-    INSIGHT,
-    SAMPLER,
-    STEP,
-    TOOLS,
-    UPDATE,
-    matches,
-)
+from entroray.entropy import shaping
 from entroray.errors import ConfigError
 from entroray.loop.driver import Roles
 from entroray.objective import Objective
 from entroray.objective import build as build_objective
-from entroray.objective.bind import nearest
+from entroray.objective.bind import effective
 
-METRICS = (*STEP, *SAMPLER, *BRANCHES, *TOOLS, *UPDATE, *CHOICE, *INSIGHT, *DOMAIN)
-OTHERS = ("eval/", "groups/", "objective/", "reward/", "seconds/", "sync/", "tokens/", "update/", "verdicts/")
-"""Families with metrics that the catalogue of entropy/ does not list."""
-OUTSIDE = {"learner.lr": 0.0, "sampler.temperature": sampling.LEAST}
-"""Settings beside the objective's that can be moved, and the least each may be."""
+RULE = "sampler.rule."
+LEAST = {"learner.lr": 0.0, "sampler.temperature": sampling.LEAST, "rollout.max_tokens": 1}
+"""Settings beside those of the objective and of the sampler's rule that can be moved; the least of each."""
+MOVED = f"numbers written out in objective.* and {RULE}*, {', '.join(LEAST)}"
 
 
 def control_of(config: Config) -> Control:
     """The controllers of these settings; ConfigError for one that moves what cannot be moved."""
     controllers = build(config.control)
     for c in controllers:
-        _measured(c)
+        if c.signal is not None:
+            signals.check(config, f"control.{c.name}", c.signal)
     own = {c.knob: current(config, c.knob) for c in controllers}
     for c in controllers:
-        for value in _extremes(c, own[c.knob]):
-            _possible(config, c, value)
+        for why, value in _extremes(c, own[c.knob]):
+            _possible(config, c, why, value)
+    _agree(config, [c for c in controllers if c.knob.startswith(RULE)], own)
     return Control(controllers, own)
 
 
 def current(config: Config, path: str) -> float:
     """The number at `path`; ConfigError when there is none, or none that can be moved."""
-    if not path.startswith("objective.") and path not in OUTSIDE:
+    if not path.startswith(("objective.", RULE)) and path not in LEAST:
         raise ConfigError(
-            f"control: `{path}` cannot be moved in a run: numbers of objective.*, {', '.join(OUTSIDE)} can"
+            f"control: `{path}` cannot be moved in a run; what can: {MOVED}. All else is built into engines, "
+            "optimizer or the order of prompts when a run starts"
         )
     node: Any = asdict(config)
     for part in path.split("."):
@@ -85,6 +78,9 @@ def tuner(config: Config) -> Callable[[Mapping[str, float], Roles], tuple[Object
         learner: Any = roles.learner
         generator: Any = roles.generator
         learner = replace(learner, objective=objective, lr=values.get("learner.lr"))
+        rule = {path.removeprefix(RULE): x for path, x in values.items() if path.startswith(RULE)}
+        if rule or "rollout.max_tokens" in values:
+            generator = generator.moved(rule, values.get("rollout.max_tokens"))
         if (temperature := values.get("sampler.temperature")) is not None:
             generator = generator.at(temperature)
         return objective, replace(roles, learner=learner, generator=generator)
@@ -99,27 +95,50 @@ def _index(part: str) -> int:
     return int(part)
 
 
-def _measured(c: Controller) -> None:
-    """ConfigError for a signal that no step will ever have measured."""
-    if c.signal is None or matches(c.signal, METRICS) or c.signal.startswith(OTHERS):
-        return
-    known = [m.name for m in METRICS] + list(OTHERS)
-    raise ConfigError(f"control.{c.name}: no step measures `{c.signal}`: {nearest(c.signal, known)}")
+def _extremes(c: Controller, own: float) -> Iterator[tuple[str, float]]:
+    """The values a controller may reach, and why: its first, its bounds, or a schedule's numbers."""
+    yield "its first value", own if c.start is None else c.start
+    given = effective(c.rule)
+    for key in ("low", "high", "start", "end", "value", "gate"):
+        if key in given:
+            yield f"{key}={given[key]:g}{'' if key in c.rule.keywords else ', its default'}", given[key]
+    for value in given.get("values", []):
+        yield "one of values", value
 
 
-def _extremes(c: Controller, own: float) -> list[float]:
-    """The values a controller may reach: its bounds, its first, or a schedule's numbers."""
-    given = c.rule.keywords
-    named = [given[key] for key in ("low", "high", "start", "end", "value", "gate") if key in given]
-    return [own if c.start is None else c.start, *named, *given.get("values", [])]
-
-
-def _possible(config: Config, c: Controller, value: float) -> None:
-    least = OUTSIDE.get(c.knob)
-    if least is None:
-        try:
+def _possible(config: Config, c: Controller, why: str, value: float) -> None:
+    try:
+        if c.knob.startswith("objective."):
             build_objective(in_effect(config.objective, {c.knob: value}), config.objective_packages)
+        elif c.knob.startswith(RULE):
+            shaping.build(config.sampler.rule | {c.knob.removeprefix(RULE): value})
+        elif value < LEAST[c.knob]:
+            raise ConfigError(f"it is at least {LEAST[c.knob]:g}")
+        elif c.knob == "rollout.max_tokens":
+            _fits(config, round(value))
+    except ConfigError as error:
+        raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g} ({why}): {error}") from error
+
+
+def _agree(config: Config, controllers: Sequence[Controller], own: Mapping[str, float]) -> None:
+    """ConfigError where two numbers of the sampler's rule may contradict each other in an engine."""
+    keys = [c.knob.removeprefix(RULE) for c in controllers]
+    reached = [{value for _, value in _extremes(c, own[c.knob])} for c in controllers]
+    for values in itertools.product(*reached):
+        try:
+            shaping.build(config.sampler.rule | dict(zip(keys, values, strict=True)))
         except ConfigError as error:
-            raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g}: {error}") from error
-    elif value < least:
-        raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g}: it is at least {least:g}")
+            named = ", ".join(c.name for c in controllers)
+            raise ConfigError(f"control: {named} may together set what cannot be: {error}") from error
+
+
+def _fits(config: Config, tokens: int) -> None:
+    """ConfigError where responses of so many tokens are too long for the engines, or too short for a plan."""
+    if tokens > config.rollout.max_tokens:
+        raise ConfigError(
+            f"the engines are built for responses of rollout.max_tokens={config.rollout.max_tokens}, which "
+            "is the most it can be: set it to the longest and let the controller `start` below"
+        )
+    shorter = replace(config, rollout=replace(config.rollout, max_tokens=tokens))
+    plans.check(shorter)
+    choices.check(shorter)

@@ -8,6 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
+from entroray import control
 from entroray.cli import plans, sampling, settings
 from entroray.config import Config
 from entroray.errors import ConfigError
@@ -51,7 +52,12 @@ def schedule(config: Config) -> Schedule:
         retire=r.prompts.retire,
         shaped=sampling.shapes(config),
         siblings=plans.makes_siblings(r),
+        by_entropy=tuple((c.name, c.knob) for c in control.build(config.control) if _of_entropy(c.signal)),
     )
+
+
+def _of_entropy(signal: str | None) -> bool:
+    return (signal or "").startswith(("entropy/", "update/entropy"))
 
 
 def told(config: Config, objective: Objective) -> list[str]:

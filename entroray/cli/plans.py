@@ -30,6 +30,11 @@ def makes_siblings(rollout: RolloutConfig) -> bool:
     return bool(getattr(plan_of(rollout).func, "siblings", False))
 
 
+def forks(rollout: RolloutConfig) -> bool:
+    """Whether members of a group may share their first tokens."""
+    return plan_of(rollout).func.__name__ != INDEPENDENT["fn"]
+
+
 def describe(rollout: RolloutConfig) -> str:
     """The plan in words, for a run's header."""
     bound = plan_of(rollout)

@@ -55,14 +55,25 @@ conf/README.md`, and a test compares it.
 CONTROL = """
 ## Settings that move while a run goes on
 
-`+control.<name>={knob: <path>, fn: <rule>, ...}` moves one number: of `objective.*` (a setting that is
-written out), `learner.lr` (then the base of its schedule) or `sampler.temperature`. A schedule reads the
-step. A controller reads `signal`, any metric, as it was `delay` steps before (default and least 1: a step's
-metrics are known after it), averaged over `mean` steps (default 1), and begins at `start` (default: the
-setting's own value). Where raising the setting lowers the signal, `gain` or `step` is negative. Two
-controllers of one knob are refused; two that read one signal need each its `priority`: the lowest acts
-first, the next where it no longer moves. `control/<name>` in metrics.jsonl is the value in that step. State
-is in the checkpoint.
+`+control.<name>={knob: <path>, fn: <rule>, ...}` moves one number. These can be moved:
+
+- `objective.*`: a number that is written out, as in `objective.penalties.0.coef`;
+- `learner.lr`: the base of its schedule, constant or constant with warmup;
+- `sampler.temperature`;
+- `sampler.rule.*`: a number that is written out, as `sampler.rule.most` under `sampler=by_entropy`;
+- `rollout.max_tokens`: rounded, and at most what is set, which the engines are built for.
+
+Those travel with each request or each update. The rest cannot be moved: sizes and precision are built into
+engines and learner, `learner.max_grad_norm`, `weight_decay` and `betas` into DeepSpeed's optimizer, and
+`data`, `rollout` and `driver` into the order of prompts and groups, which a resume must find again.
+
+A schedule reads the step. A controller reads `signal`, any metric that the run measures
+(entroray/entropy/README.md; not `law/*`, which is off while anything is moved), as it was `delay` steps
+before (default and least 1: a step's metrics are known after it), averaged over `mean` steps (default 1),
+and begins at `start` (default: the setting's own value). Where raising the setting lowers the signal,
+`gain` or `step` is negative. Two controllers of one knob are refused; two that read one signal need each
+its `priority`: the lowest acts first, the next while it stands at its limit and would go past it.
+`control/<name>` in metrics.jsonl is the value in that step. State is in the checkpoint.
 """
 
 

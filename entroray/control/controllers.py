@@ -29,7 +29,7 @@ class Controller:
     mean: int
     """Steps the signal is averaged over, the newest `delay` steps old."""
     priority: int
-    """Among controllers of one signal: the lowest acts first, the next where it no longer moves."""
+    """Among controllers of one signal: the lowest acts first, the next where it would go past its limit."""
     start: float | None
     """First value; None is the setting's own."""
 
@@ -56,7 +56,8 @@ def build(specs: Mapping[str, Any]) -> tuple[Controller, ...]:
             names = ", ".join(c.name for c in made if (c.signal, c.priority) == (signal, priority))
             raise ConfigError(
                 f"control: {names} read `{signal}` and would fight over it: give each its own `priority` "
-                "(the lowest acts first, the next once it has reached its limit), or leave one of them"
+                "(the lowest acts first, the next while it stands at its limit and would go past it), or "
+                "leave one of them"
             )
     return made
 
@@ -119,19 +120,27 @@ class Control:
         self.values: dict[str, float] = dict(first)
         self.memory: dict[str, dict[str, float]] = {name: {"level": x} for name, x in first.items()}
         self.seen: dict[str, list[float | None]] = {c.name: [] for c in self.controllers}
+        self.spent = dict.fromkeys(first, False)
+        """Whether each, when it last acted, stood at its limit and would have gone past it."""
 
     def turn(self, step: int) -> dict[str, float]:
         """The value of every knob in `step`; once per step, in order."""
-        moved: set[str] = set()
+        taken: set[str] = set()
         for c in self.controllers:
             if c.signal is None:
                 self.values[c.name] = c.rule(step)
-            elif c.signal not in moved and (signal := self._signal(c)) is not None:
-                value, memory = c.rule(signal, self.memory[c.name])
-                if value != self.values[c.name]:
-                    moved.add(c.signal)
-                self.values[c.name], self.memory[c.name] = value, dict(memory)
+            elif c.signal not in taken:
+                self._act(c)
+                taken |= set() if self.spent[c.name] else {c.signal}
         return {c.knob: self.values[c.name] for c in self.controllers}
+
+    def _act(self, c: Controller) -> None:
+        """Move one setting by its signal, if there is one."""
+        if (signal := self._signal(c)) is None:
+            return
+        value, memory = c.rule(signal, self.memory[c.name])
+        self.spent[c.name] = value == self.values[c.name] and _outward(c.rule, signal, self.memory[c.name])
+        self.values[c.name], self.memory[c.name] = value, dict(memory)
 
     def _signal(self, c: Controller) -> float | None:
         """Mean of what was measured in the `mean` steps that are `delay` steps old or older.
@@ -163,6 +172,7 @@ class Control:
             "values": dict(self.values),
             "memory": memory,
             "seen": {name: list(x) for name, x in self.seen.items()},
+            "spent": dict(self.spent),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -172,3 +182,11 @@ class Control:
                 self.values[name] = state["values"][name]
                 self.memory[name] = dict(state["memory"][name])
                 self.seen[name] = list(state["seen"][name])
+                self.spent[name] = state.get("spent", {}).get(name, False)  # older checkpoints have none
+
+
+def _outward(rule: partial, signal: float, memory: Mapping[str, float]) -> bool:
+    """Whether without its bounds the rule would go past them; of a level that moves, wherever its gate is."""
+    value, after = rule(signal, memory, low=-math.inf, high=math.inf)
+    wish = value if after["level"] == memory["level"] else after["level"]
+    return not rule.keywords["low"] <= wish <= rule.keywords["high"]

@@ -3,66 +3,29 @@
 `python -m entroray.entropy.catalogue > entroray/entropy/README.md`
 """
 
-import re
 from collections.abc import Iterable
-from typing import NamedTuple
 
-TOKENS, ROLLOUTS, GROUPS = "tokens", "rollouts", "groups"
-SAMPLING, ANY = "sampling", "-"
+from entroray.entropy.metric import GROUPS, ROLLOUTS, SAMPLING, TOKENS, Metric, rows
+from entroray.entropy.run_metrics import CHOICE, HELDOUT, RUN, UPDATE
 
-
-class Metric(NamedTuple):
-    """One row: in a name `<n>` stands for a number and `<d>` for a part of a mixture."""
-
-    name: str
-    definition: str
-    unit: str
-    over: str
-    temperature: str
-    estimator: str
-
-
-def _rows(over: str, temperature: str, *lines: str) -> list[Metric]:
-    """Rows `name | definition | unit | estimator` that share what they are over and their temperature."""
-    cut = [[part.strip() for part in line.split("|")] for line in lines]
-    return [Metric(name, said, unit, over, temperature, how) for name, said, unit, how in cut]
-
-
-STEP = [
-    *_rows(
+DESCRIBED = [
+    *rows(
         TOKENS,
         SAMPLING,
         "entropy/mean | H of the learner's full distribution before the update | nats | exact, mean",
-        "entropy/p<n> | its quantile | nats | exact, linear interpolation",
+        "entropy/p<20,50,80,95> | its quantile | nats | exact, linear interpolation",
         "entropy/positive | H where A > 0 | nats | exact, mean",
         "entropy/negative | H where A < 0 | nats | exact, mean",
-        "entropy/tenth_<n> | H in that tenth of the response | nats | exact, mean",
         "varentropy/mean | variance of -ln p under p | nats^2 | exact, mean",
-        "varentropy/p<n> | its quantile | nats^2 | exact, linear interpolation",
-        "varentropy/positive | varentropy where A > 0 | nats^2 | exact, mean",
-        "varentropy/negative | varentropy where A < 0 | nats^2 | exact, mean",
-        "varentropy/tenth_<n> | varentropy in that tenth of the response | nats^2 | exact, mean",
         "logprobs/mean | ln p of the sampled token, learner | nats | mean; minus it estimates H",
-        "covariance/mean | c = (ln p - mean)(A - mean), over the step's tokens | nats | mean",
-        "covariance/p<n> | quantile of c; p99_8 is the top 0.2 % | nats | linear interpolation",
-        "covariance/clippable | share with 1 < c < 5, the band of Clip-Cov | share | count",
-        "quadrants/e<n> | of tokens with A != 0: 1: A > 0, -ln p <= H. 2: A > 0, -ln p > H. "
-        "3: A < 0, -ln p <= H. 4: A < 0, -ln p > H. 1 and 4 lower H | share | count",
         "advantages/mean_abs | size of A after credit | as A | mean",
-        "advantages/zero | A = 0: no gradient | share | count",
-        "importance/mean | learner's p / sampler's p, uncorrected | ratio | mean",
-        "importance/p<n> | its quantile | ratio | linear interpolation",
-        "importance/max | the largest | ratio | maximum",
-        "importance/effective | (sum w)^2 / (N sum w^2): part of the sample that counts | share | exact",
-        "importance/zeroed | correction is 0 | share | count",
         "mismatch/mean_abs | difference of ln p, learner to sampler | nats | mean",
-        "mismatch/p<n> | its quantile | nats | linear interpolation",
         "mismatch/max | the largest | nats | maximum",
         "mismatch/kl | KL(sampler, learner) | nats | k3: mean of r - 1 - ln r",
         "lag/mean | committed steps between the sampling weights and these | steps | mean",
         "lag/max | the largest | steps | maximum",
     ),
-    *_rows(
+    *rows(
         ROLLOUTS,
         SAMPLING,
         "reward/mean | correct (0 or 1) | share | mean",
@@ -70,10 +33,46 @@ STEP = [
         "reward/std | its spread | as reward | population standard deviation",
         "length/mean | response tokens | tokens | mean",
         "length/max | the longest | tokens | maximum",
-        "length/p<n> | quantile | tokens | linear interpolation",
+        "length/truncated | stopped by the limit, or in a loop (rollout.repetition) | share | count",
+    ),
+    *rows(
+        GROUPS,
+        SAMPLING,
+        "groups/all_right | every rollout correct | share | count",
+        "groups/all_wrong | none correct | share | count",
+    ),
+]
+"""What `describe` gives, in every step."""
+
+DIAGNOSED = [
+    *rows(
+        TOKENS,
+        SAMPLING,
+        "entropy/tenth_<1,2,3,4,5,6,7,8,9,10> | H in that tenth of the response | nats | exact, mean",
+        "varentropy/p<20,50,80,95> | its quantile | nats^2 | exact, linear interpolation",
+        "varentropy/positive | varentropy where A > 0 | nats^2 | exact, mean",
+        "varentropy/negative | varentropy where A < 0 | nats^2 | exact, mean",
+        "varentropy/tenth_<1,2,3,4,5,6,7,8,9,10> | varentropy in that tenth of the response | nats^2 | "
+        "exact, mean",
+        "covariance/mean | c = (ln p - mean)(A - mean), over the step's tokens | nats | mean",
+        "covariance/p<2,50,80,98,99_8> | quantile of c; p99_8 is the top 0.2 % | nats | linear interpolation",
+        "covariance/clippable | share with 1 < c < 5, the band of Clip-Cov | share | count",
+        "quadrants/e<1,2,3,4> | of tokens with A != 0: 1: A > 0, -ln p <= H. 2: A > 0, -ln p > H. "
+        "3: A < 0, -ln p <= H. 4: A < 0, -ln p > H. 1 and 4 lower H | share | count",
+        "advantages/zero | A = 0: no gradient | share | count",
+        "importance/mean | learner's p / sampler's p, uncorrected | ratio | mean",
+        "importance/p<99> | its quantile | ratio | linear interpolation",
+        "importance/max | the largest | ratio | maximum",
+        "importance/effective | (sum w)^2 / (N sum w^2): part of the sample that counts | share | exact",
+        "importance/zeroed | correction is 0 | share | count",
+        "mismatch/p<99> | quantile of mismatch/mean_abs | nats | linear interpolation",
+    ),
+    *rows(
+        ROLLOUTS,
+        SAMPLING,
+        "length/p<95> | quantile | tokens | linear interpolation",
         "length/right | where correct | tokens | mean",
         "length/wrong | where not | tokens | mean",
-        "length/truncated | stopped by the limit, or in a loop (rollout.repetition) | share | count",
         "repetition/share | own 4-grams written before in the same response | share | mean of responses",
         "answers/missing | no answer was read | share | count",
         "calibration/ece_consistency | ECE of the share of its group with the same answer | share | 15 bins",
@@ -81,20 +80,21 @@ STEP = [
         "calibration/ece_logprob | ECE of exp(mean ln p of its tokens, as drawn) | share | 15 bins",
         "calibration/brier_logprob | the same confidence against correct | share^2 | mean square",
     ),
-    *_rows(
+    *rows(
         GROUPS,
         SAMPLING,
-        "groups/all_right | every rollout correct | share | count",
-        "groups/all_wrong | none correct | share | count",
-        "distinct/<n> | distinct n-grams / n-grams of a group | share | mean",
+        "distinct/<1,2,3> | distinct n-grams / n-grams of a group, of tokens drawn there | share | mean",
         "answers/distinct | distinct answers, of groups with any | answers | mean",
         "answers/entropy | entropy of the shares of answers, of groups with any | nats | plug-in, mean",
-        "pass/<n> | one of n rollouts is right | share | unbiased, 1 - C(m-c, n)/C(m, n)",
+        "pass/<n> | one of n independent draws is right | share | unbiased, 1 - C(m-c, n)/C(m, n)",
     ),
 ]
+"""What `diagnose` adds every `observe.diagnosis.every` steps."""
+
+STEP = [*DESCRIBED, *DIAGNOSED]
 """What `describe` and `diagnose` give together."""
 
-SAMPLER = _rows(
+SAMPLER = rows(
     "shaped tokens",
     "sampler's",
     "sampler/temperature | drawn at; 0 where the likeliest was taken | - | mean of those drawn",
@@ -105,7 +105,7 @@ SAMPLER = _rows(
 )
 """What `describe` adds where a sampler shaped; mismatch and importance then include what it shaped."""
 
-TOOLS = _rows(
+TOOLS = rows(
     ROLLOUTS,
     SAMPLING,
     "tool/calls | calls answered | calls | mean",
@@ -114,7 +114,7 @@ TOOLS = _rows(
 )
 """What `describe` adds where a rollout called a tool."""
 BRANCHES = [
-    *_rows(
+    *rows(
         ROLLOUTS,
         SAMPLING,
         "branches/share | rollouts that began as another's first tokens | share | count",
@@ -124,63 +124,18 @@ BRANCHES = [
         "branches/entropy | H of the sampler's distribution at the fork | nats | exact, mean of branches",
         "branches/changed | another answer than the parent's | share of branches with both | count",
     ),
-    *_rows(
+    *rows(
         GROUPS,
         SAMPLING,
         "answers/distinct_roots | distinct answers from the prompt, of groups with any | answers | mean",
         "answers/distinct_branches | distinct answers of branches, of groups with any | answers | mean",
     ),
 ]
-"""What `describe` adds where a plan branches or forks; pass/<n> and distinct/<n> are then of kin."""
+"""What `describe` adds where a plan branches or forks; pass/<n> is of
+roots alone, absent where all are forced, and n-grams are of own tokens."""
 
-UPDATE = _rows(
-    "tokens of all updates",
-    SAMPLING,
-    "update/kl | KL(scored, present) when the update was taken | nats | k3",
-    "update/kl_k1 | the same | nats | k1: mean of -ln r",
-    "update/clip_high_positive | loss flat, r > 1, A > 0 | share | count",
-    "update/clip_high_negative | loss flat, r > 1, A < 0 | share | count",
-    "update/clip_low_positive | loss flat, r < 1, A > 0 | share | count",
-    "update/clip_low_negative | loss flat, r < 1, A < 0 | share | count",
-    "objective/silent_tokens | A != 0 and the loss flat in ln p | share | exact gradient",
-)
-"""What the learner adds, of the policy as it stood at each update."""
-
-CHOICE = [
-    *_rows(
-        "prompts judged so far",
-        ANY,
-        "prompts/seen | all of them | prompts | count",
-        "prompts/mastered | passed over now for their pass rate | share | count",
-        "prompts/inside | running pass rate in the band | share | count",
-        "prompts/passed_over | turns at which no prompt was drawn, since the run began | turns | count",
-        "prompts/forced | drawn all the same, for want of others, since the run began | prompts | count",
-    ),
-    *_rows(
-        "groups judged",
-        ANY,
-        "second/groups | drawn once more at once, hotter; reward/mean counts both draws | share | count",
-        "second/right | right answers of the second draws | share | mean of groups",
-        "second/mended | second draws with a right answer | share | count",
-        "early/abandoned | rollouts given up when enough of their group had finished | share | count",
-        "early/length_kept | those that finished | tokens | mean",
-        "early/length_drawn | all drawn, abandoned ones as long as their longest | tokens | lower bound",
-        "early/length_bias | length_kept / length_drawn - 1: shorter by at least this | share | upper bound",
-        "repetition/looped | rollouts that end in the loop they are stopped for | share | count",
-    ),
-    *_rows(
-        "groups trained on",
-        ANY,
-        "replay/kept | prompts with a success kept | prompts | count",
-        "replay/groups | a replayed rollout in them | share | count",
-        "replay/share | off-policy: tokens of replayed rollouts | share | count",
-        "replay/age | committed steps since replayed rollouts were drawn; lag/* is without | steps | mean",
-    ),
-]
-"""What the driver adds where `rollout=` chooses; a choice not made adds nothing."""
-
-INSIGHT = [
-    *_rows(
+PREDICTION = [
+    *rows(
         TOKENS,
         SAMPLING,
         "entropy/realised_change | H of the same tokens after the update minus before | nats | exact, mean",
@@ -191,7 +146,7 @@ INSIGHT = [
         "entropy/prediction_tokens_natural | realised with predicted, token by token | - | Spearman",
         "entropy/prediction_tokens_proxy | realised with predicted, token by token | - | Spearman",
     ),
-    *_rows(
+    *rows(
         "steps of a window",
         SAMPLING,
         *(
@@ -202,17 +157,24 @@ INSIGHT = [
                 ("rank", "-", "Spearman"),
             )
         ),
-        "law/a | R = -a exp(H) + b, early warning only | share | least squares",
-        "law/b | the same | share | least squares",
-        "law/ceiling | R at H = 0: b - a | share | least squares",
-        "law/low | its interval | share | 95 %, errors taken as independent",
-        "law/high | its interval | share | 95 %, errors taken as independent",
-        "law/r2 | variance of R explained | share | least squares",
     ),
 ]
-"""What the driver adds over a window of steps. A is that of the first update: scale and correction in it."""
+"""What the driver adds every `observe.prediction.every` steps; slope and rank over a window of them. A is
+that of the first update: scale and correction in it."""
 
-PROBE = _rows(
+LAW = rows(
+    "steps of a window",
+    SAMPLING,
+    "law/a | R = -a exp(H) + b, early warning only | share | least squares",
+    "law/b | the same | share | least squares",
+    "law/ceiling | R at H = 0: b - a | share | least squares",
+    "law/low | its interval | share | 95 %, errors taken as independent",
+    "law/high | its interval | share | 95 %, errors taken as independent",
+    "law/r2 | variance of R explained | share | least squares",
+)
+"""What the driver adds over a window of steps where nothing is steered."""
+
+PROBE = rows(
     "fixed prompts, without their first tokens",
     "1",
     "entropy/prompt_in | of the first held-out prompts, read and not answered | nats | exact, mean",
@@ -221,21 +183,21 @@ PROBE = _rows(
 """Under the weights after the update, with every diagnosis."""
 
 DOMAIN = [
-    *_rows(
+    *rows(
         GROUPS,
         SAMPLING,
         "groups/share:<d> | groups of this part, of all judged | share | count",
         "groups/all_right:<d> | every rollout correct | share | count",
         "groups/all_wrong:<d> | none correct | share | count",
     ),
-    *_rows(
+    *rows(
         ROLLOUTS,
         SAMPLING,
         "reward/mean:<d> | correct (0 or 1) | share | mean",
         "length/mean:<d> | response tokens | tokens | mean",
         "length/truncated:<d> | stopped by the limit | share | count",
     ),
-    *_rows(
+    *rows(
         TOKENS,
         SAMPLING,
         "entropy/mean:<d> | H, as in entropy/mean | nats | exact, mean",
@@ -246,7 +208,7 @@ DOMAIN = [
 """What the driver adds for each part of a mixture."""
 
 EVALUATION = [
-    *_rows(
+    *rows(
         "held-out prompts",
         SAMPLING,
         "pass@<n> | one of n samples is right | share | unbiased, 1 - C(m-c, n)/C(m, n)",
@@ -255,7 +217,7 @@ EVALUATION = [
         "to 64 samples, then over 2000 fixed subsets",
         "avg@<n> | right ones of n samples | share | mean",
     ),
-    *_rows(
+    *rows(
         "held-out prompts",
         "0",
         "greedy | the greedy answer is right | share | mean",
@@ -263,14 +225,14 @@ EVALUATION = [
         "| mean",
         "cot/supported | the answer with the largest summed gap is right | share | mean",
     ),
-    *_rows(
+    *rows(
         "samples",
         SAMPLING,
         "calibration/auroc_consistency | a right one is surer than a wrong one, by self-consistency | share "
         "| exact, ties count half",
         "calibration/auroc_logprob | the same by mean ln p of its tokens | share | exact, ties count half",
     ),
-    *_rows(
+    *rows(
         "paths",
         "0",
         "calibration/ece_gap | ECE of the gap: mean p(1) - p(2) over the answer's tokens | share | 15 bins",
@@ -283,47 +245,50 @@ the engine's own distribution."""
 
 HEAD = """# Metrics
 
-Made from `entroray/entropy/catalogue.py`; a test compares both this page and what a step really gives.
+Made from `entroray/entropy/catalogue.py`; tests compare both this page and every key that a run writes. In a
+name `<n>` stands for a number, `<1,2>` for one of these, `<d>` for a part of a mixture, `<rule>` for a rule
+of the objective and `<name>` for a controller. A running total counts from the run's first step on.
 
 Every token metric is over the response tokens of trained groups whose `mask_reason` is null, each once,
 before the update, in float64 after rounding to float32, the type of the token records. A metric over
 nothing is left out. Entropies at different temperatures, or over different tokens, are not comparable.
 In `metrics.jsonl`, those of rollouts and of groups are over every group judged in the step, kept or not,
 first draws and hotter second ones alike; `reward/*`, `groups/*` and `length/{mean,max,truncated}` are
-without what was replayed. Replayed rollouts are among the trained ones everywhere but in `lag/*`. Those of
-`describe` come with every step, those of `diagnose` every `observe.diagnosis.every` steps. The law is an
-early warning; it is off while anything in `control` acts, and where the row trains on a part of the groups,
-whose entropy is not that of all. `control/<name>` is the value that was in effect in the step.
+without what was replayed. Replayed rollouts are among the trained ones everywhere but in `lag/*`,
+`pass/<n>`, `answers/*` and `calibration/*`. Those of `describe` come with every step, those of `diagnose`
+every `observe.diagnosis.every` steps. The law is an early warning; it is off while anything in `control`
+acts, and where the row trains on a part of the groups, whose entropy is not that of all.
 """
 
 
-def matches(name: str, metrics: Iterable[Metric]) -> bool:
-    """Whether `name` is one of `metrics`, numbers filled in."""
-    stands = {"<n>": r"\d+(_\d+)?", "<d>": r"[^:]+"}
-    spelt = lambda m: re.sub("<[nd]>", lambda found: stands[found[0]], re.escape(m.name))  # noqa: E731
-    return any(re.fullmatch(spelt(m), name) for m in metrics)
+PARTS = {
+    "A step": DESCRIBED,
+    "A step, every `observe.diagnosis.every`": DIAGNOSED,
+    "The run": RUN,
+    "An update": UPDATE,
+    "Prediction": PREDICTION,
+    "The law": LAW,
+    "Prompts": PROBE,
+    "A sampler that shapes": SAMPLER,
+    "A tool": TOOLS,
+    "A plan that branches": BRANCHES,
+    "How prompts and groups are chosen": CHOICE,
+    "A mixture": DOMAIN,
+    "Held-out accuracy in a run": HELDOUT,
+    "`entroray eval`": EVALUATION,
+}
+"""The page's, by title; all but the last stand in metrics.jsonl."""
+IN_A_RUN = [metric for found in list(PARTS.values())[:-1] for metric in found]
 
 
 def text() -> str:
     """The whole page."""
-    parts = {
-        "A step": STEP,
-        "A sampler that shapes": SAMPLER,
-        "A tool": TOOLS,
-        "A plan that branches": BRANCHES,
-        "An update": UPDATE,
-        "How prompts and groups are chosen": CHOICE,
-        "Prediction and law": INSIGHT,
-        "Prompts": PROBE,
-        "A mixture": DOMAIN,
-        "An evaluation": EVALUATION,
-    }
-    return HEAD + "".join(f"\n## {title}\n\n{_table(rows)}" for title, rows in parts.items())
+    return HEAD + "".join(f"\n## {title}\n\n{_table(found)}" for title, found in PARTS.items())
 
 
-def _table(rows: Iterable[Metric]) -> str:
+def _table(metrics: Iterable[Metric]) -> str:
     head = "| metric | definition | unit | over | temperature | estimator |\n|---|---|---|---|---|---|\n"
-    return head + "".join(f"| `{m.name}` | {' | '.join(m[1:])} |\n" for m in rows)
+    return head + "".join(f"| `{m.name}` | {' | '.join(m[1:])} |\n" for m in metrics)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ class Insight:
 
     async def read(self, step: Version, learner: Learner) -> dict[str, float]:
         """Entropy of the probe's prompts under the weights of `step`, when a diagnosis is due."""
-        due = self.looks.probe and _due(step, self.looks.diagnosis)
-        return await self.looks.probe.read(learner) if due else {}
+        probe = self.looks.probe
+        return await probe.read(learner) if probe and _due(step, self.looks.diagnosis) else {}
 
     def diagnosed(
         self, step: Version, groups: Sequence[Group], tokens: Tokens, judged: Sequence[Group]

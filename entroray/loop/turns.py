@@ -1,7 +1,7 @@
 """Responses in turns: the policy writes a call and stops, a tool answers, and the policy goes on."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -82,6 +82,10 @@ class Turns:
     def at(self, temperature: float) -> "Turns":
         """The same at another temperature of the policy."""
         return replace(self, generator=self.generator.at(temperature))  # type: ignore[attr-defined]
+
+    def moved(self, rule: Mapping[str, float], max_tokens: float | None) -> "Turns":
+        """The same with numbers of the sampler's rule set, and a longest response; None leaves that."""
+        return replace(self, generator=self.generator.moved(rule, max_tokens))  # type: ignore[attr-defined]
 
     def hotter(self, factor: float) -> "Turns":
         """The same, every turn drawn at `factor` times the temperature."""

@@ -37,6 +37,8 @@ class Schedule:
     """The sampler draws from another distribution than the policy's."""
     siblings: bool = False
     """Responses of a group share tokens."""
+    by_entropy: tuple[tuple[str, str], ...] = ()
+    """(name, path of the setting it moves) of each controller that reads the entropy."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,20 @@ def _selection_is_read(o: Objective, s: Schedule) -> Iterator[Remark]:
         )
 
 
+def _one_law_of_entropy(o: Objective, s: Schedule) -> Iterator[Remark]:
+    for place, shape in enumerate(o.shapes):
+        by_itself = _name(shape) == "entropy_band" or (_name(shape) == "lean" and effective(shape)["gain"])
+        others = [c for c in s.by_entropy if not c[1].startswith(f"objective.shapes.{place}.")]
+        if by_itself and others:
+            name, knob = others[0]
+            yield Remark(
+                "refused",
+                f"shape `{_name(shape)}` steers the entropy by itself and control.{name} steers it too, "
+                f"through {knob}: they would fight; leave out control.{name}, or choose a row without the "
+                "shape",
+            )
+
+
 def _idle_at_one(o: Objective, s: Schedule) -> Iterator[Remark]:
     if _name(o.ratio) == "sampler":
         return
@@ -284,6 +300,7 @@ RULES: tuple[Rule, ...] = (
     _one_restraint,
     _a_rollout_has_one_advantage,
     _selection_is_read,
+    _one_law_of_entropy,
     _idle_at_one,
     _neutral_settings,
     _thresholds_fit,

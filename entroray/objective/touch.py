@@ -12,6 +12,16 @@ from entroray.objective.equation import Objective
 from entroray.objective.view import visible
 from entroray.types import Tokens
 
+UNCOUNTED = ("everything", "none", "reinforce")
+"""Choices that touch nothing."""
+
+
+def rules(objective: Objective) -> list[str]:
+    """Names of what `touched` and `touched_inside` count the tokens of."""
+    o = objective
+    chosen = [*o.shapes, o.select, *o.scales, o.correction, o.surrogate, *o.penalties]
+    return sorted({_name(choice) for choice in chosen} - {*UNCOUNTED})
+
 
 @torch.no_grad()
 def touched(objective: Objective, t: Tokens) -> Counter[str]:

@@ -1,7 +1,7 @@
 """Pools and gangs of actors in the shape of the roles the driver knows."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -51,6 +51,10 @@ class Generators:
     def at(self, temperature: float) -> "Generators":
         """The same at another temperature of the policy."""
         return replace(self, sampling=replace(self.sampling, temperature=temperature))
+
+    def moved(self, rule: Mapping[str, float], max_tokens: float | None) -> "Generators":
+        """The same with numbers of the sampler's rule set, and a longest response; None leaves that."""
+        return replace(self, sampling=self.sampling.moved(rule, max_tokens))
 
     async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
         (drawn,) = await self.engines.sample(opening(prompt, count, self.sampling, self.deadline))

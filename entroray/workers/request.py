@@ -44,6 +44,12 @@ class Sampling:
         """The same at another temperature: the knob of a controller."""
         return replace(self, temperature=temperature)
 
+    def moved(self, rule: Mapping[str, float], max_tokens: float | None) -> "Sampling":
+        """The same with numbers of its rule set, and a longest response, rounded; None leaves that."""
+        most = self.max_tokens if max_tokens is None else round(max_tokens)
+        spec = json.dumps(json.loads(self.rule) | rule, sort_keys=True) if self.rule else None
+        return replace(self, rule=spec, max_tokens=most)
+
     def under(self, rule: Mapping[str, Any], *, insert: int | None = None, inserts: int = 1) -> "Sampling":
         """The same, reshaped by `rule`."""
         return replace(self, rule=json.dumps(rule, sort_keys=True), insert=insert, inserts=inserts)

@@ -10,7 +10,7 @@ position sampled twice (a chunk of a prompt, whose sample vLLM throws away) is o
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ class Row:
     inserts: int
 
 
-@cache
+@lru_cache(maxsize=64)  # of a rule that a controller moves, each step has its own
 def _rule(spec: str) -> partial[rules.Choice]:
     return shaping.build(json.loads(spec))
 

@@ -10,8 +10,9 @@ import pytest
 
 from entroray.cli import choices, machine, material, sampling, settings, train
 from entroray.config import Config
-from entroray.entropy.catalogue import CHOICE, matches
+from entroray.entropy.catalogue import CHOICE
 from entroray.entropy.diversity import Loops
+from entroray.entropy.metric import matches
 from entroray.loop.driver import Driver, Roles
 from entroray.loop.prompts import PromptStream
 from entroray.objective import build

@@ -12,7 +12,8 @@ import torch
 
 from entroray.cli import machine, objectives, plans, sampling
 from entroray.entropy import describe
-from entroray.entropy.catalogue import BRANCHES, SAMPLER, matches
+from entroray.entropy.catalogue import BRANCHES, SAMPLER
+from entroray.entropy.metric import matches
 from entroray.errors import ConfigError
 from entroray.loop.batching import tokens_of
 from entroray.loop.branching import branching, first_token_forks, independent, tree

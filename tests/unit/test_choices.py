@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from entroray.cli import choices, settings
-from entroray.entropy.catalogue import CHOICE, matches
+from entroray.entropy.catalogue import CHOICE
+from entroray.entropy.metric import matches
 from entroray.errors import ConfigError
 from entroray.loop.choice import Choice
 from entroray.loop.curriculum import Curriculum, Rule

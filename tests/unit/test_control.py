@@ -192,21 +192,6 @@ def test_a_controller_that_cannot_be_is_refused(specs):
         build(specs)
 
 
-def test_with_priorities_the_second_acts_where_the_first_is_at_its_limit():
-    specs = {
-        "first": PI | {"high": 0.2, "priority": 0},
-        "second": PI | {"knob": "sampler.temperature", "low": 1.0, "high": 2.0, "priority": 1},
-    }
-    control = Control(build(specs), {KNOB: 0.0, "sampler.temperature": 1.0})
-    seen = []
-    for step in range(1, 16):
-        seen.append(tuple(control.turn(step).values()))
-        control.note({"entropy/mean": 0.9})
-    moved = [i for i in range(1, 15) if seen[i][1] != seen[i - 1][1]]
-    limit = next(i for i, (first, _) in enumerate(seen) if first == 0.2)
-    assert moved and min(moved) > limit and all(t == 1.0 for _, t in seen[: limit + 1])
-
-
 BONUS = "objective.penalties=[{fn: entropy_bonus, coef: 0.0}]"
 
 
@@ -227,10 +212,70 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
             ["control=temperature_band", "control.temperature.signal=entropy/meen"],
             "did you mean `entropy/mean`",
         ),
+        (
+            ["control=temperature_band", "control.temperature.signal=reward/meen"],
+            "did you mean `reward/mean`",
+        ),
+        (["control=temperature_band", "control.temperature.signal=entropy/p33"], "no step of these"),
+        (["control=temperature_band", "control.temperature.signal=law/a"], "law is off while"),
+        (["control=temperature_band", "control.temperature.signal=eval/greedy"], "set evaluate.every"),
+        (["control=temperature_band", "control.temperature.signal=control/temperature"], "no step of these"),
+        (["control=temperature_band", "control.temperature.signal=step"], "no step of these"),
+        (
+            ["control=temperature_band", "control.temperature.signal=replay/share"],
+            "set rollout.replay.tokens",
+        ),
+        (
+            [
+                "control=temperature_band",
+                "control.temperature.signal=covariance/mean",
+                "observe.diagnosis.every=0",
+            ],
+            "set observe.diagnosis.every",
+        ),
+        (
+            [
+                "control=temperature_band",
+                "control.temperature.signal=entropy/realised_change",
+                "observe.prediction.every=0",
+            ],
+            "set observe.prediction.every",
+        ),
+        (["control=temperature_band", "control.temperature.signal=objective/clap_tokens"], "clip_tokens"),
+        (
+            ["+control.c={knob: learner.max_grad_norm, fn: constant, value: 3}"],
+            "what can: numbers written out",
+        ),
+        (["+control.c={knob: sampler.rule.most, fn: constant, value: 3}"], "nothing at `most`"),
+        (
+            ["sampler=by_entropy", "+control.c={knob: sampler.rule.full, fn: constant, value: 0.1}"],
+            "must be above start",
+        ),
+        (
+            ["sampler=by_entropy", "+control.c={knob: sampler.rule.fn, fn: constant, value: 0.1}"],
+            "not a number",
+        ),
+        (["+control.c={knob: rollout.max_tokens, fn: constant, value: 0}"], "at least 1"),
+        (["+control.c={knob: rollout.max_tokens, fn: constant, value: 65}"], "is the most it can be"),
+        (
+            [
+                "rollout.repetition.count=4",
+                "rollout.repetition.shortest=4",
+                "+control.c={knob: rollout.max_tokens, fn: constant, value: 15}",
+            ],
+            "do not fit",
+        ),
         (["+control.c={knob: objective.estimator.fn, fn: constant, value: 3}"], "not a number"),
         (
             ["+control.c={knob: sampler.temperature, fn: linear, start: 1, end: 0, steps: 9}"],
             "at least 0.01",
+        ),
+        (
+            [
+                "+control.c={knob: sampler.temperature, fn: bang_bang, signal: entropy/mean, target: 0.2, "
+                "step: 0.1, low: 0.7, high: 1.3}"
+            ],
+            "gate=0, its default",
         ),
         (["+control.c={knob: objective.surrogate.low, fn: constant, value: -1}"], "distance of the ratio"),
         (
@@ -242,6 +287,22 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
 def test_a_knob_that_cannot_be_moved_there_is_refused_at_start(overrides, said):
     with pytest.raises(ConfigError, match=said):
         configured(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("signal", "more"),
+    [
+        ("eval/pass@4", ["evaluate.every=5", "evaluate.samples=4"]),
+        ("objective/clip_tokens", []),
+        ("pass/8", []),
+        ("covariance/p99_8", []),
+        ("entropy/mean:chain_sum", ["data=mixture"]),
+        ("update/ratio_max", []),
+    ],
+)
+def test_a_signal_that_these_settings_bring_is_read(signal, more):
+    config = configured("control=temperature_band", f"control.temperature.signal={signal}", *more)
+    assert [c.signal for c in knobs.control_of(config).controllers] == [signal]
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (settings.CONF / "control").glob("*.yaml")))

@@ -10,10 +10,12 @@ import torch
 
 from entroray.entropy import describe, diagnose
 from entroray.entropy.calibration import brier, calibration, consistency, expected_error
-from entroray.entropy.catalogue import STEP, UPDATE, matches, text
+from entroray.entropy.catalogue import DESCRIBED, DIAGNOSED, UPDATE, text
 from entroray.entropy.diversity import answers, distinct, pass_at
-from entroray.entropy.movement import movement, shares
+from entroray.entropy.metric import matches, names
+from entroray.entropy.movement import SUMS, movement, shares
 from entroray.types import Mask, Span
+from entroray.workers.adapters import _summary
 from tests.unit.test_statistics import group, tokens_of
 
 LN2 = math.log(2)
@@ -98,7 +100,7 @@ def test_calibration_by_hand():
 def step():
     """Two groups of four whose tokens differ in all that a metric may look at."""
     groups = [
-        written(list(range(9)), [1, 2], [3] * 6, [4], answers=["1", "2", "1", None], correct=[1, 0, 1, 0]),
+        written(list(range(10)), [1, 2], [3] * 6, [4], answers=["1", "2", "1", None], correct=[1, 0, 1, 0]),
         written([1] * 5, [2] * 5, [3] * 5, [4] * 5, answers=["1"] * 4, correct=[1, 1, 1, 1]),
     ]
     n = sum(r.length for g in groups for r in g.rollouts)
@@ -109,10 +111,10 @@ def step():
 
 def test_the_metrics_of_a_step_are_exactly_those_documented():
     groups, tokens = step()
-    found = describe(groups, tokens) | diagnose(groups, tokens)
-    assert [name for name in found if not matches(name, STEP)] == []
-    assert [m.name for m in STEP if not any(matches(name, [m]) for name in found)] == []
-    assert all(math.isfinite(value) for value in found.values())
+    fills = {"<n>": ["1", "2", "4"]}
+    for found, rows in ((describe(groups, tokens), DESCRIBED), (diagnose(groups, tokens), DIAGNOSED)):
+        assert {name for m in rows for name in names(m, fills)} == found.keys()
+        assert all(math.isfinite(value) for value in found.values())
     assert not describe(groups, tokens).keys() & diagnose(groups, tokens).keys()
 
 
@@ -171,7 +173,7 @@ def test_clipped_tokens_are_told_apart_by_side_and_sign():
     assert found["objective/silent_tokens"] == pytest.approx(4 / 6)
     assert found["update/kl"] == pytest.approx((3 * (1 - LN2) + 2 * (-0.5 + LN2)) / 6)
     assert found["update/kl_k1"] == pytest.approx(-LN2 / 6)
-    assert all(matches(name, UPDATE) for name in found) and len(found) == len(UPDATE)
+    assert all(matches(name, UPDATE) for name in found) and len(found) == 7
     dropped = replace(
         live, scale=torch.tensor([0.0, 1, 1, 1, 1, 1]), correction=torch.tensor([1.0, 0, 1, 1, 1, 1])
     )
@@ -188,3 +190,9 @@ def test_what_is_said_of_answers_is_of_every_group_judged():
     found = diagnose([kept], t, [kept, wrong])
     assert (found["pass/1"], found["pass/2"], found["answers/missing"]) == (0.25, 0.5, 0.25)
     assert found["length/wrong"] == pytest.approx(7 / 3)
+
+
+def test_every_metric_of_an_update_is_documented_and_every_documented_one_there():
+    sums = dict.fromkeys(("loss", "tokens", "ratio_max", "entropy", *SUMS), 1.0)
+    found = _summary([[sums | {"grad_norm": 1.0, "lr": 1.0, "skipped": 0.0, "rule:clip": 3.0}]])
+    assert found.keys() == {m.name for m in UPDATE} | {"objective/clip_tokens"}

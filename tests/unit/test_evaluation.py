@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from entroray.cli import eval as command
 from entroray.cli import sampling
-from entroray.entropy.catalogue import EVALUATION, STEP, matches
+from entroray.entropy.catalogue import EVALUATION, STEP
+from entroray.entropy.metric import matches
 from entroray.errors import ConfigError
 from entroray.loop.decoding import Decoding, words
 from entroray.loop.evaluate import examine, plan

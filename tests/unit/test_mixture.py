@@ -12,8 +12,9 @@ import torch
 
 from entroray.cli import bootstrap, material, train
 from entroray.config import Config, Part
-from entroray.entropy.catalogue import DOMAIN, matches
+from entroray.entropy.catalogue import DOMAIN
 from entroray.entropy.domains import by_domain
+from entroray.entropy.metric import matches
 from entroray.errors import ConfigError, PreflightError
 from entroray.loop.batching import tokens_of
 from entroray.loop.decoding import Words

@@ -5,15 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from entroray.cli import objectives
+from entroray.cli import objectives, train
 from entroray.cli.settings import load
 from entroray.errors import ConfigError
 from entroray.loop.limits import IdleRules
 from entroray.objective import build, touched, touched_inside
 from entroray.objective.combinations import Schedule, refuse, remarks
 from tests.cases import ROWS, tokens
+from tests.composed import configured
 
 PLAIN = Schedule(updates=2, steps=100, max_lag=0)
+BONUS = ("pi", "objective.penalties.0.coef")
 SEQUENCE = ROWS["gspo"]
 RAW, FILTERED = ROWS["reinforce"], {"keep": {"fn": "informative"}}
 MASKED = {"correction": {"fn": "sequence_mask"}}
@@ -45,6 +47,12 @@ def test_every_row_is_allowed_as_it_is_shipped(name):
         (ROWS["kl_cov"] | {"surrogate": {"fn": "clip"}}, {}, "choose surrogate `reinforce`"),
         (SEQUENCE | {"shapes": [{"fn": "add_entropy"}]}, {}, "choose ratio `sequence_token`"),
         (SEQUENCE | {"shapes": [{"fn": "lean", "above": 0.5}]}, {}, "choose ratio `sequence_token`"),
+        (
+            ROWS["entrocraft_band"],
+            {"by_entropy": (BONUS,)},
+            "`entropy_band` steers.*control.pi steers it",
+        ),
+        (ROWS["entropic_pi"], {"by_entropy": (BONUS,)}, "`lean` steers the entropy by itself"),
         (SEQUENCE | {"aggregate": {"fn": "token"}}, {}, "choose aggregate `rollout_mean`"),
         (ROWS["grpo"] | {"select": {"fn": "top_entropy"}}, {}, "add scale `selected`"),
     ],
@@ -52,6 +60,21 @@ def test_every_row_is_allowed_as_it_is_shipped(name):
 def test_what_is_wrong_is_refused_with_a_way_out(row, schedule, message):
     with pytest.raises(ConfigError, match=message):
         refuse(build(row), replace(PLAIN, **schedule))
+
+
+@pytest.mark.parametrize("row", ["entrocraft_band", "entropic_pi"])
+def test_a_controller_of_the_entropy_may_move_the_law_of_the_row_itself(row):
+    inside = ("outer", "objective.shapes.0.low")
+    assert "steers" not in said(ROWS[row], "refused", by_entropy=(inside,))
+    assert "steers" in said(ROWS[row], "refused", by_entropy=(inside, BONUS))
+
+
+@pytest.mark.parametrize("control", ["entropy_pi", "temperature_band"])
+def test_two_laws_of_entropy_are_refused_before_the_run(control):
+    config = configured("objective=entrocraft_band", f"control={control}")
+    with pytest.raises(ConfigError, match="leave out control"):
+        train.objective_of(config)
+    train.objective_of(configured("objective=entrocraft_band"))
 
 
 def test_two_faults_are_told_at_once():

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entroray.entropy.catalogue import CHOICE, matches
+from entroray.entropy.catalogue import CHOICE
 from entroray.entropy.diversity import Loops
+from entroray.entropy.metric import matches
 from entroray.loop import endings
 from entroray.loop.choice import Choice
 from entroray.loop.prompts import PromptStream

@@ -11,7 +11,8 @@ import torch
 
 from entroray.cli import preflight, sampling, settings
 from entroray.entropy import describe, rules, shaping, token_entropy
-from entroray.entropy.catalogue import SAMPLER, matches
+from entroray.entropy.catalogue import SAMPLER
+from entroray.entropy.metric import matches
 from entroray.errors import ConfigError, PreflightError
 from entroray.loop.batching import assemble, tokens_of
 from entroray.loop.heat import Heat

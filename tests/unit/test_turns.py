@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from entroray.entropy.catalogue import TOOLS, matches
+from entroray.entropy.catalogue import TOOLS
+from entroray.entropy.metric import matches
 from entroray.entropy.statistics import describe
 from entroray.loop.batching import tokens_of
 from entroray.loop.demonstrations import Worked, chain_sum_calls
