@@ -17,6 +17,7 @@ from entroray.cli import (
     bootstrap,
     calls,
     choices,
+    driving,
     knobs,
     machine,
     material,
@@ -30,18 +31,15 @@ from entroray.cli import (
 from entroray.cli.objectives import advised, schedule, told
 from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, Stopped
-from entroray.loop.driver import Driver, Pace, Roles
+from entroray.loop.driver import Driver, Roles
 from entroray.loop.evaluate import heldout
-from entroray.loop.insight import Looks
 from entroray.loop.limits import Stagnation
-from entroray.loop.probe import probe
 from entroray.objective import Objective, check_group_size, combinations
 from entroray.objective import build as build_objective
-from entroray.objective.keep import always
 from entroray.observe.console import Console, summary
 from entroray.observe.journal import Journal, read
 from entroray.observe.outlook import Outlook, last_word, moved
-from entroray.policy.tokenizer import chat, fingerprint
+from entroray.policy.tokenizer import fingerprint
 from entroray.workers import cluster
 
 
@@ -241,17 +239,9 @@ async def drive(
         evaluate=_evaluation(config, read_in, m),
         waits=cluster.WAITS.lines,
     )
-    pace = _pace(config)
-    journal.event("start", objective=config.objective, pace=asdict(pace), state=run.state)
-    control = knobs.control_of(config)
-    journal.event("control", controllers=[c.describe() for c in control.controllers])
-    training = read_in.split.training
-    prompts, choice = choices.of(config, material.order(config, training, config.seed), len(training))
-    steered: dict[str, Any] = {"control": control, "tune": knobs.tuner(config), "heat": heat}
-    steered |= {"choice": choice, "plan": plans.plan_of(config.rollout)}
-    driver = Driver(
-        prompts, roles, objective, pace, seed=config.seed, looks=_looks(config, objective, read_in), **steered
-    )
+    journal.event("start", objective=config.objective, pace=asdict(driving.pace(config)), state=run.state)
+    driver = driving.driver(config, objective, read_in, roles, heat)
+    journal.event("control", controllers=[c.describe() for c in driver.control.controllers])
     if run.checkpoint:
         driver.restore(run.state)
     outlook = _outlook(journal, run.state)
@@ -307,32 +297,6 @@ def _evaluation(
         return {f"eval/{name}": value for name, value in found.items()}
 
     return evaluate
-
-
-def _looks(config: Config, objective: Objective, read_in: material.Material) -> Looks:
-    o = config.observe
-    whole = objective.keep.func is always  # else R is of all groups and H of those kept
-    law = o.law.window if whole and not config.control else 0  # it was found on runs that nobody steers
-    asked = probe(read_in.split.heldout, chat(read_in.tokenizer, config.model.system))
-    return Looks(o.diagnosis.every, o.prediction.every, o.prediction.window, law, asked)
-
-
-def _pace(config: Config) -> Pace:
-    r, d = config.rollout, config.driver
-    return Pace(
-        group_size=r.group_size,
-        groups_per_step=r.groups_per_step,
-        max_lag=d.max_lag,
-        wait=d.stale == "wait",
-        resamples=d.resamples,
-        refill_limit=d.refill_limit,
-        max_failed=config.reward.max_failed,
-        max_skipped=config.learner.max_skipped,
-        stall=d.stall,
-        tokens=config.run.tokens or None,
-        extra=r.early.extra,
-        surplus=r.surplus,
-    )
 
 
 def take_signals() -> None:

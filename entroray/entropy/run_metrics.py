@@ -27,6 +27,7 @@ RUN = [
         "seconds/score | log-probs and entropies under the learner | s | wall clock",
         "seconds/update | all updates | s | wall clock",
         "seconds/rescore | scoring once more, every observe.prediction.every steps | s | wall clock",
+        "seconds/probe | reading fixed prompts, with a diagnosis | s | wall clock",
         "seconds/sync | bringing the new weights to the engines, and the probe | s | wall clock",
         "sync/probe_error | difference of ln p on driver.probe.text, engine to learner, at the first sync "
         "and every driver.probe.every | nats | maximum",

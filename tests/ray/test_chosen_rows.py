@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entroray.cli import choices, machine, material, sampling, settings, train
+from entroray.cli import choices, driving, machine, material, sampling, settings
 from entroray.config import Config
 from entroray.entropy.catalogue import CHOICE
 from entroray.entropy.diversity import Loops
@@ -88,7 +88,7 @@ def steps(running: Machine, config: Config, count: int) -> Book:
     async def go() -> None:
         await m.learner.all(lambda rank, h: h.adopt.remote(objective), deadline=60.0)
         await m.sync(0)
-        await Driver(prompts, roles, objective, train._pace(config), seed=0, choice=choice).train(count)
+        await Driver(prompts, roles, objective, driving.pace(config), seed=0, choice=choice).train(count)
 
     loop.run_until_complete(asyncio.wait_for(go(), 120.0))
     return book

@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 
-from entroray.cli import machine, material, plans, sampling, settings, train
+from entroray.cli import driving, machine, material, plans, sampling, settings
 from entroray.loop.branching import branching
 from entroray.loop.driver import Driver, Roles
 from entroray.loop.prompts import PromptStream
@@ -139,7 +139,7 @@ async def _every_plan(config: Any, model: str) -> dict[str, list[tuple[Mapping[s
         config.rollout.plan = {"fn": name}
         notes, role = Notes(), m.generator_role(sampling.shaped(config, 1.0, read.tokenizer))
         roles = Roles(role, m.verifier_role(), m.learner_role(objective), m.sync, notes)  # type: ignore[arg-type]
-        stream, pace = PromptStream(read.split.training, seed=0), train._pace(config)
+        stream, pace = PromptStream(read.split.training, seed=0), driving.pace(config)
         driver = Driver(stream, roles, objective, pace, seed=0, plan=plans.plan_of(config.rollout))
         if state:
             driver.restore(state)

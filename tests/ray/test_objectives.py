@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ray
 
-from entroray.cli import bootstrap, machine, material, settings, train
+from entroray.cli import bootstrap, driving, machine, material, settings
 from entroray.loop.batching import assemble, group_index, tokens_of
 from entroray.loop.driver import Driver, Roles
 from entroray.loop.prompts import PromptStream
@@ -81,7 +81,7 @@ async def _all_rows(config: Any) -> None:
         await m.learner.all(lambda rank, h, o=objective: h.adopt.remote(o), deadline=60.0)
         roles = Roles(role, m.verifier_role(), m.learner_role(objective), m.sync, notes)  # type: ignore[arg-type]
         driver = Driver(
-            PromptStream(read.split.training, seed=0), roles, objective, train._pace(config), seed=0
+            PromptStream(read.split.training, seed=0), roles, objective, driving.pace(config), seed=0
         )
         if state:
             driver.restore(state)
