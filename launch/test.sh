@@ -25,8 +25,8 @@ if [[ ${1:-} == slow ]]; then
 fi
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
-check "unit tests" pytest tests/unit "${both[@]}" "$@"
 check "conf, launch and docker" pytest tests/files "${both[@]}" "$@"
+check "unit tests" pytest tests/unit "${both[@]}" "$@"
 check "mypy" mypy --num-workers 2
 printf '\n== took: %snow the real stack\n' "$took"
 check "real stack" pytest tests/ray --durations=15 "$@"

@@ -18,6 +18,11 @@ def rows() -> dict[str, str | None]:
 
 
 @cache
+def schema() -> DictConfig:
+    return OmegaConf.structured(Config)
+
+
+@cache
 def row(group: str, name: str) -> DictConfig | ListConfig:
     file = settings.CONF / group / f"{name}.yaml"
     values = OmegaConf.load(file)
@@ -36,7 +41,7 @@ def composed(*choices: str) -> DictConfig:
         OmegaConf.set_struct(tree, None)  # Hydra closes it, free dictionaries too
         return tree
     told = [row(group, name) for group, name in chosen.items() if name]
-    tree = OmegaConf.merge(OmegaConf.structured(Config), *told)
+    tree = OmegaConf.merge(schema(), *told)
     assert isinstance(tree, DictConfig)
     return tree
 

@@ -53,7 +53,9 @@ def load(
 def changed(tree: DictConfig, values: list[str], *, training: bool = True) -> Config:
     """Composed settings with `path=value` said beside them; no group can be chosen anew."""
     try:
-        told = OmegaConf.merge(OmegaConf.structured(Config), tree, OmegaConf.from_dotlist(values))
+        typed = OmegaConf.get_type(tree) is Config
+        whole = tree if typed else OmegaConf.merge(OmegaConf.structured(Config), tree)
+        told = OmegaConf.merge(whole, OmegaConf.from_dotlist(values))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
     assert isinstance(told, DictConfig)

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,9 @@ def test_the_slurm_script_starts_both_kinds_of_node_and_returns_the_runs_code(tm
     environment = os.environ | slurm | {"PATH": f"{stubs}:{os.environ['PATH']}", "LOG": str(log)}
     script = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "experiment=gsm8k"]
     done = subprocess.run(script, env=environment, timeout=30, check=False)
-    said = log.read_text()
+    until = time.monotonic() + 20  # the script need not outlive the start of its workers
+    while "ray-worker.sh" not in (said := log.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
     assert done.returncode == 5
     assert "-w n1 --overlap launch/ray-head.sh --host=10.0.0.1 --block" in said
     assert "--exclude=n1 --overlap launch/ray-worker.sh 10.0.0.1:6379 --block" in said

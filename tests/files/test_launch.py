@@ -230,8 +230,8 @@ def test_the_tests_run_cheapest_first(machine):
     assert calls == [
         "ruff check .",
         "ruff format --check .",
-        "pytest tests/unit --numprocesses 2 --dist worksteal -x",
         "pytest tests/files --numprocesses 2 --dist worksteal -x",
+        "pytest tests/unit --numprocesses 2 --dist worksteal -x",
         "mypy --num-workers 2",
         "pytest tests/ray --durations=15 -x",
     ]

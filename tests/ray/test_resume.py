@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from entroray.observe.trackers import TensorBoard
+
 BASE = [
     *("train", "experiment=quickstart", "objective=grpo", "run.steps=6", "rollout.groups_per_step=4"),
     *("observe.tokens.every=1", "observe.report=false", "evaluate.final=false", "checkpoint.every=2"),
@@ -135,3 +137,18 @@ def test_a_signal_before_the_first_step_ends_with_its_code_too(
     assert process.returncode == 128 + number, said[-3000:]
     psutil.wait_procs(ours, timeout=30)
     assert time.monotonic() - began < 30
+
+
+def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last, value in ((1, 5, 1.0), (4, 6, 2.0)):  # killed after 5, resumed after 3
+        time.sleep(1.1 * (first > 1))  # files are read in the order of their names, which have seconds
+        tracker = TensorBoard(tmp_path, first_step=first)
+        for step in range(first, last + 1):
+            tracker.log(step, {"entropy/mean": value})
+        tracker.close()
+    shown = EventAccumulator(str(tmp_path))
+    shown.Reload()
+    points = [(e.step, e.value) for e in shown.Scalars("entropy/mean")]
+    assert points == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]

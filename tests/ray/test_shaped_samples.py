@@ -14,6 +14,7 @@ import ray
 import torch
 
 from entroray.cli import machine, settings
+from entroray.cli.sampling import LEAST
 from entroray.entropy import shaping, token_entropy
 from entroray.policy.build import build
 from entroray.types import Rollout
@@ -244,3 +245,10 @@ def test_a_weighted_run_starts_at_ratio_one_and_the_engine_measures_what_the_lea
             assert row["mismatch/max"] < 1e-3 and row["importance/mean"] == pytest.approx(1, abs=1e-5)
         else:
             assert row["sampler/gap"] < 1e-3 and row["mismatch/max"] > 0.01
+
+
+def test_the_engine_draws_at_no_lower_temperature_than_we_allow() -> None:
+    from vllm.sampling_params import SamplingParams
+
+    assert SamplingParams(temperature=LEAST).temperature == LEAST
+    assert SamplingParams(temperature=0.9 * LEAST).temperature == LEAST

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import ray
 
-from entroray.errors import ConfigError, InfrastructureError
+from entroray.cli import doctor
+from entroray.errors import ConfigError, DataError, InfrastructureError
 from entroray.types import Prompt, Rollout, Status, Verdict
 from entroray.workers.verifier import Verifier
+from tests.composed import configured
 
 pytestmark = pytest.mark.ray
 
@@ -283,3 +285,18 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+SMALL = ("data.max_prompt=32", "data.size=50", "model.bootstrap.cache=/nowhere")
+
+
+def test_the_doctor_looks_at_rows_and_judge() -> None:
+    small = configured(*SMALL)
+    assert "training" in doctor.data(small) and "gives 1" in doctor.judge(small)
+
+
+def test_the_doctor_finds_a_judge_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def none(response, prompt):\n    return None\n")
+    mine = configured(*SMALL, f"reward.path={tmp_path}/mine.py:none")
+    with pytest.raises(DataError, match=r"no verdict on .*returned None"):
+        doctor.judge(mine)

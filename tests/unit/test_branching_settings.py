@@ -35,8 +35,10 @@ def test_what_cannot_branch_is_refused(overrides: list[str], said: str) -> None:
         configured(*overrides)
 
 
-@pytest.mark.parametrize("name", ["branching", "tree", "first_token_forks"])
-@pytest.mark.parametrize("objective", ["nsr", "reinforce_pp", "qae", "opo"])
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("branching", "nsr"), ("branching", "reinforce_pp"), ("tree", "qae"), ("first_token_forks", "opo")],
+)
 def test_a_plan_leaves_the_estimator_of_every_row_as_it_is(name: str, objective: str) -> None:
     chosen = configured(f"rollout={name}", f"objective={objective}")
     assert chosen.objective == configured(f"objective={objective}").objective

@@ -188,14 +188,14 @@ def forget_peak() -> None:
 
 
 def test_peak_memory_stays_far_below_one_logits_matrix():
-    """[1024, 32000] in FP32 is 125 MiB; tiles of 512 Ki elements need a few times 2 MiB."""
-    n, d, v = 1024, 16, 32000
+    """[512, 32000] in FP32 is 62 MiB; tiles of 512 Ki elements need a few times 2 MiB."""
+    n, d, v = 512, 16, 32000
     h, w = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
     ids, t = torch.randint(0, v, (n,)), torch.ones(n)
     token_stats(h[:64], w, ids[:64], t[:64], tile_elements=1 << 19).entropy.sum().backward()
     forget_peak()
     before = peak_mib()
     token_stats(h, w, ids, t, tile_elements=1 << 19).entropy.sum().backward()
-    assert peak_mib() - before < 30
+    assert peak_mib() - before < 20
     h.detach() @ w.detach().T
-    assert peak_mib() - before > 120, "the measure itself would see the matrix"
+    assert peak_mib() - before > 60, "the measure itself would see the matrix"

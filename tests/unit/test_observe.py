@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import time
 from dataclasses import replace
 
 import duckdb
@@ -281,21 +280,6 @@ def test_tensorboard_holds_the_metrics(tmp_path):
         for v in e.summary.value
     ]
     assert values == [(7, "entropy/mean", 1.5)]
-
-
-def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for first, last, value in ((1, 5, 1.0), (4, 6, 2.0)):  # killed after 5, resumed after 3
-        tracker = TensorBoard(tmp_path, first_step=first)
-        for step in range(first, last + 1):
-            tracker.log(step, {"entropy/mean": value})
-        tracker.close()
-        time.sleep(1.1)  # files are read in the order of their names, which have seconds
-    shown = EventAccumulator(str(tmp_path))
-    shown.Reload()
-    points = [(e.step, e.value) for e in shown.Scalars("entropy/mean")]
-    assert points == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
 
 
 def test_console_prints_aligned_lines_and_repeats_the_header(tmp_path):

@@ -129,18 +129,6 @@ def test_other_versions_than_the_tested_ones_are_named(monkeypatch: pytest.Monke
         doctor.packages(Config())
 
 
-def test_the_doctor_looks_at_rows_and_judge() -> None:
-    small = config("data.size=50", "model.bootstrap.cache=/nowhere")
-    assert "training" in doctor.data(small) and "gives 1" in doctor.judge(small)
-
-
-def test_the_doctor_finds_a_judge_that_fails(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def none(response, prompt):\n    return None\n")
-    mine = config("data.size=50", "model.bootstrap.cache=/nowhere", f"reward.path={tmp_path}/mine.py:none")
-    with pytest.raises(DataError, match=r"no verdict on .*returned None"):
-        doctor.judge(mine)
-
-
 def test_a_doctor_says_what_is_wrong_and_exits_with_3(capsys: pytest.CaptureFixture[str]) -> None:
     found = doctor.main(["data.size=50", "model.path=/nowhere", "learner.ranks=9000"])
     said = capsys.readouterr().out
