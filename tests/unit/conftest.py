@@ -5,7 +5,7 @@ import os
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
-)  # before anything imports torch: with two they wait for each other
+)  # before torch is imported; two wait for each other
 gc.disable()
 
 from hypothesis import settings  # noqa: E402
