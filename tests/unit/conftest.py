@@ -3,9 +3,7 @@
 import gc
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported; two wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two wait for each other
 gc.disable()
 
 from hypothesis import settings  # noqa: E402
