@@ -48,9 +48,10 @@ COURSE = (
 )
 PARTS = {"what it reached": REACHED, "how it answers held-out prompts": ANSWERED, "how it got there": COURSE}
 LEGEND = (
-    "95 % percentile bootstrap intervals of the mean over seeds (with 3 seeds: their range). Against the "
-    "baseline's interval: + above, - below, = overlapping, which is a tie; ? fewer than 3 seeds on either "
-    "side, nothing is claimed; n: seeds that have it, where not all do."
+    "95 % percentile bootstrap intervals of the mean over seeds (with 3 seeds: their range, and of two equal "
+    "variants the ranges lie apart 1 time in 10). Against the baseline's interval: + above, - below, = "
+    "overlapping, which is a tie; ? fewer than 3 seeds on either side, nothing is claimed; n: seeds that "
+    "have it, where not all do. Prompts and first weights are common to all seeds: their chance is not in it."
 )
 
 
