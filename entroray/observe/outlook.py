@@ -62,7 +62,7 @@ def last_word(history: Sequence[Mapping[str, Any]], has: Mapping[str, Any] | Non
     """How a run ended, a line each: the verdict, prediction against what happened, the law."""
     found = verdict.read(history, has)
     said = f"verdict: {found.line()}" if found else f"verdict: none before {verdict.LEAST} steps"
-    return "\n".join([said, _predicted(history), _law(history)])
+    return "\n".join([said, _predicted(history), _law(history, has or {})])
 
 
 def _predicted(history: Sequence[Mapping[str, Any]]) -> str:
@@ -84,12 +84,12 @@ def _predicted(history: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _law(history: Sequence[Mapping[str, Any]]) -> str:
+def _law(history: Sequence[Mapping[str, Any]], has: Mapping[str, Any]) -> str:
     """The law as last fitted, or why it was not."""
     last = history[-1] if history else {}
     if any(name.startswith("control/") for name in last):
         return "law: off, a controller acts"
-    if last.get("law/ceiling") is None and any(step.get("groups/dropped") for step in history):
+    if has.get("objective", {}).get("keep", {}).get("fn", "always") != "always":
         return "law: off, the row trains on a part of the groups (keep), whose entropy is not that of all"
     if last.get("law/ceiling") is None:
         return "law: not fitted (observe.law.window)"

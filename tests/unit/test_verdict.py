@@ -240,6 +240,9 @@ def test_the_last_word_holds_prediction_and_law_against_what_happened():
         and "0.610 is the reward at entropy 0, 95 % 0.500 to 0.700" in said
     )
     assert "law: off, a controller acts" in last_word([*steps, {"step": 61, "control/c": 0.1}])
+    filtered = {"objective": {"keep": {"fn": "informative"}}}
+    assert "trains on a part of the groups" in last_word([{"step": 1}], filtered)
+    assert "not fitted" in last_word([{"step": 1, "groups/dropped": 2.0}], {"objective": {}}), "two failed"
     assert "not fitted" in last_word([]) and "verdict: none" in last_word([])
 
 
