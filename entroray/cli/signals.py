@@ -69,7 +69,7 @@ def _families(config: Config) -> Iterator[tuple[Sequence[Metric], str]]:
         ([*DIAGNOSED, *PROBE], observe.diagnosis.every, "set observe.diagnosis.every above 0"),
         ([*PREDICTION, *rescored], observe.prediction.every, "set observe.prediction.every above 0"),
         (LAW, False, LAW_IS_OFF),
-        (HELDOUT, config.evaluate.every, "set evaluate.every above 0"),
+        (HELDOUT, 0 < config.evaluate.every <= config.run.steps, "set evaluate.every within 1..run.steps"),
         (SAMPLER, sampling.noted(config), "choose a sampler that shapes, such as sampler=by_entropy"),
         (TOOLS, calls.asked(config), "give the rollouts a tool (rollout.tool)"),
         (BRANCHES, plans.forks(rollout), "choose a plan that forks (rollout.plan)"),

@@ -219,6 +219,15 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
         (["control=temperature_band", "control.temperature.signal=entropy/p33"], "no step of these"),
         (["control=temperature_band", "control.temperature.signal=law/a"], "law is off while"),
         (["control=temperature_band", "control.temperature.signal=eval/greedy"], "set evaluate.every"),
+        (
+            [
+                "control=temperature_band",
+                "control.temperature.signal=eval/greedy",
+                "run.steps=9",
+                "evaluate.every=10",
+            ],
+            "set evaluate.every within 1..run.steps",
+        ),
         (["control=temperature_band", "control.temperature.signal=control/temperature"], "no step of these"),
         (["control=temperature_band", "control.temperature.signal=step"], "no step of these"),
         (
