@@ -12,6 +12,10 @@ One softmax with logits z, sampled token a, advantage A, step size eta. For any 
 - `proxy`, Clip-Cov's statistic: minus the covariance of ln p and A over tokens of different states. It has
   no derivation for one state; it is here to be compared.
 
+Every form takes `pull` [N], what multiplies grad log p of each token in the update (`objective.pull`): A times
+scale and correction, times the token's share of the loss in units of the mean share. Penalties are no part of
+it: where entropy is paid for, the forms foretell what the rest of the objective would do.
+
 A network moves all its states together through Adam, so eta is not known: predictions are per unit of eta
 (nats), and the slope of realised on predicted over a window of steps estimates it. Read them as rankers.
 """
@@ -31,41 +35,38 @@ COLLISION = "mean_discriminator"
 """Key of `Tokens.extra`: E_p S of each token."""
 
 
-def weight(t: Tokens) -> Float[Tensor, " N"]:
-    """What multiplies grad log p in the first update, but for the share: A times scale and correction."""
-    return (t.advantages * t.scale * t.correction).double()
-
-
-def exact(t: Tokens) -> Float[Tensor, " N"]:
-    """-A (S_a - E_p S) of each token, nats per unit step; needs `COLLISION` in `extra`."""
+def exact(t: Tokens, pull: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """-pull (S_a - E_p S) of each token, nats per unit step; needs `COLLISION` in `extra`."""
     logp, entropy = t.old_logprobs.double(), t.entropy.double()
-    return -weight(t) * (logp.exp() * (logp + entropy) - t.extra[COLLISION].double())
+    return -pull.double() * (logp.exp() * (logp + entropy) - t.extra[COLLISION].double())
 
 
-def natural(t: Tokens) -> Float[Tensor, " N"]:
-    """-A (ln p_a + H) of each token, nats per unit step of the natural gradient."""
-    return -weight(t) * (t.old_logprobs.double() + t.entropy.double())
+def natural(t: Tokens, pull: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """-pull (ln p_a + H) of each token, nats per unit step of the natural gradient."""
+    return -pull.double() * (t.old_logprobs.double() + t.entropy.double())
 
 
-def proxy(t: Tokens) -> Float[Tensor, " N"]:
-    """-(ln p - mean)(A - mean) of each token, means over the masked-in tokens."""
-    logp, a = t.old_logprobs.double(), weight(t)
+def proxy(t: Tokens, pull: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """-(ln p - mean)(pull - mean) of each token, means over the masked-in tokens."""
+    logp, a = t.old_logprobs.double(), pull.double()
     return -(logp - logp[t.mask].mean()) * (a - a[t.mask].mean())
 
 
-def compare(t: Tokens, entropy: Float[Tensor, " N"]) -> dict[str, float]:
-    """Predicted change of the mean entropy by every form, and the change to `entropy` after the update.
+def compare(t: Tokens, pull: Float[Tensor, " N"], entropy: Float[Tensor, " N"]) -> dict[str, float]:
+    """Predicted change of the mean entropy by every form, and the change to `entropy` [N] after the update.
 
     `prediction_tokens_<form>` is the rank correlation of the two over this step's tokens. Empty where no
-    token counts.
+    token counts, or where the change is not a number.
     """
     if not bool(t.mask.any()):
         return {}
     change = (entropy.double() - t.entropy.double())[t.mask]
+    if not bool(change.isfinite().all()):
+        return {}
     forms = {"exact": exact, "natural": natural, "proxy": proxy}
     if COLLISION not in t.extra:
         del forms["exact"]
-    predicted = {name: form(t)[t.mask] for name, form in forms.items()}
+    predicted = {name: form(t, pull)[t.mask] for name, form in forms.items()}
     metrics = {"entropy/realised_change": float(change.mean())}
     for name, value in predicted.items():
         metrics[f"entropy/predicted_change_{name}"] = float(value.mean())

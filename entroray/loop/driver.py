@@ -22,7 +22,7 @@ from entroray.loop.insight import NEVER, Insight, Looks
 from entroray.loop.limits import IdleRules, Limit, SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
 from entroray.loop.stream import Dropped, Prompts, Stream
-from entroray.objective import Objective, touched
+from entroray.objective import Objective, pull, touched
 from entroray.types import Group, Prompt, Rollout, Status, Tokens, Verdict, Version
 
 UNTOUCHED = 20
@@ -275,10 +275,10 @@ class Driver:
         if skipped := bool(updated.get("update/skipped")):
             self.roles.journal.skipped(self.version + 1, batch, tokens)
         self.skipped.note(skipped)
-        if wants:
+        if wants and not skipped:
             with clock("rescore", self):
                 after = await self.roles.learner.score(batch, group_index(groups))
-            updated |= self.insight.changed(tokens, after)
+            updated |= self.insight.changed(tokens, pull(self.objective, tokens), after)
         with clock("probe", self):
             updated |= await self.insight.read(self.version + 1, self.roles.learner)
         with clock("sync", self):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from entroray.entropy import law
 from entroray.entropy.diagnosis import diagnose
@@ -44,9 +45,12 @@ class Insight:
         """Further statistics the scores of `step` should bring; none unless its change is predicted."""
         return (COLLISION,) if _due(step, self.looks.prediction) else ()
 
-    def changed(self, tokens: Tokens, after: Scores) -> dict[str, float]:
-        """Predicted and realised change of entropy, `after` the same tokens' scores under the new weights."""
-        found = compare(tokens, torch.from_numpy(after["entropy"]))
+    def changed(self, tokens: Tokens, pull: Tensor, after: Scores) -> dict[str, float]:
+        """Predicted and realised change of entropy, `after` the same tokens' scores under the new weights.
+
+        `pull` [N] is what the objective does to each token's log-prob (`objective.pull`).
+        """
+        found = compare(tokens, pull, torch.from_numpy(after["entropy"]))
         if found:
             self.predictions.append(found)
         return found | record(self.predictions)

@@ -2,7 +2,17 @@
 
 from entroray.objective.bind import bind
 from entroray.objective.equation import Objective, build, check_group_size
-from entroray.objective.touch import silent, touched, touched_inside
+from entroray.objective.touch import pull, silent, touched, touched_inside
 from entroray.objective.view import count
 
-__all__ = ["Objective", "bind", "build", "check_group_size", "count", "silent", "touched", "touched_inside"]
+__all__ = [
+    "Objective",
+    "bind",
+    "build",
+    "check_group_size",
+    "count",
+    "pull",
+    "silent",
+    "touched",
+    "touched_inside",
+]

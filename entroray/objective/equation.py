@@ -94,11 +94,23 @@ class Objective:
 
     def loss(self, t: Tokens) -> Float[Tensor, ""]:
         """These tokens' part of the numerator; parts add up however the update was cut."""
+        seen = self._inside(t)
+        terms = sum((p(seen) for p in self.penalties), start=self._policy(seen))
+        return (self.aggregate(seen) * terms).sum()
+
+    def policy_loss(self, t: Tokens) -> Float[Tensor, ""]:
+        """`loss` without the penalties."""
+        seen = self._inside(t)
+        return (self.aggregate(seen) * self._policy(seen)).sum()
+
+    def _inside(self, t: Tokens) -> Tokens:
+        """What functions inside the update are shown."""
         seen = _shown(t, (self.ratio, self.surrogate, *self.penalties, self.aggregate))
         with torch.no_grad():
-            seen = _reshaped(seen, _are_live(self.shapes, True))
-        policy = seen.correction * seen.scale * self.surrogate(seen, self.ratio(seen))
-        return (self.aggregate(seen) * sum((p(seen) for p in self.penalties), start=policy)).sum()
+            return _reshaped(seen, _are_live(self.shapes, True))
+
+    def _policy(self, seen: Tokens) -> Float[Tensor, " N"]:
+        return seen.correction * seen.scale * self.surrogate(seen, self.ratio(seen))
 
     def denominator(self, counts: Counts) -> float:
         """What an update's numerators are divided by; 1 where that count is 0, as then the loss is."""

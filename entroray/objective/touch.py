@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from entroray.objective.equation import Objective
@@ -63,12 +63,28 @@ def touched_inside(objective: Objective, t: Tokens) -> Counter[str]:
     return counts
 
 
-@torch.enable_grad()
 def silent(objective: Objective, t: Tokens) -> Bool[Tensor, " N"]:
-    """Tokens in the mask, with an advantage, whose log-prob the loss is flat in: clipped or dropped."""
+    """Tokens in the mask, with an advantage, that the surrogate moves nowhere: clipped or dropped.
+
+    A penalty may move them all the same.
+    """
+    return t.mask & (t.advantages != 0) & (_pull(objective, t) == 0)
+
+
+def pull(objective: Objective, t: Tokens) -> Float[Tensor, " N"]:
+    """What multiplies grad ln p of each token in a small step from these log-probs, penalties left out.
+
+    A times scale and correction where every token has the same share of the loss; in units of the mean share.
+    """
+    share = objective.aggregate(visible(t))
+    return _pull(objective, t) / (share.mean() if len(share) else 1.0)
+
+
+@torch.enable_grad()
+def _pull(objective: Objective, t: Tokens) -> Float[Tensor, " N"]:
     leaves = _leaves(t)
-    (slope,) = torch.autograd.grad(objective.loss(leaves), leaves.logprobs, materialize_grads=True)
-    return t.mask & (t.advantages != 0) & (slope == 0)
+    loss = objective.policy_loss(leaves)
+    return -torch.autograd.grad(loss, leaves.logprobs, materialize_grads=True)[0]
 
 
 def _leaves(t: Tokens) -> Tokens:

@@ -224,6 +224,15 @@ def test_silent_tokens_are_the_clipped_ones():
     assert t.logprobs.grad is None
 
 
+def test_a_penalty_hides_no_clipped_token():
+    plain = ROWS["grpo"]
+    t = live(build(plain).credit(tokens()))
+    clipped = silent(build(plain), t)
+    held = build(plain | {"penalties": [{"fn": "kl_k3", "coef": 0.04}, {"fn": "entropy_bonus", "coef": 0.01}]})
+    t = replace(t, ref_logprobs=t.old_logprobs - 0.1)
+    assert torch.equal(silent(held, t), clipped) and clipped.any()
+
+
 def test_silent_tokens_of_other_rows():
     for name, count_of_silent in {"cispo": 0, "rloo": 0, "supervised": 0}.items():
         objective = BUILT[name]

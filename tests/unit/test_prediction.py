@@ -28,7 +28,7 @@ from entroray.entropy.prediction import (
 )
 from entroray.loop.insight import Looks
 from entroray.loop.probe import OUTSIDE, Probe, probe
-from entroray.objective import build
+from entroray.objective import build, pull
 from entroray.types import Prompt
 from tests.toy import ToyWorld, driver
 from tests.unit.test_statistics import group, tokens_of
@@ -63,7 +63,7 @@ def test_a_form_is_the_first_order_change_of_a_tabular_policy(form):
     z, a, t = table()
     direction, eta = steps(z, a, t)[form], 1e-6
     change = (token_entropy(z + eta * direction, 1.0)[0] - token_entropy(z - eta * direction, 1.0)[0]) / 2
-    torch.testing.assert_close(form(t), change / eta, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(form(t, t.advantages), change / eta, rtol=1e-6, atol=1e-8)
 
 
 def test_averaged_over_the_policy_the_forms_are_the_theorems_of_the_covariance_paper():
@@ -72,8 +72,8 @@ def test_averaged_over_the_policy_the_forms_are_the_theorems_of_the_covariance_p
     quality = quality.double() - (p * quality).sum(-1, keepdim=True)
     each = []
     for v in range(OUTCOMES):
-        seen = replace(t, old_logprobs=p[:, v].log(), advantages=quality[:, v])
-        each.append(torch.stack([exact(seen), natural(seen)]) * p[:, v])
+        seen = replace(t, old_logprobs=p[:, v].log())
+        each.append(torch.stack([form(seen, quality[:, v]) for form in (exact, natural)]) * p[:, v])
     mean = lambda x: (p * x).sum(-1)  # noqa: E731
     cov = lambda x, y: mean(x * y) - mean(x) * mean(y)  # noqa: E731
     vanilla, natural_gradient = sum(each)
@@ -84,19 +84,44 @@ def test_averaged_over_the_policy_the_forms_are_the_theorems_of_the_covariance_p
 def test_dropping_the_mean_term_would_not_pass():
     """methods: keeping only S_a is 36 % off for a modal token and 6 times for a rare one."""
     _, _, t = table()
-    crude = exact(replace(t, extra={COLLISION: torch.zeros(STATES)}))
-    assert (crude / exact(t) - 1).abs().median() > 0.05
+    crude = exact(replace(t, extra={COLLISION: torch.zeros(STATES)}), t.advantages)
+    assert (crude / exact(t, t.advantages) - 1).abs().median() > 0.05
+
+
+@pytest.mark.parametrize("row", ["grpo", "dapo", "dr_grpo", "gspo_token", "cispo", "prorl", "forking_tokens"])
+def test_the_exact_form_is_what_a_small_step_on_the_row_itself_does(row):
+    """Rollouts of unequal length: under grpo a token's share of the loss is one over its own."""
+    lengths, eta = [2, 4, 14, 20], 1e-6
+    z, a, t = table()
+    groups = [group(lengths, [1, 0, 1, 0])]
+    t = replace(tokens_of(groups, t.entropy.tolist(), t.advantages.tolist()), extra=t.extra, uid=t.uid)
+    tree = yaml.safe_load((ROW.parent / f"{row}.yaml").read_text())
+    objective = build(tree.get("objective", tree) | {"penalties": []})
+    z.requires_grad_()
+    logp = z.log_softmax(-1).gather(-1, a[:, None]).squeeze(-1)
+    scored = replace(t, logprobs=logp, old_logprobs=logp.detach(), ref_logprobs=logp.detach() - 1e-9)
+    scored = replace(scored, behavior_logprobs=logp.detach(), scale=torch.linspace(0, 1, STATES).double())
+    loss = objective.loss(scored)
+    direction = -torch.autograd.grad(loss, z)[0]
+    change = [token_entropy(z.detach() + s * eta * direction, 1.0)[0] for s in (1, -1)]
+    share = objective.aggregate(scored).mean()
+    found = exact(scored, pull(objective, scored)).detach() * share
+    torch.testing.assert_close(found, (change[0] - change[1]) / (2 * eta), rtol=1e-5, atol=1e-8)
 
 
 def test_scale_and_correction_weigh_in_and_the_mask_keeps_out():
     _, _, t = table()
+    row = build(yaml.safe_load(ROW.read_text()))
     half = replace(t, scale=t.scale * 0.25, correction=t.correction * 2)
-    torch.testing.assert_close(exact(half), exact(t) / 2)
-    mask = torch.arange(STATES) < STATES // 2
+    torch.testing.assert_close(pull(row, half), pull(row, t) / 2)
+    mask, a = torch.arange(STATES) < STATES // 2, t.advantages
     nan = torch.where(mask, t.entropy, torch.nan)
-    assert compare(replace(t, mask=mask, entropy=nan), nan + 1)["entropy/realised_change"] == pytest.approx(1)
-    assert compare(replace(t, mask=torch.zeros_like(mask)), nan) == {}
-    assert float(proxy(replace(t, advantages=t.advantages * 0 + 3)).abs().max()) < 1e-12
+    seen = replace(t, mask=mask, entropy=nan)
+    assert compare(seen, a, nan + 1)["entropy/realised_change"] == pytest.approx(1)
+    assert compare(replace(t, mask=torch.zeros_like(mask)), a, nan) == {}
+    assert compare(t, a, nan) == {}, "a change that is no number is no point of the window"
+    assert not pull(row, seen)[~mask].any() and not pull(row, replace(t, mask=torch.zeros_like(mask))).any()
+    assert float(proxy(t, a * 0 + 3).abs().max()) < 1e-12
 
 
 def test_slope_and_rank_over_a_window():
@@ -110,7 +135,7 @@ def test_slope_and_rank_over_a_window():
     window = []
     for eta in (1e-4, 2e-4, 3e-4, 4e-4):
         after = token_entropy(z + eta * steps(z, a, t)[exact], 1.0)[0]
-        window.append(compare(replace(t, advantages=t.advantages * eta), after))
+        window.append(compare(t, t.advantages * eta, after))
     found = record(window)
     assert found["entropy/prediction_slope_exact"] == pytest.approx(1, abs=0.02)
     assert found["entropy/prediction_rank_exact"] == pytest.approx(1)
