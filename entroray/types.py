@@ -212,6 +212,11 @@ class Group:
         return here + sum(g.drawn for g in self.earlier) + self.lost
 
     @property
+    def draws(self) -> tuple["Group", ...]:
+        """Every judged draw of this prompt, this one last."""
+        return (*self.earlier, self)
+
+    @property
     def rewards(self) -> Float[Tensor, " G"]:
         return torch.tensor([v.reward for v in self.verdicts], dtype=torch.float64)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -66,29 +66,36 @@ def brier(confidence: NDArray, correct: NDArray) -> float:
 
 
 def consistency(group: Group) -> list[float]:
-    """Self-consistency of each rollout: the share of its group with its answer; 0 without an answer."""
+    """Self-consistency of each rollout: the share of its group with its answer.
+
+    NaN without an answer, which is no claim that could be right, and in a group of one, which always agrees.
+    """
     votes = Counter(v.answer for v in group.verdicts if v.answer is not None)
-    return [votes[v.answer] / len(group.verdicts) if v.answer is not None else 0.0 for v in group.verdicts]
+    size = len(group.verdicts) if len(group.verdicts) > 1 else math.nan
+    return [math.nan if v.answer is None else votes[v.answer] / size for v in group.verdicts]
 
 
 def calibration(groups: Sequence[Group], mean_logprob: NDArray) -> dict[str, float]:
     """ECE and Brier score over rollouts, of self-consistency and of exp(mean log-prob) [B] as confidence.
 
-    Replayed rollouts have no say, nor has one without response tokens (NaN) in the second.
+    Replayed rollouts have no say, nor has one whose confidence is not known: without an answer, or alone, in
+    the first; without response tokens in the second.
     """
     groups, fresh = [_fresh(g) for g in groups], [not r.replayed for g in groups for r in g.rollouts]
     mean_logprob = mean_logprob[np.array(fresh, bool)]
     correct = np.array([v.correct for g in groups for v in g.verdicts], np.float64)
     share = np.array([c for g in groups for c in consistency(g)], np.float64)
-    known = np.isfinite(mean_logprob)
-    measured = {"consistency": (share, correct)}
-    if known.any():
-        measured["logprob"] = (np.exp(mean_logprob[known]), correct[known])
     return {
         f"calibration/{kind}_{name}": score(*pair)
-        for name, pair in measured.items()
+        for name, pair in known({"consistency": share, "logprob": np.exp(mean_logprob)}, correct).items()
         for kind, score in (("ece", expected_error), ("brier", brier))
     }
+
+
+def known(confidences: Mapping[str, NDArray], correct: NDArray) -> dict[str, tuple[NDArray, NDArray]]:
+    """Each confidence [B] that is known, with its correctness; without those that are known of none."""
+    there = {name: np.isfinite(confidence) for name, confidence in confidences.items()}
+    return {name: (confidences[name][at], correct[at]) for name, at in there.items() if at.any()}
 
 
 def _fresh(group: Group) -> Group:

@@ -26,13 +26,13 @@ DECILES = 10
 def diagnose(groups: Sequence[Group], tokens: Tokens, judged: Sequence[Group] = ()) -> dict[str, float]:
     """The metrics of the catalogue that `describe` does not give; one over nothing is left out.
 
-    What is of answers and lengths is of all `judged` groups where they are given: a filter that keeps the
+    What is of answers and lengths is of all `judged` draws where they are given: a filter that keeps the
     undecided ones would make pass@k 1 and a policy look well calibrated. ValueError where `tokens` are not
     the rollouts of `groups`, in their order.
     """
     if not aligned(groups, tokens):
         return {}
-    metrics = _of_answers(judged or groups)
+    metrics = _of_answers(judged or [draw for g in groups for draw in g.draws])
     mask = array(tokens.mask)
     if not mask.any():
         return metrics

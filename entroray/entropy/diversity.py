@@ -95,9 +95,10 @@ def _entropy(counts: Counter) -> float:
 def pass_at(groups: Sequence[Group]) -> dict[str, float]:
     """pass@k for k = 1, 2, 4, ... up to the smallest group: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374).
 
-    Unbiased for each prompt, not for the task where a filter chose the prompts. Of independent draws alone:
-    the first draw of a group drawn again, its roots, nothing replayed or forced, and no group of which the
-    slowest were given up. Nothing where no group has any.
+    `groups` are draws, those that others took the place of among them (`Group.draws`). Unbiased for each
+    prompt, not for the task where a filter chose the prompts. Of independent draws alone: first draws, their
+    roots, nothing replayed or forced, and no group of which the slowest were given up. Nothing where no group
+    has any.
     """
     drawn = [independent for g in groups if (independent := _independent(g))]
     least = min(map(len, drawn), default=0)
@@ -108,10 +109,9 @@ def pass_at(groups: Sequence[Group]) -> dict[str, float]:
 
 def _independent(group: Group) -> list[Verdict]:
     """On the rollouts drawn from the prompt as the policy draws, none having had a say in another's."""
-    first = group.earlier[0] if group.earlier else group
-    if first.abandoned:
+    if group.earlier or group.abandoned:
         return []
-    pairs = zip(first.rollouts, first.verdicts, strict=True)
+    pairs = zip(group.rollouts, group.verdicts, strict=True)
     return [v for r, v in pairs if not r.replayed and r.parent is None and not _forced(r)]
 
 

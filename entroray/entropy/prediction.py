@@ -12,9 +12,9 @@ One softmax with logits z, sampled token a, advantage A, step size eta. For any 
 - `proxy`, Clip-Cov's statistic: minus the covariance of ln p and A over tokens of different states. It has
   no derivation for one state; it is here to be compared.
 
-Every form takes `pull` [N], what multiplies grad log p of each token in the update (`objective.pull`): A times
-scale and correction, times the token's share of the loss in units of the mean share. Penalties are no part of
-it: where entropy is paid for, the forms foretell what the rest of the objective would do.
+Every form takes `pull` [N], what multiplies grad log p of each token in the update (`objective.pull`): A by
+scale and correction, times its share of the loss in units of the mean share. Penalties are no part of it:
+where entropy is paid for, the forms foretell what the rest of the objective would do.
 
 A network moves all its states together through Adam, so eta is not known: predictions are per unit of eta
 (nats), and the slope of realised on predicted over a window of steps estimates it. Read them as rankers.

@@ -301,7 +301,7 @@ class Driver:
         for group in whole:  # here, not as they finish: in order of issue, the same in every run
             for memory in self.memories.values():
                 memory.note(group)
-        judged = [g for group in whole for g in (*group.earlier, group)]
+        judged = [draw for group in whole for draw in group.draws]
         counted = {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
         metrics = (
             trained

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from entroray.entropy.accuracy import majority_at_k, pass_all_k, pass_at_k
 from entroray.entropy.bootstrap import intervals
-from entroray.entropy.calibration import auroc, brier, consistency, expected_error, reliability
+from entroray.entropy.calibration import auroc, brier, consistency, expected_error, known, reliability
 from entroray.entropy.confidence import Lost, most_supported, surest
 from entroray.entropy.diversity import answers, distinct
 from entroray.entropy.places import by_position, uncertain
@@ -112,11 +112,8 @@ def _confidences(groups: Sequence[Group]) -> dict[str, tuple[Column, Column]]:
     correct = np.array([float(right(v)) for _, v in pairs])
     own = [r.logprobs[r.observed < 0] for r, _ in pairs]
     mean = np.array([float(logprobs.mean()) if len(logprobs) else math.nan for logprobs in own])
-    spoken = np.isfinite(mean)
-    found = {"logprob": (np.exp(mean[spoken]), correct[spoken])} if spoken.any() else {}
-    if max(len(g.rollouts) for g in groups) < 2:  # one answer always agrees with itself
-        return found
-    return {"consistency": (np.array([c for g in groups for c in consistency(g)]), correct)} | found
+    agrees = np.array([c for g in groups for c in consistency(g)])
+    return known({"consistency": agrees, "logprob": np.exp(mean)}, correct)
 
 
 def _metrics(groups: Sequence[Group], confident: Mapping[str, tuple[Column, Column]]) -> dict[str, float]:

@@ -44,7 +44,7 @@ class Replay:
 
     def note(self, group: Group) -> None:
         """Keep a success of a group mostly wrong; forget those of one that is not."""
-        draws = [*group.earlier, group]
+        draws = group.draws
         share = sum(g.right * len(g.rollouts) for g in draws) / sum(len(g.rollouts) for g in draws)
         if share > self.rare:
             self.kept.pop(group.prompt.id, None)

@@ -77,7 +77,11 @@ def test_pass_at_k_is_of_independent_draws_alone():
     everywhere = replace(four, rollouts=tuple(replace(r, spans=(forced,)) for r in four.rollouts))
     assert pass_at([everywhere]) == {} and pass_at([four, everywhere]) == pass_at([four])
     first = written([1], [1], correct=[0, 0])
-    assert pass_at([replace(four, earlier=(first,))]) == {"pass/1": 0.0, "pass/2": 0.0}, "drawn hotter since"
+    again = replace(four, earlier=(first,))
+    assert again.draws == (first, again)
+    assert pass_at(again.draws) == {"pass/1": 0.0, "pass/2": 0.0}, "the second was made as it failed"
+    rescued = [*again.draws, *[written([1], [1], correct=[1, 1])] * 3]
+    assert pass_at(rescued)["pass/1"] == 0.75, "four prompts, one failed: it counts once"
     assert pass_at([replace(four, abandoned=four.rollouts[:1])]) == {}, "the short ones alone finished"
 
 
@@ -94,7 +98,19 @@ def test_calibration_by_hand():
     # bins of 1/15: {1, 1} off by 1 in all, {0.5, 0.51} by 0.01
     assert expected_error(sure, right) == pytest.approx(1.01 / 4)
     assert brier(sure, right) == pytest.approx((0 + 1 + 0.25 + 0.2601) / 4)
-    assert consistency(written([1], [1], [1], [1], answers=["3", "3", "4", None])) == [0.5, 0.5, 0.25, 0]
+    sure_of = consistency(written([1], [1], [1], [1], answers=["3", "3", "4", None]))
+    assert sure_of[:3] == [0.5, 0.5, 0.25] and math.isnan(sure_of[3])
+
+
+def test_a_policy_that_stops_answering_is_not_called_calibrated():
+    silent = [written(*[[1]] * 8, answers=[None] * 8, correct=[0] * 8)]
+    wrong = [written(*[[1]] * 4, answers=["3", "3", None, None], correct=[0, 0, 0, 0])]
+    sure = np.log(np.full(12, 0.9))
+    assert "calibration/ece_consistency" not in calibration(silent, sure[:8])
+    assert calibration(silent + wrong, sure)["calibration/ece_consistency"] == 0.5, "of the two that answered"
+    assert calibration(silent + wrong, sure)["calibration/ece_logprob"] == pytest.approx(0.9)
+    alone = [written([1], answers=["3"], correct=[1])]
+    assert calibration(alone, sure[:1]).keys() == {"calibration/ece_logprob", "calibration/brier_logprob"}
 
 
 def step():

@@ -91,12 +91,12 @@ def test_accuracies_are_those_of_the_answers() -> None:
 
 
 def test_confidences_are_scored_against_correctness() -> None:
-    """Agreement: 4/4 right; 1/4 right, 2/4 2/4 0 wrong; 2/4 1/4 2/4 wrong and 1/4 right."""
+    """Agreement: 4/4 right; 1/4 right, 2/4 2/4 wrong, one silent; 2/4 1/4 2/4 wrong and 1/4 right."""
     m = FOUND["metrics"]
-    square = 4 * 0 + 0.75**2 + 2 * 0.5**2 + 0 + 2 * 0.5**2 + 0.25**2 + 0.75**2
-    assert m["calibration/brier_consistency"] == pytest.approx(square / 12)
-    wins = 4 * 6 + 2 * (1 + 0.5)  # the two right ones of 1/4 beat the 0 and tie with one 1/4
-    assert m["calibration/auroc_consistency"] == pytest.approx(wins / 36)
+    square = 4 * 0 + 0.75**2 + 2 * 0.5**2 + 2 * 0.5**2 + 0.25**2 + 0.75**2
+    assert m["calibration/brier_consistency"] == pytest.approx(square / 11)
+    wins = 4 * 5 + 2 * 0.5  # the two right ones of 1/4 tie with one 1/4
+    assert m["calibration/auroc_consistency"] == pytest.approx(wins / 30)
     assert m["calibration/auroc_logprob"] == 0.5
     bins = FOUND["calibration"]["logprob"]
     assert sum(bins["count"]) == 12 and bins["count"][11] == 12 and bins["accuracy"][11] == pytest.approx(0.5)
@@ -143,7 +143,7 @@ def test_failed_answers_are_wrong_and_said_and_have_no_say_elsewhere() -> None:
     found = examined(failing="p0")
     assert found["failed"] == {"timeout": 5}, "four samples and the greedy answer"
     assert found["pass@1"] == pytest.approx((0 + 0.25 + 0.25) / 3)
-    assert sum(found["calibration"]["consistency"]["count"]) == 8
+    assert sum(found["calibration"]["consistency"]["count"]) == 7, "eight, of which one gave no answer"
     assert "5 timeout" in "\n".join(evaluation.lines(found))
 
 

@@ -228,7 +228,8 @@ def test_a_penalty_hides_no_clipped_token():
     plain = ROWS["grpo"]
     t = live(build(plain).credit(tokens()))
     clipped = silent(build(plain), t)
-    held = build(plain | {"penalties": [{"fn": "kl_k3", "coef": 0.04}, {"fn": "entropy_bonus", "coef": 0.01}]})
+    pulls = [{"fn": "kl_k3", "coef": 0.04}, {"fn": "entropy_bonus", "coef": 0.01}]
+    held = build(plain | {"penalties": pulls})
     t = replace(t, ref_logprobs=t.old_logprobs - 0.1)
     assert torch.equal(silent(held, t), clipped) and clipped.any()
 
