@@ -59,6 +59,8 @@ DIAGNOSED = [
         "covariance/clippable | share with 1 < c < 5, the band of Clip-Cov | share | count",
         "quadrants/e<1,2,3,4> | of tokens with A != 0: 1: A > 0, -ln p <= H. 2: A > 0, -ln p > H. "
         "3: A < 0, -ln p <= H. 4: A < 0, -ln p > H. 1 and 4 lower H | share | count",
+        "quadrants/lowering | part of what an update does to H that lowers it, by first-order effects "
+        "A scale correction (ln p + H) | share | sum of those above 0 / sum of sizes",
         "advantages/zero | A = 0: no gradient | share | count",
         "importance/mean | learner's p / sampler's p, uncorrected | ratio | mean",
         "importance/p<99> | its quantile | ratio | linear interpolation",

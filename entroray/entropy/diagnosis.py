@@ -56,7 +56,15 @@ def _of_answers(groups: Sequence[Group]) -> dict[str, float]:
 
 def columns(tokens: Tokens, mask: NDArray[np.bool_]) -> Mapping[str, Column]:
     """The masked-in tokens' columns as the token records store them."""
-    names = ("entropy", "varentropy", "old_logprobs", "behavior_logprobs", "advantages", "correction")
+    names = (
+        "entropy",
+        "varentropy",
+        "old_logprobs",
+        "behavior_logprobs",
+        "advantages",
+        "scale",
+        "correction",
+    )
     return {name: stored(getattr(tokens, name))[mask] for name in names}
 
 
@@ -92,12 +100,24 @@ def _covariance(column: Mapping[str, Column]) -> dict[str, float]:
 
 
 def quadrants(column: Mapping[str, Column]) -> dict[str, float]:
-    """Shares of tokens with A != 0 by the signs of A and surprise - H; 1, 4 lower H (arXiv 2602.09782)."""
-    a, surprising = column["advantages"], -column["old_logprobs"] > column["entropy"]
+    """Shares of tokens with A != 0 by the signs of A and surprise - H; 1, 4 lower H (arXiv 2602.09782).
+
+    Most tokens of a confident policy are sure and hardly move it, so `lowering` weighs each by its effect on
+    H to first order, A scale correction (ln p + H); left out where there is none.
+    """
+    a, odd = column["advantages"], column["old_logprobs"] + column["entropy"]
     moved = max(1, int((a != 0).sum()))
-    chosen = {1: (a > 0) & ~surprising, 2: (a > 0) & surprising, 3: (a < 0) & ~surprising}
-    chosen[4] = (a < 0) & surprising
-    return {f"quadrants/e{n}": float(where.sum() / moved) for n, where in chosen.items()}
+    chosen = {
+        1: (a > 0) & (odd >= 0),
+        2: (a > 0) & (odd < 0),
+        3: (a < 0) & (odd >= 0),
+        4: (a < 0) & (odd < 0),
+    }
+    metrics = {f"quadrants/e{n}": float(where.sum() / moved) for n, where in chosen.items()}
+    fall = a * column["scale"] * column["correction"] * odd
+    if fall.any():
+        metrics["quadrants/lowering"] = float(fall[fall > 0].sum() / np.abs(fall).sum())
+    return metrics
 
 
 def _importance(column: Mapping[str, Column]) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""A run put into words: healthy, collapsing, exploding, saturated, no signal or no gain, and the rule.
+"""A run put into words: healthy, collapsing, exploding, saturated, no signal, no gain, declining; and why.
 
-Every threshold is relative to the run's own first steps: levels of entropy mean nothing across models,
-temperatures and tasks.
+Entropy and reward are held against the run's own first steps, noise and best: levels of entropy mean nothing
+across models, temperatures and tasks. Shares of groups and the signs of `causes` have absolute thresholds.
 """
 
 import itertools
@@ -22,6 +22,8 @@ HORIZON = 150
 """Steps within which a fall must reach its end to be called collapsing."""
 UNDECIDED = 0.95
 """Share of groups without signal from which there is none to learn from."""
+LOSS = 3.0
+"""Standard errors that reward lies below its best, of many, before a fall counts."""
 RIGHT = 0.75
 """Share of groups all right from which the task is used up."""
 
@@ -50,7 +52,7 @@ def read(history: History, has: causes.Settings | None = None) -> Reading | None
     steps = [m for m in history if m.get("entropy/mean") is not None]
     if len(steps) < LEAST:
         return None
-    for rule in (_exploding, _used_up, _no_signal, _collapsing, _no_gain, _saturated):
+    for rule in (_exploding, _used_up, _no_signal, _collapsing, _no_gain, _declining, _saturated, _gone):
         if found := rule(steps, has or {}):
             return found
     start, now = ends(steps, "entropy/mean")
@@ -119,6 +121,22 @@ def _no_gain(steps: History, has: causes.Settings) -> Reading | None:
     return Reading("no gain", words, rule, *_cause(steps, causes.LOST, has, causes.HARD))
 
 
+def _declining(steps: History, has: causes.Settings) -> Reading | None:
+    rewards = [v for m in steps if (v := m.get("reward/mean")) is not None]
+    windows = [sum(rewards[i : i + RECENT]) / RECENT for i in range(len(rewards) - RECENT + 1)]
+    slope, error = trend(rewards[-TREND:])
+    if len(rewards) < 2 * TREND or not slope < -2 * error:
+        return None
+    best, lost = max(windows), max(windows) - windows[-1]
+    noise = _noise(rewards)
+    if not lost > LOSS * noise:
+        return None
+    words = f"reward falls, {lost:.3f} below the {best:.3f} it had, {_reward(steps)}"
+    far = f"{LOSS * noise:.3f}, {LOSS:g} times its noise"
+    rule = f"reward falls over {TREND} steps and is more than {far}, below its best {RECENT}"
+    return Reading("declining", words, rule, *_advised(_cause(steps, causes.DECLINING, has), has))
+
+
 def _noise(values: Sequence[float]) -> float:
     """Standard error of a mean of 10 less one of 5, from differences of neighbours, which no trend widens."""
     pairs = [(b - a) ** 2 for a, b in itertools.pairwise(values)]
@@ -146,6 +164,15 @@ def _saturated(steps: History, has: causes.Settings) -> Reading | None:
     words = f"reward rises no more with entropy at {now / start:.0%} of its start, {_reward(steps)}"
     rule = f"entropy below {SPENT:.0%} of the first {FIRST} steps, no trend in reward"
     return Reading("saturated", words, rule, "little entropy is left to explore with", causes.hotter(has))
+
+
+def _gone(steps: History, has: causes.Settings) -> Reading | None:
+    start, now = ends(steps, "entropy/mean")
+    if now > GONE * start:
+        return None
+    words = f"entropy {now:.3f} nats, {now / start:.0%} of its start: it is all but gone; {_reward(steps)}"
+    rule = f"entropy below {GONE:.0%} of the first {FIRST} steps"
+    return Reading("collapsing", words, rule, "little entropy is left to explore with", causes.hotter(has))
 
 
 def _advised(found: causes.Cause, has: causes.Settings) -> causes.Cause:

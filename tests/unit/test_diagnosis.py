@@ -146,6 +146,11 @@ def test_quadrants_deciles_and_covariance_by_hand():
     t = replace(t, old_logprobs=torch.tensor([-0.5, -2.0, -0.5, -2.0, -1.0]))
     found = diagnose(groups, t)
     assert [found[f"quadrants/e{n}"] for n in (1, 2, 3, 4)] == [0.25] * 4
+    # A (ln p + H): 1, -2, -0.5 and 1, so 2 of 4.5; without the second token 2 of 2.5
+    assert found["quadrants/lowering"] == pytest.approx(2 / 4.5)
+    dropped = diagnose(groups, replace(t, scale=torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])))
+    assert dropped["quadrants/lowering"] == pytest.approx(2 / 2.5)
+    assert "quadrants/lowering" not in diagnose(groups, replace(t, advantages=t.advantages * 0))
     assert found["advantages/zero"] == 0.2
     assert found["entropy/tenth_1"] == 1.0 and "entropy/tenth_2" not in found  # 4 tokens: tenths 1, 3, 6, 8
     assert {"entropy/tenth_3", "entropy/tenth_6", "entropy/tenth_8"} <= found.keys()

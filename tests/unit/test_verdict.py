@@ -58,12 +58,16 @@ def test_collapse_is_dated_from_its_own_rate():
 
 
 def test_the_strongest_sign_is_the_cause():
-    signs = {"update/kl": 0.006, "mismatch/kl": 0.0001, "groups/all_right": 0.41}
+    """Each by how far it is from where it counts to its most: 0.1 nats, all groups."""
+    signs = {"update/kl": 0.02, "mismatch/kl": 0.0001, "groups/all_right": 0.41}
     decay = [{"entropy/mean": math.exp(-i / 50), "reward/mean": 0.3} for i in range(60)]
     found = read([s | signs for s in decay])
-    assert found.remedy == "learner.updates_per_rollout=1" and "0.006" in found.cause
+    assert found.remedy == "learner.updates_per_rollout=1" and "0.020" in found.cause
     found = read([s | signs | {"groups/all_right": 0.6} for s in decay])
     assert found.cause.startswith("60% of groups")
+    wrong = {"update/kl": 0.011, "groups/all_wrong": 1.0}
+    found = read([{"entropy/mean": math.exp(i / 20), "reward/mean": 0.0} | wrong for i in range(60)])
+    assert found.kind == "exploding" and found.cause.startswith("100% of groups are all wrong")
 
 
 def test_levels_are_relative_to_the_run_itself():
@@ -77,6 +81,23 @@ def test_a_reward_that_never_rose_is_no_gain_and_one_that_stopped_is_saturated()
     assert read(flat).kind == "no gain" and read(flat[:30]).kind == "healthy"
     spent = [{"entropy/mean": max(0.3, 1 - i / 20), "reward/mean": min(0.6, 0.2 + i / 50)} for i in range(60)]
     assert read(spent).kind == "saturated"
+
+
+def test_a_reward_that_fell_from_its_best_is_declining_and_one_that_shakes_is_not():
+    shake = [0.02 * (-1) ** i for i in range(100)]
+    rise = lambda i: 0.3 + 0.01 * min(i, 50) - 0.008 * max(0, i - 50)  # noqa: E731
+    risen = [{"entropy/mean": 1.0, "reward/mean": rise(i) + shake[i]} for i in range(100)]
+    assert read(risen[:50]).kind == "healthy"
+    found = read(risen, {"learner.lr": 0.01})
+    assert found.kind == "declining" and "below the 0.7" in found.words and found.remedy == "learner.lr=0.005"
+    level = [s | {"reward/mean": 0.3 + 0.01 * min(i, 50) + shake[i]} for i, s in enumerate(risen)]
+    assert all(read(level[:n]).kind == "healthy" for n in range(40, 101))
+
+
+def test_entropy_that_went_in_one_jump_is_not_healthy():
+    spent = [{"entropy/mean": 1.0 if i < 6 else 0.02, "reward/mean": 0.2 + i / 200} for i in range(60)]
+    found = read(spent)
+    assert found.kind == "collapsing" and "all but gone" in found.words and found.remedy
 
 
 def test_a_flat_reward_is_told_from_a_rising_one_by_its_noise_and_called_no_more_than_flat():
@@ -128,7 +149,7 @@ TWO = {"learner.updates_per_rollout": 2, "learner.lr": 0.002}
 )
 def test_a_bound_is_advised_only_where_there_is_one_that_acts_and_is_tighter(has, remedy):
     decay = [{"entropy/mean": math.exp(-i / 50), "reward/mean": 0.3} for i in range(60)]
-    assert read([s | {"quadrants/e1": 0.4, "quadrants/e4": 0.3} for s in decay], has).remedy == remedy
+    assert read([s | {"quadrants/lowering": 0.7} for s in decay], has).remedy == remedy
 
 
 @pytest.mark.parametrize(
