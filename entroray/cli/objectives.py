@@ -147,9 +147,9 @@ def _brief(given: object) -> str:
 
 ADVISED = (
     *("learner.lr", "learner.updates_per_rollout", "driver.max_lag", "model.dtype", "sampler.temperature"),
-    "rollout.max_tokens",
+    *("rollout.max_tokens", "observe.law.window"),
 )
-"""Settings that the verdict on a run advises about, beside its objective."""
+"""Settings that the words on a run are about, beside its objective."""
 
 
 def advised(config: Config) -> dict[str, Any]:

@@ -167,12 +167,12 @@ that of the first update: scale and correction in it."""
 LAW = rows(
     "steps of a window",
     SAMPLING,
-    "law/a | R = -a exp(H) + b, early warning only | share | least squares",
-    "law/b | the same | share | least squares",
-    "law/ceiling | R at H = 0: b - a | share | least squares",
-    "law/low | its interval | share | 95 %, errors taken as independent",
-    "law/high | its interval | share | 95 %, errors taken as independent",
-    "law/r2 | variance of R explained | share | least squares",
+    "law/a | a of reward/mean = -a exp(entropy/mean) + b, early warning only | share | least squares",
+    "law/b | b of reward/mean = -a exp(entropy/mean) + b | share | least squares",
+    "law/ceiling | reward/mean at H = 0 by the law: b - a | share | least squares",
+    "law/low | lower end of the interval of law/ceiling | share | 95 % were steps independent",
+    "law/high | upper end of the interval of law/ceiling | share | 95 % were steps independent",
+    "law/r2 | part of the variance of reward/mean that the law explains | share | least squares",
 )
 """What the driver adds over a window of steps where nothing is steered."""
 

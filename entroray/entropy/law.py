@@ -1,5 +1,7 @@
 """The reward-entropy law R = -a exp(H) + b (arXiv 2505.22617): an early warning, never a stop rule.
 
+R is `reward/mean` and H `entropy/mean` of a training step; the paper's R is held-out accuracy.
+
 It was found on runs without any intervention, and its authors deny that it is universal. Fitted on recent
 steps it says where reward is heading if entropy goes on being spent as it was: to b - a at H = 0.
 """

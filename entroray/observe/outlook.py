@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from entroray.control import Controller
-from entroray.entropy import prediction, verdict
+from entroray.entropy import law, prediction, verdict
 from entroray.observe.journal import ends, series
 
 STEADY = 5
@@ -91,11 +91,17 @@ def _law(history: Sequence[Mapping[str, Any]], has: Mapping[str, Any]) -> str:
         return "law: off, a controller acts"
     if has.get("objective", {}).get("keep", {}).get("fn", "always") != "always":
         return "law: off, the row trains on a part of the groups (keep), whose entropy is not that of all"
+    if has.get("observe.law.window") == 0:
+        return "law: not fitted (observe.law.window=0)"
     if last.get("law/ceiling") is None:
-        return "law: not fitted (observe.law.window)"
+        return f"law: not fitted, which takes {law.LEAST} steps whose entropies differ"
+    if last["law/a"] <= 0:
+        return (
+            f"law: none here, reward rises with entropy (a is {last['law/a']:.3f}, r2 {last['law/r2']:.2f})"
+        )
     return (
-        f"law (an early warning, no forecast): {last['law/ceiling']:.3f} is the reward at entropy 0, 95 % "
-        f"{last['law/low']:.3f} to {last['law/high']:.3f}, r2 {last['law/r2']:.2f}"
+        f"law (an early warning, no forecast): {last['law/ceiling']:.3f} is the reward at entropy 0, 95 % were "
+        f"steps independent {last['law/low']:.3f} to {last['law/high']:.3f}, r2 {last['law/r2']:.2f}"
     )
 
 

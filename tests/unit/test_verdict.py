@@ -243,7 +243,8 @@ def test_a_resumed_run_does_not_announce_its_verdict_again():
 
 def test_the_last_word_holds_prediction_and_law_against_what_happened():
     steps = [
-        s | {"law/ceiling": 0.61, "law/low": 0.5, "law/high": 0.7, "law/r2": 0.8} for s in run("healthy")
+        s | {"law/a": 0.3, "law/ceiling": 0.61, "law/low": 0.5, "law/high": 0.7, "law/r2": 0.8}
+        for s in run("healthy")
     ]
     assert "none before 4 steps" in last_word(steps) and "early warning" in last_word(steps)
     for i in range(6):  # the last one is foretold wrongly
@@ -258,12 +259,16 @@ def test_the_last_word_holds_prediction_and_law_against_what_happened():
     assert "slope of realised on predicted 0.00011;" in said  # 0.01 (1 + 4 + 9 + 16 + 25 - 54) / 91
     assert (
         "rank correlation exact +0.14" in said
-        and "0.610 is the reward at entropy 0, 95 % 0.500 to 0.700" in said
+        and "0.610 is the reward at entropy 0, 95 % were steps independent 0.500 to 0.700" in said
     )
     assert "law: off, a controller acts" in last_word([*steps, {"step": 61, "control/c": 0.1}])
     filtered = {"objective": {"keep": {"fn": "informative"}}}
     assert "trains on a part of the groups" in last_word([{"step": 1}], filtered)
     assert "not fitted" in last_word([{"step": 1, "groups/dropped": 2.0}], {"objective": {}}), "two failed"
+    assert "window=0" in last_word([{"step": 1}], {"observe.law.window": 0})
+    assert "10 steps whose entropies differ" in last_word([{"step": 1}], {"observe.law.window": 20})
+    against = last_word([{"step": 30, "law/ceiling": 1.2, "law/a": -0.2, "law/r2": 0.1}])
+    assert "reward rises with entropy (a is -0.200" in against and "1.2" not in against
     assert "not fitted" in last_word([]) and "verdict: none" in last_word([])
 
 
