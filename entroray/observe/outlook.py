@@ -100,8 +100,8 @@ def _law(history: Sequence[Mapping[str, Any]], has: Mapping[str, Any]) -> str:
             f"law: none here, reward rises with entropy (a is {last['law/a']:.3f}, r2 {last['law/r2']:.2f})"
         )
     return (
-        f"law (an early warning, no forecast): {last['law/ceiling']:.3f} is the reward at entropy 0, 95 % were "
-        f"steps independent {last['law/low']:.3f} to {last['law/high']:.3f}, r2 {last['law/r2']:.2f}"
+        f"law (an early warning, no forecast): {last['law/ceiling']:.3f} is the reward at entropy 0, 95 % "
+        f"were steps independent {last['law/low']:.3f} to {last['law/high']:.3f}, r2 {last['law/r2']:.2f}"
     )
 
 
