@@ -2,9 +2,10 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 from entroray.cli import choices, plans, sampling, signals
 from entroray.config import Config
@@ -14,12 +15,17 @@ from entroray.errors import ConfigError
 from entroray.loop.driver import Roles
 from entroray.objective import Objective
 from entroray.objective import build as build_objective
-from entroray.objective.bind import effective
+from entroray.objective.bind import bind, effective, keywords
+from entroray.objective.equation import SLOTS
 
-RULE = "sampler.rule."
-LEAST = {"learner.lr": 0.0, "sampler.temperature": sampling.LEAST, "rollout.max_tokens": 1}
+RULE, UPDATES, LONGEST = "sampler.rule.", "learner.updates_per_rollout", "rollout.max_tokens"
+LEAST = {"learner.lr": 0.0, UPDATES: 1, "sampler.temperature": sampling.LEAST, LONGEST: 1}
 """Settings beside those of the objective and of the sampler's rule that can be moved; the least of each."""
 MOVED = f"numbers written out in objective.* and {RULE}*, {', '.join(LEAST)}"
+WHY = {"learner.max_grad_norm": "DeepSpeed keeps it in a different place for each learner.zero_stage"}
+"""Settings that one would like to move, and why they stay."""
+ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
+"""Values of learner.schedule that do not ask how many updates a run has."""
 
 
 def control_of(config: Config) -> Control:
@@ -39,10 +45,8 @@ def control_of(config: Config) -> Control:
 def current(config: Config, path: str) -> float:
     """The number at `path`; ConfigError when there is none, or none that can be moved."""
     if not path.startswith(("objective.", RULE)) and path not in LEAST:
-        raise ConfigError(
-            f"control: `{path}` cannot be moved in a run; what can: {MOVED}. All else is built into engines, "
-            "optimizer or the order of prompts when a run starts"
-        )
+        why = WHY.get(path, "it is built into engines, optimizer or the order of prompts when a run starts")
+        raise ConfigError(f"control: `{path}` cannot be moved in a run, {why}; what can: {MOVED}")
     node: Any = asdict(config)
     for part in path.split("."):
         try:
@@ -55,6 +59,41 @@ def current(config: Config, path: str) -> float:
     if not isinstance(node, int | float) or isinstance(node, bool):
         raise ConfigError(f"control: `{path}` is {node!r}, not a number")
     return float(node)
+
+
+def told(config: Config) -> list[str]:
+    """Each controller in a line, with what becomes of its value on the way to the learner."""
+    return [c.describe() + _on_the_way(config, c.knob) for c in control_of(config).controllers]
+
+
+def _on_the_way(config: Config, path: str) -> str:
+    lag = config.driver.max_lag
+    rounded = ", rounded" if is_whole(config, path) else ""
+    if not lag or not path.startswith(("sampler.", "rollout.")):
+        return rounded
+    return f"{rounded}; for groups begun from then on, trained on up to {lag} step(s) later (driver.max_lag)"
+
+
+def updates(config: Config) -> tuple[int, int]:
+    """Fewest and most optimizer updates that a step may have, a controller of them included."""
+    own = config.learner.updates_per_rollout
+    moved = [c for c in build(config.control) if c.knob == UPDATES]
+    reached = [round(value) for c in moved for _, value in _extremes(c, own)] or [own]
+    return min(reached), max(reached)
+
+
+def is_whole(config: Config, path: str) -> bool:
+    """Whether the setting takes whole numbers alone: what moves it is rounded there."""
+    *way, last = path.split(".")
+    if way[0] != "objective" or len(way) < 2:
+        return path in (UPDATES, LONGEST)
+    node: Any = config.objective
+    for part in way[1:]:
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    if not isinstance(node, Mapping):
+        return False
+    hint = keywords(bind(SLOTS[way[1]], node, config.objective_packages).func)[last].annotation
+    return (get_args(hint)[0] if get_origin(hint) is Annotated else hint) is int
 
 
 def in_effect(spec: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
@@ -72,15 +111,19 @@ def in_effect(spec: Mapping[str, Any], values: Mapping[str, float]) -> dict[str,
 
 def tuner(config: Config) -> Callable[[Mapping[str, float], Roles], tuple[Objective, Roles]]:
     """Values by path, roles -> the objective and the roles with those values in effect."""
+    whole = {c.knob for c in build(config.control) if is_whole(config, c.knob)}
 
-    def tune(values: Mapping[str, float], roles: Roles) -> tuple[Objective, Roles]:
+    def tune(moved: Mapping[str, float], roles: Roles) -> tuple[Objective, Roles]:
+        values = {path: round(x) if path in whole else x for path, x in moved.items()}
         objective = build_objective(in_effect(config.objective, values), config.objective_packages)
         learner: Any = roles.learner
         generator: Any = roles.generator
         learner = replace(learner, objective=objective, lr=values.get("learner.lr"))
+        if UPDATES in values:
+            learner = replace(learner, updates=values[UPDATES])
         rule = {path.removeprefix(RULE): x for path, x in values.items() if path.startswith(RULE)}
-        if rule or "rollout.max_tokens" in values:
-            generator = generator.moved(rule, values.get("rollout.max_tokens"))
+        if rule or LONGEST in values:
+            generator = generator.moved(rule, values.get(LONGEST))
         if (temperature := values.get("sampler.temperature")) is not None:
             generator = generator.at(temperature)
         return objective, replace(roles, learner=learner, generator=generator)
@@ -108,16 +151,28 @@ def _extremes(c: Controller, own: float) -> Iterator[tuple[str, float]]:
 
 def _possible(config: Config, c: Controller, why: str, value: float) -> None:
     try:
+        put = _put(config, c.knob, value)
         if c.knob.startswith("objective."):
-            build_objective(in_effect(config.objective, {c.knob: value}), config.objective_packages)
+            build_objective(in_effect(config.objective, {c.knob: put}), config.objective_packages)
         elif c.knob.startswith(RULE):
-            shaping.build(config.sampler.rule | {c.knob.removeprefix(RULE): value})
-        elif value < LEAST[c.knob]:
+            shaping.build(config.sampler.rule | {c.knob.removeprefix(RULE): put})
+        elif put < LEAST[c.knob]:
             raise ConfigError(f"it is at least {LEAST[c.knob]:g}")
-        elif c.knob == "rollout.max_tokens":
-            _fits(config, round(value))
+        elif c.knob == LONGEST:
+            _fits(config, round(put))
+        elif c.knob == UPDATES:
+            _counts(config, round(put))
     except ConfigError as error:
         raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g} ({why}): {error}") from error
+
+
+def _put(config: Config, path: str, value: float) -> float:
+    """What a setting becomes when a controller has `value` for it."""
+    if not is_whole(config, path):
+        return value
+    if math.isinf(value):
+        raise ConfigError("it is a whole number, and that is none: give a bound")
+    return round(value)
 
 
 def _agree(config: Config, controllers: Sequence[Controller], own: Mapping[str, float]) -> None:
@@ -142,3 +197,17 @@ def _fits(config: Config, tokens: int) -> None:
     shorter = replace(config, rollout=replace(config.rollout, max_tokens=tokens))
     plans.check(shorter)
     choices.check(shorter)
+
+
+def _counts(config: Config, number: int) -> None:
+    """ConfigError where steps cannot have so many updates, or their number must be known beforehand."""
+    if number > config.rollout.groups_per_step:
+        raise ConfigError(
+            f"every update is of whole groups, and a step has rollout.groups_per_step="
+            f"{config.rollout.groups_per_step} of them: set a lower bound, or more groups"
+        )
+    if config.learner.schedule not in ENDLESS:
+        raise ConfigError(
+            f"learner.schedule={config.learner.schedule} must know how many updates a run has: choose "
+            f"{', '.join(ENDLESS)}, and let another controller move learner.lr"
+        )

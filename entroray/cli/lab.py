@@ -24,7 +24,7 @@ from entroray.errors import ConfigError, EntrorayError, Stopped
 from entroray.observe import cells as stored
 from entroray.observe import lab_page
 from entroray.observe.cells import Cell
-from entroray.observe.comparison import LEGEND, absent, codes, grid, markdown, tables, tasks, variant
+from entroray.observe.comparison import LEGEND, OLDER, absent, codes, grid, markdown, tables, tasks, variant
 from entroray.observe.console import Terminal
 from entroray.observe.journal import read, replace_text
 from entroray.workers import cluster
@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> int:
     lock = rundir.hold(folder)
     known = {cell.name: cell for cell in stored.load(folder)}
     todo = [job for job in jobs if not _done(job.cell, known.get(job.cell.name))]
-    for job in todo:
-        stored.save(folder, job.cell)
+    for job in jobs:
+        stored.save(folder, _kept(job.cell, known.get(job.cell.name)))
     tell = lambda: _report(folder, flags.get("baseline"))  # noqa: E731
     tell()
     print(f"{len(jobs)} cells asked for, {len(jobs) - len(todo)} done before, in {folder}", flush=True)
@@ -116,6 +116,13 @@ def _done(asked: Cell, known: Cell | None) -> bool:
     return bool(known and known.status == "done" and known.settings == asked.settings)
 
 
+def _kept(asked: Cell, known: Cell | None) -> Cell:
+    """What is on disk of a cell until its own run begins: what is known of it, whatever is asked now."""
+    if known is None or known.status != "done":
+        return known or asked
+    return replace(known, reason="" if known.settings == asked.settings else OLDER)
+
+
 def _run(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any]) -> None:
     train.take_signals()
     try:
@@ -130,6 +137,7 @@ async def _work(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any]) -> N
     for number, job in enumerate(jobs, start=1):
         name = f"{job.cell.task}, {variant(job.cell, of_task[job.cell.task])}, seed {job.cell.seed}"
         print(f"[{number}/{len(jobs)}] {name}", flush=True)
+        stored.save(folder, job.cell)  # its files are about to go, and what they came to with them
         cell = replace(await _attempt(bench, job), code=code)
         stored.save(folder, cell)
         print(f"    {_line(cell)}", flush=True)
@@ -161,7 +169,7 @@ def _ended(cell: Cell) -> Cell:
 async def _measure(bench: Bench, job: Job) -> dict[str, float]:
     """One run from first weights to last, as `entroray train` makes it, and what it came to."""
     config, folder = job.config, Path(str(job.config.run.dir))
-    _fresh(folder, job.cell)
+    _fresh(folder)
     objective = train.objective_of(config)
     m, read_in, before = await bench.ready(config, list(job.cell.overrides), objective)
     rundir.describe(folder, job.tree, {**m.facts, "seed": config.seed, "model": bench.model})
@@ -181,7 +189,7 @@ async def _measure(bench: Bench, job: Job) -> dict[str, float]:
     return found | _named("before", before) | _named("after", after)
 
 
-def _fresh(folder: Path, cell: Cell) -> None:
+def _fresh(folder: Path) -> None:
     """What a killed run left is gone; that the cell was asked for stays known throughout."""
     for each in folder.iterdir():
         if each.name != "cell.json":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 from entroray import control
-from entroray.cli import plans, sampling, settings
+from entroray.cli import knobs, plans, sampling, settings
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.objective import Objective, build, check_group_size
@@ -40,9 +40,9 @@ def main(arguments: list[str]) -> int:
 
 def schedule(config: Config) -> Schedule:
     """What the settings say of when a row is used."""
-    n, r = config.learner, config.rollout
+    r, (_, most) = config.rollout, knobs.updates(config)
     return Schedule(
-        n.updates_per_rollout,
+        most,
         config.run.steps,
         config.driver.max_lag,
         second=r.second.factor != 1.0,

@@ -59,21 +59,27 @@ CONTROL = """
 
 - `objective.*`: a number that is written out, as in `objective.penalties.0.coef`;
 - `learner.lr`: the base of its schedule, constant or constant with warmup;
+- `learner.updates_per_rollout`: rounded, at most `rollout.groups_per_step`, under a schedule that need not
+  know how many updates a run has (constant, constant_with_warmup, inverse_sqrt);
 - `sampler.temperature`;
 - `sampler.rule.*`: a number that is written out, as `sampler.rule.most` under `sampler=by_entropy`;
 - `rollout.max_tokens`: rounded, and at most what is set, which the engines are built for.
 
-Those travel with each request or each update. The rest cannot be moved: sizes and precision are built into
-engines and learner, `learner.max_grad_norm`, `weight_decay` and `betas` into DeepSpeed's optimizer, and
+A setting of the objective that takes whole numbers is rounded too; the controller goes on from what it had.
+Those travel with each request or each update. With `driver.max_lag` above 0 a new value of `sampler.*` or
+`rollout.*` is for groups begun from then on, which are trained on up to that many steps later. The rest
+cannot be moved: sizes and precision are built into engines and learner, `weight_decay` and `betas` into
+DeepSpeed's optimizer, which keeps `max_grad_norm` in a different place for each `learner.zero_stage`, and
 `data`, `rollout` and `driver` into the order of prompts and groups, which a resume must find again.
 
 A schedule reads the step. A controller reads `signal`, any metric that the run measures
 (entroray/entropy/README.md; not `law/*`, which is off while anything is moved), as it was `delay` steps
 before (default and least 1: a step's metrics are known after it), averaged over `mean` steps (default 1),
-and begins at `start` (default: the setting's own value). Where raising the setting lowers the signal,
-`gain` or `step` is negative. Two controllers of one knob are refused; two that read one signal need each
-its `priority`: the lowest acts first, the next while it stands at its limit and would go past it.
-`control/<name>` in metrics.jsonl is the value in that step. State is in the checkpoint.
+and begins at `start` (default: the setting's own value), which lies within `low` and `high`. Where raising
+the setting lowers the signal, `gain` or `step` is negative. Two controllers of one knob are refused; two
+that read one signal need each its `priority`: the lowest acts first, the next while it stands at its limit
+and would go past it. `control/<name>` in metrics.jsonl is the value in that step, not rounded. State is in
+the checkpoint.
 """
 
 

@@ -115,7 +115,7 @@ def _dry(config: Config, objective: Objective) -> str:
     lines = [objective.describe(), *told(config, objective), ""]
     lines += [f"prompts: {line}" for line in material.told(config)]
     lines += [f"tool: {calls.describe(config)}"] if calls.asked(config) else []
-    lines += [f"control: {c.describe()}" for c in knobs.control_of(config).controllers]
+    lines += [f"control: {line}" for line in knobs.told(config)]
     for role, (count, share) in machine.shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
     return "\n".join([*lines, *memory.lines(config, objective)])
@@ -206,9 +206,9 @@ def _header(
         f"groups     {plans.describe(r)}",
         f"choice     {choices.describe(r)}",
         *called,
-        f"schedule   {config.run.steps} steps, {config.learner.updates_per_rollout} updates a step, "
+        f"schedule   {config.run.steps} steps, {_updates(config)} updates a step, "
         f"lag at most {config.driver.max_lag} ({config.driver.stale})",
-        *(f"control    {c.describe()}" for c in knobs.control_of(config).controllers),
+        *(f"control    {line}" for line in knobs.told(config)),
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
         *(f"prompts    {line}" for line in material.told(config)),
         f"data       {len(split.training)} training, {len(split.heldout)} held out; {read_in.dropped}",
@@ -216,6 +216,11 @@ def _header(
         f"probe error {facts['sync/probe_error']:.1e} nats",
         f"run        {folder}",
     ]
+
+
+def _updates(config: Config) -> str:
+    fewest, most = knobs.updates(config)
+    return f"{fewest}" if fewest == most else f"{fewest} to {most}"
 
 
 async def drive(
@@ -241,7 +246,7 @@ async def drive(
     )
     journal.event("start", objective=config.objective, pace=asdict(driving.pace(config)), state=run.state)
     driver = driving.driver(config, objective, read_in, roles, heat)
-    journal.event("control", controllers=[c.describe() for c in driver.control.controllers])
+    journal.event("control", controllers=knobs.told(config))
     if run.checkpoint:
         driver.restore(run.state)
     outlook = _outlook(journal, run.state)

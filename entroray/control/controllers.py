@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 from entroray.control import feedback, schedules
 from entroray.errors import ConfigError
-from entroray.objective.bind import keywords, menu, nearest
+from entroray.objective.bind import Count, Limit, effective, keywords, menu, nearest
 
 OWN = ("knob", "fn", "signal", "delay", "mean", "priority", "start")
+Delay = Annotated[int, Limit("at least 1: a step's metrics are known after it", lambda x: x >= 1)]
+WORDS: Mapping[Any, str] = {int: "whole number", float: "number", str: "name"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def build(specs: Mapping[str, Any]) -> tuple[Controller, ...]:
 
 def _controller(name: str, spec: Any) -> Controller:
     place = f"control.{name}"
-    if not isinstance(spec, Mapping) or not isinstance(spec.get("fn"), str) or not spec.get("knob"):
+    named = isinstance(spec, Mapping) and all(_is_name(spec.get(key)) for key in ("fn", "knob"))
+    if not named:
         raise ConfigError(f"{place} must read {{knob: path, fn: name, setting: value, ...}}, got {spec!r}")
     rules = menu(schedules) | menu(feedback)
     if spec["fn"] not in rules:
@@ -77,13 +80,26 @@ def _controller(name: str, spec: Any) -> Controller:
     rule = _bound(place, rules[spec["fn"]], {k: v for k, v in spec.items() if k not in own})
     if not reads:
         return Controller(name, spec["knob"], rule, None, 1, 1, 0, rule(1))
-    delay, mean = spec.get("delay", 1), spec.get("mean", 1)
-    if delay < 1 or mean < 1:
-        raise ConfigError(f"{place}: delay and mean are at least 1: a step's metrics are known after it")
-    start = None if spec.get("start") is None else float(spec["start"])
+    own_of = partial(_own, place, spec)
+    start = own_of("start", float | None, None)
     return Controller(
-        name, spec["knob"], rule, spec.get("signal"), delay, mean, spec.get("priority", 0), start
+        name,
+        spec["knob"],
+        rule,
+        own_of("signal", str, None),
+        own_of("delay", Delay, 1),
+        own_of("mean", Count, 1),
+        own_of("priority", int, 0),
+        None if start is None else float(start),
     )
+
+
+def _own(place: str, spec: Mapping[str, Any], key: str, hint: Any, default: Any) -> Any:
+    """What a controller says of itself, not of its rule."""
+    value = spec.get(key, default)
+    if wanted := _complaint(value, hint):
+        raise ConfigError(f"{place}: `{key}` must be {wanted}, got {value!r}")
+    return value
 
 
 def _bound(place: str, fn: Callable, settings: Mapping[str, Any]) -> partial:
@@ -91,13 +107,14 @@ def _bound(place: str, fn: Callable, settings: Mapping[str, Any]) -> partial:
     for key, value in settings.items():
         if key not in takes:
             raise ConfigError(f"{place}: `{fn.__name__}` has no setting `{key}`: {nearest(key, takes)}")
-        if not all(map(_is_number, value if isinstance(value, list | tuple) else [value])):
-            raise ConfigError(f"{place}: `{key}` must be a number, got {value!r}")
+        if wanted := _complaint(value, takes[key].annotation):
+            raise ConfigError(f"{place}: `{key}` must be {wanted}, got {value!r}")
     for key, parameter in takes.items():
         if parameter.default is inspect.Parameter.empty and key not in settings:
             raise ConfigError(f"{place}: `{fn.__name__}` needs `{key}`, which has no default")
-    if settings.get("low", 0) > settings.get("high", math.inf):
-        raise ConfigError(f"{place}: low={settings['low']} is above high={settings['high']}")
+    for low, high in (("low", "high"), ("at_least", "at_most")):
+        if settings.get(low, -math.inf) > settings.get(high, math.inf):
+            raise ConfigError(f"{place}: {low}={settings[low]} is above {high}={settings[high]}: swap them")
     bound = partial(fn, **settings)
     if fn.__module__ == schedules.__name__:
         try:
@@ -107,17 +124,43 @@ def _bound(place: str, fn: Callable, settings: Mapping[str, Any]) -> partial:
     return bound
 
 
+def _complaint(value: Any, hint: Any) -> str:
+    """What `value` should have been to be a `hint`; empty where it is one."""
+    kind, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    if get_origin(kind) is Sequence:
+        (each,) = get_args(kind)
+        fits = isinstance(value, list | tuple) and not any(_complaint(x, each) for x in value)
+        return "" if fits else f"a list of {WORDS[each]}s"
+    if type(None) in get_args(kind):
+        return "" if value is None else _complaint(value, get_args(kind)[0])
+    if not {int: _is_whole, float: _is_number, str: _is_name}[kind](value):
+        return f"a {WORDS[kind]}" + (f", {more[0].text}" if more else "")
+    return "" if not more or more[0].holds(value) else more[0].text
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 class Control:
-    """The controllers of a run at work; `own` holds the settings' own values by knob."""
+    """The controllers of a run at work; `own` holds the settings' own values by knob.
+
+    ConfigError where one that reads a signal would begin outside its bounds.
+    """
 
     def __init__(self, controllers: Sequence[Controller] = (), own: Mapping[str, float] | None = None):
         self.controllers = sorted(controllers, key=lambda c: c.priority)
-        first = {c.name: (own or {})[c.knob] if c.start is None else c.start for c in self.controllers}
-        self.values: dict[str, float] = dict(first)
+        first = {c.name: _first(c, own or {}) for c in self.controllers}
+        gated = {c.name: x for c in self.controllers if (x := effective(c.rule).get("gate")) is not None}
+        self.values: dict[str, float] = first | gated  # before a signal is known, none is below its target
         self.memory: dict[str, dict[str, float]] = {name: {"level": x} for name, x in first.items()}
         self.seen: dict[str, list[float | None]] = {c.name: [] for c in self.controllers}
         self.spent = dict.fromkeys(first, False)
@@ -183,6 +226,20 @@ class Control:
                 self.memory[name] = dict(state["memory"][name])
                 self.seen[name] = list(state["seen"][name])
                 self.spent[name] = state.get("spent", {}).get(name, False)  # older checkpoints have none
+
+
+def _first(c: Controller, own: Mapping[str, float]) -> float:
+    """The level a controller begins at; ConfigError for one that its bounds exclude."""
+    level = own[c.knob] if c.start is None else c.start
+    given = c.rule.keywords
+    if c.signal and not given["low"] <= level <= given["high"]:
+        whose = "the setting's own value" if c.start is None else "its `start`"
+        raise ConfigError(
+            f"control.{c.name}: {c.knob} would begin at {level:g}, {whose}, and jump into "
+            f"low={given['low']:g}..high={given['high']:g} at the first signal: give a `start` within them, "
+            "or widen them"
+        )
+    return level
 
 
 def _outward(rule: partial, signal: float, memory: Mapping[str, float]) -> bool:

@@ -1,10 +1,12 @@
 """(signal, state) -> (value, state): rules that move a setting by what a metric was.
 
 `state["level"]` begins as the setting's own value. Where raising the setting lowers the metric, `gain` (of
-pi) and `step` (of the others) are negative. `low` and `high` bound the value.
+pi) and `step` (of the others) are negative. `low` and `high` bound the value, the first one too.
 """
 
 from collections.abc import Mapping
+
+from entroray.objective.bind import AboveOne, Positive
 
 State = Mapping[str, float]
 
@@ -14,8 +16,8 @@ def bang_bang(
 ) -> tuple[float, State]:
     """Skywork-OR1's rule: one `step` up below the target, else down; in effect below the target only.
 
-    Above it the value is `gate` while the level is kept. Theirs: target 0.2, step 1e-4, high 5e-3 (code of
-    arXiv 2505.22312).
+    Above it, and before the first signal, the value is `gate` while the level is kept. Theirs: target 0.2,
+    step 1e-4, high 5e-3 (code of arXiv 2505.22312).
     """
     below = signal < target
     level = _clip(state["level"] + (step if below else -step), low, high)
@@ -40,10 +42,10 @@ def doubling(
     signal: float,
     state: State,
     *,
-    low: float,
+    low: Positive,
     high: float,
     target: float | None = None,
-    factor: float = 2.0,
+    factor: AboveOne = 2.0,
 ) -> tuple[float, State]:
     """Times `factor` below the target, divided by it above (ADAPO, arXiv 2603.11682); never settles.
 

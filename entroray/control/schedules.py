@@ -3,18 +3,20 @@
 import math
 from collections.abc import Sequence
 
+from entroray.objective.bind import Count
+
 
 def constant(step: int, *, value: float) -> float:
     """The same at every step."""
     return value
 
 
-def linear(step: int, *, start: float, end: float, steps: int) -> float:
+def linear(step: int, *, start: float, end: float, steps: Count) -> float:
     """From `start` at step 1 straight to `end` at step `steps`, then there."""
     return start + (end - start) * _part(step, steps)
 
 
-def cosine(step: int, *, start: float, end: float, steps: int) -> float:
+def cosine(step: int, *, start: float, end: float, steps: Count) -> float:
     """From `start` at step 1 along half a cosine to `end` at step `steps`, then there."""
     return end + (start - end) * (1 + math.cos(math.pi * _part(step, steps))) / 2
 

@@ -7,7 +7,9 @@ RUN = [
         "the run",
         ANY,
         "step | of this line, 1 is the first | steps | number",
-        "control/<name> | the value that a setting moved by `control` had in the step | as it | exact",
+        "control/<name> | the value that a setting moved by `control` had in the step, before a whole number "
+        "is rounded; of sampler.* and rollout.* what groups begun then are drawn with, trained on up to "
+        "driver.max_lag steps later | as it | exact",
         "tokens/drawn | response tokens drawn, trained on or not, since the run began | tokens | running "
         "total",
         "groups/dropped | groups given up for want of signal or by failure, since the run began | groups | "
@@ -115,9 +117,9 @@ HELDOUT = [
     ),
     *rows(
         "held-out prompts",
-        SAMPLING,
+        "configured, whatever `control` moved it to",
         "eval/pass@<n> | one of n samples is right | share | unbiased, 1 - C(m-c, n)/C(m, n)",
         "eval/pass@<n>:<d> | the same of one part | share | unbiased, 1 - C(m-c, n)/C(m, n)",
     ),
 ]
-"""What the driver adds every `evaluate.every` steps."""
+"""What the driver adds every `evaluate.every` steps, from responses as long as configured."""

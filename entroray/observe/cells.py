@@ -30,7 +30,7 @@ class Cell:
     status: str = "missing"
     """missing | done | failed"""
     reason: str = ""
-    """Why it failed."""
+    """Why it failed, or is to be run again."""
     exit_code: int = 0
     finished: str = ""
     """UTC."""

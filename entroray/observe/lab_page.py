@@ -8,7 +8,6 @@ from typing import NamedTuple
 from entroray.observe import cells as stored
 from entroray.observe.cells import WINDOW, Cell, moving
 from entroray.observe.comparison import (
-    BEFORE,
     LEGEND,
     PARTS,
     Column,
@@ -68,7 +67,7 @@ def _table(table: Table) -> str:
 
 
 def _line(row: Row, texts: Sequence[str]) -> str:
-    style = ' class="quiet"' if row.name == BEFORE else ""
+    style = "" if row.asked else ' class="quiet"'  # what was before training was asked of no cell
     numbers = "".join(map(_number, texts[2:]))
     return f"<tr{style}><th>{escape(texts[0])}</th><td>{escape(texts[1])}</td>{numbers}</tr>"
 
@@ -142,7 +141,7 @@ def _absent(lines: Sequence[str]) -> str:
     if not lines:
         return ""
     said = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<section class="absent"><h2>Missing, failed or mixed</h2><ul>{said}</ul></section>'
+    return f'<section class="absent"><h2>Missing, failed, older or mixed</h2><ul>{said}</ul></section>'
 
 
 def _meanings() -> str:

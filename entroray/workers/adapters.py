@@ -94,7 +94,8 @@ class DeepSpeedLearner:
         """Scored in the micro-batches it will be updated in, so that the first ratio is exactly 1."""
         if self.engines:
             await self.engines.all(lambda h: h.rest.remote(), deadline=self.deadline, what="going to sleep")
-        plans = self._plans(batch, group)
+        most = min(self.updates, len(np.unique(group)))  # what is only read may be fewer groups than a step
+        plans = replace(self, updates=most)._plans(batch, group)
         per_rank = [[m for p in plans for m in p[rank]] for rank in range(len(self.gang.handles))]
         scored = await self.gang.all(
             lambda rank, h: h.score.remote([batch.rows(rows) for rows in per_rank[rank]], tuple(extra)),

@@ -1,15 +1,21 @@
 """Settings moved in a run reach the engines with the next requests."""
 
+import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from entroray.cli import knobs, sampling
+from entroray.cli.objectives import schedule
 from entroray.errors import ConfigError
 from entroray.loop.turns import Turns
 from entroray.objective import build
-from entroray.workers.adapters import Generators
+from entroray.objective.combinations import remarks
+from entroray.types import Batch
+from entroray.workers.adapters import DeepSpeedLearner, Generators
 from tests.composed import configured
 from tests.toy import ToyWorld, driver
 from tests.unit.test_control import Knobbed
@@ -50,3 +56,85 @@ def test_a_tool_s_turns_are_drawn_with_what_was_moved():
     drawn = sampling.plain(configured(), 1.0)
     talking = Turns(Generators(None, drawn, 1.0), None, None, 4, None, None).moved({}, 9.0)
     assert talking.generator.sampling.max_tokens == 9 and talking.generator.sampling.rule is None
+
+
+UPDATES = "+control.u={knob: learner.updates_per_rollout, fn: linear, start: 1, end: 4, steps: 4}"
+
+
+def test_the_number_of_updates_moves_on_the_learner_and_is_said_with_the_most_it_reaches():
+    config = configured(UPDATES, "rollout.groups_per_step=4")
+    control, tune = knobs.control_of(config), knobs.tuner(config)
+    learner = DeepSpeedLearner(None, None, 1, 64, 1.0)
+    roles = replace(driver(ToyWorld(build(config.objective))).roles, learner=learner)
+    assert [tune(control.turn(step), roles)[1].learner.updates for step in (1, 2, 4)] == [1, 2, 4]
+    assert knobs.updates(config) == (1, 4) and knobs.updates(configured()) == (1, 1)
+    said = [r.text for r in remarks(build(config.objective), schedule(config))]
+    assert not [text for text in said if "r is 1 throughout" in text]
+    assert [
+        r.text for r in remarks(build(config.objective), schedule(configured())) if "throughout" in r.text
+    ]
+
+
+def test_scoring_fewer_groups_than_updates_is_no_update():
+    two = DeepSpeedLearner(SimpleNamespace(handles=[None], all=None), None, 4, 64, 1.0)
+    seen = []
+
+    async def scored(call, *, deadline):
+        seen.append(call(0, SimpleNamespace(score=SimpleNamespace(remote=lambda micros, extra: len(micros)))))
+        return [[{"entropy": np.zeros(2, np.float32)}] * seen[-1]]
+
+    two.gang.all = scored
+    one, ids = np.ones(2, np.int32), np.arange(2, dtype=np.int32)
+    batch = Batch(ids, one, ids, one, np.ones(2, np.float32))
+    found = asyncio.run(two.score(batch, np.array([0, 1])))
+    assert seen == [2] and found["entropy"].shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([UPDATES], "a step has rollout.groups_per_step=2 of them"),
+        ([UPDATES, "learner.schedule=cosine", "rollout.groups_per_step=4"], "schedule=cosine must know"),
+        ([UPDATES.replace("start: 1", "start: 0")], "it is at least 1"),
+        (["+control.c={knob: learner.max_grad_norm, fn: constant, value: 3}"], "DeepSpeed keeps it"),
+        (
+            [
+                "+control.c={knob: rollout.max_tokens, fn: pi, signal: entropy/mean, target: 1, gain: 1, "
+                "integral: 0, low: 1, high: .inf}"
+            ],
+            "give a bound",
+        ),
+    ],
+)
+def test_a_number_of_updates_that_cannot_be_is_refused_at_start(overrides, said):
+    two = [] if any("groups_per_step" in o for o in overrides) else ["rollout.groups_per_step=2"]
+    with pytest.raises(ConfigError, match=said):
+        configured(*overrides, *two)
+
+
+TOP = "objective.penalties=[{fn: top_entropy_bonus, coef: 0.001, k: 2}]"
+
+
+def test_a_whole_number_of_the_objective_is_rounded_and_the_rule_keeps_what_it_had():
+    rule = "fn: pi, signal: lag/max, target: 1.0, gain: 0.75, integral: 0.0, low: 1, high: 6"
+    config = configured(TOP, f"+control.k={{knob: objective.penalties.0.k, {rule}}}")
+    control, tune = knobs.control_of(config), knobs.tuner(config)
+    world = ToyWorld(build(config.objective))
+    roles = replace(driver(world).roles, learner=Knobbed(world, world.objective))
+    took = []
+    for step in (1, 2):
+        took.append(tune(control.turn(step), roles)[0].penalties[0].keywords["k"])
+        noted = control.note({"lag/max": 0.0})
+    assert took == [2, 3] and noted == {"control/k": 2.75}
+    assert knobs.told(config)[0].endswith("of lag/max, 1 step(s) late, rounded")
+    configured(TOP, "+control.k={knob: objective.penalties.0.k, fn: cosine, start: 2, end: 5, steps: 9}")
+    with pytest.raises(ConfigError, match=r"may set objective\.penalties\.0\.k to 0"):
+        configured(TOP, "+control.k={knob: objective.penalties.0.k, fn: linear, start: 2, end: 0, steps: 9}")
+
+
+def test_under_lag_what_is_drawn_with_is_said_to_be_trained_on_later():
+    late = "for groups begun from then on, trained on up to 2 step(s) later (driver.max_lag)"
+    hot = configured("control=temperature_band", "driver.max_lag=2")
+    assert [line.endswith(late) for line in knobs.told(hot)] == [True]
+    for rest in (configured("control=temperature_band"), configured("control=lr_cosine", "driver.max_lag=2")):
+        assert not any("trained on" in line for line in knobs.told(rest))

@@ -1,6 +1,7 @@
 """The lab's arithmetic, what it keeps on disk, and what it says of it."""
 
 import asyncio
+import contextlib
 import csv
 import itertools
 import json
@@ -12,14 +13,15 @@ import pytest
 
 from entroray.cli import lab, rundir, settings
 from entroray.cli.machine import lasting
-from entroray.entropy.bootstrap import interval
+from entroray.entropy.bootstrap import interval, intervals
+from entroray.entropy.run_metrics import HELDOUT
 from entroray.errors import ConfigError
 from entroray.loop.portrait import DRAWN, portrait
 from entroray.objective import build
 from entroray.observe import cells as stored
 from entroray.observe import lab_page
 from entroray.observe.cells import Cell, moving, summarise, variant
-from entroray.observe.comparison import absent, against, codes, markdown
+from entroray.observe.comparison import ANSWERED, LEGEND, OLDER, REACHED, absent, against, codes, markdown
 from entroray.observe.curves import Line, chart, frame, mean, ticks
 from tests.composed import configured
 from tests.toy import ToyPrompts, ToyWorld
@@ -38,6 +40,15 @@ def test_an_interval_is_the_quantiles_of_all_possible_draws() -> None:
     low, high = np.quantile(means, [0.1, 0.9])
     assert interval(values, level=0.8) == (pytest.approx(low, abs=0.5), pytest.approx(high, abs=0.5))
     assert interval(values) == interval(values)
+
+
+@pytest.mark.parametrize(("seeds", "held"), [(3, 75), (5, 84), (10, 90)])
+def test_the_legend_says_how_often_such_an_interval_holds_the_mean(seeds: int, held: int) -> None:
+    found = intervals(np.random.default_rng(seeds).normal(size=(seeds, 8000)), draws=1000)
+    covered = float(np.mean((found[:, 0] <= 0) & (found[:, 1] >= 0)))
+    assert covered == pytest.approx(held / 100, abs=0.015)
+    assert f"{held} times in 100 with 3 seeds" in LEGEND or f"{held} with {seeds}" in LEGEND
+    assert LEGEND in markdown(CELLS, "grpo")
 
 
 @pytest.mark.parametrize(
@@ -91,6 +102,28 @@ def test_the_table_says_what_is_above_missing_failed_and_unknown() -> None:
         "missing: quickstart, cispo, seed 2",
         "failed: quickstart, cispo, seed 3: NumericsError: loss is nan",
     ]
+
+
+def test_first_weights_that_answer_differently_have_a_row_each_with_their_variants(tmp_path: Path) -> None:
+    hot = [cell(row, 1, "sampler.temperature=2.0") for row in ("grpo", "dapo")]
+    hot = [replace(c, measured={**c.measured, "before/greedy": 0.125}) for c in hot]
+    cool = [cell(row, 1) for row in ("grpo", "dapo")]
+    said = [x for x in markdown([*cool, *hot], "grpo").splitlines() if x.startswith("| before training")]
+    heated = "grpo sampler.temperature=2.0, dapo sampler.temperature=2.0"
+    assert said[0].startswith("| before training: grpo, dapo |  | - | 0.250 |")
+    assert said[1].startswith(f"| before training: {heated} |  | - | 0.125 |")
+    for each in [*cool, *hot]:
+        stored.save(tmp_path, each)
+        (stored.path(tmp_path, each) / "metrics.jsonl").write_text("")
+    page = lab_page.write(tmp_path, [*cool, *hot], "grpo").read_text()
+    assert page.count('<tr class="quiet">') == 2
+
+
+def test_what_an_evaluation_draws_at_is_said_to_be_the_configured_temperature() -> None:
+    sampled = [m for m in HELDOUT if m.temperature != "0"]
+    assert sampled and all("configured" in m.temperature for m in sampled)
+    by_key = {c.key: c.meaning for c in (*REACHED, *ANSWERED)}
+    assert "configured temperature" in by_key["after/pass@1"] and "pass@1" in by_key["after/entropy/mean"]
 
 
 def test_a_mean_over_fewer_seeds_than_are_done_says_of_how_many() -> None:
@@ -187,6 +220,55 @@ def test_a_finished_cell_is_left_alone_unless_its_settings_changed(tmp_path: Pat
     assert lab._done(asked, replace(asked, status="done"))
     assert not lab._done(asked, replace(asked, status="failed"))
     assert not lab._done(asked, replace(asked, status="done", settings="others"))
+
+
+def ran(monkeypatch: pytest.MonkeyPatch, folder: Path, runs: int) -> dict[int, Cell]:
+    """Cells by seed after the lab's own command over mine/experiment/quick, killed in a run past `runs`."""
+    begun = []
+
+    async def measure(bench: object, job: lab.Job) -> dict[str, float]:
+        begun.append(job.cell.seed)
+        if len(begun) > runs:
+            raise KeyboardInterrupt
+        Path(str(job.config.run.dir), "metrics.jsonl").write_text("")
+        return {"after/greedy": job.cell.seed / 10, "seconds/train": 0.0}
+
+    monkeypatch.setattr(lab, "_measure", measure)
+    monkeypatch.setattr(lab, "_run", lambda *given: asyncio.run(lab._work(*given)))
+    asked = [f"--dir={folder}", f"--config-dir={folder / 'mine'}", "experiment=quick", "seed=1,2"]
+    with contextlib.suppress(KeyboardInterrupt):
+        lab.main(asked)
+    return {c.seed: c for c in stored.load(folder)}
+
+
+def test_finished_results_stay_until_their_own_run_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = tmp_path / "mine" / "experiment" / "quick.yaml"
+    row.parent.mkdir(parents=True)
+    row.write_text(told := (settings.CONF / "experiment" / "quickstart.yaml").read_text())
+    first = ran(monkeypatch, tmp_path, runs=2)
+    assert [c.status for c in first.values()] == ["done", "done"]
+
+    row.write_text(told.replace("lr: 3.0e-4", "lr: 1.0e-4"))
+    killed = ran(monkeypatch, tmp_path, runs=0)
+    assert killed[1].status == "missing", "its own run had begun"
+    assert killed[2] == replace(first[2], reason=OLDER)
+    kept = list(csv.DictReader((tmp_path / "cells.csv").open()))
+    assert [r["after/greedy"] for r in kept] == ["0.1", "0.2"], "as told before that run began"
+    assert f"{OLDER}: quick, default, seed 2" in (tmp_path / "lab.md").read_text()
+
+    whole = ran(monkeypatch, tmp_path, runs=2)
+    assert [(c.status, c.reason) for c in whole.values()] == [("done", "")] * 2
+    assert whole[2].settings != first[2].settings and OLDER not in (tmp_path / "lab.md").read_text()
+
+
+def test_settings_taken_back_make_an_older_cell_a_finished_one_again() -> None:
+    done = cell("grpo", 1)
+    older = lab._kept(replace(done, settings="other", status="missing"), done)
+    assert older == replace(done, reason=OLDER) and lab._kept(replace(done, status="missing"), older) == done
+    failed = replace(done, status="failed", reason="NumericsError: loss is nan")
+    assert lab._kept(done, failed) == failed and lab._kept(done, None) == done
 
 
 def test_a_portrait_measures_answers_without_a_training_step() -> None:

@@ -1,0 +1,111 @@
+"""Settings that move while groups are drawn ahead of training, and after a resume in the midst of it."""
+
+import asyncio
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+
+from entroray.cli import knobs
+from entroray.objective import build
+from tests.composed import configured
+from tests.toy import ToyWorld, driver
+from tests.unit.test_control import BONUS, Knobbed
+
+HOT = "+control.hot={knob: sampler.temperature, fn: linear, start: 1.0, end: 1.9, steps: 10}"
+COUNT = "+control.u={knob: learner.updates_per_rollout, fn: linear, start: 1, end: 2, steps: 10}"
+
+
+@dataclass(frozen=True)
+class Heated:
+    """The toy's generator; its rollouts carry the temperature they were asked at."""
+
+    world: ToyWorld
+    temperature: float = 0.0
+
+    def at(self, temperature):
+        return replace(self, temperature=temperature)
+
+    async def sample(self, prompt, seeds, after=()):
+        drawn = await self.world.sample(prompt, seeds, after)
+        return [replace(r, temperature=self.temperature) for r in drawn]
+
+
+@dataclass(frozen=True)
+class Counted(Knobbed):
+    """Notes how many updates each step was asked for."""
+
+    updates: int = 0
+
+    async def update(self, batch, tokens):
+        return await super().update(batch, tokens) | {"asked": float(self.updates)}
+
+
+class Watched(ToyWorld):
+    """The toy world; notes the temperatures of the groups each step was trained on."""
+
+    def step(self, step, metrics, groups, tokens):
+        heats = {r.temperature for g in groups for r in g.rollouts}
+        super().step(step, metrics | {"coolest": min(heats), "hottest": max(heats)}, groups, tokens)
+
+
+def steered(config, world, max_lag):
+    d = driver(world, max_lag=max_lag)
+    d.control, d.tune = knobs.control_of(config), knobs.tuner(config)
+    d.roles = replace(d.roles, learner=Counted(world, world.objective), generator=Heated(world))
+    return d
+
+
+def resumed(config, max_lag, steps):
+    """(first world, second world, state between them) of a run broken off in the middle of `steps`."""
+    first, second = (Watched(build(config.objective)) for _ in range(2))
+
+    async def run():
+        begun = steered(config, first, max_lag)
+        await begun.train(steps // 2)
+        for name in ("rng", "logits", "served", "version"):
+            setattr(second, name, getattr(first, name))
+        rest, state = steered(config, second, max_lag), json.loads(json.dumps(begun.committed))
+        rest.restore(state)
+        await rest.train(steps)
+        return state
+
+    return first, second, asyncio.run(run())
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 2])
+def test_a_moved_temperature_is_trained_on_at_most_the_lag_later(max_lag):
+    config = configured(HOT, COUNT, "rollout.groups_per_step=4")
+    world = Watched(build(config.objective))
+    asyncio.run(steered(config, world, max_lag).train(10))
+    late = [round((s["control/hot"] - s["coolest"]) / 0.1) for s in world.steps]
+    assert max(late) == max_lag and min(late) == 0 == late[0]
+    assert all(s["hottest"] <= s["control/hot"] for s in world.steps)
+    assert [s["asked"] for s in world.steps] == [1.0] * 5 + [2.0] * 5, "updates are at once what was asked"
+
+
+@pytest.mark.parametrize("max_lag", [1, 2])
+def test_after_a_resume_what_was_in_flight_is_drawn_anew_with_what_is_in_effect(max_lag):
+    first, second, _ = resumed(configured(HOT), max_lag, 10)
+    took = [s["control/hot"] for s in first.steps + second.steps]
+    assert took == pytest.approx([1.0 + 0.1 * i for i in range(10)])
+    again = second.steps[0]
+    assert again["coolest"] == again["hottest"] == again["control/hot"] and again["lag/max"] == 0
+    assert second.steps[-1]["coolest"] < second.steps[-1]["control/hot"], "drawn ahead once more"
+    assert max(s["lag/max"] for s in second.steps) <= max_lag
+
+
+@pytest.mark.parametrize("max_lag", [1, 2])
+def test_a_controller_goes_on_from_what_it_remembers_under_lag(max_lag):
+    config = configured("objective=grpo", "control=entropy_pi", BONUS)
+    config.control["entropy"] |= {"target": 1.8, "gain": 2.0, "integral": 0.1, "mean": 3, "high": 5.0}
+    first, second, state = resumed(config, max_lag, 14)
+    alone = knobs.control_of(config)
+    alone.restore(state["control"])
+    for s in second.steps:  # its own arithmetic on the measured entropies, no driver between
+        (value,) = alone.turn(int(s["step"])).values()
+        alone.note(s)
+        assert s["control/entropy"] == value
+    took = [s["control/entropy"] for s in first.steps + second.steps]
+    assert len(set(took[3:])) > 5 and len(took) == 14
+    assert max(s["lag/max"] for s in first.steps) > 0

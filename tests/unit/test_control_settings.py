@@ -1,0 +1,67 @@
+"""What is refused of a controller before a run starts, and where the ones that pass begin."""
+
+import pytest
+
+from entroray.control import Control, build
+from entroray.errors import ConfigError
+from tests.composed import configured
+from tests.unit.test_control import KNOB, PI, controller
+
+DOUBLING = {"knob": KNOB, "fn": "doubling", "signal": "x", "low": 0.1, "high": 8.0}
+BAND = {"knob": KNOB, "fn": "band", "signal": "x", "at_least": 0.1, "at_most": 0.2, "step": 0.1}
+BAND |= {"low": 0.0, "high": 1.0}
+GATED = {"knob": KNOB, "fn": "bang_bang", "signal": "x", "target": 0.2, "step": 0.1, "low": 0.0, "high": 1.0}
+STAGE = {"knob": KNOB, "fn": "stage", "values": [1, 2], "until": [3]}
+LINEAR = {"knob": KNOB, "fn": "linear", "start": 1.0, "end": 0.0, "steps": 9}
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (DOUBLING | {"low": 0.0}, "`low` must be above 0, got 0"),
+        (DOUBLING | {"factor": 0}, "`factor` must be above 1, got 0"),
+        (DOUBLING | {"factor": 1.0}, "`factor` must be above 1, got 1"),
+        (DOUBLING | {"target": "low"}, "`target` must be a number, got 'low'"),
+        (PI | {"delay": 1.5}, "`delay` must be a whole number, at least 1: .* got 1.5"),
+        (PI | {"delay": "2"}, "`delay` must be a whole number, at least 1: .* got '2'"),
+        (PI | {"delay": 0}, "`delay` must be at least 1: a step's metrics are known after it, got 0"),
+        (PI | {"mean": 2.5}, "`mean` must be a whole number, above 0, got 2.5"),
+        (PI | {"mean": 0}, "`mean` must be above 0, got 0"),
+        (PI | {"priority": "x"}, "`priority` must be a whole number, got 'x'"),
+        (PI | {"start": "low"}, "`start` must be a number, got 'low'"),
+        (PI | {"signal": 3}, "`signal` must be a name, got 3"),
+        (PI | {"knob": 3}, "must read {knob: path"),
+        (PI | {"target": [1.0, 2.0]}, "`target` must be a number"),
+        (PI | {"gain": float("nan")}, "`gain` must be a number"),
+        (PI | {"low": 2.0}, "low=2.0 is above high=1.0"),
+        (BAND | {"at_least": 1.0}, "at_least=1.0 is above at_most=0.2"),
+        (STAGE | {"values": 3}, "`values` must be a list of numbers"),
+        (STAGE | {"until": [1.5]}, "`until` must be a list of whole numbers"),
+        (LINEAR | {"steps": 1.5}, "`steps` must be a whole number"),
+        (LINEAR | {"steps": 0}, "`steps` must be above 0"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_by_its_key(spec, said):
+    with pytest.raises(ConfigError, match=f"control.c.*{said}"):
+        build({"c": spec})
+
+
+def test_a_controller_begins_within_its_bounds_or_not_at_all():
+    outside = build({"c": PI | {"low": 0.0, "high": 0.3, "mean": 3, "start": 5.0}})
+    with pytest.raises(ConfigError, match=r"begin at 5, its `start`, .*low=0..high=0.3 .*give a `start`"):
+        Control(outside, {KNOB: 0.0})
+    with pytest.raises(ConfigError, match="begin at 0, the setting's own value"):
+        Control(build({"c": DOUBLING}), {KNOB: 0.0})  # 0 doubled is 0
+    assert Control(build({"c": DOUBLING | {"start": 0.1}}), {KNOB: 0.0}).turn(1) == {KNOB: 0.1}
+    with pytest.raises(ConfigError, match=r"sampler\.temperature would begin at 0\.5"):
+        configured("control=temperature_band", "sampler.temperature=0.5")
+
+
+def test_a_gated_rule_is_at_its_gate_until_a_signal_says_otherwise():
+    control = Control(build({"c": GATED | {"start": 0.5, "delay": 2}}), {KNOB: 0.0})
+    values = []
+    for step, x in enumerate([0.1, 0.1, 0.1], start=1):
+        values.append(control.turn(step)[KNOB])
+        control.note({"x": x})
+    assert values == [0.0, 0.0, 0.6] and control.memory["c"] == {"level": 0.6}
+    assert controller(start=0.5).turn(1) == {KNOB: 0.5}  # no other rule has one
