@@ -220,7 +220,7 @@ class LearnerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
     max_grad_norm: float = 1.0  # global norm that gradients are clipped to; 0: never
     max_skipped: int = 3  # steps in a row whose gradient is not finite, after which the run ends
-    schedule: str = "constant_with_warmup"  # any name transformers.get_scheduler knows
+    schedule: str = "constant_with_warmup"  # linear | cosine | constant | ...: of transformers.get_scheduler
     warmup_updates: int = 0  # updates over which the learning rate rises from 0
     reference: bool = False  # a frozen copy of the first weights, even where no penalty needs one
     reset_after: int = 0  # stagnant evaluations after which reference and optimizer begin anew; 0: never

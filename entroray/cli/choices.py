@@ -115,8 +115,6 @@ def _check_groups(r: RolloutConfig, max_lag: int) -> None:
             f"rollout.repetition: {rep.count} times {rep.shortest} tokens do not fit into rollout.max_tokens="
             f"{r.max_tokens}, so nothing would ever be stopped"
         )
-    if r.surplus not in ("by_lag", "keep", "drop"):
-        raise ConfigError(f"rollout.surplus={r.surplus}: choose by_lag, keep or drop")
     if r.surplus == "keep" and max_lag == 0:
         raise ConfigError(
             "rollout.surplus=keep would train in the next step on what the weights of this one sampled, and "

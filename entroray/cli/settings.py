@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from entroray.cli import calls, choices, knobs, material, plans, sampling
+from entroray.cli import bounds, calls, choices, knobs, material, plans, sampling
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.loop.evaluate import plan
@@ -93,17 +93,8 @@ def _keys(schema: Any, prefix: str = "") -> Any:
 
 
 def check(config: Config) -> None:
-    """Rules between settings; ConfigError says which two contradict and what to do."""
-    if config.driver.stale not in ("wait", "drop"):
-        raise ConfigError(f"driver.stale={config.driver.stale}: choose wait or drop")
-    if config.run.resume not in ("never", "auto"):
-        raise ConfigError(f"run.resume={config.run.resume}: choose never or auto")
-    if config.checkpoint.keep < 1:
-        raise ConfigError(f"checkpoint.keep={config.checkpoint.keep}: keep at least 1")
-    if config.model.dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"model.dtype={config.model.dtype}: choose float32 or bfloat16")
-    if config.learner.zero_stage not in (0, 1, 2, 3):
-        raise ConfigError(f"learner.zero_stage={config.learner.zero_stage}: choose 0, 1, 2 or 3")
+    """What each setting may be and rules between them; ConfigError says what is wrong and what to do."""
+    bounds.check(config)
     sampling.check(config)
     calls.check(config)
     material.check(config)
@@ -140,11 +131,6 @@ def check_engine(options: dict[str, Any]) -> None:
 def check_evaluation(config: Config) -> None:
     """ConfigError where `evaluate` asks for what its samples cannot give."""
     e, engine = config.evaluate, config.generator.engine
-    if e.prompts < 1 or e.samples < 1 or e.cot < 0:
-        raise ConfigError(
-            f"evaluate.prompts={e.prompts} and evaluate.samples={e.samples} must be at least 1, "
-            f"evaluate.cot={e.cot} at least 0"
-        )
     plan(config.sampler.temperature, e.samples, e.k)
     if e.cot and str(engine.get("logprobs_mode", "")).endswith("logits"):
         raise ConfigError(
