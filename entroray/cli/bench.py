@@ -14,6 +14,8 @@ from entroray.workers import cluster
 class Bench:
     """The machine that stands now, with what it reads and how its first weights answer."""
 
+    config_dir: str | None = None
+    """The folder of settings beside conf/ that overrides are read with."""
     stands: machine.Machine | None = None
     made_of: str = ""
     model: str = ""
@@ -35,7 +37,7 @@ class Bench:
 
     async def _make(self, config: Config, overrides: list[str], objective: Objective) -> None:
         preflight.refuse(config)
-        _warm_start(config, overrides)
+        _warm_start(config, overrides, self.config_dir)
         self.model = bootstrap.resolve(config)
         self.read_in = material.load(config, self.model)
         if self.joined:
@@ -70,8 +72,8 @@ class Bench:
         await ended.end()
 
 
-def _warm_start(config: Config, overrides: list[str]) -> None:
+def _warm_start(config: Config, overrides: list[str], config_dir: str | None) -> None:
     try:
-        bootstrap.ensure(config, overrides)
+        bootstrap.ensure(config, overrides, config_dir)
     except SystemExit as left:
         raise InfrastructureError(f"the warm start of the model ended with exit code {left.code}") from left

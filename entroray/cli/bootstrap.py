@@ -12,7 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from entroray.cli import calls, machine, material, sampling, settings
+from entroray.cli import calls, flags, machine, material, sampling, settings
+from entroray.cli.flags import CONFIG_DIR
 from entroray.config import EMBEDDED, Config, Part
 from entroray.errors import ConfigError
 from entroray.loop.demonstrations import NAMES, Worked, demonstration
@@ -26,9 +27,13 @@ FORMAT = 1
 """Raise when the recipe changes in a way its settings do not show."""
 
 
+FLAGS = (CONFIG_DIR,)
+
+
 def main(arguments: list[str]) -> int:
     """Make the model of these settings unless the cache holds it; prints its folder."""
-    config, _ = settings.load(arguments)
+    given, overrides = flags.parse("bootstrap", arguments, FLAGS)
+    config, _ = settings.load(overrides, given.get("config-dir"))
     folder = cached(config)
     if folder.is_dir():
         print(f"warm-started model, from the cache: {folder}")
@@ -179,17 +184,17 @@ def _answers(name: str, part: Part) -> Callable[[Row], str | Worked]:
 
 def _report(step: int, loss: float, reached: float) -> None:
     print(f"  step {step:4d}  loss {loss:.3f} nats/token  sampled accuracy {reached:.2f}", flush=True)
-    sys.stdout.flush()
 
 
-def ensure(config: Config, arguments: list[str]) -> dict[str, Any]:
+def ensure(config: Config, overrides: list[str], config_dir: str | None = None) -> dict[str, Any]:
     """Run the warm start in a process of its own when the cache lacks it; what it took, for the manifest."""
     import subprocess
 
     if config.model.path != EMBEDDED or cached(config).is_dir():
         return {}
     began = time.monotonic()
-    command = [sys.executable, "-m", "entroray", "bootstrap", *arguments]
+    extra = [f"--config-dir={config_dir}"] if config_dir else []
+    command = [sys.executable, "-m", "entroray", "bootstrap", *overrides, *extra]
     done = subprocess.run(command, check=False, timeout=3600)
     if done.returncode:
         raise SystemExit(done.returncode)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from entroray.cli import bootstrap, calls, machine, material, preflight, settings
+from entroray.cli import bootstrap, calls, flags, machine, material, preflight, settings
+from entroray.cli.flags import CONFIG_DIR
 from entroray.config import EMBEDDED, Config
 from entroray.errors import DataError, PreflightError
 from entroray.loop.demonstrations import Worked, demonstration
@@ -24,9 +25,13 @@ ROWS = 200
 """Rows drawn from a generated task: enough to see that it can be generated."""
 
 
+FLAGS = (CONFIG_DIR,)
+
+
 def main(arguments: list[str]) -> int:
-    """`doctor overrides`; 0 when all is well, 3 when something is wrong."""
-    config, _ = settings.load(arguments)
+    """`doctor [--config-dir FOLDER] overrides`; 0 when all is well, 3 when something is wrong."""
+    given, overrides = flags.parse("doctor", arguments, FLAGS)
+    config, _ = settings.load(overrides, given.get("config-dir"))
     findings = preflight.examine(config, (packages, tools, *preflight.FAST, ports, ray_clusters, data, judge))
     for found in findings:
         print(f"{'wrong' if found.wrong else 'ok':7}{found.name:14}{found.said}", flush=True)
