@@ -18,7 +18,8 @@ def of(config: Config, prompts: Prompts, count: int) -> tuple[Prompts, Choice]:
     r, memories, tell = config.rollout, dict[str, Memory](), list[Tell]()
     if orders(r):
         low, high = r.prompts.band
-        rule = Rule(r.prompts.visits, r.prompts.retire, r.prompts.rest, low, high, r.prompts.outside)
+        p = r.prompts
+        rule = Rule(visits=p.visits, retire=p.retire, rest=p.rest, low=low, high=high, outside=p.outside)
         prompts = memories["curriculum"] = curriculum = Curriculum(prompts, count, rule, seed=config.seed)
         tell.append(curriculum.metrics)
     if r.early.extra:
