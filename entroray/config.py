@@ -33,10 +33,12 @@ class Shape:
 
 @dataclass
 class Bootstrap:
-    """The embedded model: its size, and a supervised warm start until sampled accuracy lies in a band."""
+    """The embedded model: its size, and a supervised warm start until sampled accuracy reaches a band."""
 
     shape: Shape = field(default_factory=Shape)
-    band: list[float] = field(default_factory=lambda: [0.15, 0.35])  # sampled accuracy at T=1
+    band: list[float] = field(
+        default_factory=lambda: [0.15, 0.35]
+    )  # accuracy at sampler.temperature: the first look at or above the lower ends the warm start
     max_steps: int = 1000  # supervised steps after which the warm start gives up
     rows_per_step: int = 64  # right answers a supervised step
     lr: float = 2e-3  # of the supervised steps

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from entroray.cli import bootstrap, calls, machine, material, preflight, sampling, settings
+from entroray.cli import bootstrap, machine, material, preflight, settings
 from entroray.config import Config
 from entroray.errors import InfrastructureError
 from entroray.loop.portrait import portrait
@@ -45,7 +45,7 @@ class Bench:
         else:
             machine.join(config)
             self.joined = True
-        probe = tuple(self.read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
+        probe = material.probe_ids(config, self.read_in.tokenizer)
         judge = self.read_in.judge
         self.stands = await machine.build(config, self.model, objective, judge, probe, total_updates=1)
         self.made_of = settings.fingerprint(machine.lasting(config))
@@ -55,12 +55,11 @@ class Bench:
         """What the weights served now do on the held-out prompts."""
         assert self.stands and self.read_in
         m, s, e = self.stands, config.sampler, config.evaluate
-        tokenizer, verifier = self.read_in.tokenizer, m.verifier_role()
-        drawn = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
-        at = lambda t: calls.conversing(config, tokenizer, drawn(t), verifier)  # noqa: E731
         prompts = self.read_in.split.heldout[: e.prompts]
-        roles = at, verifier, m.learner_role(objective)
-        return await portrait(*roles, prompts, temperature=s.temperature, samples=e.samples)
+        at, verifier = machine.at_temperature(config, m, self.read_in.tokenizer), m.verifier_role()
+        return await portrait(
+            at, verifier, m.learner_role(objective), prompts, temperature=s.temperature, samples=e.samples
+        )
 
     async def clear(self, *, broken: bool = False) -> None:
         """Take the machine down; a broken one without asking it to leave in order."""

@@ -13,7 +13,7 @@ import psutil
 
 from entroray.cli import bootstrap, calls, flags, machine, material, preflight, settings
 from entroray.cli.flags import CONFIG_DIR
-from entroray.config import EMBEDDED, Config
+from entroray.config import Config
 from entroray.errors import DataError, PreflightError
 from entroray.loop.demonstrations import Worked, demonstration
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
@@ -167,8 +167,9 @@ async def _judged(config: Config, read: material.Material, prompt: Prompt, answe
 
 
 def _material(config: Config) -> material.Material:
-    new = config.model.path == EMBEDDED and not bootstrap.cached(config).is_dir()
-    tokenizer = byte_tokenizer() if new else load_tokenizer(bootstrap.resolve(config))
+    tokenizer = (
+        byte_tokenizer() if bootstrap.is_missing(config) else load_tokenizer(bootstrap.resolve(config))
+    )
     d = config.data
     parts = {name: replace(part, size=min(part.size, ROWS)) for name, part in d.parts.items()}
     few = replace(d, size=min(d.size, ROWS), parts=parts)

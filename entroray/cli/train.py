@@ -118,7 +118,7 @@ async def _train(
     try:
         first = run.state.get("version", 0) + 1
         journal, console = open_journal(config, folder, read_in.tokenizer, first_step=first)
-        probe = tuple(read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
+        probe = material.probe_ids(config, read_in.tokenizer)
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await machine.build(
             config,
@@ -211,11 +211,11 @@ async def drive(
     drawn = sampling.shaped(config, config.sampler.temperature, read_in.tokenizer)
     generator, verifier = m.generator_role(drawn, heat), m.verifier_role()
     roles = Roles(
-        calls.conversing(config, read_in.tokenizer, generator, verifier, journal.event),
-        verifier,
-        m.learner_role(objective),
-        m.sync,
-        journal,
+        generator=calls.conversing(config, read_in.tokenizer, generator, verifier, journal.event),
+        verifier=verifier,
+        learner=m.learner_role(objective),
+        sync=m.sync,
+        journal=journal,
         evaluate=_evaluation(config, read_in, m),
         waits=cluster.WAITS.lines,
     )
@@ -270,9 +270,8 @@ def _evaluation(
     async def evaluate(step: int) -> dict[str, float]:
         if not e.every or step % e.every:
             return {}
-        temperature, judge = config.sampler.temperature, m.verifier_role()
-        drawn = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
-        at = lambda t: calls.conversing(config, read_in.tokenizer, drawn(t), judge)  # noqa: E731
+        at, judge = machine.at_temperature(config, m, read_in.tokenizer), m.verifier_role()
+        temperature = config.sampler.temperature
         found = await heldout(at, judge, prompts, temperature=temperature, samples=e.samples)
         return {f"eval/{name}": value for name, value in found.items()}
 
