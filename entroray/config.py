@@ -33,10 +33,12 @@ class Shape:
 
 @dataclass
 class Bootstrap:
-    """The embedded model: its size, and a supervised warm start until sampled accuracy lies in a band."""
+    """The embedded model: its size, and a supervised warm start until sampled accuracy reaches a band."""
 
     shape: Shape = field(default_factory=Shape)
-    band: list[float] = field(default_factory=lambda: [0.15, 0.35])  # sampled accuracy at T=1
+    band: list[float] = field(
+        default_factory=lambda: [0.15, 0.35]
+    )  # accuracy at sampler.temperature: the first look at or above the lower ends the warm start
     max_steps: int = 1000  # supervised steps after which the warm start gives up
     rows_per_step: int = 64  # right answers a supervised step
     lr: float = 2e-3  # of the supervised steps
@@ -220,7 +222,7 @@ class LearnerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
     max_grad_norm: float = 1.0  # global norm that gradients are clipped to; 0: never
     max_skipped: int = 3  # steps in a row whose gradient is not finite, after which the run ends
-    schedule: str = "constant_with_warmup"  # any name transformers.get_scheduler knows
+    schedule: str = "constant_with_warmup"  # linear | cosine | constant | ...: of transformers.get_scheduler
     warmup_updates: int = 0  # updates over which the learning rate rises from 0
     reference: bool = False  # a frozen copy of the first weights, even where no penalty needs one
     reset_after: int = 0  # stagnant evaluations after which reference and optimizer begin anew; 0: never

@@ -7,13 +7,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from entroray.cli import settings
 from entroray.config import Config
 
-GROUPS = {p.name for p in settings.CONF.iterdir() if p.is_dir()}
+GROUPS = {p.name for p in settings.conf().iterdir() if p.is_dir()}
 
 
 @cache
 def rows() -> dict[str, str | None]:
     """Group -> the row of it that `conf/train.yaml` takes, in the order they are merged in."""
-    listed = OmegaConf.load(settings.CONF / "train.yaml").defaults
+    listed = OmegaConf.load(settings.conf() / "train.yaml").defaults
     return {str(group): name for one in listed if not isinstance(one, str) for group, name in one.items()}
 
 
@@ -24,7 +24,7 @@ def schema() -> DictConfig:
 
 @cache
 def row(group: str, name: str) -> DictConfig | ListConfig:
-    file = settings.CONF / group / f"{name}.yaml"
+    file = settings.conf() / group / f"{name}.yaml"
     values = OmegaConf.load(file)
     return values if "@package _global_" in file.read_text() else OmegaConf.create({group: values})
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from entroray.cli import bootstrap, calls, machine, material, preflight, sampling, settings
+from entroray.cli import bootstrap, machine, material, preflight, settings
 from entroray.config import Config
 from entroray.errors import InfrastructureError
 from entroray.loop.portrait import portrait
@@ -14,6 +14,8 @@ from entroray.workers import cluster
 class Bench:
     """The machine that stands now, with what it reads and how its first weights answer."""
 
+    config_dir: str | None = None
+    """The folder of settings beside conf/ that overrides are read with."""
     stands: machine.Machine | None = None
     made_of: str = ""
     model: str = ""
@@ -35,7 +37,7 @@ class Bench:
 
     async def _make(self, config: Config, overrides: list[str], objective: Objective) -> None:
         preflight.refuse(config)
-        _warm_start(config, overrides)
+        _warm_start(config, overrides, self.config_dir)
         self.model = bootstrap.resolve(config)
         self.read_in = material.load(config, self.model)
         if self.joined:
@@ -43,7 +45,7 @@ class Bench:
         else:
             machine.join(config)
             self.joined = True
-        probe = tuple(self.read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
+        probe = material.probe_ids(config, self.read_in.tokenizer)
         judge = self.read_in.judge
         self.stands = await machine.build(config, self.model, objective, judge, probe, total_updates=1)
         self.made_of = settings.fingerprint(machine.lasting(config))
@@ -53,12 +55,11 @@ class Bench:
         """What the weights served now do on the held-out prompts."""
         assert self.stands and self.read_in
         m, s, e = self.stands, config.sampler, config.evaluate
-        tokenizer, verifier = self.read_in.tokenizer, m.verifier_role()
-        drawn = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
-        at = lambda t: calls.conversing(config, tokenizer, drawn(t), verifier)  # noqa: E731
         prompts = self.read_in.split.heldout[: e.prompts]
-        roles = at, verifier, m.learner_role(objective)
-        return await portrait(*roles, prompts, temperature=s.temperature, samples=e.samples)
+        at, verifier = machine.at_temperature(config, m, self.read_in.tokenizer), m.verifier_role()
+        return await portrait(
+            at, verifier, m.learner_role(objective), prompts, temperature=s.temperature, samples=e.samples
+        )
 
     async def clear(self, *, broken: bool = False) -> None:
         """Take the machine down; a broken one without asking it to leave in order."""
@@ -70,8 +71,8 @@ class Bench:
         await ended.end()
 
 
-def _warm_start(config: Config, overrides: list[str]) -> None:
+def _warm_start(config: Config, overrides: list[str], config_dir: str | None) -> None:
     try:
-        bootstrap.ensure(config, overrides)
+        bootstrap.ensure(config, overrides, config_dir)
     except SystemExit as left:
         raise InfrastructureError(f"the warm start of the model ended with exit code {left.code}") from left

@@ -12,12 +12,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from entroray.cli import calls, machine, material, sampling, settings
-from entroray.config import EMBEDDED, Config, Part
+from entroray.cli import calls, flags, machine, material, sampling, settings
+from entroray.cli.flags import CONFIG_DIR
+from entroray.config import EMBEDDED, Bootstrap, Config, Part
 from entroray.errors import ConfigError
 from entroray.loop.demonstrations import NAMES, Worked, demonstration
 from entroray.loop.prompts import Row
-from entroray.loop.warmup import Warmup, accuracy, demonstrate, warm_up
+from entroray.loop.warmup import Warmup, accuracy, demonstrate, overshot, warm_up
 from entroray.objective import build as build_objective
 from entroray.types import Group
 from entroray.workers import cluster
@@ -26,9 +27,13 @@ FORMAT = 1
 """Raise when the recipe changes in a way its settings do not show."""
 
 
+FLAGS = (CONFIG_DIR,)
+
+
 def main(arguments: list[str]) -> int:
     """Make the model of these settings unless the cache holds it; prints its folder."""
-    config, _ = settings.load(arguments)
+    given, overrides = flags.parse("bootstrap", arguments, FLAGS)
+    config, _ = settings.load(overrides, given.get("config-dir"))
     folder = cached(config)
     if folder.is_dir():
         print(f"warm-started model, from the cache: {folder}")
@@ -47,6 +52,11 @@ def cached(config: Config) -> Path:
     content = settings.fingerprint(asked)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     return Path(root).expanduser() / "models" / f"{_name(config).replace('/', '-')}-{key}"
+
+
+def is_missing(config: Config) -> bool:
+    """Whether these settings start from the embedded model and the cache does not hold it yet."""
+    return config.model.path == EMBEDDED and not cached(config).is_dir()
 
 
 def _name(config: Config) -> str:
@@ -93,7 +103,7 @@ def resolve(config: Config) -> str:
 
 
 async def make(config: Config, folder: Path) -> None:
-    """Build, warm-start to the band and export to `folder`, which appears only when it is complete."""
+    """Build, warm-start to the band or above, export to `folder`, which appears only when it is complete."""
     from entroray.policy.build import build
 
     began = time.monotonic()
@@ -112,7 +122,7 @@ async def make(config: Config, folder: Path) -> None:
             if not Path(done, file.name).exists():
                 shutil.copy(file, done)
         done.rename(folder)
-    print(f"sampled accuracy {reached:.2f} after {time.monotonic() - began:.0f} s ({seconds:.0f} s of steps)")
+    print(_ended(reached, time.monotonic() - began, seconds, plan))
     print(folder, flush=True)
 
 
@@ -136,10 +146,26 @@ def _supervised(config: Config) -> Config:
     return replace(config, learner=learner, driver=driver, generator=generator, seed=plan.seed)
 
 
+def _warmup(plan: Bootstrap) -> Warmup:
+    return Warmup(
+        band=(plan.band[0], plan.band[1]),
+        max_steps=plan.max_steps,
+        rows_per_step=plan.rows_per_step,
+        check_every=plan.check_every,
+    )
+
+
+def _ended(reached: float, whole: float, steps: float, plan: Bootstrap) -> str:
+    """What a warm start came to, in words: the accuracy, and the seconds of all of it and of its steps."""
+    beyond = overshot(reached, _warmup(plan))
+    said = f"sampled accuracy {reached:.2f} after {whole:.0f} s ({steps:.0f} s of steps)"
+    return f"{said}, {beyond}" if beyond else said
+
+
 async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
     plan, read = config.model.bootstrap, material.load(config, start)
     objective = build_objective(settings.objective("supervised"))
-    probe = tuple(read.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
+    probe = material.probe_ids(config, read.tokenizer)
     m = await machine.build(config, start, objective, read.judge, probe, total_updates=plan.max_steps)
     drawn = m.generator_role(sampling.plain(config, config.sampler.temperature))
     generator = calls.conversing(config, read.tokenizer, drawn, m.verifier_role())
@@ -151,7 +177,7 @@ async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
         m.sync,
         objective,
         lambda: accuracy(generator, m.verifier_role(), checks, plan.seed),
-        Warmup((plan.band[0], plan.band[1]), plan.max_steps, plan.rows_per_step, plan.check_every, plan.seed),
+        _warmup(plan),
         _report,
     )
     await m.export(str(done))
@@ -179,17 +205,17 @@ def _answers(name: str, part: Part) -> Callable[[Row], str | Worked]:
 
 def _report(step: int, loss: float, reached: float) -> None:
     print(f"  step {step:4d}  loss {loss:.3f} nats/token  sampled accuracy {reached:.2f}", flush=True)
-    sys.stdout.flush()
 
 
-def ensure(config: Config, arguments: list[str]) -> dict[str, Any]:
+def ensure(config: Config, overrides: list[str], config_dir: str | None = None) -> dict[str, Any]:
     """Run the warm start in a process of its own when the cache lacks it; what it took, for the manifest."""
     import subprocess
 
-    if config.model.path != EMBEDDED or cached(config).is_dir():
+    if not is_missing(config):
         return {}
     began = time.monotonic()
-    command = [sys.executable, "-m", "entroray", "bootstrap", *arguments]
+    extra = [f"--config-dir={config_dir}"] if config_dir else []
+    command = [sys.executable, "-m", "entroray", "bootstrap", *overrides, *extra]
     done = subprocess.run(command, check=False, timeout=3600)
     if done.returncode:
         raise SystemExit(done.returncode)

@@ -18,7 +18,8 @@ def of(config: Config, prompts: Prompts, count: int) -> tuple[Prompts, Choice]:
     r, memories, tell = config.rollout, dict[str, Memory](), list[Tell]()
     if orders(r):
         low, high = r.prompts.band
-        rule = Rule(r.prompts.visits, r.prompts.retire, r.prompts.rest, low, high, r.prompts.outside)
+        p = r.prompts
+        rule = Rule(visits=p.visits, retire=p.retire, rest=p.rest, low=low, high=high, outside=p.outside)
         prompts = memories["curriculum"] = curriculum = Curriculum(prompts, count, rule, seed=config.seed)
         tell.append(curriculum.metrics)
     if r.early.extra:
@@ -115,8 +116,6 @@ def _check_groups(r: RolloutConfig, max_lag: int) -> None:
             f"rollout.repetition: {rep.count} times {rep.shortest} tokens do not fit into rollout.max_tokens="
             f"{r.max_tokens}, so nothing would ever be stopped"
         )
-    if r.surplus not in ("by_lag", "keep", "drop"):
-        raise ConfigError(f"rollout.surplus={r.surplus}: choose by_lag, keep or drop")
     if r.surplus == "keep" and max_lag == 0:
         raise ConfigError(
             "rollout.surplus=keep would train in the next step on what the weights of this one sampled, and "

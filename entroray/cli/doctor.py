@@ -11,8 +11,9 @@ from pathlib import Path
 
 import psutil
 
-from entroray.cli import bootstrap, calls, machine, material, preflight, settings
-from entroray.config import EMBEDDED, Config
+from entroray.cli import bootstrap, calls, flags, machine, material, preflight, settings
+from entroray.cli.flags import CONFIG_DIR
+from entroray.config import Config
 from entroray.errors import DataError, PreflightError
 from entroray.loop.demonstrations import Worked, demonstration
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
@@ -24,9 +25,13 @@ ROWS = 200
 """Rows drawn from a generated task: enough to see that it can be generated."""
 
 
+FLAGS = (CONFIG_DIR,)
+
+
 def main(arguments: list[str]) -> int:
-    """`doctor overrides`; 0 when all is well, 3 when something is wrong."""
-    config, _ = settings.load(arguments)
+    """`doctor [--config-dir FOLDER] overrides`; 0 when all is well, 3 when something is wrong."""
+    given, overrides = flags.parse("doctor", arguments, FLAGS)
+    config, _ = settings.load(overrides, given.get("config-dir"))
     findings = preflight.examine(config, (packages, tools, *preflight.FAST, ports, ray_clusters, data, judge))
     for found in findings:
         print(f"{'wrong' if found.wrong else 'ok':7}{found.name:14}{found.said}", flush=True)
@@ -162,8 +167,9 @@ async def _judged(config: Config, read: material.Material, prompt: Prompt, answe
 
 
 def _material(config: Config) -> material.Material:
-    new = config.model.path == EMBEDDED and not bootstrap.cached(config).is_dir()
-    tokenizer = byte_tokenizer() if new else load_tokenizer(bootstrap.resolve(config))
+    tokenizer = (
+        byte_tokenizer() if bootstrap.is_missing(config) else load_tokenizer(bootstrap.resolve(config))
+    )
     d = config.data
     parts = {name: replace(part, size=min(part.size, ROWS)) for name, part in d.parts.items()}
     few = replace(d, size=min(d.size, ROWS), parts=parts)

@@ -56,4 +56,10 @@ def _looks(config: Config, objective: Objective, read_in: material.Material) -> 
     whole = objective.keep.func is always  # else R is of all groups and H of those kept
     law = o.law.window if whole and not config.control else 0  # it was found on runs that nobody steers
     asked = probe(read_in.split.heldout, chat(read_in.tokenizer, config.model.system))
-    return Looks(o.diagnosis.every, o.prediction.every, o.prediction.window, law, asked)
+    return Looks(
+        diagnosis=o.diagnosis.every,
+        prediction=o.prediction.every,
+        window=o.prediction.window,
+        law=law,
+        probe=asked,
+    )

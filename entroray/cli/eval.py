@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, calls, machine, material, sampling, settings
+from entroray.cli import bootstrap, calls, flags, machine, material, sampling, settings
+from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
 from entroray.errors import ConfigError, PreflightError
 from entroray.loop.decoding import TWO, Decoding, words
@@ -23,11 +24,7 @@ from entroray.workers.generator import Generator, Request, Sampling
 from entroray.workers.request import opening
 from entroray.workers.verifier import Verifier
 
-FLAGS = ("config", "out", "html")
-USAGE = (
-    "eval [--config=run/config.yaml] [--out=file.json] [--html=page.html] overrides, or "
-    "eval --compare first.json second.json"
-)
+FLAGS = (Flag("config", "FILE"), Flag("out", "FILE"), Flag("html", "FILE"), CONFIG_DIR, Flag("compare"))
 
 
 @dataclass(frozen=True)
@@ -51,22 +48,19 @@ class OneEngine:
 
 def main(arguments: list[str]) -> int:
     """Prints a table; `--out` keeps everything as JSON, a page beside it, which `--html` puts elsewhere."""
-    if "--compare" in arguments:
-        return _compare([a for a in arguments if a != "--compare"])
-    given = [a for a in arguments if a.startswith("--")]
-    flags = dict(a.removeprefix("--").partition("=")[::2] for a in given)
-    unknown = [name for name, value in flags.items() if name not in FLAGS or not value]
-    if unknown:
-        raise ConfigError(f"eval does not know --{', --'.join(unknown)}: {USAGE}")
-    overrides = [a for a in arguments if a not in given]
-    source = flags.get("config")
-    config = of_run(Path(source), overrides) if source else settings.load(overrides, training=False)[0]
+    given, others = flags.parse("eval", arguments, FLAGS)
+    if "compare" in given:
+        return _compare(others)
+    source, config_dir = given.get("config"), given.get("config-dir")
+    if source and config_dir:
+        raise ConfigError("eval --config is a whole run's settings: leave out --config-dir")
+    config = of_run(Path(source), others) if source else settings.load(others, config_dir, training=False)[0]
     result = asyncio.run(evaluate(config))
     evaluation.show(result)
-    if "out" in flags:
-        Path(flags["out"]).write_text(evaluation.text(result), encoding="utf-8")
-    if "html" in flags or "out" in flags:
-        page = Path(flags.get("html") or Path(flags["out"]).with_suffix(".html"))
+    if "out" in given:
+        Path(given["out"]).write_text(evaluation.text(result), encoding="utf-8")
+    if "html" in given or "out" in given:
+        page = Path(given.get("html") or Path(given["out"]).with_suffix(".html"))
         print(f"page       {evaluation_page.write(page, result)}")
     return 0
 
@@ -74,7 +68,7 @@ def main(arguments: list[str]) -> int:
 def _compare(arguments: list[str]) -> int:
     """`--compare first.json second.json`: the second against the first on the prompts both answered."""
     if len(arguments) != 2:
-        raise ConfigError(f"eval --compare takes two files that eval --out wrote, got {arguments}: {USAGE}")
+        raise ConfigError(f"eval --compare takes two files that eval --out wrote, got {arguments}")
     evaluation.show_comparison(*map(evaluation.load, map(Path, arguments)))
     return 0
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import itertools
 import shutil
 import signal
 import time
@@ -16,8 +15,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table as Grid
 
-from entroray.cli import rundir, settings, train
+from entroray.cli import flags, rundir, settings, train
 from entroray.cli.bench import Bench
+from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.cli.machine import cpu_only, lasting
 from entroray.config import Config
 from entroray.errors import ConfigError, EntrorayError, Stopped
@@ -39,42 +39,33 @@ class Job:
     tree: DictConfig
 
 
+FLAGS = (Flag("dir", "FOLDER"), Flag("baseline", "VARIANT"), CONFIG_DIR)
+
+
 def main(arguments: list[str]) -> int:
-    """`lab [--dir=FOLDER] [--baseline=VARIANT] [--config-dir=DIR] overrides`; without overrides: the tables.
+    """`lab [--dir FOLDER] [--baseline VARIANT] [--config-dir FOLDER] overrides`; without those: the tables.
 
     Exit code 0 when every cell asked for is done, else that of the first that failed.
     """
-    flags = _flags([a for a in arguments if a.startswith("-")])
-    overrides = [a for a in arguments if not a.startswith("-")]
-    folder = Path(flags.get("dir", "runs/lab")).expanduser().resolve()
-    jobs = plan(folder, overrides, flags.get("config-dir")) if overrides else []
+    given, overrides = flags.parse("lab", arguments, FLAGS)
+    config_dir = given.get("config-dir")
+    folder = Path(given.get("dir", "runs/lab")).expanduser().resolve()
+    jobs = plan(folder, overrides, config_dir) if overrides else []
     folder.mkdir(parents=True, exist_ok=True)
     lock = rundir.hold(folder)
     known = {cell.name: cell for cell in stored.load(folder)}
     todo = [job for job in jobs if not _done(job.cell, known.get(job.cell.name))]
     for job in jobs:
         stored.save(folder, _kept(job.cell, known.get(job.cell.name)))
-    tell = lambda: _report(folder, flags.get("baseline"))  # noqa: E731
+    tell = lambda: _report(folder, given.get("baseline"))  # noqa: E731
     tell()
     print(f"{len(jobs)} cells asked for, {len(jobs) - len(todo)} done before, in {folder}", flush=True)
     if todo:
-        _run(folder, todo, tell)
+        _run(folder, todo, tell, Bench(config_dir))
     _print(folder, tell())
     lock.close()
     asked = {job.cell.name for job in jobs}
     return next((c.exit_code for c in stored.load(folder) if c.exit_code and c.name in asked), 0)
-
-
-def _flags(given: Sequence[str]) -> dict[str, str]:
-    flags = {name.removeprefix("--"): value for name, _, value in (g.partition("=") for g in given)}
-    wrong = [
-        name for name, value in flags.items() if not value or name not in ("dir", "baseline", "config-dir")
-    ]
-    if wrong:
-        raise ConfigError(
-            f"lab takes --dir=FOLDER, --baseline=VARIANT and --config-dir=DIR, not {', '.join(wrong)}"
-        )
-    return flags
 
 
 def plan(folder: Path, overrides: Sequence[str], config_dir: str | None = None) -> list[Job]:
@@ -123,16 +114,16 @@ def _kept(asked: Cell, known: Cell | None) -> Cell:
     return replace(known, reason="" if known.settings == asked.settings else OLDER)
 
 
-def _run(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any]) -> None:
+def _run(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any], bench: Bench) -> None:
     train.take_signals()
     try:
-        asyncio.run(_work(folder, jobs, tell))
+        asyncio.run(_work(folder, jobs, tell, bench))
     finally:
         cluster.stop()
 
 
-async def _work(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any]) -> None:
-    bench, code = Bench(), rundir.code()
+async def _work(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any], bench: Bench) -> None:
+    code = rundir.code()
     of_task = tasks([job.cell for job in jobs])
     for number, job in enumerate(jobs, start=1):
         name = f"{job.cell.task}, {variant(job.cell, of_task[job.cell.task])}, seed {job.cell.seed}"
@@ -230,7 +221,7 @@ def _report(folder: Path, baseline: str | None) -> tuple[list[Cell], str]:
     cells = sorted(stored.load(folder), key=lambda c: (c.task, c.objective, sorted(c.extras), c.seed))
     named = {c.name: variant(c, of_task) for of_task in tasks(cells).values() for c in of_task}
     names = list(dict.fromkeys(named.values()))
-    chosen = baseline or next(itertools.chain((n for n in names if n == "grpo"), names), "")
+    chosen = baseline or ("grpo" if "grpo" in names else next(iter(names), ""))
     if chosen not in names:
         raise ConfigError(f"--baseline={chosen}: the lab in {folder} has {', '.join(names) or 'no cell yet'}")
     cells.sort(key=lambda c: (c.task, named[c.name] != chosen))

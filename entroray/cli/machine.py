@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from entroray.cli import sampling
+from entroray.cli import calls, sampling
 from entroray.config import Config
 from entroray.errors import PreflightError
+from entroray.loop.evaluate import At
 from entroray.loop.heat import Heat
+from entroray.loop.roles import Generator as Role
 from entroray.objective import Objective
 from entroray.workers import cluster
 from entroray.workers.adapters import DeepSpeedLearner, Generators, Verifiers
@@ -55,8 +57,8 @@ class Machine:
     sync: WeightSync
     facts: dict[str, Any]
 
-    def generator_role(self, sampling: Sampling, heat: Heat | None = None) -> Generators:
-        return Generators(self.engines, sampling, self.config.rollout.deadline, heat or Heat())
+    def generator_role(self, drawn: Sampling, heat: Heat | None = None) -> Generators:
+        return Generators(self.engines, drawn, self.config.rollout.deadline, heat or Heat())
 
     def verifier_role(self) -> Verifiers:
         return Verifiers(self.verifiers, self.config.driver.call_deadline)
@@ -109,6 +111,16 @@ class Machine:
         """Every actor dies at once, whatever it is doing, and its place is free for another machine."""
         await self.engines.close()
         cluster.end([*self.engines.there(), *self.learner.handles, *self.verifiers.handles])
+
+
+def at_temperature(config: Config, m: Machine, tokenizer: Any) -> At:
+    """The policy's own distribution on these engines, with the settings' tool, at any one temperature."""
+
+    def at(temperature: float) -> Role:
+        drawn = m.generator_role(sampling.plain(config, temperature))
+        return calls.conversing(config, tokenizer, drawn, m.verifier_role())
+
+    return at
 
 
 def lasting(config: Config) -> dict[str, Any]:
@@ -214,13 +226,16 @@ async def build(
     v = config.verifier
     limits = {"slots": v.slots, "deadline": config.reward.deadline, "memory_mb": v.memory_mb}
     judges = [cluster.spawn(Verifier, share, judge, **limits) for _ in range(count)]
-    pools = engines, Gang("learner", ranks), Pool("verifier", judges)
-    sync, facts = await _introduce(config, *pools, probe, resume)
-    return Machine(config, *pools, sync, facts)
+    learner, verifiers = Gang("learner", ranks), Pool("verifier", judges)
+    sync, facts = await _introduce(
+        config, engines=engines, learner=learner, verifiers=verifiers, probe=probe, resume=resume
+    )
+    return Machine(config, engines, learner, verifiers, sync, facts)
 
 
 async def _introduce(
     config: Config,
+    *,
     engines: Engines,
     learner: Gang,
     verifiers: Pool,

@@ -27,8 +27,17 @@ class Material:
 def tasks(config: Config) -> dict[str, Part]:
     """The parts of the mixture by name; of one task alone, itself, called ""."""
     d = config.data
-    alone = (d.source, d.task, d.settings, d.size, d.seed, d.template, config.model.system, d.demonstration)
-    return d.parts or {"": Part(1.0, *alone)}
+    alone = Part(
+        source=d.source,
+        task=d.task,
+        settings=d.settings,
+        size=d.size,
+        seed=d.seed,
+        template=d.template,
+        system=config.model.system,
+        demonstration=d.demonstration,
+    )
+    return d.parts or {"": alone}
 
 
 def weights(config: Config) -> dict[str, float]:
@@ -91,6 +100,11 @@ def _made(config: Config, tokenizer: Any, name: str, part: Part) -> tuple[prompt
         max_tokens=config.data.max_prompt,
         domain=name,
     ), bad
+
+
+def probe_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that engines and learner score alike, see `driver.probe`."""
+    return tuple(tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
 
 
 def order(config: Config, of: tuple[Prompt, ...], seed: int) -> prompts.PromptStream | mixture.Mixture:

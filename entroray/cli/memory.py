@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 
 from entroray.cli import bootstrap, machine
-from entroray.config import EMBEDDED, Config
+from entroray.config import Config
+from entroray.errors import PreflightError
 from entroray.objective import Objective
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -49,8 +50,11 @@ def learner(config: Config, count: int, *, held: bool) -> dict[str, float]:
 
 
 def parameters(config: Config) -> int | None:
-    """Of the model of these settings, each counted once; None for a hub id that is not in the cache."""
-    if config.model.path == EMBEDDED and not bootstrap.cached(config).is_dir():
+    """Of the model of these settings, each counted once; None for a hub id that is not in the cache.
+
+    Raises PreflightError for a damaged file of weights, ValueError for a config.json of no known model.
+    """
+    if bootstrap.is_missing(config):
         from entroray.policy.build import count
 
         return count(config.model.bootstrap.shape)
@@ -83,9 +87,18 @@ def _stored(folder: Path) -> int:
 
 
 def _elements(file: Path) -> int:
-    """A safetensors file begins with the length of its header, 8 bytes little-endian, and the header."""
+    """A safetensors file begins with the length of its header, 8 bytes little-endian, and the header.
+
+    Raises PreflightError where the file is something else, such as a pointer of Git LFS.
+    """
     with file.open("rb") as opened:
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header = json.loads(opened.read(min(length, file.stat().st_size)))
+        except ValueError as error:
+            raise PreflightError(
+                f"{file} is no safetensors file, or not a whole one: download it again"
+            ) from error
     return sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
 
 

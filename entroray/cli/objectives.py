@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 from entroray import control
-from entroray.cli import knobs, plans, sampling, settings
+from entroray.cli import flags, knobs, plans, sampling, settings
+from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.objective import Objective, build, check_group_size
@@ -19,6 +20,7 @@ from entroray.objective.equation import MANY, SLOTS
 
 BASE = "grpo"
 """The row that the others are told apart from."""
+FLAGS = (CONFIG_DIR,)
 
 
 def main(arguments: list[str]) -> int:
@@ -31,7 +33,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if arguments[0] != "show":
         raise ConfigError(f"objectives takes nothing, `table`, or `show objective=NAME ...`, got {arguments}")
-    config, _ = settings.load(arguments[1:])
+    given, overrides = flags.parse("objectives show", arguments[1:], FLAGS)
+    config, _ = settings.load(overrides, given.get("config-dir"))
     objective = build(config.objective, config.objective_packages)
     check_group_size(objective, config.rollout.group_size)
     print("\n".join([*objective.describe().splitlines(), *_numbers(objective), *told(config, objective)]))
@@ -105,12 +108,12 @@ def _listing() -> Iterator[str]:
 
 def rows() -> list[str]:
     """Every row of conf/objective."""
-    return sorted(path.stem for path in (settings.CONF / "objective").glob("*.yaml"))
+    return sorted(path.stem for path in (settings.conf() / "objective").glob("*.yaml"))
 
 
 def head(name: str) -> tuple[str, str]:
     """(first sentence, what it does to entropy) of the comment at the head of a row."""
-    text = Path(settings.CONF, "objective", f"{name}.yaml").read_text()
+    text = Path(settings.conf(), "objective", f"{name}.yaml").read_text()
     lines = [x.lstrip("# ") for x in itertools.takewhile(lambda x: x.startswith("#"), text.splitlines())]
     lines = [x for x in lines if not x.startswith("@package")]
     said, _, entropy = " ".join(lines).partition("Entropy: ")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from entroray.cli import bootstrap, machine, rundir, sampling
-from entroray.config import EMBEDDED, Config
+from entroray.cli import bootstrap, machine, memory, rundir, sampling
+from entroray.config import Config
 from entroray.errors import EntrorayError, PreflightError
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
 from entroray.workers import cluster
@@ -55,7 +55,7 @@ def refuse(config: Config) -> None:
 def model(config: Config) -> str:
     """Weights, tokenizer, chat template, vocabulary and context fit each other and what is asked."""
     needed = machine.length(config)
-    if config.model.path == EMBEDDED and not bootstrap.cached(config).is_dir():
+    if bootstrap.is_missing(config):
         return _context(needed, config.model.bootstrap.shape.context, "the embedded model, not made yet")
     path = bootstrap.resolve(config)
     from transformers import AutoConfig
@@ -98,10 +98,10 @@ def disk(config: Config) -> str:
     """Room for the checkpoints kept, the one being written, and the exported model."""
     place = _existing(Path(config.run.dir or "runs").expanduser())
     free = shutil.disk_usage(place).free
-    weights = Path(bootstrap.resolve(config), "model.safetensors")
-    if not weights.is_file():
+    count = _parameters(config)
+    if count is None:
         return f"{free / 2**30:.1f} GiB free at {place}; the model's size is unknown"
-    size = weights.stat().st_size
+    size = count * memory.BYTES[config.model.dtype]
     each = size * (3 if config.model.dtype == "float32" else 7)  # two moments, and a master copy below FP32
     need = each * (config.checkpoint.keep + 2) + size
     if need > free:
@@ -111,6 +111,14 @@ def disk(config: Config) -> str:
             "model. Lower checkpoint.keep, or put run.dir on a larger disk"
         )
     return f"{free / 2**30:.1f} GiB free at {place}, at most {need / 2**30:.2f} needed"
+
+
+def _parameters(config: Config) -> int | None:
+    """None for what is not here, and for a config.json of no model, about which `model` has its say."""
+    try:
+        return memory.parameters(config)
+    except (OSError, ValueError):
+        return None
 
 
 def _existing(folder: Path) -> Path:
@@ -150,8 +158,9 @@ def sampler(config: Config) -> str:
     text = config.sampler.insert
     if text is None:
         return "inserts nothing"
-    new = config.model.path == EMBEDDED and not bootstrap.cached(config).is_dir()
-    tokenizer = byte_tokenizer() if new else load_tokenizer(bootstrap.resolve(config))
+    tokenizer = (
+        byte_tokenizer() if bootstrap.is_missing(config) else load_tokenizer(bootstrap.resolve(config))
+    )
     return f"inserts {text!r}, token {sampling.token(text, tokenizer)}"
 
 

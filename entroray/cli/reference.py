@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from entroray.cli.settings import CONF
+from entroray.cli.settings import conf
 from entroray.config import Config
 from entroray.control import feedback, schedules
 from entroray.errors import ConfigError
@@ -98,7 +98,7 @@ def text() -> str:
 
 def _groups() -> Iterator[str]:
     yield "## Choices\n\n| | what it is |\n|---|---|"
-    for file in sorted(CONF.glob("*/*.yaml")):
+    for file in sorted(conf().glob("*/*.yaml")):
         yield f"| `{file.parent.name}={file.stem}` | {title(file)} |"
 
 
@@ -121,7 +121,7 @@ def title(file: Path) -> str:
 
 def _settings() -> Iterator[str]:
     yield "\n## Settings\n\n| setting | default | meaning |\n|---|---|---|"
-    base = yaml.safe_load((CONF / "train.yaml").read_text())
+    base = yaml.safe_load((conf() / "train.yaml").read_text())
     for path, default, meaning in settings(Config):
         if path not in base:
             yield f"| `{path}` | `{default}` | {meaning.replace('|', 'or')} |"

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,6 @@ def describe(folder: Path, tree: DictConfig, facts: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages a result depends on."""
-    from importlib.metadata import PackageNotFoundError
-
     found = {}
     for name in ("entroray", *PACKAGES):
         try:

@@ -4,6 +4,7 @@ import difflib
 import itertools
 import json
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from entroray.cli import calls, choices, knobs, material, plans, sampling
+from entroray.cli import bounds, calls, choices, knobs, material, plans, sampling
 from entroray.config import Config
-from entroray.errors import ConfigError
+from entroray.errors import ConfigError, PreflightError
 from entroray.loop.evaluate import plan
 
 PACKAGE = Path(__file__).parent.parent
-CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())  # wheel, then checkout
 
 TAKEN = {
     "model": "model.path says it",
@@ -30,7 +30,16 @@ TAKEN = {
     "async_scheduling": "it is off: a token in flight across a sync would carry the wrong version",
 }
 
-ConfigStore.instance().store(name="schema", node=Config)
+
+@cache
+def conf() -> Path:
+    """The folder of YAML: in the package of a wheel, beside it in a checkout; PreflightError without one."""
+    for folder in (PACKAGE / "conf", PACKAGE.parent / "conf"):
+        if folder.is_dir():
+            return folder
+    raise PreflightError(
+        f"there is no conf/ in or beside {PACKAGE}: reinstall entroray, or run it from a checkout"
+    )
 
 
 def load(
@@ -41,9 +50,12 @@ def load(
     An evaluation (`training` False) may be greedy, or cut the tail. Raises ConfigError naming the key and
     the nearest right one.
     """
+    if config_dir and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir={config_dir} is no folder: give one with conf/'s groups in it")
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    ConfigStore.instance().store(name="schema", node=Config)  # conf/train.yaml begins with it
     try:
-        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        with initialize_config_dir(config_dir=str(conf()), version_base="1.3"):
             tree = compose("train", overrides=overrides + extra)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
@@ -93,17 +105,8 @@ def _keys(schema: Any, prefix: str = "") -> Any:
 
 
 def check(config: Config) -> None:
-    """Rules between settings; ConfigError says which two contradict and what to do."""
-    if config.driver.stale not in ("wait", "drop"):
-        raise ConfigError(f"driver.stale={config.driver.stale}: choose wait or drop")
-    if config.run.resume not in ("never", "auto"):
-        raise ConfigError(f"run.resume={config.run.resume}: choose never or auto")
-    if config.checkpoint.keep < 1:
-        raise ConfigError(f"checkpoint.keep={config.checkpoint.keep}: keep at least 1")
-    if config.model.dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"model.dtype={config.model.dtype}: choose float32 or bfloat16")
-    if config.learner.zero_stage not in (0, 1, 2, 3):
-        raise ConfigError(f"learner.zero_stage={config.learner.zero_stage}: choose 0, 1, 2 or 3")
+    """What each setting may be and rules between them; ConfigError says what is wrong and what to do."""
+    bounds.check(config)
     sampling.check(config)
     calls.check(config)
     material.check(config)
@@ -140,11 +143,6 @@ def check_engine(options: dict[str, Any]) -> None:
 def check_evaluation(config: Config) -> None:
     """ConfigError where `evaluate` asks for what its samples cannot give."""
     e, engine = config.evaluate, config.generator.engine
-    if e.prompts < 1 or e.samples < 1 or e.cot < 0:
-        raise ConfigError(
-            f"evaluate.prompts={e.prompts} and evaluate.samples={e.samples} must be at least 1, "
-            f"evaluate.cot={e.cot} at least 0"
-        )
     plan(config.sampler.temperature, e.samples, e.k)
     if e.cot and str(engine.get("logprobs_mode", "")).endswith("logits"):
         raise ConfigError(
@@ -156,12 +154,12 @@ def check_evaluation(config: Config) -> None:
 def expand(overrides: list[str]) -> list[list[str]]:
     """Every combination of sweeping overrides (`seed=1,2,3`), for multirun."""
     parsed = OverridesParser.create().parse_overrides(overrides)
-    choices = []
+    swept = []
     for text, override in zip(overrides, parsed, strict=True):
         key = text.partition("=")[0]
         values = override.sweep_string_iterator() if override.is_sweep_override() else None
-        choices.append([f"{key}={v}" for v in values] if values else [text])
-    return [list(c) for c in itertools.product(*choices)]
+        swept.append([f"{key}={v}" for v in values] if values else [text])
+    return [list(c) for c in itertools.product(*swept)]
 
 
 def fingerprint(tree: Any) -> str:
@@ -172,6 +170,6 @@ def fingerprint(tree: Any) -> str:
 
 def objective(name: str) -> dict[str, Any]:
     """The row called `name` of conf/objective, without the control that may come with it."""
-    row = OmegaConf.to_container(OmegaConf.load(CONF / "objective" / f"{name}.yaml"))
+    row = OmegaConf.to_container(OmegaConf.load(conf() / "objective" / f"{name}.yaml"))
     assert isinstance(row, dict)
     return {str(k): v for k, v in row.get("objective", row).items()}

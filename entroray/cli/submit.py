@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from entroray.cli import settings
+from entroray.cli import flags, settings
+from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 
@@ -22,16 +23,17 @@ RUNS = "~/entroray-runs"
 """Where a submitted run is written when `run.dir` is not given: at home on the head node."""
 
 
+FLAGS = (Flag("address", "URL"), CONFIG_DIR)
+
+
 def main(arguments: list[str]) -> int:
-    """`submit [--address=http://HEAD:8265] [--config-dir=DIR] overrides`; the job's own exit code."""
-    flags = dict(a.removeprefix("--").split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
-    overrides = [a for a in arguments if not a.startswith("--")]
-    if unknown := flags.keys() - {"address", "config-dir"}:
-        raise ConfigError(f"submit knows --address and --config-dir, not {', '.join(sorted(unknown))}")
-    config, _ = settings.load(overrides, flags.get("config-dir"))
+    """`submit [--address http://HEAD:8265] [--config-dir FOLDER] overrides`; the job's own exit code."""
+    given, overrides = flags.parse("submit", arguments, FLAGS)
+    config_dir = given.get("config-dir")
+    config, _ = settings.load(overrides, config_dir)
     with tempfile.TemporaryDirectory() as folder:
-        command = pack(Path(folder), config, overrides, flags.get("config-dir"))
-        client, job = _submit(flags.get("address"), command, folder)
+        command = pack(Path(folder), config, overrides, config_dir)
+        client, job = _submit(given.get("address"), command, folder)
     return asyncio.run(_follow(client, job))
 
 
@@ -39,7 +41,7 @@ def pack(folder: Path, config: Config, overrides: list[str], config_dir: str | N
     """Code, conf and the files the settings name, copied into `folder`; returns the command to run there."""
     shutil.copytree(settings.PACKAGE, folder / "entroray", ignore=shutil.ignore_patterns("__pycache__"))
     if not (folder / "entroray" / "conf").is_dir():
-        shutil.copytree(settings.CONF, folder / "conf")
+        shutil.copytree(settings.conf(), folder / "conf")
     command = ["python", "-m", "entroray", "train", *overrides, "cluster.address=auto"]
     if config_dir:
         shutil.copytree(config_dir, folder / "submitted-conf")

@@ -18,6 +18,7 @@ from entroray.cli import (
     calls,
     choices,
     driving,
+    flags,
     knobs,
     machine,
     material,
@@ -28,6 +29,7 @@ from entroray.cli import (
     sampling,
     settings,
 )
+from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.cli.objectives import advised, schedule, told
 from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, Stopped
@@ -42,16 +44,17 @@ from entroray.observe.outlook import Outlook, last_word, moved
 from entroray.policy.tokenizer import fingerprint
 from entroray.workers import cluster
 
+FLAGS = (Flag("cfg", "job", short="-c"), CONFIG_DIR, Flag("multirun", short="-m"))
+
 
 def main(arguments: list[str]) -> int:
-    """`train [--cfg job] [--multirun] [--config-dir DIR] overrides`."""
-    multirun = [a for a in arguments if a in ("-m", "--multirun")]
-    rest = [a for a in arguments if a not in multirun]
-    if multirun:
-        return _multirun(rest)
-    overrides, config_dir, show = _flags(rest)
+    """`train [--cfg job] [--multirun] [--config-dir FOLDER] overrides`."""
+    given, overrides = flags.parse("train", arguments, FLAGS)
+    config_dir = given.get("config-dir")
+    if "multirun" in given:
+        return _multirun(overrides, config_dir, show="cfg" in given)
     config, tree = settings.load(overrides, config_dir)
-    if show:
+    if "cfg" in given:
         print(OmegaConf.to_yaml(tree, resolve=True), end="")
         return 0
     objective = objective_of(config)
@@ -60,7 +63,7 @@ def main(arguments: list[str]) -> int:
         return 0
     take_signals()
     preflight.refuse(config)
-    facts = bootstrap.ensure(config, rest)
+    facts = bootstrap.ensure(config, overrides, config_dir)
     asyncio.run(_train(config, tree, objective, rundir.open_run(config, tree), facts))
     return 0
 
@@ -73,34 +76,11 @@ def objective_of(config: Config) -> Objective:
     return objective
 
 
-def _flags(arguments: list[str]) -> tuple[list[str], str | None, bool]:
-    """(overrides, --config-dir, whether --cfg job was given); ConfigError for any other flag or value."""
-    overrides, config_dir, show = [], None, False
-    rest = iter(arguments)
-    for argument in rest:
-        flag, joined, value = argument.partition("=")
-        if not flag.startswith("-"):
-            overrides.append(argument)
-            continue
-        value = value if joined else next(rest, "")
-        if flag in ("--cfg", "-c") and value == "job":
-            show = True
-        elif flag in ("--config-dir", "-cd") and value:
-            config_dir = value
-        else:
-            raise ConfigError(
-                f"train does not take {flag} {value}".rstrip() + ": it takes --cfg job, --config-dir FOLDER, "
-                "--multirun, and settings as key=value"
-            )
-    return overrides, config_dir, show
-
-
-def _multirun(arguments: list[str]) -> int:
+def _multirun(overrides: list[str], config_dir: str | None, *, show: bool) -> int:
     """Every combination, one after the other, each in a process of its own; the first failure's code."""
-    overrides, config_dir, show = _flags(arguments)
     if show:
         raise ConfigError("--cfg job prints the settings of one run: leave out --multirun, or --cfg job")
-    extra = ["--config-dir", config_dir] if config_dir else []
+    extra = [f"--config-dir={config_dir}"] if config_dir else []
     worst = 0
     for number, combination in enumerate(settings.expand(overrides)):
         print(f"--- run {number}: {' '.join(combination)}", flush=True)
@@ -138,7 +118,7 @@ async def _train(
     try:
         first = run.state.get("version", 0) + 1
         journal, console = open_journal(config, folder, read_in.tokenizer, first_step=first)
-        probe = tuple(read_in.tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
+        probe = material.probe_ids(config, read_in.tokenizer)
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await machine.build(
             config,
@@ -236,11 +216,11 @@ async def drive(
     drawn = sampling.shaped(config, config.sampler.temperature, read_in.tokenizer)
     generator, verifier = m.generator_role(drawn, heat), m.verifier_role()
     roles = Roles(
-        calls.conversing(config, read_in.tokenizer, generator, verifier, journal.event),
-        verifier,
-        m.learner_role(objective),
-        m.sync,
-        journal,
+        generator=calls.conversing(config, read_in.tokenizer, generator, verifier, journal.event),
+        verifier=verifier,
+        learner=m.learner_role(objective),
+        sync=m.sync,
+        journal=journal,
         evaluate=_evaluation(config, read_in, m),
         waits=cluster.WAITS.lines,
     )
@@ -295,9 +275,8 @@ def _evaluation(
     async def evaluate(step: int) -> dict[str, float]:
         if not e.every or step % e.every:
             return {}
-        temperature, judge = config.sampler.temperature, m.verifier_role()
-        drawn = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
-        at = lambda t: calls.conversing(config, read_in.tokenizer, drawn(t), judge)  # noqa: E731
+        at, judge = machine.at_temperature(config, m, read_in.tokenizer), m.verifier_role()
+        temperature = config.sampler.temperature
         found = await heldout(at, judge, prompts, temperature=temperature, samples=e.samples)
         return {f"eval/{name}": value for name, value in found.items()}
 

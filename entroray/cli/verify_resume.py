@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from entroray.cli import flags
+from entroray.cli.flags import Flag
 from entroray.errors import ConfigError, InfrastructureError, NumericsError
 from entroray.observe.journal import read
 from entroray.observe.records import files, step_of
@@ -15,17 +17,18 @@ CLOCKED = ("seconds/", "tokens/per_second")
 """Metrics that are times: they may differ."""
 
 
+FLAGS = (Flag("steps", "N"), Flag("dir", "FOLDER"))
+
+
 def main(arguments: list[str]) -> int:
-    """`verify-resume [--steps=3] [--dir=FOLDER] overrides`: n + n steps against 2n; exit 6 when they differ.
+    """`verify-resume [--steps N] [--dir FOLDER] overrides`: n + n steps against 2n; exit 6 when they differ.
 
     Trains 2n steps with a checkpoint at n, then goes on from that checkpoint in a new process, and compares
     token records, metrics and exported weights of the second half bit for bit.
     """
-    flags = dict(a.removeprefix("--").split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
-    overrides = [a for a in arguments if not a.startswith("--")]
-    if unknown := flags.keys() - {"steps", "dir"}:
-        raise ConfigError(f"verify-resume knows --steps and --dir, not {', '.join(sorted(unknown))}")
-    steps, folder = int(flags.get("steps", 3)), Path(flags.get("dir", "runs/verify-resume")).resolve()
+    given, overrides = flags.parse("verify-resume", arguments, FLAGS)
+    steps = _steps(given.get("steps", "3"))
+    folder = Path(given.get("dir", "runs/verify-resume")).resolve()
     shutil.rmtree(folder, ignore_errors=True)
     whole, resumed = folder / "whole", folder / "resumed"
     _train(overrides, whole, steps)
@@ -38,6 +41,13 @@ def main(arguments: list[str]) -> int:
         raise NumericsError("the resumed run is another run: " + "; ".join(wrong))
     print(f"\n{steps} + {steps} steps equal {2 * steps}: token records, metrics and weights, bit for bit")
     return 0
+
+
+def _steps(given: str) -> int:
+    """The number that --steps is; ConfigError where it is none, or no step is left to compare."""
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"verify-resume --steps={given} must be a whole number, at least 1")
+    return int(given)
 
 
 def _train(overrides: list[str], folder: Path, steps: int) -> None:

@@ -18,7 +18,7 @@ from entroray.loop.stream import Prompts
 from entroray.types import Group, Prompt, Version
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rule:
     """Pass rates in [0, 1]; the default passes over nothing."""
 

@@ -108,22 +108,22 @@ async def examine(
     at: At,
     verifier: Verifier,
     prompts: Sequence[Prompt],
-    plan: Plan,
+    drawn: Plan,
     words: Words,
     decoding: Decoding | None = None,
 ) -> dict[str, Any]:
     """Everything `entroray eval` finds, as JSON holds it; the draws are those of `heldout`.
 
-    Entropies are there where `at(plan.temperature)` notes them (`Rollout.shaped`). With `decoding`, `at(0)`
+    Entropies are there where `at(drawn.temperature)` notes them (`Rollout.shaped`). With `decoding`, `at(0)`
     must report as many likeliest tokens as there are paths, and at least two.
     """
     greedy = await answered(at(0.0), verifier, prompts, samples=1, seed=0)
     sampled = greedy
-    if plan.temperature > 0:
-        heated = at(plan.temperature)
-        sampled = await answered(heated, verifier, prompts, samples=plan.samples, seed=0)
+    if drawn.temperature > 0:
+        heated = at(drawn.temperature)
+        sampled = await answered(heated, verifier, prompts, samples=drawn.samples, seed=0)
     paths = await fork(greedy, decoding, verifier, words.text) if decoding else []
-    found = findings.of(greedy, sampled, paths, plan.ks, words)
+    found = findings.of(greedy, sampled, paths, drawn.ks, words)
     parts = domains(prompts).items()
     mean = lambda places: {n: _mean(c, places) for n, c in found["each"].items() if n != "id"}  # noqa: E731
     return found | ({"domains": {name: mean(places) for name, places in parts}} if parts else {})

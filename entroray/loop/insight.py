@@ -16,7 +16,7 @@ from entroray.loop.roles import Learner, Scores
 from entroray.types import Group, Tokens, Version
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Looks:
     """How often to look, in steps from the first on; 0 is never."""
 

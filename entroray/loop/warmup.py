@@ -14,15 +14,16 @@ from entroray.objective import Objective
 from entroray.types import Group, Prompt, Rollout, Span, Verdict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Warmup:
-    """When the warm start stops: sampled accuracy inside `band`, looked at every `check_every` steps."""
+    """When the warm start stops: at its first look, every `check_every` steps, at or above `band[0]`."""
 
     band: tuple[float, float]
+    """Sampled accuracies aimed at; `overshot` says when a look found more than the upper one."""
     max_steps: int
     rows_per_step: int
+    """Right answers a supervised step."""
     check_every: int
-    seed: int
 
 
 def demonstrate(prompt: Prompt, response: Sequence[int], said: Sequence[Span] = ()) -> Group:
@@ -54,7 +55,7 @@ async def warm_up(
     plan: Warmup,
     report: Callable[[int, float, float], None],
 ) -> float:
-    """Supervised steps until `await check()` (sampled accuracy) reaches the band; returns that accuracy.
+    """Supervised steps until `await check()` (sampled accuracy) is at or above `plan.band[0]`; returns it.
 
     `report(step, loss, accuracy)` hears every check. PreflightError when the band is not reached.
     """
@@ -76,4 +77,14 @@ async def warm_up(
     raise PreflightError(
         f"the warm start reached {reached:.2f} sampled accuracy in {plan.max_steps} steps, below "
         f"model.bootstrap.band={list(plan.band)}: raise model.bootstrap.max_steps, or lower the band"
+    )
+
+
+def overshot(reached: float, plan: Warmup) -> str:
+    """What to do about a warm start that ended at an accuracy above the band; empty where it did not."""
+    if reached <= plan.band[1]:
+        return ""
+    return (
+        f"above model.bootstrap.band={list(plan.band)}: a model.bootstrap.check_every below "
+        f"{plan.check_every} looks before it is passed"
     )

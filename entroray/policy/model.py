@@ -79,4 +79,9 @@ def load(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:
         raise PreflightError(
             f"model.path={path} ({type(model).__name__}) has no plain `lm_head`: exact entropies need one"
         )
+    if model.lm_head.bias is not None:
+        raise PreflightError(
+            f"model.path={path} ({type(model).__name__}) has an output head with a bias, which would be left "
+            "out of every log-prob and entropy: take a model whose `lm_head` is a weight alone"
+        )
     return Policy(model)

@@ -103,7 +103,7 @@ def test_a_folder_of_ones_own_adds_choices(tmp_path: Path) -> None:
 
 
 def test_the_reference_is_what_the_schema_says_and_says_it_of_every_setting() -> None:
-    assert (settings.CONF / "README.md").read_text() == reference.text(), (
+    assert (settings.conf() / "README.md").read_text() == reference.text(), (
         "entroray reference > conf/README.md"
     )
     assert [path for path, _, meaning in reference.settings(Config) if not meaning] == []

@@ -19,7 +19,7 @@ from entroray.objective import build
 from entroray.types import Group, Status
 from entroray.workers.generator import Request, Sampling
 
-FILES = sorted((settings.CONF / "rollout").glob("*.yaml"))
+FILES = sorted((settings.conf() / "rollout").glob("*.yaml"))
 ROWS = [file.stem for file in FILES if "plan:" not in file.read_text()]  # test_grown_groups.py has the plans
 QUICK = [
     *("experiment=quickstart", "objective=grpo", "data.size=300", "data.max_prompt=128"),

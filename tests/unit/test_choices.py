@@ -143,7 +143,7 @@ def test_the_driver_draws_the_same_prompts_after_a_resume(max_lag: int) -> None:
 
 # The configuration.
 
-FILES = sorted((settings.CONF / "rollout").glob("*.yaml"))
+FILES = sorted((settings.conf() / "rollout").glob("*.yaml"))
 NAMES = [file.stem for file in FILES if "plan:" not in file.read_text()]  # plans have tests of their own
 
 

@@ -314,7 +314,7 @@ def test_a_signal_that_these_settings_bring_is_read(signal, more):
     assert [c.signal for c in knobs.control_of(config).controllers] == [signal]
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (settings.CONF / "control").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in (settings.conf() / "control").glob("*.yaml")))
 def test_every_control_composes_and_says_what_it_does(name):
     config = configured(f"control={name}")
     lines = [c.describe() for c in knobs.control_of(config).controllers]

@@ -267,9 +267,10 @@ def test_an_evaluation_says_how_it_draws() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--hmtl=x"], "does not know --hmtl"),
-        (["--out"], "does not know --out"),
+        (["--hmtl=x"], "does not take --hmtl x: it takes --config FILE, --out FILE, --html"),
+        (["--out"], "does not take --out: it takes"),
         (["--compare", "a.json"], "takes two files"),
+        (["--config=a.yaml", "--config-dir=mine"], "leave out --config-dir"),
     ],
 )
 def test_what_the_command_does_not_know_is_refused(arguments: list[str], said: str) -> None:

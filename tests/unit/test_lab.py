@@ -189,7 +189,7 @@ def test_a_lab_keeps_runs_for_itself(tmp_path: Path) -> None:
         lab.plan(tmp_path, ["experiment=quickstart", "run.dir=mine"])
     with pytest.raises(ConfigError, match="one Ray cluster"):
         lab.plan(tmp_path, ["experiment=quickstart", "cluster=cpu,gpu"])
-    with pytest.raises(ConfigError, match="not dri"):
+    with pytest.raises(ConfigError, match="lab does not take --dri mine: it takes --dir FOLDER, --baseline"):
         lab.main(["--dri=mine", "experiment=quickstart"])
 
 

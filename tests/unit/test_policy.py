@@ -51,6 +51,16 @@ def test_a_folder_without_model_is_refused(tmp_path):
         load(str(tmp_path), torch.float32)
 
 
+def test_a_head_with_a_bias_is_refused_by_the_models_path(tmp_path):
+    from transformers import PhiConfig, PhiForCausalLM
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    PhiForCausalLM(PhiConfig(vocab_size=32, **small)).save_pretrained(tmp_path)
+    said = rf"model\.path={tmp_path} \(PhiForCausalLM\) has an output head with a bias.*take a model"
+    with pytest.raises(PreflightError, match=said):
+        load(str(tmp_path), torch.float32)
+
+
 def batch(rows: int, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     prompts, responses = rng.integers(1, 9, rows), rng.integers(0, 20, rows)

@@ -107,6 +107,42 @@ def test_a_disk_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         preflight.disk(config(f"model.path={folder}"))
 
 
+def test_a_disk_too_small_for_a_model_in_shards_or_not_made_yet(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda place: namedtuple("usage", "free")(1000))
+    sharded = tmp_path / "sharded"
+    shutil.copytree(folder, sharded)
+    (sharded / "model.safetensors").rename(sharded / "one.safetensors")
+    index = {"weight_map": {"any": "one.safetensors"}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    for told in (f"model.path={sharded}", "model.bootstrap.cache=/nowhere"):
+        with pytest.raises(PreflightError, match=r"checkpoint\.keep=2 \+ 2 of"):
+            preflight.disk(config(told))
+
+
+def test_what_a_run_writes_is_counted_from_parameters_and_dtype(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight.memory, "parameters", lambda config: 2**30)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: namedtuple("usage", "free")(1 << 40))
+    assert preflight.disk(config("checkpoint.keep=1")).endswith(f"at most {4 * (3 * 3 + 1):.2f} needed")
+    told = config("checkpoint.keep=1", "model.dtype=bfloat16")
+    assert preflight.disk(told).endswith(f"at most {2 * (7 * 3 + 1):.2f} needed")
+
+
+def test_a_folder_that_is_no_model_has_no_size_and_a_damaged_file_is_named(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    told = config(f"model.path={tmp_path}")
+    assert "size is unknown" in preflight.disk(told)
+    for text in ("version https://git-lfs.github.com/spec/v1\n", "", "\0" * 8):
+        (tmp_path / "model.safetensors").write_text(text)
+        with pytest.raises(PreflightError, match=r"model\.safetensors is no safetensors file.*again"):
+            preflight.disk(told)
+
+
 def test_a_folder_in_use(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(PreflightError, match="already holds a run"):

@@ -24,7 +24,7 @@ from tests.cases import ROWS
 from tests.composed import configured
 from tests.toy import ToyWorld, driver
 
-NAMES = sorted(path.stem for path in (settings.CONF / "sampler").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (settings.conf() / "sampler").glob("*.yaml"))
 
 
 def logits(rows: int = 40, words: int = 300) -> torch.Tensor:

@@ -1,0 +1,170 @@
+"""Flags of every command: what is taken, what is refused, and that what is refused starts nothing."""
+
+import asyncio
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from entroray import cli
+from entroray.cli import (
+    bootstrap,
+    doctor,
+    flags,
+    lab,
+    objectives,
+    settings,
+    submit,
+    train,
+    verify_resume,
+)
+from entroray.cli.bench import Bench
+from entroray.cli.flags import Flag
+from entroray.config import Config
+from entroray.errors import ConfigError, InfrastructureError, PreflightError
+
+ALLOWED = (Flag("cfg", "job", short="-c"), Flag("dir", "FOLDER"), Flag("many", short="-m"))
+
+
+@pytest.mark.parametrize(
+    ("told", "found", "others"),
+    [
+        ("a=1 --dir=x b=-2", {"dir": "x"}, ["a=1", "b=-2"]),
+        ("--dir x ~a +b=3", {"dir": "x"}, ["~a", "+b=3"]),
+        ("--dir=-x --dir=a=b", {"dir": "a=b"}, []),
+        ("-c job -m seed=1,2", {"cfg": "job", "many": ""}, ["seed=1,2"]),
+        ("--many --cfg=job", {"cfg": "job", "many": ""}, []),
+    ],
+)
+def test_flags_are_told_from_settings(told: str, found: dict[str, str], others: list[str]) -> None:
+    assert flags.parse("it", told.split(), ALLOWED) == (found, others)
+
+
+@pytest.mark.parametrize(
+    "told", ["--di=x", "--dir", "--dir=", "--cfg all", "-c=all", "--many=2", "-x", "--", "-d"]
+)
+def test_another_flag_or_value_is_refused_with_those_there_are(told: str) -> None:
+    said = f"it does not take {told.replace('=', ' ').strip()}: it takes --cfg job, --dir FOLDER, --many, and"
+    with pytest.raises(ConfigError) as refused:
+        flags.parse("it", ["a=1", *told.split()], ALLOWED)
+    assert str(refused.value).startswith(said)
+
+
+def blocks() -> dict[str, str]:
+    """The lines of the usage about each command."""
+    found, name = dict[str, str](), ""
+    for line in cli.USAGE.splitlines()[2:]:
+        if line.startswith("  ") and line[2:3].isalpha():
+            name = line.split()[0]
+        found[name] = found.get(name, "") + line
+    return found
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_usage_lists_every_flag_of_a_command(command: str) -> None:
+    told = blocks()[command]
+    for flag in getattr(import_module(cli.COMMANDS[command]), "FLAGS", ()):
+        assert str(flag) in told
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (verify_resume, ["--dry"]),
+        (verify_resume, ["--dry=yes"]),
+        (submit, ["--dir=x"]),
+        (submit, ["--config-dri", "mine"]),
+        (bootstrap, ["--multirun"]),
+        (doctor, ["--all"]),
+        (lab, ["-x"]),
+        (objectives, ["show", "--cfg", "job"]),
+    ],
+)
+def test_a_flag_of_no_command_starts_nothing(command: Any, told: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"does not take --?[a-z]"):
+        command.main([*told, "experiment=quickstart"])
+
+
+@pytest.mark.parametrize("steps", ["x", "0", "-1", "1.5"])
+def test_steps_that_are_no_number_are_refused(steps: str) -> None:
+    with pytest.raises(ConfigError, match=rf"verify-resume --steps={steps} must be a whole number"):
+        verify_resume.main([f"--steps={steps}", "experiment=quickstart"])
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A folder of settings with one experiment."""
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nrun: {name: mine, steps: 7}\nobserve: {report: false}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_every_command_with_settings_reads_a_folder_of_ones_own(
+    mine: Path, joined: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = [f"--config-dir={mine}"] if joined else ["--config-dir", str(mine)]
+    told += ["experiment=mine", f"model.bootstrap.cache={tmp_path}"]
+    seen: list[Config] = []
+
+    async def make(config: Config, folder: Path) -> None:
+        seen.append(config)
+
+    def pack(folder: Path, config: Config, overrides: list[str], config_dir: str) -> list[str]:
+        assert overrides == told[-2:] and config_dir == str(mine)
+        seen.append(config)
+        raise PreflightError("no cluster here")
+
+    monkeypatch.setattr(bootstrap, "make", make)
+    monkeypatch.setattr(submit, "pack", pack)
+    monkeypatch.setattr(doctor.preflight, "examine", lambda config, checks: seen.append(config) or [])
+    assert bootstrap.main(told) == doctor.main(told) == objectives.main(["show", *told]) == 0
+    with pytest.raises(PreflightError):
+        submit.main(told)
+    assert [config.run.steps for config in seen] == [7, 7, 7]
+
+
+def test_a_folder_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--config-dir=experiment=mine is no folder"):
+        submit.main(["--config-dir", "experiment=mine"])
+
+
+def test_the_warm_start_of_a_run_reads_the_same_folder(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` and the lab start `entroray bootstrap`: its arguments compose to the run's own settings."""
+    started: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        started.append(command)
+        return SimpleNamespace(returncode=9)
+
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr(train.preflight, "refuse", lambda config: None)
+    overrides = ["experiment=mine", f"model.bootstrap.cache={mine}"]
+    with pytest.raises(SystemExit):
+        train.main([*overrides, "--config-dir", str(mine)])
+    config, _ = settings.load(overrides, str(mine))
+    benches: list[Bench] = []
+    monkeypatch.setattr(lab, "_run", lambda folder, jobs, tell, bench: benches.append(bench))
+    lab.main([*overrides, f"--config-dir={mine}", f"--dir={mine}/lab"])
+    with pytest.raises(InfrastructureError, match="exit code 9"):
+        asyncio.run(benches[0].ready(config, overrides, train.objective_of(config)))
+    expected = [sys.executable, "-m", "entroray", "bootstrap", *overrides, f"--config-dir={mine}"]
+    assert started == [expected, expected]
+    found: list[Path] = []
+    monkeypatch.setattr(bootstrap, "make", lambda config, folder: found.append(folder))
+    monkeypatch.setattr("asyncio.run", lambda made: None)
+    assert bootstrap.main(expected[4:]) == 0 and found == [bootstrap.cached(config)]
+
+
+def test_an_installation_without_conf_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "PACKAGE", tmp_path / "entroray")
+    settings.conf.cache_clear()
+    with pytest.raises(
+        PreflightError, match=r"no conf/ .*entroray: reinstall entroray, or run it from a check"
+    ):
+        settings.load([])
+    settings.conf.cache_clear()
