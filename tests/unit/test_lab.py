@@ -246,7 +246,7 @@ def test_finished_results_stay_until_their_own_run_begins(
 ) -> None:
     row = tmp_path / "mine" / "experiment" / "quick.yaml"
     row.parent.mkdir(parents=True)
-    row.write_text(told := (settings.CONF / "experiment" / "quickstart.yaml").read_text())
+    row.write_text(told := (settings.conf() / "experiment" / "quickstart.yaml").read_text())
     first = ran(monkeypatch, tmp_path, runs=2)
     assert [c.status for c in first.values()] == ["done", "done"]
 
