@@ -110,7 +110,7 @@ class Rollout:
     """Most tokens this response was allowed."""
     status: Status = Status.OK
     shaped: Shaped | None = None
-    """None where every token was drawn from the policy's distribution as it is."""
+    """The sampler's notes; None where it kept none."""
     spans: tuple[Span, ...] = ()
     """Observations besides those that `shaped` knows of."""
     parent: int | None = None
