@@ -91,9 +91,6 @@ DIAGNOSED = [
 ]
 """What `diagnose` adds every `observe.diagnosis.every` steps."""
 
-STEP = [*DESCRIBED, *DIAGNOSED]
-"""What `describe` and `diagnose` give together."""
-
 SAMPLER = rows(
     "shaped tokens",
     "sampler's",
@@ -278,7 +275,6 @@ PARTS = {
     "`entroray eval`": EVALUATION,
 }
 """The page's, by title; all but the last stand in metrics.jsonl."""
-IN_A_RUN = [metric for found in list(PARTS.values())[:-1] for metric in found]
 
 
 def text() -> str:

@@ -18,7 +18,6 @@ NO_SIGNAL = "no signal"
 class Dropped:
     """A prompt that gave no group, and why."""
 
-    prompt: Prompt
     reason: str
     drawn: int = 0
     """Response tokens drawn for it all the same."""

@@ -12,12 +12,12 @@ from entroray.cli import choices, driving, machine, material, sampling, settings
 from entroray.config import Config
 from entroray.entropy.catalogue import CHOICE
 from entroray.entropy.diversity import Loops
-from entroray.entropy.metric import matches
 from entroray.loop.driver import Driver, Roles
 from entroray.loop.prompts import PromptStream
 from entroray.objective import build
 from entroray.types import Group, Status
 from entroray.workers.generator import Request, Sampling
+from tests.documented import matches
 
 FILES = sorted((settings.CONF / "rollout").glob("*.yaml"))
 ROWS = [file.stem for file in FILES if "plan:" not in file.read_text()]  # test_grown_groups.py has the plans

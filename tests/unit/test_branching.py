@@ -12,7 +12,6 @@ import torch
 
 from entroray.entropy import describe
 from entroray.entropy.catalogue import BRANCHES, SAMPLER
-from entroray.entropy.metric import matches
 from entroray.errors import ConfigError
 from entroray.loop.batching import tokens_of
 from entroray.loop.branching import branching, first_token_forks, independent, tree
@@ -21,6 +20,7 @@ from entroray.loop.splice import cut
 from entroray.objective.aggregate import rollout_mean
 from entroray.objective.view import visible
 from entroray.types import Group, Mask, Prompt, Rollout, Shaped, Span, Status, Verdict
+from tests.documented import matches
 from tests.toy import VOCABULARY, ToyWorld, driver
 from tests.unit.test_driver import row
 

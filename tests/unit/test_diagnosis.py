@@ -12,10 +12,11 @@ from entroray.entropy import describe, diagnose
 from entroray.entropy.calibration import brier, calibration, consistency, expected_error
 from entroray.entropy.catalogue import DESCRIBED, DIAGNOSED, UPDATE, text
 from entroray.entropy.diversity import answers, distinct, pass_at
-from entroray.entropy.metric import matches, names
+from entroray.entropy.metric import names
 from entroray.entropy.movement import SUMS, movement, shares
 from entroray.types import Mask, Span
 from entroray.workers.adapters import _summary
+from tests.documented import matches
 from tests.unit.test_statistics import group, tokens_of
 
 LN2 = math.log(2)

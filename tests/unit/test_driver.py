@@ -113,7 +113,7 @@ def test_no_signal_at_all_ends_the_run_instead_of_sampling_for_ever() -> None:
 
 def test_too_many_dropped_groups_are_those_of_the_step_and_the_error_says_what_to_do() -> None:
     async def failing(prompt: Prompt, serial: int) -> Dropped:
-        return Dropped(prompt, "timeout: slow")
+        return Dropped("timeout: slow")
 
     async def drop_beyond(limit: int) -> None:
         stream = Stream(ToyPrompts(), failing, per_step=5, max_lag=0, keeps=False)

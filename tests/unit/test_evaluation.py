@@ -13,8 +13,7 @@ from omegaconf import OmegaConf
 
 from entroray.cli import eval as command
 from entroray.cli import sampling
-from entroray.entropy.catalogue import EVALUATION, STEP
-from entroray.entropy.metric import matches
+from entroray.entropy.catalogue import EVALUATION
 from entroray.errors import ConfigError
 from entroray.loop.decoding import Decoding, words
 from entroray.loop.evaluate import examine, plan
@@ -23,6 +22,7 @@ from entroray.observe import evaluation, evaluation_page
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.types import Likeliest, Mask, Prompt, Rollout, Shaped, Status, Verdict
 from tests.composed import composed, configured
+from tests.documented import STEP, matches
 
 TOKENIZER = byte_tokenizer()
 WORDS = words(TOKENIZER)

@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from entroray.entropy import token_entropy
-from entroray.entropy.catalogue import DESCRIBED, IN_A_RUN, LAW, PREDICTION, PROBE, RUN
+from entroray.entropy.catalogue import DESCRIBED, LAW, PREDICTION, PROBE, RUN
 from entroray.entropy.law import fit, student
-from entroray.entropy.metric import matches, names
+from entroray.entropy.metric import names
 from entroray.entropy.prediction import (
     COLLISION,
     compare,
@@ -30,6 +30,7 @@ from entroray.loop.insight import Looks
 from entroray.loop.probe import OUTSIDE, Probe, probe
 from entroray.objective import build
 from entroray.types import Prompt
+from tests.documented import IN_A_RUN, matches
 from tests.toy import ToyWorld, driver
 from tests.unit.test_statistics import group, tokens_of
 

@@ -11,7 +11,6 @@ import pytest
 
 from entroray.entropy.catalogue import CHOICE
 from entroray.entropy.diversity import Loops
-from entroray.entropy.metric import matches
 from entroray.loop import endings
 from entroray.loop.choice import Choice
 from entroray.loop.prompts import PromptStream
@@ -21,6 +20,7 @@ from entroray.loop.stream import Dropped
 from entroray.objective import build
 from entroray.types import Group, Mask, Prompt, Rollout, Shaped, Span, Status, Verdict
 from tests.cases import ROWS
+from tests.documented import matches
 from tests.toy import ToyWorld, driver, trained
 from tests.unit.test_choices import PROMPTS, InOrder, group, rollout
 
@@ -178,10 +178,10 @@ def test_a_second_draw_that_gives_no_group_leaves_the_first() -> None:
     first = group("p0", 0, 0)
 
     async def again(factor: float) -> Dropped:
-        return Dropped(first.prompt, "engine gone", 7)
+        return Dropped("engine gone", 7)
 
     assert asyncio.run(Rescue(1.2)(first, again)) == replace(first, lost=7)
-    dropped = Dropped(first.prompt, "timeout")
+    dropped = Dropped("timeout")
     assert asyncio.run(Rescue(1.2)(dropped, again)) is dropped
 
 

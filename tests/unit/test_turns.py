@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from entroray.entropy.catalogue import TOOLS
-from entroray.entropy.metric import matches
 from entroray.entropy.statistics import describe
 from entroray.loop.batching import tokens_of
 from entroray.loop.demonstrations import Worked, chain_sum_calls
@@ -23,6 +22,7 @@ from entroray.objective import build as objective
 from entroray.reward import build
 from entroray.reward.tools import Call, calculator
 from entroray.types import Answer, Group, Mask, Prompt, Rollout, Shaped, Span, Status, Verdict
+from tests.documented import matches
 from tests.toy import ToyWorld, driver
 
 PROMPT = Prompt("p", "2+3=", tuple(b"2+3="), "5")
