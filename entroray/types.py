@@ -220,7 +220,7 @@ class Group:
         return torch.tensor([v.correct for v in self.verdicts], dtype=torch.float64)
 
     @property
-    def right(self) -> float:
+    def share_right(self) -> float:
         """Share of right answers among those drawn for it: without what was replayed."""
         return float(self.correct[[not r.replayed for r in self.rollouts]].mean())
 

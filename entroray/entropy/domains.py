@@ -16,7 +16,7 @@ JUDGED = ("reward/mean", "groups/all_right", "groups/all_wrong", "length/mean", 
 
 def judged(groups: Sequence[Group]) -> dict[str, float]:
     """Of every group judged: a filter that keeps the undecided ones must not show as a plateau."""
-    right = [g.right for g in groups]
+    right = [g.share_right for g in groups]
     fresh = [(r, v) for g in groups for r, v in zip(g.rollouts, g.verdicts, strict=True) if not r.replayed]
     reward = np.array([v.reward for _, v in fresh], np.float64)
     return lengths([r for r, _ in fresh]) | {

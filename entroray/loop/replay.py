@@ -35,7 +35,7 @@ class Replay:
         A group whose rollouts share prefixes is left as it is.
         """
         found = self.kept.get(group.prompt.id)
-        if found is None or group.right > 0 or any(r.parent is not None for r in group.rollouts):
+        if found is None or group.share_right > 0 or any(r.parent is not None for r in group.rollouts):
             return group
         rollout, verdict = found
         rollouts, verdicts = (*group.rollouts[:-1], rollout), (*group.verdicts[:-1], verdict)
@@ -45,7 +45,7 @@ class Replay:
     def note(self, group: Group) -> None:
         """Keep a success of a group mostly wrong; forget those of one that is not."""
         draws = [*group.earlier, group]
-        share = sum(g.right * len(g.rollouts) for g in draws) / sum(len(g.rollouts) for g in draws)
+        share = sum(g.share_right * len(g.rollouts) for g in draws) / sum(len(g.rollouts) for g in draws)
         if share > self.rare:
             self.kept.pop(group.prompt.id, None)
         elif share > 0 and (success := _success(group)):

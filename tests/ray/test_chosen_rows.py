@@ -114,7 +114,7 @@ def test_a_second_draw_is_hotter_by_its_factor_and_its_log_probs_say_so(
     second = [g for g in book.groups if g.earlier]
     assert second and book.steps[0]["second/groups"] == len(second) / 6
     for g in second:
-        assert g.earlier[0].right == 0 and all(r.shaped is None for r in g.earlier[0].rollouts)
+        assert g.earlier[0].share_right == 0 and all(r.shaped is None for r in g.earlier[0].rollouts)
         heat = np.concatenate([r.shaped.temperature for r in g.rollouts if r.shaped])
         assert set(np.round(heat, 5)) == {1.5} and {r.temperature for r in g.rollouts} == {1.0}
     assert book.steps[0]["mismatch/max"] > 0.01, "drawn from another distribution, and corrected for"

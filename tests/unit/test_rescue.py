@@ -54,7 +54,7 @@ def test_an_all_wrong_group_gets_the_success_of_old_and_stays_all_wrong_as_drawn
     assert replay.mend(branched) is branched
     mended = replay.mend(group("p0", 0, 0, 0, version=7))
     assert [r.replayed for r in mended.rollouts] == [False, False, True]
-    assert mended.correct.tolist() == [0, 0, 1] and mended.right == 0
+    assert mended.correct.tolist() == [0, 0, 1] and mended.share_right == 0
     assert mended.drawn == 6, "two tokens each, those of the one that made room too"
     assert mended.version == 7 and mended.rollouts[-1].version == 3
     assert replay.metrics([mended, group("p1", 0, 1, 1)], [], 9) == pytest.approx(
