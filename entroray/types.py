@@ -313,7 +313,7 @@ class Tokens:
     counts: Counts
     extra: Mapping[str, Float[Tensor, " N"]] = field(default_factory=dict)
     """Further full-vocabulary statistics, by the name an objective asked for in `needs`."""
-    inherited: Int[Tensor, " B"] | None = None
+    drawn_before: Int[Tensor, " B"] | None = None
     """Tokens before a branch that the policy drew, outside the mask here; None where nothing branched."""
 
     def take(self, rows: Int[Tensor, " b"]) -> "Tokens":
@@ -332,4 +332,4 @@ class Tokens:
         return replace(self, **cut | {"row": local})
 
 
-PER_ROW = frozenset({"group", "length", "reward", "correct", "version", "inherited"})
+PER_ROW = frozenset({"group", "length", "reward", "correct", "version", "drawn_before"})

@@ -78,9 +78,10 @@ def tokens_of(
         step=step,
         counts=Counts(int(mask.sum()), int(mask.sum()), len(rollouts), len(groups)),
         extra={k: v for k, v in column.items() if k not in known},
-        inherited=torch.tensor([r.drawn_before for r in rollouts]) if any(map(_branched, rollouts)) else None,
+        drawn_before=_drawn_before(rollouts),
     )
 
 
-def _branched(rollout: Rollout) -> bool:
-    return rollout.parent is not None
+def _drawn_before(rollouts: Sequence[Rollout]) -> Tensor | None:
+    branched = any(r.parent is not None for r in rollouts)
+    return torch.tensor([r.drawn_before for r in rollouts]) if branched else None

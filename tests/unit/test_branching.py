@@ -155,14 +155,14 @@ def test_what_nobody_drew_is_no_part_of_a_length_not_in_a_prefix_either() -> Non
 def test_without_branches_nothing_is_said_of_what_is_inherited() -> None:
     group = Group(PROMPT, (one(), one()), (Verdict(1.0, 1.0),) * 2)
     columns = {name: np.zeros(24, np.float32) for name in ("logprobs", "entropy", "varentropy")}
-    assert tokens_of([group], [torch.zeros(2)], columns, 1).inherited is None
+    assert tokens_of([group], [torch.zeros(2)], columns, 1).drawn_before is None
 
 
 def test_what_is_inherited_goes_with_its_row() -> None:
     group = Group(PROMPT, (one(), branch(one(), 0, 9, cut(one(), 3))), (Verdict(1.0, 1.0),) * 2)
     columns = {name: np.zeros(24, np.float32) for name in ("logprobs", "entropy", "varentropy")}
     taken = tokens_of([group], [torch.zeros(2)], columns, 1).take(torch.tensor([1]))
-    assert taken.inherited is not None and taken.inherited.tolist() == [9]
+    assert taken.drawn_before is not None and taken.drawn_before.tolist() == [9]
 
 
 # Plans
