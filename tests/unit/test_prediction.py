@@ -27,7 +27,7 @@ from entroray.entropy.prediction import (
     slope,
 )
 from entroray.loop.insight import Looks
-from entroray.loop.probe import OUTSIDE, Probe, probe
+from entroray.loop.probe import OUTSIDE, PromptProbe, probe
 from entroray.objective import build
 from entroray.types import Prompt
 from tests.documented import IN_A_RUN, matches
@@ -161,7 +161,7 @@ class Table:
 
 
 def test_prompts_in_and_out_of_domain_are_read_without_their_first_tokens():
-    asked = Probe([(9, 1, 2), (9, 6)], [(9, 4), (9,)])
+    asked = PromptProbe([(9, 1, 2), (9, 6)], [(9, 4), (9,)])
     assert asyncio.run(asked.read(Table())) == {"entropy/prompt_in": 3.0, "entropy/prompt_out": 4.0}
 
 
