@@ -51,7 +51,7 @@ class Prompt:
     """The part of a mixture it is of."""
 
 
-class Mask(StrEnum):
+class MaskReason(StrEnum):
     """Why a response token is an observation: something the policy sees and learns nothing from."""
 
     INSERTED = "inserted"  # put there by a sampler
@@ -61,7 +61,8 @@ class Mask(StrEnum):
     TOOL_ERROR = "tool_error"  # what stands for the answer of a tool that failed
 
 
-REASONS = tuple(Mask)
+REASONS = tuple(MaskReason)
+"""In the order of the indices that `Rollout.observed` holds."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Span:
 
     start: int
     stop: int
-    why: Mask
+    why: MaskReason
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,13 @@ class Rollout:
 
     @property
     def observed(self) -> NDArray[np.int8]:
-        """[L] index into `Mask` of what is an observation, -1 where the policy drew the token."""
+        """[L] index into `REASONS` of what is an observation, -1 where the policy drew the token."""
         return self._observed(self.spans)
 
     def _observed(self, spans: Iterable[Span]) -> NDArray[np.int8]:
         why = np.full(self.length, -1, dtype=np.int8)
         if self.shaped is not None:
-            why[self.shaped.inserted] = REASONS.index(Mask.INSERTED)
+            why[self.shaped.inserted] = REASONS.index(MaskReason.INSERTED)
         for span in spans:
             why[span.start : span.stop] = REASONS.index(span.why)
         return why
@@ -140,12 +141,12 @@ class Rollout:
     @property
     def inherited(self) -> int:
         """How many of its first tokens are its parent's; 0 without one."""
-        return max((span.stop for span in self.spans if span.why is Mask.PREFIX), default=0)
+        return max((span.stop for span in self.spans if span.why is MaskReason.PREFIX), default=0)
 
     @property
     def drawn_before(self) -> int:
         """How many of its inherited tokens the policy drew: without what was inserted, forced or a tool's."""
-        own = [span for span in self.spans if span.why is not Mask.PREFIX]
+        own = [span for span in self.spans if span.why is not MaskReason.PREFIX]
         return int((self._observed(own)[: self.inherited] < 0).sum())
 
     @property

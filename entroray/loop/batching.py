@@ -38,7 +38,7 @@ def assemble(groups: Sequence[Group]) -> Batch:
 
 
 def observed(rollouts: Sequence[Rollout]) -> NDArray[np.int8]:
-    """[N] index into `types.Mask` of the tokens that the policy did not choose, -1 elsewhere."""
+    """[N] index into `types.REASONS` of the tokens that the policy did not choose, -1 elsewhere."""
     return np.concatenate([np.empty(0, dtype=np.int8), *(r.observed for r in rollouts)])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from entroray.types import Group, Mask, Rollout, Shaped, Span, Status, Verdict, Version
+from entroray.types import Group, MaskReason, Rollout, Shaped, Span, Status, Verdict, Version
 
 ARRAYS = {"token_ids": np.int32, "logprobs": np.float32, "versions": np.int32}
 NOTES = ("entropy", "varentropy", "temperature")
@@ -102,6 +102,6 @@ def _plain(rollout: Rollout) -> dict[str, Any]:
 def _rollout(told: Mapping[str, Any]) -> Rollout:
     arrays = {name: np.array(told[name], dtype=dtype) for name, dtype in ARRAYS.items()}
     shaped = told["shaped"] and Shaped(*(np.array(column, np.float32) for column in told["shaped"]))
-    spans = tuple(Span(start, stop, Mask(why)) for start, stop, why in told["spans"])
+    spans = tuple(Span(start, stop, MaskReason(why)) for start, stop, why in told["spans"])
     own: dict[str, Any] = {**told, **arrays, "shaped": shaped, "spans": spans, "replayed": True}
     return Rollout(**own | {"status": Status(told["status"])})

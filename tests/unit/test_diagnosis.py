@@ -14,7 +14,7 @@ from entroray.entropy.catalogue import DESCRIBED, DIAGNOSED, UPDATE, text
 from entroray.entropy.diversity import answers, distinct, pass_at
 from entroray.entropy.metric import names
 from entroray.entropy.movement import SUMS, movement, shares
-from entroray.types import Mask, Span
+from entroray.types import MaskReason, Span
 from entroray.workers.adapters import _summary
 from tests.documented import matches
 from tests.unit.test_statistics import group, tokens_of
@@ -60,7 +60,7 @@ def changed(g, at, **changes):
 
 def test_n_grams_are_of_tokens_that_the_policy_drew_there():
     """A branch's first two tokens are its parent's; a tool says 9 9 amid what the second response wrote."""
-    prefix, tool = (Span(0, 2, Mask.PREFIX),), (Span(2, 4, Mask.TOOL),)
+    prefix, tool = (Span(0, 2, MaskReason.PREFIX),), (Span(2, 4, MaskReason.TOOL),)
     branched = changed(written([1, 2, 3], [1, 2, 4]), 1, spans=prefix, parent=0)
     assert distinct([branched]) == {"distinct/1": 1.0, "distinct/2": 1.0, "distinct/3": 1.0}
     told = distinct([changed(written([7, 8, 9, 9, 7, 8]), 0, spans=tool)])
@@ -74,7 +74,7 @@ def test_pass_at_k_is_of_independent_draws_alone():
     four = written([1], [1], [1], [1], correct=[1, 0, 0, 1])
     roots = changed(changed(four, 2, parent=0), 3, parent=1)
     assert pass_at([roots]) == {"pass/1": 0.5, "pass/2": 1.0}, "two roots, one right"
-    forced = Span(0, 1, Mask.FORCED)
+    forced = Span(0, 1, MaskReason.FORCED)
     everywhere = replace(four, rollouts=tuple(replace(r, spans=(forced,)) for r in four.rollouts))
     assert pass_at([everywhere]) == {} and pass_at([four, everywhere]) == pass_at([four])
     first = written([1], [1], correct=[0, 0])

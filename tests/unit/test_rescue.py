@@ -18,7 +18,7 @@ from entroray.loop.replay import Replay
 from entroray.loop.rescue import Rescue
 from entroray.loop.stream import Dropped
 from entroray.objective import build
-from entroray.types import Group, Mask, Prompt, Rollout, Shaped, Span, Status, Verdict
+from entroray.types import Group, MaskReason, Prompt, Rollout, Shaped, Span, Status, Verdict
 from tests.cases import ROWS
 from tests.documented import matches
 from tests.toy import ToyWorld, driver, trained
@@ -72,7 +72,7 @@ def test_a_second_draws_success_is_rare_by_both_draws() -> None:
 
 def test_what_is_kept_survives_the_checkpoint_bit_for_bit() -> None:
     notes = np.array([[0.1, 0.2], [1e-8, 3.0], [1.2, np.nan]], np.float32)
-    odd = rollout(shaped=Shaped(*notes), spans=(Span(0, 1, Mask.TOOL),))
+    odd = rollout(shaped=Shaped(*notes), spans=(Span(0, 1, MaskReason.TOOL),))
     replay, again = Replay(100, 0.5), Replay(100, 0.5)
     kept = Verdict(0.7, 1.0, answer="7", parts={"form": 0.1})
     replay.note(Group(Prompt("p0", "", (0,), ""), (odd, odd), (kept, Verdict(0.0, 0.0))))
