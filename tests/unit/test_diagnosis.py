@@ -1,6 +1,7 @@
 """What lies behind the means of a step, against numbers worked out by hand; every metric is documented."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from entroray.entropy import describe, diagnose
 from entroray.entropy.calibration import brier, calibration, consistency, expected_error
-from entroray.entropy.catalogue import DESCRIBED, DIAGNOSED, UPDATE, text
+from entroray.entropy.catalogue import DESCRIBED, DIAGNOSED, PARTS, UPDATE, text
 from entroray.entropy.diversity import answers, distinct, pass_at
 from entroray.entropy.metric import names
 from entroray.entropy.movement import SUMS, movement, shares
@@ -123,6 +124,12 @@ def test_readme_is_the_table_of_the_catalogue():
     page = Path(__file__).parents[2] / "entroray" / "entropy" / "README.md"
     again = "run `python -m entroray.entropy.catalogue > entroray/entropy/README.md`"
     assert page.read_text() == text(), again
+
+
+def test_a_definition_needs_no_row_above_it():
+    leans = re.compile(r"its |the (same|largest|longest)\b|where |quantile$|all of them|none |drawn |those ")
+    rows = [m for found in PARTS.values() for m in found]
+    assert [m.name for m in rows if leans.match(m.definition)] == []
 
 
 def test_quadrants_deciles_and_covariance_by_hand():
