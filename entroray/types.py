@@ -168,6 +168,7 @@ class Verdict:
     correct: float
     answer: str | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    """What the reward is made of, by name; journalled as `reward/part_<name>`, and read by nothing else."""
     status: Status = Status.OK
     detail: str = ""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from entroray.entropy.catalogue import DESCRIBED, DIAGNOSED, EVALUATION, PARTS
 from entroray.entropy.metric import Metric
 
-FILLED = {"<n>": r"\d+", "<d>": r"[^:]+", "<rule>": r"\w+", "<name>": r".+"}
+FILLED = {"<n>": r"\d+", "<d>": r"[^:]+", "<rule>": r"\w+", "<part>": r".+", "<name>": r".+"}
 """What may stand in a name, as a regular expression."""
 STEP = [*DESCRIBED, *DIAGNOSED]
 """What `describe` and `diagnose` give together."""

@@ -6,7 +6,7 @@
 from collections.abc import Iterable
 
 from entroray.entropy.metric import GROUPS, ROLLOUTS, SAMPLING, TOKENS, Metric, rows
-from entroray.entropy.run_metrics import CHOICE, HELDOUT, RUN, UPDATE
+from entroray.entropy.run_metrics import CHOICE, HELDOUT, JUDGE, RUN, UPDATE
 
 DESCRIBED = [
     *rows(
@@ -169,10 +169,10 @@ PREDICTION = [
         "step | mean",
         "entropy/predicted_change_proxy | -(ln p_a - mean)(A - mean), Clip-Cov's statistic | nats per unit "
         "step | mean",
-        "entropy/prediction_tokens_exact | rank correlation of the realised change of H with -A (S_a - E S) | - "
-        "| Spearman",
-        "entropy/prediction_tokens_natural | rank correlation of the realised change of H with -A (ln p_a + H) "
+        "entropy/prediction_tokens_exact | rank correlation of the realised change of H with -A (S_a - E S) "
         "| - | Spearman",
+        "entropy/prediction_tokens_natural | rank correlation of the realised change of H with -A (ln p_a + "
+        "H) | - | Spearman",
         "entropy/prediction_tokens_proxy | rank correlation of the realised change of H with -(ln p_a - mean)"
         "(A - mean) | - | Spearman",
     ),
@@ -288,7 +288,8 @@ HEAD = """# Metrics
 
 Made from `entroray/entropy/catalogue.py`; tests compare both this page and every key that a run writes. In a
 name `<n>` stands for a number, `<1,2>` for one of these, `<d>` for a part of a mixture, `<rule>` for a rule
-of the objective and `<name>` for a controller. A running total counts from the run's first step on.
+of the objective, `<part>` for a part of a verdict and `<name>` for a controller. A running total counts
+from the run's first step on.
 
 At the place of a token p is the policy's distribution over the vocabulary, H its entropy, v any token and a
 the sampled one, A the advantage of a after credit, S_v = p_v (ln p_v + H) and E S = Σ p_v S_v over v. In
@@ -322,6 +323,7 @@ PARTS = {
     "A tool": TOOLS,
     "A plan that branches": BRANCHES,
     "How prompts and groups are chosen": CHOICE,
+    "A judge whose verdicts have parts": JUDGE,
     "A mixture": DOMAIN,
     "Held-out accuracy in a run": HELDOUT,
     "`entroray eval`": EVALUATION,

@@ -13,7 +13,7 @@ class Metric(NamedTuple):
     """One row of the page.
 
     In a name `<1,2>` stands for one of these, `<n>` for a number, `<d>` for a part of a mixture, `<rule>`
-    for a rule of the objective and `<name>` for a controller.
+    for a rule of the objective, `<part>` for a part of a verdict and `<name>` for a controller.
     """
 
     name: str

@@ -49,6 +49,14 @@ RUN = [
 ]
 """What the driver and the machines add: the run itself. A running total only grows."""
 
+JUDGE = rows(
+    ROLLOUTS,
+    SAMPLING,
+    "reward/part_<part> | that part of the verdict (Verdict.parts), over rollouts whose verdict has it as a "
+    "finite number | as the judge's | mean",
+)
+"""What the driver adds where a judge fills the parts of its verdicts."""
+
 UPDATE = [
     *rows(
         "updates of the step",

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from entroray.entropy.run_metrics import JUDGE
 from entroray.errors import DataError, InfrastructureError, NumericsError
 from entroray.loop.choice import Choice
 from entroray.loop.driver import Driver, seeds
 from entroray.loop.stream import Dropped, Stream, wave
 from entroray.objective import build
 from entroray.types import Group, Prompt, Status, Verdict
+from tests.documented import matches
 from tests.toy import ToyPrompts, ToyWorld, driver, trained
 
 ROWS = Path(__file__).parents[2] / "conf" / "objective"
@@ -138,6 +140,19 @@ def test_reward_counts_groups_the_filter_sent_back() -> None:
         assert metrics["reward/trained_mean"] == 0.5
         assert metrics["reward/mean"] == pytest.approx(1 / 6, abs=0.06)
         assert metrics["groups/all_wrong"] == pytest.approx(2 / 3, abs=0.1)
+
+
+def test_parts_of_verdicts_are_journalled_as_means_over_those_that_have_them() -> None:
+    async def in_parts(prompt: object, rollouts: list) -> list:
+        whole = {"form": 0.0, "odd": float("nan")}, {"form": 1.0, "brief": 3.0}
+        return [Verdict(1.0, float(i % 2), parts=whole[i % 2]) for i in range(len(rollouts))]
+
+    world = ToyWorld(row("grpo"))
+    world.judge = in_parts  # type: ignore[method-assign]
+    asyncio.run(driver(world).train(1))
+    found = {name: value for name, value in world.steps[0].items() if name.startswith("reward/part_")}
+    assert found == {"reward/part_form": 0.5, "reward/part_brief": 3.0}
+    assert all(matches(name, JUDGE) for name in found)
 
 
 def test_a_wave_holds_what_is_missing_and_one_deviation_more() -> None:
