@@ -11,10 +11,8 @@ EMBEDDED = "bootstrap"
 class Run:
     dir: str | None = None  # null: runs/<experiment>/<time>
     name: str = "train"  # folder under runs/ when dir is null
-    steps: int = 100  # optimizer steps; each trains on groups_per_step groups
-    tokens: int = (
-        0  # response tokens drawn after which a run ends before run.steps, for fair comparisons; 0: none
-    )
+    steps: int = 100  # each trains on rollout.groups_per_step groups in learner.updates_per_rollout updates
+    tokens: int = 0  # response tokens drawn that end a run before run.steps, for fair comparisons; 0: none
     resume: str = "never"  # never | auto: go on with run.dir, else with the newest unfinished run like this
     dry: bool = False  # print resources and memory by role, start nothing
 
@@ -86,9 +84,7 @@ class Data:
     demonstrations: float = 0.3  # fraction for the warm start of the embedded model, by hash
     bad_rows: float = 0.0  # share of a table's rows that may be bad and are then left out and counted
     max_prompt: int = 512  # tokens; longer prompts are dropped and counted
-    parts: dict[str, Part] = field(
-        default_factory=dict
-    )  # a mixture: {name: {weight, system, judge, and source to template as above}}, in place of one task
+    parts: dict[str, Part] = field(default_factory=dict)  # a mixture: {name: {weight, ...}}, not one task
 
 
 @dataclass
@@ -103,9 +99,7 @@ class Reward:
 class Failed:
     """Prompts whose whole group was wrong are drawn hotter when they come up again."""
 
-    factor: float = (
-        1.0  # on a prompt's temperature for each failed group, until one rollout is right; 1: never
-    )
+    factor: float = 1.0  # on a prompt's temperature per failed group, until one rollout is right; 1: never
     most: float = 1.5  # largest such factor
 
 
@@ -115,9 +109,7 @@ class Sampler:
     top_p: float = 1.0  # training needs 1: log-probs of a truncated support are another distribution's
     top_k: int = 0  # training needs 0, for the same reason
     stop: list[str] = field(default_factory=list)  # strings that end a response besides the end token
-    rule: dict[str, Any] = field(
-        default_factory=dict
-    )  # {fn: ..., settings}: how each distribution is reshaped
+    rule: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}: how each draw is reshaped
     insert: str | None = None  # text of one token to put where the rule is unsure; it is never trained on
     inserts: int = 1  # most tokens put into one response
     failed: Failed = field(default_factory=Failed)
@@ -261,9 +253,7 @@ class Cpus:
 
 @dataclass
 class Cluster:
-    address: str | None = (
-        None  # of a Ray cluster, said on the command line; null: start one here, on loopback
-    )
+    address: str | None = None  # of a Ray cluster, on the command line; null: start one here, on loopback
     cpus: Cpus = field(default_factory=Cpus)
     gpus_per_generator: float = 0.0  # of one tensor-parallel shard
     gpus_per_learner: float = 0.0  # of one rank
@@ -281,7 +271,7 @@ class DiagnosisConfig:
 
 @dataclass
 class PredictionConfig:
-    every: int = 10  # steps between predictions of entropy's change, each two more scoring passes; 0: none
+    every: int = 10  # steps between predictions of entropy's change, each one more scoring pass; 0: none
     window: int = 20  # predictions that slope and rank correlation are taken over
 
 

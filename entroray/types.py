@@ -51,7 +51,7 @@ class Prompt:
     """The part of a mixture it is of."""
 
 
-class Mask(StrEnum):
+class MaskReason(StrEnum):
     """Why a response token is an observation: something the policy sees and learns nothing from."""
 
     INSERTED = "inserted"  # put there by a sampler
@@ -61,7 +61,8 @@ class Mask(StrEnum):
     TOOL_ERROR = "tool_error"  # what stands for the answer of a tool that failed
 
 
-REASONS = tuple(Mask)
+REASONS = tuple(MaskReason)
+"""In the order of the indices that `Rollout.observed` holds."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Span:
 
     start: int
     stop: int
-    why: Mask
+    why: MaskReason
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Rollout:
     """Most tokens this response was allowed."""
     status: Status = Status.OK
     shaped: Shaped | None = None
-    """None where every token was drawn from the policy's distribution as it is."""
+    """The sampler's notes; None where it kept none."""
     spans: tuple[Span, ...] = ()
     """Observations besides those that `shaped` knows of."""
     parent: int | None = None
@@ -126,13 +127,13 @@ class Rollout:
 
     @property
     def observed(self) -> NDArray[np.int8]:
-        """[L] index into `Mask` of what is an observation, -1 where the policy drew the token."""
+        """[L] index into `REASONS` of what is an observation, -1 where the policy drew the token."""
         return self._observed(self.spans)
 
     def _observed(self, spans: Iterable[Span]) -> NDArray[np.int8]:
         why = np.full(self.length, -1, dtype=np.int8)
         if self.shaped is not None:
-            why[self.shaped.inserted] = REASONS.index(Mask.INSERTED)
+            why[self.shaped.inserted] = REASONS.index(MaskReason.INSERTED)
         for span in spans:
             why[span.start : span.stop] = REASONS.index(span.why)
         return why
@@ -140,12 +141,12 @@ class Rollout:
     @property
     def inherited(self) -> int:
         """How many of its first tokens are its parent's; 0 without one."""
-        return max((span.stop for span in self.spans if span.why is Mask.PREFIX), default=0)
+        return max((span.stop for span in self.spans if span.why is MaskReason.PREFIX), default=0)
 
     @property
     def drawn_before(self) -> int:
         """How many of its inherited tokens the policy drew: without what was inserted, forced or a tool's."""
-        own = [span for span in self.spans if span.why is not Mask.PREFIX]
+        own = [span for span in self.spans if span.why is not MaskReason.PREFIX]
         return int((self._observed(own)[: self.inherited] < 0).sum())
 
     @property
@@ -167,6 +168,7 @@ class Verdict:
     correct: float
     answer: str | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    """What the reward is made of, by name; journalled as `reward/part_<name>`, and read by nothing else."""
     status: Status = Status.OK
     detail: str = ""
 
@@ -225,7 +227,7 @@ class Group:
         return torch.tensor([v.correct for v in self.verdicts], dtype=torch.float64)
 
     @property
-    def right(self) -> float:
+    def share_right(self) -> float:
         """Share of right answers among those drawn for it: without what was replayed."""
         return float(self.correct[[not r.replayed for r in self.rollouts]].mean())
 
@@ -318,7 +320,7 @@ class Tokens:
     counts: Counts
     extra: Mapping[str, Float[Tensor, " N"]] = field(default_factory=dict)
     """Further full-vocabulary statistics, by the name an objective asked for in `needs`."""
-    inherited: Int[Tensor, " B"] | None = None
+    drawn_before: Int[Tensor, " B"] | None = None
     """Tokens before a branch that the policy drew, outside the mask here; None where nothing branched."""
 
     def take(self, rows: Int[Tensor, " b"]) -> "Tokens":
@@ -337,4 +339,4 @@ class Tokens:
         return replace(self, **cut | {"row": local})
 
 
-PER_ROW = frozenset({"group", "length", "reward", "correct", "version", "inherited"})
+PER_ROW = frozenset({"group", "length", "reward", "correct", "version", "drawn_before"})

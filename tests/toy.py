@@ -19,7 +19,7 @@ from entroray.loop.insight import NEVER, Looks
 from entroray.loop.stream import Prompts
 from entroray.objective import Objective
 from entroray.policy.statistics import named
-from entroray.types import Batch, Group, Mask, Prompt, Rollout, Span, Status, Tokens, Verdict
+from entroray.types import Batch, Group, MaskReason, Prompt, Rollout, Span, Status, Tokens, Verdict
 
 VOCABULARY, TARGET, LENGTH = 8, 3, 2
 
@@ -81,7 +81,7 @@ class ToyWorld:
         best = torch.argsort(logp, descending=True, stable=True)[:count]
         version = np.full(1, self.version, dtype=np.int32)
         row = lambda i: (np.array([i], np.int32), logp[i : i + 1].numpy(), version)  # noqa: E731
-        spans = (Span(0, 1, Mask.FORCED),)
+        spans = (Span(0, 1, MaskReason.FORCED),)
         return [Rollout(prompt.id, *row(int(i)), str(int(i)), 1.0, LENGTH, spans=spans) for i in best]
 
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:

@@ -96,7 +96,7 @@ def _judged(path: str | None) -> dict[str, Any]:
 
 
 def resolve(config: Config) -> str:
-    """The model folder or hub id to start from, warm-starting the embedded model in a process of its own."""
+    """The model folder or hub id to start from; of the embedded model its place in the cache, made or not."""
     if config.model.path != EMBEDDED:
         return config.model.path
     return str(cached(config))

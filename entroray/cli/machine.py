@@ -25,7 +25,7 @@ from entroray.workers.engines import GRACE, Engines
 from entroray.workers.generator import Generator, Sampling
 from entroray.workers.learner import LearnerRank, LearnerSettings
 from entroray.workers.request import PROCESSOR
-from entroray.workers.sync import GeneratorClient, Probe, WeightSync
+from entroray.workers.sync import GeneratorClient, SyncProbe, WeightSync
 from entroray.workers.verifier import Verifier
 
 
@@ -264,7 +264,7 @@ async def _introduce(
 
 def _weight_sync(config: Config, learner: Gang, engines: Engines, probe: tuple[int, ...]) -> WeightSync:
     driver = config.driver
-    settings = Probe(probe, driver.probe.every, driver.probe.tolerance)
+    settings = SyncProbe(probe, driver.probe.every, driver.probe.tolerance)
     client = partial(
         GeneratorClient,
         tensor_parallel=config.generator.tensor_parallel,

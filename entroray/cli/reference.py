@@ -42,9 +42,11 @@ conf/README.md`, and a test compares it.
   rollout.second.factor=1.2 rollout.prompts.retire=0.9`. `hotter_again` and `replay` train on what another
   distribution drew and set the row's `correction` as samplers do; a row that learns from all-wrong groups
   (nsr, w_reinforce, entrocraft_band) is refused where they would lose them.
-- A mixture names its tasks under `data.parts` (conf/data/mixture.yaml): `data=mixture
-  data.parts.countdown.weight=3`. Held-out shares and lengths are `data`'s own and hold for each part; a part
-  without a judge has `reward.judge`. Metrics of one part end in its name, as in `reward/mean:countdown`.
+- A mixture names its tasks under `data.parts` (conf/data/mixture.yaml), in place of `data`'s one task:
+  `data=mixture data.parts.countdown.weight=3`. A part has `weight`, `system`, `judge`, and `source`, `task`,
+  `settings`, `size`, `seed`, `template` and `demonstration` as in `data`; one without a judge has
+  `reward.judge`. Held-out shares and lengths are `data`'s own and hold for each part. Metrics of one part end
+  in its name, as in `reward/mean:countdown`.
 - `rollout.tool` answers calls within a response (conf/data/calculator.yaml): generation stops at `close`,
   the tool is given what stands behind the last `open`, `answer` is put into the response and masked, and
   generation goes on. One of your own: `rollout.tool.fn=null rollout.tool.path=my_file.py:my_function`, called

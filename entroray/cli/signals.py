@@ -28,12 +28,17 @@ from entroray.objective.touch import rules
 
 NOT_READ = ("step", "control/<name>")
 """What a line of metrics.jsonl has beside what the step measured."""
+PART = "reward/part_"
+"""What the parts of verdicts begin with."""
 LAW_IS_OFF = "the law is off while anything in `control` acts; read entropy/mean or reward/mean"
 
 
 def check(config: Config, place: str, signal: str) -> None:
     """ConfigError for a signal that no step will ever have measured, with the setting that would bring it."""
     known = {name: lacks for rows, lacks in _families(config) for name in _names(config, rows, lacks)}
+    if signal.startswith(PART):
+        # which parts a judge of one's own gives is known only when it has judged
+        known[signal] = "" if config.reward.path else "a judge of your own gives verdicts parts (reward.path)"
     if signal not in known:
         near = difflib.get_close_matches(signal, known, n=1)
         guess = f"did you mean `{near[0]}`? " if near else ""

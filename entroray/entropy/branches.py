@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from entroray.types import REASONS, Group, Mask, Rollout
+from entroray.types import REASONS, Group, MaskReason, Rollout
 
 
 def branches(groups: Sequence[Group]) -> dict[str, float]:
@@ -15,13 +15,13 @@ def branches(groups: Sequence[Group]) -> dict[str, float]:
     rollouts = [r for g in groups for r in g.rollouts]
     why = np.concatenate([np.empty(0, np.int8), *(r.observed for r in rollouts)])
     share = lambda mask: float((why == REASONS.index(mask)).mean())  # noqa: E731
-    metrics = {"branches/forced": share(Mask.FORCED)} if REASONS.index(Mask.FORCED) in why else {}
+    metrics = {"branches/forced": share(MaskReason.FORCED)} if REASONS.index(MaskReason.FORCED) in why else {}
     grown = [r for r in rollouts if r.parent is not None]
     if not grown:
         return metrics
     metrics |= {
         "branches/share": len(grown) / len(rollouts),
-        "branches/inherited": share(Mask.PREFIX),
+        "branches/inherited": share(MaskReason.PREFIX),
         "branches/position": sum(r.inherited for r in grown) / len(grown),
     }
     entropy = [r.shaped.entropy[r.inherited] for r in grown if r.shaped is not None]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entroray.entropy.accuracy import pass_at_k
-from entroray.types import Group, Mask, Rollout, Verdict
+from entroray.types import Group, MaskReason, Rollout, Verdict
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 REPEAT = 4
@@ -116,4 +116,4 @@ def _independent(group: Group) -> list[Verdict]:
 
 
 def _forced(rollout: Rollout) -> bool:
-    return any(span.why is Mask.FORCED for span in rollout.spans)
+    return any(span.why is MaskReason.FORCED for span in rollout.spans)

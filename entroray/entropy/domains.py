@@ -1,12 +1,13 @@
 """The metrics of a step by part of a mixture: `reward/mean:countdown` beside `reward/mean`."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from entroray.entropy.statistics import describe, lengths
-from entroray.types import Group, Tokens
+from entroray.types import Group, Tokens, Verdict
 
 TRAINED = ("entropy/mean", "entropy/p80", "varentropy/mean")
 """Those of `describe` that are given by domain, over the trained groups."""
@@ -16,7 +17,7 @@ JUDGED = ("reward/mean", "groups/all_right", "groups/all_wrong", "length/mean", 
 
 def judged(groups: Sequence[Group]) -> dict[str, float]:
     """Of every group judged: a filter that keeps the undecided ones must not show as a plateau."""
-    right = [g.right for g in groups]
+    right = [g.share_right for g in groups]
     fresh = [(r, v) for g in groups for r, v in zip(g.rollouts, g.verdicts, strict=True) if not r.replayed]
     reward = np.array([v.reward for _, v in fresh], np.float64)
     return lengths([r for r, _ in fresh]) | {
@@ -25,7 +26,17 @@ def judged(groups: Sequence[Group]) -> dict[str, float]:
         "reward/std": float(reward.std()),
         "groups/all_right": sum(r == 1 for r in right) / len(right),
         "groups/all_wrong": sum(r == 0 for r in right) / len(right),
+        **_parts([v for _, v in fresh]),
     }
+
+
+def _parts(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Mean of each part over the verdicts that have it; a part that is no number anywhere is left out."""
+    found: dict[str, list[float]] = {}
+    for name, value in (part for v in verdicts for part in v.parts.items()):
+        if math.isfinite(value):
+            found.setdefault(name, []).append(value)
+    return {f"reward/part_{name}": sum(values) / len(values) for name, values in sorted(found.items())}
 
 
 def by_domain(trained: Sequence[Group], tokens: Tokens, groups: Sequence[Group]) -> dict[str, float]:

@@ -70,9 +70,3 @@ def only(logits: Float[Tensor, "n V"], rows: Int[Tensor, " m"], tokens: Int[Tens
     """Leave one token to each of `rows`, in place: its probability becomes exactly 1."""
     logits[rows] = -torch.inf
     logits[rows, tokens] = 0.0
-
-
-def uncovered(logits: Float[Tensor, "n V"], factor: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Probability of what the sampler cannot draw: 1 - p of the likeliest token where the factor is 0."""
-    rest = 1.0 - logits.softmax(-1).amax(-1)
-    return torch.where(factor == 0, rest, 0.0)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entroray.entropy.branches import branches
-from entroray.types import REASONS, Group, Mask, Rollout, Status, Tokens
+from entroray.types import REASONS, Group, MaskReason, Rollout, Status, Tokens
 
 QUANTILES = {"p20": 0.20, "p50": 0.50, "p80": 0.80, "p95": 0.95}
 
@@ -117,13 +117,13 @@ def lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 def _of_tools(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Of calls and what was said to them; nothing where no rollout called."""
-    spans = [s for r in rollouts for s in r.spans if s.why in (Mask.TOOL, Mask.TOOL_ERROR)]
+    spans = [s for r in rollouts for s in r.spans if s.why in (MaskReason.TOOL, MaskReason.TOOL_ERROR)]
     if not spans:
         return {}
     return {
         "tool/calls": len(spans) / len(rollouts),
         "tool/share": sum(s.stop - s.start for s in spans) / sum(r.length for r in rollouts),
-        "tool/failed": sum(s.why is Mask.TOOL_ERROR for s in spans) / len(spans),
+        "tool/failed": sum(s.why is MaskReason.TOOL_ERROR for s in spans) / len(spans),
     }
 
 
@@ -160,7 +160,7 @@ def _of_sampler(rollouts: Sequence[Rollout], tokens: Tokens) -> dict[str, float]
 
 def _here(rollout: Rollout) -> NDArray[np.bool_]:
     """What its sampler drew or inserted in it, not a parent, a tool or a plan."""
-    return (rollout.observed < 0) | (rollout.observed == REASONS.index(Mask.INSERTED))
+    return (rollout.observed < 0) | (rollout.observed == REASONS.index(MaskReason.INSERTED))
 
 
 def _of_mismatch(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:

@@ -38,7 +38,7 @@ def assemble(groups: Sequence[Group]) -> Batch:
 
 
 def observed(rollouts: Sequence[Rollout]) -> NDArray[np.int8]:
-    """[N] index into `types.Mask` of the tokens that the policy did not choose, -1 elsewhere."""
+    """[N] index into `types.REASONS` of the tokens that the policy did not choose, -1 elsewhere."""
     return np.concatenate([np.empty(0, dtype=np.int8), *(r.observed for r in rollouts)])
 
 
@@ -78,9 +78,10 @@ def tokens_of(
         step=step,
         counts=Counts(int(mask.sum()), int(mask.sum()), len(rollouts), len(groups)),
         extra={k: v for k, v in column.items() if k not in known},
-        inherited=torch.tensor([r.drawn_before for r in rollouts]) if any(map(_branched, rollouts)) else None,
+        drawn_before=_drawn_before(rollouts),
     )
 
 
-def _branched(rollout: Rollout) -> bool:
-    return rollout.parent is not None
+def _drawn_before(rollouts: Sequence[Rollout]) -> Tensor | None:
+    branched = any(r.parent is not None for r in rollouts)
+    return torch.tensor([r.drawn_before for r in rollouts]) if branched else None

@@ -111,7 +111,7 @@ class Curriculum:
         """Hear how a group came out, in the order of issue; hotter second draws do not count."""
         first = group.earlier[0] if group.earlier else group
         record = self.records.setdefault(group.prompt.id, Record([], 0))
-        record.rates = [*record.rates, first.right][-self.rule.visits :]
+        record.rates = [*record.rates, first.share_right][-self.rule.visits :]
         record.epoch = max(0, self.position - 1) // self.count
 
     def metrics(self, groups: Sequence[Group], judged: Sequence[Group], version: Version) -> dict[str, float]:

@@ -234,7 +234,7 @@ class Driver:
                 return Group(prompt, rollouts, verdicts, abandoned=tuple(abandoned), lost=lost)
             reason = _why(judged)
             self.roles.journal.event("resample", prompt=prompt.id, attempt=attempt, reason=reason)
-        return Dropped(prompt, reason, _drawn([*(r for r, _ in members), *abandoned]) + lost)
+        return Dropped(reason, _drawn([*(r for r, _ in members), *abandoned]) + lost)
 
     def _generator(self, hotter: float, enough: int) -> Generator:
         """The one the run has, asked for what its choices need."""

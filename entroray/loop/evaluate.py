@@ -52,7 +52,7 @@ async def right_answers(
     generator: Generator, verifier: Verifier, prompts: Sequence[Prompt], *, samples: int, seed: int
 ) -> list[int]:
     """How many of `samples` answers are right, for each prompt; failures count as wrong answers."""
-    return list(map(right, await answered(generator, verifier, prompts, samples=samples, seed=seed)))
+    return list(map(count_right, await answered(generator, verifier, prompts, samples=samples, seed=seed)))
 
 
 async def answered(
@@ -67,9 +67,9 @@ async def answered(
     return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
 
 
-def right(group: Group) -> int:
+def count_right(group: Group) -> int:
     """How many of its answers are right."""
-    return sum(map(findings.right, group.verdicts))
+    return sum(map(findings.is_right, group.verdicts))
 
 
 def scores(counts: Sequence[int], samples: int) -> dict[str, float]:

@@ -34,7 +34,7 @@ def of(
     """
     known = [whole for group in sampled if (whole := _usable(group)).rollouts]
     confident = _confidences(known)
-    each = {"greedy": _column(greedy, lambda g: float(right(g.verdicts[0])))} | accuracies(sampled, ks)
+    each = {"greedy": _column(greedy, lambda g: float(is_right(g.verdicts[0])))} | accuracies(sampled, ks)
     decoded: dict[str, Any] = {}
     if paths:
         found = [gaps(group, words.text) for group in paths]
@@ -56,7 +56,7 @@ def of(
     }
 
 
-def right(verdict: Verdict) -> bool:
+def is_right(verdict: Verdict) -> bool:
     """Whether it was judged, and judged right."""
     return verdict.status.usable and verdict.correct >= 1
 
@@ -80,11 +80,11 @@ def _column(groups: Sequence[Group], score: Any) -> Column:
 
 
 def _count(group: Group) -> int:
-    return sum(map(right, group.verdicts))
+    return sum(map(is_right, group.verdicts))
 
 
 def _majority(group: Group, k: int) -> float:
-    return majority_at_k([v.answer for v in group.verdicts], [float(right(v)) for v in group.verdicts], k)
+    return majority_at_k([v.answer for v in group.verdicts], [float(is_right(v)) for v in group.verdicts], k)
 
 
 def _usable(group: Group) -> Group:
@@ -109,7 +109,7 @@ def _confidences(groups: Sequence[Group]) -> dict[str, tuple[Column, Column]]:
     pairs = [p for g in groups for p in zip(g.rollouts, g.verdicts, strict=True)]
     if not pairs:
         return {}
-    correct = np.array([float(right(v)) for _, v in pairs])
+    correct = np.array([float(is_right(v)) for _, v in pairs])
     own = [r.logprobs[r.observed < 0] for r, _ in pairs]
     mean = np.array([float(logprobs.mean()) if len(logprobs) else math.nan for logprobs in own])
     agrees = np.array([c for g in groups for c in consistency(g)])
@@ -178,7 +178,7 @@ def _decoded(paths: Sequence[Group], found: Sequence[Sequence[float | Lost]]) ->
             for g, group in zip(found, paths, strict=True)
         ],
     }
-    hit = lambda group, i: float(i is not None and right(group.verdicts[i]))  # noqa: E731
+    hit = lambda group, i: float(i is not None and is_right(group.verdicts[i]))  # noqa: E731
     return {name: np.array([hit(*p) for p in zip(paths, at, strict=True)]) for name, at in chosen.items()}
 
 
@@ -203,7 +203,7 @@ def _gap_confidence(
 def _located(paths: Sequence[Group], found: Sequence[Sequence[float | Lost]]) -> tuple[Column, Column]:
     """(gap, correct) of the paths whose answer was found."""
     pairs = [
-        (g, float(right(v)))
+        (g, float(is_right(v)))
         for group, each in zip(paths, found, strict=True)
         for g, v in zip(each, group.verdicts, strict=True)
         if not isinstance(g, Lost)
@@ -214,16 +214,16 @@ def _located(paths: Sequence[Group], found: Sequence[Sequence[float | Lost]]) ->
 
 def _shown(groups: Sequence[Group], words: Words) -> list[dict[str, Any]]:
     """The first right and the first wrong answers, of prompts answered both ways before others."""
-    mixed = sorted(groups, key=lambda g: len({right(v) for v in g.verdicts}) < 2)  # stable
+    mixed = sorted(groups, key=lambda g: len({is_right(v) for v in g.verdicts}) < 2)  # stable
     pairs = [p for g in mixed for p in _first_of_each(g)]
-    chosen = [p for kind in (True, False) for p in [p for p in pairs if right(p[2]) is kind][:SHOWN]]
+    chosen = [p for kind in (True, False) for p in [p for p in pairs if is_right(p[2]) is kind][:SHOWN]]
     return [_response(*p, words) for p in chosen]
 
 
 def _first_of_each(group: Group) -> list[tuple[Group, Rollout, Verdict]]:
     first: dict[bool, tuple[Group, Rollout, Verdict]] = {}
     for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
-        first.setdefault(right(verdict), (group, rollout, verdict))
+        first.setdefault(is_right(verdict), (group, rollout, verdict))
     return list(first.values())
 
 
@@ -234,7 +234,7 @@ def _response(group: Group, rollout: Rollout, verdict: Verdict, words: Words) ->
         "reference": group.prompt.reference,
         "text": rollout.text,
         "answer": verdict.answer,
-        "right": right(verdict),
+        "right": is_right(verdict),
         "right_of_prompt": f"{_count(group)} of {len(group.verdicts)}",
         "status": str(verdict.status),
         "tokens": [

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from entroray.errors import ConfigError
 from entroray.loop.splice import cut, join, observed
-from entroray.types import Mask, Rollout, Status, Verdict
+from entroray.types import MaskReason, Rollout, Status, Verdict
 
 Weight = Literal["equal", "entropy"]
 
@@ -42,7 +42,7 @@ def _uniform(seed: int, at: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def branch(parent: Rollout, index: int, position: int, tail: Rollout) -> Rollout:
     """What begins as `parent`, the rollout at `index` of the group, and goes on from `position` as `tail`."""
-    return replace(join(observed(cut(parent, position), Mask.PREFIX), tail), parent=index)
+    return replace(join(observed(cut(parent, position), MaskReason.PREFIX), tail), parent=index)
 
 
 def survivors(judged: Sequence[tuple[Rollout, Verdict]]) -> list[tuple[Rollout, Verdict]]:

@@ -25,7 +25,7 @@ class Heat:
 
     def note(self, group: Group) -> None:
         """Hear how a whole group ended."""
-        if group.right > 0:
+        if group.share_right > 0:
             self.factors.pop(group.prompt.id, None)
         elif self.factor != 1.0:
             self.factors[group.prompt.id] = min(self.of(group.prompt.id) * self.factor, self.most)

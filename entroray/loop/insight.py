@@ -11,7 +11,7 @@ from torch import Tensor
 from entroray.entropy import law
 from entroray.entropy.diagnosis import diagnose
 from entroray.entropy.prediction import COLLISION, compare, record
-from entroray.loop.probe import Probe
+from entroray.loop.probe import PromptProbe
 from entroray.loop.roles import Learner, Scores
 from entroray.types import Group, Tokens, Version
 
@@ -26,7 +26,7 @@ class Looks:
     """Predictions that slope and rank are taken over."""
     law: int = 0
     """Steps the reward-entropy law is fitted over."""
-    probe: Probe | None = None
+    probe: PromptProbe | None = None
     """Prompts to read when a diagnosis is due."""
 
 

@@ -109,7 +109,8 @@ class Stagnation:
 class IdleRules:
     """Steps one after the other in which a rule of the objective touched no token."""
 
-    patience: int = 10
+    patience: int
+    """Steps."""
     idle: Counter[str] = field(default_factory=Counter)
 
     def note(self, metrics: Mapping[str, float]) -> list[str]:

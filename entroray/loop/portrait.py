@@ -7,7 +7,7 @@ import torch
 from entroray.entropy.diagnosis import diagnose
 from entroray.entropy.statistics import describe
 from entroray.loop.batching import assemble, group_index, tokens_of
-from entroray.loop.evaluate import answered, right, right_answers, scores
+from entroray.loop.evaluate import answered, count_right, right_answers, scores
 from entroray.loop.roles import Generator, Learner, Verifier
 from entroray.types import Group, Prompt
 
@@ -42,7 +42,7 @@ async def portrait(
     """
     greedy = await right_answers(at(0.0), verifier, prompts, samples=1, seed=0)
     groups = await answered(at(temperature), verifier, prompts, samples=samples, seed=0)
-    found = {"greedy": sum(greedy) / len(greedy), **scores([right(g) for g in groups], samples)}
+    found = {"greedy": sum(greedy) / len(greedy), **scores([count_right(g) for g in groups], samples)}
     return found | await _drawn([g for g in groups if _whole(g)], learner)
 
 

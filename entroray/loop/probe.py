@@ -33,7 +33,7 @@ OUTSIDE = (
 
 
 @dataclass(frozen=True)
-class Probe:
+class PromptProbe:
     """Rendered prompts, in domain and out of it, read at temperature 1."""
 
     inside: Sequence[tuple[int, ...]]
@@ -50,9 +50,9 @@ class Probe:
         }
 
 
-def probe(heldout: Sequence[Prompt], tokenize: Callable[[str], tuple[int, ...]]) -> Probe:
+def probe(heldout: Sequence[Prompt], tokenize: Callable[[str], tuple[int, ...]]) -> PromptProbe:
     """The first held-out prompts of the task, and OUTSIDE in the same template."""
-    return Probe([p.token_ids for p in heldout[:NUMBER]], [tokenize(text) for text in OUTSIDE])
+    return PromptProbe([p.token_ids for p in heldout[:NUMBER]], [tokenize(text) for text in OUTSIDE])
 
 
 def _batch(rows: Sequence[tuple[int, ...]]) -> Batch:

@@ -284,11 +284,6 @@ class PromptStream(Iterator[Prompt]):
         self._seed, self.position = seed, position
         self._shuffled: tuple[int, list[int]] | None = None
 
-    @property
-    def epoch(self) -> int:
-        """Passes over all prompts completed."""
-        return self.position // len(self._prompts)
-
     def __next__(self) -> Prompt:
         prompt = self.at(self.position)
         self.position += 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from entroray.types import Group, Mask, Rollout, Shaped, Span, Status, Verdict, Version
+from entroray.types import Group, MaskReason, Rollout, Shaped, Span, Status, Verdict, Version
 
 ARRAYS = {"token_ids": np.int32, "logprobs": np.float32, "versions": np.int32}
 NOTES = ("entropy", "varentropy", "temperature")
@@ -35,7 +35,7 @@ class Replay:
         A group whose rollouts share prefixes is left as it is.
         """
         found = self.kept.get(group.prompt.id)
-        if found is None or group.right > 0 or any(r.parent is not None for r in group.rollouts):
+        if found is None or group.share_right > 0 or any(r.parent is not None for r in group.rollouts):
             return group
         rollout, verdict = found
         rollouts, verdicts = (*group.rollouts[:-1], rollout), (*group.verdicts[:-1], verdict)
@@ -45,7 +45,7 @@ class Replay:
     def note(self, group: Group) -> None:
         """Keep a success of a group mostly wrong; forget those of one that is not."""
         draws = group.draws
-        share = sum(g.right * len(g.rollouts) for g in draws) / sum(len(g.rollouts) for g in draws)
+        share = sum(g.share_right * len(g.rollouts) for g in draws) / sum(len(g.rollouts) for g in draws)
         if share > self.rare:
             self.kept.pop(group.prompt.id, None)
         elif share > 0 and (success := _success(group)):
@@ -102,6 +102,6 @@ def _plain(rollout: Rollout) -> dict[str, Any]:
 def _rollout(told: Mapping[str, Any]) -> Rollout:
     arrays = {name: np.array(told[name], dtype=dtype) for name, dtype in ARRAYS.items()}
     shaped = told["shaped"] and Shaped(*(np.array(column, np.float32) for column in told["shaped"]))
-    spans = tuple(Span(start, stop, Mask(why)) for start, stop, why in told["spans"])
+    spans = tuple(Span(start, stop, MaskReason(why)) for start, stop, why in told["spans"])
     own: dict[str, Any] = {**told, **arrays, "shaped": shaped, "spans": spans, "replayed": True}
     return Rollout(**own | {"status": Status(told["status"])})

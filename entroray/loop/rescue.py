@@ -37,13 +37,13 @@ class Rescue:
         drawn = len(judged) - sum(len(g.earlier) for g in second)
         found = {"second/groups": len(second) / max(1, drawn)}
         if second:
-            found["second/right"] = sum(g.right for g in second) / len(second)
-            found["second/mended"] = sum(g.right > 0 for g in second) / len(second)
+            found["second/right"] = sum(g.share_right for g in second) / len(second)
+            found["second/mended"] = sum(g.share_right > 0 for g in second) / len(second)
         return found
 
 
 def _failed(group: Group | Dropped) -> bool:
-    return isinstance(group, Group) and group.right == 0
+    return isinstance(group, Group) and group.share_right == 0
 
 
 def _instead(first: Group | Dropped, second: Group | Dropped) -> Group | Dropped:

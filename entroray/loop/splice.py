@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entroray.types import Likeliest, Mask, Rollout, Shaped, Span, Status
+from entroray.types import Likeliest, MaskReason, Rollout, Shaped, Span, Status
 
 
 def cut(rollout: Rollout, length: int) -> Rollout:
@@ -24,7 +24,7 @@ def cut(rollout: Rollout, length: int) -> Rollout:
     return replace(rollout, **per_token, shaped=shaped, spans=tuple(spans), likeliest=likeliest)
 
 
-def observed(rollout: Rollout, why: Mask) -> Rollout:
+def observed(rollout: Rollout, why: MaskReason) -> Rollout:
     """The same tokens, none of them learnt from."""
     return replace(rollout, spans=(*rollout.spans, Span(0, rollout.length, why)) if rollout.length else ())
 
@@ -46,13 +46,13 @@ def openings(rollout: Rollout) -> list[Rollout]:
     if not rollout.length:
         return [rollout]
     assert rollout.likeliest is not None, "it must report its likeliest tokens"
-    first = replace(cut(rollout, 1), status=Status.OK, spans=(Span(0, 1, Mask.FORCED),))
+    first = replace(cut(rollout, 1), status=Status.OK, spans=(Span(0, 1, MaskReason.FORCED),))
     pairs = zip(rollout.likeliest.token_ids[0], rollout.likeliest.probabilities[0], strict=True)
     one = lambda x, dtype: np.array([x], dtype)  # noqa: E731
     return [replace(first, token_ids=one(i, np.int32), logprobs=np.log(one(p, np.float32))) for i, p in pairs]
 
 
-def said(like: Rollout, token_ids: Sequence[int], why: Mask) -> Rollout:
+def said(like: Rollout, token_ids: Sequence[int], why: MaskReason) -> Rollout:
     """Tokens nobody drew, as an observation of probability 1 under the weights `like` ended with."""
     ids = np.asarray(token_ids, dtype=np.int32)
     version = like.versions[-1:] if like.length else np.zeros(1, np.int32)

@@ -10,12 +10,14 @@ from typing import Any, Protocol
 from entroray.errors import DataError
 from entroray.types import Group, Prompt, Version
 
+NO_SIGNAL = "no signal"
+"""Why a group that `keep` sent back was dropped; all other reasons are failures."""
+
 
 @dataclass(frozen=True)
 class Dropped:
     """A prompt that gave no group, and why."""
 
-    prompt: Prompt
     reason: str
     drawn: int = 0
     """Response tokens drawn for it all the same."""
@@ -49,6 +51,23 @@ def wave(missing: int, kept_share: float) -> int:
     """Groups to draw so that `missing` are kept more often than not: their mean and one deviation more."""
     spread = math.sqrt(max(missing, 0) * (1 - kept_share))
     return math.ceil((missing + spread) / kept_share) if missing > 0 else 0
+
+
+def _too_many(dropped: Counter[str], limit: int) -> str:
+    """What a step dropped, what it may, and what to do about each kind of reason."""
+    remedies = []
+    if NO_SIGNAL in dropped:
+        remedies.append(
+            f"`{NO_SIGNAL}` is what the objective's keep rule sent back: take easier or harder prompts, or "
+            "train on every group (objective.keep.fn=always)"
+        )
+    if dropped.keys() - {NO_SIGNAL}:
+        remedies.append("for groups that failed see the event `resample` in events.jsonl")
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
+    return (
+        f"{dropped.total()} groups were dropped since the step began, {limit} may be (driver.refill_limit x "
+        f"rollout.groups_per_step): {reasons}. What to do: {'; '.join(remedies)}"
+    )
 
 
 Rollouts = Callable[[Prompt, int], Awaitable[Group | Dropped]]
@@ -139,13 +158,13 @@ class Stream:
         `wait` holds until nothing left behind can grow older than `max_lag`; without it groups that did
         are refused and their prompts re-issued. DataError when more than `limit` groups are dropped.
         """
-        before = self.dropped.total()
+        before = Counter(self.dropped)
         while True:
             self.changed.clear()
             self._raise_failed()
             self._sift(keep, wait=wait)
-            if self.dropped.total() - before > limit:
-                raise DataError(f"{limit} groups were dropped in one step: {dict(self.dropped)}")
+            if (since := self.dropped - before).total() > limit:
+                raise DataError(_too_many(since, limit))
             self.fill()
             ready = [s for _, s in sorted(self.slots.items()) if s.group][: self.per_step]
             if len(ready) == self.per_step and self._may_go(ready, wait=wait):
@@ -180,7 +199,7 @@ class Stream:
                 self._issue(slot.prompt, slot.position)
             elif not keep(slot.group):
                 self.judged[slot.serial] = slot.group
-                self._free(slot, "no signal")
+                self._free(slot, NO_SIGNAL)
 
     def judged_since(self) -> list[Group]:
         """Groups judged since the last call, in order of issue: taken, sent back by `keep`, or surplus."""

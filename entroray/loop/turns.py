@@ -9,7 +9,7 @@ from entroray.loop.demonstrations import Worked
 from entroray.loop.driver import seeds as seeds_of
 from entroray.loop.roles import Generator, Tool
 from entroray.loop.splice import cut, join, said
-from entroray.types import Answer, Mask, Prompt, Rollout, Span, Status
+from entroray.types import Answer, MaskReason, Prompt, Rollout, Span, Status
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -109,7 +109,7 @@ class Turns:
         self._note(answer)
         if not answer.status.usable:
             return Talk(replace(talk.whole, status=answer.status), None)
-        why = Mask.TOOL_ERROR if answer.failed else Mask.TOOL
+        why = MaskReason.TOOL_ERROR if answer.failed else MaskReason.TOOL
         observation = said(talk.whole, self.encode(self.syntax.said(answer.text)), why)
         whole, room = join(talk.whole, observation), talk.whole.limit - len(before)
         if whole.length < room:
@@ -148,5 +148,5 @@ def written(worked: Worked, syntax: Syntax, encode: Encode) -> tuple[list[int], 
         ids += encode(f"{syntax.open}{call}{syntax.close}")
         start = len(ids)
         ids += encode(syntax.said(answer))
-        spans.append(Span(start, len(ids), Mask.TOOL))
+        spans.append(Span(start, len(ids), MaskReason.TOOL))
     return [*ids, *encode(worked.end)], tuple(spans)

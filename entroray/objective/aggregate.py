@@ -23,5 +23,5 @@ def rollout_mean(t: Tokens) -> Float[Tensor, " N"]:
     A branch is as long as its parent's tokens and its own: it counts by the part that it drew itself.
     """
     length = segment_sum(torch.ones_like(t.logprobs), t.row, len(t.length))
-    whole = length if t.inherited is None else length + t.inherited
+    whole = length if t.drawn_before is None else length + t.drawn_before
     return 1 / whole[t.row]

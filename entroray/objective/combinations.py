@@ -103,7 +103,7 @@ def _equal_groups_are_kept(o: Objective, s: Schedule) -> Iterator[Remark]:
         yield Remark(
             "refused" if alike.purpose else "beware",
             f"keep `informative` drops the groups whose answers are all {'wrong' if alike.wrong else 'right'}"
-            f", which this row learns from{': choose keep `always`' if alike.purpose else ' too'}",
+            f", which this objective learns from{': choose keep `always`' if alike.purpose else ' too'}",
         )
 
 
@@ -114,24 +114,25 @@ def _wrong_groups_are_not_rescued(o: Objective, s: Schedule) -> Iterator[Remark]
     if s.second:
         yield Remark(
             "refused" if alike.purpose else "beware",
-            "rollout.second puts a hotter draw in the place of the groups that are all wrong, which this row "
-            f"learns from{': choose rollout.second.factor=1' if alike.purpose else ' too'}",
+            "rollout.second puts a hotter draw in the place of the groups that are all wrong, which this "
+            f"objective learns from{': choose rollout.second.factor=1' if alike.purpose else ' too'}",
         )
     if s.replay and alike.purpose and not alike.right:
         yield Remark(
             "refused",
-            "rollout.replay puts right answers in the place of wrong ones, and this row learns from wrong "
-            "ones alone: choose rollout.replay.tokens=0",
+            "rollout.replay puts right answers in the place of wrong ones, and this objective learns "
+            "from wrong ones alone: choose rollout.replay.tokens=0",
         )
     elif s.replay:
         yield Remark(
-            "beware", "rollout.replay takes a wrong answer, which this row learns from, for each it puts"
+            "beware",
+            "rollout.replay takes a wrong answer, which this objective learns from, for each it puts",
         )
     if s.lowest > 0:
         yield Remark(
             "beware",
             f"rollout.prompts.band rarely draws prompts of pass rate below {s.lowest:g}, whose wrong answers "
-            "this row learns from",
+            "this objective learns from",
         )
 
 
@@ -142,13 +143,13 @@ def _mastered_prompts_come_up(o: Objective, s: Schedule) -> Iterator[Remark]:
         yield Remark(
             "beware",
             f"rollout.prompts.retire passes over prompts of pass rate {s.retire:g} and more, whose right "
-            "answers this row learns from",
+            "answers this objective learns from",
         )
     if s.highest < 1:
         yield Remark(
             "beware",
             f"rollout.prompts.band rarely draws prompts of pass rate above {s.highest:g}, whose right "
-            "answers this row learns from",
+            "answers this objective learns from",
         )
 
 
@@ -222,8 +223,8 @@ def _one_law_of_entropy(o: Objective, s: Schedule) -> Iterator[Remark]:
             yield Remark(
                 "refused",
                 f"shape `{_name(shape)}` steers the entropy by itself and control.{name} steers it too, "
-                f"through {knob}: they would fight; leave out control.{name}, or choose a row without the "
-                "shape",
+                f"through {knob}: they would fight; leave out control.{name}, or choose an objective "
+                "without the shape",
             )
 
 

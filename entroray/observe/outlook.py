@@ -90,7 +90,8 @@ def _law(history: Sequence[Mapping[str, Any]], has: Mapping[str, Any]) -> str:
     if any(name.startswith("control/") for name in last):
         return "law: off, a controller acts"
     if has.get("objective", {}).get("keep", {}).get("fn", "always") != "always":
-        return "law: off, the row trains on a part of the groups (keep), whose entropy is not that of all"
+        reason = "the objective trains on a part of the groups (keep), whose entropy is not that of all"
+        return f"law: off, {reason}"
     if has.get("observe.law.window") == 0:
         return "law: not fitted (observe.law.window=0)"
     if last.get("law/ceiling") is None:

@@ -22,7 +22,7 @@ UNITS = {
     "version": "committed steps; the learner was at step - 1",
     "rollout": "row within the step",
     "temperature": "of the policy, in the learner too",
-    "sampler_entropy": "nats, before shaping; null where the sampler did not shape",
+    "sampler_entropy": "nats, before shaping; null where the sampler kept no notes",
     "sampler_varentropy": "nats^2, before shaping",
     "sampler_temperature": "really drawn at; 0 the likeliest was taken, null inserted",
     "mask_reason": "null where the token counts in the aggregates",

@@ -285,7 +285,8 @@ def _trace(plot: Plot, curve: Curve, metrics: Metrics) -> go.Bar | go.Scatter:
 def _tokens(run_dir: Path) -> str:
     files = records.files(run_dir)
     if not files:
-        return _section("Tokens", _missing("tokens/", "no token was recorded (see the setting tokens_every)"))
+        why = "no token was recorded (see the setting observe.tokens.every)"
+        return _section("Tokens", _missing("tokens/", why))
     taken = excerpt.load(files[-1])
     step = records.step_of(files[-1])
     return _section(

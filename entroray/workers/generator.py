@@ -136,10 +136,6 @@ class Generator:
         if self.failure is not None or self.paused:
             raise self.failure or InfrastructureError("it stands in the middle of an update of its weights")
 
-    async def version(self) -> int:
-        """Version of the weights served now."""
-        return await self._run(lambda: int(self.llm.get_weight_version()))
-
     # --- the engine thread ---
 
     def _serve(self) -> None:

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class LearnerRank:
         os.environ |= {"WORLD_SIZE": str(s.world), "LOCAL_RANK": "0"}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         deepspeed.init_distributed(
-            "nccl" if self.device.type == "cuda" else "gloo", timeout=_seconds(timeout)
+            "nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout)
         )
         return self._build()
 
@@ -326,9 +327,3 @@ def _node_ip() -> str:
     import ray
 
     return ray.util.get_node_ip_address()
-
-
-def _seconds(timeout: float) -> Any:
-    from datetime import timedelta
-
-    return timedelta(seconds=timeout)

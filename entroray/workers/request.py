@@ -40,10 +40,6 @@ class Sampling:
     least: int = 0
     """Tokens before which nothing may end the response; there the end has probability 0."""
 
-    def at(self, temperature: float) -> "Sampling":
-        """The same at another temperature: the knob of a controller."""
-        return replace(self, temperature=temperature)
-
     def moved(self, rule: Mapping[str, float], max_tokens: float | None) -> "Sampling":
         """The same with numbers of its rule set, and a longest response, rounded; None leaves that."""
         most = self.max_tokens if max_tokens is None else round(max_tokens)

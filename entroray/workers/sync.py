@@ -62,7 +62,7 @@ class GeneratorClient:
 
 
 @dataclass(frozen=True)
-class Probe:
+class SyncProbe:
     """A fixed text on which engines and learner must give the same log-probs (T=1)."""
 
     token_ids: tuple[int, ...]
@@ -81,7 +81,7 @@ class WeightSync:
         engines: Engines,
         client: Callable[[Sequence[Any]], GeneratorClient],
         *,
-        probe: Probe,
+        probe: SyncProbe,
         deadline: float,
     ):
         self.learner, self.engines, self.client = learner, engines, client

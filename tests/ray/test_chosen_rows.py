@@ -12,12 +12,12 @@ from entroray.cli import choices, driving, machine, material, sampling, settings
 from entroray.config import Config
 from entroray.entropy.catalogue import CHOICE
 from entroray.entropy.diversity import Loops
-from entroray.entropy.metric import matches
 from entroray.loop.driver import Driver, Roles
 from entroray.loop.prompts import PromptStream
 from entroray.objective import build
 from entroray.types import Group, Status
 from entroray.workers.generator import Request, Sampling
+from tests.documented import matches
 
 FILES = sorted((settings.conf() / "rollout").glob("*.yaml"))
 ROWS = [file.stem for file in FILES if "plan:" not in file.read_text()]  # test_grown_groups.py has the plans
@@ -114,7 +114,7 @@ def test_a_second_draw_is_hotter_by_its_factor_and_its_log_probs_say_so(
     second = [g for g in book.groups if g.earlier]
     assert second and book.steps[0]["second/groups"] == len(second) / 6
     for g in second:
-        assert g.earlier[0].right == 0 and all(r.shaped is None for r in g.earlier[0].rollouts)
+        assert g.earlier[0].share_right == 0 and all(r.shaped is None for r in g.earlier[0].rollouts)
         heat = np.concatenate([r.shaped.temperature for r in g.rollouts if r.shaped])
         assert set(np.round(heat, 5)) == {1.5} and {r.temperature for r in g.rollouts} == {1.0}
     assert book.steps[0]["mismatch/max"] > 0.01, "drawn from another distribution, and corrected for"

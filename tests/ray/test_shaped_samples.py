@@ -121,7 +121,7 @@ def deviations(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_what_is_drawn_is_what_is_stated(engine: Any, peaked: str, name: str) -> None:
     """Chi-square of 4000 first tokens over cells of at least five, by Wilson and Hilferty's normal form."""
-    drawn = draw(engine, SAMPLERS[name].at(SAMPLERS[name].temperature), 4000)
+    drawn = draw(engine, SAMPLERS[name], 4000)
     first = np.array([r.token_ids[0] for r in drawn])
     z = logits(peaked, np.array([drawn[0].token_ids[:1]]))
     logb, temperature = expected(z, SAMPLERS[name])

@@ -15,7 +15,7 @@ from entroray.cli import machine, settings
 from entroray.loop.batching import assemble, group_index
 from entroray.loop.turns import Syntax, Turns
 from entroray.policy.tokenizer import byte_tokenizer
-from entroray.types import Answer, Group, Mask, Prompt, Rollout, Status, Verdict
+from entroray.types import Answer, Group, MaskReason, Prompt, Rollout, Status, Verdict
 from entroray.workers import cluster
 from entroray.workers.cluster import Share
 from entroray.workers.generator import Generator, Request, Sampling
@@ -82,7 +82,7 @@ def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, mod
     fixed, shaped = run(scored())
     for rollouts, read, scores in (fixed, shaped):
         drawn = np.concatenate([r.observed for r in rollouts]) < 0
-        calls = [[s for s in r.spans if s.why is Mask.TOOL] for r in rollouts]
+        calls = [[s for s in r.spans if s.why is MaskReason.TOOL] for r in rollouts]
         assert any(len(c) > 1 for c in calls) and 30 < (~drawn).sum() < drawn.sum()
         assert all(r.length <= LIMIT and r.status in (Status.OK, Status.TRUNCATED) for r in rollouts)
         whole = {

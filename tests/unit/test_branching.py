@@ -12,7 +12,6 @@ import torch
 
 from entroray.entropy import describe
 from entroray.entropy.catalogue import BRANCHES, SAMPLER
-from entroray.entropy.metric import matches
 from entroray.errors import ConfigError
 from entroray.loop.batching import tokens_of
 from entroray.loop.branching import branching, first_token_forks, independent, tree
@@ -20,7 +19,8 @@ from entroray.loop.forks import branch, places, survivors
 from entroray.loop.splice import cut
 from entroray.objective.aggregate import rollout_mean
 from entroray.objective.view import visible
-from entroray.types import Group, Mask, Prompt, Rollout, Shaped, Span, Status, Verdict
+from entroray.types import Group, MaskReason, Prompt, Rollout, Shaped, Span, Status, Verdict
+from tests.documented import matches
 from tests.toy import VOCABULARY, ToyWorld, driver
 from tests.unit.test_driver import row
 
@@ -99,9 +99,9 @@ def test_no_branch_at_the_first_token_the_end_or_what_nobody_drew() -> None:
     everywhere = partial(places, count=99, seed=3, top=None, weight="equal")
     assert sorted(everywhere(one())) == [1, 2, 3, 4, 5, 6, 8, 9, 10]
     assert 11 in everywhere(one(status=Status.TRUNCATED)), "nothing ended it: its last token is like others"
-    tool = one(spans=(Span(2, 4, Mask.TOOL),))
+    tool = one(spans=(Span(2, 4, MaskReason.TOOL),))
     assert not {2, 3} & set(everywhere(tool))
-    assert min(everywhere(one(spans=(Span(0, 4, Mask.PREFIX),)))) == 5
+    assert min(everywhere(one(spans=(Span(0, 4, MaskReason.PREFIX),)))) == 5
     holes = one()
     assert holes.shaped
     holes.shaped.entropy[5] = np.nan
@@ -144,7 +144,7 @@ def test_a_branch_is_as_long_as_all_that_was_drawn_for_it() -> None:
 
 
 def test_what_nobody_drew_is_no_part_of_a_length_not_in_a_prefix_either() -> None:
-    root = one(spans=(Span(2, 4, Mask.TOOL),))
+    root = one(spans=(Span(2, 4, MaskReason.TOOL),))
     root.shaped.temperature[5] = np.nan  # type: ignore[union-attr]
     child = branch(root, 0, 9, cut(one(), 3))
     assert child.drawn_before == 6 and child.inherited == 9
@@ -155,14 +155,14 @@ def test_what_nobody_drew_is_no_part_of_a_length_not_in_a_prefix_either() -> Non
 def test_without_branches_nothing_is_said_of_what_is_inherited() -> None:
     group = Group(PROMPT, (one(), one()), (Verdict(1.0, 1.0),) * 2)
     columns = {name: np.zeros(24, np.float32) for name in ("logprobs", "entropy", "varentropy")}
-    assert tokens_of([group], [torch.zeros(2)], columns, 1).inherited is None
+    assert tokens_of([group], [torch.zeros(2)], columns, 1).drawn_before is None
 
 
 def test_what_is_inherited_goes_with_its_row() -> None:
     group = Group(PROMPT, (one(), branch(one(), 0, 9, cut(one(), 3))), (Verdict(1.0, 1.0),) * 2)
     columns = {name: np.zeros(24, np.float32) for name in ("logprobs", "entropy", "varentropy")}
     taken = tokens_of([group], [torch.zeros(2)], columns, 1).take(torch.tensor([1]))
-    assert taken.inherited is not None and taken.inherited.tolist() == [9]
+    assert taken.drawn_before is not None and taken.drawn_before.tolist() == [9]
 
 
 # Plans
@@ -228,7 +228,7 @@ def test_forks_begin_with_distinct_likeliest_tokens_that_are_masked() -> None:
     assert all(r.shaped is not None and np.isnan(r.shaped.entropy[0]) for r in members)
 
 
-REASON = list(Mask).index(Mask.FORCED)
+REASON = list(MaskReason).index(MaskReason.FORCED)
 
 
 def test_first_tokens_that_come_too_late_are_a_group_that_failed() -> None:

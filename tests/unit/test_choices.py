@@ -8,7 +8,6 @@ import pytest
 
 from entroray.cli import choices, settings
 from entroray.entropy.catalogue import CHOICE
-from entroray.entropy.metric import matches
 from entroray.errors import ConfigError
 from entroray.loop.choice import Choice
 from entroray.loop.curriculum import Curriculum, Rule
@@ -18,6 +17,7 @@ from entroray.objective import build
 from entroray.types import Group, Prompt, Rollout, Verdict
 from tests.cases import ROWS
 from tests.composed import configured
+from tests.documented import matches
 from tests.toy import TARGET, ToyWorld, driver, trained
 
 PROMPTS = [Prompt(f"p{i}", f"p{i}", (0,), str(TARGET)) for i in range(6)]

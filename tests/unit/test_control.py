@@ -230,6 +230,7 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
         ),
         (["control=temperature_band", "control.temperature.signal=control/temperature"], "no step of these"),
         (["control=temperature_band", "control.temperature.signal=step"], "no step of these"),
+        (["control=temperature_band", "control.temperature.signal=reward/part_form"], r"\(reward\.path\)"),
         (
             ["control=temperature_band", "control.temperature.signal=replay/share"],
             "set rollout.replay.tokens",
@@ -307,6 +308,7 @@ def test_a_knob_that_cannot_be_moved_there_is_refused_at_start(overrides, said):
         ("covariance/p99_8", []),
         ("entropy/mean:chain_sum", ["data=mixture"]),
         ("update/ratio_max", []),
+        ("reward/part_form", ["reward.path=mine.py:judge"]),
     ],
 )
 def test_a_signal_that_these_settings_bring_is_read(signal, more):

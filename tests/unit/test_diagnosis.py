@@ -1,6 +1,7 @@
 """What lies behind the means of a step, against numbers worked out by hand; every metric is documented."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch
 
 from entroray.entropy import describe, diagnose
 from entroray.entropy.calibration import brier, calibration, consistency, expected_error
-from entroray.entropy.catalogue import DESCRIBED, DIAGNOSED, UPDATE, text
+from entroray.entropy.catalogue import DESCRIBED, DIAGNOSED, PARTS, UPDATE, text
 from entroray.entropy.diversity import answers, distinct, pass_at
-from entroray.entropy.metric import matches, names
+from entroray.entropy.metric import names
 from entroray.entropy.movement import SUMS, movement, shares
-from entroray.types import Mask, Span
+from entroray.types import MaskReason, Span
 from entroray.workers.adapters import _summary
+from tests.documented import matches
 from tests.unit.test_statistics import group, tokens_of
 
 LN2 = math.log(2)
@@ -59,7 +61,7 @@ def changed(g, at, **changes):
 
 def test_n_grams_are_of_tokens_that_the_policy_drew_there():
     """A branch's first two tokens are its parent's; a tool says 9 9 amid what the second response wrote."""
-    prefix, tool = (Span(0, 2, Mask.PREFIX),), (Span(2, 4, Mask.TOOL),)
+    prefix, tool = (Span(0, 2, MaskReason.PREFIX),), (Span(2, 4, MaskReason.TOOL),)
     branched = changed(written([1, 2, 3], [1, 2, 4]), 1, spans=prefix, parent=0)
     assert distinct([branched]) == {"distinct/1": 1.0, "distinct/2": 1.0, "distinct/3": 1.0}
     told = distinct([changed(written([7, 8, 9, 9, 7, 8]), 0, spans=tool)])
@@ -73,7 +75,7 @@ def test_pass_at_k_is_of_independent_draws_alone():
     four = written([1], [1], [1], [1], correct=[1, 0, 0, 1])
     roots = changed(changed(four, 2, parent=0), 3, parent=1)
     assert pass_at([roots]) == {"pass/1": 0.5, "pass/2": 1.0}, "two roots, one right"
-    forced = Span(0, 1, Mask.FORCED)
+    forced = Span(0, 1, MaskReason.FORCED)
     everywhere = replace(four, rollouts=tuple(replace(r, spans=(forced,)) for r in four.rollouts))
     assert pass_at([everywhere]) == {} and pass_at([four, everywhere]) == pass_at([four])
     first = written([1], [1], correct=[0, 0])
@@ -138,6 +140,12 @@ def test_readme_is_the_table_of_the_catalogue():
     page = Path(__file__).parents[2] / "entroray" / "entropy" / "README.md"
     again = "run `python -m entroray.entropy.catalogue > entroray/entropy/README.md`"
     assert page.read_text() == text(), again
+
+
+def test_a_definition_needs_no_row_above_it():
+    leans = re.compile(r"its |the (same|largest|longest)\b|where |quantile$|all of them|none |drawn |those ")
+    rows = [m for found in PARTS.values() for m in found]
+    assert [m.name for m in rows if leans.match(m.definition)] == []
 
 
 def test_quadrants_deciles_and_covariance_by_hand():

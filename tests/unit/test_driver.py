@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from entroray.entropy.run_metrics import JUDGE
 from entroray.errors import DataError, InfrastructureError, NumericsError
 from entroray.loop.choice import Choice
 from entroray.loop.driver import Driver, seeds
-from entroray.loop.stream import wave
+from entroray.loop.stream import Dropped, Stream, wave
 from entroray.objective import build
 from entroray.types import Group, Prompt, Status, Verdict
-from tests.toy import ToyWorld, driver, trained
+from tests.documented import matches
+from tests.toy import ToyPrompts, ToyWorld, driver, trained
 
 ROWS = Path(__file__).parents[2] / "conf" / "objective"
 
@@ -106,8 +108,27 @@ def test_a_prompt_whose_samples_fail_is_resampled_twice_then_dropped() -> None:
 def test_no_signal_at_all_ends_the_run_instead_of_sampling_for_ever() -> None:
     world = ToyWorld(row("grpo", keep={"fn": "informative"}))
     world.judge = all_wrong  # type: ignore[method-assign]
-    with pytest.raises(DataError, match="no signal"):
+    with pytest.raises(DataError, match=r"x no signal.*easier or harder prompts.*keep\.fn=always") as error:
         asyncio.run(driver(world, refill_limit=2).train(1))
+    assert "resample" not in str(error.value)
+
+
+def test_too_many_dropped_groups_are_those_of_the_step_and_the_error_says_what_to_do() -> None:
+    async def failing(prompt: Prompt, serial: int) -> Dropped:
+        return Dropped("timeout: slow")
+
+    async def drop_beyond(limit: int) -> None:
+        stream = Stream(ToyPrompts(), failing, per_step=5, max_lag=0, keeps=False)
+        stream.dropped.update({"timeout: slow": 14})  # of earlier steps
+        try:
+            await stream.take(lambda group: True, wait=True, limit=limit)
+        finally:
+            await stream.close()
+
+    with pytest.raises(DataError, match=r"^15 groups .* 10 may be .*: 15 x timeout: slow\. ") as error:
+        asyncio.run(drop_beyond(10))
+    assert "(driver.refill_limit x rollout.groups_per_step)" in str(error.value)
+    assert "`resample`" in str(error.value) and "no signal" not in str(error.value)
 
 
 def test_reward_counts_groups_the_filter_sent_back() -> None:
@@ -119,6 +140,19 @@ def test_reward_counts_groups_the_filter_sent_back() -> None:
         assert metrics["reward/trained_mean"] == 0.5
         assert metrics["reward/mean"] == pytest.approx(1 / 6, abs=0.06)
         assert metrics["groups/all_wrong"] == pytest.approx(2 / 3, abs=0.1)
+
+
+def test_parts_of_verdicts_are_journalled_as_means_over_those_that_have_them() -> None:
+    async def in_parts(prompt: object, rollouts: list) -> list:
+        whole = {"form": 0.0, "odd": float("nan")}, {"form": 1.0, "brief": 3.0}
+        return [Verdict(1.0, float(i % 2), parts=whole[i % 2]) for i in range(len(rollouts))]
+
+    world = ToyWorld(row("grpo"))
+    world.judge = in_parts  # type: ignore[method-assign]
+    asyncio.run(driver(world).train(1))
+    found = {name: value for name, value in world.steps[0].items() if name.startswith("reward/part_")}
+    assert found == {"reward/part_form": 0.5, "reward/part_brief": 3.0}
+    assert all(matches(name, JUDGE) for name in found)
 
 
 def test_a_wave_holds_what_is_missing_and_one_deviation_more() -> None:

@@ -13,16 +13,16 @@ from omegaconf import OmegaConf
 
 from entroray.cli import eval as command
 from entroray.cli import sampling
-from entroray.entropy.catalogue import EVALUATION, STEP
-from entroray.entropy.metric import matches
+from entroray.entropy.catalogue import EVALUATION
 from entroray.errors import ConfigError
 from entroray.loop.decoding import Decoding, words
 from entroray.loop.evaluate import examine, plan
 from entroray.loop.splice import cut, join, said
 from entroray.observe import evaluation, evaluation_page
 from entroray.policy.tokenizer import byte_tokenizer
-from entroray.types import Likeliest, Mask, Prompt, Rollout, Shaped, Status, Verdict
+from entroray.types import Likeliest, MaskReason, Prompt, Rollout, Shaped, Status, Verdict
 from tests.composed import composed, configured
+from tests.documented import STEP, matches
 
 TOKENIZER = byte_tokenizer()
 WORDS = words(TOKENIZER)
@@ -111,7 +111,7 @@ def test_what_nobody_drew_has_no_say_in_confidence_or_entropy() -> None:
             self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()
         ) -> list[Rollout]:
             drawn = await super().sample(prompt, seeds)
-            return [join(join(r, said(r, [65, 66], Mask.TOOL)), cut(r, 0)) for r in drawn]
+            return [join(join(r, said(r, [65, 66], MaskReason.TOOL)), cut(r, 0)) for r in drawn]
 
     told = plan(1.0, 4)
     found = asyncio.run(examine(lambda t: Tool(t), World(), PROMPTS, told, WORDS))

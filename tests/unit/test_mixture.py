@@ -14,7 +14,6 @@ from entroray.cli import bootstrap, material, train
 from entroray.config import Config, Part
 from entroray.entropy.catalogue import DOMAIN
 from entroray.entropy.domains import by_domain
-from entroray.entropy.metric import matches
 from entroray.errors import ConfigError, PreflightError
 from entroray.loop.batching import tokens_of
 from entroray.loop.decoding import Words
@@ -27,6 +26,7 @@ from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
 from entroray.reward import build
 from entroray.types import Group, Prompt, Rollout, Verdict
 from tests.composed import configured
+from tests.documented import matches
 from tests.toy import ToyWorld
 
 

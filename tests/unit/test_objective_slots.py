@@ -34,7 +34,7 @@ from entroray.objective.rewards import soft_overlong
 from entroray.objective.shapes import by_sign
 from entroray.objective.surrogate import cispo, clip, likelihood, reinforce
 from entroray.objective.view import visible
-from entroray.types import Counts, Group, Mask, Prompt, Rollout, Span, Tokens, Verdict
+from entroray.types import Counts, Group, MaskReason, Prompt, Rollout, Span, Tokens, Verdict
 from tests import cases
 
 GRPO = {
@@ -116,7 +116,7 @@ def family(rewards, parents, inherited) -> Group:
     """A group whose members hold the first tokens of their parents."""
     g = group(rewards)
     grown = [
-        replace(r, parent=parent, spans=(Span(0, shared, Mask.PREFIX),) if shared else ())
+        replace(r, parent=parent, spans=(Span(0, shared, MaskReason.PREFIX),) if shared else ())
         for r, parent, shared in zip(g.rollouts, parents, inherited, strict=True)
     ]
     return replace(g, rollouts=tuple(grown))

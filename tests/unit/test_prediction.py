@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from entroray.entropy import token_entropy
-from entroray.entropy.catalogue import DESCRIBED, IN_A_RUN, LAW, PREDICTION, PROBE, RUN
+from entroray.entropy.catalogue import DESCRIBED, LAW, PREDICTION, PROBE, RUN
 from entroray.entropy.law import fit, student
-from entroray.entropy.metric import matches, names
+from entroray.entropy.metric import names
 from entroray.entropy.prediction import (
     COLLISION,
     compare,
@@ -27,9 +27,10 @@ from entroray.entropy.prediction import (
     slope,
 )
 from entroray.loop.insight import Looks
-from entroray.loop.probe import OUTSIDE, Probe, probe
+from entroray.loop.probe import OUTSIDE, PromptProbe, probe
 from entroray.objective import build, pull
 from entroray.types import Prompt
+from tests.documented import IN_A_RUN, matches
 from tests.toy import ToyWorld, driver
 from tests.unit.test_statistics import group, tokens_of
 
@@ -185,7 +186,7 @@ class Table:
 
 
 def test_prompts_in_and_out_of_domain_are_read_without_their_first_tokens():
-    asked = Probe([(9, 1, 2), (9, 6)], [(9, 4), (9,)])
+    asked = PromptProbe([(9, 1, 2), (9, 6)], [(9, 4), (9,)])
     assert asyncio.run(asked.read(Table())) == {"entropy/prompt_in": 3.0, "entropy/prompt_out": 4.0}
 
 

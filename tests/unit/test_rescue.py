@@ -11,7 +11,6 @@ import pytest
 
 from entroray.entropy.catalogue import CHOICE
 from entroray.entropy.diversity import Loops
-from entroray.entropy.metric import matches
 from entroray.loop import endings
 from entroray.loop.choice import Choice
 from entroray.loop.prompts import PromptStream
@@ -19,8 +18,9 @@ from entroray.loop.replay import Replay
 from entroray.loop.rescue import Rescue
 from entroray.loop.stream import Dropped
 from entroray.objective import build
-from entroray.types import Group, Mask, Prompt, Rollout, Shaped, Span, Status, Verdict
+from entroray.types import Group, MaskReason, Prompt, Rollout, Shaped, Span, Status, Verdict
 from tests.cases import ROWS
+from tests.documented import matches
 from tests.toy import ToyWorld, driver, trained
 from tests.unit.test_choices import PROMPTS, InOrder, group, rollout
 
@@ -54,7 +54,7 @@ def test_an_all_wrong_group_gets_the_success_of_old_and_stays_all_wrong_as_drawn
     assert replay.mend(branched) is branched
     mended = replay.mend(group("p0", 0, 0, 0, version=7))
     assert [r.replayed for r in mended.rollouts] == [False, False, True]
-    assert mended.correct.tolist() == [0, 0, 1] and mended.right == 0
+    assert mended.correct.tolist() == [0, 0, 1] and mended.share_right == 0
     assert mended.drawn == 6, "two tokens each, those of the one that made room too"
     assert mended.version == 7 and mended.rollouts[-1].version == 3
     assert replay.metrics([mended, group("p1", 0, 1, 1)], [], 9) == pytest.approx(
@@ -72,7 +72,7 @@ def test_a_second_draws_success_is_rare_by_both_draws() -> None:
 
 def test_what_is_kept_survives_the_checkpoint_bit_for_bit() -> None:
     notes = np.array([[0.1, 0.2], [1e-8, 3.0], [1.2, np.nan]], np.float32)
-    odd = rollout(shaped=Shaped(*notes), spans=(Span(0, 1, Mask.TOOL),))
+    odd = rollout(shaped=Shaped(*notes), spans=(Span(0, 1, MaskReason.TOOL),))
     replay, again = Replay(100, 0.5), Replay(100, 0.5)
     kept = Verdict(0.7, 1.0, answer="7", parts={"form": 0.1})
     replay.note(Group(Prompt("p0", "", (0,), ""), (odd, odd), (kept, Verdict(0.0, 0.0))))
@@ -178,10 +178,10 @@ def test_a_second_draw_that_gives_no_group_leaves_the_first() -> None:
     first = group("p0", 0, 0)
 
     async def again(factor: float) -> Dropped:
-        return Dropped(first.prompt, "engine gone", 7)
+        return Dropped("engine gone", 7)
 
     assert asyncio.run(Rescue(1.2)(first, again)) == replace(first, lost=7)
-    dropped = Dropped(first.prompt, "timeout")
+    dropped = Dropped("timeout")
     assert asyncio.run(Rescue(1.2)(dropped, again)) is dropped
 
 

@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from entroray.entropy.catalogue import TOOLS
-from entroray.entropy.metric import matches
 from entroray.entropy.statistics import describe
 from entroray.loop.batching import tokens_of
 from entroray.loop.demonstrations import Worked, chain_sum_calls
@@ -22,7 +21,8 @@ from entroray.loop.warmup import demonstrate
 from entroray.objective import build as objective
 from entroray.reward import build
 from entroray.reward.tools import Call, calculator
-from entroray.types import Answer, Group, Mask, Prompt, Rollout, Shaped, Span, Status, Verdict
+from entroray.types import Answer, Group, MaskReason, Prompt, Rollout, Shaped, Span, Status, Verdict
+from tests.documented import matches
 from tests.toy import ToyWorld, driver
 
 PROMPT = Prompt("p", "2+3=", tuple(b"2+3="), "5")
@@ -231,7 +231,7 @@ def test_tools_are_counted_and_their_tokens_are_in_no_entropy() -> None:
     script = Script("[1]", "=1", answers=[Answer("1")])
     (called,), n = talk(script), 6
     shaped = Shaped(*(np.array(x, np.float32) for x in ([1, 1, 1, np.nan, 1, 1], [1] * 6, [0.5] * 6)))
-    called = replace(called, shaped=shaped, spans=(*called.spans, Span(5, 6, Mask.TOOL_ERROR)))
+    called = replace(called, shaped=shaped, spans=(*called.spans, Span(5, 6, MaskReason.TOOL_ERROR)))
     plain = replace(called, shaped=None, spans=())
     group = Group(PROMPT, (called, plain), (Verdict(1.0, 1.0), Verdict(0.0, 0.0)))
     columns = {k: np.ones(2 * n, np.float32) for k in ("logprobs", "entropy", "varentropy")}

@@ -1,0 +1,28 @@
+"""Whether a metric that something measured is one of the catalogue's."""
+
+import re
+from collections.abc import Iterable
+
+from entroray.entropy.catalogue import DESCRIBED, DIAGNOSED, EVALUATION, PARTS
+from entroray.entropy.metric import Metric
+
+FILLED = {"<n>": r"\d+", "<d>": r"[^:]+", "<rule>": r"\w+", "<part>": r".+", "<name>": r".+"}
+"""What may stand in a name, as a regular expression."""
+STEP = [*DESCRIBED, *DIAGNOSED]
+"""What `describe` and `diagnose` give together."""
+IN_A_RUN = [metric for found in PARTS.values() if found is not EVALUATION for metric in found]
+"""What may stand in metrics.jsonl."""
+
+
+def matches(name: str, metrics: Iterable[Metric]) -> bool:
+    """Whether `name` is one of `metrics`, what may stand in their names filled in."""
+    return any(re.fullmatch(_spelt(m.name), name) for m in metrics)
+
+
+def _spelt(name: str) -> str:
+    parts = re.split("(<[^>]+>)", name)
+    return "".join(_filled(p) if p.startswith("<") else re.escape(p) for p in parts)
+
+
+def _filled(part: str) -> str:
+    return FILLED.get(part) or f"({part[1:-1].replace(',', '|')})"
