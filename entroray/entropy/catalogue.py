@@ -294,10 +294,10 @@ At the place of a token p is the policy's distribution over the vocabulary, H it
 the sampled one, A the advantage of a after credit, S_v = p_v (ln p_v + H) and E S = Σ p_v S_v over v. In
 `entropy/predicted_change_*` and `entropy/prediction_tokens_*` A is what multiplies the gradient of ln p_a in
 the first update: times scale, correction and the token's share of the loss, in units of the mean share;
-penalties are no part of it. `entroray/entropy/prediction.py` derives them from dH = -Cov(ln p_v, dz_v), z the
-logits (arXiv 2505.22617, lemma 1). The law is R = -a e^H + b with R of `reward/mean` and H of `entropy/mean`, a and b
-numbers that `entroray/entropy/law.py` fits over a window of steps; it was found in runs (arXiv 2505.22617),
-not derived.
+penalties are no part of it. `entroray/entropy/prediction.py` derives them from dH = -Cov(ln p_v, dz_v), z
+the logits (arXiv 2505.22617, lemma 1). The law is R = -a e^H + b with R of `reward/mean` and H of
+`entropy/mean`, a and b numbers that `entroray/entropy/law.py` fits over a window of steps; it was found in
+runs (arXiv 2505.22617), not derived.
 
 Every token metric is over the response tokens of trained groups whose `mask_reason` is null, each once,
 before the update, in float64 after rounding to float32, the type of the token records. A metric over
