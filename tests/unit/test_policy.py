@@ -1,10 +1,13 @@
 """Tokenizer, padding, micro-batch plans."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from entroray.config import Shape
 from entroray.errors import PreflightError
@@ -49,6 +52,21 @@ def test_a_tokenizer_without_template_is_refused(folder, tmp_path):
 def test_a_folder_without_model_is_refused(tmp_path):
     with pytest.raises(PreflightError, match=r"config\.json"):
         load(str(tmp_path), torch.float32)
+
+
+def test_a_model_whose_files_have_other_names_is_refused(folder, tmp_path):
+    """As those of a mixture of experts, which transformers joins into one tensor."""
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    renamed = {name.replace("mlp.up_proj", "mlp.experts.0.up_proj"): t for name, t in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    with pytest.raises(
+        PreflightError, match=r"2 parameters under names .* first model\.layers\.0\.mlp\.up_proj"
+    ):
+        load(str(tmp_path / "model"), torch.float32)
+    file.unlink()
+    save_file(load_file(folder / "model.safetensors"), file, metadata={"format": "pt"})
+    load(str(tmp_path / "model"), torch.float32)
 
 
 def batch(rows: int, seed: int = 0) -> Batch:
