@@ -31,7 +31,7 @@ from entroray.workers.verifier import Verifier
 
 def shares(config: Config) -> dict[str, tuple[int, Share]]:
     """How many actors of each role, and what each asks of the cluster."""
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))  # a job of a scheduler may use fewer than the machine has
     c, g, n = config.cluster, config.generator, config.learner
     gpus = c.gpus_per_generator * g.tensor_parallel
     return {
@@ -175,7 +175,14 @@ def engine_options(config: Config) -> dict[str, Any]:
         "disable_log_stats": True,
         **({"enable_sleep_mode": True} if config.generator.sleep else {}),
     }
-    return ours | cpu | config.generator.engine | _shaping(config)
+    return ours | cpu | config.generator.engine | _head(config) | _shaping(config)
+
+
+def _head(config: Config) -> dict[str, Any]:
+    """Logits in FP32 where weights are not: the learner scores with those, so they must be sampled from."""
+    if config.model.dtype == "float32":
+        return {}
+    return {"hf_overrides": {"head_dtype": "float32", **config.generator.engine.get("hf_overrides", {})}}
 
 
 def _shaping(config: Config) -> dict[str, Any]:
@@ -250,10 +257,13 @@ async def _introduce(
         host, port = await cluster.settle(asked, deadline=within, what="learner rank 0")
         return await learner.all(lambda r, h: h.start.remote(host, port, within), deadline=within)
 
+    async def serving() -> list[float]:
+        return await Gang("generator", engines.handles).all(lambda r, h: h.start.remote(), deadline=within)
+
+    if config.generator.sleep:  # vLLM measures the card as it starts: nobody else may fill or leave it
+        await serving()
     facts, *_ = await asyncio.gather(
-        gang(),
-        Gang("generator", engines.handles).all(lambda r, h: h.start.remote(), deadline=within),
-        verifiers.all(lambda h: h.warm_up.remote(), deadline=within),
+        gang(), serving(), verifiers.all(lambda h: h.warm_up.remote(), deadline=within)
     )
     sync = _weight_sync(config, learner, engines, probe)
     folder, version = resume or (None, 0)
@@ -271,7 +281,10 @@ def _weight_sync(config: Config, learner: Gang, engines: Engines, probe: tuple[i
         deadline=driver.call_deadline,
         keep_kv=config.generator.keep_kv,
     )
-    return WeightSync(learner, engines, client, probe=settings, deadline=driver.call_deadline)
+    transfer = config.generator.transfer
+    return WeightSync(
+        learner, engines, client, probe=settings, deadline=driver.call_deadline, transfer=transfer
+    )
 
 
 def check_gpus(config: Config) -> None:

@@ -1,13 +1,12 @@
 """What a run needs of memory, by role, from the model's size alone: nothing is loaded."""
 
-import json
 import math
 from pathlib import Path
 
 from entroray.cli import bootstrap, machine
 from entroray.config import Config
-from entroray.errors import PreflightError
 from entroray.objective import Objective
+from entroray.policy import stored
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -26,8 +25,19 @@ def lines(config: Config, objective: Objective) -> list[str]:
         f"model: {found:,} parameters, {config.model.dtype}",
         f"memory of a learner rank, {_mib(sum(parts.values()))} before activations and any offloading: "
         + ", ".join(f"{name} {_mib(size)}" for name, size in parts.items()),
+        *_start(config, found * e * (1 + ("reference" in parts))),
         f"memory of a generator's shard: weights {_mib(found * e / g.tensor_parallel)}, {kept}",
         f"memory of a verifier: {v.slots} processes, {limit} each beyond its start",
+    ]
+
+
+def _start(config: Config, size: float) -> list[str]:
+    """What a rank needs before anything is divided, where that is more than afterwards."""
+    if config.learner.zero_stage < 3:
+        return []
+    return [
+        f"memory of a learner rank as it starts, {_mib(size)} on its card and as much of its node's own: "
+        "ZeRO 3 divides the model only once every rank has read all of it, beside any reference"
     ]
 
 
@@ -35,18 +45,26 @@ def learner(config: Config, count: int, *, held: bool) -> dict[str, float]:
     """Bytes on one rank by what they hold, for `count` parameters; `held` by the objective: a reference.
 
     What DeepSpeed 0.19 divides: stage 1 the optimizer's, stage 2 gradients too, stage 3 weights too. Its
-    optimizers keep a float32 copy, but for float32 weights in stages 0 and 3.
+    optimizers keep a float32 copy, but for float32 weights in stages 0 and 3. Gradients of bfloat16 weights
+    are summed in float32: in stage 1 beside their own, in 2 and 3 in their place, in 0 not at all.
     """
     n, e = config.learner, BYTES[config.model.dtype]
     share = lambda stage: count / (n.ranks if n.zero_stage >= stage else 1)  # noqa: E731
     copied = config.model.dtype != "float32" or n.zero_stage in (1, 2)
     return {
         "weights": e * share(3),
-        "gradients": e * share(2),
+        "gradients": _gradients(config, count, share(2)),
         **({"float32 copy": 4 * share(1)} if copied else {}),
         "Adam moments": 8 * share(1),
         **({"reference": float(e * count)} if held or n.reference else {}),
     }
+
+
+def _gradients(config: Config, count: int, share: float) -> float:
+    stage, e = config.learner.zero_stage, BYTES[config.model.dtype]
+    if config.model.dtype == "float32" or stage == 0:
+        return e * share
+    return (e + 4) * count if stage == 1 else 4 * share
 
 
 def parameters(config: Config) -> int | None:
@@ -58,48 +76,8 @@ def parameters(config: Config) -> int | None:
         from entroray.policy.build import count
 
         return count(config.model.bootstrap.shape)
-    folder = _folder(bootstrap.resolve(config))
-    return (_stored(folder) or _declared(folder)) if folder else None
-
-
-def _folder(path: str) -> Path | None:
-    """Where the model lies; a hub id is looked for in the hub's cache, never in the hub."""
-    if Path(path).expanduser().is_dir():
-        return Path(path).expanduser()
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(path, "config.json")
-    except HFValidationError:  # a path of no folder is no hub id either
-        return None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def _stored(folder: Path) -> int:
-    """Elements of all tensors in the headers of its safetensors files; 0 where one of them is not there."""
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    files = [folder / name for name in names]
-    return sum(map(_elements, files)) if all(f.is_file() for f in files) else 0
-
-
-def _elements(file: Path) -> int:
-    """A safetensors file begins with the length of its header, 8 bytes little-endian, and the header.
-
-    Raises PreflightError where the file is something else, such as a pointer of Git LFS.
-    """
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        try:
-            header = json.loads(opened.read(min(length, file.stat().st_size)))
-        except ValueError as error:
-            raise PreflightError(
-                f"{file} is no safetensors file, or not a whole one: download it again"
-            ) from error
-    return sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+    folder = stored.folder(bootstrap.resolve(config))
+    return (sum(map(math.prod, stored.shapes(folder).values())) or _declared(folder)) if folder else None
 
 
 def _declared(folder: Path) -> int | None:

@@ -91,7 +91,7 @@ def resources(config: Config) -> str:
         return f"to be asked of the cluster at {config.cluster.address}"
     machine.check_gpus(config)
     have = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-    return cluster.check_resources(machine.shares(config), have)
+    return cluster.check_resources(machine.shares(config), [have])
 
 
 def disk(config: Config) -> str:

@@ -129,9 +129,37 @@ def check(config: Config) -> None:
             "generator.sleep shares a GPU by turns: it needs driver.max_lag=0 and cluster.gpus_per_generator "
             "above 0 (cluster=one_gpu)"
         )
+    check_cards(config)
     if not config.objective:
         raise ConfigError("no objective: say objective=<name>, see conf/objective")
     knobs.control_of(config)
+
+
+def check_cards(config: Config) -> None:
+    """ConfigError where engines and ranks cannot hold the cards as `cluster` deals them out."""
+    g, c, ranks = config.generator, config.cluster, config.learner.ranks
+    cards = (
+        f"cluster.gpus_per_generator={c.gpus_per_generator:g} and cluster.gpus_per_learner="
+        f"{c.gpus_per_learner:g}"
+    )
+    whole = all(gpus >= 1 and gpus % 1 == 0 for gpus in (c.gpus_per_generator, c.gpus_per_learner))
+    shared = "transfer=ipc" if g.transfer == "ipc" else "sleep=true" if g.sleep else None
+    if shared and (g.replicas, ranks, g.tensor_parallel) != (1, 1, 1):
+        raise ConfigError(
+            f"generator.{shared} puts one engine and one rank on one card, and there are generator.replicas="
+            f"{g.replicas}, learner.ranks={ranks}, generator.tensor_parallel={g.tensor_parallel}: set all "
+            "three to 1, or take cluster=gpu"
+        )
+    if g.transfer == "nccl" and not whole:
+        raise ConfigError(
+            f"generator.transfer=nccl needs a whole GPU for each shard and rank, not {cards}: take "
+            "cluster=gpu, or generator.transfer=plasma"
+        )
+    if g.tensor_parallel > 1 and c.gpus_per_generator % 1:
+        raise ConfigError(
+            f"generator.tensor_parallel={g.tensor_parallel} needs whole GPUs, not cluster."
+            f"gpus_per_generator={c.gpus_per_generator:g} for each shard: set it to 1 (cluster=gpu)"
+        )
 
 
 def check_engine(options: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from entroray.policy.statistics import named
 
 TILE_ELEMENTS = 1 << 23
 """Logits held at a time, rows x vocabulary: 32 MiB in FP32; a pass holds about four such buffers."""
+CARD_TILE_ELEMENTS = 1 << 27
+"""The same on a GPU, 0.5 GiB: smaller matrices would leave most of it idle."""
 
 
 class TokenStats(NamedTuple):
@@ -30,14 +32,15 @@ def token_stats(
     token_ids: Int[Tensor, " N"],
     temperature: Float[Tensor, " N"],
     *,
-    tile_elements: int = TILE_ELEMENTS,
+    tile_elements: int | None = None,
 ) -> TokenStats:
     """Exact log-prob, entropy and varentropy (nats, FP32 or wider) of softmax(hidden weight^T / temperature).
 
     Gradients flow through log-probs and entropy to `hidden` and `weight`; varentropy carries none.
     `hidden[t]` is the state that predicts `token_ids[t]`. Logits of -inf are outcomes of probability 0.
     """
-    return TokenStats(*_TiledStats.apply(hidden, weight, token_ids, temperature, tile_elements, ()))
+    tile = tile_elements or _tile_on(hidden.device)
+    return TokenStats(*_TiledStats.apply(hidden, weight, token_ids, temperature, tile, ()))
 
 
 def more_stats(
@@ -47,11 +50,16 @@ def more_stats(
     temperature: Float[Tensor, " N"],
     names: tuple[str, ...],
     *,
-    tile_elements: int = TILE_ELEMENTS,
+    tile_elements: int | None = None,
 ) -> dict[str, Float[Tensor, " N"]]:
     """`token_stats` by name, and further statistics from the same pass, with gradients of their own."""
-    out = _TiledStats.apply(hidden, weight, token_ids, temperature, tile_elements, names)
+    tile = tile_elements or _tile_on(hidden.device)
+    out = _TiledStats.apply(hidden, weight, token_ids, temperature, tile, names)
     return dict(zip((*TokenStats._fields, *names), out, strict=True))
+
+
+def _tile_on(device: torch.device) -> int:
+    return CARD_TILE_ELEMENTS if device.type == "cuda" else TILE_ELEMENTS
 
 
 def _tiles(rows: int, vocabulary: int, tile_elements: int) -> list[slice]:
@@ -121,8 +129,16 @@ class _TiledStats(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = (dz.to(weight.dtype) @ weight).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += dz.T @ hidden[rows].to(dz.dtype)
+                _add_product(grad_weight, dz.T, hidden[rows].to(dz.dtype))
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 4
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b. On a GPU without a buffer of the weight's size; a CPU's fused sum rounds otherwise."""
+    if total.is_cuda:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _logit_gradient(logp: Tensor, ids: Tensor, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from entroray.errors import PreflightError
+from entroray.policy import stored
 from entroray.policy.head import StreamedHead
 from entroray.types import Batch
 
@@ -66,7 +67,8 @@ class Policy(nn.Module):
 def load(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:
     """The model at a Hugging Face folder or hub id.
 
-    Raises PreflightError when there is none, or when its head is not a plain matrix.
+    Raises PreflightError when there is none, when its head is not a plain matrix, or when its files know
+    its parameters under other names.
     """
     if path.startswith(("/", ".")) and not Path(path, "config.json").is_file():
         raise PreflightError(
@@ -84,4 +86,18 @@ def load(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:
             f"model.path={path} ({type(model).__name__}) has an output head with a bias, which would be left "
             "out of every log-prob and entropy: take a model whose `lm_head` is a weight alone"
         )
+    _check_names(path, model)
     return Policy(model)
+
+
+def _check_names(path: str, model: nn.Module) -> None:
+    """Weights are sent and exported under the module's names, which engines know from the files."""
+    place = stored.folder(path)
+    known = stored.shapes(place) if place else {}
+    new = [name for name, _ in model.named_parameters() if name not in known]  # a tied head is the embedding
+    if known and new:
+        raise PreflightError(
+            f"model.path={path} ({type(model).__name__}): transformers has {len(new)} parameters under names "
+            f"that the safetensors files do not have, first {new[0]} (as where it joins experts into one): "
+            "engines would not know them when weights are sent. Take a model whose names agree, a dense one"
+        )

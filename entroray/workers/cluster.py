@@ -158,9 +158,15 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, ours)
 
 
-def check_resources(shares: Mapping[str, tuple[int, Share]], have: Mapping[str, float] | None = None) -> str:
-    """The arithmetic of what every role asks against `have`, the cluster's; PreflightError when short."""
-    have = ray.cluster_resources() if have is None else have
+def check_resources(
+    shares: Mapping[str, tuple[int, Share]], nodes: Sequence[Mapping[str, float]] | None = None
+) -> str:
+    """The arithmetic of what every role asks against what each of `nodes`, the cluster's, has.
+
+    PreflightError when all of them are too small together, or the largest is for one actor.
+    """
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]] if nodes is None else nodes
+    have = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
     rows, short = [], []
     for kind in ("CPU", "GPU"):
         each = {role: (n, s.cpus if kind == "CPU" else s.gpus) for role, (n, s) in shares.items()}
@@ -174,7 +180,18 @@ def check_resources(shares: Mapping[str, tuple[int, Share]], have: Mapping[str, 
             "the cluster is too small: " + "; ".join(short) + ". Lower learner.ranks, generator.replicas, "
             "verifier.replicas or cluster.cpus.*, or join more nodes"
         )
+    if homeless := [role for role, (n, share) in shares.items() if n and not _fits(share, nodes)]:
+        asked = "; ".join(f"{r}: {shares[r][1].cpus:g} CPU, {shares[r][1].gpus:g} GPU each" for r in homeless)
+        there = ", ".join(f"{n.get('CPU', 0):g} CPU and {n.get('GPU', 0):g} GPU" for n in nodes)
+        raise PreflightError(
+            f"no node is large enough for one actor of {asked}. There are {there}, and an actor cannot be "
+            "spread over nodes: lower generator.tensor_parallel or cluster.cpus.*, or join a larger node"
+        )
     return "; ".join(rows)
+
+
+def _fits(share: Share, nodes: Sequence[Mapping[str, float]]) -> bool:
+    return any(n.get("CPU", 0) >= share.cpus and n.get("GPU", 0) >= share.gpus for n in nodes)
 
 
 def spawn(cls: type, share: Share, *args: Any, **kwargs: Any) -> Any:

@@ -284,13 +284,15 @@ class Generator:
 
     def _open(self) -> None:
         self.paused = True
-        if self.asleep:
-            self.llm.wake_up()
-            self.asleep = False
+        if self.asleep:  # keys and values wake last: the learner still holds what it sends
+            self.llm.wake_up(tags=["weights"])
         self.llm.start_weight_update()
 
     def _commit(self, version: int, keep_kv: bool) -> tuple[int, str | None]:
         self.llm.finish_weight_update(weight_version=str(version))
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
         if not keep_kv:  # without this the cache serves old keys and values under the new version
             self.engine.reset_prefix_cache(reset_running_requests=True)
         received = self.staged[0] if self.staged else None

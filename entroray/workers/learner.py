@@ -1,5 +1,6 @@
 """A gang of DeepSpeed ranks that scores and trains the policy; every rank is one Ray actor."""
 
+import gc
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,9 @@ class LearnerSettings:
 
 def deepspeed_config(s: LearnerSettings) -> dict[str, Any]:
     """DeepSpeed's own configuration; gradient clipping is written even when off (absent means 1.0)."""
+    bf16 = s.dtype == "bfloat16"
+    # A sum over micro-batches kept in bf16 loses what is below 1/256 of it; stage 0 takes no such mix.
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and s.zero_stage > 0 else {}
     adam = {"lr": s.lr, "betas": list(s.betas), "weight_decay": s.weight_decay, "torch_adam": True}
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -60,8 +64,9 @@ def deepspeed_config(s: LearnerSettings) -> dict[str, Any]:
         "gradient_clipping": s.max_grad_norm,
         "optimizer": {"type": "AdamW", "params": adam},
         "zero_optimization": {"stage": s.zero_stage},
-        "bf16": {"enabled": s.dtype == "bfloat16"},
+        "bf16": {"enabled": bf16},
         "steps_per_print": 10**9,
+        **sums,
         **s.deepspeed,
     }
 
@@ -76,6 +81,9 @@ class LearnerRank:
         """Whether the weights were updated since they were sent."""
         self.anchored = False
         """Whether the reference is no longer what `settings` started from."""
+        self.engine: Any = None
+        self.reference: Policy | None = None
+        self.transfer: Any = None
 
     def address(self) -> tuple[str, int]:
         """Where the ranks may meet: this node and a port free on it."""
@@ -99,6 +107,10 @@ class LearnerRank:
     def reset(self, settings: LearnerSettings, objective: Objective) -> None:
         """Become what a rank just started with these is: weights, optimizer, schedule, random state."""
         self.engine.destroy()
+        self._disconnect()  # it reads the old weights: the next sync connects anew
+        self.engine = self.reference = None
+        gc.collect()  # DeepSpeed's hooks are cycles: without this two learners would be on the card
+        self._return_memory()
         self.settings, self.objective, self.anchored = settings, objective, False
         self._build()
 
@@ -135,11 +147,17 @@ class LearnerRank:
         """Open the weight transfer to the generators that `client` reaches."""
         from entroray.workers import transfer
 
+        self._disconnect()
         self.client = client
         client.rendezvous = self.address()
         self.transfer = transfer.connect(
             self.settings.transfer, rank=self.rank, client=client, module=self.policy.model
         )
+
+    def _disconnect(self) -> None:
+        if self.transfer is not None:
+            self.transfer.shutdown()
+        self.transfer = None
 
     @property
     def policy(self) -> Policy:
@@ -223,9 +241,18 @@ class LearnerRank:
         """Send the weights as `version`; returns (hash sent, what every engine acknowledged) on rank 0."""
         self.version = self.client.version = version
         self.client.sent, self.client.acknowledged = None, []
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the sender reads on streams that do not wait for the optimizer's
+        self._return_memory()
         self.transfer.send_weights()
+        self._return_memory()
         self.ahead = False
         return self.client.sent, self.client.acknowledged
+
+    def _return_memory(self) -> None:
+        """Give the card what is kept for later: an engine may be about to fill it."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def resend(self, client: Any) -> tuple[str | None, list[tuple[int, str | None]]] | None:
         """The weights last sent, to the engines that `client` reaches; None when they are no longer here."""

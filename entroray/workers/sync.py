@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from ray.exceptions import RayTaskError
 
 from entroray.errors import InfrastructureError, SyncError
 from entroray.workers.cluster import Gang, wait
@@ -83,7 +84,9 @@ class WeightSync:
         *,
         probe: SyncProbe,
         deadline: float,
+        transfer: str = "plasma",
     ):
+        self.transfer = transfer
         self.learner, self.engines, self.client = learner, engines, client
         self.probe, self.deadline = probe, deadline
         self.reached: list[Any] = []
@@ -103,14 +106,18 @@ class WeightSync:
     async def _served(self, version: int) -> bool:
         """Whether `version` is served by all; False when an engine was lost on the way."""
         async with self.turn:
+            if not await self._ready():
+                return False
             try:
                 await self._connect()
                 sent = self.learner.all(lambda rank, h: h.sync.remote(version), deadline=self.deadline)
                 answers = await sent
             except SyncError:
                 raise
-            except InfrastructureError:
-                if await self._all_well():
+            except (InfrastructureError, RayTaskError) as error:
+                if self.transfer == "nccl":
+                    raise _gang_lost(version, error) from error
+                if not isinstance(error, InfrastructureError) or await self._all_well():
                     raise
                 return False
             self._check(version, *answers[0])
@@ -131,13 +138,22 @@ class WeightSync:
 
     async def _all_well(self) -> bool:
         """Whether every engine answers and serves whole weights; those that do not are lost."""
-        before, self.reached = self.engines.handles, []
+        self.reached = []
+        return await self._none_lost()
+
+    async def _none_lost(self) -> bool:
+        before = self.engines.handles
         await self.engines.all(lambda h: h.whole.remote(), deadline=self.deadline, what="asked how it is")
         return before == self.engines.handles
+
+    async def _ready(self) -> bool:
+        """Whether every engine answers, where ranks would wait in a collective for one that does not."""
+        return self.transfer == "plasma" or await self._none_lost()
 
     async def mend(self) -> None:
         """Bring newcomers the weights served now; while the learner is past them, the next sync will."""
         async with self.turn:
+            await self._ready()
             there = self.engines.there()
             client = self.client(there)
             answers = await self.learner.all(lambda rank, h: h.resend.remote(client), deadline=self.deadline)
@@ -175,3 +191,12 @@ class WeightSync:
                 "Their weights differ, or their precision does"
             )
         return max(gaps, default=0.0)
+
+
+def _gang_lost(version: int, error: Exception) -> InfrastructureError:
+    """Ranks and engines stand in a broadcast that cannot be left: asking any of them would wait again."""
+    said = str(error).strip().partition("\n")[0]
+    return InfrastructureError(
+        f"the weights of version {version} did not get through (generator.transfer=nccl): {said}. The "
+        "learner is lost with them: go on from the last checkpoint with the same command and run.resume=auto"
+    )

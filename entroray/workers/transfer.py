@@ -6,6 +6,7 @@ transfer between nodes), every engine pulls, hashes and checks them while it sti
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -214,12 +215,15 @@ class GatheredSource(WeightSource):
 def connect(backend: str, *, rank: int, client: Any, module: nn.Module) -> TrainerWeightTransferEngine:
     """The learner's end of `backend` on this rank: plasma, or nccl and ipc (GPUs only; unproved here)."""
     register()
+    source = GatheredSource(module)
+    largest = max(math.prod(m.shape) * m.dtype.itemsize for m in source.metadata())
     return WeightTransferTrainerFactory.trainer_init(
-        _init_info(backend, rank, client), client=client, source=GatheredSource(module)
+        _init_info(backend, rank, client, largest), client=client, source=source
     )
 
 
-def _init_info(backend: str, rank: int, client: Any) -> TrainerInitInfo:
+def _init_info(backend: str, rank: int, client: Any, largest: int) -> TrainerInitInfo:
+    """`largest` is the size of the largest parameter in bytes."""
     if backend == BACKEND:
         return PlasmaTrainerInit(rank=rank)
     if backend == "nccl":
@@ -231,5 +235,7 @@ def _init_info(backend: str, rank: int, client: Any) -> TrainerInitInfo:
     if backend == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-        return IPCTrainerInitInfo(rank=rank)
+        # In one buffer after another, not in a second copy of the model; a parameter must fit into one.
+        size = max(IPCTrainerInitInfo.packed_buffer_size_bytes, largest)
+        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=size)
     raise ConfigError(f"generator.transfer={backend}: choose plasma, nccl or ipc")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from entroray.cli import COMMANDS, settings
+from entroray.cli import COMMANDS, machine, settings
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker" / "docker-compose.yml").read_text())
@@ -78,13 +78,37 @@ def test_the_job_for_kuberay() -> None:
     spec = RAYJOB["spec"]
     checked(shlex.split(spec["entrypoint"]))
     assert f"ray[default]=={spec['rayClusterSpec']['rayVersion']}" in (requires("entroray") or ())
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}, "KubeRay hands it to its own pods too"
     for container in containers(spec):
-        names = {e["name"]: e for e in container["env"]}
-        assert names["RAY_AUTH_MODE"]["value"] == "token" and "secretKeyRef" in str(names["RAY_AUTH_TOKEN"])
+        names = {e["name"]: e["value"] for e in container["env"]}
+        assert not any(name.startswith("RAY_AUTH") for name in names)
+        shared = {m["mountPath"] for m in container["volumeMounts"]}
+        assert all(Path(names[n]).parent.as_posix() in shared for n in ("ENTRORAY_CACHE", "HF_HOME"))
+
+
+def asked(command: str) -> float:
+    """GPUs that a run with these arguments takes."""
+    config, _ = settings.load([w for w in shlex.split(command) if "=" in w])
+    assert config.model.path.startswith("Qwen/"), "a cached model of the head is not there for the others"
+    return sum(count * share.gpus for count, share in machine.shares(config).values())
+
+
+def test_the_examples_take_the_gpus_they_reserve() -> None:
+    (group,) = RAYJOB["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    cards = int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert asked(RAYJOB["spec"]["entrypoint"]) == group["replicas"] * cards
+    slurm = (ROOT / "launch" / "slurm.sbatch").read_text()
+    nodes, cards = (int(n) for n in re.findall(r"^#SBATCH --(?:nodes|gpus-per-node)=(\d+)$", slurm, re.M))
+    (said,) = re.findall(r"sbatch launch/slurm.sbatch (.*\\\n#.*)\n", slurm)
+    assert asked(said.replace("\\\n#", "")) == nodes * cards
+    readme = (ROOT / "launch" / "README.md").read_text()
+    (said,) = re.findall(r'^run="(.*)"$', readme, re.M)
+    assert asked(said) == nodes * cards
 
 
 STUB = """#!/usr/bin/env bash
-printf '%s\\n' "$*" >>"$LOG"
+printf '%s\\n' "$SRUN_CPUS_PER_TASK CPUs: $*" >>"$LOG"
 case "$*" in
 *"hostname -I"*) echo "10.0.0.1 172.17.0.1" ;;
 *"ray-head.sh"* | *"ray-worker.sh"*) exec sleep 2 ;;
@@ -105,6 +129,7 @@ def test_the_slurm_script_starts_both_kinds_of_node_and_returns_the_runs_code(tm
     setup.write_text("#!/usr/bin/env bash\n")
     setup.chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    slurm |= {"SLURM_CPUS_PER_TASK": "16"}
     environment = os.environ | slurm | {"PATH": f"{stubs}:{os.environ['PATH']}", "LOG": str(log)}
     script = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "experiment=gsm8k"]
     done = subprocess.run(script, env=environment, timeout=30, check=False)
@@ -112,6 +137,7 @@ def test_the_slurm_script_starts_both_kinds_of_node_and_returns_the_runs_code(tm
     while "ray-worker.sh" not in (said := log.read_text()) and time.monotonic() < until:
         time.sleep(0.05)
     assert done.returncode == 5
-    assert "-w n1 --overlap launch/ray-head.sh --host=10.0.0.1 --block" in said
-    assert "--exclude=n1 --overlap launch/ray-worker.sh 10.0.0.1:6379 --block" in said
+    assert "-w n1 --overlap launch/ray-head.sh --host=10.0.0.1 --num-cpus=16 --block" in said
+    assert "--exclude=n1 --overlap launch/ray-worker.sh 10.0.0.1:6379 --num-cpus=16 --block" in said
+    assert all(line.startswith("16 CPUs: ") for line in said.splitlines())
     assert "entroray train experiment=gsm8k cluster.address=10.0.0.1:6379" in said

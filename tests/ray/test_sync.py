@@ -19,7 +19,7 @@ from entroray.loop.warmup import demonstrate
 from entroray.objective import build
 from entroray.policy.tokenizer import load_tokenizer
 from entroray.types import Prompt, Status
-from entroray.workers import cluster
+from entroray.workers import cluster, transfer
 from entroray.workers.generator import Request, Sampling
 from entroray.workers.learner import LearnerRank
 from entroray.workers.transfer import GatheredSource
@@ -188,3 +188,11 @@ def test_tensors_survive_packing() -> None:
         assert name == back and torch.equal(value, copy)
     with pytest.raises(SyncError, match="bytes"):
         list(unpack(manifest, np.concatenate([payload, payload[:1]])))
+
+
+@pytest.mark.parametrize(("largest", "size"), [(5, 1 << 30), (5 << 30, 5 << 30)])
+def test_ipc_sends_one_buffer_after_another_and_the_largest_parameter_fits_in(
+    largest: int, size: int
+) -> None:
+    info: Any = transfer._init_info("ipc", 0, None, largest)
+    assert info.packed and info.packed_buffer_size_bytes == size

@@ -23,9 +23,9 @@ def on_a_rank(*told: str, held: bool = False) -> dict[str, float]:
     ("dtype", "stage", "parts"),
     [  # on two ranks: weights, gradients, float32 copy, moments
         ("bfloat16", 0, (2, 2, 4, 8)),
-        ("bfloat16", 1, (2, 2, 2, 4)),
-        ("bfloat16", 2, (2, 1, 2, 4)),
-        ("bfloat16", 3, (1, 1, 2, 4)),
+        ("bfloat16", 1, (2, 6, 2, 4)),
+        ("bfloat16", 2, (2, 2, 2, 4)),
+        ("bfloat16", 3, (1, 2, 2, 4)),
         ("float32", 0, (4, 4, 8)),
         ("float32", 1, (4, 4, 2, 4)),
         ("float32", 3, (2, 2, 4)),
@@ -38,7 +38,7 @@ def test_what_each_stage_divides_by_two_ranks(dtype: str, stage: int, parts: tup
 
 def test_one_rank_in_bfloat16_needs_14_bytes_a_parameter_besides_gradients() -> None:
     found = on_a_rank("model.dtype=bfloat16")
-    assert sum(found.values()) - found["gradients"] == 14 and found["gradients"] == 2
+    assert sum(found.values()) - found["gradients"] == 14 and found["gradients"] == 2 + 4
 
 
 def test_a_reference_is_whole_on_every_rank_whoever_asks_for_it() -> None:
@@ -46,6 +46,17 @@ def test_a_reference_is_whole_on_every_rank_whoever_asks_for_it() -> None:
     assert on_a_rank(*told, held=True)["reference"] == 2
     assert on_a_rank(*told, "learner.reference=true")["reference"] == 2
     assert "reference" not in on_a_rank(*told)
+
+
+def test_zero_3_names_what_a_rank_needs_before_anything_is_divided(tmp_path: Path) -> None:
+    safetensors(tmp_path / "model.safetensors", {"w": [1 << 20]})
+    told = f"model.path={tmp_path}", "learner.reference=true"
+    said = {
+        stage: memory.lines(c := configured(*told, f"learner.zero_stage={stage}"), train.objective_of(c))
+        for stage in (2, 3)
+    }
+    starts = {stage: [line for line in lines if "as it starts" in line] for stage, lines in said.items()}
+    assert not starts[2] and "as it starts, 8.0 MiB on its card" in starts[3][0]
 
 
 def safetensors(file: Path, shapes: dict[str, list[int]]) -> None:

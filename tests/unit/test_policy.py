@@ -1,10 +1,13 @@
 """Tokenizer, padding, micro-batch plans."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from entroray.config import Shape
 from entroray.errors import PreflightError
@@ -59,6 +62,21 @@ def test_a_head_with_a_bias_is_refused_by_the_models_path(tmp_path):
     said = rf"model\.path={tmp_path} \(PhiForCausalLM\) has an output head with a bias.*take a model"
     with pytest.raises(PreflightError, match=said):
         load(str(tmp_path), torch.float32)
+
+
+def test_a_model_whose_files_have_other_names_is_refused(folder, tmp_path):
+    """As those of a mixture of experts, which transformers joins into one tensor."""
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    renamed = {name.replace("mlp.up_proj", "mlp.experts.0.up_proj"): t for name, t in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    with pytest.raises(
+        PreflightError, match=r"2 parameters under names .* first model\.layers\.0\.mlp\.up_proj"
+    ):
+        load(str(tmp_path / "model"), torch.float32)
+    file.unlink()
+    save_file(load_file(folder / "model.safetensors"), file, metadata={"format": "pt"})
+    load(str(tmp_path / "model"), torch.float32)
 
 
 def batch(rows: int, seed: int = 0) -> Batch:
