@@ -1,7 +1,6 @@
 """prompt -> rollout -> verdict -> advantage -> batch -> update -> weight sync, in that order."""
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from entroray.loop.heat import Heat
 from entroray.loop.insight import NEVER, Insight, Looks
 from entroray.loop.limits import IdleRules, Limit, SkippedUpdates, VerdictFailures
 from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
+from entroray.loop.seeds import seeds
 from entroray.loop.stream import Dropped, Prompts, Stream
 from entroray.objective import Objective, touched
 from entroray.types import Group, Prompt, Rollout, Status, Tokens, Verdict, Version
@@ -77,13 +77,6 @@ class Roles:
     """Metrics of the weights served after a step, 0 being the first; empty when none are due."""
     waits: Callable[[], list[str]] = list
     """What is being waited for and since when, for a run that stalls."""
-
-
-def seeds(run: int, serial: int, attempt: int, count: int) -> list[int]:
-    """`count` sampling seeds (31 bits), the same for the same draw in every run with this seed."""
-    tag = f"{run}:{serial}:{attempt}".encode()
-    stream = hashlib.shake_128(tag).digest(4 * count)
-    return [int.from_bytes(stream[i : i + 4], "little") >> 1 for i in range(0, 4 * count, 4)]
 
 
 Tune = Callable[[Mapping[str, float], Roles], tuple[Objective, Roles]]

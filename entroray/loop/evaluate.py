@@ -9,9 +9,9 @@ from entroray.entropy.accuracy import pass_at_k
 from entroray.errors import ConfigError
 from entroray.loop import findings
 from entroray.loop.decoding import Decoding, Words, fork
-from entroray.loop.driver import seeds
 from entroray.loop.mixture import domains
 from entroray.loop.roles import Generator, Verifier
+from entroray.loop.seeds import seeds
 from entroray.types import Group, Prompt
 
 At = Callable[[float], Generator]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from entroray.loop.demonstrations import Worked
-from entroray.loop.driver import seeds as seeds_of
 from entroray.loop.roles import Generator, Tool
+from entroray.loop.seeds import seeds as seeds_of
 from entroray.loop.splice import cut, join, said
 from entroray.types import Answer, Mask, Prompt, Rollout, Span, Status
 

@@ -9,7 +9,8 @@ import yaml
 
 from entroray.errors import DataError, InfrastructureError, NumericsError
 from entroray.loop.choice import Choice
-from entroray.loop.driver import Driver, seeds
+from entroray.loop.driver import Driver
+from entroray.loop.seeds import seeds
 from entroray.loop.stream import wave
 from entroray.objective import build
 from entroray.types import Group, Prompt, Status, Verdict
