@@ -54,8 +54,8 @@ class Bench:
         assert self.stands and self.read_in
         m, s, e = self.stands, config.sampler, config.evaluate
         tokenizer, verifier = self.read_in.tokenizer, m.verifier_role()
-        drawn = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
-        at = lambda t: calls.conversing(config, tokenizer, drawn(t), verifier)  # noqa: E731
+        drawn = lambda t: m.generator_role(sampling.plain(config, t))
+        at = lambda t: calls.conversing(config, tokenizer, drawn(t), verifier)
         prompts = self.read_in.split.heldout[: e.prompts]
         roles = at, verifier, m.learner_role(objective)
         return await portrait(*roles, prompts, temperature=s.temperature, samples=e.samples)

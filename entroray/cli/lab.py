@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     todo = [job for job in jobs if not _done(job.cell, known.get(job.cell.name))]
     for job in todo:
         stored.save(folder, job.cell)
-    tell = lambda: _report(folder, flags.get("baseline"))  # noqa: E731
+    tell = lambda: _report(folder, flags.get("baseline"))
     tell()
     print(f"{len(jobs)} cells asked for, {len(jobs) - len(todo)} done before, in {folder}", flush=True)
     if todo:

@@ -37,7 +37,7 @@ def learner(config: Config, count: int, *, held: bool) -> dict[str, float]:
     optimizers keep a float32 copy, but for float32 weights in stages 0 and 3.
     """
     n, e = config.learner, BYTES[config.model.dtype]
-    share = lambda stage: count / (n.ranks if n.zero_stage >= stage else 1)  # noqa: E731
+    share = lambda stage: count / (n.ranks if n.zero_stage >= stage else 1)
     copied = config.model.dtype != "float32" or n.zero_stage in (1, 2)
     return {
         "weights": e * share(3),

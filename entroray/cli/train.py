@@ -291,8 +291,8 @@ def _evaluation(
         if not e.every or step % e.every:
             return {}
         temperature, judge = config.sampler.temperature, m.verifier_role()
-        drawn = lambda t: m.generator_role(sampling.plain(config, t))  # noqa: E731
-        at = lambda t: calls.conversing(config, read_in.tokenizer, drawn(t), judge)  # noqa: E731
+        drawn = lambda t: m.generator_role(sampling.plain(config, t))
+        at = lambda t: calls.conversing(config, read_in.tokenizer, drawn(t), judge)
         found = await heldout(at, judge, prompts, temperature=temperature, samples=e.samples)
         return {f"eval/{name}": value for name, value in found.items()}
 

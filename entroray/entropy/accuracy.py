@@ -41,7 +41,7 @@ def majority_at_k(answers: Sequence[str | None], right: Sequence[float], k: int)
     if len(answers) > EXACT:
         return _sampled(answers, {v: sum(h) / len(h) for v, h in hits.items()}, k)
     silent = len(answers) - votes.total()
-    others = lambda v: tuple(sorted((votes - Counter({v: votes[v]})).values()))  # noqa: E731
+    others = lambda v: tuple(sorted((votes - Counter({v: votes[v]})).values()))
     return sum(sum(h) / len(h) * _leads(votes[v], others(v), silent, k) for v, h in hits.items() if any(h))
 
 

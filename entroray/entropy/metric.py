@@ -40,7 +40,7 @@ def names(metric: Metric, fills: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _spelt(name: str) -> str:
-    stand = lambda p: STANDS.get(p) or f"({'|'.join(_listed(p))})"  # noqa: E731
+    stand = lambda p: STANDS.get(p) or f"({'|'.join(_listed(p))})"
     return "".join(stand(p) if p.startswith("<") else re.escape(p) for p in _parts(name))
 
 

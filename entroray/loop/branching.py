@@ -106,7 +106,7 @@ async def _grow(
 ) -> list[Rollout]:
     """`members`, and a branch of them, dealt in turn, for each of `seeds`."""
     asked = _dealt(members, seeds, choose, places)
-    after = lambda at: members[at[0]].token_ids[: at[1]].tolist() if at else ()  # noqa: E731
+    after = lambda at: members[at[0]].token_ids[: at[1]].tolist() if at else ()
     told = [generator.sample(prompt, drawn, after(at)) for at, drawn in asked.items()]
     grown: list[Rollout] = []
     for at, tails in zip(asked, await asyncio.gather(*told), strict=True):

@@ -244,7 +244,7 @@ class Driver:
         judged = await self.roles.verifier.judge(prompt, usable) if usable else []
         self.failures.note(judged, len(usable))
         verdicts = iter(judged)
-        blank = lambda r: Verdict(float("nan"), 0.0, status=r.status, detail="not sampled")  # noqa: E731
+        blank = lambda r: Verdict(float("nan"), 0.0, status=r.status, detail="not sampled")
         return [(r, next(verdicts) if r.status.usable else blank(r)) for r in rollouts]
 
     async def step(self) -> dict[str, float]:
@@ -356,5 +356,5 @@ def _why(judged: list[tuple[Rollout, Verdict]]) -> str:
 def _stack(task: "asyncio.Task[Any]") -> str:
     """Where a task stands: file, line and function, outermost first."""
     frames = task.get_stack(limit=8)
-    at = lambda f: f"{Path(f.f_code.co_filename).name}:{f.f_lineno} {f.f_code.co_name}"  # noqa: E731
+    at = lambda f: f"{Path(f.f_code.co_filename).name}:{f.f_lineno} {f.f_code.co_name}"
     return f"{task.get_name()}: {' > '.join(map(at, frames))}"

@@ -125,7 +125,7 @@ async def examine(
     paths = await fork(greedy, decoding, verifier, words.text) if decoding else []
     found = findings.of(greedy, sampled, paths, plan.ks, words)
     parts = domains(prompts).items()
-    mean = lambda places: {n: _mean(c, places) for n, c in found["each"].items() if n != "id"}  # noqa: E731
+    mean = lambda places: {n: _mean(c, places) for n, c in found["each"].items() if n != "id"}
     return found | ({"domains": {name: mean(places) for name, places in parts}} if parts else {})
 
 

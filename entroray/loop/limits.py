@@ -114,7 +114,7 @@ class IdleRules:
 
     def note(self, metrics: Mapping[str, float]) -> list[str]:
         """The rules that have now touched none for `patience` steps; each is named once until it acts."""
-        kept = lambda n: n.startswith("objective/") and n.endswith("_tokens") and "silent" not in n  # noqa: E731
+        kept = lambda n: n.startswith("objective/") and n.endswith("_tokens") and "silent" not in n
         rules = {name: tokens for name, tokens in metrics.items() if kept(name)}
         for name, tokens in rules.items():
             self.idle[name] = 0 if tokens else self.idle[name] + 1

@@ -89,7 +89,7 @@ def _of_groups_alike(o: Objective) -> _Alike:
     for choice in (o.estimator, *o.shapes):
         settings = effective(choice)
         if _name(choice) == "by_sign":
-            weigh = lambda a, s=settings: a * s["positive" if a > 0 else "negative"]  # noqa: E731
+            weigh = lambda a, s=settings: a * s["positive" if a > 0 else "negative"]
             wrong, right = weigh(wrong), weigh(right)
         elif given := getattr(choice.func, "alike", None):
             (wrong, right), purpose = given(**settings), _has(choice, "lives_on_alike")

@@ -72,7 +72,7 @@ def silent(objective: Objective, t: Tokens) -> Bool[Tensor, " N"]:
 
 
 def _leaves(t: Tokens) -> Tokens:
-    leaf = lambda x: x.detach().requires_grad_()  # noqa: E731
+    leaf = lambda x: x.detach().requires_grad_()
     extra = {name: leaf(x) for name, x in t.extra.items()}
     return replace(t, logprobs=leaf(t.logprobs), entropy=leaf(t.entropy), extra=extra)
 

@@ -183,7 +183,7 @@ def _deepest(column: Column, cells: Sequence[Cell]) -> Column:
 
 def absent(cells: Sequence[Cell]) -> list[str]:
     """A line for each cell that is missing or failed."""
-    name = lambda c: f"{c.task}, {variant(c, tasks(cells)[c.task])}, seed {c.seed}"  # noqa: E731
+    name = lambda c: f"{c.task}, {variant(c, tasks(cells)[c.task])}, seed {c.seed}"
     gone = [f"missing: {name(c)}" for c in cells if c.status == "missing"]
     return gone + [f"failed: {name(c)}: {c.reason}" for c in cells if c.status == "failed"]
 

@@ -53,7 +53,7 @@ class GeneratorClient:
 
     def _ranked(self, info: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
         """Each engine's ranks follow those of the one before it in an NCCL group."""
-        offset = lambda i: {"rank_offset": 1 + i * self.tensor_parallel}  # noqa: E731
+        offset = lambda i: {"rank_offset": 1 + i * self.tensor_parallel}
         ranked = "rank_offset" in info
         return [(h, {**info, **(offset(i) if ranked else {})}) for i, h in enumerate(self.handles)]
 

@@ -180,7 +180,7 @@ def test_rules_inside_the_update_count_too():
 
 def test_a_rule_that_touches_nothing_is_named_once_until_it_acts():
     idle = IdleRules(patience=3)
-    step = lambda n: idle.note({"objective/clip_tokens": n, "objective/silent_tokens": 0.0})  # noqa: E731
+    step = lambda n: idle.note({"objective/clip_tokens": n, "objective/silent_tokens": 0.0})
     assert [step(n) for n in (0, 0, 0, 0)] == [[], [], ["objective/clip_tokens"], []]
     assert [step(n) for n in (5, 0, 0, 0)] == [[], [], [], ["objective/clip_tokens"]]
 

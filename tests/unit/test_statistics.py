@@ -31,8 +31,8 @@ def tokens_of(groups, entropy, advantages=None, mask=None, gap=0.0, dtype=torch.
     rollouts = [r for g in groups for r in g.rollouts]
     length = torch.tensor([r.length for r in rollouts])
     n, b = int(length.sum()), len(rollouts)
-    flat = lambda value: torch.full((n,), value, dtype=dtype)  # noqa: E731
-    given = lambda x, default: default if x is None else torch.tensor(x)  # noqa: E731
+    flat = lambda value: torch.full((n,), value, dtype=dtype)
+    given = lambda x, default: default if x is None else torch.tensor(x)
     return Tokens(
         row=torch.repeat_interleave(torch.arange(b), length),
         position=torch.cat([torch.arange(int(k)) for k in length]),
