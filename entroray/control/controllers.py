@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from entroray.control import feedback, schedules
-from entroray.errors import ConfigError
-from entroray.objective.bind import keywords, menu, nearest
+from entroray.errors import ConfigError, nearest
+from entroray.objective.bind import keywords, menu
 
 OWN = ("knob", "fn", "signal", "delay", "mean", "priority", "start")
 

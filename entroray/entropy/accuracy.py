@@ -16,6 +16,11 @@ EXACT = 64
 SUBSETS = 2000
 
 
+def powers(samples: int) -> list[int]:
+    """1, 2, 4, ... up to `samples`."""
+    return [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+
+
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Probability that one of k draws without return is right: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374)."""
     _within(samples, k, "pass@")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from entroray.entropy.accuracy import pass_at_k
+from entroray.entropy.accuracy import pass_at_k, powers
 from entroray.errors import ConfigError
 from entroray.loop import findings
 from entroray.loop.decoding import Decoding, Words, fork
@@ -41,11 +41,6 @@ def plan(temperature: float, samples: int, more: Sequence[int] = ()) -> Plan:
             f"prompt: raise evaluate.samples to {max(more)}{heat}"
         )
     return Plan(temperature, drawn, tuple(sorted({*powers(drawn), *more, drawn})))
-
-
-def powers(samples: int) -> list[int]:
-    """1, 2, 4, ... up to `samples`."""
-    return [2**i for i in range(samples.bit_length()) if 2**i <= samples]
 
 
 async def right_answers(

@@ -1,6 +1,5 @@
 """`{fn: name, **settings}` -> a function of a slot, checked before anything starts."""
 
-import difflib
 import importlib
 import inspect
 import types
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from entroray.errors import ConfigError
+from entroray.errors import ConfigError, nearest
 
 F = TypeVar("F", bound=Callable)
 KINDS: dict[Any, tuple[Any, str]] = {
@@ -18,6 +17,7 @@ KINDS: dict[Any, tuple[Any, str]] = {
     str: (str, "text"),
     bool: (bool, "true or false"),
     types.NoneType: (types.NoneType, "null"),
+    dict: (dict, "a mapping"),
 }
 
 
@@ -95,7 +95,7 @@ def bind(slot: types.ModuleType, spec: object, packages: Iterable[str] = ()) -> 
         raise ConfigError(f"{place} must read {{fn: name, setting: value, ...}}, got {spec!r}")
     name, settings = spec["fn"], {k: v for k, v in spec.items() if k != "fn"}
     fn = _imported(slot, name, packages) if "." in name else _listed(slot, name)
-    _check_settings(place, fn, settings)
+    check_settings(place, fn.__name__, fn, settings)
     return partial(fn, **settings)
 
 
@@ -115,14 +115,6 @@ def short(slot: types.ModuleType) -> str:
 def setting(slot: types.ModuleType) -> str:
     """Where a slot is set: its module's `SETTING`, else `objective.<slot>`."""
     return getattr(slot, "SETTING", f"objective.{short(slot)}")
-
-
-def nearest(wrong: str, right: Iterable[str]) -> str:
-    """The end of an error message: the likely meaning, then everything there is."""
-    options = sorted(right)
-    close = difflib.get_close_matches(str(wrong), options, n=1)
-    guess = f"did you mean `{close[0]}`? " if close else ""
-    return f"{guess}choose from {', '.join(options) or 'nothing'}"
 
 
 def _listed(slot: types.ModuleType, name: str) -> Callable:
@@ -156,16 +148,17 @@ def _positional(fn: Callable) -> int:
     return sum(p.kind in kinds for p in inspect.signature(fn).parameters.values())
 
 
-def _check_settings(place: str, fn: Callable, settings: Mapping[str, Any]) -> None:
+def check_settings(place: str, called: str, fn: Callable, settings: Mapping[str, Any]) -> None:
+    """ConfigError where `fn`, which is chosen as `called`, does not take `settings` or needs others."""
     takes = keywords(fn)
     for name, value in settings.items():
         if name not in takes:
-            raise ConfigError(f"{place}: `{fn.__name__}` has no setting `{name}`: {nearest(name, takes)}")
+            raise ConfigError(f"{place}: `{called}` has no setting `{name}`: {nearest(name, takes)}")
         if wanted := _complaint(value, takes[name].annotation):
-            raise ConfigError(f"{place}: `{fn.__name__}.{name}` must be {wanted}, got {value!r}")
+            raise ConfigError(f"{place}: `{called}.{name}` must be {wanted}, got {value!r}")
     for name, parameter in takes.items():
         if parameter.default is inspect.Parameter.empty and name not in settings:
-            raise ConfigError(f"{place}: `{fn.__name__}` needs `{name}`, which has no default")
+            raise ConfigError(f"{place}: `{called}` needs `{name}`, which has no default")
 
 
 def keywords(fn: Callable) -> dict[str, inspect.Parameter]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.errors import ConfigError
+from entroray.errors import ConfigError, nearest
 from entroray.objective import (
     aggregate,
     correction,
@@ -25,7 +25,7 @@ from entroray.objective import (
     shapes,
     surrogate,
 )
-from entroray.objective.bind import bind, effective, menu, nearest, short
+from entroray.objective.bind import bind, effective, menu, short
 from entroray.objective.describe import phrase
 from entroray.objective.view import count, spread, visible
 from entroray.types import Counts, Group, Tokens
