@@ -42,7 +42,7 @@ DESCRIBED = [
         "groups/all_wrong | none correct | share | count",
     ),
 ]
-"""What `describe` gives, in every step."""
+"""What `describe` and `judged` give, in every step."""
 
 DIAGNOSED = [
     *rows(

@@ -288,7 +288,7 @@ class Driver:
 
     def _observe(self, groups: Sequence[Group], tokens: Tokens, rules: Mapping[str, int]) -> dict[str, float]:
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
-        trained = describe(groups, tokens)
+        right = [v.correct for g in groups for v in g.verdicts]
         whole = self.stream.judged_since()
         self.drawn += sum(group.drawn for group in whole)
         for group in whole:  # here, not as they finish: in order of issue, the same in every run
@@ -297,13 +297,13 @@ class Driver:
         judged = [g for group in whole for g in (*group.earlier, group)]
         counted = {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
         metrics = (
-            trained
+            describe(groups, tokens)
             | self.insight.diagnosed(self.version, groups, tokens, judged)
             | counted
             | of_judged(judged)
             | by_domain(groups, tokens, judged)
             | {
-                "reward/trained_mean": trained["reward/mean"],
+                "reward/trained_mean": sum(right) / len(right),
                 "reward/shaped_mean": sum(shaped) / len(shaped),
                 "groups/dropped": float(self.stream.dropped.total()),
                 "groups/refused": float(self.stream.refused),
