@@ -4,7 +4,7 @@ import importlib
 import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -48,12 +48,32 @@ RatioAboveOne = Annotated[float, Limit("a ratio above 1", lambda x: x > 1, "rati
 LogRatioBound = Annotated[float, Limit("a log-ratio in nats, above 0", lambda x: x > 0, "log-ratio bound")]
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What a function cannot do without and how it behaves, as `declare` explains; by default nothing."""
+
+    needs: frozenset[str] = frozenset()
+    min_group: int = 1
+    live: bool = False
+    idle_at_one: bool = False
+    reads_selected: bool = False
+    siblings: bool = False
+    alike: Callable[..., tuple[float, float]] | None = None
+    lives_on_alike: bool = False
+    before: Mapping[str, Callable] = field(default_factory=dict)
+
+
+def traits(choice: Callable) -> Traits:
+    """Those of a function, bound or not, as it declares them."""
+    fn = choice.func if isinstance(choice, partial) else choice
+    return vars(fn).get("traits", Traits())
+
+
 def declare(
     *,
     needs: Iterable[str] = (),
     min_group: int = 1,
     live: bool = False,
-    replaces: bool = False,
     idle_at_one: bool = False,
     reads_selected: bool = False,
     siblings: bool = False,
@@ -61,26 +81,40 @@ def declare(
     lives_on_alike: bool = False,
     before: Mapping[str, Callable] = types.MappingProxyType({}),
 ) -> Callable[[F], F]:
-    """Write on a function, as plain attributes, what it cannot do without and how it behaves.
+    """Write on a function its `Traits`: what it cannot do without and how it behaves.
 
     `needs`: `ref_logprobs`, `entropy_grad` (the live entropy's gradient), `whole_step` (statistics over all
     tokens of a step), or a key of `Tokens.extra`; `{setting}` in it stands for that setting's value.
     `min_group`: fewest rollouts per prompt it makes sense for. `live`: a shape of the current policy, applied
-    again, detached, inside the update. `replaces`: a shape that may turn the sign of A. `idle_at_one`: does
-    nothing while r = 1. `reads_selected`: uses what `select` chose. `siblings`: a plan whose responses share
-    tokens. `alike`: its settings -> A in a group of answers all wrong, and in one all right (rewards 0 and 1
-    where nothing else is said); undeclared it gives none. `lives_on_alike`: pointless without such groups.
-    `before`: step statistics it reads in `Tokens.extra`, each a function of the step's tokens and the same
-    settings, computed before the update.
+    again, detached, inside the update. `idle_at_one`: does nothing while r = 1. `reads_selected`: uses what
+    `select` chose. `siblings`: a plan whose responses share tokens. `alike`: its settings -> A in a group of
+    answers all wrong, and in one all right (rewards 0 and 1 where nothing else is said); undeclared it gives
+    none. `lives_on_alike`: pointless without such groups. `before`: step statistics it reads in
+    `Tokens.extra`, each a function of the step's tokens and the same settings, computed before the update.
     """
 
+    declared = Traits(
+        needs=frozenset(needs),
+        min_group=min_group,
+        live=live,
+        idle_at_one=idle_at_one,
+        reads_selected=reads_selected,
+        siblings=siblings,
+        alike=alike,
+        lives_on_alike=lives_on_alike,
+        before=before,
+    )
+
     def mark(fn: F) -> F:
-        vars(fn).update(needs=frozenset(needs), min_group=min_group, live=live, replaces=replaces)
-        vars(fn).update(idle_at_one=idle_at_one, reads_selected=reads_selected, before=before)
-        vars(fn).update(siblings=siblings, alike=alike, lives_on_alike=lives_on_alike)
+        vars(fn)["traits"] = declared
         return fn
 
     return mark
+
+
+def called(bound: partial) -> str:
+    """The name of a bound function."""
+    return bound.func.__name__
 
 
 def effective(bound: partial) -> dict[str, Any]:
@@ -148,17 +182,17 @@ def _positional(fn: Callable) -> int:
     return sum(p.kind in kinds for p in inspect.signature(fn).parameters.values())
 
 
-def check_settings(place: str, called: str, fn: Callable, settings: Mapping[str, Any]) -> None:
-    """ConfigError where `fn`, which is chosen as `called`, does not take `settings` or needs others."""
+def check_settings(place: str, name: str, fn: Callable, settings: Mapping[str, Any]) -> None:
+    """ConfigError where `fn`, which is chosen as `name`, does not take `settings` or needs others."""
     takes = keywords(fn)
-    for name, value in settings.items():
-        if name not in takes:
-            raise ConfigError(f"{place}: `{called}` has no setting `{name}`: {nearest(name, takes)}")
-        if wanted := _complaint(value, takes[name].annotation):
-            raise ConfigError(f"{place}: `{called}.{name}` must be {wanted}, got {value!r}")
-    for name, parameter in takes.items():
-        if parameter.default is inspect.Parameter.empty and name not in settings:
-            raise ConfigError(f"{place}: `{called}` needs `{name}`, which has no default")
+    for key, value in settings.items():
+        if key not in takes:
+            raise ConfigError(f"{place}: `{name}` has no setting `{key}`: {nearest(key, takes)}")
+        if wanted := _complaint(value, takes[key].annotation):
+            raise ConfigError(f"{place}: `{name}.{key}` must be {wanted}, got {value!r}")
+    for key, parameter in takes.items():
+        if parameter.default is inspect.Parameter.empty and key not in settings:
+            raise ConfigError(f"{place}: `{name}` needs `{key}`, which has no default")
 
 
 def keywords(fn: Callable) -> dict[str, inspect.Parameter]:
