@@ -130,7 +130,10 @@ class WeightSync:
         self.reached = []
 
     async def _all_well(self) -> bool:
-        """Whether every engine answers and serves whole weights; those that do not are lost."""
+        """Ask every engine whether its weights are complete; drop those that fail.
+
+        True when none was dropped.
+        """
         before, self.reached = self.engines.handles, []
         await self.engines.all(lambda h: h.whole.remote(), deadline=self.deadline, what="asked how it is")
         return before == self.engines.handles
