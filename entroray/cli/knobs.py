@@ -12,6 +12,7 @@ from entroray.control import Control, Controller, build
 from entroray.entropy import shaping
 from entroray.errors import ConfigError
 from entroray.loop.driver import Roles
+from entroray.loop.roles import tunable
 from entroray.objective import Objective
 from entroray.objective import build as build_objective
 from entroray.objective.bind import effective
@@ -76,13 +77,13 @@ def tuner(config: Config) -> Callable[[Mapping[str, float], Roles], tuple[Object
     def tune(values: Mapping[str, float], roles: Roles) -> tuple[Objective, Roles]:
         objective = build_objective(in_effect(config.objective, values), config.objective_packages)
         learner: Any = roles.learner
-        generator: Any = roles.generator
+        generator = roles.generator
         learner = replace(learner, objective=objective, lr=values.get("learner.lr"))
         rule = {path.removeprefix(RULE): x for path, x in values.items() if path.startswith(RULE)}
         if rule or "rollout.max_tokens" in values:
-            generator = generator.moved(rule, values.get("rollout.max_tokens"))
+            generator = tunable(generator).moved(rule, values.get("rollout.max_tokens"))
         if (temperature := values.get("sampler.temperature")) is not None:
-            generator = generator.at(temperature)
+            generator = tunable(generator).at(temperature)
         return objective, replace(roles, learner=learner, generator=generator)
 
     return tune

@@ -1,7 +1,7 @@
 """How the members of a group are drawn: each alone, or some as branches of others.
 
 A plan takes a generator, a prompt and a seed for each member; what it cannot branch it draws alone. Members
-that failed are replaced by responses drawn alone, and a branch goes with its parent (`forks.survivors`).
+that failed are replaced by responses drawn alone, and a branch goes with its parent (`forks.parted`).
 """
 
 import asyncio

@@ -15,14 +15,15 @@ from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
 from entroray.loop.branching import Plan, independent
 from entroray.loop.choice import Choice, Memory
-from entroray.loop.forks import survivors
+from entroray.loop.forks import Attempt, parted
 from entroray.loop.heat import Heat
 from entroray.loop.insight import NEVER, Insight, Looks
 from entroray.loop.limits import IdleRules, Limit, SkippedUpdates, VerdictFailures
-from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
+from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier, racing, tunable
 from entroray.loop.seeds import seeds
 from entroray.loop.stream import Dropped, Prompts, Stream
 from entroray.objective import Objective, touched
+from entroray.objective.touch import rules as rules_of
 from entroray.types import Group, Prompt, Rollout, Status, Tokens, Verdict, Version
 
 UNTOUCHED = 20
@@ -203,38 +204,37 @@ class Driver:
         )
 
     async def group(self, prompt: Prompt, serial: int) -> Group | Dropped:
-        """As `rollout`, and what the run does for a group without one right answer."""
+        """Draw a group; if none is right, redraw it hotter (rollout.second) or swap in a replayed success
+        (rollout.replay).
+        """
         found = await self.rollout(prompt, serial)
         return await self.choice.rescue(found, lambda factor: self.rollout(prompt, serial, factor))
 
     async def rollout(self, prompt: Prompt, serial: int, hotter: float = 1.0) -> Group | Dropped:
         """A whole group, or why there is none; members that failed are drawn anew, alone, a few times."""
-        members: list[tuple[Rollout, Verdict]] = []
-        reason, abandoned, lost = "", list[Rollout](), 0
+        members, reason = Attempt(), ""
         first = 0 if hotter == 1.0 else 1 + self.pace.resamples  # other seeds for a second draw
         for attempt in range(first, first + 1 + self.pace.resamples):
-            missing = self.pace.group_size - len(members)
+            missing = self.pace.group_size - len(members.kept)
             drawn = seeds(self.seed, serial, attempt, missing + self.pace.extra)
             plan = self.plan if attempt == first else independent
             judged = await self._sample_and_judge(self._generator(hotter, missing), prompt, drawn, plan)
-            early = [r for r, _ in judged if r.status is Status.ABANDONED]
-            kept = survivors(judged)
-            abandoned += early
-            members += kept
-            lost += _drawn(r for r, _ in judged) - _drawn(early) - _drawn(r for r, _ in kept)
-            if len(members) == self.pace.group_size:
-                rollouts, verdicts = zip(*members, strict=True)
-                return Group(prompt, rollouts, verdicts, abandoned=tuple(abandoned), lost=lost)
+            members = members.then(parted(judged))
+            if len(members.kept) == self.pace.group_size:
+                rollouts, verdicts = zip(*members.kept, strict=True)
+                lost = _drawn(members.failed)
+                return Group(prompt, rollouts, verdicts, abandoned=members.abandoned, lost=lost)
             reason = _why(judged)
             self.roles.journal.event("resample", prompt=prompt.id, attempt=attempt, reason=reason)
-        return Dropped(prompt, reason, _drawn([*(r for r, _ in members), *abandoned]) + lost)
+        whole = (*(r for r, _ in members.kept), *members.abandoned, *members.failed)
+        return Dropped(prompt, reason, _drawn(whole))
 
     def _generator(self, hotter: float, enough: int) -> Generator:
         """The one the run has, asked for what its choices need."""
-        generator: Any = self.roles.generator
+        generator = self.roles.generator
         if hotter != 1.0:
-            generator = generator.hotter(hotter)
-        return generator.first(enough) if self.pace.extra else generator
+            generator = tunable(generator).hotter(hotter)
+        return racing(generator).first(enough) if self.pace.extra else generator
 
     async def _sample_and_judge(
         self, generator: Generator, prompt: Prompt, drawn: list[int], plan: Plan
@@ -278,7 +278,8 @@ class Driver:
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
         metrics = updated | synced | self._observe(groups, tokens, rules) | clock.metrics(len(tokens.row))
-        for rule in self.idle.note(metrics):
+        counts = [f"objective/{name}_tokens" for name in rules_of(self.objective)]
+        for rule in self.idle.note({name: metrics[name] for name in counts if name in metrics}):
             self.roles.journal.event("rule_untouched", rule=rule, steps=self.idle.patience)
         with clock("evaluate", self):
             metrics |= await self.roles.evaluate(self.version)

@@ -193,8 +193,10 @@ def test_rules_inside_the_update_count_too():
 
 def test_a_rule_that_touches_nothing_is_named_once_until_it_acts():
     idle = IdleRules(patience=3)
-    step = lambda n: idle.note({"objective/clip_tokens": n, "objective/silent_tokens": 0.0})
+    step = lambda n: idle.note({"objective/clip_tokens": n})
     assert [step(n) for n in (0, 0, 0, 0)] == [[], [], ["objective/clip_tokens"], []]
+    silent = lambda: idle.note({"objective/silent_half_tokens": 0})
+    assert [silent() for _ in range(3)][-1] == ["objective/silent_half_tokens"], "whatever its name"
     assert [step(n) for n in (5, 0, 0, 0)] == [[], [], [], ["objective/clip_tokens"]]
 
 
