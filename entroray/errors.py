@@ -1,5 +1,8 @@
 """The typed ways a run can end badly; each carries the exit code of the contract (DESIGN 7)."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class EntrorayError(Exception):
     """Base of every error a user is meant to read: says what is wrong, where, and what to do instead."""
@@ -47,3 +50,11 @@ class Stopped(EntrorayError):
     def __init__(self, signal: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + signal
+
+
+def nearest(wrong: object, right: Iterable[str]) -> str:
+    """The end of an error message: the likely meaning, then everything there is."""
+    options = sorted(right)
+    close = difflib.get_close_matches(str(wrong), options, n=1)
+    guess = f"did you mean `{close[0]}`? " if close else ""
+    return f"{guess}choose from {', '.join(options) or 'nothing'}"

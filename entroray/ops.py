@@ -1,8 +1,11 @@
-"""Segment arithmetic on the flat token axis; knows nothing of RL beyond a mask."""
+"""Segment arithmetic on the flat token axis, and its floor; knows nothing of RL beyond a mask."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+FLOOR = -1e4
+"""Log-prob that stands for -inf, in nats; no gradient passes below it."""
 
 
 def segment_sum(x: Float[Tensor, " N"], row: Int[Tensor, " N"], num_rows: int) -> Float[Tensor, " B"]:

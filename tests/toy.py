@@ -80,7 +80,7 @@ class ToyWorld:
         logp = self.served.log_softmax(-1)
         best = torch.argsort(logp, descending=True, stable=True)[:count]
         version = np.full(1, self.version, dtype=np.int32)
-        row = lambda i: (np.array([i], np.int32), logp[i : i + 1].numpy(), version)  # noqa: E731
+        row = lambda i: (np.array([i], np.int32), logp[i : i + 1].numpy(), version)
         spans = (Span(0, 1, MaskReason.FORCED),)
         return [Rollout(prompt.id, *row(int(i)), str(int(i)), 1.0, LENGTH, spans=spans) for i in best]
 

@@ -75,15 +75,18 @@ def _besides(config: Config) -> list[dict[str, Any]]:
 
 def _trained(config: Config) -> dict[str, Any]:
     """Settings of the run that the warm start shares, where they differ from their defaults."""
-    said = lambda c: {  # noqa: E731
-        "dtype": c.model.dtype,
-        "stop": list(c.sampler.stop),
-        "betas": list(c.learner.betas),
-        "weight_decay": c.learner.weight_decay,
-        "deepspeed": dict(c.learner.deepspeed),
+    usual = _shared(Config())
+    return {name: value for name, value in _shared(config).items() if value != usual[name]}
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    return {
+        "dtype": config.model.dtype,
+        "stop": list(config.sampler.stop),
+        "betas": list(config.learner.betas),
+        "weight_decay": config.learner.weight_decay,
+        "deepspeed": dict(config.learner.deepspeed),
     }
-    usual = said(Config())
-    return {name: value for name, value in said(config).items() if value != usual[name]}
 
 
 def _judged(path: str | None) -> dict[str, Any]:

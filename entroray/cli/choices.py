@@ -152,5 +152,5 @@ def check_training(config: Config) -> None:
 
 def corrected(objective: dict[str, Any]) -> bool:
     """Whether the row weighs what another distribution drew."""
-    chosen = lambda slot: (objective.get(slot) or {}).get("fn")  # noqa: E731
+    chosen = lambda slot: (objective.get(slot) or {}).get("fn")
     return chosen("correction") not in (None, "none") or chosen("ratio") == "sampler"

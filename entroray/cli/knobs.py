@@ -13,6 +13,7 @@ from entroray.control import Control, Controller, build
 from entroray.entropy import shaping
 from entroray.errors import ConfigError
 from entroray.loop.driver import Roles
+from entroray.loop.roles import tunable
 from entroray.objective import Objective
 from entroray.objective import build as build_objective
 from entroray.objective.bind import bind, effective, keywords
@@ -117,15 +118,15 @@ def tuner(config: Config) -> Callable[[Mapping[str, float], Roles], tuple[Object
         values = {path: round(x) if path in whole else x for path, x in moved.items()}
         objective = build_objective(in_effect(config.objective, values), config.objective_packages)
         learner: Any = roles.learner
-        generator: Any = roles.generator
+        generator = roles.generator
         learner = replace(learner, objective=objective, lr=values.get("learner.lr"))
         if UPDATES in values:
             learner = replace(learner, updates=values[UPDATES])
         rule = {path.removeprefix(RULE): x for path, x in values.items() if path.startswith(RULE)}
         if rule or LONGEST in values:
-            generator = generator.moved(rule, values.get(LONGEST))
+            generator = tunable(generator).moved(rule, values.get(LONGEST))
         if (temperature := values.get("sampler.temperature")) is not None:
-            generator = generator.at(temperature)
+            generator = tunable(generator).at(temperature)
         return objective, replace(roles, learner=learner, generator=generator)
 
     return tune

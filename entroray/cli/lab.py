@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     todo = [job for job in jobs if not _done(job.cell, known.get(job.cell.name))]
     for job in jobs:
         stored.save(folder, _kept(job.cell, known.get(job.cell.name)))
-    tell = lambda: _report(folder, given.get("baseline"))  # noqa: E731
+    tell = lambda: _report(folder, given.get("baseline"))
     tell()
     print(f"{len(jobs)} cells asked for, {len(jobs) - len(todo)} done before, in {folder}", flush=True)
     if todo:

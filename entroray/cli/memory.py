@@ -49,7 +49,7 @@ def learner(config: Config, count: int, *, held: bool) -> dict[str, float]:
     are summed in float32: in stage 1 beside their own, in 2 and 3 in their place, in 0 not at all.
     """
     n, e = config.learner, BYTES[config.model.dtype]
-    share = lambda stage: count / (n.ranks if n.zero_stage >= stage else 1)  # noqa: E731
+    share = lambda stage: count / (n.ranks if n.zero_stage >= stage else 1)
     copied = config.model.dtype != "float32" or n.zero_stage in (1, 2)
     return {
         "weights": e * share(3),

@@ -14,7 +14,7 @@ from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.objective import Objective, build, check_group_size
-from entroray.objective.bind import Limit, effective, keywords, menu
+from entroray.objective.bind import Limit, called, effective, keywords, menu
 from entroray.objective.combinations import Schedule, remarks
 from entroray.objective.equation import MANY, SLOTS
 
@@ -74,7 +74,7 @@ def _numbers(objective: Objective) -> Iterator[str]:
         for name, parameter in keywords(choice.func).items():
             value = effective(choice)[name]
             limit = _limit(parameter.annotation)
-            yield f"  {choice.func.__name__}.{name} = {value}" + (f" ({limit.text})" if limit else "")
+            yield f"  {called(choice)}.{name} = {value}" + (f" ({limit.text})" if limit else "")
 
 
 def _limit(hint: object) -> Limit | None:

@@ -1,13 +1,12 @@
 """`rollout.plan` of the configuration -> how the members of a group are drawn, and what of it is refused."""
 
 from functools import partial
-from typing import Any
 
 from entroray.cli import calls
 from entroray.config import Config, RolloutConfig
 from entroray.errors import ConfigError
 from entroray.loop import branching
-from entroray.objective.bind import bind, effective
+from entroray.objective.bind import bind, called, effective, traits
 from entroray.objective.describe import phrase
 
 INDEPENDENT = {"fn": "independent"}
@@ -22,45 +21,45 @@ def plan_of(rollout: RolloutConfig) -> partial:
 
 def reads_entropy(rollout: RolloutConfig) -> bool:
     """Whether the engines must note the entropy of every distribution they draw from."""
-    return "entropy" in getattr(plan_of(rollout).func, "needs", ())
+    return "entropy" in traits(plan_of(rollout)).needs
 
 
 def makes_siblings(rollout: RolloutConfig) -> bool:
     """Whether responses of a group share tokens."""
-    return bool(getattr(plan_of(rollout).func, "siblings", False))
+    return traits(plan_of(rollout)).siblings
 
 
 def forks(rollout: RolloutConfig) -> bool:
     """Whether members of a group may share their first tokens."""
-    return plan_of(rollout).func.__name__ != INDEPENDENT["fn"]
+    return plan_of(rollout).func is not branching.independent
 
 
 def describe(rollout: RolloutConfig) -> str:
     """The plan in words, for a run's header."""
     bound = plan_of(rollout)
-    return f"{bound.func.__name__}: {phrase(bound)}"
+    return f"{called(bound)}: {phrase(bound)}"
 
 
 def check(config: Config) -> None:
     """ConfigError for a plan that does not fill a group, or that the sampler or the engine rules out."""
     bound, r = plan_of(config.rollout), config.rollout
-    s, size, name = effective(bound), r.group_size, bound.func.__name__
-    if name == "branching" and s["roots"] >= size:
+    s, size, name = effective(bound), r.group_size, called(bound)
+    if bound.func is branching.branching and s["roots"] >= size:
         raise ConfigError(
             f"rollout.plan.roots={s['roots']} leaves no branches in rollout.group_size={size}: fewer roots, "
             "a larger group, or rollout=plain"
         )
-    _check_places(s, size, name)
-    if name == "tree" and (total := s["roots"] * (1 + s["width"]) ** s["depth"]) != size:
+    _check_places(bound, size)
+    if bound.func is branching.tree and (total := s["roots"] * (1 + s["width"]) ** s["depth"]) != size:
         raise ConfigError(
             f"rollout.plan: roots={s['roots']} (1 + width={s['width']})^depth={s['depth']} makes {total} "
             f"responses and rollout.group_size={size}: make them equal"
         )
-    if name != "independent":
+    if bound.func is not branching.independent:
         _check_alone(config, name)
     if reads_entropy(r):
         _check_notes(config, name)
-    if name == "first_token_forks":
+    if bound.func is branching.first_token_forks:
         _check_forks(config)
 
 
@@ -80,11 +79,13 @@ def _check_forks(config: Config) -> None:
         )
 
 
-def _check_places(settings: dict[str, Any], size: int, name: str) -> None:
+def _check_places(bound: partial, size: int) -> None:
     """ConfigError for more places than any response has branches to begin at them."""
-    if name not in ("branching", "tree"):
+    if bound.func not in (branching.branching, branching.tree):
         return
-    branches = settings["width"] if name == "tree" else -(-(size - settings["roots"]) // settings["roots"])
+    settings = effective(bound)
+    roots = settings["roots"]
+    branches = settings["width"] if bound.func is branching.tree else -(-(size - roots) // roots)
     if settings["places"] > branches:
         raise ConfigError(
             f"rollout.plan.places={settings['places']}: a response has {branches} "

@@ -29,7 +29,7 @@ def own(config: Config) -> list[Any]:
 
 
 def _reshapes(sampler: Sampler) -> bool:
-    """Whether ours does."""
+    """Whether `sampler` changes the distribution that tokens are drawn from."""
     return (sampler.rule or shaping.FIXED) != shaping.FIXED or sampler.failed.factor != 1.0
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from entroray.cli import calls, choices, plans, sampling
 from entroray.config import Config
+from entroray.entropy.accuracy import powers
 from entroray.entropy.catalogue import (
     BRANCHES,
     CHOICE,
@@ -22,7 +23,6 @@ from entroray.entropy.catalogue import (
 )
 from entroray.entropy.metric import Metric, names
 from entroray.errors import ConfigError
-from entroray.loop.evaluate import powers
 from entroray.objective import build
 from entroray.objective.touch import rules
 

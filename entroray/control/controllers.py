@@ -9,8 +9,8 @@ from functools import partial
 from typing import Annotated, Any, get_args, get_origin
 
 from entroray.control import feedback, schedules
-from entroray.errors import ConfigError
-from entroray.objective.bind import Count, Limit, effective, keywords, menu, nearest
+from entroray.errors import ConfigError, nearest
+from entroray.objective.bind import Count, Limit, effective, keywords, menu
 
 OWN = ("knob", "fn", "signal", "delay", "mean", "priority", "start")
 Delay = Annotated[int, Limit("at least 1: a step's metrics are known after it", lambda x: x >= 1)]

@@ -16,6 +16,11 @@ EXACT = 64
 SUBSETS = 2000
 
 
+def powers(samples: int) -> list[int]:
+    """1, 2, 4, ... up to `samples`."""
+    return [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+
+
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Probability that one of k draws without return is right: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374)."""
     _within(samples, k, "pass@")
@@ -41,7 +46,7 @@ def majority_at_k(answers: Sequence[str | None], right: Sequence[float], k: int)
     if len(answers) > EXACT:
         return _sampled(answers, {v: sum(h) / len(h) for v, h in hits.items()}, k)
     silent = len(answers) - votes.total()
-    others = lambda v: tuple(sorted((votes - Counter({v: votes[v]})).values()))  # noqa: E731
+    others = lambda v: tuple(sorted((votes - Counter({v: votes[v]})).values()))
     return sum(sum(h) / len(h) * _leads(votes[v], others(v), silent, k) for v, h in hits.items() if any(h))
 
 

@@ -14,7 +14,7 @@ def branches(groups: Sequence[Group]) -> dict[str, float]:
     """
     rollouts = [r for g in groups for r in g.rollouts]
     why = np.concatenate([np.empty(0, np.int8), *(r.observed for r in rollouts)])
-    share = lambda mask: float((why == REASONS.index(mask)).mean())  # noqa: E731
+    share = lambda mask: float((why == REASONS.index(mask)).mean())
     metrics = {"branches/forced": share(MaskReason.FORCED)} if REASONS.index(MaskReason.FORCED) in why else {}
     grown = [r for r in rollouts if r.parent is not None]
     if not grown:

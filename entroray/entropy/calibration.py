@@ -54,10 +54,15 @@ def auroc(score: NDArray, correct: NDArray) -> float:
     pairs = int(right.sum()) * int((~right).sum())
     if not pairs:
         return math.nan
-    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]
+    rank = mean_ranks(score)
     ones = int(right.sum())
     return float((rank[right].sum() - ones * (ones + 1) / 2) / pairs)
+
+
+def mean_ranks(x: NDArray) -> NDArray[np.float64]:
+    """[n] 1 for the least of `x`; those that are equal share the mean of their ranks."""
+    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
 def brier(confidence: NDArray, correct: NDArray) -> float:

@@ -50,7 +50,7 @@ DESCRIBED = [
         "groups/all_wrong | groups with no rollout correct | share | count",
     ),
 ]
-"""What `describe` gives, in every step."""
+"""What `describe` and `judged` give, in every step."""
 
 DIAGNOSED = [
     *rows(

@@ -36,7 +36,7 @@ def answer_span(
     start = text.rfind(answer)
     if start < 0:
         return Lost.NOT_IN_TEXT
-    reach = lambda n: _common(decode(token_ids[:n]), text)  # noqa: E731
+    reach = lambda n: _common(decode(token_ids[:n]), text)
     first = _least(len(token_ids), lambda n: reach(n) >= start)
     first -= reach(first) > start  # one token holds the end of what stands before, too
     return range(first, _least(len(token_ids), lambda n: reach(n) >= start + len(answer)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from entroray.entropy.accuracy import pass_at_k
+from entroray.entropy.accuracy import pass_at_k, powers
 from entroray.types import Group, MaskReason, Rollout, Verdict
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -103,12 +103,11 @@ def pass_at(groups: Sequence[Group]) -> dict[str, float]:
     drawn = [independent for g in groups if (independent := _independent(g))]
     least = min(map(len, drawn), default=0)
     counts = [(len(verdicts), sum(v.correct >= 1 for v in verdicts)) for verdicts in drawn]
-    ks = [2**i for i in range(least.bit_length()) if 2**i <= least]
-    return {f"pass/{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
+    return {f"pass/{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in powers(least)}
 
 
 def _independent(group: Group) -> list[Verdict]:
-    """On the rollouts drawn from the prompt as the policy draws, none having had a say in another's."""
+    """Verdicts on independent draws: not drawn again, not replayed, not branched, first token not forced."""
     if group.earlier or group.abandoned:
         return []
     pairs = zip(group.rollouts, group.verdicts, strict=True)

@@ -30,7 +30,7 @@ def movement(live: Tokens, silent: Bool[Tensor, " N"]) -> dict[str, float]:
     log_ratio = (live.logprobs - live.old_logprobs)[live.mask].double()
     flat, up = silent[live.mask], live.advantages[live.mask] > 0
     weighed = (live.scale * live.correction)[live.mask] != 0  # else dropped before the update, not clipped
-    count = lambda where: float((flat & weighed & where).sum())  # noqa: E731
+    count = lambda where: float((flat & weighed & where).sum())
     high, low = log_ratio > 0, log_ratio < 0
     return {
         "kl": _total(torch.expm1(log_ratio) - log_ratio),

@@ -22,10 +22,12 @@ A network moves all its states together through Adam, so eta is not known: predi
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from entroray.entropy.calibration import mean_ranks
 from entroray.types import Tokens
 
 FORMS = ("exact", "natural", "proxy")
@@ -99,13 +101,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's, ties sharing their mean rank, in [-1, 1]; 0 where either does not vary."""
-    a, b = (_ranks(torch.tensor(v, dtype=torch.float64)) for v in (x, y))
+    a, b = (torch.from_numpy(mean_ranks(np.array(v, np.float64))) for v in (x, y))
     a, b = a - a.mean(), b - b.mean()
     size = a.norm() * b.norm()
     return float((a @ b) / size) if size > 0 else 0.0
-
-
-def _ranks(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    _, inverse, count = torch.unique(x, return_inverse=True, return_counts=True)
-    last = torch.cumsum(count, 0).double()
-    return (last - (count.double() - 1) / 2)[inverse]

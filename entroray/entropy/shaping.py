@@ -23,7 +23,7 @@ from torch import Tensor
 from entroray.entropy import rules
 from entroray.objective.bind import bind
 from entroray.objective.describe import phrase
-from entroray.objective.view import FLOOR
+from entroray.ops import FLOOR
 
 FIXED = {"fn": "fixed"}
 

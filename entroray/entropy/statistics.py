@@ -43,8 +43,9 @@ def token_entropy(
 
 
 def describe(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
-    """Metrics of one step; a metric over nothing is left out.
+    """Metrics of the tokens trained on in one step; a metric over nothing is left out.
 
+    What the verdicts say is `domains.judged`, over every group judged.
     Token metrics (nats) are over every response token whose mask is set, each once, in float64 after
     rounding to float32, which is what the token records store. `lag` is per token, in committed steps.
     ValueError where `tokens` are not the rollouts of `groups`, in their order.
@@ -53,7 +54,7 @@ def describe(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
     if not rollouts:
         return {}
     mask = array(tokens.mask)
-    metrics = _of_groups(groups) | lengths(rollouts) | _of_tools(rollouts) | branches(groups)
+    metrics = _of_tools(rollouts) | branches(groups)
     if not mask.any():
         return metrics
     metrics |= _of_entropy(tokens, mask) | _of_mismatch(tokens, mask) | _of_sampler(rollouts, tokens)
@@ -91,18 +92,6 @@ def stored(x: Float[Tensor, " N"]) -> NDArray[np.float64]:
 def array(x: Tensor) -> NDArray:
     """`x` for NumPy: detached, on the CPU."""
     return x.detach().cpu().numpy()
-
-
-def _of_groups(groups: Sequence[Group]) -> dict[str, float]:
-    correct = [[v.correct for v in g.verdicts] for g in groups]
-    reward = np.array([v.reward for g in groups for v in g.verdicts], np.float64)
-    return {
-        "reward/mean": float(np.mean([c for group in correct for c in group])),
-        "reward/raw_mean": float(reward.mean()),
-        "reward/std": float(reward.std()),
-        "groups/all_right": sum(set(group) == {1} for group in correct) / len(groups),
-        "groups/all_wrong": sum(set(group) == {0} for group in correct) / len(groups),
-    }
 
 
 def lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -159,7 +148,7 @@ def _of_sampler(rollouts: Sequence[Rollout], tokens: Tokens) -> dict[str, float]
 
 
 def _here(rollout: Rollout) -> NDArray[np.bool_]:
-    """What its sampler drew or inserted in it, not a parent, a tool or a plan."""
+    """[L] True where the sampler drew or inserted the token: not a prefix, forced or a tool's."""
     return (rollout.observed < 0) | (rollout.observed == REASONS.index(MaskReason.INSERTED))
 
 

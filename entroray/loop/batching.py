@@ -26,7 +26,7 @@ def assemble(groups: Sequence[Group]) -> Batch:
     """Rows of prompt and response ids, flat."""
     rollouts = rollouts_of(groups)
     prompts = [np.asarray(g.prompt.token_ids, dtype=np.int32) for g in groups for _ in g.rollouts]
-    lengths = lambda rows: np.array([len(r) for r in rows], dtype=np.int32)  # noqa: E731
+    lengths = lambda rows: np.array([len(r) for r in rows], dtype=np.int32)
     responses = [r.token_ids for r in rollouts]
     return Batch(
         prompt_ids=np.concatenate(prompts),
@@ -51,19 +51,18 @@ def tokens_of(
     length = torch.tensor([r.length for r in rollouts])
     row = torch.repeat_interleave(torch.arange(len(rollouts)), length)
     column = {k: torch.from_numpy(np.asarray(v)) for k, v in scores.items()}
-    flat = lambda pieces: torch.from_numpy(np.concatenate(pieces))  # noqa: E731
     mask = torch.from_numpy(observed(rollouts) < 0)
     known = ("logprobs", "entropy", "varentropy", "ref_logprobs")
     return Tokens(
         row=row,
-        position=flat([np.arange(r.length) for r in rollouts]),
+        position=_flat([np.arange(r.length) for r in rollouts]),
         uid=torch.arange(len(row)),
         mask=mask,
         logprobs=column["logprobs"],
         entropy=column["entropy"],
         varentropy=column["varentropy"],
         old_logprobs=column["logprobs"],
-        behavior_logprobs=flat([r.logprobs for r in rollouts]),
+        behavior_logprobs=_flat([r.logprobs for r in rollouts]),
         ref_logprobs=column.get("ref_logprobs"),
         temperature=torch.tensor([r.temperature for r in rollouts])[row],
         advantages=torch.cat(list(advantages)).float()[row],
@@ -85,3 +84,7 @@ def tokens_of(
 def _drawn_before(rollouts: Sequence[Rollout]) -> Tensor | None:
     branched = any(r.parent is not None for r in rollouts)
     return torch.tensor([r.drawn_before for r in rollouts]) if branched else None
+
+
+def _flat(pieces: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(pieces))

@@ -1,7 +1,7 @@
 """How the members of a group are drawn: each alone, or some as branches of others.
 
 A plan takes a generator, a prompt and a seed for each member; what it cannot branch it draws alone. Members
-that failed are replaced by responses drawn alone, and a branch goes with its parent (`forks.survivors`).
+that failed are replaced by responses drawn alone, and a branch goes with its parent (`forks.parted`).
 """
 
 import asyncio
@@ -106,7 +106,7 @@ async def _grow(
 ) -> list[Rollout]:
     """`members`, and a branch of them, dealt in turn, for each of `seeds`."""
     asked = _dealt(members, seeds, choose, places)
-    after = lambda at: members[at[0]].token_ids[: at[1]].tolist() if at else ()  # noqa: E731
+    after = lambda at: members[at[0]].token_ids[: at[1]].tolist() if at else ()
     told = [generator.sample(prompt, drawn, after(at)) for at, drawn in asked.items()]
     grown: list[Rollout] = []
     for at, tails in zip(asked, await asyncio.gather(*told), strict=True):

@@ -33,7 +33,7 @@ def words(tokenizer: Any) -> Words:
         text = tokenizer.decode([token])
         return f"⟨{tokenizer.convert_ids_to_tokens(token)}⟩" if not text or "\ufffd" in text else text
 
-    text = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)  # noqa: E731
+    text = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
     return Words(text, name, frozenset(tokenizer.all_special_ids))
 
 

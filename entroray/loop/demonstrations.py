@@ -4,10 +4,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from entroray.errors import ConfigError, DataError
+from entroray.errors import ConfigError, DataError, nearest
 from entroray.loop.prompts import Row
 from entroray.reward import gym
-from entroray.reward.extract import nearest
 from entroray.reward.verdicts import CORRECT_FROM
 
 
@@ -67,6 +66,5 @@ NAMES = tuple(_DEMONSTRATIONS)
 def demonstration(name: str) -> Callable[[Row], str | Worked]:
     """The function row -> right response called `name`; give it `Prompt.entry`."""
     if name not in _DEMONSTRATIONS:
-        known = list(_DEMONSTRATIONS)
-        raise ConfigError(f"demonstrations={name!r} is unknown; {nearest(name, known)}")
+        raise ConfigError(f"demonstrations={name!r} is unknown; {nearest(name, _DEMONSTRATIONS)}")
     return _DEMONSTRATIONS[name]

@@ -1,7 +1,6 @@
 """prompt -> rollout -> verdict -> advantage -> batch -> update -> weight sync, in that order."""
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,15 @@ from entroray.errors import InfrastructureError
 from entroray.loop.batching import assemble, group_index, tokens_of
 from entroray.loop.branching import Plan, independent
 from entroray.loop.choice import Choice, Memory
-from entroray.loop.forks import survivors
+from entroray.loop.forks import Attempt, parted
 from entroray.loop.heat import Heat
 from entroray.loop.insight import NEVER, Insight, Looks
 from entroray.loop.limits import IdleRules, Limit, SkippedUpdates, VerdictFailures
-from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier
+from entroray.loop.roles import Generator, Journal, Learner, Sync, Verifier, racing, tunable
+from entroray.loop.seeds import seeds
 from entroray.loop.stream import Dropped, Prompts, Stream
 from entroray.objective import Objective, pull, touched
+from entroray.objective.touch import rules as rules_of
 from entroray.types import Group, Prompt, Rollout, Status, Tokens, Verdict, Version
 
 UNTOUCHED = 20
@@ -77,13 +78,6 @@ class Roles:
     """Metrics of the weights served after a step, 0 being the first; empty when none are due."""
     waits: Callable[[], list[str]] = list
     """What is being waited for and since when, for a run that stalls."""
-
-
-def seeds(run: int, serial: int, attempt: int, count: int) -> list[int]:
-    """`count` sampling seeds (31 bits), the same for the same draw in every run with this seed."""
-    tag = f"{run}:{serial}:{attempt}".encode()
-    stream = hashlib.shake_128(tag).digest(4 * count)
-    return [int.from_bytes(stream[i : i + 4], "little") >> 1 for i in range(0, 4 * count, 4)]
 
 
 Tune = Callable[[Mapping[str, float], Roles], tuple[Objective, Roles]]
@@ -210,38 +204,37 @@ class Driver:
         )
 
     async def group(self, prompt: Prompt, serial: int) -> Group | Dropped:
-        """As `rollout`, and what the run does for a group without one right answer."""
+        """Draw a group; if none is right, redraw it hotter (rollout.second) or swap in a replayed success
+        (rollout.replay).
+        """
         found = await self.rollout(prompt, serial)
         return await self.choice.rescue(found, lambda factor: self.rollout(prompt, serial, factor))
 
     async def rollout(self, prompt: Prompt, serial: int, hotter: float = 1.0) -> Group | Dropped:
         """A whole group, or why there is none; members that failed are drawn anew, alone, a few times."""
-        members: list[tuple[Rollout, Verdict]] = []
-        reason, abandoned, lost = "", list[Rollout](), 0
+        members, reason = Attempt(), ""
         first = 0 if hotter == 1.0 else 1 + self.pace.resamples  # other seeds for a second draw
         for attempt in range(first, first + 1 + self.pace.resamples):
-            missing = self.pace.group_size - len(members)
+            missing = self.pace.group_size - len(members.kept)
             drawn = seeds(self.seed, serial, attempt, missing + self.pace.extra)
             plan = self.plan if attempt == first else independent
             judged = await self._sample_and_judge(self._generator(hotter, missing), prompt, drawn, plan)
-            early = [r for r, _ in judged if r.status is Status.ABANDONED]
-            kept = survivors(judged)
-            abandoned += early
-            members += kept
-            lost += _drawn(r for r, _ in judged) - _drawn(early) - _drawn(r for r, _ in kept)
-            if len(members) == self.pace.group_size:
-                rollouts, verdicts = zip(*members, strict=True)
-                return Group(prompt, rollouts, verdicts, abandoned=tuple(abandoned), lost=lost)
+            members = members.then(parted(judged))
+            if len(members.kept) == self.pace.group_size:
+                rollouts, verdicts = zip(*members.kept, strict=True)
+                lost = _drawn(members.failed)
+                return Group(prompt, rollouts, verdicts, abandoned=members.abandoned, lost=lost)
             reason = _why(judged)
             self.roles.journal.event("resample", prompt=prompt.id, attempt=attempt, reason=reason)
-        return Dropped(reason, _drawn([*(r for r, _ in members), *abandoned]) + lost)
+        whole = (*(r for r, _ in members.kept), *members.abandoned, *members.failed)
+        return Dropped(reason, _drawn(whole))
 
     def _generator(self, hotter: float, enough: int) -> Generator:
         """The one the run has, asked for what its choices need."""
-        generator: Any = self.roles.generator
+        generator = self.roles.generator
         if hotter != 1.0:
-            generator = generator.hotter(hotter)
-        return generator.first(enough) if self.pace.extra else generator
+            generator = tunable(generator).hotter(hotter)
+        return racing(generator).first(enough) if self.pace.extra else generator
 
     async def _sample_and_judge(
         self, generator: Generator, prompt: Prompt, drawn: list[int], plan: Plan
@@ -251,7 +244,7 @@ class Driver:
         judged = await self.roles.verifier.judge(prompt, usable) if usable else []
         self.failures.note(judged, len(usable))
         verdicts = iter(judged)
-        blank = lambda r: Verdict(float("nan"), 0.0, status=r.status, detail="not sampled")  # noqa: E731
+        blank = lambda r: Verdict(float("nan"), 0.0, status=r.status, detail="not sampled")
         return [(r, next(verdicts) if r.status.usable else blank(r)) for r in rollouts]
 
     async def step(self) -> dict[str, float]:
@@ -285,7 +278,8 @@ class Driver:
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
         metrics = updated | synced | self._observe(groups, tokens, rules) | clock.metrics(len(tokens.row))
-        for rule in self.idle.note(metrics):
+        counts = [f"objective/{name}_tokens" for name in rules_of(self.objective)]
+        for rule in self.idle.note({name: metrics[name] for name in counts if name in metrics}):
             self.roles.journal.event("rule_untouched", rule=rule, steps=self.idle.patience)
         with clock("evaluate", self):
             metrics |= await self.roles.evaluate(self.version)
@@ -295,7 +289,7 @@ class Driver:
 
     def _observe(self, groups: Sequence[Group], tokens: Tokens, rules: Mapping[str, int]) -> dict[str, float]:
         shaped = [float(r) for g in groups for r in self.objective.shape_rewards(g)]
-        trained = describe(groups, tokens)
+        right = [v.correct for g in groups for v in g.verdicts]
         whole = self.stream.judged_since()
         self.drawn += sum(group.drawn for group in whole)
         for group in whole:  # here, not as they finish: in order of issue, the same in every run
@@ -304,13 +298,13 @@ class Driver:
         judged = [draw for group in whole for draw in group.draws]
         counted = {f"objective/{name}_tokens": float(n) for name, n in rules.items()}
         metrics = (
-            trained
+            describe(groups, tokens)
             | self.insight.diagnosed(self.version, groups, tokens, judged)
             | counted
             | of_judged(judged)
             | by_domain(groups, tokens, judged)
             | {
-                "reward/trained_mean": trained["reward/mean"],
+                "reward/trained_mean": sum(right) / len(right),
                 "reward/shaped_mean": sum(shaped) / len(shaped),
                 "groups/dropped": float(self.stream.dropped.total()),
                 "groups/refused": float(self.stream.refused),
@@ -363,5 +357,5 @@ def _why(judged: list[tuple[Rollout, Verdict]]) -> str:
 def _stack(task: "asyncio.Task[Any]") -> str:
     """Where a task stands: file, line and function, outermost first."""
     frames = task.get_stack(limit=8)
-    at = lambda f: f"{Path(f.f_code.co_filename).name}:{f.f_lineno} {f.f_code.co_name}"  # noqa: E731
+    at = lambda f: f"{Path(f.f_code.co_filename).name}:{f.f_lineno} {f.f_code.co_name}"
     return f"{task.get_name()}: {' > '.join(map(at, frames))}"

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from entroray.entropy.accuracy import pass_at_k
+from entroray.entropy.accuracy import pass_at_k, powers
 from entroray.errors import ConfigError
 from entroray.loop import findings
 from entroray.loop.decoding import Decoding, Words, fork
-from entroray.loop.driver import seeds
 from entroray.loop.mixture import domains
 from entroray.loop.roles import Generator, Verifier
+from entroray.loop.seeds import seeds
 from entroray.types import Group, Prompt
 
 At = Callable[[float], Generator]
@@ -41,11 +41,6 @@ def plan(temperature: float, samples: int, more: Sequence[int] = ()) -> Plan:
             f"prompt: raise evaluate.samples to {max(more)}{heat}"
         )
     return Plan(temperature, drawn, tuple(sorted({*powers(drawn), *more, drawn})))
-
-
-def powers(samples: int) -> list[int]:
-    """1, 2, 4, ... up to `samples`."""
-    return [2**i for i in range(samples.bit_length()) if 2**i <= samples]
 
 
 async def right_answers(
@@ -125,7 +120,7 @@ async def examine(
     paths = await fork(greedy, decoding, verifier, words.text) if decoding else []
     found = findings.of(greedy, sampled, paths, drawn.ks, words)
     parts = domains(prompts).items()
-    mean = lambda places: {n: _mean(c, places) for n, c in found["each"].items() if n != "id"}  # noqa: E731
+    mean = lambda places: {n: _mean(c, places) for n, c in found["each"].items() if n != "id"}
     return found | ({"domains": {name: mean(places) for name, places in parts}} if parts else {})
 
 

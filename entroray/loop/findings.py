@@ -132,7 +132,7 @@ def _metrics(groups: Sequence[Group], confident: Mapping[str, tuple[Column, Colu
 
 def _diagram(confidence: Column, correct: Column) -> dict[str, list[float | None]]:
     drawn = asdict(reliability(confidence, correct))
-    plain = lambda column: [x if math.isfinite(x) else None for x in column.tolist()]  # noqa: E731
+    plain = lambda column: [x if math.isfinite(x) else None for x in column.tolist()]
     return {name: plain(column) for name, column in drawn.items()}
 
 
@@ -178,7 +178,7 @@ def _decoded(paths: Sequence[Group], found: Sequence[Sequence[float | Lost]]) ->
             for g, group in zip(found, paths, strict=True)
         ],
     }
-    hit = lambda group, i: float(i is not None and is_right(group.verdicts[i]))  # noqa: E731
+    hit = lambda group, i: float(i is not None and is_right(group.verdicts[i]))
     return {name: np.array([hit(*p) for p in zip(paths, at, strict=True)]) for name, at in chosen.items()}
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,15 +45,34 @@ def branch(parent: Rollout, index: int, position: int, tail: Rollout) -> Rollout
     return replace(join(observed(cut(parent, position), MaskReason.PREFIX), tail), parent=index)
 
 
-def survivors(judged: Sequence[tuple[Rollout, Verdict]]) -> list[tuple[Rollout, Verdict]]:
-    """Those that can be used, their parents named by their new places.
+class Attempt(NamedTuple):
+    """The members of one draw, or of several, by what became of them."""
 
-    A branch whose parent cannot be used goes with it: its first tokens would be trained on nowhere.
+    kept: tuple[tuple[Rollout, Verdict], ...] = ()
+    """Those that can be used, their parents named by their places here."""
+    abandoned: tuple[Rollout, ...] = ()
+    failed: tuple[Rollout, ...] = ()
+
+    def then(self, later: "Attempt") -> "Attempt":
+        """Both; the later draw has no branches."""
+        kept, abandoned = self.kept + later.kept, self.abandoned + later.abandoned
+        return Attempt(kept, abandoned, self.failed + later.failed)
+
+
+def parted(judged: Sequence[tuple[Rollout, Verdict]]) -> Attempt:
+    """The members of one draw by what became of them.
+
+    A branch whose parent cannot be used fails with it: its first tokens would be trained on nowhere.
     """
     place: dict[int | None, int | None] = {None: None}
     kept: list[tuple[Rollout, Verdict]] = []
+    abandoned, failed = list[Rollout](), list[Rollout]()
     for index, (rollout, verdict) in enumerate(judged):
         if rollout.status.usable and verdict.status.usable and rollout.parent in place:
             place[index] = len(kept)
             kept.append((replace(rollout, parent=place[rollout.parent]), verdict))
-    return kept
+        elif rollout.status is Status.ABANDONED:
+            abandoned.append(rollout)
+        else:
+            failed.append(rollout)
+    return Attempt(tuple(kept), tuple(abandoned), tuple(failed))

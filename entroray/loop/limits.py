@@ -113,13 +113,14 @@ class IdleRules:
     """Steps."""
     idle: Counter[str] = field(default_factory=Counter)
 
-    def note(self, metrics: Mapping[str, float]) -> list[str]:
-        """The rules that have now touched none for `patience` steps; each is named once until it acts."""
-        kept = lambda n: n.startswith("objective/") and n.endswith("_tokens") and "silent" not in n  # noqa: E731
-        rules = {name: tokens for name, tokens in metrics.items() if kept(name)}
-        for name, tokens in rules.items():
+    def note(self, touched: Mapping[str, float]) -> list[str]:
+        """The rules, of the tokens `touched` by each, that now touched none for `patience` steps.
+
+        Each is named once until it acts.
+        """
+        for name, tokens in touched.items():
             self.idle[name] = 0 if tokens else self.idle[name] + 1
-        return [name for name in rules if self.idle[name] == self.patience]
+        return [name for name in touched if self.idle[name] == self.patience]
 
     def state(self) -> dict[str, int]:
         """Plain JSON."""

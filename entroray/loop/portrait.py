@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from entroray.entropy.diagnosis import diagnose
+from entroray.entropy.domains import judged
 from entroray.entropy.statistics import describe
 from entroray.loop.batching import assemble, group_index, tokens_of
 from entroray.loop.evaluate import answered, count_right, right_answers, scores
@@ -58,5 +59,5 @@ async def _drawn(groups: Sequence[Group], learner: Learner) -> dict[str, float]:
     scored = await learner.score(assemble(groups), group_index(groups))
     level = [torch.zeros(len(g.rollouts)) for g in groups]  # nothing is trained: no advantage
     tokens = tokens_of(groups, level, scores=scored, step=max(g.version for g in groups))
-    found = describe(groups, tokens) | diagnose(groups, tokens)
+    found = judged(groups) | describe(groups, tokens) | diagnose(groups, tokens)
     return {name: found[name] for name in DRAWN if name in found}

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from entroray.errors import ConfigError, PreflightError
+from entroray.errors import ConfigError, PreflightError, nearest
 from entroray.reward import gym
-from entroray.reward.extract import nearest
 from entroray.types import Prompt
 
 Row = Mapping[str, Any]
@@ -190,7 +189,7 @@ def render(question: Question, template: str | None) -> str:
     try:
         return _Formatter().vformat(template, (), fields)
     except KeyError as error:
-        near = nearest(str(error.args[0]), sorted(map(str, fields)))
+        near = nearest(error.args[0], map(str, fields))
         raise ConfigError(f"template {template!r}: there is no field {error}; {near}") from error
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         raise ConfigError(f"template {template!r} cannot be filled: {error}") from error

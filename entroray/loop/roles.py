@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from entroray.errors import ConfigError
 from entroray.types import Answer, Batch, Group, Prompt, Rollout, Tokens, Verdict, Version
 
 Scores = Mapping[str, NDArray[np.float32]]
@@ -32,16 +33,49 @@ class Generator(Protocol):
 
 
 @runtime_checkable
-class Choosing(Generator, Protocol):
-    """A generator of which more can be asked: by runs with rollout.second or rollout.early alone."""
+class Tunable(Generator, Protocol):
+    """A generator that draws otherwise when asked to: by `control` and rollout.second alone."""
 
-    def hotter(self, factor: float) -> "Choosing":
+    def at(self, temperature: float) -> "Tunable":
+        """It, at another temperature of the policy."""
+        ...
+
+    def moved(self, rule: Mapping[str, float], max_tokens: float | None) -> "Tunable":
+        """It, with numbers of the sampler's rule set, and a longest response; None leaves that."""
+        ...
+
+    def hotter(self, factor: float) -> "Tunable":
         """It, drawing at `factor` times the temperature; the log-probs are of what it drew from."""
         ...
 
-    def first(self, count: int) -> "Choosing":
+
+@runtime_checkable
+class Racing(Generator, Protocol):
+    """A generator that can give up its slowest: for runs with rollout.early alone."""
+
+    def first(self, count: int) -> "Racing":
         """It, giving up the rest of a call when `count` rollouts have finished: those come `abandoned`."""
         ...
+
+
+def tunable(generator: Generator) -> Tunable:
+    """`generator`, which must be `Tunable`; ConfigError where it is not."""
+    if isinstance(generator, Tunable):
+        return generator
+    raise ConfigError(
+        f"the generator {type(generator).__name__} cannot draw otherwise (it needs at, moved and hotter): "
+        "add them, or leave out rollout.second and what control moves of sampler.* and rollout.max_tokens"
+    )
+
+
+def racing(generator: Generator) -> Racing:
+    """`generator`, which must be `Racing`; ConfigError where it is not."""
+    if isinstance(generator, Racing):
+        return generator
+    raise ConfigError(
+        f"the generator {type(generator).__name__} cannot give up its slowest (it lacks first): add it, or "
+        "say rollout.early.extra=0"
+    )
 
 
 @runtime_checkable

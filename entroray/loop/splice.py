@@ -32,7 +32,7 @@ def observed(rollout: Rollout, why: MaskReason) -> Rollout:
 def join(head: Rollout, tail: Rollout) -> Rollout:
     """The response that begins as `head` and goes on as `tail`, which says how it ended and reads whole."""
     moved = tuple(Span(s.start + head.length, s.stop + head.length, s.why) for s in tail.spans)
-    both = lambda name: np.concatenate([getattr(head, name), getattr(tail, name)])  # noqa: E731
+    both = lambda name: np.concatenate([getattr(head, name), getattr(tail, name)])
     per_token: dict[str, Any] = {name: both(name) for name in ("token_ids", "logprobs", "versions")}
     spliced: dict[str, Any] = {"shaped": _shaped(head, tail), "likeliest": _likeliest(head, tail)}
     return replace(tail, **per_token, **spliced, spans=(*head.spans, *moved))
@@ -48,7 +48,7 @@ def openings(rollout: Rollout) -> list[Rollout]:
     assert rollout.likeliest is not None, "it must report its likeliest tokens"
     first = replace(cut(rollout, 1), status=Status.OK, spans=(Span(0, 1, MaskReason.FORCED),))
     pairs = zip(rollout.likeliest.token_ids[0], rollout.likeliest.probabilities[0], strict=True)
-    one = lambda x, dtype: np.array([x], dtype)  # noqa: E731
+    one = lambda x, dtype: np.array([x], dtype)
     return [replace(first, token_ids=one(i, np.int32), logprobs=np.log(one(p, np.float32))) for i, p in pairs]
 
 
@@ -84,7 +84,7 @@ def _likeliest(head: Rollout, tail: Rollout) -> Likeliest | None:
     if a is None or b is None:
         return None
     deep = min(a.token_ids.shape[1], b.token_ids.shape[1])
-    both = lambda x, y: np.concatenate([x[:, :deep], y[:, :deep]])  # noqa: E731
+    both = lambda x, y: np.concatenate([x[:, :deep], y[:, :deep]])
     return Likeliest(both(a.token_ids, b.token_ids), both(a.probabilities, b.probabilities))
 
 

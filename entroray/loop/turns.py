@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from entroray.loop.demonstrations import Worked
-from entroray.loop.driver import seeds as seeds_of
-from entroray.loop.roles import Generator, Tool
+from entroray.loop.roles import Generator, Tool, tunable
+from entroray.loop.seeds import seeds as seeds_of
 from entroray.loop.splice import cut, join, said
 from entroray.types import Answer, MaskReason, Prompt, Rollout, Span, Status
 
@@ -81,15 +81,15 @@ class Turns:
 
     def at(self, temperature: float) -> "Turns":
         """The same at another temperature of the policy."""
-        return replace(self, generator=self.generator.at(temperature))  # type: ignore[attr-defined]
+        return replace(self, generator=tunable(self.generator).at(temperature))
 
     def moved(self, rule: Mapping[str, float], max_tokens: float | None) -> "Turns":
         """The same with numbers of the sampler's rule set, and a longest response; None leaves that."""
-        return replace(self, generator=self.generator.moved(rule, max_tokens))  # type: ignore[attr-defined]
+        return replace(self, generator=tunable(self.generator).moved(rule, max_tokens))
 
     def hotter(self, factor: float) -> "Turns":
         """The same, every turn drawn at `factor` times the temperature."""
-        return replace(self, generator=self.generator.hotter(factor))  # type: ignore[attr-defined]
+        return replace(self, generator=tunable(self.generator).hotter(factor))
 
     def _call(self, drawn: Rollout, begun: str = "") -> str | None:
         ended = drawn.status is Status.OK

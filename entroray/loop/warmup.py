@@ -8,8 +8,8 @@ import numpy as np
 
 from entroray.errors import PreflightError
 from entroray.loop.batching import assemble, tokens_of
-from entroray.loop.driver import seeds
 from entroray.loop.roles import Generator, Learner, Sync, Verifier
+from entroray.loop.seeds import seeds
 from entroray.objective import Objective
 from entroray.types import Group, Prompt, Rollout, Span, Verdict
 

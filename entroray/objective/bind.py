@@ -1,15 +1,14 @@
 """`{fn: name, **settings}` -> a function of a slot, checked before anything starts."""
 
-import difflib
 import importlib
 import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from entroray.errors import ConfigError
+from entroray.errors import ConfigError, nearest
 
 F = TypeVar("F", bound=Callable)
 KINDS: dict[Any, tuple[Any, str]] = {
@@ -18,6 +17,7 @@ KINDS: dict[Any, tuple[Any, str]] = {
     str: (str, "text"),
     bool: (bool, "true or false"),
     types.NoneType: (types.NoneType, "null"),
+    dict: (dict, "a mapping"),
 }
 
 
@@ -48,12 +48,32 @@ RatioAboveOne = Annotated[float, Limit("a ratio above 1", lambda x: x > 1, "rati
 LogRatioBound = Annotated[float, Limit("a log-ratio in nats, above 0", lambda x: x > 0, "log-ratio bound")]
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What a function cannot do without and how it behaves, as `declare` explains; by default nothing."""
+
+    needs: frozenset[str] = frozenset()
+    min_group: int = 1
+    live: bool = False
+    idle_at_one: bool = False
+    reads_selected: bool = False
+    siblings: bool = False
+    alike: Callable[..., tuple[float, float]] | None = None
+    lives_on_alike: bool = False
+    before: Mapping[str, Callable] = field(default_factory=dict)
+
+
+def traits(choice: Callable) -> Traits:
+    """Those of a function, bound or not, as it declares them."""
+    fn = choice.func if isinstance(choice, partial) else choice
+    return vars(fn).get("traits", Traits())
+
+
 def declare(
     *,
     needs: Iterable[str] = (),
     min_group: int = 1,
     live: bool = False,
-    replaces: bool = False,
     idle_at_one: bool = False,
     reads_selected: bool = False,
     siblings: bool = False,
@@ -61,26 +81,40 @@ def declare(
     lives_on_alike: bool = False,
     before: Mapping[str, Callable] = types.MappingProxyType({}),
 ) -> Callable[[F], F]:
-    """Write on a function, as plain attributes, what it cannot do without and how it behaves.
+    """Write on a function its `Traits`: what it cannot do without and how it behaves.
 
     `needs`: `ref_logprobs`, `entropy_grad` (the live entropy's gradient), `whole_step` (statistics over all
     tokens of a step), or a key of `Tokens.extra`; `{setting}` in it stands for that setting's value.
     `min_group`: fewest rollouts per prompt it makes sense for. `live`: a shape of the current policy, applied
-    again, detached, inside the update. `replaces`: a shape that may turn the sign of A. `idle_at_one`: does
-    nothing while r = 1. `reads_selected`: uses what `select` chose. `siblings`: a plan whose responses share
-    tokens. `alike`: its settings -> A in a group of answers all wrong, and in one all right (rewards 0 and 1
-    where nothing else is said); undeclared it gives none. `lives_on_alike`: pointless without such groups.
-    `before`: step statistics it reads in `Tokens.extra`, each a function of the step's tokens and the same
-    settings, computed before the update.
+    again, detached, inside the update. `idle_at_one`: does nothing while r = 1. `reads_selected`: uses what
+    `select` chose. `siblings`: a plan whose responses share tokens. `alike`: its settings -> A in a group of
+    answers all wrong, and in one all right (rewards 0 and 1 where nothing else is said); undeclared it gives
+    none. `lives_on_alike`: pointless without such groups. `before`: step statistics it reads in
+    `Tokens.extra`, each a function of the step's tokens and the same settings, computed before the update.
     """
 
+    declared = Traits(
+        needs=frozenset(needs),
+        min_group=min_group,
+        live=live,
+        idle_at_one=idle_at_one,
+        reads_selected=reads_selected,
+        siblings=siblings,
+        alike=alike,
+        lives_on_alike=lives_on_alike,
+        before=before,
+    )
+
     def mark(fn: F) -> F:
-        vars(fn).update(needs=frozenset(needs), min_group=min_group, live=live, replaces=replaces)
-        vars(fn).update(idle_at_one=idle_at_one, reads_selected=reads_selected, before=before)
-        vars(fn).update(siblings=siblings, alike=alike, lives_on_alike=lives_on_alike)
+        vars(fn)["traits"] = declared
         return fn
 
     return mark
+
+
+def called(bound: partial) -> str:
+    """The name of a bound function."""
+    return bound.func.__name__
 
 
 def effective(bound: partial) -> dict[str, Any]:
@@ -95,7 +129,7 @@ def bind(slot: types.ModuleType, spec: object, packages: Iterable[str] = ()) -> 
         raise ConfigError(f"{place} must read {{fn: name, setting: value, ...}}, got {spec!r}")
     name, settings = spec["fn"], {k: v for k, v in spec.items() if k != "fn"}
     fn = _imported(slot, name, packages) if "." in name else _listed(slot, name)
-    _check_settings(place, fn, settings)
+    check_settings(place, fn.__name__, fn, settings)
     return partial(fn, **settings)
 
 
@@ -115,14 +149,6 @@ def short(slot: types.ModuleType) -> str:
 def setting(slot: types.ModuleType) -> str:
     """Where a slot is set: its module's `SETTING`, else `objective.<slot>`."""
     return getattr(slot, "SETTING", f"objective.{short(slot)}")
-
-
-def nearest(wrong: str, right: Iterable[str]) -> str:
-    """The end of an error message: the likely meaning, then everything there is."""
-    options = sorted(right)
-    close = difflib.get_close_matches(str(wrong), options, n=1)
-    guess = f"did you mean `{close[0]}`? " if close else ""
-    return f"{guess}choose from {', '.join(options) or 'nothing'}"
 
 
 def _listed(slot: types.ModuleType, name: str) -> Callable:
@@ -156,16 +182,17 @@ def _positional(fn: Callable) -> int:
     return sum(p.kind in kinds for p in inspect.signature(fn).parameters.values())
 
 
-def _check_settings(place: str, fn: Callable, settings: Mapping[str, Any]) -> None:
+def check_settings(place: str, name: str, fn: Callable, settings: Mapping[str, Any]) -> None:
+    """ConfigError where `fn`, which is chosen as `name`, does not take `settings` or needs others."""
     takes = keywords(fn)
-    for name, value in settings.items():
-        if name not in takes:
-            raise ConfigError(f"{place}: `{fn.__name__}` has no setting `{name}`: {nearest(name, takes)}")
-        if wanted := _complaint(value, takes[name].annotation):
-            raise ConfigError(f"{place}: `{fn.__name__}.{name}` must be {wanted}, got {value!r}")
-    for name, parameter in takes.items():
-        if parameter.default is inspect.Parameter.empty and name not in settings:
-            raise ConfigError(f"{place}: `{fn.__name__}` needs `{name}`, which has no default")
+    for key, value in settings.items():
+        if key not in takes:
+            raise ConfigError(f"{place}: `{name}` has no setting `{key}`: {nearest(key, takes)}")
+        if wanted := _complaint(value, takes[key].annotation):
+            raise ConfigError(f"{place}: `{name}.{key}` must be {wanted}, got {value!r}")
+    for key, parameter in takes.items():
+        if parameter.default is inspect.Parameter.empty and key not in settings:
+            raise ConfigError(f"{place}: `{name}` needs `{key}`, which has no default")
 
 
 def keywords(fn: Callable) -> dict[str, inspect.Parameter]:

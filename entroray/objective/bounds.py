@@ -42,6 +42,10 @@ def _ladder(
     *, least_low: float, most_low: float, least_high: float, most_high: float, stride: float, **_: Any
 ) -> Iterator[tuple[float, float]]:
     """The lower bound rises first, then the upper one."""
-    rungs = lambda a, b: [a + i * stride for i in range(math.ceil((b - a) / stride - 1e-9))] + [b]  # noqa: E731
-    yield from ((low, least_high) for low in rungs(least_low, most_low))
-    yield from ((most_low, high) for high in rungs(least_high, most_high))
+    yield from ((low, least_high) for low in _rungs(least_low, most_low, stride))
+    yield from ((most_low, high) for high in _rungs(least_high, most_high, stride))
+
+
+def _rungs(first: float, last: float, stride: float) -> list[float]:
+    """From `first` up in steps of `stride`, and `last` itself."""
+    return [first + i * stride for i in range(math.ceil((last - first) / stride - 1e-9))] + [last]

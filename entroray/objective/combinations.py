@@ -7,9 +7,21 @@ from functools import partial
 from typing import Literal
 
 from entroray.errors import ConfigError
-from entroray.objective.bind import effective, keywords
+from entroray.objective import (
+    aggregate,
+    correction,
+    denominator,
+    estimator,
+    keep,
+    penalties,
+    ratio,
+    scales,
+    select,
+    shapes,
+    surrogate,
+)
+from entroray.objective.bind import called, effective, keywords, traits
 from entroray.objective.equation import Objective
-from entroray.objective.estimator import subtree
 
 MISMATCH = 0.05
 """Nats per token up to which a mean log-ratio is the numerics of two programs, not another distribution."""
@@ -65,12 +77,8 @@ def refuse(objective: Objective, schedule: Schedule) -> None:
 Rule = Callable[[Objective, Schedule], Iterator[Remark]]
 
 
-def _name(choice: partial) -> str:
-    return choice.func.__name__
-
-
-def _has(choice: partial, attribute: str) -> bool:
-    return bool(getattr(choice.func, attribute, False))
+BY_ROLLOUT = (ratio.sequence, ratio.clipped_geometric)
+"""Ratios that share one gradient among the tokens of a rollout."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +92,28 @@ class _Alike:
 
 
 def _of_groups_alike(o: Objective) -> _Alike:
-    """From the sign of A that the last function to decide it gives such groups, and the weights on signs."""
+    """Whether all-wrong and all-right groups get a non-zero advantage.
+
+    From the last function that declares `alike`, times `by_sign`'s weights.
+    """
     wrong, right, purpose = 0.0, 0.0, False
     for choice in (o.estimator, *o.shapes):
         settings = effective(choice)
-        if _name(choice) == "by_sign":
-            weigh = lambda a, s=settings: a * s["positive" if a > 0 else "negative"]  # noqa: E731
-            wrong, right = weigh(wrong), weigh(right)
-        elif given := getattr(choice.func, "alike", None):
-            (wrong, right), purpose = given(**settings), _has(choice, "lives_on_alike")
+        if choice.func is shapes.by_sign:
+            wrong, right = _weighed(wrong, **settings), _weighed(right, **settings)
+        elif given := traits(choice).alike:
+            (wrong, right), purpose = given(**settings), traits(choice).lives_on_alike
     mostly_wrong = wrong < 0 and abs(wrong) > abs(right)
     return _Alike(wrong != 0, right != 0, purpose or mostly_wrong)
 
 
+def _weighed(advantage: float, *, positive: float, negative: float) -> float:
+    return advantage * (positive if advantage > 0 else negative)
+
+
 def _equal_groups_are_kept(o: Objective, s: Schedule) -> Iterator[Remark]:
     alike = _of_groups_alike(o)
-    if _name(o.keep) == "informative" and (alike.wrong or alike.right):
+    if o.keep.func is keep.informative and (alike.wrong or alike.right):
         yield Remark(
             "refused" if alike.purpose else "beware",
             f"keep `informative` drops the groups whose answers are all {'wrong' if alike.wrong else 'right'}"
@@ -155,125 +169,132 @@ def _mastered_prompts_come_up(o: Objective, s: Schedule) -> Iterator[Remark]:
 
 def _siblings_are_compared(o: Objective, s: Schedule) -> Iterator[Remark]:
     """Only where the estimator compares at all: what needs no second rollout has no mean of a group."""
-    if not s.siblings or o.estimator.func is subtree or getattr(o.estimator.func, "min_group", 1) < 2:
+    if not s.siblings or o.estimator.func is estimator.subtree or traits(o.estimator).min_group < 2:
         return
-    left = [f" ~objective.estimator.{name}" for name in o.estimator.keywords if name not in keywords(subtree)]
+    takes = keywords(estimator.subtree)
+    left = [f" ~objective.estimator.{name}" for name in o.estimator.keywords if name not in takes]
     yield Remark(
         "beware",
-        f"estimator `{_name(o.estimator)}` compares responses that share tokens as if each were drawn alone: "
-        f"say 'objective.estimator={{fn: subtree}}'{''.join(left)} to compare each with what began where it "
-        "began",
+        f"estimator `{called(o.estimator)}` compares responses that share tokens as if each were drawn "
+        f"alone: say 'objective.estimator={{fn: subtree}}'{''.join(left)} to compare each with what began "
+        "where it began",
     )
 
 
 def _corrected_once(o: Objective, s: Schedule) -> Iterator[Remark]:
-    if _name(o.ratio) == "sampler" and _name(o.correction) != "none":
+    if o.ratio.func is ratio.sampler and o.correction.func is not correction.none:
         yield Remark(
             "refused",
-            f"ratio `sampler` already weighs by the sampler, correction `{_name(o.correction)}` would do it "
+            f"ratio `sampler` already weighs by the sampler, correction `{called(o.correction)}` would do it "
             "twice: choose correction `none` or ratio `token`",
         )
 
 
 def _one_restraint(o: Objective, s: Schedule) -> Iterator[Remark]:
-    if any(_name(p) == "kl_cov" for p in o.penalties) and _name(o.surrogate) != "reinforce":
+    restrains = any(p.func is penalties.kl_cov for p in o.penalties)
+    if restrains and o.surrogate.func is not surrogate.reinforce:
         yield Remark(
             "refused",
-            f"penalty `kl_cov` replaces the clip and surrogate `{_name(o.surrogate)}` has one: choose "
+            f"penalty `kl_cov` replaces the clip and surrogate `{called(o.surrogate)}` has one: choose "
             "surrogate `reinforce`, or select with `covariance_band` and drop",
         )
 
 
 def _a_rollout_has_one_advantage(o: Objective, s: Schedule) -> Iterator[Remark]:
-    by_token = [x for x in o.shapes if _has(x, "live") or (_name(x) == "lean" and effective(x)["above"])]
-    if _name(o.ratio) in ("sequence", "clipped_geometric") and by_token:
+    by_token = [x for x in o.shapes if traits(x).live or (x.func is shapes.lean and effective(x)["above"])]
+    if o.ratio.func in BY_ROLLOUT and by_token:
         yield Remark(
             "refused",
-            f"ratio `{_name(o.ratio)}` shares one gradient among a rollout's tokens, and shape "
-            f"`{_name(by_token[0])}` tells them apart: choose ratio `sequence_token`",
+            f"ratio `{called(o.ratio)}` shares one gradient among a rollout's tokens, and shape "
+            f"`{called(by_token[0])}` tells them apart: choose ratio `sequence_token`",
         )
-    of_rollouts = _name(o.ratio) in ("sequence", "clipped_geometric", "sequence_token")
-    if of_rollouts and _name(o.aggregate) != "rollout_mean":
+    of_rollouts = o.ratio.func in (*BY_ROLLOUT, ratio.sequence_token)
+    if of_rollouts and o.aggregate.func is not aggregate.rollout_mean:
         yield Remark(
             "refused",
-            f"ratio `{_name(o.ratio)}` is a rollout's, aggregate `{_name(o.aggregate)}` a token's: choose "
+            f"ratio `{called(o.ratio)}` is a rollout's, aggregate `{called(o.aggregate)}` a token's: choose "
             "aggregate `rollout_mean` with denominator `rollouts`",
         )
 
 
 def _selection_is_read(o: Objective, s: Schedule) -> Iterator[Remark]:
-    readers = [c for c in o.choices() if _has(c, "reads_selected")]
-    if _name(o.select) != "everything" and not readers:
+    readers = [c for c in o.choices() if traits(c).reads_selected]
+    if o.select.func is not select.everything and not readers:
         yield Remark(
             "refused",
-            f"select `{_name(o.select)}` is read by nothing: add scale `selected`, or another that reads it",
+            f"select `{called(o.select)}` is read by nothing: add scale `selected`, or another that reads it",
         )
-    if _name(o.select) == "everything" and readers:
+    if o.select.func is select.everything and readers:
         yield Remark(
-            "beware", f"`{_name(readers[0])}` reads the selection, and select `everything` makes none"
+            "beware", f"`{called(readers[0])}` reads the selection, and select `everything` makes none"
         )
 
 
 def _one_law_of_entropy(o: Objective, s: Schedule) -> Iterator[Remark]:
     for place, shape in enumerate(o.shapes):
-        by_itself = _name(shape) == "entropy_band" or (_name(shape) == "lean" and effective(shape)["gain"])
+        by_itself = _steers(shape)
         others = [c for c in s.by_entropy if not c[1].startswith(f"objective.shapes.{place}.")]
         if by_itself and others:
             name, knob = others[0]
             yield Remark(
                 "refused",
-                f"shape `{_name(shape)}` steers the entropy by itself and control.{name} steers it too, "
+                f"shape `{called(shape)}` steers the entropy by itself and control.{name} steers it too, "
                 f"through {knob}: they would fight; leave out control.{name}, or choose an objective "
                 "without the shape",
             )
 
 
+def _steers(shape: partial) -> bool:
+    leans = shape.func is shapes.lean and bool(effective(shape)["gain"])
+    return shape.func is shapes.entropy_band or leans
+
+
 def _idle_at_one(o: Objective, s: Schedule) -> Iterator[Remark]:
-    if _name(o.ratio) == "sampler":
+    if o.ratio.func is ratio.sampler:
         return
     for choice in (o.ratio, o.surrogate, *o.penalties):
-        if _has(choice, "idle_at_one"):
+        if traits(choice).idle_at_one:
             if s.updates == 1:
-                yield Remark("inert", f"`{_name(choice)}` with one update per rollout: r is 1 throughout")
-            elif _name(choice) == "kl_cov":
-                yield Remark("inert", f"`{_name(choice)}` in the first update of each step: r is 1")
+                yield Remark("inert", f"`{called(choice)}` with one update per rollout: r is 1 throughout")
+            elif choice.func is penalties.kl_cov:
+                yield Remark("inert", f"`{called(choice)}` in the first update of each step: r is 1")
 
 
 def _neutral_settings(o: Objective, s: Schedule) -> Iterator[Remark]:
     for penalty in o.penalties:
         if effective(penalty).get("coef") == 0:
             yield Remark(
-                "inert", f"penalty `{_name(penalty)}` while its coef is 0, unless a controller moves it"
+                "inert", f"penalty `{called(penalty)}` while its coef is 0, unless a controller moves it"
             )
     for shape in o.shapes:
-        if _name(shape) == "by_sign" and set(effective(shape).values()) == {1.0}:
+        if shape.func is shapes.by_sign and set(effective(shape).values()) == {1.0}:
             yield Remark("inert", "shape `by_sign` with both weights 1")
     for scale in o.scales:
-        if _name(scale) == "selected" and set(effective(scale).values()) == {1.0}:
+        if scale.func is scales.selected and set(effective(scale).values()) == {1.0}:
             yield Remark("inert", "scale `selected` with both factors 1")
 
 
 def _thresholds_fit(o: Objective, s: Schedule) -> Iterator[Remark]:
-    if _name(o.select) == "covariance_band" and _name(o.estimator) != "zscore":
+    if o.select.func is select.covariance_band and o.estimator.func is not estimator.zscore:
         yield Remark(
             "beware",
             f"the bounds of `covariance_band` are for advantages in standard deviations, estimator "
-            f"`{_name(o.estimator)}` gives others",
+            f"`{called(o.estimator)}` gives others",
         )
-    if _name(o.divisor) == "kept_tokens" and o.scales:
+    if o.divisor.func is denominator.kept_tokens and o.scales:
         yield Remark(
             "beware", "denominator `kept_tokens`: what the scales drop enlarges the step of the rest"
         )
-    if any(_name(p) == "kl_k1" for p in o.penalties):
+    if any(p.func is penalties.kl_k1 for p in o.penalties):
         yield Remark("beware", "penalty `kl_k1` has the same gradient whatever the reference: choose `kl`")
     for shape in o.shapes:
         settings = effective(shape)
-        if _name(shape) == "positive_by_stage" and settings["steps"] != s.steps:
+        if shape.func is shapes.positive_by_stage and settings["steps"] != s.steps:
             yield Remark("beware", f"`positive_by_stage.steps` is {settings['steps']}, run.steps {s.steps}")
 
 
 def _mismatch_is_corrected(o: Objective, s: Schedule) -> Iterator[Remark]:
-    if s.max_lag and _name(o.correction) == "none" and _name(o.ratio) != "sampler":
+    if s.max_lag and o.correction.func is correction.none and o.ratio.func is not ratio.sampler:
         yield Remark(
             "beware", f"driver.max_lag={s.max_lag} and correction `none`: older weights sampled some tokens"
         )
@@ -281,7 +302,7 @@ def _mismatch_is_corrected(o: Objective, s: Schedule) -> Iterator[Remark]:
 
 def _mask_lets_shaped_responses_pass(o: Objective, s: Schedule) -> Iterator[Remark]:
     """NeMo-RL's bounds are for two programs that compute one distribution; shaping moves a mean further."""
-    if _name(o.correction) != "sequence_mask" or not (s.shaped or s.second or s.replay):
+    if o.correction.func is not correction.sequence_mask or not (s.shaped or s.second or s.replay):
         return
     low, high = (effective(o.correction)[side] for side in ("low", "high"))
     if max(abs(math.log(low)), abs(math.log(high))) < MISMATCH:

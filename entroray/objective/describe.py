@@ -9,7 +9,7 @@ import inspect
 import re
 from functools import partial
 
-from entroray.objective.bind import effective
+from entroray.objective.bind import called, effective
 
 
 def phrase(bound: partial) -> str:
@@ -17,7 +17,7 @@ def phrase(bound: partial) -> str:
     settings = effective(bound)
     found = re.search(r"^`([^`]+)`$", inspect.getdoc(bound.func) or "", re.MULTILINE)
     if not found:
-        return f"{bound.func.__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+        return f"{called(bound)}({', '.join(f'{k}={v}' for k, v in settings.items())})"
     off = [name for name, value in settings.items() if value is None]
     clauses = [
         c for c in " ".join(found[1].split()).split("; ") if not any(re.search(rf"\b{n}\b", c) for n in off)

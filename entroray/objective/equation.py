@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.errors import ConfigError
+from entroray.errors import ConfigError, nearest
 from entroray.objective import (
     aggregate,
     correction,
@@ -25,7 +25,7 @@ from entroray.objective import (
     shapes,
     surrogate,
 )
-from entroray.objective.bind import bind, effective, menu, nearest, short
+from entroray.objective.bind import bind, called, effective, menu, short, traits
 from entroray.objective.describe import phrase
 from entroray.objective.view import count, spread, visible
 from entroray.types import Counts, Group, Tokens
@@ -72,8 +72,8 @@ class Objective:
         Once per step. Live shapes are in what the others see here, and left out of the advantages given back.
         """
         seen = _shown(t, (*self.shapes, self.select, *self.scales, self.correction))
-        settled = _reshaped(seen, _are_live(self.shapes, False))
-        seen = _reshaped(settled, _are_live(self.shapes, True))
+        settled = reshaped(seen, settled_shapes(self.shapes))
+        seen = reshaped(settled, live_shapes(self.shapes))
         seen = replace(seen, selected=self.select(seen))
         scale = math.prod((s(seen) for s in self.scales), start=torch.ones_like(seen.advantages))
         filled = replace(
@@ -89,7 +89,7 @@ class Objective:
     def _statistics(self, seen: Tokens) -> dict[str, Tensor]:
         """What terms inside the update want to know of the whole step."""
         inside = (self.ratio, self.surrogate, *self.penalties)
-        wanted = [(c, name, fn) for c in inside for name, fn in getattr(c.func, "before", {}).items()]
+        wanted = [(c, name, fn) for c in inside for name, fn in traits(c).before.items()]
         return {name: fn(seen, **effective(choice)) for choice, name, fn in wanted}
 
     def loss(self, t: Tokens) -> Float[Tensor, ""]:
@@ -107,7 +107,7 @@ class Objective:
         """What functions inside the update are shown."""
         seen = _shown(t, (self.ratio, self.surrogate, *self.penalties, self.aggregate))
         with torch.no_grad():
-            return _reshaped(seen, _are_live(self.shapes, True))
+            return reshaped(seen, live_shapes(self.shapes))
 
     def _policy(self, seen: Tokens) -> Float[Tensor, " N"]:
         return seen.correction * seen.scale * self.surrogate(seen, self.ratio(seen))
@@ -152,14 +152,21 @@ class Objective:
 
 
 def _needs(choice: partial) -> frozenset[str]:
-    return frozenset(n.format(**effective(choice)) for n in getattr(choice.func, "needs", ()))
+    return frozenset(n.format(**effective(choice)) for n in traits(choice).needs)
 
 
-def _are_live(shapes: Iterable[partial], live: bool) -> list[partial]:
-    return [s for s in shapes if getattr(s.func, "live", False) is live]
+def live_shapes(shapes: Iterable[partial]) -> list[partial]:
+    """Those of the current policy, applied again in every update."""
+    return [s for s in shapes if traits(s).live]
 
 
-def _reshaped(t: Tokens, shapes: Iterable[partial]) -> Tokens:
+def settled_shapes(shapes: Iterable[partial]) -> list[partial]:
+    """Those that are applied once, before the update."""
+    return [s for s in shapes if not traits(s).live]
+
+
+def reshaped(t: Tokens, shapes: Iterable[partial]) -> Tokens:
+    """`t` with the advantages that `shapes`, in their order, make of its own."""
     for shape in shapes:
         t = replace(t, advantages=shape(t))
     return t
@@ -171,7 +178,7 @@ def _shown(t: Tokens, choices: Iterable[partial]) -> Tokens:
         for name in _needs(choice) - PROMISES:
             if getattr(t, name, t.extra.get(name)) is None:
                 raise ConfigError(
-                    f"`{choice.func.__name__}` needs `{name}`, which these tokens do not carry: "
+                    f"`{called(choice)}` needs `{name}`, which these tokens do not carry: "
                     "have the learner provide what `Objective.needs` names, or drop the function"
                 )
     return visible(t)
@@ -189,7 +196,7 @@ def build(spec: Mapping[str, Any], packages: Iterable[str] = ()) -> Objective:
     bound: dict[str, Any] = {name: _several(name, spec, packages) for name in map(short, MANY)}
     bound |= {name: _single(name, spec, packages) for name in map(short, ONE)}
     divisor = bound.pop("denominator")
-    live = [getattr(s.func, "live", False) for s in bound["shapes"]]
+    live = [traits(s).live for s in bound["shapes"]]
     if live != sorted(live):
         raise ConfigError(
             "objective.shapes: a shape of the current policy must stand after those of the step"
@@ -214,9 +221,9 @@ def _single(name: str, spec: Mapping[str, Any], packages: tuple[str, ...]) -> pa
 def check_group_size(objective: Objective, group_size: int) -> None:
     """Refuse a row that compares the rollouts of a prompt when there are too few of them."""
     for choice in objective.choices():
-        least = getattr(choice.func, "min_group", 1)
+        least = traits(choice).min_group
         if group_size < least:
             raise ConfigError(
-                f"`{choice.func.__name__}` compares rollouts of one prompt and needs at least {least} per "
+                f"`{called(choice)}` compares rollouts of one prompt and needs at least {least} per "
                 f"prompt, got {group_size}: sample more, or choose estimator `raw` and keep `always`"
             )

@@ -88,13 +88,17 @@ def subtree(group: Group, *, eps: Positive | None = 1e-6) -> Float[Tensor, " G"]
     counts 1 / (1 + k). TreeRL cuts a response at its forks instead, and divides by sqrt(leaves).
     """
     below, beside = _kin(group)
-    mean = lambda kin: (kin * group.rewards).sum(-1) / kin.sum(-1)  # noqa: E731
     alike = _spread(group.rewards, beside) == 0  # then 0 exactly, however the means were rounded
-    gain = (mean(below) - mean(beside)).masked_fill(alike, 0.0)
+    gain = (_mean(group.rewards, below) - _mean(group.rewards, beside)).masked_fill(alike, 0.0)
     if eps is None:
         return gain
     deviation = (center(group).square().sum() / max(len(gain) - 1, 1)).sqrt()
     return gain / (deviation + eps)
+
+
+def _mean(rewards: Float[Tensor, " G"], kin: Bool[Tensor, "G G"]) -> Float[Tensor, " G"]:
+    """Of the rewards that each row of `kin` marks."""
+    return (kin * rewards).sum(-1) / kin.sum(-1)
 
 
 def _spread(rewards: Float[Tensor, " G"], kin: Bool[Tensor, "G G"]) -> Float[Tensor, " G"]:
@@ -104,7 +108,7 @@ def _spread(rewards: Float[Tensor, " G"], kin: Bool[Tensor, "G G"]) -> Float[Ten
 
 
 def _kin(group: Group) -> tuple[Bool[Tensor, "G G"], Bool[Tensor, "G G"]]:
-    """[i, j]: j is i or branched off it, at first or at last hand; j holds the tokens that i began after."""
+    """below[i, j]: j is i or descends from it. beside[i, j]: j contains the tokens before i's fork."""
     rollouts = group.rollouts
     lines = [_line(rollouts, i) for i in range(len(rollouts))]
     below = [[i in line for line in lines] for i in range(len(rollouts))]

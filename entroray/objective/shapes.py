@@ -54,7 +54,7 @@ def positive_by_epoch(t: Tokens, *, epoch: Count = 25, epochs: Count = 4) -> Flo
     return by_sign(t, positive=weight)
 
 
-@declare(needs=["whole_step"], replaces=True, alike=lambda **_: (-1.0, 1.0))
+@declare(needs=["whole_step"], alike=lambda **_: (-1.0, 1.0))
 def whiten(t: Tokens, *, eps: Positive = 1e-8) -> Float[Tensor, " N"]:
     """Centred and scaled over all tokens of the step (REINFORCE++, arXiv 2501.03262; Bessel as in verl).
 
@@ -135,7 +135,7 @@ def lean(
     )
 
 
-@declare(needs=["whole_step", "mean_logprob"], min_group=2, replaces=True, alike=lambda **_: (-1.0, 1.0))
+@declare(needs=["whole_step", "mean_logprob"], min_group=2, alike=lambda **_: (-1.0, 1.0))
 def self_certainty(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     """The model's own confidence in place of a reward: a control arm (Intuitor, arXiv 2505.19590).
 
@@ -145,7 +145,7 @@ def self_certainty(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     return _standardised(-_per_row(t.extra["mean_logprob"], t), t, eps)
 
 
-@declare(needs=["whole_step"], min_group=2, replaces=True, alike=lambda **_: (-1.0, 1.0))
+@declare(needs=["whole_step"], min_group=2, alike=lambda **_: (-1.0, 1.0))
 def low_entropy(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     """Low token entropy in place of a reward: a control arm (RENT, arXiv 2505.22660; arXiv 2506.17219).
 
@@ -154,7 +154,7 @@ def low_entropy(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     return _standardised(-_per_row(t.entropy, t), t, eps)
 
 
-@declare(needs=["whole_step"], min_group=2, replaces=True, alike=lambda **_: (-1.0, 1.0))
+@declare(needs=["whole_step"], min_group=2, alike=lambda **_: (-1.0, 1.0))
 def trajectory_likelihood(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     """The response's own log-prob in place of a reward: a control arm (trajectory entropy, arXiv 2506.17219).
 

@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entroray.objective.equation import Objective
+from entroray.objective import correction, select, surrogate
+from entroray.objective.bind import called
+from entroray.objective.equation import Objective, live_shapes, reshaped
 from entroray.objective.view import visible
 from entroray.types import Tokens
 
-UNCOUNTED = ("everything", "none", "reinforce")
+UNCOUNTED = (select.everything, correction.none, surrogate.reinforce)
 """Choices that touch nothing."""
 
 
@@ -20,7 +22,7 @@ def rules(objective: Objective) -> list[str]:
     """Names of what `touched` and `touched_inside` count the tokens of."""
     o = objective
     chosen = [*o.shapes, o.select, *o.scales, o.correction, o.surrogate, *o.penalties]
-    return sorted({_name(choice) for choice in chosen} - {*UNCOUNTED})
+    return sorted({called(choice) for choice in chosen if _counts(choice)})
 
 
 @torch.no_grad()
@@ -32,15 +34,15 @@ def touched(objective: Objective, t: Tokens) -> Counter[str]:
     seen, counts = visible(t), Counter[str]()
     for shape in objective.shapes:
         after = shape(seen)
-        counts[_name(shape)] += _number(after != seen.advantages)
+        counts[called(shape)] += _number(after != seen.advantages)
         seen = replace(seen, advantages=after)
-    if _name(objective.select) != "everything":
+    if _counts(objective.select):
         seen = replace(seen, selected=objective.select(seen))
-        counts[_name(objective.select)] += _number(seen.selected)
+        counts[called(objective.select)] += _number(seen.selected)
     for scale in objective.scales:
-        counts[_name(scale)] += _number(scale(seen) != 1)
-    if _name(objective.correction) != "none":
-        counts[_name(objective.correction)] += _number(objective.correction(seen) != 1)
+        counts[called(scale)] += _number(scale(seen) != 1)
+    if _counts(objective.correction):
+        counts[called(objective.correction)] += _number(objective.correction(seen) != 1)
     return counts
 
 
@@ -51,15 +53,16 @@ def touched_inside(objective: Objective, t: Tokens) -> Counter[str]:
     `t` is live or detached, credited either way.
     """
     leaves = _leaves(visible(t))
-    seen = replace(leaves, advantages=_now(objective, leaves))
-    plain = _slopes((-objective.ratio(seen) * seen.advantages).sum(), seen)
-    gated = _slopes(objective.surrogate(seen, objective.ratio(seen)).sum(), seen)
-    differs = [~torch.isclose(a, b, rtol=1e-4) for a, b in zip(gated, plain, strict=True)]
-    counts = Counter({_name(objective.surrogate): _number(_any(differs))})
+    with torch.no_grad():
+        seen = reshaped(leaves, live_shapes(objective.shapes))
+    counts = Counter[str]()
+    if _counts(objective.surrogate):
+        plain = _slopes((-objective.ratio(seen) * seen.advantages).sum(), seen)
+        gated = _slopes(objective.surrogate(seen, objective.ratio(seen)).sum(), seen)
+        differs = [~torch.isclose(a, b, rtol=1e-4) for a, b in zip(gated, plain, strict=True)]
+        counts[called(objective.surrogate)] = _number(_any(differs))
     for penalty in objective.penalties:
-        counts[_name(penalty)] += _number(_any([s != 0 for s in _slopes(penalty(seen).sum(), seen)]))
-    if _name(objective.surrogate) == "reinforce":
-        del counts[_name(objective.surrogate)]
+        counts[called(penalty)] += _number(_any([s != 0 for s in _slopes(penalty(seen).sum(), seen)]))
     return counts
 
 
@@ -88,17 +91,9 @@ def _pull(objective: Objective, t: Tokens) -> Float[Tensor, " N"]:
 
 
 def _leaves(t: Tokens) -> Tokens:
-    leaf = lambda x: x.detach().requires_grad_()  # noqa: E731
+    leaf = lambda x: x.detach().requires_grad_()
     extra = {name: leaf(x) for name, x in t.extra.items()}
     return replace(t, logprobs=leaf(t.logprobs), entropy=leaf(t.entropy), extra=extra)
-
-
-@torch.no_grad()
-def _now(objective: Objective, t: Tokens) -> Tensor:
-    for shape in objective.shapes:
-        if getattr(shape.func, "live", False):
-            t = replace(t, advantages=shape(t))
-    return t.advantages
 
 
 def _slopes(total: Tensor, t: Tokens) -> list[Tensor]:
@@ -117,5 +112,5 @@ def _number(flags: Tensor) -> int:
     return int(flags.sum())
 
 
-def _name(choice: partial) -> str:
-    return choice.func.__name__
+def _counts(choice: partial) -> bool:
+    return choice.func not in UNCOUNTED

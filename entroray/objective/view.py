@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from entroray.ops import FLOOR
 from entroray.types import PER_ROW, Counts, Tokens
 
-FLOOR = -1e4
-"""Log-prob that stands for -inf, in nats; no gradient passes below it."""
 BOUND = 20.0
 """Largest log-ratio in nats before `exp`, as in verl; no gradient passes beyond it."""
 

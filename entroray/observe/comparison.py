@@ -160,7 +160,7 @@ def _before(named: Mapping[str, Sequence[Cell]], columns: Sequence[Column]) -> l
         if any(e.values for e in entries):
             shown = tuple(e.text(c.form, 0) for e, c in zip(entries, columns, strict=True))
             found.setdefault(shown, (entries, []))[1].append(name)
-    which = lambda names: f": {', '.join(names)}" if len(found) > 1 else ""  # noqa: E731
+    which = lambda names: f": {', '.join(names)}" if len(found) > 1 else ""
     return [Row(BEFORE + which(names), 0, 0, entries) for entries, names in found.values()]
 
 
@@ -200,7 +200,7 @@ def _deepest(column: Column, cells: Sequence[Cell]) -> Column:
 
 def absent(cells: Sequence[Cell]) -> list[str]:
     """A line for each cell that is missing, failed, or of older settings than were asked for last."""
-    name = lambda c: f"{c.task}, {variant(c, tasks(cells)[c.task])}, seed {c.seed}"  # noqa: E731
+    name = lambda c: f"{c.task}, {variant(c, tasks(cells)[c.task])}, seed {c.seed}"
     gone = [f"missing: {name(c)}" for c in cells if c.status == "missing"]
     gone += [f"failed: {name(c)}: {c.reason}" for c in cells if c.status == "failed"]
     return gone + [f"{c.reason}: {name(c)}" for c in cells if c.status == "done" and c.reason]

@@ -61,8 +61,8 @@ def chart(
 
     Ticks on both axes; `below` gives those of the lower one, where whole numbers would not do.
     """
-    x = lambda s: LEFT + (s - shown.first) / (shown.last - shown.first) * (width - LEFT - RIGHT)  # noqa: E731
-    y = lambda v: height - BOTTOM - (v - shown.low) / (shown.high - shown.low) * (height - TOP - BOTTOM)  # noqa: E731
+    x = lambda s: LEFT + (s - shown.first) / (shown.last - shown.first) * (width - LEFT - RIGHT)
+    y = lambda v: height - BOTTOM - (v - shown.low) / (shown.high - shown.low) * (height - TOP - BOTTOM)
     grid = [
         f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
         f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:g}</text>'

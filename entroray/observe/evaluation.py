@@ -80,8 +80,8 @@ def accuracy(found: Found) -> list[list[str]]:
 
 def calibration(found: Found) -> list[list[str]]:
     """Rows of ECE, Brier score and AUROC of each confidence, under their head."""
-    value = lambda kind, name: found["metrics"].get(f"calibration/{kind}_{name}")  # noqa: E731
-    form = lambda x: "-" if x is None else f"{x:.3f}"  # noqa: E731
+    value = lambda kind, name: found["metrics"].get(f"calibration/{kind}_{name}")
+    form = lambda x: "-" if x is None else f"{x:.3f}"
     rows = [[name, *(form(value(kind, name)) for kind in SCORES)] for name in found["calibration"]]
     return [["confidence", "ECE", "Brier", "AUROC"], *rows]
 
@@ -130,13 +130,13 @@ def compare(first: Found, second: Found) -> dict[str, Difference]:
     if not pairs:
         raise ConfigError("the two evaluations share no prompt: evaluate both with the same data settings")
     one, other = np.array(pairs).T
-    column = lambda each, name, rows: np.array(each[name], np.float64)[rows]  # noqa: E731
+    column = lambda each, name, rows: np.array(each[name], np.float64)[rows]
     return {n: paired(column(a, n, one), column(b, n, other)) for n in a if n in b and n != "id"}
 
 
 def unlike(first: Found, second: Found) -> list[str]:
     """Settings that the two drew their answers with and do not share; an older file notes fewer."""
-    form = lambda x: "not noted" if x is None else f"{x:g}" if isinstance(x, int | float) else str(x)  # noqa: E731
+    form = lambda x: "not noted" if x is None else f"{x:g}" if isinstance(x, int | float) else str(x)
     pairs = ((name, first.get(name), second.get(name)) for name in ASKED)
     return [f"{name} {form(a)} and {form(b)}" for name, a, b in pairs if a != b]
 

@@ -95,7 +95,7 @@ def _accuracy(found: Found) -> str:
 
 def _cot(cot: Mapping[str, Any], found: Found) -> str:
     lost = "; ".join(f"{n} {why.replace('_', ' ')}" for why, n in cot["lost"].items()) or "none"
-    form = lambda name: f"{cot[name]:.3f}" if name in cot else "-"  # noqa: E731
+    form = lambda name: f"{cot[name]:.3f}" if name in cot else "-"
     rows = [
         ["", "accuracy"],
         ["greedy", number(found, "greedy")],

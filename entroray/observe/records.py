@@ -108,11 +108,11 @@ def _drawn(rollouts: Sequence[Rollout]) -> dict[str, NDArray[np.float32]]:
     """The sampler's own columns, NaN where it has nothing to say."""
 
     def column(name: str, otherwise: Callable[[Rollout], float]) -> NDArray[np.float32]:
-        plain = lambda r: np.full(r.length, otherwise(r), np.float32)  # noqa: E731
+        plain = lambda r: np.full(r.length, otherwise(r), np.float32)
         pieces = [getattr(r.shaped, name) if r.shaped else plain(r) for r in rollouts]
         return np.concatenate(pieces or [[]]).astype(np.float32)
 
-    unknown = lambda r: np.nan  # noqa: E731
+    unknown = lambda r: np.nan
     return {
         "entropy": column("entropy", unknown),
         "varentropy": column("varentropy", unknown),

@@ -39,7 +39,7 @@ def pad(batch: Batch, device: torch.device) -> Padded:
     ids[in_prompt] = batch.prompt_ids
     ids[in_row & ~in_prompt] = batch.response_ids
     source = np.flatnonzero(in_row & ~in_prompt) - 1
-    on = lambda x: torch.from_numpy(x).to(device)  # noqa: E731
+    on = lambda x: torch.from_numpy(x).to(device)
     return Padded(
         ids=on(ids),
         attention=on(in_row.astype(np.int64)),

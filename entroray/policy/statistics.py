@@ -6,26 +6,20 @@ as its one argument. A logit of -inf is an outcome of probability 0.
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from jaxtyping import Float
 from torch import Tensor
 
 from entroray.errors import ConfigError
-
-FLOOR = -1e4
-"""Log-prob that stands for -inf in a plain mean, in nats."""
+from entroray.ops import FLOOR
 
 
 def named(name: str) -> Callable[[Tensor], Tensor]:
     """The statistic `name`, or `name:number`; ConfigError when there is none such."""
     title, _, number = name.partition(":")
-    fn = globals().get(title)
-    if (
-        not inspect.isfunction(fn)
-        or title in OTHERS
-        or len(inspect.signature(fn).parameters) != 1 + bool(number)
-    ):
+    fn = STATISTICS.get(title)
+    if fn is None or len(inspect.signature(fn).parameters) != 1 + bool(number):
         raise ConfigError(
             f"the head computes no statistic `{name}`: choose from {', '.join(sorted(names()))}"
         )
@@ -34,12 +28,8 @@ def named(name: str) -> Callable[[Tensor], Tensor]:
 
 def names() -> Iterable[str]:
     """Every statistic there is, with the argument it takes."""
-    for title, fn in globals().items():
-        if inspect.isfunction(fn) and title not in OTHERS and not title.startswith("_"):
-            yield ":".join([title, *list(inspect.signature(fn).parameters)[1:]])
-
-
-OTHERS = ("named", "names")
+    for title, fn in STATISTICS.items():
+        yield ":".join([title, *list(inspect.signature(fn).parameters)[1:]])
 
 
 def mean_logprob(logp: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
@@ -82,3 +72,14 @@ def _entropy(scores: Float[Tensor, "n K"]) -> Float[Tensor, " n"]:
     logp = scores.log_softmax(-1)
     p = logp.exp()
     return -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)
+
+
+STATISTICS: Mapping[str, Callable[..., Tensor]] = {
+    "mean_logprob": mean_logprob,
+    "max_logprob": max_logprob,
+    "mean_discriminator": mean_discriminator,
+    "nucleus_entropy": nucleus_entropy,
+    "top_entropy": top_entropy,
+    "plausible_logmass": plausible_logmass,
+}
+"""By the name that an objective asks for them by."""

@@ -1,9 +1,8 @@
 """Rules that find the answer inside a response; each returns None where there is none."""
 
-import difflib
 from collections.abc import Callable
 
-from entroray.errors import ConfigError
+from entroray.errors import ConfigError, nearest
 
 Rule = Callable[[str], str | None]
 
@@ -58,11 +57,5 @@ def rule(name: str, marker: str) -> Rule:
         return lambda text: after(text, marker=marker)
     rules: dict[str, Rule] = {"whole": whole, "last_line": last_line, "boxed": boxed}
     if name not in rules:
-        known = [*rules, "after"]
-        raise ConfigError(f"reward.extract={name!r} is unknown; {nearest(name, known)}")
+        raise ConfigError(f"reward.extract={name!r} is unknown; {nearest(name, [*rules, 'after'])}")
     return rules[name]
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """The end of an error message: which of `known` is nearest to `name`, and all of them."""
-    return f"nearest is {difflib.get_close_matches(name, known, 1, 0.0)[0]!r} (of {', '.join(known)})"

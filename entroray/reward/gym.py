@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from entroray.errors import ConfigError
-from entroray.reward.extract import nearest, rule
+from entroray.errors import ConfigError, nearest
+from entroray.reward.extract import rule
 from entroray.reward.verdicts import CORRECT_FROM, Judge, graded, scored
 from entroray.types import Prompt, Verdict
 
@@ -84,7 +84,7 @@ def classes(task: str) -> tuple[Any, Any]:
             importlib.import_module("reasoning_gym")
             known = importlib.import_module("reasoning_gym.factory").DATASETS
         if task not in known:
-            raise ConfigError(f"reasoning-gym has no task {task!r}; {nearest(task, list(known))}")
+            raise ConfigError(f"reasoning-gym has no task {task!r}; {nearest(task, known)}")
         found = known[task]
     return found
 

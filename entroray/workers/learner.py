@@ -312,7 +312,7 @@ class LearnerRank:
 
 def tokens_on(tokens: Tokens, device: torch.device) -> Tokens:
     """`tokens` with every tensor on `device`."""
-    move = lambda v: v.to(device) if isinstance(v, Tensor) else v  # noqa: E731
+    move = lambda v: v.to(device) if isinstance(v, Tensor) else v
     moved: dict[str, Any] = {k: move(v) for k, v in vars(tokens).items()}
     return replace(tokens, **moved | {"extra": {k: move(v) for k, v in tokens.extra.items()}})
 

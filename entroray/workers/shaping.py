@@ -147,7 +147,7 @@ class Shaping(LogitsProcessor):
 
     def _bundle(self, rule: str, places: list[int]) -> Bundle:
         rows = [self.rows[place] for place in places]
-        on = lambda values: torch.from_numpy(values).to(self.device)  # noqa: E731
+        on = lambda values: torch.from_numpy(values).to(self.device)
         return Bundle(
             _rule(rule),
             rows,

@@ -54,7 +54,7 @@ class GeneratorClient:
 
     def _ranked(self, info: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
         """Each engine's ranks follow those of the one before it in an NCCL group."""
-        offset = lambda i: {"rank_offset": 1 + i * self.tensor_parallel}  # noqa: E731
+        offset = lambda i: {"rank_offset": 1 + i * self.tensor_parallel}
         ranked = "rank_offset" in info
         return [(h, {**info, **(offset(i) if ranked else {})}) for i, h in enumerate(self.handles)]
 
@@ -137,7 +137,10 @@ class WeightSync:
         self.reached = []
 
     async def _all_well(self) -> bool:
-        """Whether every engine answers and serves whole weights; those that do not are lost."""
+        """Ask every engine whether its weights are complete; drop those that fail.
+
+        True when none was dropped.
+        """
         self.reached = []
         return await self._none_lost()
 

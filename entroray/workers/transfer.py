@@ -201,7 +201,7 @@ class GatheredSource(WeightSource):
         return [(n, p) for n, p in named if not (self.tied and n == "lm_head.weight")]
 
     def metadata(self) -> list[ParamMeta]:
-        shape = lambda p: tuple(getattr(p, "ds_shape", p.shape))  # noqa: E731
+        shape = lambda p: tuple(getattr(p, "ds_shape", p.shape))
         return [ParamMeta(n, p.dtype, shape(p)) for n, p in self._named()]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -45,6 +45,6 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 def random_batch(rows: int, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, 24, (2, rows)).astype(np.int32)
-    ids = lambda n: rng.integers(0, 250, n).astype(np.int32)  # noqa: E731
+    ids = lambda n: rng.integers(0, 250, n).astype(np.int32)
     ones = np.ones(rows, dtype=np.float32)
     return Batch(ids(lengths[0].sum()), lengths[0], ids(lengths[1].sum()), lengths[1], ones)

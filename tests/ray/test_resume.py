@@ -92,7 +92,7 @@ def test_held_out_accuracy_is_measured_and_changes_nothing(whole: Path, tmp_path
     process = start(tmp_path / "run", model, "evaluate.every=0")
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said[-3000:]
-    steady = lambda row: {k: v for k, v in row.items() if not k.startswith(("seconds/", "tokens/", "eval/"))}  # noqa: E731
+    steady = lambda row: {k: v for k, v in row.items() if not k.startswith(("seconds/", "tokens/", "eval/"))}
     assert [steady(r) for r in rows(tmp_path / "run")] == [steady(r) for r in rows(whole)]
 
 
@@ -126,7 +126,7 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_its_code(
 def test_a_signal_before_the_first_step_ends_with_its_code_too(
     tmp_path: Path, model: str, number: signal.Signals
 ) -> None:
-    deaf = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731  as a shell starts `... &`
+    deaf = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts `... &`
     process = start(tmp_path / "run", model, first=deaf)
     while not any("raylet" in p.name() for p in psutil.Process(process.pid).children(recursive=True)):
         assert process.poll() is None

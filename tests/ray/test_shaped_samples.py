@@ -145,7 +145,7 @@ def test_every_note_is_of_its_own_position(engine: Any, peaked: str) -> None:
         logb, temperature = expected(z, sampling)
         noted = [r.shaped for r in rollouts if r.shaped]
         assert len(noted) == 64
-        column = lambda name, of=noted: np.array([getattr(s, name) for s in of])  # noqa: E731
+        column = lambda name, of=noted: np.array([getattr(s, name) for s in of])
         np.testing.assert_allclose(column("entropy"), entropy.view(64, 4), atol=1e-4)
         np.testing.assert_allclose(column("varentropy"), varentropy.view(64, 4), atol=1e-3)
         np.testing.assert_allclose(column("temperature"), temperature, atol=1e-4)

@@ -154,7 +154,7 @@ def test_gsm8k_runs_with_math_verify_as_judge(cache: Path, tmp_path: Path) -> No
     data = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
     if not data.is_file():
         data = tmp_path / "train.jsonl"
-        row = lambda a: {"question": f"What is {a} plus 4?", "answer": f"<<{a}+4={a + 4}>>\n#### {a + 4}"}  # noqa: E731
+        row = lambda a: {"question": f"What is {a} plus 4?", "answer": f"<<{a}+4={a + 4}>>\n#### {a + 4}"}
         data.write_text("".join(json.dumps(row(a)) + "\n" for a in range(200)))
     entroray(
         "train",

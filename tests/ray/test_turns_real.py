@@ -59,8 +59,8 @@ def engine(local_ray: None, model: str) -> Iterator[Any]:
 def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, model: str) -> None:
     """Of a random model, for which a call ends by chance: `]`, one token in 260."""
     tokenizer = byte_tokenizer()
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
     plain = Sampling(1.0, LIMIT, stop=("]",))
 
     async def conversed(sampling: Sampling) -> tuple[list[Rollout], list[tuple[int, ...]]]:
@@ -145,7 +145,7 @@ def test_a_run_with_a_calculator(tmp_path: Path) -> None:
     rows = metrics(folder)
     assert [r["step"] for r in rows] == [1, 2, 3] and all(r["tool/calls"] > 0.2 for r in rows)
     assert rows[0]["mismatch/max"] < 1e-4 and max(r["lag/max"] for r in rows) <= 1
-    ask = lambda query: duckdb.connect().execute(query).fetchall()  # noqa: E731
+    ask = lambda query: duckdb.connect().execute(query).fetchall()
     table = f"'{folder}/tokens/*.parquet'"
     by_reason = dict(ask(f"select mask_reason, count(*) from {table} group by 1"))
     assert by_reason["tool"] > 50 and by_reason[None] > by_reason["tool"]

@@ -202,7 +202,7 @@ def test_truncated_responses_are_judged_and_failed_ones_are_not(verdicts):
 
 def test_a_judge_that_cannot_be_built_is_a_config_error_of_the_warm_up(cluster):
     actor = ray.remote(num_cpus=0.5)(Verifier).remote({"fn": "maths"})
-    with pytest.raises(ConfigError, match="nearest is 'math'"):
+    with pytest.raises(ConfigError, match="did you mean `math`"):
         ray.get(actor.warm_up.remote(), timeout=60)
     ray.kill(actor)
 

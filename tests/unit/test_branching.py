@@ -15,7 +15,7 @@ from entroray.entropy.catalogue import BRANCHES, SAMPLER
 from entroray.errors import ConfigError
 from entroray.loop.batching import tokens_of
 from entroray.loop.branching import branching, first_token_forks, independent, tree
-from entroray.loop.forks import branch, places, survivors
+from entroray.loop.forks import Attempt, branch, parted, places
 from entroray.loop.splice import cut
 from entroray.objective.aggregate import rollout_mean
 from entroray.objective.view import visible
@@ -296,9 +296,13 @@ def test_a_branch_goes_with_its_parent_and_the_rest_are_named_anew() -> None:
     members = drawn(partial(tree, roots=2))  # parents: -, -, 0, 1, 0, 1, 2, 3
     verdicts = [Verdict(1.0, 1.0) for _ in members]
     verdicts[0] = Verdict(0.0, 0.0, status=Status.INFRA_FAILED)
-    kept = survivors(list(zip(members, verdicts, strict=True)))
-    assert [r.parent for r, _ in kept] == [None, 0, 0, 1]
-    assert [r.token_ids.tolist() for r, _ in kept] == [members[i].token_ids.tolist() for i in (1, 3, 5, 7)]
+    members[5] = replace(members[5], status=Status.ABANDONED)
+    kept, abandoned, failed = parted(list(zip(members, verdicts, strict=True)))
+    assert [r.parent for r, _ in kept] == [None, 0, 1]
+    assert [r.token_ids.tolist() for r, _ in kept] == [members[i].token_ids.tolist() for i in (1, 3, 7)]
+    assert abandoned == (members[5],) and failed == tuple(members[i] for i in (0, 2, 4, 6))
+    both = Attempt(tuple(kept)).then(Attempt((), abandoned, failed))
+    assert both == Attempt(tuple(kept), abandoned, failed), "what is lost is added once"
 
 
 def test_what_failed_in_a_family_is_replaced_by_responses_drawn_alone() -> None:

@@ -16,7 +16,7 @@ from entroray.workers import cluster
 from entroray.workers.cluster import Share
 from entroray.workers.generator import Generator
 from entroray.workers.learner import LearnerRank, deepspeed_config
-from entroray.workers.sync import Probe, WeightSync
+from entroray.workers.sync import SyncProbe, WeightSync
 from tests.composed import configured
 
 
@@ -149,7 +149,7 @@ def test_a_rank_that_begins_anew_holds_nothing_of_what_it_was(monkeypatch: pytes
     alone.engine = SimpleNamespace(destroy=lambda: done.append("destroy"))
     alone.transfer = SimpleNamespace(shutdown=lambda: done.append("shutdown"))
     alone.reference = alone.engine
-    held = lambda: done.append((alone.engine, alone.reference, alone.transfer))  # noqa: E731
+    held = lambda: done.append((alone.engine, alone.reference, alone.transfer))
     monkeypatch.setattr(alone, "_build", held)
     alone.reset(alone.settings, alone.objective)
     assert done == ["destroy", "shutdown", "empty", (None, None, None)]
@@ -160,7 +160,7 @@ def test_a_new_connection_closes_the_old_one(monkeypatch: pytest.MonkeyPatch) ->
     alone = rank_alone("cpu")
     alone.engine = SimpleNamespace(module=SimpleNamespace(model=None))
     monkeypatch.setattr(alone, "address", lambda: ("here", 1))
-    opened = lambda *_, **__: SimpleNamespace(shutdown=lambda: done.append("shutdown"))  # noqa: E731
+    opened = lambda *_, **__: SimpleNamespace(shutdown=lambda: done.append("shutdown"))
     stand_in = SimpleNamespace(connect=opened)  # the module itself imports vLLM
     monkeypatch.setattr("entroray.workers.transfer", stand_in, raising=False)
     alone.connect(SimpleNamespace())
@@ -288,7 +288,7 @@ def syncing(transfer: str, fleet: Fleet, failure: Exception | None = None) -> tu
         return "x", [(1, "x")] * len(fleet.handles)
 
     gang = Ranks("learner", [Remote(answer)])
-    probe = Probe((1,), 0, 1.0)
+    probe = SyncProbe((1,), 0, 1.0)
     sync = WeightSync(gang, fleet, lambda handles: None, probe=probe, deadline=1.0, transfer=transfer)  # type: ignore
     sync.compared = True
     return sync, asked

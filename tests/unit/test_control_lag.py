@@ -26,6 +26,12 @@ class Heated:
     def at(self, temperature):
         return replace(self, temperature=temperature)
 
+    def hotter(self, factor):
+        return self.at(self.temperature * factor)
+
+    def moved(self, rule, max_tokens):
+        raise AssertionError("nothing here moves a rule or a length")
+
     async def sample(self, prompt, seeds, after=()):
         drawn = await self.world.sample(prompt, seeds, after)
         return [replace(r, temperature=self.temperature) for r in drawn]

@@ -47,7 +47,7 @@ def test_a_character_of_several_bytes_counts_whole() -> None:
 
 
 def test_tokens_are_named_for_a_reader() -> None:
-    name = lambda text: [WORDS.name(i) for i in TOKENIZER.encode(text, add_special_tokens=False)]  # noqa: E731
+    name = lambda text: [WORDS.name(i) for i in TOKENIZER.encode(text, add_special_tokens=False)]
     assert name("7 ") == ["7", " "]
     assert name("<|end|>") == ["<|end|>"]
     assert name("é") == ["⟨Ã⟩", "⟨©⟩"], "half a character is shown by its name in the vocabulary"

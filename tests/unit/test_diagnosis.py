@@ -13,6 +13,7 @@ from entroray.entropy import describe, diagnose
 from entroray.entropy.calibration import brier, calibration, consistency, expected_error
 from entroray.entropy.catalogue import DESCRIBED, DIAGNOSED, PARTS, UPDATE, text
 from entroray.entropy.diversity import answers, distinct, pass_at
+from entroray.entropy.domains import judged
 from entroray.entropy.metric import names
 from entroray.entropy.movement import SUMS, movement, shares
 from entroray.types import MaskReason, Span
@@ -130,10 +131,12 @@ def step():
 def test_the_metrics_of_a_step_are_exactly_those_documented():
     groups, tokens = step()
     fills = {"<n>": ["1", "2", "4"]}
-    for found, rows in ((describe(groups, tokens), DESCRIBED), (diagnose(groups, tokens), DIAGNOSED)):
+    described = judged(groups) | describe(groups, tokens)
+    for found, rows in ((described, DESCRIBED), (diagnose(groups, tokens), DIAGNOSED)):
         assert {name for m in rows for name in names(m, fills)} == found.keys()
         assert all(math.isfinite(value) for value in found.values())
-    assert not describe(groups, tokens).keys() & diagnose(groups, tokens).keys()
+    assert not described.keys() & diagnose(groups, tokens).keys()
+    assert not judged(groups).keys() & describe(groups, tokens).keys(), "each is computed once"
 
 
 def test_readme_is_the_table_of_the_catalogue():

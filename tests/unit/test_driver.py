@@ -10,7 +10,8 @@ import yaml
 from entroray.entropy.run_metrics import JUDGE
 from entroray.errors import DataError, InfrastructureError, NumericsError
 from entroray.loop.choice import Choice
-from entroray.loop.driver import Driver, seeds
+from entroray.loop.driver import Driver
+from entroray.loop.seeds import seeds
 from entroray.loop.stream import Dropped, Stream, wave
 from entroray.objective import build
 from entroray.types import Group, Prompt, Status, Verdict

@@ -69,7 +69,7 @@ class World:
 
 
 def examined(failing: str = "", temperature: float = 1.0, cot: int = 0) -> dict[str, Any]:
-    at = lambda t: World(t, failing)  # noqa: E731
+    at = lambda t: World(t, failing)
     how = Decoding(cot, World(0.0), lambda token: token in WORDS.special) if cot else None
     found = asyncio.run(examine(at, World(), PROMPTS, plan(temperature, 4), WORDS, how))
     told = {"model": "runs/<x>/model", "prompts": 3, "samples": plan(temperature, 4).samples}
@@ -254,7 +254,7 @@ def test_what_two_evaluations_asked_otherwise_is_said_under_their_comparison(
 
 
 def test_an_evaluation_says_how_it_draws() -> None:
-    said = lambda *overrides: sampling.measures(configured(*overrides, training=False))  # noqa: E731
+    said = lambda *overrides: sampling.measures(configured(*overrides, training=False))
     shaped = "evaluate.shaped=true"
     assert said() == said(shaped) == said("sampler=by_entropy") == "fixed"
     assert said(shaped, "sampler=by_entropy").startswith("rule by_entropy, factor on T: ")

@@ -92,7 +92,7 @@ def test_a_variant_is_named_by_what_sets_it_apart() -> None:
 
 def test_the_table_says_what_is_above_missing_failed_and_unknown() -> None:
     said = markdown(CELLS, "grpo")
-    line = lambda name: next(row for row in said.splitlines() if row.startswith(f"| {name} |"))  # noqa: E731
+    line = lambda name: next(row for row in said.splitlines() if row.startswith(f"| {name} |"))
     assert "0.720 [0.700 0.740] +" in line("dapo")
     assert "0.520 [0.500 0.540] |" in line("grpo")
     assert "| 1 of 3 |" in line("cispo") and "0.500 ?" in line("cispo")

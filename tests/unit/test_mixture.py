@@ -86,7 +86,7 @@ def test_parts_come_by_turns() -> None:
 
 def test_metrics_of_each_domain() -> None:
     def group(domain: str, ids: list[int], correct: list[float]) -> Group:
-        row = lambda n: (np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32))  # noqa: E731
+        row = lambda n: (np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32))
         rollouts = tuple(Rollout("p", *row(n), "", 1.0, 9) for n in ids)
         return Group(
             Prompt("p", "", (0,), "", domain=domain), rollouts, tuple(Verdict(c, c) for c in correct)
@@ -137,11 +137,11 @@ def test_a_whole_evaluation_has_every_accuracy_of_each_domain() -> None:
 
 
 def test_a_judge_for_each_domain() -> None:
-    gym = lambda task, extract: {"fn": "gym", "task": task, "extract": extract}  # noqa: E731
+    gym = lambda task, extract: {"fn": "gym", "task": task, "extract": extract}
     judge = build(
         {"fn": "by_domain", "judges": {"a": gym("chain_sum", "after"), "b": gym("chain_sum", "whole")}}
     )
-    one = lambda domain: Prompt("p", "", (1,), "5", {"answer": "5"}, domain)  # noqa: E731
+    one = lambda domain: Prompt("p", "", (1,), "5", {"answer": "5"}, domain)
     assert [judge("=5", one(d)).correct for d in "ab"] == [1, 0]
     assert "no judge of domain 'c'" in judge("=5", one("c")).detail
 

@@ -10,7 +10,7 @@ from entroray.cli import objectives
 from entroray.errors import ConfigError
 from entroray.objective import __file__ as objective_file
 from entroray.objective import bind, build, surrogate
-from entroray.objective.bind import keywords, menu
+from entroray.objective.bind import Traits, declare, keywords, menu, traits
 from entroray.objective.describe import phrase
 from entroray.objective.equation import SLOTS
 from tests.cases import ROWS
@@ -170,3 +170,19 @@ def test_every_formula_shows_every_setting(slot, fn):
     assert not text.startswith(f"{fn}("), "its docstring has a line in backticks with the formula"
     for value in floats.values():
         assert any(f"{x:g}" in text for x in (value, 1 - value, 1 + value))
+
+
+def test_a_function_says_what_it_is_and_one_that_says_nothing_has_the_defaults():
+    def plain(t, *, low=0.2):
+        return t
+
+    @declare(needs=["ref_logprobs"], live=True)
+    def declared(t):
+        return t
+
+    assert traits(plain) == traits(partial(plain, low=0.1)) == Traits()
+    assert traits(declared) == traits(partial(declared)) == Traits(frozenset({"ref_logprobs"}), live=True)
+    with pytest.raises(TypeError, match="idle_at_on"):
+        declare(idle_at_on=True)
+    with pytest.raises(AttributeError, match="lives"):
+        _ = traits(plain).lives

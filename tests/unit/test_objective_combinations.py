@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from entroray.cli import objectives, train
 from entroray.cli.settings import load
@@ -11,6 +12,8 @@ from entroray.errors import ConfigError
 from entroray.loop.limits import IdleRules
 from entroray.objective import build, touched, touched_inside
 from entroray.objective.combinations import Schedule, refuse, remarks
+from entroray.objective.touch import rules
+from entroray.types import Group, Tokens
 from tests.cases import ROWS, tokens
 from tests.composed import configured
 
@@ -19,6 +22,16 @@ BONUS = ("pi", "objective.penalties.0.coef")
 SEQUENCE = ROWS["gspo"]
 RAW, FILTERED = ROWS["reinforce"], {"keep": {"fn": "informative"}}
 MASKED = {"correction": {"fn": "sequence_mask"}}
+
+
+def informative(group: Group) -> bool:
+    """A rule of a user's own, called as one of ours."""
+    return True
+
+
+def reinforce(t: Tokens, ratio: Tensor) -> Tensor:
+    """A surrogate of a user's own, called as one of ours."""
+    return -ratio.clamp(max=1.0) * t.advantages
 
 
 def said(row, kind, **schedule) -> str:
@@ -180,8 +193,10 @@ def test_rules_inside_the_update_count_too():
 
 def test_a_rule_that_touches_nothing_is_named_once_until_it_acts():
     idle = IdleRules(patience=3)
-    step = lambda n: idle.note({"objective/clip_tokens": n, "objective/silent_tokens": 0.0})  # noqa: E731
+    step = lambda n: idle.note({"objective/clip_tokens": n})
     assert [step(n) for n in (0, 0, 0, 0)] == [[], [], ["objective/clip_tokens"], []]
+    silent = lambda: idle.note({"objective/silent_half_tokens": 0})
+    assert [silent() for _ in range(3)][-1] == ["objective/silent_half_tokens"], "whatever its name"
     assert [step(n) for n in (5, 0, 0, 0)] == [[], [], [], ["objective/clip_tokens"]]
 
 
@@ -210,3 +225,11 @@ def test_the_command_lists_every_row_and_function(capsys):
 def test_settings_name_packages_of_ones_own():
     config, _ = load(["objective_packages=[my_lab]"])
     assert config.objective_packages == ["my_lab"]
+
+
+def test_a_function_of_a_user_is_not_taken_for_ours_of_the_same_name():
+    own = build(ROWS["nsr"] | {"keep": {"fn": f"{__name__}.informative"}}, packages=[__name__])
+    refuse(own, PLAIN)
+    clipped = build(ROWS["grpo"] | {"surrogate": {"fn": f"{__name__}.reinforce"}}, packages=[__name__])
+    assert rules(clipped) == ["reinforce"]
+    assert touched_inside(clipped, clipped.credit(tokens()))["reinforce"] > 0

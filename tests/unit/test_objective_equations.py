@@ -20,7 +20,7 @@ S = P * (LOGP + H)
 
 def change(dz: Tensor) -> float:
     """The entropy's derivative along dz, by central differences."""
-    entropy = lambda z: -(z.softmax(0) * z.log_softmax(0)).sum()  # noqa: E731
+    entropy = lambda z: -(z.softmax(0) * z.log_softmax(0)).sum()
     return float((entropy(Z + STEP * dz) - entropy(Z - STEP * dz)) / (2 * STEP))
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from entroray.errors import ConfigError
 from entroray.objective import build
-from entroray.objective.bind import keywords, menu
+from entroray.objective.bind import keywords, menu, traits
 from entroray.objective.bounds import balance
 from entroray.objective.equation import MANY, SLOTS
 from entroray.objective.estimator import raw
@@ -99,7 +99,7 @@ def test_every_setting_changes_something(slot, fn, setting):
         one = {"fn": fn} | ({"length": 100} if (slot, fn) == ("denominator", "constant") else {}) | change
         selecting = {"select": {"fn": f"{__name__}.odd"}} if slot == "scales" else {}
         selecting |= {"scales": [{"fn": "selected"}]} if slot == "select" else {}
-        if getattr(menu(SLOTS[slot])[fn], "reads_selected", False):
+        if traits(menu(SLOTS[slot])[fn]).reads_selected:
             selecting = {"select": {"fn": f"{__name__}.odd"}}
         seen = BETTER_SEEN.get(f"{slot}.{fn}.{setting}", BETTER_SEEN.get(f"{slot}.{fn}", {}))
         one = {"fn": fn} | seen | one | change

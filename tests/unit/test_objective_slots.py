@@ -57,7 +57,7 @@ def group(rewards, correct=None, lengths=None, limit=100) -> Group:
 
 def tokens(advantage=1.0, logprob=-1.0, **given_columns) -> Tokens:
     """One token, live, of one row; the ratio is handed to the surrogates by hand."""
-    column = lambda x: torch.tensor([x], dtype=torch.float64)  # noqa: E731
+    column = lambda x: torch.tensor([x], dtype=torch.float64)
     old = {"logprobs": logprob, "entropy": 0.5, "varentropy": 0.5, "old_logprobs": -1.0}
     rest = {
         "behavior_logprobs": -1.0,
@@ -264,7 +264,7 @@ def test_clip_gradient_is_gated_and_keeps_its_sign(advantage, ratio, low, high, 
 
 
 def test_clip_value_is_pessimistic():
-    value = lambda a, r, **s: clip(tokens(a), torch.tensor([r]).double(), **s).item()  # noqa: E731
+    value = lambda a, r, **s: clip(tokens(a), torch.tensor([r]).double(), **s).item()
     assert value(1.0, 2.0) == pytest.approx(-1.2)
     assert value(-1.0, 2.0) == pytest.approx(2.0)
     assert value(-1.0, 0.5) == pytest.approx(0.8)
@@ -299,7 +299,7 @@ def test_unclipped_surrogates(advantage, ratio):
 
 
 def test_truncated_importance_caps_the_ratio():
-    weight = lambda d, **s: truncated_importance(tokens(behavior_logprobs=-1.0 - d), **s).item()  # noqa: E731
+    weight = lambda d, **s: truncated_importance(tokens(behavior_logprobs=-1.0 - d), **s).item()
     assert weight(math.log(1.5)) == pytest.approx(1.5)
     assert weight(math.log(0.1)) == pytest.approx(0.1)
     assert weight(math.log(7)) == 2.0

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from entroray.entropy import describe
+from entroray.entropy.domains import judged
 from entroray.observe import console, records, report
 from entroray.observe.journal import Journal, read
 from entroray.observe.trackers import TensorBoard
@@ -343,7 +344,7 @@ def test_report_of_a_run(tmp_path):
     book = journal(tmp_path, tokens_every=1, vocabulary=WORDS)
     groups, tokens = a_step()
     for step in (1, 2):
-        book.step(step, describe(groups, tokens) | METRICS | DRAWN, groups, tokens)
+        book.step(step, judged(groups) | describe(groups, tokens) | METRICS | DRAWN, groups, tokens)
     book.event("engine_lost", reason="<i>")
     (tmp_path / "config.yaml").write_text("name: <script>")
     text = page(tmp_path)

@@ -82,7 +82,7 @@ def test_a_model_whose_files_have_other_names_is_refused(folder, tmp_path):
 def batch(rows: int, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     prompts, responses = rng.integers(1, 9, rows), rng.integers(0, 20, rows)
-    ids = lambda n: rng.integers(0, 256, n).astype(np.int32)  # noqa: E731
+    ids = lambda n: rng.integers(0, 256, n).astype(np.int32)
     lengths = [x.astype(np.int32) for x in (prompts, responses)]
     temperatures = rng.uniform(0.5, 1.5, rows).astype(np.float32)
     return Batch(ids(prompts.sum()), lengths[0], ids(responses.sum()), lengths[1], temperatures)

@@ -75,8 +75,8 @@ def test_averaged_over_the_policy_the_forms_are_the_theorems_of_the_covariance_p
     for v in range(OUTCOMES):
         seen = replace(t, old_logprobs=p[:, v].log())
         each.append(torch.stack([form(seen, quality[:, v]) for form in (exact, natural)]) * p[:, v])
-    mean = lambda x: (p * x).sum(-1)  # noqa: E731
-    cov = lambda x, y: mean(x * y) - mean(x) * mean(y)  # noqa: E731
+    mean = lambda x: (p * x).sum(-1)
+    cov = lambda x, y: mean(x * y) - mean(x) * mean(y)
     vanilla, natural_gradient = sum(each)
     torch.testing.assert_close(vanilla, -cov(p.log(), p * quality))
     torch.testing.assert_close(natural_gradient, -cov(p.log(), quality))

@@ -168,7 +168,7 @@ def test_compact_questions_from_metadata():
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{expresion}", r"nearest is 'expression' \(of expression, metadata, question\)"),
+        ("{expresion}", "did you mean `expression`. choose from expression, metadata, question"),
         ("{", "cannot be filled"),
         ("{}", "cannot be filled"),
     ],
@@ -290,7 +290,7 @@ def test_a_wrong_countdown_row_is_no_demonstration():
     row = {"answer": "3 + 5", "metadata": {"numbers": [3, 5], "target": 9}}
     with pytest.raises(DataError, match="own answer '3\\+5' is not right"):
         demonstration("countdown")(row)
-    with pytest.raises(ConfigError, match="nearest is 'countdown'"):
+    with pytest.raises(ConfigError, match="did you mean `countdown`"):
         demonstration("countdwon")
 
 

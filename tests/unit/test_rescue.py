@@ -11,6 +11,7 @@ import pytest
 
 from entroray.entropy.catalogue import CHOICE
 from entroray.entropy.diversity import Loops
+from entroray.errors import ConfigError
 from entroray.loop import endings
 from entroray.loop.choice import Choice
 from entroray.loop.prompts import PromptStream
@@ -140,6 +141,12 @@ class Scripted(ToyWorld):
     def hotter(self, factor: float) -> "Scripted":
         return self.view(factor=factor)
 
+    def at(self, temperature: float) -> "Scripted":
+        return self.view(factor=temperature)
+
+    def moved(self, rule: Any, max_tokens: float | None) -> "Scripted":
+        raise NotImplementedError("no test moves the rule of this world")
+
     def first(self, count: int) -> "Scripted":
         return self.view(enough=count)
 
@@ -183,6 +190,14 @@ def test_a_second_draw_that_gives_no_group_leaves_the_first() -> None:
     assert asyncio.run(Rescue(1.2)(first, again)) == replace(first, lost=7)
     dropped = Dropped("timeout")
     assert asyncio.run(Rescue(1.2)(dropped, again)) is dropped
+
+
+def test_a_generator_that_cannot_draw_hotter_or_give_up_is_named() -> None:
+    plain = ToyWorld(build(ROWS["grpo"]))
+    with pytest.raises(ConfigError, match=r"ToyWorld cannot draw otherwise .*leave out rollout\.second"):
+        asyncio.run(driver(plain).rollout(PROMPTS[0], 0, 1.5))
+    with pytest.raises(ConfigError, match=r"ToyWorld cannot give up .*rollout\.early\.extra=0"):
+        asyncio.run(driver(plain, extra=2).rollout(PROMPTS[0], 0))
 
 
 def test_the_first_to_finish_make_the_group_and_the_rest_are_no_failures() -> None:

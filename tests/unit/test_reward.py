@@ -216,13 +216,15 @@ def test_a_broken_row_is_a_failure_of_the_data():
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ({"fn": "maths"}, "nearest is 'math'"),
+        ({"fn": "maths"}, "did you mean `math`"),
         ({}, "reward.fn=None"),
-        ({"fn": "math", "extrakt": "boxed"}, "nearest is 'extract'"),
-        ({"fn": "math", "extract": "box"}, "nearest is 'boxed'"),
+        ({"fn": "math", "extrakt": "boxed"}, "`math` has no setting `extrakt`: did you mean `extract`"),
+        ({"fn": "math", "extract": "box"}, "did you mean `boxed`"),
         ({"fn": "math", "extract": "after", "marker": ""}, "needs reward.marker"),
-        ({"fn": "gym"}, "needs reward.task"),
-        ({"fn": "gym", "task": "chain_sum", "partial": "false"}, "is a str, not a bool"),
+        ({"fn": "gym"}, "reward: `gym` needs `task`"),
+        ({"fn": "gym", "task": "chain_sum", "partial": "false"}, "`gym.partial` must be true or false"),
+        ({"fn": "by_domain", "judges": "math"}, "`by_domain.judges` must be a mapping"),
+        ({"fn": "math", "marker": 3}, "`math.marker` must be text"),
         ({"fn": "custom", "path": "mine.py"}, "my_file.py:my_function"),
         ({"fn": "custom", "path": "nowhere.py:judge"}, "there is no file"),
     ],
@@ -248,7 +250,7 @@ def test_a_wrong_file_is_refused_before_it_is_used(user_file, body, says):
 
 
 def test_settings_of_a_task_are_checked():
-    with pytest.raises(ConfigError, match="nearest is 'max_terms'"):
+    with pytest.raises(ConfigError, match="did you mean `max_terms`"):
         gym.dataset("chain_sum", size=1, seed=1, settings={"max_term": 3})
     with pytest.raises(ConfigError, match="max_terms must be"):
         gym.dataset("chain_sum", size=1, seed=1, settings={"min_terms": 5, "max_terms": 3})

@@ -162,7 +162,7 @@ def test_an_inserted_text_must_be_one_token(text: str, tmp_path: Path) -> None:
 def drawn(correct: list[float]) -> Group:
     """A group whose first rollout was shaped, with its second token inserted."""
     ids, logp = np.array([5, 6, 7], np.int32), np.array([-1.0, 0.0, -0.5], np.float32)
-    column = lambda *x: np.array(x, np.float32)  # noqa: E731
+    column = lambda *x: np.array(x, np.float32)
     shaped = Shaped(column(0.5, 2.75, 0.25), column(1, 0.5, 2), column(1.25, np.nan, 0.0))
     zero = np.zeros(3, np.int32)
     plain = Rollout("q", ids, logp, zero, "", 1.0, 3)

@@ -99,7 +99,7 @@ def test_ids_are_never_made_from_text_again() -> None:
             return [Rollout("p", *columns, text, 1.0, LIMIT)]
 
     script = Pairs(answers=[Answer("2")])
-    joined = lambda ids: "".join(names[i] for i in ids)  # noqa: E731
+    joined = lambda ids: "".join(names[i] for i in ids)
     turns = Turns(script, script, SYNTAX, 2, lambda text: [words[text]], joined)
     (whole,) = asyncio.run(turns.sample(PROMPT, [1]))
     assert read == [(), (0, 1, 2, 3, 5)]  # "]" and "2" stay apart, though "]2" is a token
@@ -275,7 +275,7 @@ def test_the_driver_trains_responses_of_several_turns(monkeypatch: pytest.Monkey
     """With a lag the weights change between two turns of one response, and its tokens say so."""
     monkeypatch.setattr("tests.toy.LENGTH", 5)
     world = Calling(objective(yaml.safe_load(GRPO.read_text())), lr=0.1)
-    marked = lambda ids: "".join("[]" if i == 7 else str(i) for i in ids)  # noqa: E731
+    marked = lambda ids: "".join("[]" if i == 7 else str(i) for i in ids)
     d = driver(world, max_lag=max_lag)
     d.roles = replace(d.roles, generator=Turns(world, world, SYNTAX, 4, lambda text: [int(text)], marked))
     asyncio.run(d.train(5))

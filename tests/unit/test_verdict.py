@@ -85,7 +85,7 @@ def test_a_reward_that_never_rose_is_no_gain_and_one_that_stopped_is_saturated()
 
 def test_a_reward_that_fell_from_its_best_is_declining_and_one_that_shakes_is_not():
     shake = [0.02 * (-1) ** i for i in range(100)]
-    rise = lambda i: 0.3 + 0.01 * min(i, 50) - 0.008 * max(0, i - 50)  # noqa: E731
+    rise = lambda i: 0.3 + 0.01 * min(i, 50) - 0.008 * max(0, i - 50)
     risen = [{"entropy/mean": 1.0, "reward/mean": rise(i) + shake[i]} for i in range(100)]
     assert read(risen[:50]).kind == "healthy"
     found = read(risen, {"learner.lr": 0.01})
