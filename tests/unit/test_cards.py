@@ -252,7 +252,8 @@ def test_a_rank_waits_for_the_engine_it_shares_a_card_with(
     ranks, engines = Ranks("learner", [Actor("rank")]), SimpleNamespace(handles=[Actor("engine")])  # type: ignore[list-item]
     judges = SimpleNamespace(all=warm)
     config = configured(f"cluster={cards}")
-    asyncio.run(machine._introduce(config, engines, ranks, judges, (1,), None))  # type: ignore[arg-type]
+    roles: dict[str, Any] = {"engines": engines, "learner": ranks, "verifiers": judges}
+    asyncio.run(machine._introduce(config, **roles, probe=(1,), resume=None))
     assert done == order
 
 

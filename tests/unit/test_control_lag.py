@@ -32,6 +32,9 @@ class Heated:
     def moved(self, rule, max_tokens):
         raise AssertionError("nothing here moves a rule or a length")
 
+    async def first_tokens(self, prompt, count):
+        raise AssertionError("no plan here forks")
+
     async def sample(self, prompt, seeds, after=()):
         drawn = await self.world.sample(prompt, seeds, after)
         return [replace(r, temperature=self.temperature) for r in drawn]
