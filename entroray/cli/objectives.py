@@ -157,4 +157,9 @@ ADVISED = (
 
 def advised(config: Config) -> dict[str, Any]:
     """What a run has of them, by dotted name, as `entropy.causes` reads it."""
-    return {name: attrgetter(name)(config) for name in ADVISED} | {"objective": dict(config.objective)}
+    steered = {"objective": dict(config.objective), "control": _knobs(config)}
+    return {name: attrgetter(name)(config) for name in ADVISED} | steered
+
+
+def _knobs(config: Config) -> list[str]:
+    return [c.knob for c in control.build(config.control)]

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Settings = Mapping[str, Any]
-"""What the run has, by dotted name, the objective's row as one mapping; what is not there is not known."""
+"""What the run has, by dotted name; the objective's row as one mapping, under `control` the names it moves.
+
+What is not there is not known."""
 Means = Mapping[str, float]
 
 
@@ -42,9 +44,15 @@ def strongest(means: Means, signs: Sequence[Sign], has: Settings) -> Cause | Non
         except KeyError:  # not measured in these steps
             continue
         if value >= sign.least:
-            remedy = next(filter(None, (remedy(has) for remedy in sign.remedies)), "")
-            seen.append((sign.strength(value), Cause(sign.said.format(value), remedy)))
+            seen.append((sign.strength(value), Cause(sign.said.format(value), advice(sign.remedies, has))))
     return max(seen, key=lambda s: s[0])[1] if seen else None
+
+
+def advice(remedies: Sequence[Callable[[Settings], str]], has: Settings) -> str:
+    """The first that is not empty and is about no setting that a controller moves; empty where none is."""
+    moved = has.get("control", ())
+    given = (remedy(has) for remedy in remedies)
+    return next((r for r in given if r and not any(knob in r for knob in moved)), "")
 
 
 # --- remedies: a setting, or empty where this run has it already or it would do nothing ---
@@ -227,4 +235,4 @@ def destroyed(
     if step is None or moves[step] < MOVED or not reward[1] < LEFT * reward[0]:
         return None
     far = f"step {step:g} moved the policy by {moves[step]:.3f} nats (update/kl), and reward is mostly gone"
-    return Cause(far, tenth_lr(has))
+    return Cause(far, advice((tenth_lr,), has))

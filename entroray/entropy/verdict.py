@@ -163,7 +163,13 @@ def _saturated(steps: History, has: causes.Settings) -> Reading | None:
         return None
     words = f"reward rises no more with entropy at {now / start:.0%} of its start, {_reward(steps)}"
     rule = f"entropy below {SPENT:.0%} of the first {FIRST} steps, no trend in reward"
-    return Reading("saturated", words, rule, "little entropy is left to explore with", causes.hotter(has))
+    return Reading(
+        "saturated",
+        words,
+        rule,
+        "little entropy is left to explore with",
+        causes.advice((causes.hotter,), has),
+    )
 
 
 def _gone(steps: History, has: causes.Settings) -> Reading | None:
@@ -172,12 +178,18 @@ def _gone(steps: History, has: causes.Settings) -> Reading | None:
         return None
     words = f"entropy {now:.3f} nats, {now / start:.0%} of its start: it is all but gone; {_reward(steps)}"
     rule = f"entropy below {GONE:.0%} of the first {FIRST} steps"
-    return Reading("collapsing", words, rule, "little entropy is left to explore with", causes.hotter(has))
+    return Reading(
+        "collapsing",
+        words,
+        rule,
+        "little entropy is left to explore with",
+        causes.advice((causes.hotter,), has),
+    )
 
 
 def _advised(found: causes.Cause, has: causes.Settings) -> causes.Cause:
     """Smaller steps where entropy moves too fast and nothing says why."""
-    return found if found.remedy else found._replace(remedy=causes.half_lr(has))
+    return found if found.remedy else found._replace(remedy=causes.advice((causes.half_lr,), has))
 
 
 def _cause(

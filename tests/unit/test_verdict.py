@@ -175,6 +175,15 @@ def test_the_next_setting_is_advised_where_a_run_has_the_first(sign, has, remedy
     assert read([s | sign for s in decay], has).remedy == remedy
 
 
+def test_no_setting_is_advised_that_a_controller_moves():
+    decay = [{"entropy/mean": math.exp(-i / 50), "reward/mean": 0.3, "update/kl": 0.02} for i in range(60)]
+    has = {"learner.updates_per_rollout": 1, "learner.lr": 0.004}
+    assert read(decay, has).remedy == "learner.lr=0.002"
+    assert read(decay, has | {"control": ["learner.lr"]}).remedy == ""
+    both = has | {"learner.updates_per_rollout": 2, "control": ["learner.updates_per_rollout"]}
+    assert read(decay, both).remedy == "learner.lr=0.002"
+
+
 def test_half_an_entropy_bonus_is_advised_where_there_is_one():
     paid = {"objective": {"penalties": [{"fn": "kl"}, {"fn": "entropy_bonus", "coef": 0.3}]}}
     found = read(run("exploding"), paid)
@@ -183,7 +192,8 @@ def test_half_an_entropy_bonus_is_advised_where_there_is_one():
 
 
 def test_what_a_run_has_is_told_by_the_names_that_are_asked_for():
-    has = advised(configured("objective=dapo", "learner.lr=2.0e-3"))
+    has = advised(configured("objective=dapo", "learner.lr=2.0e-3", "control=lr_cosine"))
+    assert has["control"] == ["learner.lr"]
     assert has["objective"]["surrogate"]["high"] == 0.28 and has["learner.lr"] == 2e-3
     assert {"driver.max_lag", "model.dtype", "sampler.temperature", "rollout.max_tokens"} < has.keys()
 
