@@ -29,8 +29,7 @@ def main(arguments: list[str]) -> int:
     given, overrides = flags.parse("verify-resume", arguments, FLAGS)
     steps = _steps(given.get("steps", "3"))
     folder = Path(given.get("dir", "runs/verify-resume")).resolve()
-    shutil.rmtree(folder, ignore_errors=True)
-    whole, resumed = folder / "whole", folder / "resumed"
+    whole, resumed = _cleared(folder)
     _train(overrides, whole, steps)
     shutil.copytree(whole, resumed, symlinks=True)
     for later in (resumed / "model", resumed / "checkpoints" / f"step-{2 * steps:06d}"):
@@ -41,6 +40,19 @@ def main(arguments: list[str]) -> int:
         raise NumericsError("the resumed run is another run: " + "; ".join(wrong))
     print(f"\n{steps} + {steps} steps equal {2 * steps}: token records, metrics and weights, bit for bit")
     return 0
+
+
+def _cleared(folder: Path) -> tuple[Path, Path]:
+    """Places of the two runs, empty; ConfigError where the folder holds anything that is not theirs."""
+    runs = folder / "whole", folder / "resumed"
+    others = sorted(p.name for p in folder.iterdir() if p not in runs) if folder.exists() else []
+    if others:
+        raise ConfigError(
+            f"verify-resume --dir={folder} holds {others[0]}: give an empty folder, or a new one"
+        )
+    for run in runs:
+        shutil.rmtree(run, ignore_errors=True)
+    return runs
 
 
 def _steps(given: str) -> int:

@@ -168,3 +168,11 @@ def test_an_installation_without_conf_says_so(tmp_path: Path, monkeypatch: pytes
     ):
         settings.load([])
     settings.conf.cache_clear()
+
+
+def test_verify_resume_deletes_nothing_but_its_own_two_runs(tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "thesis.tex").write_text("years")
+    with pytest.raises(ConfigError, match=r"holds thesis\.tex: give an empty folder"):
+        verify_resume.main([f"--dir={tmp_path}", "experiment=quickstart"])
+    assert (tmp_path / "thesis.tex").exists() and (tmp_path / "whole").exists()
