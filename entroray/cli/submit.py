@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ ADDRESS = "http://127.0.0.1:8265"
 """Where launch/ray-head.sh serves jobs unless told otherwise."""
 GRACE = 60
 """Seconds a stopped job has to save a checkpoint; of itself Ray gives 3."""
+LATER = "No available agent"
+"""What Ray's job server says while no node can run a job yet."""
+YOUNG = 60.0
+"""Seconds a head has to get its job agent up; longer where its machine is busy."""
 RUNS = "~/entroray-runs"
 """Where a submitted run is written when `run.dir` is not given: at home on the head node."""
 
@@ -71,15 +76,36 @@ def _submit(address: str | None, command: list[str], folder: str) -> tuple[Any, 
     try:
         client = JobSubmissionClient(place)
         environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE)}}
-        job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
+        job = _accepted(lambda: client.submit_job(entrypoint=shlex.join(command), runtime_env=environment))
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
         said = str(error).strip().partition("\n")[0]
-        raise PreflightError(
-            f"no job could be given to {place}: {said}. Is a head running there (launch/ray-head.sh), and is "
-            "its token here, in RAY_AUTH_TOKEN or ~/.ray/auth_token?"
-        ) from error
+        raise PreflightError(f"no job could be given to {place}: {said}. {_hint(said)}") from error
     print(f"submitted {job} to {place}: {shlex.join(command)}", flush=True)
     return client, job
+
+
+def _hint(said: str) -> str:
+    if LATER in said:
+        return (
+            "Its job agent did not come up: another Ray on its machine may hold the agent's port; start the "
+            "head with --dashboard-agent-listen-port=<a free one>"
+        )
+    return (
+        "Is a head running there (launch/ray-head.sh), and is its token here, in RAY_AUTH_TOKEN or "
+        "~/.ray/auth_token?"
+    )
+
+
+def _accepted(submit: Callable[[], str], within: float = YOUNG) -> str:
+    """The job's id; a head that was just started has no agent to run it yet, and is asked again."""
+    ends = time.monotonic() + within
+    while True:
+        try:
+            return submit()
+        except RuntimeError as error:  # Ray has no type of its own for it
+            if LATER not in str(error) or time.monotonic() > ends:
+                raise
+        time.sleep(1.0)
 
 
 async def _follow(client: Any, job: str) -> int:

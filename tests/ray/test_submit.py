@@ -31,7 +31,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
     """(address of the job server, environment that holds its token)."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     home = tmp_path_factory.mktemp("home")
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(home)}
@@ -39,6 +39,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
     ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--disable-usage-stats"]
     ray += ["--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1"]
     ray += [f"--dashboard-port={dashboard}", "--include-dashboard=true", "--num-cpus=2", "--block"]
+    ray += [f"--dashboard-agent-listen-port={agent}"]  # else another Ray of this machine may have it already
     process = subprocess.Popen(ray, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
