@@ -44,9 +44,9 @@ def test_an_interval_is_the_quantiles_of_all_possible_draws() -> None:
 
 @pytest.mark.parametrize(("seeds", "held"), [(3, 75), (5, 84), (10, 90)])
 def test_the_legend_says_how_often_such_an_interval_holds_the_mean(seeds: int, held: int) -> None:
-    found = intervals(np.random.default_rng(seeds).normal(size=(seeds, 8000)), draws=1000)
+    found = intervals(np.random.default_rng(seeds).normal(size=(seeds, 4000)), draws=600)
     covered = float(np.mean((found[:, 0] <= 0) & (found[:, 1] >= 0)))
-    assert covered == pytest.approx(held / 100, abs=0.015)
+    assert covered == pytest.approx(held / 100, abs=0.02)
     assert f"{held} times in 100 with 3 seeds" in LEGEND or f"{held} with {seeds}" in LEGEND
     assert LEGEND in markdown(CELLS, "grpo")
 
