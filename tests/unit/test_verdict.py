@@ -2,7 +2,8 @@
 
 tests/unit/data/run_*.jsonl are columns of metrics.jsonl of real runs of the quickstart model, four digits:
 healthy and collapsing are plain runs, exploding had an entropy bonus of 0.3, no_signal sums of six two-digit
-numbers, gone a learning rate that destroyed the policy, saturated a trained model on sums of two numbers.
+numbers, gone a learning rate that destroyed the policy, saturated a trained model on sums of two numbers,
+diagnosed is the quickstart as README.md shows it, with what a diagnosis adds every few steps.
 """
 
 import json
@@ -33,6 +34,7 @@ def run(name):
         ("no_signal", "no signal"),
         ("gone", "no signal"),
         ("saturated", "saturated"),
+        ("diagnosed", "collapsing"),
     ],
 )
 def test_a_recorded_run_of_each_kind(name, kind):
@@ -68,6 +70,16 @@ def test_the_strongest_sign_is_the_cause():
     wrong = {"update/kl": 0.011, "groups/all_wrong": 1.0}
     found = read([{"entropy/mean": math.exp(i / 20), "reward/mean": 0.0} | wrong for i in range(60)])
     assert found.kind == "exploding" and found.cause.startswith("100% of groups are all wrong")
+
+
+def test_the_cause_of_a_recorded_collapse_is_what_its_updates_do_to_entropy():
+    """56 % of its groups are all right too, which is less far from where that counts."""
+    found = read(run("diagnosed"), {"learner.lr": 3e-4})
+    assert (
+        found.cause.startswith("85% of what the update does to entropy")
+        and found.remedy == "learner.lr=0.00015"
+    )
+    assert read(run("diagnosed")[:30]).kind == "healthy"
 
 
 def test_levels_are_relative_to_the_run_itself():
