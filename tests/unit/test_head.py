@@ -199,7 +199,7 @@ def test_peak_memory_stays_far_below_one_logits_matrix():
         token_stats(h, w, ids, t, tile_elements=1 << 19).entropy.sum().backward()
         return peak_mib() - before
 
-    assert min(grown() for _ in range(4)) < 20, "the allocator may keep or return pages, which adds to some"
+    assert any(grown() < 20 for _ in range(4)), "the allocator may keep or return pages, which adds to some"
     forget_peak()
     before = peak_mib()
     h.detach() @ w.detach().T
