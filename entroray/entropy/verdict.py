@@ -163,13 +163,7 @@ def _saturated(steps: History, has: causes.Settings) -> Reading | None:
         return None
     words = f"reward rises no more with entropy at {now / start:.0%} of its start, {_reward(steps)}"
     rule = f"entropy below {SPENT:.0%} of the first {FIRST} steps, no trend in reward"
-    return Reading(
-        "saturated",
-        words,
-        rule,
-        "little entropy is left to explore with",
-        causes.advice((causes.hotter,), has),
-    )
+    return Reading("saturated", words, rule, *_spent(has))
 
 
 def _gone(steps: History, has: causes.Settings) -> Reading | None:
@@ -178,13 +172,11 @@ def _gone(steps: History, has: causes.Settings) -> Reading | None:
         return None
     words = f"entropy {now:.3f} nats, {now / start:.0%} of its start: it is all but gone; {_reward(steps)}"
     rule = f"entropy below {GONE:.0%} of the first {FIRST} steps"
-    return Reading(
-        "collapsing",
-        words,
-        rule,
-        "little entropy is left to explore with",
-        causes.advice((causes.hotter,), has),
-    )
+    return Reading("collapsing", words, rule, *_spent(has))
+
+
+def _spent(has: causes.Settings) -> causes.Cause:
+    return causes.Cause("little entropy is left to explore with", causes.advice((causes.hotter,), has))
 
 
 def _advised(found: causes.Cause, has: causes.Settings) -> causes.Cause:
