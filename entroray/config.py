@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-EMBEDDED = "bootstrap"
-"""`model.path` of the embedded model: built and warm-started here, cached by content."""
+TINY = "tiny"
+"""`model.path` of the tiny model: built and warm-started here, cached by content."""
 
 
 @dataclass
@@ -18,8 +18,8 @@ class Run:
 
 
 @dataclass
-class Shape:
-    """Size of the embedded model; the default has about 0.8 M parameters."""
+class ModelSize:
+    """Size of the tiny model; the default has about 0.8 M parameters."""
 
     layers: int = 4  # transformer blocks
     width: int = 128  # hidden size
@@ -30,10 +30,10 @@ class Shape:
 
 
 @dataclass
-class Bootstrap:
-    """The embedded model: its size, and a supervised warm start until sampled accuracy reaches a band."""
+class WarmStartConfig:
+    """The tiny model: its size, and a supervised warm start until sampled accuracy reaches a band."""
 
-    shape: Shape = field(default_factory=Shape)
+    size: ModelSize = field(default_factory=ModelSize)
     band: list[float] = field(
         default_factory=lambda: [0.15, 0.35]
     )  # accuracy at sampler.temperature: the first look at or above the lower ends the warm start
@@ -48,11 +48,11 @@ class Bootstrap:
 
 @dataclass
 class Model:
-    path: str = EMBEDDED  # Hugging Face folder or hub id; "bootstrap" is the embedded model
+    path: str = TINY  # Hugging Face folder or hub id; "tiny" is a small one, built and warm-started here
     dtype: str = "float32"  # float32 | bfloat16, of learner and generators
     attention: str = "sdpa"  # of the learner: any implementation transformers knows
     system: str | None = None  # system message before every question
-    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Data:
     template: str | None = None  # str.format over the row's fields; null: the row's own question
     demonstration: str | None = None  # how right answers are written: chain_sum | countdown | gsm8k
     heldout: float = 0.05  # fraction for evaluation, by hash of the prompt
-    demonstrations: float = 0.3  # fraction for the warm start of the embedded model, by hash
+    demonstrations: float = 0.3  # fraction for the warm start of the tiny model, by hash
     bad_rows: float = 0.0  # share of a table's rows that may be bad and are then left out and counted
     max_prompt: int = 512  # tokens; longer prompts are dropped and counted
     parts: dict[str, Part] = field(default_factory=dict)  # a mixture: {name: {weight, ...}}, not one task
@@ -266,7 +266,7 @@ class TokensConfig:
 
 @dataclass
 class DiagnosisConfig:
-    every: int = 10  # steps between full diagnoses, see entroray/entropy/README.md; 0: none
+    every: int = 10  # steps between full diagnoses, see entroray/metrics/README.md; 0: none
 
 
 @dataclass

@@ -75,7 +75,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Shaped:
+class SamplerNotes:
     """What a sampler that shapes distributions knew at each token; entropies are from before it shaped."""
 
     entropy: NDArray[np.float32]  # [L] nats, of the policy's distribution at its own temperature
@@ -89,7 +89,7 @@ class Shaped:
 
 
 @dataclass(frozen=True)
-class Likeliest:
+class TopTokens:
     """The m most probable tokens at each position by falling probability, after temperature; greedy: at 1."""
 
     token_ids: NDArray[np.int32]  # [L, m]
@@ -110,13 +110,13 @@ class Rollout:
     limit: int
     """Most tokens this response was allowed."""
     status: Status = Status.OK
-    shaped: Shaped | None = None
+    shaped: SamplerNotes | None = None
     """The sampler's notes; None where it kept none."""
     spans: tuple[Span, ...] = ()
     """Observations besides those that `shaped` knows of."""
     parent: int | None = None
     """Index in its group of the rollout whose first tokens it shares, where it branched off one."""
-    likeliest: Likeliest | None = None
+    top_tokens: TopTokens | None = None
     """None where nobody asked for it."""
     replayed: bool = False
     """A success of old put into this group: off-policy on purpose, exempt from `driver.max_lag`."""

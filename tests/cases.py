@@ -8,13 +8,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from entroray.objective import Objective, build, count
+from entroray.objective import Objective, build_objective, count_tokens
 from entroray.types import Counts, Group, Prompt, Rollout, Tokens, Verdict
 
 CONF = Path(__file__).parents[1] / "conf/objective"
 FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
 ROWS = {name: file.get("objective", file) for name, file in FILES.items()}
-BUILT = {name: build(row) for name, row in ROWS.items()}
+BUILT = {name: build_objective(row) for name, row in ROWS.items()}
 STATISTICS = sorted({name for row in BUILT.values() for name in row.statistics})
 """Every further statistic of the vocabulary that some row asks for; each is a number below 0 here."""
 LENGTHS, GROUPS, ADVANTAGES = (5, 1, 7, 3, 4, 8), (0, 0, 1, 1, 2, 2), (1.5, -0.5, 0.3, -2.0, 0.0, 1.0)
@@ -59,7 +59,7 @@ def tokens(*, drift: float = 3.0, masked_out=(0, 9, 10, 27), hole: float = torch
         counts=Counts(0, 0, 0, 0),
         extra={name: column(-0.3 - torch.rand(N, generator=g, dtype=torch.float64)) for name in STATISTICS},
     )
-    return replace(t, counts=count(t))
+    return replace(t, counts=count_tokens(t))
 
 
 def group(rewards=(1, 0, 0, 1), correct=(1, 0, 0, 1), lengths=(50, 85, 90, 100)) -> Group:

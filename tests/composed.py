@@ -4,16 +4,16 @@ from functools import cache
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from entroray.cli import settings
 from entroray.config import Config
+from entroray.wiring import compose
 
-GROUPS = {p.name for p in settings.conf().iterdir() if p.is_dir()}
+GROUPS = {p.name for p in compose.conf_folder().iterdir() if p.is_dir()}
 
 
 @cache
 def rows() -> dict[str, str | None]:
     """Group -> the row of it that `conf/train.yaml` takes, in the order they are merged in."""
-    listed = OmegaConf.load(settings.conf() / "train.yaml").defaults
+    listed = OmegaConf.load(compose.conf_folder() / "train.yaml").defaults
     return {str(group): name for one in listed if not isinstance(one, str) for group, name in one.items()}
 
 
@@ -24,7 +24,7 @@ def schema() -> DictConfig:
 
 @cache
 def row(group: str, name: str) -> DictConfig | ListConfig:
-    file = settings.conf() / group / f"{name}.yaml"
+    file = compose.conf_folder() / group / f"{name}.yaml"
     values = OmegaConf.load(file)
     return values if "@package _global_" in file.read_text() else OmegaConf.create({group: values})
 
@@ -37,7 +37,7 @@ def composed(*choices: str) -> DictConfig:
     """
     chosen = rows() | dict(choice.split("=") for choice in choices)
     if chosen["experiment"]:
-        tree = settings.load(list(choices), training=False)[1]
+        tree = compose.load_config(list(choices), training=False)[1]
         OmegaConf.set_struct(tree, None)  # Hydra closes it, free dictionaries too
         return tree
     told = [row(group, name) for group, name in chosen.items() if name]
@@ -50,4 +50,4 @@ def configured(*overrides: str, training: bool = True) -> Config:
     """As `settings.load` of the same overrides, the groups before the values."""
     choices = [o for o in overrides if o.partition("=")[0] in GROUPS]
     values = [o.removeprefix("+") for o in overrides if o not in choices]
-    return settings.changed(composed(*choices), values, training=training)
+    return compose.override_config(composed(*choices), values, training=training)

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable
 
-from entroray.entropy.catalogue import DESCRIBED, DIAGNOSED, EVALUATION, PARTS
-from entroray.entropy.metric import Metric
+from entroray.metrics.catalogue import DESCRIBED, DIAGNOSED, EVALUATION, PARTS
+from entroray.metrics.metric import Metric
 
 FILLED = {"<n>": r"\d+", "<d>": r"[^:]+", "<rule>": r"\w+", "<part>": r".+", "<name>": r".+"}
 """What may stand in a name, as a regular expression."""

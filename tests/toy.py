@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from entroray.entropy import token_entropy
-from entroray.loop.choice import Choice
-from entroray.loop.driver import Driver, Pace, Roles
-from entroray.loop.insight import NEVER, Looks
-from entroray.loop.stream import Prompts
+from entroray.metrics import token_entropy
 from entroray.objective import Objective
-from entroray.policy.statistics import named
+from entroray.policy.vocabulary_statistics import named
+from entroray.roles import Prompts
+from entroray.rollout.selection import Selection
+from entroray.train.diagnostics import NO_DIAGNOSTICS, DiagnosticsSchedule
+from entroray.train.driver import Driver, LoopSettings, Roles
 from entroray.types import Batch, Group, MaskReason, Prompt, Rollout, Span, Status, Tokens, Verdict
 
 VOCABULARY, TARGET, LENGTH = 8, 3, 2
@@ -125,7 +125,7 @@ class ToyWorld:
         self.events.append(kind)
 
 
-PACE = Pace(
+PACE = LoopSettings(
     group_size=8,
     groups_per_step=4,
     max_lag=0,
@@ -141,9 +141,9 @@ PACE = Pace(
 def driver(
     world: ToyWorld,
     *,
-    looks: Looks = NEVER,
+    looks: DiagnosticsSchedule = NO_DIAGNOSTICS,
     prompts: Prompts | None = None,
-    choice: Choice | None = None,
+    choice: Selection | None = None,
     **changes: Any,
 ) -> Driver:
     """The true driver over `world`."""

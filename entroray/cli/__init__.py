@@ -12,7 +12,7 @@ USAGE = """usage: entroray <command> [flags] [hydra overrides]
 
   train       run reinforcement learning: entroray train experiment=quickstart [seed=1 ...]
               [--cfg job] [--config-dir FOLDER] [--multirun]
-  bootstrap   build and warm-start the embedded small model
+  warm-start  build the tiny model and train it on solved examples
               [--config-dir FOLDER]
   eval        held-out accuracy of a model folder: entroray eval model.path=runs/latest/model --out=a.json
               [--config FILE] [--out FILE] [--html FILE] [--config-dir FOLDER]
@@ -66,7 +66,7 @@ COMMANDS = {
     name: f"entroray.cli.{name.replace('-', '_')}"
     for name in (
         "train",
-        "bootstrap",
+        "warm-start",
         "eval",
         "lab",
         "report",

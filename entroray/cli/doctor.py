@@ -11,13 +11,14 @@ from pathlib import Path
 
 import psutil
 
-from entroray.cli import bootstrap, calls, flags, machine, material, preflight, settings
+from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config
+from entroray.data.demonstrations import WorkedAnswer, find_demonstration
 from entroray.errors import DataError, PreflightError
-from entroray.loop.demonstrations import Worked, demonstration
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
 from entroray.types import Prompt, Rollout, Verdict
+from entroray.wiring import actors, compose, dataset, preflight, tool, warm_start
 from entroray.workers import cluster
 from entroray.workers.verifier import Verifier
 
@@ -30,9 +31,11 @@ FLAGS = (CONFIG_DIR,)
 
 def main(arguments: list[str]) -> int:
     """`doctor [--config-dir FOLDER] overrides`; 0 when all is well, 3 when something is wrong."""
-    given, overrides = flags.parse("doctor", arguments, FLAGS)
-    config, _ = settings.load(overrides, given.get("config-dir"))
-    findings = preflight.examine(config, (packages, tools, *preflight.FAST, ports, ray_clusters, data, judge))
+    given, overrides = flags.parse_flags("doctor", arguments, FLAGS)
+    config, _ = compose.load_config(overrides, given.get("config-dir"))
+    findings = preflight.run_checks(
+        config, (packages, tools, *preflight.FAST, ports, ray_clusters, data, judge)
+    )
     for found in findings:
         print(f"{'wrong' if found.wrong else 'ok':7}{found.name:14}{found.said}", flush=True)
     return 3 if any(f.wrong for f in findings) else 0
@@ -114,7 +117,7 @@ def _joined(config: Config, address: str) -> str:
     try:
         if port:
             socket.create_connection((host, int(port)), timeout=3).close()
-        return f"{address}: {machine.join(config)}"
+        return f"{address}: {actors.join_cluster(config)}"
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
         raise PreflightError(
             f"cluster.address={address} cannot be joined ({str(error).partition(chr(10))[0]}): start it with "
@@ -128,15 +131,15 @@ def data(config: Config) -> str:
     """Rows are read, rendered, tokenised and split; of a generated task the first `ROWS`."""
     read = _material(config)
     parts = f"{len(read.split.training)} training, {len(read.split.heldout)} held out"
-    return f"{', '.join(part.task for part in material.tasks(config).values())}: {parts}; {read.dropped}"
+    return f"{', '.join(part.task for part in dataset.tasks(config).values())}: {parts}; {read.dropped}"
 
 
 def judge(config: Config) -> str:
     """The judge gives a verdict on a right answer where one is known, else on the bare reference."""
     read = _material(config)
     prompt = (read.split.demonstrations or read.split.training)[0]
-    known = None if config.reward.path else material.tasks(config)[prompt.domain].demonstration
-    answer = _right(config, read, demonstration(known)(prompt.entry)) if known else prompt.reference
+    known = None if config.reward.path else dataset.tasks(config)[prompt.domain].demonstration
+    answer = _right(config, read, find_demonstration(known)(prompt.entry)) if known else prompt.reference
     verdict = asyncio.run(_judged(config, read, prompt, answer))
     if not verdict.status.usable:
         raise DataError(f"the judge gave no verdict on {answer!r}: {verdict.status}: {verdict.detail}")
@@ -147,13 +150,13 @@ def judge(config: Config) -> str:
     return f"{read.judge['fn']} gives {verdict.reward:g} for {answer[:40]!r}"
 
 
-def _right(config: Config, read: material.Material, answer: str | Worked) -> str:
+def _right(config: Config, read: dataset.Dataset, answer: str | WorkedAnswer) -> str:
     """The text of a response that is right, with what a tool says in it."""
-    ids, _ = calls.demonstrated(config, read.tokenizer, answer)
+    ids, _ = tool.encode_answer(config, read.tokenizer, answer)
     return read.tokenizer.decode(ids)
 
 
-async def _judged(config: Config, read: material.Material, prompt: Prompt, answer: str) -> Verdict:
+async def _judged(config: Config, read: dataset.Dataset, prompt: Prompt, answer: str) -> Verdict:
     import numpy as np
 
     none = np.empty(0, dtype=np.int32)
@@ -166,11 +169,13 @@ async def _judged(config: Config, read: material.Material, prompt: Prompt, answe
         verifier.close()
 
 
-def _material(config: Config) -> material.Material:
+def _material(config: Config) -> dataset.Dataset:
     tokenizer = (
-        byte_tokenizer() if bootstrap.is_missing(config) else load_tokenizer(bootstrap.resolve(config))
+        byte_tokenizer()
+        if warm_start.is_missing(config)
+        else load_tokenizer(warm_start.resolve_model(config))
     )
     d = config.data
     parts = {name: replace(part, size=min(part.size, ROWS)) for name, part in d.parts.items()}
     few = replace(d, size=min(d.size, ROWS), parts=parts)
-    return material.read(replace(config, data=few), tokenizer)
+    return dataset.read_dataset(replace(config, data=few), tokenizer)

@@ -9,20 +9,21 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import bootstrap, calls, flags, machine, material, sampling, settings
+from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
 from entroray.errors import ConfigError, PreflightError
-from entroray.loop.decoding import TWO, Decoding, words
-from entroray.loop.evaluate import examine, plan
-from entroray.loop.roles import Generator as Role
-from entroray.loop.splice import openings
+from entroray.evaluation.cot_decoding import TWO, Decoding, words
+from entroray.evaluation.evaluate import evaluate_policy, plan_evaluation
 from entroray.observe import evaluation, evaluation_page
+from entroray.roles import Generator as Role
+from entroray.rollout.splice import openings
 from entroray.types import Prompt, Rollout
+from entroray.wiring import actors, compose, dataset, sampler, tool, warm_start
 from entroray.workers import cluster
 from entroray.workers.generator import Generator, Request, Sampling
-from entroray.workers.request import opening
 from entroray.workers.verifier import Verifier
+from entroray.workers.vllm_request import first_token_request
 
 FLAGS = (Flag("config", "FILE"), Flag("out", "FILE"), Flag("html", "FILE"), CONFIG_DIR, Flag("compare"))
 
@@ -42,26 +43,28 @@ class OneEngine:
         return await self.engine.sample(request)
 
     async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
-        (drawn,) = await self.engine.sample(opening(prompt, count, self.sampling, self.deadline))
+        (drawn,) = await self.engine.sample(first_token_request(prompt, count, self.sampling, self.deadline))
         return openings(drawn)
 
 
 def main(arguments: list[str]) -> int:
     """Prints a table; `--out` keeps everything as JSON, a page beside it, which `--html` puts elsewhere."""
-    given, others = flags.parse("eval", arguments, FLAGS)
+    given, others = flags.parse_flags("eval", arguments, FLAGS)
     if "compare" in given:
         return _compare(others)
     source, config_dir = given.get("config"), given.get("config-dir")
     if source and config_dir:
         raise ConfigError("eval --config is a whole run's settings: leave out --config-dir")
-    config = of_run(Path(source), others) if source else settings.load(others, config_dir, training=False)[0]
+    config = (
+        of_run(Path(source), others) if source else compose.load_config(others, config_dir, training=False)[0]
+    )
     result = asyncio.run(evaluate(config))
-    evaluation.show(result)
+    evaluation.show_evaluation(result)
     if "out" in given:
-        Path(given["out"]).write_text(evaluation.text(result), encoding="utf-8")
+        Path(given["out"]).write_text(evaluation.evaluation_json(result), encoding="utf-8")
     if "html" in given or "out" in given:
         page = Path(given.get("html") or Path(given["out"]).with_suffix(".html"))
-        print(f"page       {evaluation_page.write(page, result)}")
+        print(f"page       {evaluation_page.write_evaluation_page(page, result)}")
     return 0
 
 
@@ -69,7 +72,7 @@ def _compare(arguments: list[str]) -> int:
     """`--compare first.json second.json`: the second against the first on the prompts both answered."""
     if len(arguments) != 2:
         raise ConfigError(f"eval --compare takes two files that eval --out wrote, got {arguments}")
-    evaluation.show_comparison(*map(evaluation.load, map(Path, arguments)))
+    evaluation.show_comparison(*map(evaluation.load_evaluation, map(Path, arguments)))
     return 0
 
 
@@ -77,14 +80,14 @@ def of_run(path: Path, values: list[str]) -> Config:
     """The settings a run was made with, and what is said beside them."""
     tree = OmegaConf.load(path)
     assert isinstance(tree, DictConfig)
-    return settings.changed(tree, values, training=False)
+    return compose.override_config(tree, values, training=False)
 
 
 async def evaluate(config: Config) -> dict[str, Any]:
     """Everything found on the held-out prompts, as JSON holds it."""
-    os.environ.update(cluster.environment() | (cluster.CPU_ONLY if machine.cpu_only(config) else {}))
-    model, e, s, v = bootstrap.resolve(config), config.evaluate, config.sampler, config.verifier
-    read = material.load(config, model)
+    os.environ.update(cluster.environment() | (cluster.CPU_ONLY if actors.cpu_only(config) else {}))
+    model, e, s, v = warm_start.resolve_model(config), config.evaluate, config.sampler, config.verifier
+    read = dataset.load_dataset(config, model)
     prompts = read.split.heldout[: e.prompts]
     if not prompts:
         raise PreflightError(f"no held-out prompt among {config.data.size} rows: raise data.heldout")
@@ -93,15 +96,19 @@ async def evaluate(config: Config) -> dict[str, Any]:
             f"evaluate.cot={e.cot}: the tokenizer knows {len(read.tokenizer)} tokens, so lower it"
         )
     engine = Generator(
-        model, dtype=config.model.dtype, max_length=machine.length(config), seed=0, engine=_options(config)
+        model,
+        dtype=config.model.dtype,
+        max_length=actors.sequence_length(config),
+        seed=0,
+        engine=_options(config),
     )
     verifier = Verifier(read.judge, slots=v.slots, deadline=config.reward.deadline, memory_mb=v.memory_mb)
     known = words(read.tokenizer)
 
-    def role(temperature: float, likeliest: int = 0) -> Role:
-        drawn = sampling.measured(config, temperature, read.tokenizer)
-        one = OneEngine(engine, replace(drawn, likeliest=likeliest), config.rollout.deadline)
-        return calls.conversing(config, read.tokenizer, one, verifier)
+    def role(temperature: float, top_tokens: int = 0) -> Role:
+        drawn = sampler.measuring_sampling(config, temperature, read.tokenizer)
+        one = OneEngine(engine, replace(drawn, top_tokens=top_tokens), config.rollout.deadline)
+        return tool.with_tool(config, read.tokenizer, one, verifier)
 
     def at(temperature: float) -> Role:
         return role(temperature, max(e.cot, TWO) if e.cot and temperature == 0 else 0)
@@ -110,10 +117,10 @@ async def evaluate(config: Config) -> dict[str, Any]:
         return token in known.special or any(stop in known.text([token]) for stop in s.stop)
 
     decoding = Decoding(e.cot, role(0.0, TWO), ends) if e.cot else None
-    drawn = plan(s.temperature, e.samples, e.k)
+    drawn = plan_evaluation(s.temperature, e.samples, e.k)
     try:
         await asyncio.gather(engine.start(), verifier.warm_up())
-        found = await examine(at, verifier, prompts, drawn, known, decoding)
+        found = await evaluate_policy(at, verifier, prompts, drawn, known, decoding)
     finally:
         verifier.close()
     return {
@@ -121,7 +128,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
         "prompts": len(prompts),
         "samples": drawn.samples,
         "temperature": s.temperature,
-        "sampler": sampling.measures(config),
+        "sampler": sampler.measures_entropy(config),
         "top_p": s.top_p,
         "top_k": s.top_k,
         "max_tokens": config.rollout.max_tokens,
@@ -131,7 +138,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
 
 def _options(config: Config) -> dict[str, Any]:
     """vLLM's options for an engine that notes entropies and may report many likeliest tokens."""
-    options = machine.engine_options(config)
+    options = actors.engine_options(config)
     if not options.get("speculative_config"):
-        options |= machine.processors(config)
+        options |= actors.logits_processors(config)
     return {"max_logprobs": max(20, config.evaluate.cot)} | options

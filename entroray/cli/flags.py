@@ -28,7 +28,7 @@ CONFIG_DIR = Flag("config-dir", "FOLDER", short="-cd")
 """A folder of one's own YAML beside conf/."""
 
 
-def parse(
+def parse_flags(
     command: str, arguments: Sequence[str], allowed: Sequence[Flag]
 ) -> tuple[dict[str, str], list[str]]:
     """(value by flag, what is no flag) of a command line; the last of a repeated flag holds.

@@ -15,18 +15,18 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table as Grid
 
-from entroray.cli import flags, rundir, settings, train
-from entroray.cli.bench import Bench
+from entroray.cli import flags, train
 from entroray.cli.flags import CONFIG_DIR, Flag
-from entroray.cli.machine import cpu_only, lasting
 from entroray.config import Config
 from entroray.errors import ConfigError, EntrorayError, Stopped
-from entroray.observe import cells as stored
-from entroray.observe import lab_page
-from entroray.observe.cells import Cell
+from entroray.observe import lab_cells, lab_page
 from entroray.observe.comparison import LEGEND, OLDER, absent, codes, grid, markdown, tables, tasks, variant
 from entroray.observe.console import Terminal
-from entroray.observe.journal import read, replace_text
+from entroray.observe.journal import read_metrics, replace_text
+from entroray.observe.lab_cells import Cell
+from entroray.wiring import compose, run_directory
+from entroray.wiring.actors import cpu_only, lasting
+from entroray.wiring.reused_actors import ReusedActors
 from entroray.workers import cluster
 
 
@@ -47,25 +47,25 @@ def main(arguments: list[str]) -> int:
 
     Exit code 0 when every cell asked for is done, else that of the first that failed.
     """
-    given, overrides = flags.parse("lab", arguments, FLAGS)
+    given, overrides = flags.parse_flags("lab", arguments, FLAGS)
     config_dir = given.get("config-dir")
     folder = Path(given.get("dir", "runs/lab")).expanduser().resolve()
     jobs = plan(folder, overrides, config_dir) if overrides else []
     folder.mkdir(parents=True, exist_ok=True)
-    lock = rundir.hold(folder)
-    known = {cell.name: cell for cell in stored.load(folder)}
+    lock = run_directory.lock_folder(folder)
+    known = {cell.name: cell for cell in lab_cells.load_cells(folder)}
     todo = [job for job in jobs if not _done(job.cell, known.get(job.cell.name))]
     for job in jobs:
-        stored.save(folder, _kept(job.cell, known.get(job.cell.name)))
+        lab_cells.save_cell(folder, _kept(job.cell, known.get(job.cell.name)))
     tell = lambda: _report(folder, given.get("baseline"))
     tell()
     print(f"{len(jobs)} cells asked for, {len(jobs) - len(todo)} done before, in {folder}", flush=True)
     if todo:
-        _run(folder, todo, tell, Bench(config_dir))
+        _run(folder, todo, tell, ReusedActors(config_dir))
     _print(folder, tell())
     lock.close()
     asked = {job.cell.name for job in jobs}
-    return next((c.exit_code for c in stored.load(folder) if c.exit_code and c.name in asked), 0)
+    return next((c.exit_code for c in lab_cells.load_cells(folder) if c.exit_code and c.name in asked), 0)
 
 
 def plan(folder: Path, overrides: Sequence[str], config_dir: str | None = None) -> list[Job]:
@@ -74,7 +74,7 @@ def plan(folder: Path, overrides: Sequence[str], config_dir: str | None = None) 
     Those that share a machine follow each other, and of them every objective's first seed comes first,
     so that a lab cut short has compared something.
     """
-    made = [_job(folder, each, config_dir) for each in settings.expand(list(overrides))]
+    made = [_job(folder, each, config_dir) for each in compose.expand_sweep(list(overrides))]
     if len({(j.config.cluster.address, cpu_only(j.config)) for j in made}) > 1:
         raise ConfigError("a lab has one Ray cluster: sweep neither cluster nor cluster.address")
     machines = list(dict.fromkeys(_machine(job) for job in made))
@@ -83,20 +83,20 @@ def plan(folder: Path, overrides: Sequence[str], config_dir: str | None = None) 
 
 
 def _machine(job: Job) -> str:
-    return settings.fingerprint(lasting(job.config))
+    return compose.fingerprint(lasting(job.config))
 
 
 def _job(folder: Path, overrides: Sequence[str], config_dir: str | None) -> Job:
-    config, tree = settings.load(list(overrides), config_dir)
+    config, tree = compose.load_config(list(overrides), config_dir)
     if config.run.dir or config.run.resume != "never" or config.checkpoint.every:
         raise ConfigError(
             "a lab places its runs itself and starts a killed one over: leave out run.dir, run.resume and "
             "checkpoint.every"
         )
-    plain = settings.fingerprint(OmegaConf.to_container(tree, resolve=True))
+    plain = compose.fingerprint(OmegaConf.to_container(tree, resolve=True))
     told = hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
     cell = Cell(tuple(overrides), config.seed, told)
-    config.run.dir = tree.run.dir = str(stored.path(folder, cell))
+    config.run.dir = tree.run.dir = str(lab_cells.cell_path(folder, cell))
     return Job(cell, config, tree)
 
 
@@ -114,7 +114,7 @@ def _kept(asked: Cell, known: Cell | None) -> Cell:
     return replace(known, reason="" if known.settings == asked.settings else OLDER)
 
 
-def _run(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any], bench: Bench) -> None:
+def _run(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any], bench: ReusedActors) -> None:
     train.take_signals()
     try:
         asyncio.run(_work(folder, jobs, tell, bench))
@@ -122,21 +122,21 @@ def _run(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any], bench: Benc
         cluster.stop()
 
 
-async def _work(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any], bench: Bench) -> None:
-    code = rundir.code()
+async def _work(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any], bench: ReusedActors) -> None:
+    code = run_directory.code_version()
     of_task = tasks([job.cell for job in jobs])
     for number, job in enumerate(jobs, start=1):
         name = f"{job.cell.task}, {variant(job.cell, of_task[job.cell.task])}, seed {job.cell.seed}"
         print(f"[{number}/{len(jobs)}] {name}", flush=True)
-        stored.save(folder, job.cell)  # its files are about to go, and what they came to with them
+        lab_cells.save_cell(folder, job.cell)  # its files are about to go, and what they came to with them
         cell = replace(await _attempt(bench, job), code=code)
-        stored.save(folder, cell)
+        lab_cells.save_cell(folder, cell)
         print(f"    {_line(cell)}", flush=True)
         tell()
     await bench.clear()
 
 
-async def _attempt(bench: Bench, job: Job) -> Cell:
+async def _attempt(bench: ReusedActors, job: Job) -> Cell:
     """The cell with what came of it; after a failure the next one gets a machine of its own."""
     try:
         measured = await _measure(bench, job)
@@ -157,18 +157,18 @@ def _ended(cell: Cell) -> Cell:
     return replace(cell, finished=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-async def _measure(bench: Bench, job: Job) -> dict[str, float]:
+async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
     """One run from first weights to last, as `entroray train` makes it, and what it came to."""
     config, folder = job.config, Path(str(job.config.run.dir))
     _fresh(folder)
     objective = train.objective_of(config)
     m, read_in, before = await bench.ready(config, list(job.cell.overrides), objective)
-    rundir.describe(folder, job.tree, {**m.facts, "seed": config.seed, "model": bench.model})
+    run_directory.write_manifest(folder, job.tree, {**m.facts, "seed": config.seed, "model": bench.model})
     began = time.monotonic()
     try:
         with (folder / "console.log").open("w") as file:
             journal, _ = train.open_journal(config, folder, read_in.tokenizer, file)
-            await train.drive(config, objective, read_in, m, journal, rundir.RunDir(folder))
+            await train.drive(config, objective, read_in, m, journal, run_directory.RunDirectory(folder))
             journal.close()
     finally:
         _take_signals_back()
@@ -176,7 +176,7 @@ async def _measure(bench: Bench, job: Job) -> dict[str, float]:
     await m.export(str(folder / "model"))
     read_in.tokenizer.save_pretrained(folder / "model")
     after = await bench.portrait(config, objective)
-    found = stored.summarise(read(folder / "metrics.jsonl")) | {"seconds/train": seconds}
+    found = lab_cells.summarise_run(read_metrics(folder / "metrics.jsonl")) | {"seconds/train": seconds}
     return found | _named("before", before) | _named("after", after)
 
 
@@ -204,7 +204,7 @@ def _line(cell: Cell) -> str:
     if cell.status == "failed":
         return f"failed: {cell.reason}"
     shown = {
-        "reward": ("reward/first", "reward/final", ".3f"),
+        "correct": ("correct/first", "correct/final", ".3f"),
         "entropy": ("entropy/first", "entropy/final", ".4f"),
         "greedy": ("before/greedy", "after/greedy", ".3f"),
     }
@@ -218,16 +218,18 @@ def _line(cell: Cell) -> str:
 
 def _report(folder: Path, baseline: str | None) -> tuple[list[Cell], str]:
     """Write CSV, Markdown and page of every cell ever asked of this lab; (cells, the baseline's name)."""
-    cells = sorted(stored.load(folder), key=lambda c: (c.task, c.objective, sorted(c.extras), c.seed))
+    cells = sorted(
+        lab_cells.load_cells(folder), key=lambda c: (c.task, c.objective, sorted(c.extras), c.seed)
+    )
     named = {c.name: variant(c, of_task) for of_task in tasks(cells).values() for c in of_task}
     names = list(dict.fromkeys(named.values()))
     chosen = baseline or ("grpo" if "grpo" in names else next(iter(names), ""))
     if chosen not in names:
         raise ConfigError(f"--baseline={chosen}: the lab in {folder} has {', '.join(names) or 'no cell yet'}")
     cells.sort(key=lambda c: (c.task, named[c.name] != chosen))
-    stored.write_csv(folder, cells)
+    lab_cells.write_cells_csv(folder, cells)
     replace_text(folder / "lab.md", markdown(cells, chosen))
-    lab_page.write(folder, cells, chosen)
+    lab_page.write_lab_page(folder, cells, chosen)
     return cells, chosen
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 from entroray import control
-from entroray.cli import flags, knobs, plans, sampling, settings
+from entroray.binding import Limit, effective_settings, function_name, keyword_settings, slot_functions
+from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config
 from entroray.errors import ConfigError
-from entroray.objective import Objective, build, check_group_size
-from entroray.objective.bind import Limit, called, effective, keywords, menu
-from entroray.objective.combinations import Schedule, remarks
-from entroray.objective.equation import MANY, SLOTS
+from entroray.objective import Objective, build_objective, check_group_size
+from entroray.objective.compatibility import Schedule, remarks
+from entroray.objective.objective import MANY, SLOTS
+from entroray.wiring import compose, controllers, rollout_plan, sampler
 
 BASE = "grpo"
 """The row that the others are told apart from."""
@@ -33,17 +34,21 @@ def main(arguments: list[str]) -> int:
         return 0
     if arguments[0] != "show":
         raise ConfigError(f"objectives takes nothing, `table`, or `show objective=NAME ...`, got {arguments}")
-    given, overrides = flags.parse("objectives show", arguments[1:], FLAGS)
-    config, _ = settings.load(overrides, given.get("config-dir"))
-    objective = build(config.objective, config.objective_packages)
+    given, overrides = flags.parse_flags("objectives show", arguments[1:], FLAGS)
+    config, _ = compose.load_config(overrides, given.get("config-dir"))
+    objective = build_objective(config.objective, config.objective_packages)
     check_group_size(objective, config.rollout.group_size)
-    print("\n".join([*objective.describe().splitlines(), *_numbers(objective), *told(config, objective)]))
-    return 2 if any(r.kind == "refused" for r in remarks(objective, schedule(config))) else 0
+    print(
+        "\n".join(
+            [*objective.describe().splitlines(), *_numbers(objective), *remark_lines(config, objective)]
+        )
+    )
+    return 2 if any(r.kind == "refused" for r in remarks(objective, objective_schedule(config))) else 0
 
 
-def schedule(config: Config) -> Schedule:
+def objective_schedule(config: Config) -> Schedule:
     """What the settings say of when a row is used."""
-    r, (_, most) = config.rollout, knobs.updates(config)
+    r, (_, most) = config.rollout, controllers.updates_range(config)
     return Schedule(
         most,
         config.run.steps,
@@ -53,9 +58,11 @@ def schedule(config: Config) -> Schedule:
         lowest=r.prompts.band[0],
         highest=r.prompts.band[1],
         retire=r.prompts.retire,
-        shaped=sampling.shapes(config),
-        siblings=plans.makes_siblings(r),
-        by_entropy=tuple((c.name, c.knob) for c in control.build(config.control) if _of_entropy(c.signal)),
+        shaped=sampler.reshapes(config),
+        siblings=rollout_plan.makes_siblings(r),
+        by_entropy=tuple(
+            (c.name, c.knob) for c in control.build_controllers(config.control) if _of_entropy(c.signal)
+        ),
     )
 
 
@@ -63,18 +70,18 @@ def _of_entropy(signal: str | None) -> bool:
     return (signal or "").startswith(("entropy/", "update/entropy"))
 
 
-def told(config: Config, objective: Objective) -> list[str]:
+def remark_lines(config: Config, objective: Objective) -> list[str]:
     """What is refused, inert, or to beware of, one a line."""
-    return [f"  {r.kind:<12} {r.text}" for r in remarks(objective, schedule(config))]
+    return [f"  {r.kind:<12} {r.text}" for r in remarks(objective, objective_schedule(config))]
 
 
 def _numbers(objective: Objective) -> Iterator[str]:
     """Every number in effect with what it must be."""
     for choice in objective.choices():
-        for name, parameter in keywords(choice.func).items():
-            value = effective(choice)[name]
+        for name, parameter in keyword_settings(choice.func).items():
+            value = effective_settings(choice)[name]
             limit = _limit(parameter.annotation)
-            yield f"  {called(choice)}.{name} = {value}" + (f" ({limit.text})" if limit else "")
+            yield f"  {function_name(choice)}.{name} = {value}" + (f" ({limit.text})" if limit else "")
 
 
 def _limit(hint: object) -> Limit | None:
@@ -88,8 +95,10 @@ def _units(objective: Objective) -> str:
     found = {
         f"{name}: {limit.unit}": None
         for choice in objective.choices()
-        for name, parameter in keywords(choice.func).items()
-        if (limit := _limit(parameter.annotation)) and limit.unit and effective(choice)[name] is not None
+        for name, parameter in keyword_settings(choice.func).items()
+        if (limit := _limit(parameter.annotation))
+        and limit.unit
+        and effective_settings(choice)[name] is not None
     }
     return ", ".join(found)
 
@@ -102,18 +111,18 @@ def _listing() -> Iterator[str]:
     for slot, module in SLOTS.items():
         many = " (a list)" if module in MANY else ""
         yield f"  {slot + many}"
-        for fn, function in menu(module).items():
+        for fn, function in slot_functions(module).items():
             yield f"    {fn:<26}{(inspect.getdoc(function) or '').splitlines()[0]}"
 
 
 def rows() -> list[str]:
     """Every row of conf/objective."""
-    return sorted(path.stem for path in (settings.conf() / "objective").glob("*.yaml"))
+    return sorted(path.stem for path in (compose.conf_folder() / "objective").glob("*.yaml"))
 
 
 def head(name: str) -> tuple[str, str]:
     """(first sentence, what it does to entropy) of the comment at the head of a row."""
-    text = Path(settings.conf(), "objective", f"{name}.yaml").read_text()
+    text = Path(compose.conf_folder(), "objective", f"{name}.yaml").read_text()
     lines = [x.lstrip("# ") for x in itertools.takewhile(lambda x: x.startswith("#"), text.splitlines())]
     lines = [x for x in lines if not x.startswith("@package")]
     said, _, entropy = " ".join(lines).partition("Entropy: ")
@@ -131,9 +140,9 @@ def table() -> str:
 
 
 def _line(name: str) -> str:
-    spec, base = settings.objective(name), settings.objective(BASE)
+    spec, base = compose.objective_row(name), compose.objective_row(BASE)
     changed = [f"{slot}: {_brief(given)}" for slot, given in spec.items() if given != base[slot]]
-    objective = build(spec)
+    objective = build_objective(spec)
     idle = [r.text for r in remarks(objective, Schedule(1, 100, 0)) if r.kind == "inert"]
     what, entropy = head(name)
     cells = (f"`{name}`", what, "; ".join(changed), _units(objective), entropy, "; ".join(idle))
@@ -162,4 +171,4 @@ def advised(config: Config) -> dict[str, Any]:
 
 
 def _knobs(config: Config) -> list[str]:
-    return [c.knob for c in control.build(config.control)]
+    return [c.knob for c in control.build_controllers(config.control)]

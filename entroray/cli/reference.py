@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from entroray.cli.settings import conf
+from entroray.binding import keyword_settings, slot_functions
 from entroray.config import Config
 from entroray.control import feedback, schedules
 from entroray.errors import ConfigError
-from entroray.objective.bind import keywords, menu
+from entroray.wiring.compose import conf_folder
 
 HEAD = """# Settings
 
@@ -29,12 +29,12 @@ conf/README.md`, and a test compares it.
 - vLLM's options pass through `generator.engine`, DeepSpeed's through `learner.deepspeed`, untouched:
   `+generator.engine.max_num_seqs=64`.
 - Your own folder with the same groups: `entroray train --config-dir my_conf experiment=mine`.
-- `model.bootstrap` belongs to the embedded model; with `model.path=<folder or hub id>` it is not read.
+- `model.warm_start` belongs to the tiny model; with `model.path=<folder or hub id>` it is not read.
 - `model.dtype=bfloat16` needs `driver.probe.tolerance` near 0.1: two bf16 implementations differ by that
   much.
 - A row that compares the rollouts of a group needs `rollout.group_size` of at least 2.
 - `sampler=` other than fixed draws from another distribution than the policy's and sets the row's
-  `correction` to truncated importance weights (entroray/entropy/shaping.py says what is and is not made up
+  `correction` to truncated importance weights (entroray/rollout/reshape.py says what is and is not made up
   for). The learner's log-probs, ratios and entropies stay at `sampler.temperature`; the `sampler_*` columns
   of the token records say how each token was drawn. `sampler.rule` and `sampler.failed` may be combined.
   Beside ratio `sampler`, which weighs already, say `objective.correction.fn=none`.
@@ -46,7 +46,7 @@ conf/README.md`, and a test compares it.
   `data=mixture data.parts.countdown.weight=3`. A part has `weight`, `system`, `judge`, and `source`, `task`,
   `settings`, `size`, `seed`, `template` and `demonstration` as in `data`; one without a judge has
   `reward.judge`. Held-out shares and lengths are `data`'s own and hold for each part. Metrics of one part end
-  in its name, as in `reward/mean:countdown`.
+  in its name, as in `correct/mean:countdown`.
 - `rollout.tool` answers calls within a response (conf/data/calculator.yaml): generation stops at `close`,
   the tool is given what stands behind the last `open`, `answer` is put into the response and masked, and
   generation goes on. One of your own: `rollout.tool.fn=null rollout.tool.path=my_file.py:my_function`, called
@@ -75,7 +75,7 @@ DeepSpeed's optimizer, which keeps `max_grad_norm` in a different place for each
 `data`, `rollout` and `driver` into the order of prompts and groups, which a resume must find again.
 
 A schedule reads the step. A controller reads `signal`, any metric that the run measures
-(entroray/entropy/README.md; not `law/*`, which is off while anything is moved), as it was `delay` steps
+(entroray/metrics/README.md; not `law/*`, which is off while anything is moved), as it was `delay` steps
 before (default and least 1: a step's metrics are known after it), averaged over `mean` steps (default 1),
 and begins at `start` (default: the setting's own value), which lies within `low` and `high`. Where raising
 the setting lowers the signal, `gain` or `step` is negative. Two controllers of one knob are refused; two
@@ -89,26 +89,27 @@ def main(arguments: list[str]) -> int:
     """`reference`, to be written over conf/README.md."""
     if arguments:
         raise ConfigError("reference takes no arguments: entroray reference > conf/README.md")
-    print(text(), end="")
+    print(reference_text(), end="")
     return 0
 
 
-def text() -> str:
+def reference_text() -> str:
     """The whole page."""
     return "\n".join([HEAD, *_groups(), *_rules(), *_settings()]) + "\n"
 
 
 def _groups() -> Iterator[str]:
     yield "## Choices\n\n| | what it is |\n|---|---|"
-    for file in sorted(conf().glob("*/*.yaml")):
+    for file in sorted(conf_folder().glob("*/*.yaml")):
         yield f"| `{file.parent.name}={file.stem}` | {title(file)} |"
 
 
 def _rules() -> Iterator[str]:
     yield CONTROL + "\n| `fn` | its settings | what it does |\n|---|---|---|"
-    for name, rule in (menu(schedules) | menu(feedback)).items():
+    for name, rule in (slot_functions(schedules) | slot_functions(feedback)).items():
         takes = [
-            f"{p.name}={p.default}" if p.default is not p.empty else p.name for p in keywords(rule).values()
+            f"{p.name}={p.default}" if p.default is not p.empty else p.name
+            for p in keyword_settings(rule).values()
         ]
         said = " ".join(inspect.getdoc(rule).split("\n\n")[0].split())  # type: ignore[union-attr]
         yield f"| `{name}` | {', '.join(takes)} | {said} |"
@@ -123,7 +124,7 @@ def title(file: Path) -> str:
 
 def _settings() -> Iterator[str]:
     yield "\n## Settings\n\n| setting | default | meaning |\n|---|---|---|"
-    base = yaml.safe_load((conf() / "train.yaml").read_text())
+    base = yaml.safe_load((conf_folder() / "train.yaml").read_text())
     for path, default, meaning in settings(Config):
         if path not in base:
             yield f"| `{path}` | `{default}` | {meaning.replace('|', 'or')} |"

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from entroray.cli import flags, settings
+from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
+from entroray.wiring import compose
 
 ADDRESS = "http://127.0.0.1:8265"
 """Where launch/ray-head.sh serves jobs unless told otherwise."""
@@ -33,9 +34,9 @@ FLAGS = (Flag("address", "URL"), CONFIG_DIR)
 
 def main(arguments: list[str]) -> int:
     """`submit [--address http://HEAD:8265] [--config-dir FOLDER] overrides`; the job's own exit code."""
-    given, overrides = flags.parse("submit", arguments, FLAGS)
+    given, overrides = flags.parse_flags("submit", arguments, FLAGS)
     config_dir = given.get("config-dir")
-    config, _ = settings.load(overrides, config_dir)
+    config, _ = compose.load_config(overrides, config_dir)
     with tempfile.TemporaryDirectory() as folder:
         command = pack(Path(folder), config, overrides, config_dir)
         client, job = _submit(given.get("address"), command, folder)
@@ -44,9 +45,9 @@ def main(arguments: list[str]) -> int:
 
 def pack(folder: Path, config: Config, overrides: list[str], config_dir: str | None) -> list[str]:
     """Code, conf and the files the settings name, copied into `folder`; returns the command to run there."""
-    shutil.copytree(settings.PACKAGE, folder / "entroray", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(compose.PACKAGE, folder / "entroray", ignore=shutil.ignore_patterns("__pycache__"))
     if not (folder / "entroray" / "conf").is_dir():
-        shutil.copytree(settings.conf(), folder / "conf")
+        shutil.copytree(compose.conf_folder(), folder / "conf")
     command = ["python", "-m", "entroray", "train", *overrides, "cluster.address=auto"]
     if config_dir:
         shutil.copytree(config_dir, folder / "submitted-conf")

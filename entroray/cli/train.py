@@ -13,35 +13,34 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import (
-    bootstrap,
-    calls,
-    choices,
-    driving,
-    flags,
-    knobs,
-    machine,
-    material,
-    memory,
-    plans,
-    preflight,
-    rundir,
-    sampling,
-    settings,
-)
+from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
-from entroray.cli.objectives import advised, schedule, told
+from entroray.cli.objectives import advised, objective_schedule, remark_lines
 from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, Stopped
-from entroray.loop.driver import Driver, Roles
-from entroray.loop.evaluate import heldout
-from entroray.loop.limits import Stagnation
-from entroray.objective import Objective, check_group_size, combinations
-from entroray.objective import build as build_objective
+from entroray.evaluation.evaluate import heldout_accuracy
+from entroray.objective import Objective, build_objective, check_group_size, compatibility
 from entroray.observe.console import Console, summary
-from entroray.observe.journal import Journal, read
-from entroray.observe.outlook import Outlook, last_word, moved
+from entroray.observe.health_tracker import HealthTracker, health_line, moved_settings
+from entroray.observe.journal import Journal, read_metrics
 from entroray.policy.tokenizer import fingerprint
+from entroray.train.driver import Driver, Roles
+from entroray.train.failure_limits import Stagnation
+from entroray.wiring import (
+    actors,
+    compose,
+    controllers,
+    dataset,
+    memory,
+    preflight,
+    rollout_plan,
+    run_directory,
+    sampler,
+    selection,
+    tool,
+    warm_start,
+)
+from entroray.wiring.driver import build_driver, loop_settings
 from entroray.workers import cluster
 
 FLAGS = (Flag("cfg", "job", short="-c"), CONFIG_DIR, Flag("multirun", short="-m"))
@@ -49,11 +48,11 @@ FLAGS = (Flag("cfg", "job", short="-c"), CONFIG_DIR, Flag("multirun", short="-m"
 
 def main(arguments: list[str]) -> int:
     """`train [--cfg job] [--multirun] [--config-dir FOLDER] overrides`."""
-    given, overrides = flags.parse("train", arguments, FLAGS)
+    given, overrides = flags.parse_flags("train", arguments, FLAGS)
     config_dir = given.get("config-dir")
     if "multirun" in given:
         return _multirun(overrides, config_dir, show="cfg" in given)
-    config, tree = settings.load(overrides, config_dir)
+    config, tree = compose.load_config(overrides, config_dir)
     if "cfg" in given:
         print(OmegaConf.to_yaml(tree, resolve=True), end="")
         return 0
@@ -62,9 +61,9 @@ def main(arguments: list[str]) -> int:
         print(_dry(config, objective))
         return 0
     take_signals()
-    preflight.refuse(config)
-    facts = bootstrap.ensure(config, overrides, config_dir)
-    asyncio.run(_train(config, tree, objective, rundir.open_run(config, tree), facts))
+    preflight.refuse_wrong(config)
+    facts = warm_start.ensure_model(config, overrides, config_dir)
+    asyncio.run(_train(config, tree, objective, run_directory.open_run(config, tree), facts))
     return 0
 
 
@@ -72,7 +71,7 @@ def objective_of(config: Config) -> Objective:
     """The objective as configured; ConfigError where it cannot be trained with these settings."""
     objective = build_objective(config.objective, config.objective_packages)
     check_group_size(objective, config.rollout.group_size)
-    combinations.refuse(objective, schedule(config))
+    compatibility.check_combinations(objective, objective_schedule(config))
     return objective
 
 
@@ -82,7 +81,7 @@ def _multirun(overrides: list[str], config_dir: str | None, *, show: bool) -> in
         raise ConfigError("--cfg job prints the settings of one run: leave out --multirun, or --cfg job")
     extra = [f"--config-dir={config_dir}"] if config_dir else []
     worst = 0
-    for number, combination in enumerate(settings.expand(overrides)):
+    for number, combination in enumerate(compose.expand_sweep(overrides)):
         print(f"--- run {number}: {' '.join(combination)}", flush=True)
         command = [sys.executable, "-m", "entroray", "train", *combination, *extra]
         done = subprocess.run(command, check=False)  # deadline: its own driver.stall and call_deadline
@@ -92,13 +91,13 @@ def _multirun(overrides: list[str], config_dir: str | None, *, show: bool) -> in
 
 def _dry(config: Config, objective: Objective) -> str:
     """What would run: the equation, each role's share, memory by role."""
-    lines = [objective.describe(), *told(config, objective), ""]
-    lines += [f"prompts: {line}" for line in material.told(config)]
-    lines += [f"tool: {calls.describe(config)}"] if calls.asked(config) else []
-    lines += [f"control: {line}" for line in knobs.told(config)]
-    for role, (count, share) in machine.shares(config).items():
+    lines = [objective.describe(), *remark_lines(config, objective), ""]
+    lines += [f"prompts: {line}" for line in dataset.describe_tasks(config)]
+    lines += [f"tool: {tool.describe_tool(config)}"] if tool.uses_tool(config) else []
+    lines += [f"control: {line}" for line in controllers.describe_controllers(config)]
+    for role, (count, share) in actors.resource_shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
-    return "\n".join([*lines, *memory.lines(config, objective)])
+    return "\n".join([*lines, *memory.memory_lines(config, objective)])
 
 
 def _terminated(number: int, _: Any) -> None:
@@ -107,20 +106,24 @@ def _terminated(number: int, _: Any) -> None:
 
 
 async def _train(
-    config: Config, tree: DictConfig, objective: Objective, run: rundir.RunDir, facts: dict[str, Any]
+    config: Config,
+    tree: DictConfig,
+    objective: Objective,
+    run: run_directory.RunDirectory,
+    facts: dict[str, Any],
 ) -> None:
     began, folder = time.monotonic(), run.folder
-    model = bootstrap.resolve(config)
-    read_in = material.load(config, model)
+    model = warm_start.resolve_model(config)
+    read_in = dataset.load_dataset(config, model)
     facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}
-    facts |= {"resources": machine.join(config)}
+    facts |= {"resources": actors.join_cluster(config)}
     trained = time.monotonic()
     try:
         first = run.state.get("version", 0) + 1
         journal, console = open_journal(config, folder, read_in.tokenizer, first_step=first)
-        probe = material.probe_ids(config, read_in.tokenizer)
+        probe = dataset.probe_ids(config, read_in.tokenizer)
         updates = config.run.steps * config.learner.updates_per_rollout
-        m = await machine.build(
+        m = await actors.start_actors(
             config,
             model,
             objective,
@@ -132,7 +135,7 @@ async def _train(
         )
         journal.cut(first - 1)  # all of it where a run without a checkpoint is started over
         facts |= m.facts | {"start_seconds": round(time.monotonic() - began, 1)}
-        rundir.describe(folder, tree, facts)
+        run_directory.write_manifest(folder, tree, facts)
         console.header("entroray", _header(config, objective, read_in, folder, facts))
         trained = time.monotonic()
         await drive(config, objective, read_in, m, journal, run)
@@ -165,32 +168,32 @@ def open_journal(
     every = config.observe.tokens.every
     journal = Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words)
     journal.trackers.append(
-        Outlook(journal.event, console.say, read(folder / "metrics.jsonl"), advised(config))
+        HealthTracker(journal.event, console.say, read_metrics(folder / "metrics.jsonl"), advised(config))
     )
     return journal, console
 
 
 def _header(
-    config: Config, objective: Objective, read_in: material.Material, folder: Path, facts: dict[str, Any]
+    config: Config, objective: Objective, read_in: dataset.Dataset, folder: Path, facts: dict[str, Any]
 ) -> list[str]:
     r, s, split = config.rollout, config.sampler, read_in.split
-    stops = [repr(x) for x in (read_in.tokenizer.eos_token, *calls.stops(config))]
-    called = [f"tool       {calls.describe(config)}"] if calls.asked(config) else []
+    stops = [repr(x) for x in (read_in.tokenizer.eos_token, *tool.stop_strings(config))]
+    called = [f"tool       {tool.describe_tool(config)}"] if tool.uses_tool(config) else []
     return [
         *objective.describe().splitlines(),
-        *told(config, objective),
+        *remark_lines(config, objective),
         "",
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
-        f"sampler    {sampling.describe(s)}",
-        f"groups     {plans.describe(r)}",
-        f"choice     {choices.describe(r)}",
+        f"sampler    {sampler.describe_sampler(s)}",
+        f"groups     {rollout_plan.describe_plan(r)}",
+        f"choice     {selection.describe_selection(r)}",
         *called,
         f"schedule   {config.run.steps} steps, {_updates(config)} updates a step, "
         f"lag at most {config.driver.max_lag} ({config.driver.stale})",
-        *(f"control    {line}" for line in knobs.told(config)),
+        *(f"control    {line}" for line in controllers.describe_controllers(config)),
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
-        *(f"prompts    {line}" for line in material.told(config)),
+        *(f"prompts    {line}" for line in dataset.describe_tasks(config)),
         f"data       {len(split.training)} training, {len(split.heldout)} held out; {read_in.dropped}",
         f"machine    {facts['resources']}; ready in {facts['start_seconds']:.0f} s, "
         f"probe error {facts['sync/probe_error']:.1e} nats",
@@ -199,24 +202,24 @@ def _header(
 
 
 def _updates(config: Config) -> str:
-    fewest, most = knobs.updates(config)
+    fewest, most = controllers.updates_range(config)
     return f"{fewest}" if fewest == most else f"{fewest} to {most}"
 
 
 async def drive(
     config: Config,
     objective: Objective,
-    read_in: material.Material,
-    m: machine.Machine,
+    read_in: dataset.Dataset,
+    m: actors.Actors,
     journal: Journal,
-    run: rundir.RunDir,
+    run: run_directory.RunDirectory,
 ) -> None:
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
-    heat = sampling.heat(config)
-    drawn = sampling.shaped(config, config.sampler.temperature, read_in.tokenizer)
+    heat = sampler.heat(config)
+    drawn = sampler.training_sampling(config, config.sampler.temperature, read_in.tokenizer)
     generator, verifier = m.generator_role(drawn, heat), m.verifier_role()
     roles = Roles(
-        generator=calls.conversing(config, read_in.tokenizer, generator, verifier, journal.event),
+        generator=tool.with_tool(config, read_in.tokenizer, generator, verifier, journal.event),
         verifier=verifier,
         learner=m.learner_role(objective),
         sync=m.sync,
@@ -224,9 +227,9 @@ async def drive(
         evaluate=_evaluation(config, read_in, m),
         waits=cluster.WAITS.lines,
     )
-    journal.event("start", objective=config.objective, pace=asdict(driving.pace(config)), state=run.state)
-    driver = driving.driver(config, objective, read_in, roles, heat)
-    journal.event("control", controllers=knobs.told(config))
+    journal.event("start", objective=config.objective, pace=asdict(loop_settings(config)), state=run.state)
+    driver = build_driver(config, objective, read_in, roles, heat)
+    journal.event("control", controllers=controllers.describe_controllers(config))
     if run.checkpoint:
         driver.restore(run.state)
     outlook = _outlook(journal, run.state)
@@ -258,15 +261,15 @@ async def drive(
         )
 
 
-def _outlook(journal: Journal, state: Mapping[str, Any]) -> Outlook:
+def _outlook(journal: Journal, state: Mapping[str, Any]) -> HealthTracker:
     """What reads the run into words, going on from a checkpoint's `state`."""
-    found = next(t for t in journal.trackers if isinstance(t, Outlook))
+    found = next(t for t in journal.trackers if isinstance(t, HealthTracker))
     found.restore(state.get("outlook", {}))
     return found
 
 
 def _evaluation(
-    config: Config, read_in: material.Material, m: machine.Machine
+    config: Config, read_in: dataset.Dataset, m: actors.Actors
 ) -> Callable[[int], Awaitable[dict[str, float]]]:
     """Held-out accuracy on the training engines, every `evaluate.every` steps."""
     e = config.evaluate
@@ -275,9 +278,9 @@ def _evaluation(
     async def evaluate(step: int) -> dict[str, float]:
         if not e.every or step % e.every:
             return {}
-        at, judge = machine.at_temperature(config, m, read_in.tokenizer), m.verifier_role()
+        at, judge = actors.at_temperature(config, m, read_in.tokenizer), m.verifier_role()
         temperature = config.sampler.temperature
-        found = await heldout(at, judge, prompts, temperature=temperature, samples=e.samples)
+        found = await heldout_accuracy(at, judge, prompts, temperature=temperature, samples=e.samples)
         return {f"eval/{name}": value for name, value in found.items()}
 
     return evaluate
@@ -307,16 +310,19 @@ def _stop_on_signals(driver: Driver) -> list[int]:
 
 def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
     take_signals()  # the event loop took them with it
-    metrics = read(folder / "metrics.jsonl")
-    words = [last_word(metrics, advised(config)), *moved(knobs.control_of(config).controllers, metrics)]
+    metrics = read_metrics(folder / "metrics.jsonl")
+    words = [
+        health_line(metrics, advised(config)),
+        *moved_settings(controllers.build_control(config).controllers, metrics),
+    ]
     print("\n".join([summary(metrics), "", *words]))
     print(f"\n{metrics[-1]['step'] if metrics else 0} steps in {seconds:.0f} s")
     if config.evaluate.final:
         _compare(config, folder, model)
     if config.observe.report:
-        from entroray.observe.report import write
+        from entroray.observe.report import write_report
 
-        print(f"report     {write(folder)}")
+        print(f"report     {write_report(folder)}")
     print(f"model      {folder / 'model'}\nrun        {folder}", flush=True)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from entroray.cli import flags
 from entroray.cli.flags import Flag
 from entroray.errors import ConfigError, InfrastructureError, NumericsError
-from entroray.observe.journal import read
-from entroray.observe.records import files, step_of
+from entroray.observe.journal import read_metrics
+from entroray.observe.token_records import files, step_of
 
 CLOCKED = ("seconds/", "tokens/per_second")
 """Metrics that are times: they may differ."""
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     Trains 2n steps with a checkpoint at n, then goes on from that checkpoint in a new process, and compares
     token records, metrics and exported weights of the second half bit for bit.
     """
-    given, overrides = flags.parse("verify-resume", arguments, FLAGS)
+    given, overrides = flags.parse_flags("verify-resume", arguments, FLAGS)
     steps = _steps(given.get("steps", "3"))
     folder = Path(given.get("dir", "runs/verify-resume")).resolve()
     whole, resumed = _cleared(folder)
@@ -94,7 +94,7 @@ def differences(whole: Path, resumed: Path, *, after: int) -> list[str]:
 
 
 def _metrics(run: Path, after: int) -> list[Mapping[str, Any]]:
-    rows = [row for row in read(run / "metrics.jsonl") if row["step"] > after]
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] > after]
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
 
 

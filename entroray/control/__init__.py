@@ -1,5 +1,5 @@
 """Settings that move while a run goes on: schedules of the step, and controllers that read a metric."""
 
-from entroray.control.controllers import Control, Controller, build
+from entroray.control.controllers import Control, Controller, build_controllers
 
-__all__ = ["Control", "Controller", "build"]
+__all__ = ["Control", "Controller", "build_controllers"]

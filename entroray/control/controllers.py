@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, get_args, get_origin
 
+from entroray.binding import Count, Limit, effective_settings, keyword_settings, slot_functions
 from entroray.control import feedback, schedules
 from entroray.errors import ConfigError, nearest
-from entroray.objective.bind import Count, Limit, effective, keywords, menu
 
 OWN = ("knob", "fn", "signal", "delay", "mean", "priority", "start")
 Delay = Annotated[int, Limit("at least 1: a step's metrics are known after it", lambda x: x >= 1)]
@@ -43,7 +43,7 @@ class Controller:
         return f"{self.name}: {self.knob} <- {self.rule.func.__name__}({given}){reads}{over}"
 
 
-def build(specs: Mapping[str, Any]) -> tuple[Controller, ...]:
+def build_controllers(specs: Mapping[str, Any]) -> tuple[Controller, ...]:
     """Controllers from `{name: {knob, fn, signal, settings}}`; ConfigError for one that cannot be.
 
     No two may move one knob. Two that read one signal need different priorities.
@@ -69,10 +69,10 @@ def _controller(name: str, spec: Any) -> Controller:
     named = isinstance(spec, Mapping) and all(_is_name(spec.get(key)) for key in ("fn", "knob"))
     if not named:
         raise ConfigError(f"{place} must read {{knob: path, fn: name, setting: value, ...}}, got {spec!r}")
-    rules = menu(schedules) | menu(feedback)
+    rules = slot_functions(schedules) | slot_functions(feedback)
     if spec["fn"] not in rules:
         raise ConfigError(f"{place} has no `{spec['fn']}`: {nearest(spec['fn'], rules)}")
-    reads = spec["fn"] in menu(feedback)
+    reads = spec["fn"] in slot_functions(feedback)
     if reads != bool(spec.get("signal")):
         lacks = "needs a `signal`, the name of a metric" if reads else "is a schedule and reads no `signal`"
         raise ConfigError(f"{place}: `{spec['fn']}` {lacks}")
@@ -103,7 +103,7 @@ def _own(place: str, spec: Mapping[str, Any], key: str, hint: Any, default: Any)
 
 
 def _bound(place: str, fn: Callable, settings: Mapping[str, Any]) -> partial:
-    takes = keywords(fn)
+    takes = keyword_settings(fn)
     for key, value in settings.items():
         if key not in takes:
             raise ConfigError(f"{place}: `{fn.__name__}` has no setting `{key}`: {nearest(key, takes)}")
@@ -159,7 +159,9 @@ class Control:
     def __init__(self, controllers: Sequence[Controller] = (), own: Mapping[str, float] | None = None):
         self.controllers = sorted(controllers, key=lambda c: c.priority)
         first = {c.name: _first(c, own or {}) for c in self.controllers}
-        gated = {c.name: x for c in self.controllers if (x := effective(c.rule).get("gate")) is not None}
+        gated = {
+            c.name: x for c in self.controllers if (x := effective_settings(c.rule).get("gate")) is not None
+        }
         self.values: dict[str, float] = first | gated  # before a signal is known, none is below its target
         self.memory: dict[str, dict[str, float]] = {name: {"level": x} for name, x in first.items()}
         self.seen: dict[str, list[float | None]] = {c.name: [] for c in self.controllers}

@@ -6,7 +6,7 @@ pi) and `step` (of the others) are negative. `low` and `high` bound the value, t
 
 from collections.abc import Mapping
 
-from entroray.objective.bind import AboveOne, Positive
+from entroray.binding import AboveOne, Positive
 
 State = Mapping[str, float]
 

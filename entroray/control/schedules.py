@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from entroray.objective.bind import Count
+from entroray.binding import Count
 
 
 def constant(step: int, *, value: float) -> float:

@@ -1,18 +1,18 @@
 """The equation, as one choice per slot; a slot is a module of small pure functions (README.md here)."""
 
-from entroray.objective.bind import bind
-from entroray.objective.equation import Objective, build, check_group_size
-from entroray.objective.touch import pull, silent, touched, touched_inside
-from entroray.objective.view import count
+from entroray.binding import bind
+from entroray.objective.activity import active_tokens, active_tokens_inside, flat_tokens, gradient_weight
+from entroray.objective.masking import count_tokens
+from entroray.objective.objective import Objective, build_objective, check_group_size
 
 __all__ = [
     "Objective",
+    "active_tokens",
+    "active_tokens_inside",
     "bind",
-    "build",
+    "build_objective",
     "check_group_size",
-    "count",
-    "pull",
-    "silent",
-    "touched",
-    "touched_inside",
+    "count_tokens",
+    "flat_tokens",
+    "gradient_weight",
 ]

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import RatioBound
-from entroray.objective.view import BOUND, log_ratio
+from entroray.binding import RatioBound
+from entroray.objective.masking import BOUND, log_ratio
 from entroray.ops import segment_mean, segment_sum
 from entroray.types import Tokens
 

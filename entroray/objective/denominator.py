@@ -1,6 +1,6 @@
 """Counts of one optimizer update, all ranks together -> what the loss's numerator is divided by."""
 
-from entroray.objective.bind import Count
+from entroray.binding import Count
 from entroray.types import Counts
 
 

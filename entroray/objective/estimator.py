@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from entroray.binding import Fraction, Positive, declare
 from entroray.errors import ConfigError
-from entroray.objective.bind import Fraction, Positive, declare
 from entroray.types import Group, Rollout
 
 SPANS = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "any": (-math.inf, math.inf)}
@@ -23,8 +23,8 @@ def center(group: Group) -> Float[Tensor, " G"]:
     `R - mean(R) over the group`
     """
     rewards = group.rewards
-    alike = (rewards == rewards[0]).all()
-    return torch.where(alike, torch.zeros_like(rewards), rewards - rewards.mean())
+    uniform_advantage = (rewards == rewards[0]).all()
+    return torch.where(uniform_advantage, torch.zeros_like(rewards), rewards - rewards.mean())
 
 
 @declare(min_group=2)
@@ -56,9 +56,9 @@ def length_weighted(group: Group) -> Float[Tensor, " G"]:
     `R - Σ length R / Σ length over the group`
     """
     weights = group.lengths.clamp(min=1)
-    alike = (group.rewards == group.rewards[0]).all()
+    uniform_advantage = (group.rewards == group.rewards[0]).all()
     baseline = (weights * group.rewards).sum() / weights.sum()
-    return torch.where(alike, torch.zeros_like(group.rewards), group.rewards - baseline)
+    return torch.where(uniform_advantage, torch.zeros_like(group.rewards), group.rewards - baseline)
 
 
 @declare(min_group=2)
@@ -88,8 +88,8 @@ def subtree(group: Group, *, eps: Positive | None = 1e-6) -> Float[Tensor, " G"]
     counts 1 / (1 + k). TreeRL cuts a response at its forks instead, and divides by sqrt(leaves).
     """
     below, beside = _kin(group)
-    alike = _spread(group.rewards, beside) == 0  # then 0 exactly, however the means were rounded
-    gain = (_mean(group.rewards, below) - _mean(group.rewards, beside)).masked_fill(alike, 0.0)
+    uniform_advantage = _spread(group.rewards, beside) == 0  # then 0 exactly, however the means were rounded
+    gain = (_mean(group.rewards, below) - _mean(group.rewards, beside)).masked_fill(uniform_advantage, 0.0)
     if eps is None:
         return gain
     deviation = (center(group).square().sum() / max(len(gain) - 1, 1)).sqrt()
@@ -138,7 +138,7 @@ def _alike(*, baseline: float, span: str) -> tuple[float, float]:
     return (-1.0 if span == "-1..1" else 0.0) - baseline, 1.0 - baseline
 
 
-@declare(alike=_alike)
+@declare(uniform_advantage=_alike)
 def raw(
     group: Group, *, baseline: float = 0.0, span: Literal["0..1", "-1..1", "any"] = "any"
 ) -> Float[Tensor, " G"]:
@@ -157,7 +157,7 @@ def raw(
     return group.rewards - baseline
 
 
-@declare(alike=lambda: (-1.0, 1.0), lives_on_alike=True)
+@declare(uniform_advantage=lambda: (-1.0, 1.0), needs_uniform_groups=True)
 def sign(group: Group) -> Float[Tensor, " G"]:
     """+1 for a right answer and -1 for a wrong one, without a baseline (PSR and NSR, arXiv 2506.01347).
 
@@ -167,7 +167,7 @@ def sign(group: Group) -> Float[Tensor, " G"]:
     return 2 * group.correct - 1
 
 
-@declare(alike=lambda value: (value, value))
+@declare(uniform_advantage=lambda value: (value, value))
 def constant(group: Group, *, value: float = 1.0) -> Float[Tensor, " G"]:
     """The same advantage whatever the reward: each response is an example to copy (maximum likelihood).
 

@@ -1,6 +1,6 @@
 """Group -> whether it is worth training on."""
 
-from entroray.objective.bind import declare
+from entroray.binding import declare
 from entroray.types import Group
 
 

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import Count, Fraction, Nats, NonNegative, declare
-from entroray.objective.bounds import mean_entropy
-from entroray.objective.view import log_ratio
+from entroray.binding import Count, Fraction, Nats, NonNegative, declare
+from entroray.objective.masking import log_ratio
+from entroray.objective.step_statistics import mean_entropy
 from entroray.types import Tokens
 
 

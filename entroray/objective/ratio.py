@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import LogRatioBound, declare
-from entroray.objective.view import log_ratio
+from entroray.binding import LogRatioBound, declare
+from entroray.objective.masking import log_ratio
 from entroray.ops import segment_mean
 from entroray.types import Tokens
 

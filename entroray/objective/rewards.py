@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import Fraction, NonNegative
+from entroray.binding import Fraction, NonNegative
 from entroray.types import Group
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import Fraction, NonNegative, declare
+from entroray.binding import Fraction, NonNegative, declare
 from entroray.types import Tokens
 
 

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entroray.objective.bind import Deviations, Fraction, declare
-from entroray.objective.view import covariance, discriminator
+from entroray.binding import Deviations, Fraction, declare
+from entroray.objective.masking import covariance, discriminator
 from entroray.types import Tokens
 
 

@@ -10,16 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from entroray.objective.bind import (
-    AboveOne,
-    Count,
-    Fraction,
-    Nats,
-    NonNegative,
-    Positive,
-    Probability,
-    declare,
-)
+from entroray.binding import AboveOne, Count, Fraction, Nats, NonNegative, Positive, Probability, declare
 from entroray.ops import segment_mean, segment_sum
 from entroray.types import Tokens
 
@@ -54,7 +45,7 @@ def positive_by_epoch(t: Tokens, *, epoch: Count = 25, epochs: Count = 4) -> Flo
     return by_sign(t, positive=weight)
 
 
-@declare(needs=["whole_step"], alike=lambda **_: (-1.0, 1.0))
+@declare(needs=["whole_step"], uniform_advantage=lambda **_: (-1.0, 1.0))
 def whiten(t: Tokens, *, eps: Positive = 1e-8) -> Float[Tensor, " N"]:
     """Centred and scaled over all tokens of the step (REINFORCE++, arXiv 2501.03262; Bessel as in verl).
 
@@ -91,7 +82,7 @@ def surprise_weighted(t: Tokens, *, zeta: NonNegative = 0.01) -> Float[Tensor, "
     return t.advantages * torch.where(t.advantages > 0, up, down)
 
 
-@declare(needs=["whole_step"], alike=lambda **_: (-1.0, 1.0), lives_on_alike=True)
+@declare(needs=["whole_step"], uniform_advantage=lambda **_: (-1.0, 1.0), needs_uniform_groups=True)
 def entropy_band(t: Tokens, *, low: Nats = 0.6, high: Nats = 0.7) -> Float[Tensor, " N"]:
     """Reject what would push the entropy further out of a band (Entrocraft, arXiv 2604.26326).
 
@@ -135,7 +126,7 @@ def lean(
     )
 
 
-@declare(needs=["whole_step", "mean_logprob"], min_group=2, alike=lambda **_: (-1.0, 1.0))
+@declare(needs=["whole_step", "mean_logprob"], min_group=2, uniform_advantage=lambda **_: (-1.0, 1.0))
 def self_certainty(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     """The model's own confidence in place of a reward: a control arm (Intuitor, arXiv 2505.19590).
 
@@ -145,7 +136,7 @@ def self_certainty(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     return _standardised(-_per_row(t.extra["mean_logprob"], t), t, eps)
 
 
-@declare(needs=["whole_step"], min_group=2, alike=lambda **_: (-1.0, 1.0))
+@declare(needs=["whole_step"], min_group=2, uniform_advantage=lambda **_: (-1.0, 1.0))
 def low_entropy(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     """Low token entropy in place of a reward: a control arm (RENT, arXiv 2505.22660; arXiv 2506.17219).
 
@@ -154,7 +145,7 @@ def low_entropy(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     return _standardised(-_per_row(t.entropy, t), t, eps)
 
 
-@declare(needs=["whole_step"], min_group=2, alike=lambda **_: (-1.0, 1.0))
+@declare(needs=["whole_step"], min_group=2, uniform_advantage=lambda **_: (-1.0, 1.0))
 def trajectory_likelihood(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     """The response's own log-prob in place of a reward: a control arm (trajectory entropy, arXiv 2506.17219).
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.bind import (
+from entroray.binding import (
     Epsilon,
     EpsilonBelow,
     Fraction,
@@ -18,7 +18,7 @@ from entroray.objective.bind import (
     RatioBound,
     declare,
 )
-from entroray.objective.bounds import balanced_high, balanced_low
+from entroray.objective.step_statistics import balanced_high, balanced_low
 from entroray.types import Tokens
 
 

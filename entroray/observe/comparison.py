@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from entroray.entropy.bootstrap import interval
-from entroray.observe.cells import Cell, common, variant
+from entroray.metrics.confidence_interval import bootstrap_interval
+from entroray.observe.lab_cells import Cell, common, variant
 
 LEAST = 3
 """Seeds below which nothing is claimed."""
@@ -27,7 +27,7 @@ class Column(NamedTuple):
 
 
 REACHED = (
-    Column("reward/final", "reward", ".3f", "share of all judged training answers right, last 5 steps"),
+    Column("correct/final", "correct", ".3f", "share of all judged training answers right, last 5 steps"),
     Column("after/greedy", "greedy", ".3f", "share of held-out prompts right at temperature 0"),
     Column("after/pass@1", "pass@1", ".3f", "share of held-out samples right at the configured temperature"),
     Column("after/pass@k", "pass@k", ".3f", "share of held-out prompts that one of k such samples solves"),
@@ -41,8 +41,8 @@ ANSWERED = (
     Column("after/calibration/ece_consistency", "ECE", ".3f", "of self-consistency as confidence, held out"),
 )
 COURSE = (
-    Column("reward/first", "first reward", ".3f", "as reward, first 5 steps"),
-    Column("reward/best", "best reward", ".3f", "as reward, the best 5 steps in a row"),
+    Column("correct/first", "first correct", ".3f", "as correct, first 5 steps"),
+    Column("correct/best", "best correct", ".3f", "as correct, the best 5 steps in a row"),
     Column("varentropy/final", "varentropy", ".4f", "nats² per trained response token, last 5 steps"),
     Column("tokens/per_second", "tokens/s", ",.0f", "response tokens trained a second, median over steps"),
     Column("tokens/drawn", "drawn", ",.0f", "response tokens drawn in the whole run, trained on or not"),
@@ -76,7 +76,7 @@ class Entry:
             return "-"
         said = [format(float(np.mean(self.values)), form)]
         if len(self.values) >= LEAST:
-            low, high = interval(self.values)
+            low, high = bootstrap_interval(self.values)
             said.append(f"[{low:{form}} {high:{form}}]")
         if done and len(self.values) != done:
             said.append(f"n={len(self.values)}")
@@ -113,7 +113,7 @@ def against(values: tuple[float, ...], baseline: tuple[float, ...]) -> str:
     """+ above the baseline's interval, - below, = overlapping (a tie), ? too few seeds to say."""
     if min(len(values), len(baseline)) < LEAST:
         return "?"
-    (low, high), (floor, ceiling) = interval(values), interval(baseline)
+    (low, high), (floor, ceiling) = bootstrap_interval(values), bootstrap_interval(baseline)
     return "+" if low > ceiling else "-" if high < floor else "="
 
 

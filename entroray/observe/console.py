@@ -24,7 +24,7 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("reward", "", "reward/mean", 7, ".3f"),
+    Column("correct", "", "correct/mean", 7, ".3f"),
     Column("entropy", "nats", "entropy/mean", 8, ".4f"),
     Column("p80", "nats", "entropy/p80", 8, ".4f"),
     Column("lag", "max", "lag/max", 4, ".0f"),
@@ -101,7 +101,7 @@ def summary(metrics: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([_plot(measured), *(_change(*named) for named in measured.items())])
 
 
-_SUMMARY = {"reward (share right)": "reward/mean", "entropy (nats per token)": "entropy/mean"}
+_SUMMARY = {"correct (share of answers)": "correct/mean", "entropy (nats per token)": "entropy/mean"}
 
 
 def _cell(value: float | None, column: Column) -> str:

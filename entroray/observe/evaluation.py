@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from entroray.entropy.bootstrap import Difference, paired
 from entroray.errors import ConfigError
+from entroray.metrics.confidence_interval import Difference, paired_difference
 from entroray.observe.console import Terminal
 
 Found = Mapping[str, Any]
-"""What `entroray eval` found (entroray/loop/findings.py), as JSON holds it."""
+"""What `entroray eval` found (entroray/evaluation/summary.py), as JSON holds it."""
 CURVES = {
     "pass@": "one of k samples is right",
     "pass^": "all of k samples are right",
@@ -34,13 +34,13 @@ COMPARED = (
 )
 
 
-def text(found: Found) -> str:
+def evaluation_json(found: Found) -> str:
     """JSON, one line for each part."""
     lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in found.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def load(path: Path) -> Found:
+def load_evaluation(path: Path) -> Found:
     """An evaluation that was kept; ConfigError where the file is none, or an older one without prompts."""
     try:
         found: Found = json.loads(path.read_text(encoding="utf-8"))
@@ -111,7 +111,7 @@ def lines(found: Found) -> list[str]:
     return [line for line in said if line]
 
 
-def show(found: Found) -> None:
+def show_evaluation(found: Found) -> None:
     """The evaluation on the terminal."""
     terminal = _terminal()
     terminal.print(f"{found['model']}\n{head(found)}", highlight=False, markup=False, soft_wrap=True)
@@ -131,7 +131,7 @@ def compare(first: Found, second: Found) -> dict[str, Difference]:
         raise ConfigError("the two evaluations share no prompt: evaluate both with the same data settings")
     one, other = np.array(pairs).T
     column = lambda each, name, rows: np.array(each[name], np.float64)[rows]
-    return {n: paired(column(a, n, one), column(b, n, other)) for n in a if n in b and n != "id"}
+    return {n: paired_difference(column(a, n, one), column(b, n, other)) for n in a if n in b and n != "id"}
 
 
 def unlike(first: Found, second: Found) -> list[str]:

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from entroray.observe.curves import Area, Frame, Line, chart, frame
+from entroray.observe.css import STYLE
 from entroray.observe.evaluation import (
     CONFIDENCE,
     CURVES,
@@ -19,13 +19,13 @@ from entroray.observe.evaluation import (
     number,
 )
 from entroray.observe.journal import replace_text
-from entroray.observe.style import STYLE
+from entroray.observe.svg import Area, Frame, Line, chart, frame
 
 LONGEST = 400
 """Tokens of a response that are shown."""
 
 
-def write(path: Path, found: Found) -> Path:
+def write_evaluation_page(path: Path, found: Found) -> Path:
     """Makes the page at `path` of what an evaluation found."""
     title = Path(found["model"]).name
     body = [

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import torch
 
-from entroray.observe import records
+from entroray.observe import token_records
 from entroray.observe.trackers import Tracker
 from entroray.types import Batch, Group, Tokens
 
@@ -35,7 +35,7 @@ class Journal:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = _append_to(run_dir / "metrics.jsonl")
         self._events = _append_to(run_dir / "events.jsonl")
-        entries = read(run_dir / "metrics.jsonl")
+        entries = read_metrics(run_dir / "metrics.jsonl")
         self.last_step: int = entries[-1]["step"] if entries else 0
         if vocabulary is not None and tokens_every:
             words = {str(token): text for token, text in vocabulary.items()}
@@ -76,7 +76,7 @@ class Journal:
         replace_text(path, "".join(kept))
         self._metrics = _append_to(path)
         self.last_step = json.loads(kept[-1])["step"] if kept else 0
-        beyond = [file for file in records.files(self.run_dir) if records.step_of(file) > step]
+        beyond = [file for file in token_records.files(self.run_dir) if token_records.step_of(file) > step]
         for file in beyond:
             file.unlink()
         if beyond or len(kept) < len(lines):
@@ -90,9 +90,9 @@ class Journal:
         self._events.close()
 
     def _record(self, step: int, groups: Sequence[Group], tokens: Tokens) -> None:
-        table = records.table(step, groups, tokens)
+        table = token_records.record_table(step, groups, tokens)
         try:
-            records.write(records.path(self.run_dir, step), table)
+            token_records.write_records(token_records.record_path(self.run_dir, step), table)
         except OSError as error:
             self.event("tokens_lost", step=step, reason=str(error))
 
@@ -105,7 +105,7 @@ class Journal:
                 self.event("tracker_lost", tracker=type(tracker).__name__, step=step, reason=str(error))
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a .jsonl file, oldest first; a last line cut short by a crash is not one."""
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     return [json.loads(line) for line in whole.split("\n") if line]

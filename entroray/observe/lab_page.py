@@ -5,8 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from entroray.observe import cells as stored
-from entroray.observe.cells import WINDOW, Cell, moving
+from entroray.observe import lab_cells
 from entroray.observe.comparison import (
     LEGEND,
     PARTS,
@@ -20,9 +19,10 @@ from entroray.observe.comparison import (
     tasks,
     variants,
 )
-from entroray.observe.curves import Frame, Line, chart, frame, mean
-from entroray.observe.journal import read, replace_text, series
-from entroray.observe.style import COLOURS, STYLE
+from entroray.observe.css import COLOURS, STYLE
+from entroray.observe.journal import read_metrics, replace_text, series
+from entroray.observe.lab_cells import WINDOW, Cell, moving
+from entroray.observe.svg import Frame, Line, chart, frame, mean_line
 
 
 class Curve(NamedTuple):
@@ -31,13 +31,13 @@ class Curve(NamedTuple):
 
 
 CURVES = (
-    Curve("reward/mean", "reward, share of judged training answers right"),
+    Curve("correct/mean", "correct, share of judged training answers right"),
     Curve("entropy/mean", "entropy, nats per trained response token"),
 )
 Measured = tuple[Sequence[int], Sequence[float]]
 
 
-def write(lab: Path, cells: Sequence[Cell], baseline: str) -> Path:
+def write_lab_page(lab: Path, cells: Sequence[Cell], baseline: str) -> Path:
     """Makes `lab`/lab.html from the cells and their metrics.jsonl."""
     body = [
         f"<header><h1>{escape(lab.name)}</h1>",
@@ -86,7 +86,7 @@ def _charts(lab: Path, cells: Sequence[Cell], baseline: str, curve: Curve) -> st
     """All means in one chart, then each variant's seeds beside the baseline's mean, on one scale."""
     measured = {name: _measured(lab, runs, curve.key) for name, runs in variants(cells).items()}
     measured = {name: runs for name, runs in measured.items() if runs}
-    means = {name: mean(runs) for name, runs in measured.items()}
+    means = {name: mean_line(runs) for name, runs in measured.items()}
     if not means:
         return f"<p>No step of {escape(curve.key)} was measured yet.</p>"
     lines = [_smooth(means[name], style(i), name) for i, name in enumerate(means)]
@@ -116,8 +116,8 @@ def _scale(measured: Mapping[str, Sequence[Measured]]) -> Frame:
 
 
 def _measured(lab: Path, cells: Sequence[Cell], key: str) -> list[Measured]:
-    files = [stored.path(lab, cell) / "metrics.jsonl" for cell in cells if cell.status == "done"]
-    return [found for file in files if (found := series(read(file), key))[0]]
+    files = [lab_cells.cell_path(lab, cell) / "metrics.jsonl" for cell in cells if cell.status == "done"]
+    return [found for file in files if (found := series(read_metrics(file), key))[0]]
 
 
 def _smooth(curve: Measured, style: str, name: str) -> Line:

@@ -11,8 +11,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from entroray.observe import excerpt, records
-from entroray.observe.journal import ends, read, replace_text, series
+from entroray.observe import token_records, token_view
+from entroray.observe.journal import ends, read_metrics, replace_text, series
 
 Metrics = Sequence[Mapping[str, Any]]
 INK, TEAL, INDIGO, PURPLE, ORANGE, RED, GREY = (
@@ -64,7 +64,7 @@ PLOTS = (
         "share of rollouts",
         (
             Curve("reward/shaped_mean", "shaped reward", GREY, "dot", 1.5),
-            Curve("reward/mean", "share right", TEAL),
+            Curve("correct/mean", "share right", TEAL),
         ),
     ),
     Plot(
@@ -161,10 +161,10 @@ PLOTS = (
 )
 
 
-def write(run_dir: Path) -> Path:
+def write_report(run_dir: Path) -> Path:
     """Makes `run_dir`/report.html from the files of the run; a missing file is a sentence on the page."""
     path = run_dir / "metrics.jsonl"
-    metrics = read(path) if path.exists() else []
+    metrics = read_metrics(path) if path.exists() else []
     body = [
         _head(run_dir, metrics),
         _cards(metrics) if metrics else _missing("metrics.jsonl", "there are no curves"),
@@ -190,7 +190,7 @@ def _head(run_dir: Path, metrics: Metrics) -> str:
 def _tiles(metrics: Metrics) -> list[tuple[str, str]]:
     """The run in a handful of numbers; first and last are means over 5 steps."""
     tiles = [("steps", str(len(metrics)))]
-    for key, name in {"reward/mean": "share right", "entropy/mean": "entropy, nats per token"}.items():
+    for key, name in {"correct/mean": "share right", "entropy/mean": "entropy, nats per token"}.items():
         _, values = series(metrics, key)
         if values:
             first, last = ends(values)
@@ -283,25 +283,25 @@ def _trace(plot: Plot, curve: Curve, metrics: Metrics) -> go.Bar | go.Scatter:
 
 
 def _tokens(run_dir: Path) -> str:
-    files = records.files(run_dir)
+    files = token_records.files(run_dir)
     if not files:
         why = "no token was recorded (see the setting observe.tokens.every)"
         return _section("Tokens", _missing("tokens/", why))
-    taken = excerpt.load(files[-1])
-    step = records.step_of(files[-1])
+    taken = token_view.load_token_view(files[-1])
+    step = token_records.step_of(files[-1])
     return _section(
         f"Most uncertain tokens of step {step} <small>entropy in nats, varentropy in nats²</small>",
-        excerpt.uncertain_table(taken),
+        token_view.uncertain_table(taken),
     ) + _section(
         f"Responses of step {step} <small>darker is more uncertain; point at a token for its numbers</small>",
-        excerpt.shaded_responses(taken),
+        token_view.shaded_responses(taken),
     )
 
 
 def _events(path: Path) -> str:
     if not path.exists():
         return _section("Events", _missing("events.jsonl", "nothing is known of faults and restarts"))
-    entries = read(path)
+    entries = read_metrics(path)
     newest = {entry["kind"]: entry for entry in entries}
     rows = "".join(
         f"<tr><td>{escape(kind)}</td><td>{count}</td><td>{newest[kind]['time']}</td>"

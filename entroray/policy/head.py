@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from entroray.policy.statistics import named
+from entroray.policy.vocabulary_statistics import named
 
 TILE_ELEMENTS = 1 << 23
 """Logits held at a time, rows x vocabulary: 32 MiB in FP32; a pass holds about four such buffers."""

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from entroray.errors import PreflightError
-from entroray.policy import stored
+from entroray.policy import safetensors_header
 from entroray.policy.head import StreamedHead
 from entroray.types import Batch
 
@@ -64,7 +64,7 @@ class Policy(nn.Module):
         return self.model.lm_head(hidden, micro.targets, micro.temperature, more)
 
 
-def load(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:
+def load_policy(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:
     """The model at a Hugging Face folder or hub id.
 
     Raises PreflightError when there is none, when its head is not a plain matrix, or when its files know
@@ -92,8 +92,8 @@ def load(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:
 
 def _check_names(path: str, model: nn.Module) -> None:
     """Weights are sent and exported under the module's names, which engines know from the files."""
-    place = stored.folder(path)
-    known = stored.shapes(place) if place else {}
+    place = safetensors_header.model_folder(path)
+    known = safetensors_header.tensor_shapes(place) if place else {}
     new = [name for name, _ in model.named_parameters() if name not in known]  # a tied head is the embedding
     if known and new:
         raise PreflightError(

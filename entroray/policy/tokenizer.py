@@ -1,4 +1,4 @@
-"""Byte tokenizer for the embedded model, and the chat template of whatever tokenizer a run uses."""
+"""Byte tokenizer for the tiny model, and the chat template of whatever tokenizer a run uses."""
 
 import hashlib
 from collections.abc import Callable

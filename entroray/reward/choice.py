@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from entroray.binding import check_settings
 from entroray.errors import ConfigError, nearest
-from entroray.objective.bind import check_settings
 
 
-def made(spec: Mapping[str, Any], choices: Mapping[str, Callable[..., Any]], where: str) -> Any:
+def build_choice(spec: Mapping[str, Any], choices: Mapping[str, Callable[..., Any]], where: str) -> Any:
     """What the one of `choices` called `fn` in `spec` makes of the other settings there.
 
     Raises ConfigError for an unknown name, an unknown or missing setting, or one of the wrong type.

@@ -16,10 +16,10 @@ def judge(*, path: str) -> Judge:
 
     A number is the reward, and right from 0.99 on. The file is found from the working directory.
     """
-    return guarded(load(path, "reward.path"), path)
+    return guarded(load_function(path, "reward.path"), path)
 
 
-def load(path: str, setting: str) -> Callable[[str, Prompt], Any]:
+def load_function(path: str, setting: str) -> Callable[[str, Prompt], Any]:
     """The function at `file.py:function`; raises ConfigError saying which part of `setting` is wrong."""
     file, _, name = path.rpartition(":")
     if not file or not name.isidentifier():

@@ -24,12 +24,12 @@ class Call(str):
     """What is asked of a tool, where a judge is given a response."""
 
 
-def build(spec: Mapping[str, Any]) -> Judge:
+def build_tool(spec: Mapping[str, Any]) -> Judge:
     """The tool that `spec` ({fn: name, setting: value, ...}) describes, in the shape of a judge.
 
     Its verdict's `answer` is what it said, `correct` whether it could; what it raises is answered with ERROR.
     """
-    tool = choice.made(spec, _CHOICES, "rollout.tool")
+    tool = choice.build_choice(spec, _CHOICES, "rollout.tool")
 
     def answered(call: str, prompt: Prompt) -> Verdict:
         try:
@@ -55,7 +55,7 @@ def calculator(*, digits: int = 6) -> Tool:
 
 def custom_tool(*, path: str) -> Tool:
     """`my_file.py:my_function`, called with (call, prompt); what it returns is said as text."""
-    return custom.load(path, "rollout.tool.path")
+    return custom.load_function(path, "rollout.tool.path")
 
 
 _CHOICES: Mapping[str, Callable[..., Tool]] = {"calculator": calculator, "custom": custom_tool}

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from entroray.errors import EntrorayError, InfrastructureError, PreflightError, Stopped
-from entroray.workers import reaper
+from entroray.workers import orphans
 
 
 class Waits:
@@ -132,7 +132,7 @@ def start(address: str | None, *, cpu_only: bool) -> None:
     """Join the Ray cluster at `address`, or start one on this machine, bound to loopback."""
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
     if not address:
-        reaper.follow()
+        orphans.end_with_parent()
     variables = environment() | (CPU_ONLY if cpu_only else {})
     local: dict[str, Any] = {"num_cpus": os.cpu_count(), "include_dashboard": False}
     with _own_sigterm():

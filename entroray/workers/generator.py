@@ -19,15 +19,15 @@ import numpy as np
 
 from entroray.errors import InfrastructureError
 from entroray.types import Rollout, Status
-from entroray.workers.request import (
+from entroray.workers.vllm_request import (
     Request,
     Sampling,
-    params,
+    as_rollout,
+    partial_completion,
     probe_params,
     prompt_logprobs,
-    rollout,
-    so_far,
-    unfinished,
+    sampling_params,
+    unfinished_rollout,
 )
 
 TICK = 0.2
@@ -205,7 +205,7 @@ class Generator:
         self.waiting[key] = _Waiting(request, future, due, set(names))
         for name, seed in zip(names, request.seeds, strict=True):
             self.owner[name] = key
-            wanted = probe_params() if probe else params(request, seed, self._noted(name))
+            wanted = probe_params() if probe else sampling_params(request, seed, self._noted(name))
             self.engine.add_request(name, {"prompt_token_ids": request.read}, wanted)
 
     def _collect(self, outputs: list[Any]) -> None:
@@ -225,7 +225,7 @@ class Generator:
         if output.prompt_logprobs is not None:
             waiting.done[output.request_id] = prompt_logprobs(output)  # type: ignore[assignment]
         else:
-            drawn = rollout(waiting.request, output.outputs[0], self._decode, notes)
+            drawn = as_rollout(waiting.request, output.outputs[0], self._decode, notes)
             waiting.done[output.request_id] = drawn
         waiting.left.discard(output.request_id)
 
@@ -237,7 +237,7 @@ class Generator:
         """The sampler's notes on requests that are over, once; every rank has the same."""
         if not names:
             return []
-        from entroray.workers.shaping import drain
+        from entroray.workers.logits_processor import drain
 
         return self.llm.collective_rpc(drain, args=([self._noted(n) for n in names],))[0]
 
@@ -268,13 +268,13 @@ class Generator:
     def _give_up(self, waiting: _Waiting, status: Status) -> None:
         """Abort what is left of a request, and forget it."""
         late = sorted(waiting.left)
-        begun = [so_far(self.engine, name) for name in late]
+        begun = [partial_completion(self.engine, name) for name in late]
         self.engine.abort_request(late)
         if waiting.request.sampling.rule:
             self._drain_notes(late)
         for name, there in zip(late, begun, strict=True):
             self.owner.pop(name, None)
-            waiting.done[name] = unfinished(waiting.request, status, there, self._decode)
+            waiting.done[name] = unfinished_rollout(waiting.request, status, there, self._decode)
         waiting.left.clear()
 
     def _sleep(self) -> None:

@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 
 from entroray.errors import InfrastructureError, SyncError
 from entroray.workers.cluster import Gang, wait
-from entroray.workers.engines import Engines
+from entroray.workers.engine_pool import EnginePool
 
 
 @dataclass
@@ -79,7 +79,7 @@ class WeightSync:
     def __init__(
         self,
         learner: Gang,
-        engines: Engines,
+        engines: EnginePool,
         client: Callable[[Sequence[Any]], GeneratorClient],
         *,
         probe: SyncProbe,

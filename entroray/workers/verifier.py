@@ -25,7 +25,7 @@ from entroray.errors import ConfigError, InfrastructureError
 from entroray.reward.tools import Call
 from entroray.reward.verdicts import failed
 from entroray.types import Answer, Prompt, Rollout, Status, Verdict
-from entroray.workers.nursery import FORK, HEADER
+from entroray.workers.judge_forkserver import FORK, HEADER
 
 ITEMS_PER_WORKER = 1000
 """A worker is replaced after so many items, so that a leak in a judge cannot grow into its memory limit."""
@@ -175,7 +175,7 @@ class _Nursery:
         """Returns as soon as the nursery has forked itself off, long before it has built its judge."""
         path = os.pathsep.join(filter(None, sys.path))
         subprocess.run(
-            [sys.executable, "-P", "-m", "entroray.workers.nursery", str(fd), *settings],
+            [sys.executable, "-P", "-m", "entroray.workers.judge_forkserver", str(fd), *settings],
             pass_fds=[fd],
             stdin=subprocess.DEVNULL,
             start_new_session=True,

@@ -4,7 +4,7 @@ Each engine draws responses and then branches of them from half-way. Prompts dif
 all a branch can find in the cache is its own family's. The first round warms up; the rest are summed.
 
 It is one engine without a cluster around it. With several, a branch finds its prefix only where its prompt
-was read (`Homes` in entroray/workers/engines.py), and an update of the weights empties the cache unless
+was read (`Homes` in entroray/workers/engine_pool.py), and an update of the weights empties the cache unless
 `generator.keep_kv` is on.
 """
 
@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from entroray.cli import machine, settings
 from entroray.config import Shape
-from entroray.policy.build import build
+from entroray.policy.tiny_model import build_tiny_model
+from entroray.wiring import actors, compose
 from entroray.workers import cluster
 from entroray.workers.generator import Generator, Request, Sampling
 
@@ -97,11 +97,11 @@ def limited(whole: Sampling, there: int, only: int) -> Sampling:
 
 
 async def measure(folder: str, asked: argparse.Namespace) -> None:
-    config, _ = settings.load(["rollout.max_tokens=1024"])
+    config, _ = compose.load_config(["rollout.max_tokens=1024"])
     print(f"{'':8}{'':16}{'seconds':>8}{'read':>9}{'cached':>9}{'drawn':>9}{'computed':>10}")
     for case, size in SIZES.items():
         for name, options in ENGINES.items():
-            whole = machine.engine_options(config) | dict(options)
+            whole = actors.engine_options(config) | dict(options)
             engine = Counting(folder, dtype="float32", max_length=1536, seed=0, engine=whole)
             await engine.start()
             total: Counter[str] = Counter()
@@ -117,7 +117,7 @@ def main() -> None:
     asked = arguments()
     os.environ.update(cluster.environment() | cluster.CPU_ONLY)
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder), Shape(context=1536), seed=0)
+        build_tiny_model(Path(folder), Shape(context=1536), seed=0)
         asyncio.run(measure(folder, asked))
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from entroray.cli import machine, settings
 from entroray.config import Shape
-from entroray.policy.build import build
+from entroray.policy.tiny_model import build_tiny_model
+from entroray.wiring import actors, compose
 from entroray.workers import cluster
 from entroray.workers.generator import Generator, Request, Sampling
 
@@ -50,11 +50,11 @@ async def speed(engine: Generator, sampling: Sampling, group: int, seed: int) ->
 
 async def measure(folder: str, rounds: int, tokens: int, group: int) -> Mapping[str, list[float]]:
     """Speeds by sampler, one of each per round."""
-    configs = {name: settings.load([f"sampler={name}"])[0] for name in ("fixed", "by_entropy")}
+    configs = {name: compose.load_config([f"sampler={name}"])[0] for name in ("fixed", "by_entropy")}
     sizes = {"dtype": "float32", "max_length": 512, "seed": 0}
     engines = {}
     for name, config in configs.items():
-        engines[name] = Generator(folder, **sizes, engine=machine.engine_options(config))
+        engines[name] = Generator(folder, **sizes, engine=actors.engine_options(config))
         await engines[name].start()
     plain = Sampling(1.0, tokens)
     arms = {"fixed": (engines["fixed"], plain), "fixed, processor loaded": (engines["by_entropy"], plain)}
@@ -70,7 +70,7 @@ def main() -> None:
     asked = arguments()
     os.environ.update(cluster.environment() | cluster.CPU_ONLY)
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder), Shape(), seed=0)
+        build_tiny_model(Path(folder), Shape(), seed=0)
         found = asyncio.run(measure(folder, asked.rounds, asked.tokens, asked.group))
     for name, speeds in found.items():
         cost = statistics.median(1 - s / f for s, f in zip(speeds, found["fixed"], strict=True))

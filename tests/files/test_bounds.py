@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from entroray.cli import bounds
 from entroray.config import Config
 from entroray.errors import ConfigError
+from entroray.wiring import constraints
 from tests.composed import configured
 
 ELSEWHERE = {
@@ -27,7 +27,7 @@ ELSEWHERE = {
     "evaluate.k",
 }
 """Refused by `sampling`, `choices` and `loop.evaluate`, with what it means."""
-UNBOUNDED = {"seed", "data.seed", "model.bootstrap.seed"}
+UNBOUNDED = {"seed", "data.seed", "model.warm_start.seed"}
 
 
 def numbers(schema: Any, prefix: str = "") -> Iterator[str]:
@@ -40,7 +40,7 @@ def numbers(schema: Any, prefix: str = "") -> Iterator[str]:
 
 
 def test_every_number_has_a_bound_or_a_reason_to_have_none() -> None:
-    known = [*bounds.NUMBERS, *ELSEWHERE, *UNBOUNDED, "learner.zero_stage"]
+    known = [*constraints.NUMBERS, *ELSEWHERE, *UNBOUNDED, "learner.zero_stage"]
     assert sorted(numbers(Config)) == sorted(known), "and none has two"
 
 
@@ -58,7 +58,7 @@ def test_every_number_has_a_bound_or_a_reason_to_have_none() -> None:
         ("reward.max_failed=1.5", "between 0 and 1"),
         ("learner.betas=[0.9]", r"two numbers from 0 to below 1"),
         ("learner.betas=[0.9,1.0]", r"two numbers from 0 to below 1"),
-        ("model.bootstrap.band=[0.9,0.1]", "two accuracies, the lower first"),
+        ("model.warm_start.band=[0.9,0.1]", "two accuracies, the lower first"),
         ("verifier.memory_mb=0", "at least 1, or null"),
         ("generator.transfer=foo", "choose plasma, nccl or ipc"),
         ("learner.schedule=foo", "choose linear, .* or inverse_sqrt"),
@@ -97,7 +97,7 @@ def test_a_tail_may_be_cut_in_an_evaluation_only_where_there_is_one() -> None:
             configured(told, training=False)
 
 
-@pytest.mark.parametrize("name", bounds.NAMES["learner.schedule"])
+@pytest.mark.parametrize("name", constraints.NAMES["learner.schedule"])
 def test_every_schedule_is_made_as_the_learner_makes_it(name: str) -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     schedule = get_scheduler(str(name), optimizer, 2, 10)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from entroray.cli import COMMANDS, machine, settings
+from entroray.cli import COMMANDS
+from entroray.wiring import actors, compose
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker" / "docker-compose.yml").read_text())
@@ -35,7 +36,7 @@ def checked(command: list[str]) -> None:
             assert f"{flag}=" in script
     elif program == "entroray":
         assert arguments[0] in COMMANDS
-        settings.load([a for a in arguments[1:] if not a.startswith("--")])
+        compose.load_config([a for a in arguments[1:] if not a.startswith("--")])
     else:
         assert program == "tensorboard"
 
@@ -88,9 +89,9 @@ def test_the_job_for_kuberay() -> None:
 
 def asked(command: str) -> float:
     """GPUs that a run with these arguments takes."""
-    config, _ = settings.load([w for w in shlex.split(command) if "=" in w])
+    config, _ = compose.load_config([w for w in shlex.split(command) if "=" in w])
     assert config.model.path.startswith("Qwen/"), "a cached model of the head is not there for the others"
-    return sum(count * share.gpus for count, share in machine.shares(config).values())
+    return sum(count * share.gpus for count, share in actors.resource_shares(config).values())
 
 
 def test_the_examples_take_the_gpus_they_reserve() -> None:

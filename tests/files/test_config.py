@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from entroray.cli import reference, settings
+from entroray.cli import reference
 from entroray.config import Config
 from entroray.errors import ConfigError
-from entroray.objective import build
+from entroray.objective import build_objective
+from entroray.wiring import compose
 from tests.composed import composed
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -19,14 +20,14 @@ def names(group: str) -> list[str]:
 
 @pytest.mark.parametrize("name", names("experiment"))
 def test_every_experiment_composes(name: str) -> None:
-    config, _ = settings.load([f"experiment={name}"])
+    config, _ = compose.load_config([f"experiment={name}"])
     assert config.run.name == name
-    build(config.objective)
+    build_objective(config.objective)
 
 
 def test_every_objective_builds() -> None:
     """A row alone composes as it stands in its file; the others are composed below."""
-    assert all(build(settings.objective(name)).describe() for name in names("objective"))
+    assert all(build_objective(compose.objective_row(name)).describe() for name in names("objective"))
 
 
 BEYOND = [name for name in names("objective") if "_global_" in (CONF / f"objective/{name}.yaml").read_text()]
@@ -35,8 +36,8 @@ BEYOND = [name for name in names("objective") if "_global_" in (CONF / f"objecti
 
 @pytest.mark.parametrize("name", ["dapo", *BEYOND])
 def test_an_objective_composes_with_what_it_brings(name: str) -> None:
-    config, tree = settings.load([f"objective={name}"])
-    assert config.objective == settings.objective(name) and tree == composed(f"objective={name}")
+    config, tree = compose.load_config([f"objective={name}"])
+    assert config.objective == compose.objective_row(name) and tree == composed(f"objective={name}")
     assert config.control or config.learner.reset_after or name == "dapo"
 
 
@@ -45,17 +46,17 @@ OTHERS = sorted({p.parent.name for p in CONF.glob("*/*.yaml")} - {"experiment", 
 
 @pytest.mark.parametrize("group", OTHERS)
 def test_every_other_choice_composes_and_makes_a_difference(group: str) -> None:
-    trees = {name: settings.load([f"{group}={name}"], training=False)[1] for name in names(group)}
-    assert len({settings.fingerprint(tree) for tree in trees.values()}) == len(trees) > 1
+    trees = {name: compose.load_config([f"{group}={name}"], training=False)[1] for name in names(group)}
+    assert len({compose.fingerprint(tree) for tree in trees.values()}) == len(trees) > 1
     for name, tree in trees.items():
         assert composed(f"{group}={name}") == tree, "the tests' own way to it"
 
 
 def test_groups_set_what_their_names_say() -> None:
-    config, _ = settings.load(["driver=async", "learner=zero3", "model=bf16", "observe=every_token"])
+    config, _ = compose.load_config(["driver=async", "learner=zero3", "model=bf16", "observe=every_token"])
     assert (config.driver.max_lag, config.learner.zero_stage, config.observe.tokens.every) == (1, 3, 1)
     assert config.model.dtype == "bfloat16" and config.driver.probe.tolerance == 0.1
-    plain, _ = settings.load([])
+    plain, _ = compose.load_config([])
     assert (plain.driver.max_lag, plain.learner.zero_stage, plain.model.dtype) == (0, 1, "float32")
 
 
@@ -78,16 +79,16 @@ def test_groups_set_what_their_names_say() -> None:
 )
 def test_a_wrong_setting_is_refused_by_name(override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        settings.load([override])
+        compose.load_config([override])
 
 
 def test_a_setting_of_the_objective_can_be_changed_on_the_command_line() -> None:
-    config, _ = settings.load(["objective=dapo", "objective.surrogate.high=0.4"])
-    assert "1.4" in build(config.objective).describe()
+    config, _ = compose.load_config(["objective=dapo", "objective.surrogate.high=0.4"])
+    assert "1.4" in build_objective(config.objective).describe()
 
 
 def test_sweeps_expand_to_every_combination() -> None:
-    assert settings.expand(["seed=1,2", "objective=grpo,dapo", "run.steps=3"]) == [
+    assert compose.expand_sweep(["seed=1,2", "objective=grpo,dapo", "run.steps=3"]) == [
         ["seed=1", "objective=grpo", "run.steps=3"],
         ["seed=1", "objective=dapo", "run.steps=3"],
         ["seed=2", "objective=grpo", "run.steps=3"],
@@ -98,12 +99,12 @@ def test_sweeps_expand_to_every_combination() -> None:
 def test_a_folder_of_ones_own_adds_choices(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nrun: {name: mine, steps: 7}\n")
-    config, _ = settings.load(["experiment=mine"], str(tmp_path))
+    config, _ = compose.load_config(["experiment=mine"], str(tmp_path))
     assert config.run.steps == 7
 
 
 def test_the_reference_is_what_the_schema_says_and_says_it_of_every_setting() -> None:
-    assert (settings.conf() / "README.md").read_text() == reference.text(), (
+    assert (compose.conf_folder() / "README.md").read_text() == reference.reference_text(), (
         "entroray reference > conf/README.md"
     )
     assert [path for path, _, meaning in reference.settings(Config) if not meaning] == []

@@ -10,21 +10,13 @@ from typing import Any
 import pytest
 
 from entroray import cli
-from entroray.cli import (
-    bootstrap,
-    doctor,
-    flags,
-    lab,
-    objectives,
-    settings,
-    submit,
-    train,
-    verify_resume,
-)
-from entroray.cli.bench import Bench
+from entroray.cli import doctor, flags, lab, objectives, submit, train, verify_resume
+from entroray.cli import warm_start as command
 from entroray.cli.flags import Flag
 from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
+from entroray.wiring import compose, warm_start
+from entroray.wiring.reused_actors import ReusedActors
 
 ALLOWED = (Flag("cfg", "job", short="-c"), Flag("dir", "FOLDER"), Flag("many", short="-m"))
 
@@ -40,7 +32,7 @@ ALLOWED = (Flag("cfg", "job", short="-c"), Flag("dir", "FOLDER"), Flag("many", s
     ],
 )
 def test_flags_are_told_from_settings(told: str, found: dict[str, str], others: list[str]) -> None:
-    assert flags.parse("it", told.split(), ALLOWED) == (found, others)
+    assert flags.parse_flags("it", told.split(), ALLOWED) == (found, others)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +41,7 @@ def test_flags_are_told_from_settings(told: str, found: dict[str, str], others: 
 def test_another_flag_or_value_is_refused_with_those_there_are(told: str) -> None:
     said = f"it does not take {told.replace('=', ' ').strip()}: it takes --cfg job, --dir FOLDER, --many, and"
     with pytest.raises(ConfigError) as refused:
-        flags.parse("it", ["a=1", *told.split()], ALLOWED)
+        flags.parse_flags("it", ["a=1", *told.split()], ALLOWED)
     assert str(refused.value).startswith(said)
 
 
@@ -77,7 +69,7 @@ def test_the_usage_lists_every_flag_of_a_command(command: str) -> None:
         (verify_resume, ["--dry=yes"]),
         (submit, ["--dir=x"]),
         (submit, ["--config-dri", "mine"]),
-        (bootstrap, ["--multirun"]),
+        (command, ["--multirun"]),
         (doctor, ["--all"]),
         (lab, ["-x"]),
         (objectives, ["show", "--cfg", "job"]),
@@ -108,7 +100,7 @@ def test_every_command_with_settings_reads_a_folder_of_ones_own(
     mine: Path, joined: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     told = [f"--config-dir={mine}"] if joined else ["--config-dir", str(mine)]
-    told += ["experiment=mine", f"model.bootstrap.cache={tmp_path}"]
+    told += ["experiment=mine", f"model.warm_start.cache={tmp_path}"]
     seen: list[Config] = []
 
     async def make(config: Config, folder: Path) -> None:
@@ -119,10 +111,10 @@ def test_every_command_with_settings_reads_a_folder_of_ones_own(
         seen.append(config)
         raise PreflightError("no cluster here")
 
-    monkeypatch.setattr(bootstrap, "make", make)
+    monkeypatch.setattr(warm_start, "make_model", make)
     monkeypatch.setattr(submit, "pack", pack)
-    monkeypatch.setattr(doctor.preflight, "examine", lambda config, checks: seen.append(config) or [])
-    assert bootstrap.main(told) == doctor.main(told) == objectives.main(["show", *told]) == 0
+    monkeypatch.setattr(doctor.preflight, "run_checks", lambda config, checks: seen.append(config) or [])
+    assert command.main(told) == doctor.main(told) == objectives.main(["show", *told]) == 0
     with pytest.raises(PreflightError):
         submit.main(told)
     assert [config.run.steps for config in seen] == [7, 7, 7]
@@ -134,7 +126,7 @@ def test_a_folder_that_is_not_there_is_refused() -> None:
 
 
 def test_the_warm_start_of_a_run_reads_the_same_folder(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`train` and the lab start `entroray bootstrap`: its arguments compose to the run's own settings."""
+    """`train` and the lab start `entroray warm-start`: its arguments compose to the run's own settings."""
     started: list[list[str]] = []
 
     def run(command: list[str], **_: object) -> SimpleNamespace:
@@ -142,32 +134,32 @@ def test_the_warm_start_of_a_run_reads_the_same_folder(mine: Path, monkeypatch: 
         return SimpleNamespace(returncode=9)
 
     monkeypatch.setattr("subprocess.run", run)
-    monkeypatch.setattr(train.preflight, "refuse", lambda config: None)
-    overrides = ["experiment=mine", f"model.bootstrap.cache={mine}"]
+    monkeypatch.setattr(train.preflight, "refuse_wrong", lambda config: None)
+    overrides = ["experiment=mine", f"model.warm_start.cache={mine}"]
     with pytest.raises(SystemExit):
         train.main([*overrides, "--config-dir", str(mine)])
-    config, _ = settings.load(overrides, str(mine))
-    benches: list[Bench] = []
+    config, _ = compose.load_config(overrides, str(mine))
+    benches: list[ReusedActors] = []
     monkeypatch.setattr(lab, "_run", lambda folder, jobs, tell, bench: benches.append(bench))
     lab.main([*overrides, f"--config-dir={mine}", f"--dir={mine}/lab"])
     with pytest.raises(InfrastructureError, match="exit code 9"):
         asyncio.run(benches[0].ready(config, overrides, train.objective_of(config)))
-    expected = [sys.executable, "-m", "entroray", "bootstrap", *overrides, f"--config-dir={mine}"]
+    expected = [sys.executable, "-m", "entroray", "warm-start", *overrides, f"--config-dir={mine}"]
     assert started == [expected, expected]
     found: list[Path] = []
-    monkeypatch.setattr(bootstrap, "make", lambda config, folder: found.append(folder))
+    monkeypatch.setattr(warm_start, "make_model", lambda config, folder: found.append(folder))
     monkeypatch.setattr("asyncio.run", lambda made: None)
-    assert bootstrap.main(expected[4:]) == 0 and found == [bootstrap.cached(config)]
+    assert command.main(expected[4:]) == 0 and found == [warm_start.cached_folder(config)]
 
 
 def test_an_installation_without_conf_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "PACKAGE", tmp_path / "entroray")
-    settings.conf.cache_clear()
+    monkeypatch.setattr(compose, "PACKAGE", tmp_path / "entroray")
+    compose.conf_folder.cache_clear()
     with pytest.raises(
         PreflightError, match=r"no conf/ .*entroray: reinstall entroray, or run it from a check"
     ):
-        settings.load([])
-    settings.conf.cache_clear()
+        compose.load_config([])
+    compose.conf_folder.cache_clear()
 
 
 def test_verify_resume_deletes_nothing_but_its_own_two_runs(tmp_path):

@@ -13,17 +13,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FLOORS = ["base", "objective", "entropy", "control", "reward", "policy", "loop", "observe", "workers", "cli"]
-BASE = {"types", "ops", "config", "errors", "__init__"}  # floor 0; each may import the others
+FLOORS = [  # each may import from those before it
+    *("ground", "objective", "metrics", "control", "reward", "policy", "data", "rollout", "train"),
+    *("evaluation", "observe", "workers", "wiring", "cli", "top"),
+]
+GROUND = {"types", "ops", "config", "errors", "roles", "seeds", "binding", "formula"}
+TOP = {"__init__", "__main__"}
 HOMES = {  # heavy library -> the only folders that may import it
-    "ray": {"workers", "cli"},
-    "vllm": {"workers", "cli"},
-    "deepspeed": {"workers", "cli"},
-    "transformers": {"policy", "workers", "cli"},
-    "tokenizers": {"policy", "workers", "cli"},
-    "hydra": {"cli"},
+    "ray": {"workers", "wiring", "cli"},
+    "vllm": {"workers", "wiring", "cli"},
+    "deepspeed": {"workers", "wiring", "cli"},
+    "transformers": {"policy", "workers", "wiring", "cli"},
+    "tokenizers": {"policy", "workers", "wiring", "cli"},
+    "hydra": {"wiring", "cli"},
 }
-PURE = {"objective", "entropy", "control"}
+PURE = {"objective", "metrics", "control"}
 LIGHT = set(sys.stdlib_module_names) | {"torch", "numpy", "jaxtyping", "entroray"}
 LINES, FUNCTION, NESTING = 400, 60, 4
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -74,9 +78,9 @@ class Source:
 
 
 def floor(path: str) -> str:
-    """The folder of DESIGN 4 that a file of the package belongs to."""
+    """The floor that a file of the package belongs to."""
     top = Path(path).with_suffix("").parts[1]
-    return "base" if top in BASE else "cli" if top == "__main__" else top
+    return "ground" if top in GROUND else "top" if top in TOP else top
 
 
 def imports(source: Source) -> Iterator[tuple[int, str]]:
@@ -89,8 +93,8 @@ def imports(source: Source) -> Iterator[tuple[int, str]]:
             start = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join((*start, node.module) if node.module else start)
             yield node.lineno, module
-            if module == "entroray":  # `from entroray import loop` imports a folder
-                folders = [alias.name for alias in node.names if alias.name in {*FLOORS, *BASE}]
+            if module == "entroray":  # `from entroray import train` imports a folder
+                folders = [alias.name for alias in node.names if alias.name in {*FLOORS, *GROUND}]
                 yield from ((node.lineno, f"entroray.{name}") for name in folders)
         elif isinstance(node, ast.Call) and source.spell(node.func) in BY_NAME:
             literal = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
@@ -284,26 +288,26 @@ def test_requirements_are_exact_pins():
 DEEP = "def f(x):\n" + "".join(f"{'    ' * n}for _ in x:\n" for n in range(1, 6)) + "    " * 6 + "pass\n"
 ELIFS = "def f(x):\n    if x:\n        pass\n" + "    elif x:\n        pass\n" * 9
 LONG = "def f():\n" + "    pass\n" * 60
-CLUSTER, ANYWHERE = "entroray/workers/cluster.py", "entroray/loop/stream.py"
+CLUSTER, ANYWHERE = "entroray/workers/cluster.py", "entroray/rollout/stream.py"
 
 REFUSED = {  # rule: (path, text) of the smallest offences
     imports_point_up_the_list: [
-        ("entroray/types.py", "from entroray.objective import build"),
-        ("entroray/loop/driver.py", "import entroray.workers.cluster as c"),
-        ("entroray/loop/driver.py", "def f():\n    from ..observe import journal"),
-        ("entroray/objective/keep.py", "from .. import loop"),
-        ("entroray/objective/__init__.py", "from ..entropy import law"),
+        ("entroray/types.py", "from entroray.objective import build_objective"),
+        ("entroray/train/driver.py", "import entroray.workers.cluster as c"),
+        ("entroray/train/driver.py", "def f():\n    from ..observe import journal"),
+        ("entroray/objective/keep.py", "from .. import train"),
+        ("entroray/objective/__init__.py", "from ..metrics import step"),
         ("entroray/policy/head.py", "from entroray.helpers import x"),
         ("entroray/reward/gym.py", "import importlib as i\ni.import_module('entroray.cli')"),
     ],
     heavy_libraries_stay_home: [
-        ("entroray/loop/driver.py", "def f():\n    import ray"),
+        ("entroray/train/driver.py", "def f():\n    import ray"),
         ("entroray/observe/report.py", "from vllm.outputs import RequestOutput"),
         ("entroray/policy/model.py", "import deepspeed"),
         ("entroray/reward/math.py", "from transformers import AutoTokenizer"),
         ("entroray/config.py", "import tokenizers"),
         ("entroray/workers/cluster.py", "import hydra"),
-        ("entroray/entropy/law.py", "import scipy.stats"),
+        ("entroray/metrics/reward_entropy_law.py", "import scipy.stats"),
     ],
     caps_hold: [("entroray/ops.py", "\n" * 401), ("entroray/ops.py", LONG), ("tests/toy.py", DEEP)],
     ray_waits_in_one_place_with_a_deadline: [
@@ -331,7 +335,7 @@ REFUSED = {  # rule: (path, text) of the smallest offences
     ],
     results_of_pools_have_a_deadline: [(ANYWHERE, "from pebble import ProcessPool\nfuture.result()")],
     zips_are_strict: [(ANYWHERE, "zip(a, b)")],
-    no_file_is_called_utils: [("entroray/loop/utils.py", ""), ("tests/utils_ray/x.py", "")],
+    no_file_is_called_utils: [("entroray/rollout/utils.py", ""), ("tests/utils_ray/x.py", "")],
     nothing_of_one_machine: [  # cut in two, so that this file itself passes
         ("docker/Dockerfile", "RUN pip install -i https://pypi" + ".org/simple x"),
         ("README.md", "https://download.pytorch" + ".org/whl/cpu"),
@@ -349,12 +353,12 @@ REFUSED = {  # rule: (path, text) of the smallest offences
 ALLOWED = {  # the nearest things that are right
     imports_point_up_the_list: [
         ("entroray/types.py", "from entroray.errors import DataError\nfrom . import ops"),
-        ("entroray/observe/report.py", "from ..loop.roles import Journal"),
+        ("entroray/observe/report.py", "from ..train.batching import assemble"),
         ("entroray/__main__.py", "from entroray.cli import main"),
     ],
     heavy_libraries_stay_home: [
         ("entroray/policy/model.py", "import transformers, pyarrow"),
-        ("entroray/entropy/law.py", "import math, torch, numpy\nfrom ..ops import segment"),
+        ("entroray/metrics/reward_entropy_law.py", "import math, torch, numpy\nfrom ..ops import segment"),
     ],
     caps_hold: [("entroray/ops.py", "\n" * 400), ("entroray/ops.py", ELIFS)],
     ray_waits_in_one_place_with_a_deadline: [(CLUSTER, "import ray\nray.get(x, timeout=left)")],

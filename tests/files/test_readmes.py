@@ -20,4 +20,4 @@ def test_a_file_table_names_every_module_of_its_folder(readme):
 
 def test_the_tables_are_found():
     found = {path.parent.name for path in READMES if LISTED.search(path.read_text())}
-    assert found == {"loop", "observe", "tests"}
+    assert found == {"rollout", "observe", "tests"}

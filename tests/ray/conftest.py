@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from entroray.config import Shape
-from entroray.policy.build import build
+from entroray.policy.tiny_model import build_tiny_model
 from entroray.types import Batch
 
 TINY = Shape(layers=2, width=64, heads=2, kv_heads=1, mlp=128, context=512)
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A randomly initialised two-layer model with a tied head, as the embedded one has."""
     folder = tmp_path_factory.mktemp("model")
-    build(folder, TINY, seed=3)
+    build_tiny_model(folder, TINY, seed=3)
     return str(folder)
 
 

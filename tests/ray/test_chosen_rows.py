@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entroray.cli import choices, driving, machine, material, sampling, settings
 from entroray.config import Config
-from entroray.entropy.catalogue import CHOICE
-from entroray.entropy.diversity import Loops
-from entroray.loop.driver import Driver, Roles
-from entroray.loop.prompts import PromptStream
-from entroray.objective import build
+from entroray.data.prompts import PromptStream
+from entroray.metrics.catalogue import CHOICE
+from entroray.metrics.diversity import Loops
+from entroray.objective import build_objective
+from entroray.train.driver import Driver, Roles
 from entroray.types import Group, Status
+from entroray.wiring import actors, compose, dataset, driver, sampler, selection
 from entroray.workers.generator import Request, Sampling
 from tests.documented import matches
 
-FILES = sorted((settings.conf() / "rollout").glob("*.yaml"))
+FILES = sorted((compose.conf_folder() / "rollout").glob("*.yaml"))
 ROWS = [file.stem for file in FILES if "plan:" not in file.read_text()]  # test_grown_groups.py has the plans
 QUICK = [
     *("experiment=quickstart", "objective=grpo", "data.size=300", "data.max_prompt=128"),
@@ -29,7 +29,7 @@ QUICK = [
 ]
 """A random model: a stop string ends a response after 18 tokens or so, and the judge is easily content."""
 JUDGE = "def seventh(response, prompt):\n    return float(len(response) % 7 == 0)\n"
-Machine = tuple[asyncio.AbstractEventLoop, machine.Machine, Any]
+Machine = tuple[asyncio.AbstractEventLoop, actors.Actors, Any]
 
 
 class Book:
@@ -52,7 +52,7 @@ class Book:
 
 def configured(model: str, folder: Path, *overrides: str) -> Config:
     judge = f"reward.path={folder}/judge.py:seventh"
-    return settings.load([*QUICK, f"model.path={model}", judge, *overrides])[0]
+    return compose.load_config([*QUICK, f"model.path={model}", judge, *overrides])[0]
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(local_ray: None, model: str, folder: Path) -> Iterator[Machine]:
     """One machine for all, with the logits processor that a second draw needs."""
     config = configured(model, folder, "rollout=hotter_again")
-    loop, read = asyncio.new_event_loop(), material.load(config, model)
-    objective, probe = build(config.objective), (1, 2, 3)
+    loop, read = asyncio.new_event_loop(), dataset.load_dataset(config, model)
+    objective, probe = build_objective(config.objective), (1, 2, 3)
     m = loop.run_until_complete(
-        machine.build(config, model, objective, read.judge, probe, total_updates=1000)
+        actors.start_actors(config, model, objective, read.judge, probe, total_updates=1000)
     )
     yield loop, m, read
     loop.run_until_complete(m.stop())
@@ -79,16 +79,18 @@ def running(local_ray: None, model: str, folder: Path) -> Iterator[Machine]:
 def steps(running: Machine, config: Config, count: int) -> Book:
     """`count` steps as `entroray train` takes them, on eight prompts that come again and again."""
     loop, m, read = running
-    objective, book = build(config.objective), Book()
-    role = m.generator_role(sampling.shaped(config, 1.0, read.tokenizer), sampling.heat(config))
+    objective, book = build_objective(config.objective), Book()
+    role = m.generator_role(sampler.training_sampling(config, 1.0, read.tokenizer), sampler.heat(config))
     roles = Roles(role, m.verifier_role(), m.learner_role(objective), m.sync, book)
     few = read.split.training[:8]
-    prompts, choice = choices.of(config, PromptStream(few, seed=0), len(few))
+    prompts, choice = selection.build_selection(config, PromptStream(few, seed=0), len(few))
 
     async def go() -> None:
         await m.learner.all(lambda rank, h: h.adopt.remote(objective), deadline=60.0)
         await m.sync(0)
-        await Driver(prompts, roles, objective, driving.pace(config), seed=0, choice=choice).train(count)
+        await Driver(prompts, roles, objective, driver.loop_settings(config), seed=0, choice=choice).train(
+            count
+        )
 
     loop.run_until_complete(asyncio.wait_for(go(), 120.0))
     return book

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from entroray.cli import material, settings
-from entroray.entropy import token_entropy
-from entroray.entropy.confidence import answer_span
-from entroray.loop.decoding import words
+from entroray.evaluation.cot_decoding import words
+from entroray.metrics import token_entropy
+from entroray.metrics.answer_confidence import answer_span
 from entroray.policy.tokenizer import load_tokenizer
+from entroray.wiring import compose, dataset
 from tests.ray.test_train import entroray
 
 SETTINGS = [
@@ -71,7 +71,9 @@ def test_entropies_are_those_of_the_whole_distribution_at_the_temperature(
 ) -> None:
     result, _, _ = found
     model, tokenizer = AutoModelForCausalLM.from_pretrained(peaked), load_tokenizer(peaked)
-    prompts = {p.text: p for p in material.read(settings.load(SETTINGS)[0], tokenizer).split.heldout}
+    prompts = {
+        p.text: p for p in dataset.read_dataset(compose.load_config(SETTINGS)[0], tokenizer).split.heldout
+    }
     names = {words(tokenizer).name(i): i for i in range(len(tokenizer))}
     assert result["responses"]
     for response in result["responses"]:
@@ -89,7 +91,7 @@ def test_gaps_are_those_of_the_model_on_each_greedy_path(
     result, _, _ = found
     model, tokenizer = AutoModelForCausalLM.from_pretrained(peaked), load_tokenizer(peaked)
     text = words(tokenizer).text
-    prompts = material.read(settings.load(SETTINGS)[0], tokenizer).split.heldout[:6]
+    prompts = dataset.read_dataset(compose.load_config(SETTINGS)[0], tokenizer).split.heldout[:6]
     expected = []
     for prompt in prompts:
         first = logits(model, prompt.token_ids, [0])[0].topk(PATHS).indices.tolist()

@@ -11,17 +11,18 @@ import pytest
 import ray
 import torch
 
-from entroray.cli import driving, machine, material, plans, sampling, settings
-from entroray.loop.branching import branching
-from entroray.loop.driver import Driver, Roles
-from entroray.loop.prompts import PromptStream
-from entroray.objective import build as build_objective
+from entroray.data.prompts import PromptStream
+from entroray.objective import build_objective
+from entroray.rollout.plans import branching
+from entroray.train.driver import Driver, Roles
 from entroray.types import Group, Prompt, Rollout
+from entroray.wiring import actors, compose, dataset, rollout_plan, sampler
+from entroray.wiring.driver import loop_settings
 from entroray.workers import cluster
-from entroray.workers.adapters import Generators
 from entroray.workers.cluster import Share
-from entroray.workers.engines import Engines
+from entroray.workers.engine_pool import EnginePool
 from entroray.workers.generator import Generator, Sampling
+from entroray.workers.roles import GeneratorRole
 
 IDS = tuple(int(i) for i in np.random.default_rng(1).integers(0, 250, 20))
 PROMPT = Prompt("q", "q", IDS, "")
@@ -29,8 +30,8 @@ PROMPT = Prompt("q", "q", IDS, "")
 
 @pytest.fixture(scope="module")
 def engine(local_ray: None, model: str) -> Iterator[Any]:
-    config, _ = settings.load(["rollout=branching"])
-    sizes = {"dtype": "float32", "max_length": 512, "seed": 0, "engine": machine.engine_options(config)}
+    config, _ = compose.load_config(["rollout=branching"])
+    sizes = {"dtype": "float32", "max_length": 512, "seed": 0, "engine": actors.engine_options(config)}
     handle = cluster.spawn(Generator, Share(0.4, 0.0, 2), model, **sizes)
     asyncio.run(cluster.settle(handle.start.remote(), deadline=240.0, what="engine"))
     yield handle
@@ -41,8 +42,10 @@ def ask(engine: Any, sampling: Sampling, method: str, *arguments: Any) -> list[R
     """What a role of the driver's answers, over this one engine."""
 
     async def asked() -> list[Rollout]:
-        engines = Engines([engine], lambda: None, restarts=0, start_deadline=1.0, report=lambda *a, **k: None)
-        role = Generators(engines, sampling, 100.0)
+        engines = EnginePool(
+            [engine], lambda: None, restarts=0, start_deadline=1.0, report=lambda *a, **k: None
+        )
+        role = GeneratorRole(engines, sampling, 100.0)
         return await getattr(role, method)(PROMPT, *arguments)
 
     return asyncio.run(asked())
@@ -76,8 +79,12 @@ def test_a_branch_has_read_what_it_inherited(engine: Any, model: str) -> None:
     noting = Sampling(1.0, 40).under({"fn": "fixed"})
 
     async def grown() -> list[Rollout]:
-        engines = Engines([engine], lambda: None, restarts=0, start_deadline=1.0, report=lambda *a, **k: None)
-        return await branching(Generators(engines, noting, 100.0), PROMPT, list(range(8)), roots=2, places=2)
+        engines = EnginePool(
+            [engine], lambda: None, restarts=0, start_deadline=1.0, report=lambda *a, **k: None
+        )
+        return await branching(
+            GeneratorRole(engines, noting, 100.0), PROMPT, list(range(8)), roots=2, places=2
+        )
 
     members = asyncio.run(grown())
     assert [r.parent for r in members] == [None, None, 0, 0, 0, 1, 1, 1]
@@ -114,7 +121,9 @@ QUICK += ["objective=grpo", "objective.estimator.fn=subtree", "data.size=3000"]
 
 def test_every_plan_trains(model: str, local_ray: None) -> None:
     """Three steps of each on one set of machines; what the engines read is what the learner scores."""
-    config, _ = settings.load([*QUICK, f"model.path={model}", "data.max_prompt=64", "rollout=branching"])
+    config, _ = compose.load_config(
+        [*QUICK, f"model.path={model}", "data.max_prompt=64", "rollout=branching"]
+    )
     for name, steps in asyncio.run(_every_plan(config, model)).items():
         assert len(steps) == 3, name
         for metrics, groups in steps:
@@ -131,16 +140,16 @@ def test_every_plan_trains(model: str, local_ray: None) -> None:
 
 
 async def _every_plan(config: Any, model: str) -> dict[str, list[tuple[Mapping[str, float], list[Group]]]]:
-    read = material.load(config, model)
+    read = dataset.load_dataset(config, model)
     objective, probe = build_objective(config.objective), tuple(read.tokenizer.encode("1+1="))
-    m = await machine.build(config, model, objective, read.judge, probe, total_updates=100)
+    m = await actors.start_actors(config, model, objective, read.judge, probe, total_updates=100)
     found, state = {}, None
     for name in ("branching", "tree", "first_token_forks"):
         config.rollout.plan = {"fn": name}
-        notes, role = Notes(), m.generator_role(sampling.shaped(config, 1.0, read.tokenizer))
+        notes, role = Notes(), m.generator_role(sampler.training_sampling(config, 1.0, read.tokenizer))
         roles = Roles(role, m.verifier_role(), m.learner_role(objective), m.sync, notes)  # type: ignore[arg-type]
-        stream, pace = PromptStream(read.split.training, seed=0), driving.pace(config)
-        driver = Driver(stream, roles, objective, pace, seed=0, plan=plans.plan_of(config.rollout))
+        stream, pace = PromptStream(read.split.training, seed=0), loop_settings(config)
+        driver = Driver(stream, roles, objective, pace, seed=0, plan=rollout_plan.bind_plan(config.rollout))
         if state:
             driver.restore(state)
         await driver.train(driver.version + 3)

@@ -12,14 +12,14 @@ import pytest
 import ray
 import torch
 
-from entroray.cli import machine, settings
-from entroray.loop.batching import assemble, group_index, tokens_of
-from entroray.objective import Objective, build
+from entroray.objective import Objective, build_objective
+from entroray.train.batching import assemble, group_index, tokens_of
 from entroray.types import Group, Prompt, Rollout, Status, Verdict
+from entroray.wiring import actors, compose
 from entroray.workers import cluster
-from entroray.workers.adapters import DeepSpeedLearner
 from entroray.workers.cluster import Gang, Share
-from entroray.workers.learner import LearnerRank
+from entroray.workers.learner_rank import LearnerRank
+from entroray.workers.roles import LearnerRole
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -47,20 +47,20 @@ def groups(count: int, seed: int, *, shortest: int = 1, reward: float | None = N
 @asynccontextmanager
 async def a_gang(
     model: str, ranks: int, stage: int, row: str = "grpo"
-) -> AsyncIterator[tuple[DeepSpeedLearner, Objective]]:
+) -> AsyncIterator[tuple[LearnerRole, Objective]]:
     """A learner of its own processes, two updates a step."""
     overrides = [f"learner.ranks={ranks}", f"learner.zero_stage={stage}", "learner.updates_per_rollout=2"]
     overrides.append(f"objective={row}")
-    config, _ = settings.load([*overrides, "learner.token_budget=150", "learner.max_grad_norm=0.5"])
-    objective = build(config.objective)
-    rank_settings = machine.learner_settings(config, model, 10)
+    config, _ = compose.load_config([*overrides, "learner.token_budget=150", "learner.max_grad_norm=0.5"])
+    objective = build_objective(config.objective)
+    rank_settings = actors.learner_settings(config, model, 10)
     share = Share(0.4, 0.0, 1)
     gang = Gang(
         "learner", [cluster.spawn(LearnerRank, share, r, rank_settings, objective) for r in range(ranks)]
     )
     host, port = await cluster.settle(gang.handles[0].address.remote(), deadline=120.0, what="rank 0")
     await gang.all(lambda r, h: h.start.remote(host, port, 120.0), deadline=180.0)
-    yield DeepSpeedLearner(gang, objective, 2, config.learner.token_budget, 120.0), objective
+    yield LearnerRole(gang, objective, 2, config.learner.token_budget, 120.0), objective
     await gang.all(lambda r, h: h.stop.remote(), deadline=60.0)
     for handle in gang.handles:
         ray.kill(handle)
@@ -147,7 +147,7 @@ def test_an_anchored_learner_begins_anew_where_it_is(
     folder, saved, g = str(tmp_path / "anchor"), str(tmp_path / "saved"), groups(4, seed=0)
     batch = assemble(g)
 
-    async def step(learner: DeepSpeedLearner, objective: Objective) -> dict[str, np.ndarray]:
+    async def step(learner: LearnerRole, objective: Objective) -> dict[str, np.ndarray]:
         scores = await learner.score(batch, group_index(g))
         tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, 0))
         await learner.update(batch, tokens)

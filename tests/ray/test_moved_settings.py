@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from entroray.cli import knobs, machine, settings
-from entroray.cli.material import load
 from entroray.config import Config
+from entroray.data.prompts import PromptStream
 from entroray.errors import PreflightError
-from entroray.loop.driver import Driver, Pace, Roles
-from entroray.loop.prompts import PromptStream
-from entroray.objective import build
+from entroray.objective import build_objective
+from entroray.train.driver import Driver, LoopSettings, Roles
 from entroray.types import Batch, Group, Tokens
+from entroray.wiring import actors, compose, controllers
+from entroray.wiring.dataset import load_dataset
 from entroray.workers.checkpoint import state_of
 from entroray.workers.generator import Sampling
-from entroray.workers.learner import rebase
+from entroray.workers.learner_rank import rebase_schedule
 
 BONUS = "objective.penalties.0.coef"
 CONTROL = {
@@ -31,7 +31,7 @@ BASE = [
     *("experiment=quickstart", "objective=grpo", "objective.penalties=[{fn: entropy_bonus, coef: 0.0}]"),
     *("data.size=2000", "data.max_prompt=128", "generator.replicas=1", "learner.warmup_updates=0"),
 ]
-PACE = Pace(8, 4, 0, True, 2, 1000, max_failed=0.5, max_skipped=1, stall=120.0)
+PACE = LoopSettings(8, 4, 0, True, 2, 1000, max_failed=0.5, max_skipped=1, stall=120.0)
 
 
 class Memory:
@@ -51,21 +51,23 @@ class Memory:
         pass
 
 
-def a_driver(config: Config, m: machine.Machine, read: Any, journal: Memory) -> Driver:
+def a_driver(config: Config, m: actors.Actors, read: Any, journal: Memory) -> Driver:
     """As `entroray train` makes it."""
-    objective = build(config.objective)
+    objective = build_objective(config.objective)
     roles = Roles(
         m.generator_role(Sampling(1.0, 12)), m.verifier_role(), m.learner_role(objective), m.sync, journal
     )
-    control, tune = knobs.control_of(config), knobs.tuner(config)
+    control, tune = controllers.build_control(config), controllers.build_tuner(config)
     prompts = PromptStream(read.split.training, seed=0)
     return Driver(prompts, roles, objective, PACE, seed=0, control=control, tune=tune)
 
 
 async def four_steps(config: Config, model: str, folder: Path) -> tuple[list[Driver], list[Memory]]:
     """Four steps; then steps 3 and 4 again, from what was saved after step 2, by another driver."""
-    read = load(config, model)
-    m = await machine.build(config, model, build(config.objective), read.judge, (1, 2, 3), total_updates=8)
+    read = load_dataset(config, model)
+    m = await actors.start_actors(
+        config, model, build_objective(config.objective), read.judge, (1, 2, 3), total_updates=8
+    )
     saves, books = m.checkpoints(folder), [Memory(), Memory()]
     whole = a_driver(config, m, read, books[0])
 
@@ -88,7 +90,7 @@ def test_moved_settings_act_and_a_resume_goes_on_with_them(
     local_ray: None, model: str, tmp_path: Path
 ) -> None:
     moved = [f"+control.{name}={spec}" for name, spec in CONTROL.items()]
-    config, _ = settings.load([*BASE, *moved, f"model.path={model}"])
+    config, _ = compose.load_config([*BASE, *moved, f"model.path={model}"])
     (whole, resumed), (first, second) = asyncio.run(four_steps(config, model, tmp_path))
     rows = list(first.rows.values())
     coefs = [row["control/bonus"] for row in rows]
@@ -108,10 +110,10 @@ def test_rebased_a_schedule_goes_on_as_if_it_had_begun_there() -> None:
     for _ in range(2):
         optimizer.step()
         schedule.step()
-    rebase(schedule, 0.1)
+    rebase_schedule(schedule, 0.1)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
     optimizer.step()
     schedule.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.075)
     with pytest.raises(PreflightError, match=r"learner\.schedule"):
-        rebase(torch.optim.lr_scheduler.StepLR(optimizer, 3), 0.1)
+        rebase_schedule(torch.optim.lr_scheduler.StepLR(optimizer, 3), 0.1)

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import ray
 
-from entroray.cli import bootstrap, driving, machine, material, settings
-from entroray.loop.batching import assemble, group_index, tokens_of
-from entroray.loop.driver import Driver, Roles
-from entroray.loop.prompts import PromptStream
-from entroray.objective import build
+from entroray.data.prompts import PromptStream
+from entroray.objective import build_objective
+from entroray.train.batching import assemble, group_index, tokens_of
+from entroray.train.driver import Driver, Roles
+from entroray.wiring import actors, compose, dataset, warm_start
+from entroray.wiring.driver import loop_settings
 from entroray.workers import cluster
-from entroray.workers.adapters import DeepSpeedLearner
 from entroray.workers.cluster import Gang, Share
 from entroray.workers.generator import Sampling
-from entroray.workers.learner import LearnerRank
+from entroray.workers.learner_rank import LearnerRank
+from entroray.workers.roles import LearnerRole
 from tests.cases import ROWS
 from tests.ray.test_learner import groups
 
@@ -64,24 +65,27 @@ class Notes:
 
 
 def test_every_row_trains_three_steps() -> None:
-    config, _ = settings.load(QUICK)
-    bootstrap.ensure(config, QUICK)
+    config, _ = compose.load_config(QUICK)
+    warm_start.ensure_model(config, QUICK)
     asyncio.run(_all_rows(config))
 
 
 async def _all_rows(config: Any) -> None:
-    model = bootstrap.resolve(config)
-    read = material.load(config, model)
-    first, probe = build(ROWS["grpo"]), tuple(read.tokenizer.encode("1+1=", add_special_tokens=False))
-    m = await machine.build(config, model, first, read.judge, probe, total_updates=10_000)
+    model = warm_start.resolve_model(config)
+    read = dataset.load_dataset(config, model)
+    first, probe = (
+        build_objective(ROWS["grpo"]),
+        tuple(read.tokenizer.encode("1+1=", add_special_tokens=False)),
+    )
+    m = await actors.start_actors(config, model, first, read.judge, probe, total_updates=10_000)
     role = m.generator_role(Sampling(config.sampler.temperature, config.rollout.max_tokens, ()))
     state: Mapping[str, Any] | None = None
     for name, row in ROWS.items():
-        objective, notes = build(row), Notes()
+        objective, notes = build_objective(row), Notes()
         await m.learner.all(lambda rank, h, o=objective: h.adopt.remote(o), deadline=60.0)
         roles = Roles(role, m.verifier_role(), m.learner_role(objective), m.sync, notes)  # type: ignore[arg-type]
         driver = Driver(
-            PromptStream(read.split.training, seed=0), roles, objective, driving.pace(config), seed=0
+            PromptStream(read.split.training, seed=0), roles, objective, loop_settings(config), seed=0
         )
         if state:
             driver.restore(state)
@@ -106,16 +110,16 @@ def test_ranks_change_nothing(model: str, name: str) -> None:
 
 async def _one_step(model: str, name: str, ranks: int) -> dict[str, float]:
     """The first update of a step of 6 groups, on as many ranks."""
-    config, _ = settings.load(
+    config, _ = compose.load_config(
         [f"learner.ranks={ranks}", "learner.reference=true", "learner.max_grad_norm=0.5"]
     )
-    objective = build(ROWS[name])
-    spec = machine.learner_settings(config, model, 10)
+    objective = build_objective(ROWS[name])
+    spec = actors.learner_settings(config, model, 10)
     share = Share(0.4, 0.0, 1)
     gang = Gang("learner", [cluster.spawn(LearnerRank, share, r, spec, objective) for r in range(ranks)])
     host, port = await cluster.settle(gang.handles[0].address.remote(), deadline=120.0, what="rank 0")
     await gang.all(lambda r, h: h.start.remote(host, port, 120.0), deadline=180.0)
-    learner = DeepSpeedLearner(gang, objective, 1, 150, 120.0)
+    learner = LearnerRole(gang, objective, 1, 150, 120.0)
     batch = assemble(g := groups(6, seed=0))
     scores = await learner.score(batch, group_index(g))
     tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, 0))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from entroray.cli.verify_resume import differences
-from entroray.observe import cells as stored
+from entroray.observe import lab_cells
 
 SMALL = [
     *("experiment=quickstart", "run.steps=3", "rollout.groups_per_step=8", "rollout.max_tokens=12"),
@@ -39,13 +39,13 @@ def test_a_run_in_a_reused_machine_is_a_fresh_process_bit_for_bit(tmp_path: Path
     said = entroray(*lab, "objective=grpo", "seed=1,2", BROKEN, expect=1)
     assert "4 cells asked for, 0 done before" in said
     assert said.count("failed: quickstart, grpo") == 2
-    assert [c.status for c in stored.load(folder)].count("done") == 2
+    assert [c.status for c in lab_cells.load_cells(folder)].count("done") == 2
 
-    killed = next(c for c in stored.load(folder) if c.status == "done" and c.seed == 2)
-    stored.save(folder, replace(killed, status="missing", measured={}))
+    killed = next(c for c in lab_cells.load_cells(folder) if c.status == "done" and c.seed == 2)
+    lab_cells.save_cell(folder, replace(killed, status="missing", measured={}))
     said = entroray(*lab, "objective=grpo,kl_cov", "seed=1,2", "model.attention=sdpa")
     assert "4 cells asked for, 1 done before" in said
-    done = {(c.objective, c.seed): c for c in stored.load(folder) if c.status == "done"}
+    done = {(c.objective, c.seed): c for c in lab_cells.load_cells(folder) if c.status == "done"}
     assert done.keys() == {(name, seed) for name in ("grpo", "kl_cov") for seed in (1, 2)}
     measured = done["kl_cov", 2].measured
     assert {"after/greedy", "before/pass@2", "after/entropy/mean"} <= measured.keys()
@@ -53,4 +53,4 @@ def test_a_run_in_a_reused_machine_is_a_fresh_process_bit_for_bit(tmp_path: Path
     assert len((folder / "cells.csv").read_text().splitlines()) == 7
 
     entroray("train", *done["kl_cov", 2].overrides, f"run.dir={tmp_path}/fresh")
-    assert differences(tmp_path / "fresh", stored.path(folder, done["kl_cov", 2]), after=0) == []
+    assert differences(tmp_path / "fresh", lab_cells.cell_path(folder, done["kl_cov", 2]), after=0) == []

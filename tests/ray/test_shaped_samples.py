@@ -13,11 +13,12 @@ import pytest
 import ray
 import torch
 
-from entroray.cli import machine, settings
-from entroray.cli.sampling import LEAST
-from entroray.entropy import shaping, token_entropy
-from entroray.policy.build import build
+from entroray.metrics import token_entropy
+from entroray.policy.tiny_model import build_tiny_model
+from entroray.rollout import reshape
 from entroray.types import Rollout
+from entroray.wiring import actors, compose
+from entroray.wiring.sampler import LEAST
 from entroray.workers import cluster
 from entroray.workers.cluster import Share
 from entroray.workers.generator import Generator, Request, Sampling
@@ -41,7 +42,7 @@ class Watched(Generator):
     """An engine that counts requests coming back into the batch with tokens of their own: pre-empted ones."""
 
     def _load(self) -> None:
-        from entroray.workers.shaping import Shaping
+        from entroray.workers.logits_processor import Shaping
 
         self.back, plain = 0, Shaping.update_state
 
@@ -54,7 +55,7 @@ class Watched(Generator):
 
     async def watched(self) -> tuple[int, int]:
         """(requests that came back, requests whose notes are still held)."""
-        from entroray.workers.shaping import NOTES
+        from entroray.workers.logits_processor import NOTES
 
         return self.back, len(NOTES.slots)
 
@@ -65,7 +66,7 @@ def peaked(tmp_path_factory: pytest.TempPathFactory) -> str:
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path_factory.mktemp("peaked")
-    build(folder, TINY, seed=3)
+    build_tiny_model(folder, TINY, seed=3)
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] *= 8
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -76,8 +77,8 @@ def peaked(tmp_path_factory: pytest.TempPathFactory) -> str:
 def engine(local_ray: None, peaked: str) -> Iterator[Any]:
     """Room for ten blocks of 128 tokens: four long requests do not fit at once."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
-    config, _ = settings.load(["sampler=by_entropy"])
-    options = machine.engine_options(config) | {"kv_cache_memory_bytes": 10 * 65536, "max_num_seqs": 64}
+    config, _ = compose.load_config(["sampler=by_entropy"])
+    options = actors.engine_options(config) | {"kv_cache_memory_bytes": 10 * 65536, "max_num_seqs": 64}
     share = Share(0.4, 0.0, 2)
     handle = cluster.spawn(Watched, share, peaked, dtype="float32", max_length=512, seed=0, engine=options)
     ask(handle.start.remote())
@@ -107,9 +108,9 @@ def logits(model: str, responses: np.ndarray) -> torch.Tensor:
 def expected(z: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """(log b, temperature) of the distribution a sampler says it draws from."""
     flat = (z / sampling.temperature).flatten(0, -2)
-    rule = shaping.build({} if sampling.rule is None else json.loads(sampling.rule))
+    rule = reshape.build_rule({} if sampling.rule is None else json.loads(sampling.rule))
     factor = rule(*token_entropy(flat, 1.0)).factor * sampling.factor
-    logb = shaping.shape(flat, factor).log_softmax(-1)
+    logb = reshape.reshape_logits(flat, factor).log_softmax(-1)
     return logb.view_as(z), (factor * sampling.temperature).view(z.shape[:-1])
 
 

@@ -11,17 +11,17 @@ import pytest
 import ray
 import torch
 
-from entroray.cli import machine, settings
 from entroray.config import Config
 from entroray.errors import SyncError
-from entroray.loop.batching import assemble, tokens_of
-from entroray.loop.warmup import demonstrate
-from entroray.objective import build
+from entroray.objective import build_objective
 from entroray.policy.tokenizer import load_tokenizer
+from entroray.train.batching import assemble, tokens_of
+from entroray.train.warm_start import demonstration_group
 from entroray.types import Prompt, Status
+from entroray.wiring import actors, compose
 from entroray.workers import cluster, transfer
 from entroray.workers.generator import Request, Sampling
-from entroray.workers.learner import LearnerRank
+from entroray.workers.learner_rank import LearnerRank
 from entroray.workers.transfer import GatheredSource
 
 LONG = tuple(int(i) for i in np.random.default_rng(0).integers(0, 250, 300))
@@ -50,31 +50,31 @@ def _all_but_one(weights: Any) -> Any:
 @pytest.fixture(scope="module")
 def config() -> Config:
     overrides = ["data.max_prompt=384", "rollout.max_tokens=64", "learner.lr=0.01", "reward.deadline=30"]
-    return settings.load(overrides)[0]
+    return compose.load_config(overrides)[0]
 
 
 @pytest.fixture(scope="module")
 def running(local_ray: None, model: str, config: Config) -> Iterator[tuple[Any, Any]]:
     """(event loop, machine): one loop for the module, since futures belong to theirs."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
-    machine.LearnerRank = Saboteur  # type: ignore[misc]
+    actors.LearnerRank = Saboteur  # type: ignore[misc]
     loop = asyncio.new_event_loop()
-    objective = build(settings.objective("supervised"))
+    objective = build_objective(compose.objective_row("supervised"))
     probe = tuple(load_tokenizer(model).encode("a fixed probe text, 123"))
     judge = config.reward.judge
-    made = machine.build(config, model, objective, judge, probe, total_updates=100)
+    made = actors.start_actors(config, model, objective, judge, probe, total_updates=100)
     m = loop.run_until_complete(made)
     yield loop, m
-    machine.LearnerRank = LearnerRank  # type: ignore[misc]
+    actors.LearnerRank = LearnerRank  # type: ignore[misc]
     loop.close()
 
 
 def train_a_little(loop: Any, m: Any, seed: int) -> None:
     """A few supervised updates on noise: the weights move by a lot."""
-    objective = build(settings.objective("supervised"))
+    objective = build_objective(compose.objective_row("supervised"))
     rng = np.random.default_rng(seed)
     groups = [
-        demonstrate(
+        demonstration_group(
             Prompt(f"p{i}", "", tuple(rng.integers(0, 250, 8).tolist()), ""), rng.integers(0, 250, 12)
         )
         for i in range(8)

@@ -21,8 +21,8 @@ SMALL = [
     "observe.tokens.every=1",
     "evaluate.prompts=32",
     "evaluate.final=false",
-    "model.bootstrap.band=[0.0,1.0]",
-    "model.bootstrap.check_every=40",
+    "model.warm_start.band=[0.0,1.0]",
+    "model.warm_start.check_every=40",
 ]
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import ray
 
-from entroray.cli import machine, settings
-from entroray.loop.batching import assemble, group_index
-from entroray.loop.turns import Syntax, Turns
 from entroray.policy.tokenizer import byte_tokenizer
+from entroray.rollout.tool_turns import Syntax, ToolTurns
+from entroray.train.batching import assemble, group_index
 from entroray.types import Answer, Group, MaskReason, Prompt, Rollout, Status, Verdict
+from entroray.wiring import actors, compose
 from entroray.workers import cluster
 from entroray.workers.cluster import Share
 from entroray.workers.generator import Generator, Request, Sampling
@@ -47,8 +47,8 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def engine(local_ray: None, model: str) -> Iterator[Any]:
-    config, _ = settings.load(["sampler=by_entropy"])
-    options = machine.engine_options(config)
+    config, _ = compose.load_config(["sampler=by_entropy"])
+    options = actors.engine_options(config)
     share = Share(0.4, 0.0, 1)
     handle = cluster.spawn(Generator, share, model, dtype="float32", max_length=512, seed=0, engine=options)
     asyncio.run(cluster.settle(handle.start.remote(), deadline=240.0, what="engine"))
@@ -65,7 +65,7 @@ def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, mod
 
     async def conversed(sampling: Sampling) -> tuple[list[Rollout], list[tuple[int, ...]]]:
         one = Engine(engine, sampling)
-        turns = Turns(one, one, Syntax("[", "]"), 3, encode, decode)
+        turns = ToolTurns(one, one, Syntax("[", "]"), 3, encode, decode)
         return await turns.sample(PROMPT, range(64)), one.read
 
     async def scored() -> list[tuple[list[Rollout], list[tuple[int, ...]], Any]]:
@@ -169,8 +169,8 @@ def test_a_run_of_a_mixture(tmp_path: Path) -> None:
     for row in rows:
         drawn = [d for d in ("chain_sum", "countdown") if f"groups/share:{d}" in row]  # a step may lack one
         assert drawn and sum(row[f"groups/share:{d}"] for d in drawn) == pytest.approx(1)
-        mean = sum(row[f"reward/mean:{d}"] * row[f"groups/share:{d}"] for d in drawn)
-        assert mean == pytest.approx(row["reward/mean"])
+        mean = sum(row[f"correct/mean:{d}"] * row[f"groups/share:{d}"] for d in drawn)
+        assert mean == pytest.approx(row["correct/mean"])
         assert all(row[f"entropy/mean:{d}"] > 0 for d in drawn)
         for d in ("chain_sum", "countdown"):
             assert 0 <= row[f"eval/greedy:{d}"] <= 1

@@ -2,7 +2,7 @@
 
 import json
 
-from entroray.control import Control, build
+from entroray.control import Control, build_controllers
 from tests.unit.test_control import KNOB, PI
 
 
@@ -11,7 +11,7 @@ def test_with_priorities_the_second_acts_where_the_first_is_at_its_limit():
         "first": PI | {"high": 0.2, "priority": 0},
         "second": PI | {"knob": "sampler.temperature", "low": 1.0, "high": 2.0, "priority": 1},
     }
-    control = Control(build(specs), {KNOB: 0.0, "sampler.temperature": 1.0})
+    control = Control(build_controllers(specs), {KNOB: 0.0, "sampler.temperature": 1.0})
     seen = []
     for step in range(1, 16):
         seen.append(tuple(control.turn(step).values()))
@@ -25,7 +25,7 @@ def pair(first, second):
     """Two controllers of `x`, the first of KNOB, the second of a temperature."""
     specs = {"first": {"knob": KNOB} | first, "second": {"knob": "sampler.temperature"} | second}
     specs = {n: {"signal": "x", "fn": "band", "priority": i} | s for i, (n, s) in enumerate(specs.items())}
-    return Control(build(specs), {KNOB: 0.0, "sampler.temperature": 1.0})
+    return Control(build_controllers(specs), {KNOB: 0.0, "sampler.temperature": 1.0})
 
 
 SECOND = {"at_least": 0.5, "at_most": 0.5, "step": 0.25, "low": 0.5, "high": 2.0}

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from entroray.entropy import describe
-from entroray.entropy.catalogue import BRANCHES, SAMPLER
 from entroray.errors import ConfigError
-from entroray.loop.batching import tokens_of
-from entroray.loop.branching import branching, first_token_forks, independent, tree
-from entroray.loop.forks import Attempt, branch, parted, places
-from entroray.loop.splice import cut
+from entroray.metrics import step_metrics
+from entroray.metrics.catalogue import BRANCHES, SAMPLER
 from entroray.objective.aggregate import rollout_mean
-from entroray.objective.view import visible
-from entroray.types import Group, MaskReason, Prompt, Rollout, Shaped, Span, Status, Verdict
+from entroray.objective.masking import masked_in
+from entroray.rollout.branch_points import Attempt, branch_off, choose_positions, sort_members
+from entroray.rollout.plans import branching, first_token_forks, independent, tree
+from entroray.rollout.splice import cut
+from entroray.train.batching import tokens_of
+from entroray.types import Group, MaskReason, Prompt, Rollout, SamplerNotes, Span, Status, Verdict
 from tests.documented import matches
 from tests.toy import VOCABULARY, ToyWorld, driver
 from tests.unit.test_driver import row
@@ -46,7 +46,7 @@ class Garden(ToyWorld):
         n = 0 if seed in self.late else LONG - len(after)
         ids = rng.integers(0, VOCABULARY, n).astype(np.int32)
         entropy = np.array([noted(len(after) + i) for i in range(n)], np.float32)
-        notes = Shaped(entropy, entropy, np.ones(n, np.float32))
+        notes = SamplerNotes(entropy, entropy, np.ones(n, np.float32))
         versions = np.full(n, self.version, np.int32)
         logprobs = np.full(n, -np.log(VOCABULARY), np.float32)
         text = " ".join(map(str, [*after, *ids.tolist()]))
@@ -71,7 +71,7 @@ def one(**changes) -> Rollout:
     return replace(Garden()._grown(PROMPT, 1, ()), **changes)
 
 
-def alike(a: Rollout, b: Rollout) -> bool:
+def uniform_advantage(a: Rollout, b: Rollout) -> bool:
     return a.token_ids.tolist() == b.token_ids.tolist() and (a.spans, a.parent) == (b.spans, b.parent)
 
 
@@ -80,14 +80,16 @@ def alike(a: Rollout, b: Rollout) -> bool:
 
 def test_places_are_among_the_highest_entropies_and_each_as_likely() -> None:
     response = one()
-    found = Counter(places(response, 1, seed, top=3, weight="equal")[0] for seed in range(900))
+    found = Counter(choose_positions(response, 1, seed, top=3, weight="equal")[0] for seed in range(900))
     assert found.keys() == {2, 5, 8}
     assert all(count == pytest.approx(300, abs=4 * np.sqrt(900 * 2 / 9)) for count in found.values())
 
 
 def test_places_in_proportion_to_entropy() -> None:
     response = one()
-    found = Counter(places(response, 1, seed, top=None, weight="entropy")[0] for seed in range(1500))
+    found = Counter(
+        choose_positions(response, 1, seed, top=None, weight="entropy")[0] for seed in range(1500)
+    )
     total = 2.0 + 1.5 + 1.0 + 6 * 0.1  # positions 1 to 10 but 7
     assert found.keys() == {1, 2, 3, 4, 5, 6, 8, 9, 10}
     for position, entropy in {5: 2.0, 8: 1.5, 2: 1.0, 1: 0.1}.items():
@@ -96,7 +98,7 @@ def test_places_in_proportion_to_entropy() -> None:
 
 
 def test_no_branch_at_the_first_token_the_end_or_what_nobody_drew() -> None:
-    everywhere = partial(places, count=99, seed=3, top=None, weight="equal")
+    everywhere = partial(choose_positions, count=99, seed=3, top=None, weight="equal")
     assert sorted(everywhere(one())) == [1, 2, 3, 4, 5, 6, 8, 9, 10]
     assert 11 in everywhere(one(status=Status.TRUNCATED)), "nothing ended it: its last token is like others"
     tool = one(spans=(Span(2, 4, MaskReason.TOOL),))
@@ -106,7 +108,7 @@ def test_no_branch_at_the_first_token_the_end_or_what_nobody_drew() -> None:
     assert holes.shaped
     holes.shaped.entropy[5] = np.nan
     assert 5 not in everywhere(holes), "a piece that no sampler noted"
-    assert len(set(everywhere(one()))) == len(everywhere(one())) and places(
+    assert len(set(everywhere(one()))) == len(everywhere(one())) and choose_positions(
         one(), 2, 3, top=9, weight="equal"
     )
     with pytest.raises(ConfigError, match="notes"):
@@ -114,10 +116,10 @@ def test_no_branch_at_the_first_token_the_end_or_what_nobody_drew() -> None:
 
 
 def test_the_same_seed_chooses_the_same_places() -> None:
-    chosen = [places(one(), 3, seed, top=8, weight="entropy") for seed in (1, 1, 2)]
+    chosen = [choose_positions(one(), 3, seed, top=8, weight="entropy") for seed in (1, 1, 2)]
     assert chosen[0] == chosen[1] != chosen[2]
     again = [drawn(partial(tree, roots=2, depth=2, width=1)) for _ in range(2)]
-    assert all(alike(a, b) for a, b in zip(*again, strict=True))
+    assert all(uniform_advantage(a, b) for a, b in zip(*again, strict=True))
 
 
 # What they weigh
@@ -128,7 +130,7 @@ def weights(*rollouts: Rollout) -> list[list[float]]:
     group = Group(PROMPT, rollouts, (Verdict(1.0, 1.0),) * len(rollouts))
     n = sum(r.length for r in rollouts)
     columns = {name: np.zeros(n, np.float32) for name in ("logprobs", "entropy", "varentropy")}
-    seen = visible(tokens_of([group], [torch.zeros(len(rollouts))], columns, 1))
+    seen = masked_in(tokens_of([group], [torch.zeros(len(rollouts))], columns, 1))
     share = rollout_mean(seen)
     return [share[seen.row == row].tolist() for row in range(len(rollouts))]
 
@@ -136,8 +138,8 @@ def weights(*rollouts: Rollout) -> list[list[float]]:
 def test_a_branch_is_as_long_as_all_that_was_drawn_for_it() -> None:
     """Twelve tokens each: a root, a branch that drew its last three, and one of that which drew one."""
     root = one()
-    child = branch(root, 0, 9, cut(one(), 3))
-    grandchild = branch(child, 1, 11, cut(one(), 1))
+    child = branch_off(root, 0, 9, cut(one(), 3))
+    grandchild = branch_off(child, 1, 11, cut(one(), 1))
     assert [len(w) for w in weights(root, child, grandchild)] == [12, 3, 1]
     for each in weights(root, child, grandchild):
         assert each == pytest.approx([1 / 12] * len(each))
@@ -146,7 +148,7 @@ def test_a_branch_is_as_long_as_all_that_was_drawn_for_it() -> None:
 def test_what_nobody_drew_is_no_part_of_a_length_not_in_a_prefix_either() -> None:
     root = one(spans=(Span(2, 4, MaskReason.TOOL),))
     root.shaped.temperature[5] = np.nan  # type: ignore[union-attr]
-    child = branch(root, 0, 9, cut(one(), 3))
+    child = branch_off(root, 0, 9, cut(one(), 3))
     assert child.drawn_before == 6 and child.inherited == 9
     alone, grown = weights(root, child)
     assert alone == pytest.approx([1 / 9] * 9) and grown == pytest.approx([1 / 9] * 3)
@@ -159,7 +161,7 @@ def test_without_branches_nothing_is_said_of_what_is_inherited() -> None:
 
 
 def test_what_is_inherited_goes_with_its_row() -> None:
-    group = Group(PROMPT, (one(), branch(one(), 0, 9, cut(one(), 3))), (Verdict(1.0, 1.0),) * 2)
+    group = Group(PROMPT, (one(), branch_off(one(), 0, 9, cut(one(), 3))), (Verdict(1.0, 1.0),) * 2)
     columns = {name: np.zeros(24, np.float32) for name in ("logprobs", "entropy", "varentropy")}
     taken = tokens_of([group], [torch.zeros(2)], columns, 1).take(torch.tensor([1]))
     assert taken.drawn_before is not None and taken.drawn_before.tolist() == [9]
@@ -288,7 +290,7 @@ def test_a_run_that_does_not_branch_is_what_it_was() -> None:
 def test_the_oldest_token_of_a_branch_says_how_old_it_is() -> None:
     parent = one(versions=np.full(LONG, 3, np.int32))
     tail = replace(Garden()._grown(PROMPT, 2, tuple(parent.token_ids[:5])), versions=np.full(7, 4, np.int32))
-    grown = branch(parent, 0, 5, tail)
+    grown = branch_off(parent, 0, 5, tail)
     assert grown.version == 3 and (grown.parent, grown.inherited) == (0, 5)
 
 
@@ -297,7 +299,7 @@ def test_a_branch_goes_with_its_parent_and_the_rest_are_named_anew() -> None:
     verdicts = [Verdict(1.0, 1.0) for _ in members]
     verdicts[0] = Verdict(0.0, 0.0, status=Status.INFRA_FAILED)
     members[5] = replace(members[5], status=Status.ABANDONED)
-    kept, abandoned, failed = parted(list(zip(members, verdicts, strict=True)))
+    kept, abandoned, failed = sort_members(list(zip(members, verdicts, strict=True)))
     assert [r.parent for r, _ in kept] == [None, 0, 1]
     assert [r.token_ids.tolist() for r, _ in kept] == [members[i].token_ids.tolist() for i in (1, 3, 7)]
     assert abandoned == (members[5],) and failed == tuple(members[i] for i in (0, 2, 4, 6))
@@ -329,7 +331,7 @@ def test_the_metrics_of_a_step_that_branched_are_those_documented() -> None:
     verdicts = tuple(Verdict(0.0, 0.0, answer=a) for a in ("1", None, "1", "2"))
     forks = drawn(first_token_forks, count=4)
     groups = [Group(PROMPT, tuple(members), verdicts), Group(PROMPT, tuple(forks), verdicts)]
-    found = describe(groups, batch(groups))
+    found = step_metrics(groups, batch(groups))
     ours = {k: v for k, v in found.items() if matches(k, BRANCHES)}
     assert ours == {
         "branches/share": 2 / 8,
@@ -350,6 +352,6 @@ def test_what_a_sampler_did_to_inherited_tokens_is_counted_once() -> None:
     parent, tail = one(), Garden()._grown(PROMPT, 2, (0,) * 6)
     assert parent.shaped
     parent.shaped.temperature[:6] = 2.0
-    grown = branch(parent, 0, 6, tail)
+    grown = branch_off(parent, 0, 6, tail)
     groups = [Group(PROMPT, (parent, grown), (Verdict(1.0, 1.0), Verdict(0.0, 0.0)))]
-    assert describe(groups, batch(groups))["sampler/temperature"] == pytest.approx((6 * 2 + 12) / 18)
+    assert step_metrics(groups, batch(groups))["sampler/temperature"] == pytest.approx((6 * 2 + 12) / 18)

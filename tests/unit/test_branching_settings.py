@@ -2,9 +2,10 @@
 
 import pytest
 
-from entroray.cli import machine, objectives, plans, sampling
+from entroray.cli import objectives
 from entroray.errors import ConfigError
 from entroray.types import Prompt
+from entroray.wiring import actors, rollout_plan, sampler
 from tests.composed import configured
 
 LONG = 12
@@ -64,11 +65,13 @@ def test_a_group_has_as_many_places_as_a_response_has_branches() -> None:
 
 def test_a_plan_that_reads_entropies_has_them_noted_and_changes_nothing_else() -> None:
     config = configured("rollout=branching", "objective=dapo")
-    asked = sampling.shaped(config, 1.0, None)
+    asked = sampler.training_sampling(config, 1.0, None)
     assert asked.rule == '{"fn": "fixed"}' and asked.factor == 1.0
-    assert machine.engine_options(config)["logits_processors"]
-    assert "4 from the prompt; the rest from 1 position(s) of each" in plans.describe(config.rollout)
+    assert actors.engine_options(config)["logits_processors"]
+    assert "4 from the prompt; the rest from 1 position(s) of each" in rollout_plan.describe_plan(
+        config.rollout
+    )
     assert config.objective["estimator"]["fn"] == "zscore" and config.objective["correction"]["fn"] == "none"
     config.rollout.plan = {"fn": "first_token_forks"}
-    assert sampling.shaped(config, 1.0, None).rule is None
-    assert "logits_processors" not in machine.engine_options(config)
+    assert sampler.training_sampling(config, 1.0, None).rule is None
+    assert "logits_processors" not in actors.engine_options(config)

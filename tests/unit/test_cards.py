@@ -9,13 +9,13 @@ import pytest
 import torch
 from ray.exceptions import RayTaskError
 
-from entroray.cli import machine
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.policy.head import CARD_TILE_ELEMENTS, TILE_ELEMENTS, _tile_on
+from entroray.wiring import actors
 from entroray.workers import cluster
 from entroray.workers.cluster import Share
 from entroray.workers.generator import Generator
-from entroray.workers.learner import LearnerRank, deepspeed_config
+from entroray.workers.learner_rank import LearnerRank, deepspeed_config
 from entroray.workers.sync import SyncProbe, WeightSync
 from tests.composed import configured
 
@@ -28,18 +28,18 @@ class Calls(list[str]):
 
 
 def test_logits_of_bf16_engines_are_those_the_learner_scores_with() -> None:
-    assert "hf_overrides" not in machine.engine_options(configured())
-    options = machine.engine_options(configured("model=bf16"))
+    assert "hf_overrides" not in actors.engine_options(configured())
+    options = actors.engine_options(configured("model=bf16"))
     assert options["hf_overrides"] == {"head_dtype": "float32"}
     told = configured("model=bf16", "generator.engine={hf_overrides: {rope_theta: 1}}")
-    assert machine.engine_options(told)["hf_overrides"] == {"head_dtype": "float32", "rope_theta": 1}
+    assert actors.engine_options(told)["hf_overrides"] == {"head_dtype": "float32", "rope_theta": 1}
     own = configured("model=bf16", "generator.engine={hf_overrides: {head_dtype: model}}")
-    assert machine.engine_options(own)["hf_overrides"] == {"head_dtype": "model"}
+    assert actors.engine_options(own)["hf_overrides"] == {"head_dtype": "model"}
 
 
 def test_threads_are_of_the_cores_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7})
-    threads = {role: share.threads for role, (_, share) in machine.shares(configured()).items()}
+    threads = {role: share.threads for role, (_, share) in actors.resource_shares(configured()).items()}
     assert threads == {"generators": 3, "learner ranks": 3, "verifiers": 1}
 
 
@@ -122,7 +122,7 @@ def test_an_engine_wakes_its_weights_before_an_update_and_its_keys_after_it() ->
 def rank_alone(device: str, *told: str) -> LearnerRank:
     """A rank in no gang."""
     config = configured(*told)
-    alone = LearnerRank(0, machine.learner_settings(config, "/nowhere", 1), SimpleNamespace())  # type: ignore[arg-type]
+    alone = LearnerRank(0, actors.learner_settings(config, "/nowhere", 1), SimpleNamespace())  # type: ignore[arg-type]
     alone.device, alone.client = torch.device(device), SimpleNamespace()
     return alone
 
@@ -171,7 +171,7 @@ def test_a_new_connection_closes_the_old_one(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_gradients_of_bf16_weights_are_summed_in_fp32_where_deepspeed_can() -> None:
     def sums(*told: str) -> Any:
-        settings = machine.learner_settings(configured(*told), "/nowhere", 1)
+        settings = actors.learner_settings(configured(*told), "/nowhere", 1)
         return deepspeed_config(settings).get("data_types")
 
     wide = {"grad_accum_dtype": "fp32"}
@@ -242,18 +242,18 @@ def test_a_rank_waits_for_the_engine_it_shares_a_card_with(
     async def warm(*_: Any, **__: Any) -> list[Any]:
         return []
 
-    monkeypatch.setattr(machine, "Gang", Ranks)
-    monkeypatch.setattr(machine.cluster, "settle", there)
+    monkeypatch.setattr(actors, "Gang", Ranks)
+    monkeypatch.setattr(actors.cluster, "settle", there)
 
     async def served(version: int) -> dict[str, float]:
         return {}
 
-    monkeypatch.setattr(machine, "_weight_sync", lambda *_: served)
+    monkeypatch.setattr(actors, "_weight_sync", lambda *_: served)
     ranks, engines = Ranks("learner", [Actor("rank")]), SimpleNamespace(handles=[Actor("engine")])  # type: ignore[list-item]
     judges = SimpleNamespace(all=warm)
     config = configured(f"cluster={cards}")
     roles: dict[str, Any] = {"engines": engines, "learner": ranks, "verifiers": judges}
-    asyncio.run(machine._introduce(config, **roles, probe=(1,), resume=None))
+    asyncio.run(actors._introduce(config, **roles, probe=(1,), resume=None))
     assert done == order
 
 

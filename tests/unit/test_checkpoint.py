@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from entroray.cli import rundir
 from entroray.config import Config
 from entroray.errors import PreflightError
+from entroray.wiring import run_directory
 from entroray.workers.checkpoint import MARKER, commit, committed, newest, superfluous
 
 
@@ -63,25 +63,25 @@ def settings(folder: Path, **run: object) -> tuple[Config, object]:
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(PreflightError, match=r"already holds a run.*run\.resume=auto"):
-        rundir.open_run(*settings(tmp_path))
+        run_directory.open_run(*settings(tmp_path))
 
 
 def test_resume_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     found = written(tmp_path / "checkpoints", 3)
-    assert rundir.open_run(*settings(tmp_path, resume="auto")).resume == (found, 3)
+    assert run_directory.open_run(*settings(tmp_path, resume="auto")).resume == (found, 3)
 
 
 def test_resume_of_a_finished_run_says_so(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     written(tmp_path / "checkpoints", 5)
     with pytest.raises(PreflightError, match=r"run\.steps=5"):
-        rundir.open_run(*settings(tmp_path, resume="auto"))
+        run_directory.open_run(*settings(tmp_path, resume="auto"))
 
 
 def test_resume_without_a_checkpoint_starts_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    assert rundir.open_run(*settings(tmp_path, resume="auto")).resume is None
+    assert run_directory.open_run(*settings(tmp_path, resume="auto")).resume is None
     assert "starting it over" in capsys.readouterr().out
 
 
@@ -97,4 +97,4 @@ def test_without_a_folder_the_newest_unfinished_run_of_the_same_settings_is_take
         written(folder / "checkpoints", 2)
         other, _ = settings(tmp_path, dir="elsewhere", steps=steps)
         OmegaConf.save(OmegaConf.structured(other), folder / "config.yaml")
-    assert rundir.open_run(config, tree).folder.name == "1"  # type: ignore[arg-type]
+    assert run_directory.open_run(config, tree).folder.name == "1"  # type: ignore[arg-type]

@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entroray.cli import choices, settings
-from entroray.entropy.catalogue import CHOICE
+from entroray.data.curriculum import Curriculum, Rule
+from entroray.data.prompts import PromptStream
 from entroray.errors import ConfigError
-from entroray.loop.choice import Choice
-from entroray.loop.curriculum import Curriculum, Rule
-from entroray.loop.prompts import PromptStream
-from entroray.loop.rescue import Rescue
-from entroray.objective import build
+from entroray.metrics.catalogue import CHOICE
+from entroray.objective import build_objective
+from entroray.rollout.second_draw import SecondDraw
+from entroray.rollout.selection import Selection
 from entroray.types import Group, Prompt, Rollout, Verdict
+from entroray.wiring import compose, selection
 from tests.cases import ROWS
 from tests.composed import configured
 from tests.documented import matches
@@ -111,7 +111,7 @@ def test_a_hotter_second_draw_says_nothing_of_the_pass_rate() -> None:
 
 def a_run(steps: int, state: dict | None = None, **changes: Any) -> tuple[ToyWorld, dict[int, dict]]:
     """Four of twelve prompts a step; each group right as its prompt says, some always, some never."""
-    world = ToyWorld(build(ROWS["grpo"]))
+    world = ToyWorld(build_objective(ROWS["grpo"]))
     data = [Prompt(f"{i:02d}", f"{i}", (0,), str(TARGET)) for i in range(12)]
 
     async def judge(prompt: Prompt, rollouts: list) -> list[Verdict]:
@@ -121,7 +121,7 @@ def a_run(steps: int, state: dict | None = None, **changes: Any) -> tuple[ToyWor
     world.judge = judge  # type: ignore[method-assign]
     rule = Rule(visits=1, retire=0.9, rest=1, low=0.2, high=0.8, outside=0.3)
     chosen = Curriculum(PromptStream(data, seed=1), 12, rule, seed=1)
-    choice = Choice({"curriculum": chosen}, tell=(chosen.metrics,))
+    choice = Selection({"curriculum": chosen}, tell=(chosen.metrics,))
     d = driver(world, prompts=chosen, choice=choice, **changes)
     return world, trained(d, steps, state)
 
@@ -143,13 +143,13 @@ def test_the_driver_draws_the_same_prompts_after_a_resume(max_lag: int) -> None:
 
 # The configuration.
 
-FILES = sorted((settings.conf() / "rollout").glob("*.yaml"))
+FILES = sorted((compose.conf_folder() / "rollout").glob("*.yaml"))
 NAMES = [file.stem for file in FILES if "plan:" not in file.read_text()]  # plans have tests of their own
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_row_is_described_and_only_the_plain_one_chooses_nothing(name: str) -> None:
-    said = choices.describe(configured(f"rollout={name}").rollout)
+    said = selection.describe_selection(configured(f"rollout={name}").rollout)
     assert (said == "every prompt in its turn, every group as it was drawn") == (name == "plain")
 
 
@@ -182,4 +182,4 @@ def test_a_choice_that_makes_no_sense_is_refused(overrides: list[str], said: str
 
 def test_the_plain_choice_leaves_the_prompts_as_they_are() -> None:
     stream = PromptStream(PROMPTS, seed=0)
-    assert choices.of(configured(), stream, 6) == (stream, Choice({}, Rescue(), []))
+    assert selection.build_selection(configured(), stream, 6) == (stream, Selection({}, SecondDraw(), []))

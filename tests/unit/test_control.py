@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from entroray.cli import knobs, settings
-from entroray.control import Control, build, feedback, schedules
+from entroray.control import Control, build_controllers, feedback, schedules
 from entroray.errors import ConfigError
-from entroray.objective import build as build_objective
+from entroray.objective import build_objective
+from entroray.wiring import compose, controllers
 from tests.composed import configured
 from tests.toy import ToyWorld, driver
 
@@ -74,7 +74,7 @@ def plant(control, steps, *, drift=0.0, pull=0.3, entropy=0.4, ceiling=math.inf)
 
 
 def controller(**changes):
-    return Control(build({"c": PI | changes}), {KNOB: 0.0})
+    return Control(build_controllers({"c": PI | changes}), {KNOB: 0.0})
 
 
 def test_pi_reaches_the_set_point_and_holds_it_against_a_drift():
@@ -113,14 +113,18 @@ def test_saturation_clamps_and_does_not_wind_up():
     ids=lambda rule: rule["fn"],
 )
 def test_the_other_rules_bring_entropy_near_the_target(rule):
-    path = plant(Control(build({"c": {"knob": KNOB, "signal": "entropy/mean"} | rule}), {KNOB: 0.0}), 120)
+    path = plant(
+        Control(build_controllers({"c": {"knob": KNOB, "signal": "entropy/mean"} | rule}), {KNOB: 0.0}), 120
+    )
     late = [h for h, _ in path[60:]]
     assert sum(late) / len(late) == pytest.approx(1.0, abs=0.2) and path[0][0] < 0.6
 
 
 def test_a_signal_is_read_with_its_delay_and_averaged():
     rule = {"fn": "band", "at_least": 5.0, "at_most": 5.0, "step": 1.0, "low": -9.0, "high": 9.0}
-    control = Control(build({"c": {"knob": KNOB, "signal": "x", "delay": 2, "mean": 2} | rule}), {KNOB: 0.0})
+    control = Control(
+        build_controllers({"c": {"knob": KNOB, "signal": "x", "delay": 2, "mean": 2} | rule}), {KNOB: 0.0}
+    )
     values = []
     for step, x in enumerate([4.0, 5.0, 9.0, 9.0, 9.0, 9.0], start=1):
         values.append(control.turn(step)[KNOB])
@@ -131,7 +135,7 @@ def test_a_signal_is_read_with_its_delay_and_averaged():
 
 def test_a_metric_of_every_few_steps_is_acted_upon_once_each_time():
     rule = {"fn": "band", "at_least": 5.0, "at_most": 5.0, "step": 1.0, "low": -9.0, "high": 9.0}
-    control = Control(build({"c": {"knob": KNOB, "signal": "x", "mean": 3} | rule}), {KNOB: 0.0})
+    control = Control(build_controllers({"c": {"knob": KNOB, "signal": "x", "mean": 3} | rule}), {KNOB: 0.0})
     values = []
     for step in range(1, 9):
         values.append(control.turn(step)[KNOB])
@@ -171,7 +175,7 @@ def test_state_is_a_copy():
 
 
 REFUSED = {
-    "one knob": {"a": PI, "b": PI | {"signal": "reward/mean"}},
+    "one knob": {"a": PI, "b": PI | {"signal": "correct/mean"}},
     "one signal": {"a": PI, "b": PI | {"knob": "learner.lr"}},
     "no such rule": {"a": PI | {"fn": "pid"}},
     "no such setting": {"a": PI | {"gian": 1.0}},
@@ -189,7 +193,7 @@ REFUSED = {
 @pytest.mark.parametrize("specs", REFUSED.values(), ids=REFUSED)
 def test_a_controller_that_cannot_be_is_refused(specs):
     with pytest.raises(ConfigError, match="control"):
-        build(specs)
+        build_controllers(specs)
 
 
 BONUS = "objective.penalties=[{fn: entropy_bonus, coef: 0.0}]"
@@ -197,8 +201,11 @@ BONUS = "objective.penalties=[{fn: entropy_bonus, coef: 0.0}]"
 
 def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
     config = configured(BONUS)
-    assert knobs.current(config, KNOB) == 0.0 and knobs.current(config, "learner.lr") == config.learner.lr
-    row = knobs.in_effect(config.objective, {KNOB: 0.3, "learner.lr": 1.0})
+    assert (
+        controllers.current_value(config, KNOB) == 0.0
+        and controllers.current_value(config, "learner.lr") == config.learner.lr
+    )
+    row = controllers.in_effect(config.objective, {KNOB: 0.3, "learner.lr": 1.0})
     assert row["penalties"][0]["coef"] == 0.3 and config.objective["penalties"][0]["coef"] == 0.0
 
 
@@ -213,8 +220,8 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
             "did you mean `entropy/mean`",
         ),
         (
-            ["control=temperature_band", "control.temperature.signal=reward/meen"],
-            "did you mean `reward/mean`",
+            ["control=temperature_band", "control.temperature.signal=correct/meen"],
+            "did you mean `correct/mean`",
         ),
         (["control=temperature_band", "control.temperature.signal=entropy/p33"], "no step of these"),
         (["control=temperature_band", "control.temperature.signal=law/a"], "law is off while"),
@@ -313,13 +320,13 @@ def test_a_knob_that_cannot_be_moved_there_is_refused_at_start(overrides, said):
 )
 def test_a_signal_that_these_settings_bring_is_read(signal, more):
     config = configured("control=temperature_band", f"control.temperature.signal={signal}", *more)
-    assert [c.signal for c in knobs.control_of(config).controllers] == [signal]
+    assert [c.signal for c in controllers.build_control(config).controllers] == [signal]
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (settings.conf() / "control").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in (compose.conf_folder() / "control").glob("*.yaml")))
 def test_every_control_composes_and_says_what_it_does(name):
     config = configured(f"control={name}")
-    lines = [c.describe() for c in knobs.control_of(config).controllers]
+    lines = [c.describe() for c in controllers.build_control(config).controllers]
     assert bool(lines) == (name != "none") and all("<-" in line for line in lines)
 
 
@@ -342,7 +349,7 @@ class Knobbed:
 
 def steered(config, world):
     d = driver(world)
-    d.control, d.tune = knobs.control_of(config), knobs.tuner(config)
+    d.control, d.tune = controllers.build_control(config), controllers.build_tuner(config)
     d.roles = replace(d.roles, learner=Knobbed(world, world.objective))
     return d
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from entroray.cli import knobs
-from entroray.objective import build
+from entroray.objective import build_objective
+from entroray.wiring import controllers
 from tests.composed import configured
 from tests.toy import ToyWorld, driver
 from tests.unit.test_control import BONUS, Knobbed
@@ -60,14 +60,14 @@ class Watched(ToyWorld):
 
 def steered(config, world, max_lag):
     d = driver(world, max_lag=max_lag)
-    d.control, d.tune = knobs.control_of(config), knobs.tuner(config)
+    d.control, d.tune = controllers.build_control(config), controllers.build_tuner(config)
     d.roles = replace(d.roles, learner=Counted(world, world.objective), generator=Heated(world))
     return d
 
 
 def resumed(config, max_lag, steps):
     """(first world, second world, state between them) of a run broken off in the middle of `steps`."""
-    first, second = (Watched(build(config.objective)) for _ in range(2))
+    first, second = (Watched(build_objective(config.objective)) for _ in range(2))
 
     async def run():
         begun = steered(config, first, max_lag)
@@ -85,7 +85,7 @@ def resumed(config, max_lag, steps):
 @pytest.mark.parametrize("max_lag", [0, 1, 2])
 def test_a_moved_temperature_is_trained_on_at_most_the_lag_later(max_lag):
     config = configured(HOT, COUNT, "rollout.groups_per_step=4")
-    world = Watched(build(config.objective))
+    world = Watched(build_objective(config.objective))
     asyncio.run(steered(config, world, max_lag).train(10))
     late = [round((s["control/hot"] - s["coolest"]) / 0.1) for s in world.steps]
     assert max(late) == max_lag and min(late) == 0 == late[0]
@@ -109,7 +109,7 @@ def test_a_controller_goes_on_from_what_it_remembers_under_lag(max_lag):
     config = configured("objective=grpo", "control=entropy_pi", BONUS)
     config.control["entropy"] |= {"target": 1.8, "gain": 2.0, "integral": 0.1, "mean": 3, "high": 5.0}
     first, second, state = resumed(config, max_lag, 14)
-    alone = knobs.control_of(config)
+    alone = controllers.build_control(config)
     alone.restore(state["control"])
     for s in second.steps:  # its own arithmetic on the measured entropies, no driver between
         (value,) = alone.turn(int(s["step"])).values()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from entroray.control import Control, build
+from entroray.control import Control, build_controllers
 from entroray.errors import ConfigError
 from tests.composed import configured
 from tests.unit.test_control import KNOB, PI, controller
@@ -43,22 +43,22 @@ LINEAR = {"knob": KNOB, "fn": "linear", "start": 1.0, "end": 0.0, "steps": 9}
 )
 def test_a_number_that_cannot_be_is_refused_by_its_key(spec, said):
     with pytest.raises(ConfigError, match=f"control.c.*{said}"):
-        build({"c": spec})
+        build_controllers({"c": spec})
 
 
 def test_a_controller_begins_within_its_bounds_or_not_at_all():
-    outside = build({"c": PI | {"low": 0.0, "high": 0.3, "mean": 3, "start": 5.0}})
+    outside = build_controllers({"c": PI | {"low": 0.0, "high": 0.3, "mean": 3, "start": 5.0}})
     with pytest.raises(ConfigError, match=r"begin at 5, its `start`, .*low=0..high=0.3 .*give a `start`"):
         Control(outside, {KNOB: 0.0})
     with pytest.raises(ConfigError, match="begin at 0, the setting's own value"):
-        Control(build({"c": DOUBLING}), {KNOB: 0.0})  # 0 doubled is 0
-    assert Control(build({"c": DOUBLING | {"start": 0.1}}), {KNOB: 0.0}).turn(1) == {KNOB: 0.1}
+        Control(build_controllers({"c": DOUBLING}), {KNOB: 0.0})  # 0 doubled is 0
+    assert Control(build_controllers({"c": DOUBLING | {"start": 0.1}}), {KNOB: 0.0}).turn(1) == {KNOB: 0.1}
     with pytest.raises(ConfigError, match=r"sampler\.temperature would begin at 0\.5"):
         configured("control=temperature_band", "sampler.temperature=0.5")
 
 
 def test_a_gated_rule_is_at_its_gate_until_a_signal_says_otherwise():
-    control = Control(build({"c": GATED | {"start": 0.5, "delay": 2}}), {KNOB: 0.0})
+    control = Control(build_controllers({"c": GATED | {"start": 0.5, "delay": 2}}), {KNOB: 0.0})
     values = []
     for step, x in enumerate([0.1, 0.1, 0.1], start=1):
         values.append(control.turn(step)[KNOB])

@@ -7,11 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from entroray.entropy.confidence import Lost, answer_span, gap, most_supported, surest
-from entroray.loop.decoding import Decoding, fork, gaps, words
-from entroray.loop.splice import cut, join
+from entroray.evaluation.cot_decoding import Decoding, decode_paths, path_gaps, words
+from entroray.metrics.answer_confidence import (
+    NoGap,
+    answer_span,
+    most_confident,
+    most_supported,
+    probability_gap,
+)
 from entroray.policy.tokenizer import byte_tokenizer
-from entroray.types import Group, Likeliest, Prompt, Rollout, Status, Verdict
+from entroray.rollout.splice import cut, join
+from entroray.types import Group, Prompt, Rollout, Status, TopTokens, Verdict
 
 TOKENIZER = byte_tokenizer()
 WORDS = words(TOKENIZER)
@@ -33,9 +39,9 @@ def test_an_answer_is_found_where_its_tokens_are() -> None:
 
 
 def test_an_answer_that_is_not_there_is_a_typed_value() -> None:
-    assert answer_span([0, 1], None, pieced) is Lost.NO_ANSWER
-    assert answer_span([0, 1], "", pieced) is Lost.NO_ANSWER
-    assert answer_span([0, 1], "43", pieced) is Lost.NOT_IN_TEXT
+    assert answer_span([0, 1], None, pieced) is NoGap.NO_ANSWER
+    assert answer_span([0, 1], "", pieced) is NoGap.NO_ANSWER
+    assert answer_span([0, 1], "43", pieced) is NoGap.NOT_IN_TEXT
 
 
 def test_a_character_of_several_bytes_counts_whole() -> None:
@@ -55,17 +61,17 @@ def test_tokens_are_named_for_a_reader() -> None:
 
 def test_a_gap_is_the_mean_over_the_answers_tokens_alone() -> None:
     p = np.array([[0.5, 0.5], [0.9, 0.05], [0.6, 0.3], [1.0, 0.0]], np.float32)
-    assert gap(p, range(1, 3)) == pytest.approx((0.85 + 0.3) / 2)
-    assert gap(p, range(3, 4)) == 1.0
+    assert probability_gap(p, range(1, 3)) == pytest.approx((0.85 + 0.3) / 2)
+    assert probability_gap(p, range(3, 4)) == 1.0
 
 
 def test_the_surest_path_and_the_best_supported_answer_may_differ() -> None:
-    found: list[float | Lost] = [0.5, Lost.NOT_IN_TEXT, 0.9, 0.6, Lost.NO_ANSWER]
+    found: list[float | NoGap] = [0.5, NoGap.NOT_IN_TEXT, 0.9, 0.6, NoGap.NO_ANSWER]
     answers = ["4", "4", "5", "4", None]
-    assert surest(found) == 2
+    assert most_confident(found) == 2
     assert most_supported(found, answers) == 3, "0.5 + 0.6 for 4, of which the fourth is surer, 0.9 for 5"
-    assert surest([Lost.NO_ANSWER]) is None and most_supported([Lost.FAILED], ["4"]) is None
-    assert surest([0.5, 0.5]) == 0 and most_supported([0.5, 0.5], ["b", "a"]) == 0
+    assert most_confident([NoGap.NO_ANSWER]) is None and most_supported([NoGap.FAILED], ["4"]) is None
+    assert most_confident([0.5, 0.5]) == 0 and most_supported([0.5, 0.5], ["b", "a"]) == 0
 
 
 PROMPT = Prompt("p", "2+2", (1, 2), "4")
@@ -80,7 +86,7 @@ def said(text: str, status: Status = Status.OK, deep: int = 2, limit: int = 9) -
     n = len(ids)
     return Rollout(
         "p", ids, np.zeros(n, np.float32), np.zeros(n, np.int32), text, 0.0, limit, status,
-        likeliest=Likeliest(ranked, p),
+        top_tokens=TopTokens(ranked, p),
     )  # fmt: skip
 
 
@@ -102,7 +108,7 @@ class Follower:
 def forked(greedy: Rollout, world: Follower, paths: int) -> Group:
     group = Group(PROMPT, (greedy,), (Verdict(1.0, 1.0, "4"),))
     how = Decoding(paths, world, lambda token: token in WORDS.special)
-    return asyncio.run(fork([group], how, world, WORDS.text))[0]
+    return asyncio.run(decode_paths([group], how, world, WORDS.text))[0]
 
 
 def test_a_path_is_a_likely_first_token_and_what_follows_it_greedily() -> None:
@@ -113,16 +119,16 @@ def test_a_path_is_a_likely_first_token_and_what_follows_it_greedily() -> None:
     _, second, ended = group.rollouts
     assert second.text == "5=4" and second.token_ids[0] == five and second.length == 3
     assert second.logprobs[0] == pytest.approx(np.log(0.2)) and second.observed.tolist() == [2, -1, -1]
-    assert second.likeliest is not None and second.likeliest.probabilities.shape == (3, 2)
+    assert second.top_tokens is not None and second.top_tokens.probabilities.shape == (3, 2)
     assert ended.token_ids.tolist() == [end] and ended.text == "" and ended.status is Status.OK
-    assert gaps(group, WORDS.text) == [pytest.approx(0.5), pytest.approx(0.5), Lost.NO_ANSWER]
+    assert path_gaps(group, WORDS.text) == [pytest.approx(0.5), pytest.approx(0.5), NoGap.NO_ANSWER]
     assert len(forked(said("7", deep=3), Follower(), paths=1).rollouts) == 1
 
 
 def test_a_path_that_failed_is_counted_and_not_scored() -> None:
     group = forked(said("7-3=4"), Follower(Status.TIMEOUT), paths=2)
-    assert gaps(group, WORDS.text) == [pytest.approx(0.5), Lost.FAILED]
-    failed = replace(said(""), status=Status.TIMEOUT, likeliest=None)
+    assert path_gaps(group, WORDS.text) == [pytest.approx(0.5), NoGap.FAILED]
+    failed = replace(said(""), status=Status.TIMEOUT, top_tokens=None)
     assert len(forked(failed, Follower(), paths=2).rollouts) == 1
 
 
@@ -134,5 +140,5 @@ def test_one_token_responses_are_cut_not_followed() -> None:
 
 def test_likeliest_tokens_survive_cutting_and_joining_as_deep_as_both_go() -> None:
     whole = join(cut(said("12", deep=3), 1), said("4"))
-    assert whole.likeliest is not None and whole.likeliest.token_ids.shape == (2, 2)
-    assert join(said("1"), replace(said("2"), likeliest=None)).likeliest is None
+    assert whole.top_tokens is not None and whole.top_tokens.token_ids.shape == (2, 2)
+    assert join(said("1"), replace(said("2"), top_tokens=None)).top_tokens is None

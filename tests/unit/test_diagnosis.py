@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from entroray.entropy import describe, diagnose
-from entroray.entropy.calibration import brier, calibration, consistency, expected_error
-from entroray.entropy.catalogue import DESCRIBED, DIAGNOSED, PARTS, UPDATE, text
-from entroray.entropy.diversity import answers, distinct, pass_at
-from entroray.entropy.domains import judged
-from entroray.entropy.metric import names
-from entroray.entropy.movement import SUMS, movement, shares
+from entroray.metrics import step_details, step_metrics
+from entroray.metrics.by_domain import judged_metrics
+from entroray.metrics.calibration import brier, calibration, consistency, expected_error
+from entroray.metrics.catalogue import DESCRIBED, DIAGNOSED, PARTS, UPDATE, text
+from entroray.metrics.diversity import answers, distinct, pass_at
+from entroray.metrics.metric import expand_names
+from entroray.metrics.update import SUMS, update_metrics, update_sums
 from entroray.types import MaskReason, Span
-from entroray.workers.adapters import _summary
+from entroray.workers.roles import _summary
 from tests.documented import matches
 from tests.unit.test_statistics import group, tokens_of
 
@@ -131,17 +131,17 @@ def step():
 def test_the_metrics_of_a_step_are_exactly_those_documented():
     groups, tokens = step()
     fills = {"<n>": ["1", "2", "4"]}
-    described = judged(groups) | describe(groups, tokens)
-    for found, rows in ((described, DESCRIBED), (diagnose(groups, tokens), DIAGNOSED)):
-        assert {name for m in rows for name in names(m, fills)} == found.keys()
+    described = judged_metrics(groups) | step_metrics(groups, tokens)
+    for found, rows in ((described, DESCRIBED), (step_details(groups, tokens), DIAGNOSED)):
+        assert {name for m in rows for name in expand_names(m, fills)} == found.keys()
         assert all(math.isfinite(value) for value in found.values())
-    assert not described.keys() & diagnose(groups, tokens).keys()
-    assert not judged(groups).keys() & describe(groups, tokens).keys(), "each is computed once"
+    assert not described.keys() & step_details(groups, tokens).keys()
+    assert not judged_metrics(groups).keys() & step_metrics(groups, tokens).keys(), "each is computed once"
 
 
 def test_readme_is_the_table_of_the_catalogue():
-    page = Path(__file__).parents[2] / "entroray" / "entropy" / "README.md"
-    again = "run `python -m entroray.entropy.catalogue > entroray/entropy/README.md`"
+    page = Path(__file__).parents[2] / "entroray" / "metrics" / "README.md"
+    again = "run `python -m entroray.metrics.catalogue > entroray/metrics/README.md`"
     assert page.read_text() == text(), again
 
 
@@ -155,13 +155,13 @@ def test_quadrants_deciles_and_covariance_by_hand():
     groups = [written([1, 2, 3, 4], [5], correct=[1, 0])]
     t = tokens_of(groups, [1.0, 1.0, 1.0, 1.0, 1.0], [2.0, 2.0, -1.0, -1.0, 0.0])
     t = replace(t, old_logprobs=torch.tensor([-0.5, -2.0, -0.5, -2.0, -1.0]))
-    found = diagnose(groups, t)
+    found = step_details(groups, t)
     assert [found[f"quadrants/e{n}"] for n in (1, 2, 3, 4)] == [0.25] * 4
     # A (ln p + H): 1, -2, -0.5 and 1, so 2 of 4.5; without the second token 2 of 2.5
     assert found["quadrants/lowering"] == pytest.approx(2 / 4.5)
-    dropped = diagnose(groups, replace(t, scale=torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])))
+    dropped = step_details(groups, replace(t, scale=torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])))
     assert dropped["quadrants/lowering"] == pytest.approx(2 / 2.5)
-    assert "quadrants/lowering" not in diagnose(groups, replace(t, advantages=t.advantages * 0))
+    assert "quadrants/lowering" not in step_details(groups, replace(t, advantages=t.advantages * 0))
     assert found["advantages/zero"] == 0.2
     assert found["entropy/tenth_1"] == 1.0 and "entropy/tenth_2" not in found  # 4 tokens: tenths 1, 3, 6, 8
     assert {"entropy/tenth_3", "entropy/tenth_6", "entropy/tenth_8"} <= found.keys()
@@ -176,7 +176,7 @@ def test_importance_is_learner_over_sampler():
     groups = [group([2, 2], [1, 0])]
     t = tokens_of(groups, [1.0] * 4)
     t = replace(t, old_logprobs=t.behavior_logprobs + torch.tensor([LN2, 0, 0, -LN2]))
-    found = diagnose(groups, replace(t, correction=torch.tensor([0.0, 1, 1, 1])))
+    found = step_details(groups, replace(t, correction=torch.tensor([0.0, 1, 1, 1])))
     w = np.array([2, 1, 1, 0.5])
     assert found["importance/mean"] == pytest.approx(w.mean())
     assert found["importance/effective"] == pytest.approx(w.sum() ** 2 / (4 * (w**2).sum()))
@@ -189,7 +189,7 @@ def test_what_stands_outside_the_mask_leaves_no_trace():
     dirty = torch.where(mask, 0.0, torch.nan)
     names = ("entropy", "varentropy", "old_logprobs", "advantages")
     spoilt = {name: getattr(clean, name) + dirty for name in names}
-    assert diagnose(groups, replace(clean, mask=mask, **spoilt)) == diagnose(
+    assert step_details(groups, replace(clean, mask=mask, **spoilt)) == step_details(
         groups, replace(clean, mask=mask)
     )
 
@@ -199,7 +199,7 @@ def test_clipped_tokens_are_told_apart_by_side_and_sign():
     t = tokens_of(groups, [1.0] * 6, [1.0, 1.0, -1.0, -1.0, 1.0, -1.0])
     live = replace(t, logprobs=t.old_logprobs + torch.tensor([LN2, -LN2, LN2, -LN2, 0.0, LN2]))
     flat = torch.tensor([True, True, True, True, False, False])
-    found = shares([movement(live, flat), movement(live, flat)], 12.0)
+    found = update_metrics([update_sums(live, flat), update_sums(live, flat)], 12.0)
     sides = [found[f"update/clip_{s}_{a}"] for s in ("high", "low") for a in ("positive", "negative")]
     assert sides == pytest.approx([1 / 6] * 4)
     assert found["objective/silent_tokens"] == pytest.approx(4 / 6)
@@ -209,7 +209,7 @@ def test_clipped_tokens_are_told_apart_by_side_and_sign():
     dropped = replace(
         live, scale=torch.tensor([0.0, 1, 1, 1, 1, 1]), correction=torch.tensor([1.0, 0, 1, 1, 1, 1])
     )
-    found = shares([movement(dropped, flat)], 6.0)
+    found = update_metrics([update_sums(dropped, flat)], 6.0)
     assert [found[f"update/clip_{s}_positive"] for s in ("high", "low")] == [0, 0], "no weight, no clip"
     assert found["update/clip_high_negative"] == 1 / 6 and found["objective/silent_tokens"] == 4 / 6
 
@@ -218,8 +218,8 @@ def test_what_is_said_of_answers_is_of_every_group_judged():
     kept = written([1], [1], answers=["3", "4"], correct=[1, 0])
     wrong = written([2, 2, 2], [2, 2, 2], answers=["7", None], correct=[0, 0])
     t = tokens_of([kept], [1.0, 1.0])
-    assert diagnose([kept], t)["pass/2"] == 1.0
-    found = diagnose([kept], t, [kept, wrong])
+    assert step_details([kept], t)["pass/2"] == 1.0
+    found = step_details([kept], t, [kept, wrong])
     assert (found["pass/1"], found["pass/2"], found["answers/missing"]) == (0.25, 0.5, 0.25)
     assert found["length/wrong"] == pytest.approx(7 / 3)
 

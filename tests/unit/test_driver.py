@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from entroray.entropy.run_metrics import JUDGE
 from entroray.errors import DataError, InfrastructureError, NumericsError
-from entroray.loop.choice import Choice
-from entroray.loop.driver import Driver
-from entroray.loop.seeds import seeds
-from entroray.loop.stream import Dropped, Stream, wave
-from entroray.objective import build
+from entroray.metrics.run_metrics import JUDGE
+from entroray.objective import build_objective
+from entroray.rollout.selection import Selection
+from entroray.rollout.stream import Dropped, Stream, wave
+from entroray.seeds import seeds
+from entroray.train.driver import Driver
 from entroray.types import Group, Prompt, Status, Verdict
 from tests.documented import matches
 from tests.toy import ToyPrompts, ToyWorld, driver, trained
@@ -22,7 +22,7 @@ ROWS = Path(__file__).parents[2] / "conf" / "objective"
 
 
 def row(name: str, **changes: object) -> object:
-    return build({**yaml.safe_load((ROWS / f"{name}.yaml").read_text()), **changes})
+    return build_objective({**yaml.safe_load((ROWS / f"{name}.yaml").read_text()), **changes})
 
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce", "dapo", "cispo"])
@@ -31,7 +31,7 @@ def test_every_reinforcing_row_learns_the_toy(name: str) -> None:
     world = ToyWorld(row(name, **changes), lr=0.5)
     asyncio.run(driver(world, groups_per_step=8).train(25))
     first, last = world.steps[0], world.steps[-1]
-    assert last["reward/mean"] > first["reward/mean"] + 0.15
+    assert last["correct/mean"] > first["correct/mean"] + 0.15
     assert last["entropy/mean"] < first["entropy/mean"]
 
 
@@ -138,8 +138,8 @@ def test_reward_counts_groups_the_filter_sent_back() -> None:
     world.judge = one_in_three  # type: ignore[method-assign]
     asyncio.run(driver(world, groups_per_step=3).train(2))
     for metrics in world.steps:
-        assert metrics["reward/trained_mean"] == 0.5
-        assert metrics["reward/mean"] == pytest.approx(1 / 6, abs=0.06)
+        assert metrics["correct/trained_mean"] == 0.5
+        assert metrics["correct/mean"] == pytest.approx(1 / 6, abs=0.06)
         assert metrics["groups/all_wrong"] == pytest.approx(2 / 3, abs=0.1)
 
 
@@ -236,7 +236,7 @@ def test_memories_hear_of_all_groups_in_order_of_issue_whoever_finishes_late(lat
     async def run() -> None:
         world.gate = asyncio.Event()
         asyncio.get_running_loop().call_later(0.05, world.gate.set)
-        await driver(world, groups_per_step=3, choice=Choice({"heard": heard})).train(3)
+        await driver(world, groups_per_step=3, choice=Selection({"heard": heard})).train(3)
 
     asyncio.run(run())
     assert heard.prompts == [f"q{i}" for i in range(len(heard.prompts))]

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entroray.entropy.accuracy import EXACT, majority_at_k, pass_all_k, pass_at_k
-from entroray.entropy.bootstrap import intervals, paired
-from entroray.entropy.calibration import auroc, expected_error, reliability
-from entroray.entropy.places import by_position, uncertain
 from entroray.errors import ConfigError
-from entroray.loop.evaluate import plan, scores
+from entroray.evaluation.evaluate import pass_at_ks, plan_evaluation
+from entroray.metrics.calibration import auroc, expected_error, reliability
+from entroray.metrics.confidence_interval import bootstrap_intervals, paired_difference
+from entroray.metrics.pass_at_k import EXACT, majority_at_k, pass_all_k, pass_at_k
+from entroray.metrics.positions import entropy_by_position, uncertain_tokens
 
 SOME = [(4, 0, 2), (4, 1, 2), (5, 2, 3), (8, 8, 1), (6, 3, 6), (8, 6, 4)]
 
@@ -84,7 +84,7 @@ def test_a_majority_of_very_many_samples_is_the_mean_over_fixed_subsets() -> Non
 
 
 def test_scores_are_means_over_prompts() -> None:
-    assert scores([0, 2, 4], 4) == {
+    assert pass_at_ks([0, 2, 4], 4) == {
         "pass@1": pytest.approx(0.5),
         "pass@2": pytest.approx((0 + 5 / 6 + 1) / 3),
         "pass@4": pytest.approx(2 / 3),
@@ -92,36 +92,38 @@ def test_scores_are_means_over_prompts() -> None:
 
 
 def test_a_plan_has_the_powers_of_two_the_samples_and_what_was_asked() -> None:
-    assert plan(1.0, 8).ks == (1, 2, 4, 8)
-    assert plan(1.0, 6, [3]).ks == (1, 2, 3, 4, 6)
-    assert plan(0.0, 8) == plan(0.0, 1)  # a greedy answer drawn again is the same answer
+    assert plan_evaluation(1.0, 8).ks == (1, 2, 4, 8)
+    assert plan_evaluation(1.0, 6, [3]).ks == (1, 2, 3, 4, 6)
+    assert plan_evaluation(0.0, 8) == plan_evaluation(
+        0.0, 1
+    )  # a greedy answer drawn again is the same answer
     with pytest.raises(ConfigError, match=r"evaluate\.k=\[16\].*raise evaluate\.samples to 16"):
-        plan(1.0, 8, [16])
+        plan_evaluation(1.0, 8, [16])
     with pytest.raises(ConfigError, match=r"sampler\.temperature above 0"):
-        plan(0.0, 8, [2])
+        plan_evaluation(0.0, 8, [2])
 
 
 def test_an_interval_over_prompts_is_that_of_all_possible_draws() -> None:
     """Of 4 rows 256 draws are equally likely; each column has the interval it has alone."""
     table = np.array([[0.0, 5.0], [1.0, 5.0], [1.0, 5.0], [1.0, 6.0]])
     every = [table[list(drawn), 0].mean() for drawn in product(range(4), repeat=4)]
-    found = intervals(table, draws=40_000)
+    found = bootstrap_intervals(table, draws=40_000)
     assert found[0].tolist() == np.quantile(every, [0.025, 0.975]).tolist() == [0.25, 1.0]
     assert found[1] == pytest.approx([5.0, 5.75])
-    assert (intervals(table) == intervals(table)).all()
+    assert (bootstrap_intervals(table) == bootstrap_intervals(table)).all()
     many = np.random.default_rng(0).random((400, 1))
-    low, high = intervals(many)[0]  # close to the normal interval
+    low, high = bootstrap_intervals(many)[0]  # close to the normal interval
     assert (high - low) / 2 == pytest.approx(1.96 * many.std() / 20, rel=0.03)
 
 
 def test_pairs_tell_apart_what_two_intervals_do_not() -> None:
     hard = np.random.default_rng(1).random(200)
-    above = paired(hard, hard + 0.05)
+    above = paired_difference(hard, hard + 0.05)
     assert above.sign == "+" and above.mean == pytest.approx(0.05)
-    assert paired(hard + 0.05, hard).sign == "-"
-    (_, high), (low, _) = (intervals(x[:, None])[0] for x in (hard, hard + 0.05))
+    assert paired_difference(hard + 0.05, hard).sign == "-"
+    (_, high), (low, _) = (bootstrap_intervals(x[:, None])[0] for x in (hard, hard + 0.05))
     assert low < high, "unpaired, these overlap"
-    assert paired(np.array([0.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0])).sign == "="
+    assert paired_difference(np.array([0.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0])).sign == "="
 
 
 def test_auroc_is_the_share_of_pairs_in_order() -> None:
@@ -145,20 +147,20 @@ def test_a_reliability_diagram_gives_the_expected_error() -> None:
 
 
 def test_entropy_by_position_leaves_out_what_nobody_drew() -> None:
-    places = by_position([np.array([1.0, 2.0, 3.0]), np.array([3.0, np.nan])])
+    places = entropy_by_position([np.array([1.0, 2.0, 3.0]), np.array([3.0, np.nan])])
     assert [(p.first, p.last, p.tokens, p.entropy) for p in places] == [
         (0, 0, 2, 2.0),
         (1, 1, 1, 2.0),
         (2, 2, 1, 3.0),
     ]
-    wide = by_position([np.arange(5.0)], most=2)
+    wide = entropy_by_position([np.arange(5.0)], most=2)
     assert [(p.first, p.last, p.tokens, p.entropy) for p in wide] == [(0, 2, 3, 1.0), (3, 4, 2, 3.5)]
-    assert by_position([]) == []
+    assert entropy_by_position([]) == []
 
 
 def test_uncertain_tokens_are_those_above_the_quantile_by_count() -> None:
     ids = np.array([7, 7, 5, 5, 5, 9, 1, 1, 1, 1])
     entropy = np.array([2.0, 4.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-    above, found = uncertain(ids, entropy, quantile=0.7)
+    above, found = uncertain_tokens(ids, entropy, quantile=0.7)
     assert above == pytest.approx(np.quantile(entropy, 0.7))
     assert [(u.token_id, u.count, u.entropy) for u in found] == [(7, 2, 3.0), (5, 1, 3.0)]

@@ -12,15 +12,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from entroray.cli import eval as command
-from entroray.cli import sampling
-from entroray.entropy.catalogue import EVALUATION
 from entroray.errors import ConfigError
-from entroray.loop.decoding import Decoding, words
-from entroray.loop.evaluate import examine, plan
-from entroray.loop.splice import cut, join, said
+from entroray.evaluation.cot_decoding import Decoding, words
+from entroray.evaluation.evaluate import evaluate_policy, plan_evaluation
+from entroray.metrics.catalogue import EVALUATION
 from entroray.observe import evaluation, evaluation_page
 from entroray.policy.tokenizer import byte_tokenizer
-from entroray.types import Likeliest, MaskReason, Prompt, Rollout, Shaped, Status, Verdict
+from entroray.rollout.splice import cut, join, observation
+from entroray.types import MaskReason, Prompt, Rollout, SamplerNotes, Status, TopTokens, Verdict
+from entroray.wiring import sampler
 from tests.composed import composed, configured
 from tests.documented import STEP, matches
 
@@ -53,8 +53,8 @@ class World:
         return Rollout(
             prompt.id, ids, logprobs, versions, text, self.temperature, 9,
             Status.TIMEOUT if prompt.id == self.failing else Status.OK,
-            shaped=Shaped(entropy, 2 * entropy, np.ones(n, np.float32)) if self.temperature else None,
-            likeliest=Likeliest(ranked, np.tile(np.array([0.8, 0.1], np.float32), (n, 1))),
+            shaped=SamplerNotes(entropy, 2 * entropy, np.ones(n, np.float32)) if self.temperature else None,
+            top_tokens=TopTokens(ranked, np.tile(np.array([0.8, 0.1], np.float32), (n, 1))),
         )  # fmt: skip
 
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
@@ -71,8 +71,8 @@ class World:
 def examined(failing: str = "", temperature: float = 1.0, cot: int = 0) -> dict[str, Any]:
     at = lambda t: World(t, failing)
     how = Decoding(cot, World(0.0), lambda token: token in WORDS.special) if cot else None
-    found = asyncio.run(examine(at, World(), PROMPTS, plan(temperature, 4), WORDS, how))
-    told = {"model": "runs/<x>/model", "prompts": 3, "samples": plan(temperature, 4).samples}
+    found = asyncio.run(evaluate_policy(at, World(), PROMPTS, plan_evaluation(temperature, 4), WORDS, how))
+    told = {"model": "runs/<x>/model", "prompts": 3, "samples": plan_evaluation(temperature, 4).samples}
     return told | {"temperature": temperature, "sampler": "fixed", **found}
 
 
@@ -111,10 +111,10 @@ def test_what_nobody_drew_has_no_say_in_confidence_or_entropy() -> None:
             self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()
         ) -> list[Rollout]:
             drawn = await super().sample(prompt, seeds)
-            return [join(join(r, said(r, [65, 66], MaskReason.TOOL)), cut(r, 0)) for r in drawn]
+            return [join(join(r, observation(r, [65, 66], MaskReason.TOOL)), cut(r, 0)) for r in drawn]
 
-    told = plan(1.0, 4)
-    found = asyncio.run(examine(lambda t: Tool(t), World(), PROMPTS, told, WORDS))
+    told = plan_evaluation(1.0, 4)
+    found = asyncio.run(evaluate_policy(lambda t: Tool(t), World(), PROMPTS, told, WORDS))
     assert found["calibration"]["logprob"] == FOUND["calibration"]["logprob"]
     assert found["entropy"] == FOUND["entropy"] and found["positions"] == FOUND["positions"]
 
@@ -184,7 +184,7 @@ class Texts(HTMLParser):
 
 
 def test_the_page_holds_the_numbers_and_needs_nothing_else(tmp_path: Path) -> None:
-    page = evaluation_page.write(tmp_path / "x.html", FOUND).read_text()
+    page = evaluation_page.write_evaluation_page(tmp_path / "x.html", FOUND).read_text()
     read = Texts(page)
     assert read.open == [] and "<x>" not in page and "src=" not in page and "http" not in page
     said = "\n".join(read.texts)
@@ -196,7 +196,10 @@ def test_the_page_holds_the_numbers_and_needs_nothing_else(tmp_path: Path) -> No
         [n for b in FOUND["calibration"].values() for n in b["count"] if n]
     )
     quiet = examined(temperature=0.0)
-    assert "Entropy by position" not in evaluation_page.write(tmp_path / "y.html", quiet).read_text()
+    assert (
+        "Entropy by position"
+        not in evaluation_page.write_evaluation_page(tmp_path / "y.html", quiet).read_text()
+    )
 
 
 def test_white_space_and_control_characters_can_be_read() -> None:
@@ -205,9 +208,9 @@ def test_white_space_and_control_characters_can_be_read() -> None:
 
 def test_what_is_kept_is_read_back_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "x.json"
-    kept.write_text(evaluation.text(FOUND))
-    assert evaluation.load(kept) == json.loads(json.dumps(FOUND))
-    evaluation.show(FOUND)
+    kept.write_text(evaluation.evaluation_json(FOUND))
+    assert evaluation.load_evaluation(kept) == json.loads(json.dumps(FOUND))
+    evaluation.show_evaluation(FOUND)
     said = capsys.readouterr().out
     assert "runs/<x>/model" in said and "k=4" in said and "avg@4 0.500 [0.250 1.000]" in said
     assert "3 of 6 paths have a gap (3 no_answer)" in said
@@ -234,7 +237,7 @@ def test_two_evaluations_are_compared_prompt_by_prompt(
         evaluation.compare(one, {"each": {"id": ["q"]}})
     (tmp_path / "old.json").write_text('{"greedy": 1.0}')
     with pytest.raises(ConfigError, match="make it again"):
-        evaluation.load(tmp_path / "old.json")
+        evaluation.load_evaluation(tmp_path / "old.json")
 
 
 def test_what_two_evaluations_asked_otherwise_is_said_under_their_comparison(
@@ -254,7 +257,7 @@ def test_what_two_evaluations_asked_otherwise_is_said_under_their_comparison(
 
 
 def test_an_evaluation_says_how_it_draws() -> None:
-    said = lambda *overrides: sampling.measures(configured(*overrides, training=False))
+    said = lambda *overrides: sampler.measures_entropy(configured(*overrides, training=False))
     shaped = "evaluate.shaped=true"
     assert said() == said(shaped) == said("sampler=by_entropy") == "fixed"
     assert said(shaped, "sampler=by_entropy").startswith("rule by_entropy, factor on T: ")
@@ -304,8 +307,8 @@ def test_a_runs_settings_are_read_and_checked(tmp_path: Path) -> None:
 
 def test_entropies_are_noted_by_a_rule_that_changes_nothing() -> None:
     config = configured()
-    noted = sampling.measured(config, 0.7, TOKENIZER)
+    noted = sampler.measuring_sampling(config, 0.7, TOKENIZER)
     assert json.loads(str(noted.rule)) == {"fn": "fixed"} and noted.factor == 1.0 and noted.temperature == 0.7
-    assert sampling.measured(config, 0.0, TOKENIZER).rule is None
+    assert sampler.measuring_sampling(config, 0.0, TOKENIZER).rule is None
     config.generator.engine["speculative_config"] = {"method": "ngram"}
-    assert sampling.measured(config, 0.7, TOKENIZER).rule is None
+    assert sampler.measuring_sampling(config, 0.7, TOKENIZER).rule is None

@@ -8,7 +8,7 @@ import torch
 
 from entroray.errors import ConfigError
 from entroray.policy.head import more_stats, token_stats
-from entroray.policy.statistics import named
+from entroray.policy.vocabulary_statistics import named
 
 
 def brute(hidden, weight, ids, temperature):

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from entroray.cli import knobs, sampling
-from entroray.cli.objectives import schedule
+from entroray.cli.objectives import objective_schedule
 from entroray.errors import ConfigError
-from entroray.loop.turns import Turns
-from entroray.objective import build
-from entroray.objective.combinations import remarks
+from entroray.objective import build_objective
+from entroray.objective.compatibility import remarks
+from entroray.rollout.tool_turns import ToolTurns
 from entroray.types import Batch
-from entroray.workers.adapters import DeepSpeedLearner, Generators
+from entroray.wiring import controllers, sampler
+from entroray.workers.roles import GeneratorRole, LearnerRole
 from tests.composed import configured
 from tests.toy import ToyWorld, driver
 from tests.unit.test_control import Knobbed
@@ -25,13 +25,13 @@ def test_a_number_of_the_rule_and_the_longest_response_travel_with_the_next_requ
     rule = "+control.hot={knob: sampler.rule.most, fn: linear, start: 1.3, end: 1.5, steps: 3}"
     longest = "+control.long={knob: rollout.max_tokens, fn: linear, start: 16, end: 31, steps: 3}"
     config = configured("sampler=by_entropy", rule, longest)
-    control, tune = knobs.control_of(config), knobs.tuner(config)
-    world = ToyWorld(build(config.objective))
-    drawn = sampling.shaped(config, config.sampler.temperature, None)
+    control, tune = controllers.build_control(config), controllers.build_tuner(config)
+    world = ToyWorld(build_objective(config.objective))
+    drawn = sampler.training_sampling(config, config.sampler.temperature, None)
     roles = replace(
         driver(world).roles,
         learner=Knobbed(world, world.objective),
-        generator=Generators(None, drawn, 1.0),
+        generator=GeneratorRole(None, drawn, 1.0),
     )
     seen = []
     for step in (1, 2, 3):
@@ -53,8 +53,8 @@ def test_two_numbers_of_the_rule_that_may_contradict_each_other_are_refused():
 
 
 def test_a_tool_s_turns_are_drawn_with_what_was_moved():
-    drawn = sampling.plain(configured(), 1.0)
-    talking = Turns(Generators(None, drawn, 1.0), None, None, 4, None, None).moved({}, 9.0)
+    drawn = sampler.plain_sampling(configured(), 1.0)
+    talking = ToolTurns(GeneratorRole(None, drawn, 1.0), None, None, 4, None, None).moved({}, 9.0)
     assert talking.generator.sampling.max_tokens == 9 and talking.generator.sampling.rule is None
 
 
@@ -63,20 +63,22 @@ UPDATES = "+control.u={knob: learner.updates_per_rollout, fn: linear, start: 1, 
 
 def test_the_number_of_updates_moves_on_the_learner_and_is_said_with_the_most_it_reaches():
     config = configured(UPDATES, "rollout.groups_per_step=4")
-    control, tune = knobs.control_of(config), knobs.tuner(config)
-    learner = DeepSpeedLearner(None, None, 1, 64, 1.0)
-    roles = replace(driver(ToyWorld(build(config.objective))).roles, learner=learner)
+    control, tune = controllers.build_control(config), controllers.build_tuner(config)
+    learner = LearnerRole(None, None, 1, 64, 1.0)
+    roles = replace(driver(ToyWorld(build_objective(config.objective))).roles, learner=learner)
     assert [tune(control.turn(step), roles)[1].learner.updates for step in (1, 2, 4)] == [1, 2, 4]
-    assert knobs.updates(config) == (1, 4) and knobs.updates(configured()) == (1, 1)
-    said = [r.text for r in remarks(build(config.objective), schedule(config))]
+    assert controllers.updates_range(config) == (1, 4) and controllers.updates_range(configured()) == (1, 1)
+    said = [r.text for r in remarks(build_objective(config.objective), objective_schedule(config))]
     assert not [text for text in said if "r is 1 throughout" in text]
     assert [
-        r.text for r in remarks(build(config.objective), schedule(configured())) if "throughout" in r.text
+        r.text
+        for r in remarks(build_objective(config.objective), objective_schedule(configured()))
+        if "throughout" in r.text
     ]
 
 
 def test_scoring_fewer_groups_than_updates_is_no_update():
-    two = DeepSpeedLearner(SimpleNamespace(handles=[None], all=None), None, 4, 64, 1.0)
+    two = LearnerRole(SimpleNamespace(handles=[None], all=None), None, 4, 64, 1.0)
     seen = []
 
     async def scored(call, *, deadline):
@@ -118,15 +120,15 @@ TOP = "objective.penalties=[{fn: top_entropy_bonus, coef: 0.001, k: 2}]"
 def test_a_whole_number_of_the_objective_is_rounded_and_the_rule_keeps_what_it_had():
     rule = "fn: pi, signal: lag/max, target: 1.0, gain: 0.75, integral: 0.0, low: 1, high: 6"
     config = configured(TOP, f"+control.k={{knob: objective.penalties.0.k, {rule}}}")
-    control, tune = knobs.control_of(config), knobs.tuner(config)
-    world = ToyWorld(build(config.objective))
+    control, tune = controllers.build_control(config), controllers.build_tuner(config)
+    world = ToyWorld(build_objective(config.objective))
     roles = replace(driver(world).roles, learner=Knobbed(world, world.objective))
     took = []
     for step in (1, 2):
         took.append(tune(control.turn(step), roles)[0].penalties[0].keywords["k"])
         noted = control.note({"lag/max": 0.0})
     assert took == [2, 3] and noted == {"control/k": 2.75}
-    assert knobs.told(config)[0].endswith("of lag/max, 1 step(s) late, rounded")
+    assert controllers.describe_controllers(config)[0].endswith("of lag/max, 1 step(s) late, rounded")
     configured(TOP, "+control.k={knob: objective.penalties.0.k, fn: cosine, start: 2, end: 5, steps: 9}")
     with pytest.raises(ConfigError, match=r"may set objective\.penalties\.0\.k to 0"):
         configured(TOP, "+control.k={knob: objective.penalties.0.k, fn: linear, start: 2, end: 0, steps: 9}")
@@ -135,6 +137,6 @@ def test_a_whole_number_of_the_objective_is_rounded_and_the_rule_keeps_what_it_h
 def test_under_lag_what_is_drawn_with_is_said_to_be_trained_on_later():
     late = "for groups begun from then on, trained on up to 2 step(s) later (driver.max_lag)"
     hot = configured("control=temperature_band", "driver.max_lag=2")
-    assert [line.endswith(late) for line in knobs.told(hot)] == [True]
+    assert [line.endswith(late) for line in controllers.describe_controllers(hot)] == [True]
     for rest in (configured("control=temperature_band"), configured("control=lr_cosine", "driver.max_lag=2")):
-        assert not any("trained on" in line for line in knobs.told(rest))
+        assert not any("trained on" in line for line in controllers.describe_controllers(rest))

@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entroray.cli import lab, rundir, settings
-from entroray.cli.machine import lasting
-from entroray.entropy.bootstrap import interval, intervals
-from entroray.entropy.run_metrics import HELDOUT
+from entroray.cli import lab
 from entroray.errors import ConfigError
-from entroray.loop.portrait import DRAWN, portrait
-from entroray.objective import build
-from entroray.observe import cells as stored
-from entroray.observe import lab_page
-from entroray.observe.cells import Cell, moving, summarise, variant
+from entroray.evaluation.heldout_metrics import DRAWN, heldout_metrics
+from entroray.metrics.confidence_interval import bootstrap_interval, bootstrap_intervals
+from entroray.metrics.run_metrics import HELDOUT
+from entroray.objective import build_objective
+from entroray.observe import lab_cells, lab_page
 from entroray.observe.comparison import ANSWERED, LEGEND, OLDER, REACHED, absent, against, codes, markdown
-from entroray.observe.curves import Line, chart, frame, mean, ticks
+from entroray.observe.lab_cells import Cell, moving, summarise_run, variant
+from entroray.observe.svg import Line, chart, frame, mean_line, ticks
+from entroray.wiring import compose, run_directory
+from entroray.wiring.actors import lasting
 from tests.composed import configured
 from tests.toy import ToyPrompts, ToyWorld
 
@@ -31,20 +31,23 @@ HIGH, LOW = (0.70, 0.72, 0.74), (0.50, 0.52, 0.54)
 
 def test_an_interval_of_three_values_is_their_range() -> None:
     """Of 27 equally likely draws the lowest mean is 1 in 27, more than the 2.5 % that are cut off."""
-    assert interval((0.1, 0.2, 0.6)) == (pytest.approx(0.1), pytest.approx(0.6))
+    assert bootstrap_interval((0.1, 0.2, 0.6)) == (pytest.approx(0.1), pytest.approx(0.6))
 
 
 def test_an_interval_is_the_quantiles_of_all_possible_draws() -> None:
     values = (1.0, 2.0, 4.0, 8.0, 16.0)
     means = [np.mean(drawn) for drawn in itertools.product(values, repeat=5)]
     low, high = np.quantile(means, [0.1, 0.9])
-    assert interval(values, level=0.8) == (pytest.approx(low, abs=0.5), pytest.approx(high, abs=0.5))
-    assert interval(values) == interval(values)
+    assert bootstrap_interval(values, level=0.8) == (
+        pytest.approx(low, abs=0.5),
+        pytest.approx(high, abs=0.5),
+    )
+    assert bootstrap_interval(values) == bootstrap_interval(values)
 
 
 @pytest.mark.parametrize(("seeds", "held"), [(3, 75), (5, 84), (10, 90)])
 def test_the_legend_says_how_often_such_an_interval_holds_the_mean(seeds: int, held: int) -> None:
-    found = intervals(np.random.default_rng(seeds).normal(size=(seeds, 4000)), draws=600)
+    found = bootstrap_intervals(np.random.default_rng(seeds).normal(size=(seeds, 4000)), draws=600)
     covered = float(np.mean((found[:, 0] <= 0) & (found[:, 1] >= 0)))
     assert covered == pytest.approx(held / 100, abs=0.02)
     assert f"{held} times in 100 with 3 seeds" in LEGEND or f"{held} with {seeds}" in LEGEND
@@ -113,9 +116,9 @@ def test_first_weights_that_answer_differently_have_a_row_each_with_their_varian
     assert said[0].startswith("| before training: grpo, dapo |  | - | 0.250 |")
     assert said[1].startswith(f"| before training: {heated} |  | - | 0.125 |")
     for each in [*cool, *hot]:
-        stored.save(tmp_path, each)
-        (stored.path(tmp_path, each) / "metrics.jsonl").write_text("")
-    page = lab_page.write(tmp_path, [*cool, *hot], "grpo").read_text()
+        lab_cells.save_cell(tmp_path, each)
+        (lab_cells.cell_path(tmp_path, each) / "metrics.jsonl").write_text("")
+    page = lab_page.write_lab_page(tmp_path, [*cool, *hot], "grpo").read_text()
     assert page.count('<tr class="quiet">') == 2
 
 
@@ -141,36 +144,38 @@ def test_cells_of_two_versions_of_the_code_are_told_under_the_tables(tmp_path: P
     )
     assert codes(mixed) == [told] and f"- {told}" in markdown(mixed, "grpo")
     for each in mixed:
-        stored.save(tmp_path, each)
-        (stored.path(tmp_path, each) / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
-    assert told in lab_page.write(tmp_path, mixed, "grpo").read_text()
-    assert rundir.code()
+        lab_cells.save_cell(tmp_path, each)
+        (lab_cells.cell_path(tmp_path, each) / "metrics.jsonl").write_text(
+            '{"step": 1, "correct/mean": 0.5}\n'
+        )
+    assert told in lab_page.write_lab_page(tmp_path, mixed, "grpo").read_text()
+    assert run_directory.code_version()
 
 
 def test_a_cell_of_a_lab_before_the_code_was_noted_is_read_and_done(tmp_path: Path) -> None:
-    stored.save(tmp_path, CELLS[0])
-    file = stored.path(tmp_path, CELLS[0]) / "cell.json"
+    lab_cells.save_cell(tmp_path, CELLS[0])
+    file = lab_cells.cell_path(tmp_path, CELLS[0]) / "cell.json"
     old = {name: value for name, value in json.loads(file.read_text()).items() if name != "code"}
     file.write_text(json.dumps(old))
-    (known,) = stored.load(tmp_path)
+    (known,) = lab_cells.load_cells(tmp_path)
     assert known == CELLS[0] and lab._done(replace(CELLS[0], code="1950491"), known)
 
 
 def test_cells_outlive_the_process_and_fill_one_csv(tmp_path: Path) -> None:
     for each in CELLS:
-        stored.save(tmp_path, each)
-    known = stored.load(tmp_path)
+        lab_cells.save_cell(tmp_path, each)
+    known = lab_cells.load_cells(tmp_path)
     assert {c.name for c in known} == {c.name for c in CELLS} and set(known[0].measured) >= {"after/greedy"}
-    rows = list(csv.DictReader(stored.write_csv(tmp_path, CELLS).open()))
+    rows = list(csv.DictReader(lab_cells.write_cells_csv(tmp_path, CELLS).open()))
     assert len(rows) == len(CELLS)
     assert [r["after/greedy"] for r in rows][-2:] == ["", ""] and rows[6]["with"].startswith("learner.upd")
 
 
 def test_a_run_in_numbers() -> None:
-    metrics = [{"step": s, "reward/mean": s / 10, "tokens/per_second": float(s)} for s in range(1, 8)]
-    found = summarise(metrics)
-    assert found["reward/first"] == pytest.approx(0.3) and found["reward/final"] == pytest.approx(0.5)
-    assert found["reward/best"] == pytest.approx(0.5) and found["tokens/per_second"] == 4.0
+    metrics = [{"step": s, "correct/mean": s / 10, "tokens/per_second": float(s)} for s in range(1, 8)]
+    found = summarise_run(metrics)
+    assert found["correct/first"] == pytest.approx(0.3) and found["correct/final"] == pytest.approx(0.5)
+    assert found["correct/best"] == pytest.approx(0.5) and found["tokens/per_second"] == 4.0
     assert "entropy/first" not in found
     assert moving([1.0, 2.0, 3.0], 2) == [1.5, 2.5] and moving([1.0, 3.0], 5) == [2.0]
 
@@ -238,7 +243,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, folder: Path, runs: int) -> dict[int, C
     asked = [f"--dir={folder}", f"--config-dir={folder / 'mine'}", "experiment=quick", "seed=1,2"]
     with contextlib.suppress(KeyboardInterrupt):
         lab.main(asked)
-    return {c.seed: c for c in stored.load(folder)}
+    return {c.seed: c for c in lab_cells.load_cells(folder)}
 
 
 def test_finished_results_stay_until_their_own_run_begins(
@@ -246,7 +251,7 @@ def test_finished_results_stay_until_their_own_run_begins(
 ) -> None:
     row = tmp_path / "mine" / "experiment" / "quick.yaml"
     row.parent.mkdir(parents=True)
-    row.write_text(told := (settings.conf() / "experiment" / "quickstart.yaml").read_text())
+    row.write_text(told := (compose.conf_folder() / "experiment" / "quickstart.yaml").read_text())
     first = ran(monkeypatch, tmp_path, runs=2)
     assert [c.status for c in first.values()] == ["done", "done"]
 
@@ -272,9 +277,9 @@ def test_settings_taken_back_make_an_older_cell_a_finished_one_again() -> None:
 
 
 def test_a_portrait_measures_answers_without_a_training_step() -> None:
-    world = ToyWorld(build(settings.objective("grpo")))
+    world = ToyWorld(build_objective(compose.objective_row("grpo")))
     prompts = [next(prompt) for prompt in [ToyPrompts()] for _ in range(16)]
-    found = asyncio.run(portrait(lambda t: world, world, world, prompts, temperature=1.0, samples=4))
+    found = asyncio.run(heldout_metrics(lambda t: world, world, world, prompts, temperature=1.0, samples=4))
     assert found["entropy/mean"] == pytest.approx(np.log(8), abs=1e-5)
     assert 0 <= found["greedy"] <= 1 and found["pass@1"] <= found["pass@4"]
     assert found.keys() - {"greedy", "pass@1", "pass@2", "pass@4"} <= set(DRAWN)
@@ -295,8 +300,8 @@ def test_ticks_are_round_and_within(low: float, high: float, expected: list[floa
 
 
 def test_a_mean_curve_has_the_steps_that_all_have() -> None:
-    assert mean([([1, 2, 3], [1.0, 2.0, 3.0]), ([1, 2], [3.0, 4.0])]) == ([1, 2], [2.0, 3.0])
-    assert mean([]) == ([], [])
+    assert mean_line([([1, 2, 3], [1.0, 2.0, 3.0]), ([1, 2], [3.0, 4.0])]) == ([1, 2], [2.0, 3.0])
+    assert mean_line([]) == ([], [])
 
 
 def test_a_chart_stays_in_its_frame() -> None:
@@ -307,10 +312,10 @@ def test_a_chart_stays_in_its_frame() -> None:
 
 def test_the_page_is_one_file_that_asks_nobody(tmp_path: Path) -> None:
     for each in CELLS:
-        stored.save(tmp_path, each)
-        rows = [f'{{"step": {s}, "reward/mean": 0.{s}, "entropy/mean": 0.2}}\n' for s in (1, 2)]
-        (stored.path(tmp_path, each) / "metrics.jsonl").write_text("".join(rows))
-    page = lab_page.write(tmp_path, CELLS, "grpo").read_text()
+        lab_cells.save_cell(tmp_path, each)
+        rows = [f'{{"step": {s}, "correct/mean": 0.{s}, "entropy/mean": 0.2}}\n' for s in (1, 2)]
+        (lab_cells.cell_path(tmp_path, each) / "metrics.jsonl").write_text("".join(rows))
+    page = lab_page.write_lab_page(tmp_path, CELLS, "grpo").read_text()
     assert page.count("<svg") > 8 and "prefers-color-scheme:dark" in page
     assert "http" not in page and "<script" not in page
     assert "missing: quickstart, cispo, seed 2" in page and '<b class="above">+</b>' in page

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from entroray.cli import memory, train
-from entroray.config import Shape
-from entroray.policy.build import build, count
+from entroray.cli import train
+from entroray.config import ModelSize
+from entroray.policy.tiny_model import build_tiny_model, count_parameters
+from entroray.wiring import memory
 from tests.composed import configured
 
 BILLION = 1_000_000_000
@@ -15,7 +16,7 @@ BILLION = 1_000_000_000
 
 def on_a_rank(*told: str, held: bool = False) -> dict[str, float]:
     """GB of each part for a model of a billion parameters."""
-    found = memory.learner(configured(*told), BILLION, held=held)
+    found = memory.learner_bytes(configured(*told), BILLION, held=held)
     return {name: size / BILLION for name, size in found.items()}
 
 
@@ -52,7 +53,9 @@ def test_zero_3_names_what_a_rank_needs_before_anything_is_divided(tmp_path: Pat
     safetensors(tmp_path / "model.safetensors", {"w": [1 << 20]})
     told = f"model.path={tmp_path}", "learner.reference=true"
     said = {
-        stage: memory.lines(c := configured(*told, f"learner.zero_stage={stage}"), train.objective_of(c))
+        stage: memory.memory_lines(
+            c := configured(*told, f"learner.zero_stage={stage}"), train.objective_of(c)
+        )
         for stage in (2, 3)
     }
     starts = {stage: [line for line in lines if "as it starts" in line] for stage, lines in said.items()}
@@ -73,26 +76,26 @@ def test_a_folder_in_shards_is_counted_from_its_headers(tmp_path: Path) -> None:
     where = {tensor: name for name, shapes in shards.items() for tensor in shapes}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     config = configured(f"model.path={tmp_path}", "model.dtype=bfloat16", "learner.reference=true")
-    assert memory.parameters(config) == 64_000 + 8_192 + 1
+    assert memory.parameter_count(config) == 64_000 + 8_192 + 1
     said = train._dry(config, train.objective_of(config))
     assert "72,193 parameters, bfloat16" in said and "verifier: 2 processes, at most 2,048 MiB" in said
     assert "reference 0.1 MiB" in said and "float32 copy 0.3 MiB" in said
 
 
 def test_a_model_is_counted_before_it_is_built_and_without_its_weights(tmp_path: Path) -> None:
-    shape = Shape(layers=1, width=32, heads=2, kv_heads=1, mlp=48)
-    written = build(tmp_path, shape, seed=0)
+    shape = ModelSize(layers=1, width=32, heads=2, kv_heads=1, mlp=48)
+    written = build_tiny_model(tmp_path, shape, seed=0)
     config = configured(f"model.path={tmp_path}")
-    assert count(shape) == written == memory.parameters(config) == memory._declared(tmp_path)
+    assert count_parameters(shape) == written == memory.parameter_count(config) == memory._declared(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    assert memory.parameters(config) == written
+    assert memory.parameter_count(config) == written
     sizes = ",".join(f"{n}: {v}" for n, v in vars(shape).items())
-    told = f"model.bootstrap.cache={tmp_path}", f"model.bootstrap.shape={{{sizes}}}"
-    assert memory.parameters(configured(*told)) == written
+    told = f"model.warm_start.cache={tmp_path}", f"model.warm_start.size={{{sizes}}}"
+    assert memory.parameter_count(configured(*told)) == written
 
 
 def test_only_a_model_that_is_not_here_is_unknown() -> None:
     config = configured("model.path=nobody/has-this-one")
-    assert memory.parameters(config) is None
-    said = memory.lines(config, train.objective_of(config))
+    assert memory.parameter_count(config) is None
+    said = memory.memory_lines(config, train.objective_of(config))
     assert said == ["memory: unknown until nobody/has-this-one is in the cache of the hub or a folder here"]

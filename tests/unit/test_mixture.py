@@ -10,21 +10,28 @@ import numpy as np
 import pytest
 import torch
 
-from entroray.cli import bootstrap, material, train
+from entroray.cli import train
 from entroray.config import Config, Part
-from entroray.entropy.catalogue import DOMAIN
-from entroray.entropy.domains import by_domain
+from entroray.data.mixture import (
+    BLOCK,
+    Mixture,
+    interleave,
+    positions_by_domain,
+    prompt_stream,
+    without_shared,
+)
+from entroray.data.prompts import PromptStream
 from entroray.errors import ConfigError, PreflightError
-from entroray.loop.batching import tokens_of
-from entroray.loop.decoding import Words
-from entroray.loop.evaluate import by_domain as scores_by_domain
-from entroray.loop.evaluate import examine, plan
-from entroray.loop.mixture import BLOCK, Mixture, apart, by_turns, domains, stream
-from entroray.loop.prompts import PromptStream
+from entroray.evaluation.cot_decoding import Words
+from entroray.evaluation.evaluate import accuracy_by_domain, evaluate_policy, plan_evaluation
+from entroray.metrics.by_domain import domain_metrics
+from entroray.metrics.catalogue import DOMAIN
 from entroray.observe.evaluation import lines
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
-from entroray.reward import build
+from entroray.reward import build_judge
+from entroray.train.batching import tokens_of
 from entroray.types import Group, Prompt, Rollout, Verdict
+from entroray.wiring import dataset, warm_start
 from tests.composed import configured
 from tests.documented import matches
 from tests.toy import ToyWorld
@@ -64,8 +71,8 @@ def test_the_order_of_domains_is_that_of_every_machine() -> None:
 
 
 def test_one_task_has_no_mixture_and_a_part_without_prompts_is_refused() -> None:
-    assert isinstance(stream(prompts("", 3), {}, seed=0), PromptStream)
-    assert isinstance(stream(BOTH, WEIGHTS, seed=0), Mixture)
+    assert isinstance(prompt_stream(prompts("", 3), {}, seed=0), PromptStream)
+    assert isinstance(prompt_stream(BOTH, WEIGHTS, seed=0), Mixture)
     with pytest.raises(PreflightError, match="no prompts of c"):
         Mixture(BOTH, WEIGHTS | {"c": 1.0}, seed=0)
 
@@ -73,15 +80,18 @@ def test_one_task_has_no_mixture_and_a_part_without_prompts_is_refused() -> None
 def test_what_two_parts_share_stays_in_the_first() -> None:
     a, b, c = prompts("a", 3), prompts("b", 3), prompts("c", 2)
     b[0], b[1], c[1] = replace(b[0], id="a001"), replace(b[1], text="a 2"), replace(c[1], text="b 2")
-    kept, shared = apart([a, b, c])
+    kept, shared = without_shared([a, b, c])
     assert [[p.id for p in part] for part in kept] == [["a000", "a001", "a002"], ["b002"], ["c000"]]
     assert shared == 3
 
 
 def test_parts_come_by_turns() -> None:
-    mixed = by_turns([prompts("a", 2), prompts("b", 4)])
+    mixed = interleave([prompts("a", 2), prompts("b", 4)])
     assert [p.id for p in mixed] == ["a000", "b000", "a001", "b001", "b002", "b003"]
-    assert domains(mixed) == {"a": [0, 2], "b": [1, 3, 4, 5]} and domains(prompts("", 3)) == {}
+    assert (
+        positions_by_domain(mixed) == {"a": [0, 2], "b": [1, 3, 4, 5]}
+        and positions_by_domain(prompts("", 3)) == {}
+    )
 
 
 def test_metrics_of_each_domain() -> None:
@@ -96,18 +106,18 @@ def test_metrics_of_each_domain() -> None:
     entropy = np.array([1, 1, 1, 5, 5, 5, 9], np.float32)
     columns = {"logprobs": entropy, "entropy": entropy, "varentropy": entropy}
     tokens = tokens_of([a, b], [torch.zeros(2)] * 2, columns, 0)
-    found = by_domain([a, b], tokens, [a, b, sent_back])
-    assert (found["reward/mean:a"], found["reward/mean:b"]) == (0.5, 0.25)
+    found = domain_metrics([a, b], tokens, [a, b, sent_back])
+    assert (found["correct/mean:a"], found["correct/mean:b"]) == (0.5, 0.25)
     assert (found["groups/all_wrong:a"], found["groups/all_wrong:b"]) == (0, 0.5)
     assert found["groups/share:b"] == pytest.approx(2 / 3)
     assert (found["entropy/mean:a"], found["entropy/mean:b"]) == (1, 6)
     assert (found["length/mean:a"], found["length/mean:b"]) == (1.5, 1.5)
     assert all(matches(name, DOMAIN) for name in found) and len(found) == 2 * len(DOMAIN)
-    assert by_domain([group("", [1, 2, 2, 2], [0] * 4)], tokens, [group("", [1], [0])]) == {}
+    assert domain_metrics([group("", [1, 2, 2, 2], [0] * 4)], tokens, [group("", [1], [0])]) == {}
 
 
 def test_evaluations_of_each_domain() -> None:
-    found = scores_by_domain(by_turns([prompts("a", 2), prompts("b", 1)]), [1, 0, 1], [2, 0, 1], 2)
+    found = accuracy_by_domain(interleave([prompts("a", 2), prompts("b", 1)]), [1, 0, 1], [2, 0, 1], 2)
     assert found == {
         "greedy:a": 1.0,
         "pass@1:a": 0.75,
@@ -120,25 +130,27 @@ def test_evaluations_of_each_domain() -> None:
 
 def test_a_whole_evaluation_has_every_accuracy_of_each_domain() -> None:
     world = ToyWorld(None)  # type: ignore[arg-type]
-    both = by_turns(
+    both = interleave(
         [[replace(p, reference="3") for p in prompts(name, count)] for name, count in WHOLE.items()]
     )
     words = Words(str, str, frozenset())
-    found = asyncio.run(examine(lambda t: world, world, both, plan(1.0, 4), words))
+    found = asyncio.run(evaluate_policy(lambda t: world, world, both, plan_evaluation(1.0, 4), words))
     assert found["domains"].keys() == {"a", "b"} and "id" not in found["domains"]["a"]
     for name in ("greedy", "pass@4", "pass^2", "avg@4"):
         mean = sum(found["domains"][d][name] * n for d, n in WHOLE.items()) / sum(WHOLE.values())
         assert mean == pytest.approx(found[name])
     assert any(line.startswith("b: greedy ") for line in lines(found))
     bare = asyncio.run(
-        examine(lambda t: world, world, [replace(p, domain="") for p in both], plan(1.0, 2), words)
+        evaluate_policy(
+            lambda t: world, world, [replace(p, domain="") for p in both], plan_evaluation(1.0, 2), words
+        )
     )
     assert "domains" not in bare
 
 
 def test_a_judge_for_each_domain() -> None:
     gym = lambda task, extract: {"fn": "gym", "task": task, "extract": extract}
-    judge = build(
+    judge = build_judge(
         {"fn": "by_domain", "judges": {"a": gym("chain_sum", "after"), "b": gym("chain_sum", "whole")}}
     )
     one = lambda domain: Prompt("p", "", (1,), "5", {"answer": "5"}, domain)
@@ -155,7 +167,7 @@ def mixed() -> Config:
 
 
 def test_a_mixture_is_read_part_by_part(mixed: Config) -> None:
-    read = material.read(mixed, byte_tokenizer())
+    read = dataset.read_dataset(mixed, byte_tokenizer())
     for part in (read.split.heldout, read.split.demonstrations, read.split.training):
         assert {p.domain for p in part} == {"chain_sum", "countdown"}
     assert [p.domain for p in read.split.heldout[:4]] == ["chain_sum", "countdown"] * 2
@@ -163,11 +175,11 @@ def test_a_mixture_is_read_part_by_part(mixed: Config) -> None:
         p.id for part in (read.split.heldout, read.split.demonstrations, read.split.training) for p in part
     ]
     assert len(set(every)) == len(every)
-    judge = build(read.judge)
-    for group in islice(bootstrap._demonstrations(mixed, read), 20):
+    judge = build_judge(read.judge)
+    for group in islice(warm_start._demonstrations(mixed, read), 20):
         text = byte_tokenizer().decode(group.rollouts[0].token_ids.tolist(), skip_special_tokens=True)
         assert judge(text, group.prompt).correct == 1, group.prompt.domain
-    assert material.told(mixed)[1].startswith(
+    assert dataset.describe_tasks(mixed)[1].startswith(
         "countdown: weight 1, countdown, template '{numbers}->{target}'"
     )
 
@@ -180,7 +192,7 @@ def test_each_part_has_a_system_message_of_its_own(mixed: Config) -> None:
     config = replace(mixed, data=replace(mixed.data, parts=parts, max_prompt=200))
     config = replace(config, model=replace(config.model, system="Think."))
     tokenizer = byte_tokenizer()
-    read = material.read(config, tokenizer)
+    read = dataset.read_dataset(config, tokenizer)
     begins = {p.domain: tokenizer.decode(p.token_ids)[:26] for p in read.split.training}
     assert begins == {"one": "<|system|>Add.<|user|>one ", "two": "<|system|>Think.<|user|>tw"}
 
@@ -197,7 +209,7 @@ def test_system_message_and_template_in_a_model_folder_with_its_own_chat_templat
     tokenizer.save_pretrained(tmp_path)
     config = configured("data=chain_sum", "model.system=Add up.", "data.size=3", "data.max_prompt=200")
     config = replace(config, data=replace(config.data, heldout=0.0, demonstrations=0.0))
-    first = material.read(config, load_tokenizer(str(tmp_path))).split.training[0]
+    first = dataset.read_dataset(config, load_tokenizer(str(tmp_path))).split.training[0]
     rendered = (
         f"<|im_start|>system\nAdd up.<|im_end|>\n<|im_start|>user\n{first.text}<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -209,17 +221,17 @@ def test_system_message_and_template_in_a_model_folder_with_its_own_chat_templat
 
 def test_the_warm_starts_of_before_keep_their_names(mixed: Config) -> None:
     """Pinned: a key that changes would make everybody wait for a warm start that is there."""
-    names = {c: bootstrap.cached(configured(c)).name for c in ("data=chain_sum", "data=countdown")}
+    names = {c: warm_start.cached_folder(configured(c)).name for c in ("data=chain_sum", "data=countdown")}
     assert names == {
-        "data=chain_sum": "chain_sum-b9ecd4e0e7e8cc72",
-        "data=countdown": "countdown-82d7e9c4b6d09642",
+        "data=chain_sum": "chain_sum-5dc4a61797eccbc4",
+        "data=countdown": "countdown-bf5c560b6002723c",
     }
-    assert bootstrap.cached(mixed).name.startswith("chain_sum-countdown-")
+    assert warm_start.cached_folder(mixed).name.startswith("chain_sum-countdown-")
     heavier = replace(mixed.data.parts["countdown"], weight=2.0)
     other = replace(mixed, data=replace(mixed.data, parts=mixed.data.parts | {"countdown": heavier}))
-    assert bootstrap.cached(other) != bootstrap.cached(mixed)
+    assert warm_start.cached_folder(other) != warm_start.cached_folder(mixed)
     asked = replace(mixed, model=replace(mixed.model, system="Think."))
-    assert bootstrap.cached(asked) != bootstrap.cached(mixed)
+    assert warm_start.cached_folder(asked) != warm_start.cached_folder(mixed)
 
 
 def test_whatever_makes_a_warm_start_another_gives_it_another_name(tmp_path: Path) -> None:
@@ -234,10 +246,10 @@ def test_whatever_makes_a_warm_start_another_gives_it_another_name(tmp_path: Pat
         "learner.deepspeed={gradient_clipping: 0.5}",
         f"reward.path={judge}:half",
     )
-    one = [bootstrap.cached(configured("data=chain_sum", each)).name for each in shared]
+    one = [warm_start.cached_folder(configured("data=chain_sum", each)).name for each in shared]
     judge.write_text("def half(text, prompt):\n    return 0.4\n")
-    one.append(bootstrap.cached(configured("data=chain_sum", shared[-1])).name)
-    one.append(bootstrap.cached(configured("data=chain_sum")).name)
+    one.append(warm_start.cached_folder(configured("data=chain_sum", shared[-1])).name)
+    one.append(warm_start.cached_folder(configured("data=chain_sum")).name)
     assert len(set(one)) == len(shared) + 2
 
 
@@ -250,6 +262,6 @@ def test_wrong_parts_are_refused_by_name(mixed: Config) -> None:
         mixed, data=replace(mixed.data, parts={"one": Part()}), reward=replace(mixed.reward, judge={})
     )
     with pytest.raises(ConfigError, match=r"no judge: set data\.parts\.one\.judge"):
-        material.judge(bare)
+        dataset.judge_spec(bare)
     with pytest.raises(ConfigError, match="no name for a metric"):
-        material.check(replace(mixed, data=replace(mixed.data, parts={"a:b": Part()})))
+        dataset.check_mixture(replace(mixed, data=replace(mixed.data, parts={"a:b": Part()})))

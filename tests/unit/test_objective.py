@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from entroray.binding import function_name, slot_functions
 from entroray.errors import ConfigError
-from entroray.objective import build, count, shapes, silent
-from entroray.objective.bind import called, menu
-from entroray.objective.equation import SLOTS
-from entroray.objective.view import visible
+from entroray.objective import build_objective, count_tokens, flat_tokens, shapes
+from entroray.objective.masking import masked_in
+from entroray.objective.objective import SLOTS
 from entroray.types import Counts, Tokens
 from tests.cases import BUILT, ROWS, STATISTICS, WHOLE, N, close, live, outcome, tokens, update
 from tests.published import PUBLISHED, Case, gate
@@ -32,7 +32,7 @@ FULL = ROWS["dapo"] | {
 SPECS = ROWS | {"full": FULL}
 REPLACES = (shapes.whiten, shapes.self_certainty, shapes.low_entropy, shapes.trajectory_likelihood)
 """Shapes that may turn the sign of A."""
-OBJECTIVES = BUILT | {"full": build(FULL)}
+OBJECTIVES = BUILT | {"full": build_objective(FULL)}
 every_row = pytest.mark.parametrize("name", ROWS)
 every_spec = pytest.mark.parametrize("name", SPECS)
 
@@ -50,14 +50,14 @@ def test_the_gradient_is_the_published_one(name, drift):
 
 @every_row
 def test_the_sign_of_the_advantage_is_kept_by_all_but_those_that_replace_it(name):
-    seen = visible(tokens())
+    seen = masked_in(tokens())
     for shape in BUILT[name].shapes:
         kept = (shape(seen) * seen.advantages >= 0).all()
-        assert kept or shape.func in REPLACES, f"{called(shape)} turns a sign"
+        assert kept or shape.func in REPLACES, f"{function_name(shape)} turns a sign"
 
 
 def test_the_gradient_of_all_slots_at_once():
-    objective, t = build(FULL), tokens()
+    objective, t = build_objective(FULL), tokens()
     _, gradient, entropy_gradient = update(objective, objective.credit(t), WHOLE)
     n = torch.tensor([float(sum(t.mask[t.row == row])) for row in t.row]).double()
     a = torch.where(t.advantages > 0, 0.1 * t.advantages, t.advantages)
@@ -160,7 +160,7 @@ def test_edges_are_finite(name):
 @every_spec
 def test_credit_detaches_and_counts(name):
     shapes = [{"fn": f"{__name__}.by_likelihood"}]
-    t = build(SPECS[name] | {"shapes": shapes}, packages=[HERE]).credit(live(tokens()))
+    t = build_objective(SPECS[name] | {"shapes": shapes}, packages=[HERE]).credit(live(tokens()))
     assert not any(x.requires_grad for x in (t.advantages, t.scale, t.correction))
     kept = int((t.scale != 0).sum())
     assert t.counts == Counts(tokens=24, kept_tokens=kept, rollouts=6, prompts=3) and kept > 0
@@ -172,22 +172,24 @@ def by_likelihood(t: Tokens) -> Tensor:
 
 def test_kept_tokens_are_those_with_a_scale():
     t = replace(tokens(), scale=torch.where(torch.arange(N) < 6, 0.0, 1.0))
-    assert count(t) == Counts(tokens=24, kept_tokens=19, rollouts=6, prompts=3)
-    assert count(t.take(torch.tensor([0, 1, 2]))) == Counts(tokens=10, kept_tokens=5, rollouts=3, prompts=2)
+    assert count_tokens(t) == Counts(tokens=24, kept_tokens=19, rollouts=6, prompts=3)
+    assert count_tokens(t.take(torch.tensor([0, 1, 2]))) == Counts(
+        tokens=10, kept_tokens=5, rollouts=3, prompts=2
+    )
 
 
 def test_denominators():
     counts = Counts(tokens=24, kept_tokens=19, rollouts=6, prompts=3)
 
     def spec(**choice) -> Callable[[Counts], float]:
-        return build(ROWS["grpo"] | {"denominator": choice}).denominator
+        return build_objective(ROWS["grpo"] | {"denominator": choice}).denominator
 
     assert spec(fn="all_response_tokens")(counts) == 24.0
     assert spec(fn="kept_tokens")(counts) == 19.0
     assert spec(fn="rollouts")(counts) == 6.0
     assert spec(fn="prompts")(counts) == 3.0
     assert spec(fn="constant", length=100)(counts) == 600.0
-    for name in menu(SLOTS["denominator"]):
+    for name in slot_functions(SLOTS["denominator"]):
         length = {"length": 100} if name == "constant" else {}
         assert spec(fn=name, **length)(Counts(0, 0, 0, 0)) == 1.0
 
@@ -203,11 +205,13 @@ def test_rows_cross_process_boundaries(name):
 def test_rows_spell_every_slot_so_that_overrides_need_no_plus():
     for name, spec in ROWS.items():
         assert set(spec) == set(SLOTS), name
-        assert build(spec).needs <= {"entropy_grad", "whole_step", "ref_logprobs", *STATISTICS}, name
+        assert build_objective(spec).needs <= {"entropy_grad", "whole_step", "ref_logprobs", *STATISTICS}, (
+            name
+        )
 
 
 def test_needs_are_declared_and_refused_by_name():
-    objective = build(FULL)
+    objective = build_objective(FULL)
     assert objective.needs == {"ref_logprobs", "entropy_grad", "whole_step"}
     t = replace(tokens(), ref_logprobs=None)
     objective.credit(t)
@@ -216,30 +220,30 @@ def test_needs_are_declared_and_refused_by_name():
 
 
 def test_silent_tokens_are_the_clipped_ones():
-    objective, t = build(ROWS["grpo"]), tokens()
+    objective, t = build_objective(ROWS["grpo"]), tokens()
     t = live(objective.credit(t))
     r = (t.logprobs - t.old_logprobs).exp()
     expected = t.mask & (t.advantages != 0) & ~gate(t.advantages, r, 0.2, 0.2)
-    assert torch.equal(silent(objective, t), expected) and 0 < expected.sum() < N
+    assert torch.equal(flat_tokens(objective, t), expected) and 0 < expected.sum() < N
     with torch.no_grad():
-        assert torch.equal(silent(objective, t), expected)
+        assert torch.equal(flat_tokens(objective, t), expected)
     assert t.logprobs.grad is None
 
 
 def test_a_penalty_hides_no_clipped_token():
     plain = ROWS["grpo"]
-    t = live(build(plain).credit(tokens()))
-    clipped = silent(build(plain), t)
+    t = live(build_objective(plain).credit(tokens()))
+    clipped = flat_tokens(build_objective(plain), t)
     pulls = [{"fn": "kl_k3", "coef": 0.04}, {"fn": "entropy_bonus", "coef": 0.01}]
-    held = build(plain | {"penalties": pulls})
+    held = build_objective(plain | {"penalties": pulls})
     t = replace(t, ref_logprobs=t.old_logprobs - 0.1)
-    assert torch.equal(silent(held, t), clipped) and clipped.any()
+    assert torch.equal(flat_tokens(held, t), clipped) and clipped.any()
 
 
 def test_silent_tokens_of_other_rows():
     for name, count_of_silent in {"cispo": 0, "rloo": 0, "supervised": 0}.items():
         objective = BUILT[name]
-        assert silent(objective, objective.credit(tokens())).sum() == count_of_silent
-    dropped = build(ROWS["cispo"] | {"scales": [{"fn": "selected", "inside": 0.0}]})
+        assert flat_tokens(objective, objective.credit(tokens())).sum() == count_of_silent
+    dropped = build_objective(ROWS["cispo"] | {"scales": [{"fn": "selected", "inside": 0.0}]})
     t = dropped.credit(tokens())
-    assert torch.equal(silent(dropped, t), t.mask & (t.advantages != 0))
+    assert torch.equal(flat_tokens(dropped, t), t.mask & (t.advantages != 0))

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from entroray.binding import Traits, bind, declare, keyword_settings, slot_functions, traits
 from entroray.cli import objectives
 from entroray.errors import ConfigError
+from entroray.formula import describe_formula
 from entroray.objective import __file__ as objective_file
-from entroray.objective import bind, build, surrogate
-from entroray.objective.bind import Traits, declare, keywords, menu, traits
-from entroray.objective.describe import phrase
-from entroray.objective.equation import SLOTS
+from entroray.objective import build_objective, surrogate
+from entroray.objective.objective import SLOTS
 from tests.cases import ROWS
 
 CONF = Path(__file__).parents[2] / "conf/objective"
@@ -67,7 +67,7 @@ HERE = f"{__name__}.flat"
         ({"surrogate": {"fn": "os.system"}}, "`os.system` is outside the allowed packages entroray"),
         ({"surrogate": {"fn": "entroray_evil.f"}}, "outside the allowed packages"),
         ({"surrogate": {"fn": "entroray.objective.shutil.rmtree"}}, "cannot be imported"),
-        ({"surrogate": {"fn": "entroray.objective.bind.partial"}}, "defines no function `partial`"),
+        ({"surrogate": {"fn": "entroray.binding.partial"}}, "defines no function `partial`"),
         ({"surrogate": {"fn": "entroray.objective.surrogate.clap"}}, "defines no function `clap`"),
         ({"surrogate": {"fn": "entroray.objective.ratio.token"}}, "must take 2 positional"),
         ({"surrogate": {"fn": HERE, "steepness": 1.0}}, "outside the allowed packages"),
@@ -75,22 +75,27 @@ HERE = f"{__name__}.flat"
 )
 def test_what_is_wrong_is_named(change, message):
     with pytest.raises(ConfigError, match=message):
-        build(GRPO | change)
+        build_objective(GRPO | change)
 
 
 def test_missing_slots_and_defaults():
     least = {slot: GRPO[slot] for slot in ("estimator", "surrogate", "aggregate", "denominator")}
-    assert build(least).describe() == build(GRPO).describe()
-    assert build(GRPO | {"keep": None, "rewards": None}).describe() == build(GRPO).describe()
+    assert build_objective(least).describe() == build_objective(GRPO).describe()
+    assert (
+        build_objective(GRPO | {"keep": None, "rewards": None}).describe() == build_objective(GRPO).describe()
+    )
     for slot in least:
         with pytest.raises(ConfigError, match=f"objective.{slot} must be given"):
-            build({k: v for k, v in least.items() if k != slot})
+            build_objective({k: v for k, v in least.items() if k != slot})
 
 
 def test_a_dotted_path_reaches_an_allowed_package():
     spec = {"fn": HERE, "steepness": 1}
     assert bind(surrogate, spec, packages=[MINE]).keywords == {"steepness": 1}
-    assert "flat(steepness=1, ceiling=3)" in build(GRPO | {"surrogate": spec}, packages=[MINE]).describe()
+    assert (
+        "flat(steepness=1, ceiling=3)"
+        in build_objective(GRPO | {"surrogate": spec}, packages=[MINE]).describe()
+    )
     own = bind(surrogate, {"fn": "entroray.objective.surrogate.reinforce"})
     assert own.func is surrogate.reinforce
     with pytest.raises(ConfigError, match="`flat` needs `steepness`"):
@@ -114,13 +119,13 @@ def test_a_dotted_path_reaches_an_allowed_package():
     }.items(),
 )  # fmt: skip
 def test_describe_tells_the_equation_in_effect(name, said):
-    text = build(ROWS[name]).describe()
+    text = build_objective(ROWS[name]).describe()
     assert [part for part in said if part not in text] == []
     assert len(text.splitlines()) <= 12 and all(len(line) <= 120 for line in text.splitlines())
 
 
 def test_describe_tells_every_added_term():
-    text = build(
+    text = build_objective(
         GRPO
         | {
             "correction": {"fn": "truncated_importance", "cap": 3.0},
@@ -140,10 +145,10 @@ def test_the_two_files_of_the_readme_work(tmp_path, monkeypatch):
     (tmp_path / "my_lab").mkdir()
     (tmp_path / "my_lab/gates.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    shown = build(yaml.safe_load(row), packages=["my_lab"]).describe()
+    shown = build_objective(yaml.safe_load(row), packages=["my_lab"]).describe()
     assert "-r A where |r - 1| <= 0.2, else 0" in shown
     with pytest.raises(ConfigError, match="hard_window` is outside the allowed packages"):
-        build(yaml.safe_load(row))
+        build_objective(yaml.safe_load(row))
 
 
 def test_the_readme_lists_every_function_and_row():
@@ -151,22 +156,22 @@ def test_the_readme_lists_every_function_and_row():
     for slot, module in SLOTS.items():
         line = next(line for line in text.splitlines() if line.startswith(f"| `{slot}`"))
         listed = line.split("|")[-2].replace(" ", "").split(",")
-        assert sorted(listed) == sorted(menu(module)), slot
+        assert sorted(listed) == sorted(slot_functions(module)), slot
     assert text.split("<!-- rows -->\n")[1].split("\n<!-- /rows -->")[0] == objectives.table()
 
 
-FUNCTIONS = [(slot, fn) for slot, module in SLOTS.items() for fn in menu(module)]
+FUNCTIONS = [(slot, fn) for slot, module in SLOTS.items() for fn in slot_functions(module)]
 
 
 @pytest.mark.parametrize("slot, fn", FUNCTIONS)
 def test_every_formula_shows_every_setting(slot, fn):
-    function = menu(SLOTS[slot])[fn]
+    function = slot_functions(SLOTS[slot])[fn]
     floats = {
         name: 0.123 + i / 1000
-        for i, name in enumerate(keywords(function))
+        for i, name in enumerate(keyword_settings(function))
         if name not in ("cap_mode", "span")
     }
-    text = phrase(partial(function, **floats))
+    text = describe_formula(partial(function, **floats))
     assert not text.startswith(f"{fn}("), "its docstring has a line in backticks with the formula"
     for value in floats.values():
         assert any(f"{x:g}" in text for x in (value, 1 - value, 1 + value))

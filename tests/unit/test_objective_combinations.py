@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from entroray.cli import objectives, train
-from entroray.cli.settings import load
 from entroray.errors import ConfigError
-from entroray.loop.limits import IdleRules
-from entroray.objective import build, touched, touched_inside
-from entroray.objective.combinations import Schedule, refuse, remarks
-from entroray.objective.touch import rules
+from entroray.objective import active_tokens, active_tokens_inside, build_objective
+from entroray.objective.activity import counted_functions
+from entroray.objective.compatibility import Schedule, check_combinations, remarks
+from entroray.train.failure_limits import IdleFunctions
 from entroray.types import Group, Tokens
+from entroray.wiring.compose import load_config
 from tests.cases import ROWS, tokens
 from tests.composed import configured
 
@@ -35,12 +35,14 @@ def reinforce(t: Tokens, ratio: Tensor) -> Tensor:
 
 
 def said(row, kind, **schedule) -> str:
-    return " / ".join(r.text for r in remarks(build(row), replace(PLAIN, **schedule)) if r.kind == kind)
+    return " / ".join(
+        r.text for r in remarks(build_objective(row), replace(PLAIN, **schedule)) if r.kind == kind
+    )
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_allowed_as_it_is_shipped(name):
-    refuse(build(ROWS[name]), PLAIN)
+    check_combinations(build_objective(ROWS[name]), PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_every_row_is_allowed_as_it_is_shipped(name):
 )
 def test_what_is_wrong_is_refused_with_a_way_out(row, schedule, message):
     with pytest.raises(ConfigError, match=message):
-        refuse(build(row), replace(PLAIN, **schedule))
+        check_combinations(build_objective(row), replace(PLAIN, **schedule))
 
 
 @pytest.mark.parametrize("row", ["entrocraft_band", "entropic_pi"])
@@ -92,7 +94,10 @@ def test_two_laws_of_entropy_are_refused_before_the_run(control):
 
 def test_two_faults_are_told_at_once():
     with pytest.raises(ConfigError, match=r"all wrong.*add scale `selected`"):
-        refuse(build(ROWS["nsr"] | {"keep": {"fn": "informative"}, "select": {"fn": "top_entropy"}}), PLAIN)
+        check_combinations(
+            build_objective(ROWS["nsr"] | {"keep": {"fn": "informative"}, "select": {"fn": "top_entropy"}}),
+            PLAIN,
+        )
 
 
 @pytest.mark.parametrize(
@@ -163,36 +168,36 @@ def test_what_acts_is_not_called_inert():
 
 def test_a_live_shape_stands_last():
     with pytest.raises(ConfigError, match="must stand after"):
-        build(ROWS["grpo"] | {"shapes": [{"fn": "add_entropy"}, {"fn": "by_sign"}]})
+        build_objective(ROWS["grpo"] | {"shapes": [{"fn": "add_entropy"}, {"fn": "by_sign"}]})
 
 
 def test_rules_count_the_tokens_they_touched():
-    row = build(
+    row = build_objective(
         ROWS["forking_tokens"] | {"shapes": [{"fn": "by_sign"}], "correction": {"fn": "truncated_importance"}}
     )
-    assert touched(row, tokens()) == {
+    assert active_tokens(row, tokens()) == {
         "by_sign": int((tokens().advantages > 0).sum()),
         "top_entropy": 4,
         "selected": 20,
         "truncated_importance": 24,
     }
-    assert touched(build(ROWS["grpo"]), tokens()) == {}
+    assert active_tokens(build_objective(ROWS["grpo"]), tokens()) == {}
 
 
 def test_rules_inside_the_update_count_too():
-    o = build(ROWS["kl_cov"])
+    o = build_objective(ROWS["kl_cov"])
     t = o.credit(tokens())
-    assert touched_inside(o, t) == {"kl_cov": 1}
+    assert active_tokens_inside(o, t) == {"kl_cov": 1}
     still = o.credit(tokens(drift=0.0))
-    assert touched_inside(o, still) == {"kl_cov": 0}, "inert at r = 1"
-    grpo = build(ROWS["grpo"])
+    assert active_tokens_inside(o, still) == {"kl_cov": 0}, "inert at r = 1"
+    grpo = build_objective(ROWS["grpo"])
     r = (t.logprobs - t.old_logprobs).exp()
     clipped = t.mask & torch.where(t.advantages > 0, r > 1.2, (r < 0.8) & (t.advantages < 0))
-    assert touched_inside(grpo, grpo.credit(tokens())) == {"clip": int(clipped.sum())}
+    assert active_tokens_inside(grpo, grpo.credit(tokens())) == {"clip": int(clipped.sum())}
 
 
 def test_a_rule_that_touches_nothing_is_named_once_until_it_acts():
-    idle = IdleRules(patience=3)
+    idle = IdleFunctions(patience=3)
     step = lambda n: idle.note({"objective/clip_tokens": n})
     assert [step(n) for n in (0, 0, 0, 0)] == [[], [], ["objective/clip_tokens"], []]
     silent = lambda: idle.note({"objective/silent_half_tokens": 0})
@@ -223,13 +228,15 @@ def test_the_command_lists_every_row_and_function(capsys):
 
 
 def test_settings_name_packages_of_ones_own():
-    config, _ = load(["objective_packages=[my_lab]"])
+    config, _ = load_config(["objective_packages=[my_lab]"])
     assert config.objective_packages == ["my_lab"]
 
 
 def test_a_function_of_a_user_is_not_taken_for_ours_of_the_same_name():
-    own = build(ROWS["nsr"] | {"keep": {"fn": f"{__name__}.informative"}}, packages=[__name__])
-    refuse(own, PLAIN)
-    clipped = build(ROWS["grpo"] | {"surrogate": {"fn": f"{__name__}.reinforce"}}, packages=[__name__])
-    assert rules(clipped) == ["reinforce"]
-    assert touched_inside(clipped, clipped.credit(tokens()))["reinforce"] > 0
+    own = build_objective(ROWS["nsr"] | {"keep": {"fn": f"{__name__}.informative"}}, packages=[__name__])
+    check_combinations(own, PLAIN)
+    clipped = build_objective(
+        ROWS["grpo"] | {"surrogate": {"fn": f"{__name__}.reinforce"}}, packages=[__name__]
+    )
+    assert counted_functions(clipped) == ["reinforce"]
+    assert active_tokens_inside(clipped, clipped.credit(tokens()))["reinforce"] > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entroray.objective import build
+from entroray.objective import build_objective
 from entroray.policy.head import token_stats
 from tests.cases import ROWS, tokens
 
@@ -70,7 +70,7 @@ def test_logits_of_a_right_and_of_a_wrong_sample(name, sign):
     stats = token_stats(hidden, torch.eye(V, dtype=torch.float64), token, torch.ones(1, dtype=torch.float64))
     row = {"logprobs": stats.logprobs, "entropy": stats.entropy, "old_logprobs": stats.logprobs.detach()}
     t = whole.__class__(**vars(whole) | row | {"advantages": torch.tensor([sign], dtype=torch.float64)})
-    objective = build(ROWS[name])
+    objective = build_objective(ROWS[name])
     credited = objective.credit(t)
     live = credited.__class__(**vars(credited) | row)
     (gradient,) = torch.autograd.grad(objective.loss(live), hidden)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from entroray.objective import build
+from entroray.objective import build_objective
 from entroray.objective.estimator import sign
 from entroray.types import Tokens
 from tests.cases import ROWS, group, tokens
@@ -14,7 +14,7 @@ from tests.cases import ROWS, group, tokens
 
 def test_forking_tokens_are_the_fifth_with_the_highest_entropy():
     t = tokens()
-    chosen = build(ROWS["forking_tokens"]).credit(t).selected
+    chosen = build_objective(ROWS["forking_tokens"]).credit(t).selected
     assert chosen.sum() == 4 == int(0.2 * 24)
     assert t.entropy[chosen].min() > t.entropy[t.mask & ~chosen].max()
 
@@ -28,14 +28,14 @@ def proxy(t: Tokens) -> Tensor:
 
 def test_kl_cov_holds_the_token_of_highest_covariance():
     t = tokens()
-    chosen = build(ROWS["kl_cov"]).credit(t).selected
+    chosen = build_objective(ROWS["kl_cov"]).credit(t).selected
     assert chosen.nonzero().tolist() == [[int(proxy(t).nan_to_num(-torch.inf).argmax())]]
 
 
 def test_clip_cov_draws_within_its_band_and_anew_every_step():
     def drawn(step: int, **change: float) -> Tensor:
         row = ROWS["clip_cov"] | {"select": ROWS["clip_cov"]["select"] | change}
-        return build(row).credit(replace(tokens(), step=step)).selected
+        return build_objective(row).credit(replace(tokens(), step=step)).selected
 
     c = proxy(tokens())
     few = [drawn(step, low=0.2) for step in range(20)]
@@ -46,7 +46,10 @@ def test_clip_cov_draws_within_its_band_and_anew_every_step():
 
 
 def test_random_positive_clip_draws_among_reinforced_tokens():
-    few = [build(ROWS["random_positive_clip"]).credit(replace(tokens(), step=s)).selected for s in range(20)]
+    few = [
+        build_objective(ROWS["random_positive_clip"]).credit(replace(tokens(), step=s)).selected
+        for s in range(20)
+    ]
     assert all(x.sum() == 1 and tokens().advantages[x] > 0 for x in few)
     assert len({int(x.nonzero()) for x in few}) > 2
 
@@ -67,7 +70,7 @@ def column(t: Tokens, x: Tensor) -> Tensor:
 def test_clip_b_drops_the_tail_of_the_punished_alone():
     t = at_the_start()
     row = ROWS["clip_b"] | {"select": {"fn": "low_discriminator", "mu": 0.5}}
-    credited = build(row).credit(t)
+    credited = build_objective(row).credit(t)
     d = (t.logprobs.exp() * (t.logprobs + t.entropy))[t.mask]
     far = torch.zeros_like(t.mask)
     far[t.mask] = d - d.mean() < -0.5 * d.std()
@@ -82,7 +85,7 @@ def test_clip_v_drops_the_furthest_below_the_vocabularys_mean_first():
     gap = torch.full_like(t.logprobs, 9.0) + torch.arange(len(t.row)) / 100
     d = t.logprobs.exp() * (t.logprobs + t.entropy)
     moved = replace(t, extra={**t.extra, "mean_discriminator": column(t, d + gap)})
-    chosen = build(ROWS["clip_v"]).credit(moved).selected
+    chosen = build_objective(ROWS["clip_v"]).credit(moved).selected
     worst = torch.where(t.mask & (t.advantages < 0), gap, -torch.inf).argmax()
     assert chosen.nonzero().tolist() == [[int(worst)]], "at most 1e-4 of the tokens, at least one"
 
@@ -91,7 +94,7 @@ def test_lp_reg_holds_rare_tokens_that_are_no_noise():
     t = at_the_start()
     row = ROWS["lp_reg"] | {"select": {"fn": "rare_but_plausible", "share": 0.5, "kappa": 0.25}}
     best = replace(t, extra={**t.extra, "max_logprob": column(t, torch.full_like(t.logprobs, -0.2))})
-    chosen = build(row).credit(best).selected
+    chosen = build_objective(row).credit(best).selected
     rare = t.old_logprobs <= t.old_logprobs[t.mask].sort().values[11]
     plausible = t.old_logprobs.exp() >= 0.25 * torch.tensor(-0.2).double().exp()
     assert torch.equal(chosen, t.mask & rare & plausible & (t.advantages < 0)) and chosen.any()
@@ -99,7 +102,7 @@ def test_lp_reg_holds_rare_tokens_that_are_no_noise():
 
 def test_aspo_looks_for_hesitation_inside_each_rollout():
     t = tokens()
-    chosen = build(ROWS["aspo"]).credit(t).selected
+    chosen = build_objective(ROWS["aspo"]).credit(t).selected
     for row in range(6):
         mine = t.mask & (t.row == row)
         assert (chosen & mine).sum() == math.ceil(0.2 * mine.sum())

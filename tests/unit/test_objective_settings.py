@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from entroray.binding import keyword_settings, slot_functions, traits
 from entroray.errors import ConfigError
-from entroray.objective import build
-from entroray.objective.bind import keywords, menu, traits
-from entroray.objective.bounds import balance
-from entroray.objective.equation import MANY, SLOTS
+from entroray.objective import build_objective
 from entroray.objective.estimator import raw
+from entroray.objective.objective import MANY, SLOTS
+from entroray.objective.step_statistics import balance
 from entroray.types import Tokens
 from tests.cases import ROWS, group, outcome, tokens
 
@@ -87,8 +87,8 @@ ELSEWHERE = {("estimator", "raw", "span"), ("surrogate", "balanced_clip", "strid
 SETTINGS = [
     (slot, fn, setting)
     for slot, module in SLOTS.items()
-    for fn, function in menu(module).items()
-    for setting in keywords(function)
+    for fn, function in slot_functions(module).items()
+    for setting in keyword_settings(function)
     if (slot, fn, setting) not in ELSEWHERE
 ]
 
@@ -99,12 +99,12 @@ def test_every_setting_changes_something(slot, fn, setting):
         one = {"fn": fn} | ({"length": 100} if (slot, fn) == ("denominator", "constant") else {}) | change
         selecting = {"select": {"fn": f"{__name__}.odd"}} if slot == "scales" else {}
         selecting |= {"scales": [{"fn": "selected"}]} if slot == "select" else {}
-        if traits(menu(SLOTS[slot])[fn]).reads_selected:
+        if traits(slot_functions(SLOTS[slot])[fn]).reads_selected:
             selecting = {"select": {"fn": f"{__name__}.odd"}}
         seen = BETTER_SEEN.get(f"{slot}.{fn}.{setting}", BETTER_SEEN.get(f"{slot}.{fn}", {}))
         one = {"fn": fn} | seen | one | change
         chosen = {slot: [one] if SLOTS[slot] in MANY else one}
-        return outcome(build(BASE | selecting | chosen, packages=[HERE]))
+        return outcome(build_objective(BASE | selecting | chosen, packages=[HERE]))
 
     assert row(**{setting: ALTERNATIVES[f"{slot}.{fn}"][setting]}) != row()
 
@@ -114,7 +114,7 @@ def odd(t: Tokens) -> Tensor:
 
 
 def test_every_row_differs_from_every_other():
-    outcomes = {name: outcome(build(spec)) for name, spec in ROWS.items()}
+    outcomes = {name: outcome(build_objective(spec)) for name, spec in ROWS.items()}
     assert len(set(map(tuple, outcomes.values()))) == len(ROWS)
 
 

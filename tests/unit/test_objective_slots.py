@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from entroray.errors import ConfigError
-from entroray.objective import build, check_group_size
+from entroray.objective import build_objective, check_group_size
 from entroray.objective.correction import (
     icepop,
     sequence_geometric,
@@ -29,11 +29,11 @@ from entroray.objective.estimator import (
     zscore,
 )
 from entroray.objective.keep import always, informative
+from entroray.objective.masking import masked_in
 from entroray.objective.penalties import entropy_bonus, kl, kl_k3
 from entroray.objective.rewards import soft_overlong
 from entroray.objective.shapes import by_sign
 from entroray.objective.surrogate import cispo, clip, likelihood, reinforce
-from entroray.objective.view import visible
 from entroray.types import Counts, Group, MaskReason, Prompt, Rollout, Span, Tokens, Verdict
 from tests import cases
 
@@ -188,14 +188,16 @@ def test_group_estimators_ignore_a_shift_and_sum_to_nothing(rewards, shift):
 
 
 def test_a_group_of_one_is_refused_where_rollouts_are_compared():
-    grpo = build(GRPO)
+    grpo = build_objective(GRPO)
     check_group_size(grpo, 2)
     with pytest.raises(ConfigError, match=r"`zscore` compares rollouts of one prompt.*at least 2.*got 1"):
         check_group_size(grpo, 1)
-    alone = build(GRPO | {"estimator": {"fn": "raw"}})
+    alone = build_objective(GRPO | {"estimator": {"fn": "raw"}})
     check_group_size(alone, 1)
     with pytest.raises(ConfigError, match="`informative`"):
-        check_group_size(build(GRPO | {"estimator": {"fn": "raw"}, "keep": {"fn": "informative"}}), 1)
+        check_group_size(
+            build_objective(GRPO | {"estimator": {"fn": "raw"}, "keep": {"fn": "informative"}}), 1
+        )
 
 
 # Rewards and keep rules
@@ -210,7 +212,7 @@ def test_soft_overlong_is_nothing_then_linear_then_one():
 
 
 def test_shaping_reaches_the_estimator_and_not_the_keep_rule():
-    shaped = build(GRPO | {"rewards": [{"fn": "soft_overlong"}] * 2, "keep": {"fn": "informative"}})
+    shaped = build_objective(GRPO | {"rewards": [{"fn": "soft_overlong"}] * 2, "keep": {"fn": "informative"}})
     g = group([1, 1, 1], lengths=[10, 90, 100])
     assert shaped.shape_rewards(g).tolist() == pytest.approx([1, 0, -1])
     assert shaped.shape_rewards(g).dtype == torch.float64
@@ -310,7 +312,7 @@ def two_rollouts() -> Tokens:
     """Weights 4, 1 and 0.25, 2 of two rollouts of two tokens."""
     t = cases.tokens(masked_out=()).take(torch.tensor([0, 4]))
     ratio = torch.tensor([4, 1, 1, 1, 1, 0.25, 2, 1, 1]).double()
-    return visible(
+    return masked_in(
         replace(
             t,
             behavior_logprobs=t.old_logprobs - ratio.log(),

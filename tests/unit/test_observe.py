@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from entroray.entropy import describe
-from entroray.entropy.domains import judged
-from entroray.observe import console, records, report
-from entroray.observe.journal import Journal, read
+from entroray.metrics import step_metrics
+from entroray.metrics.by_domain import judged_metrics
+from entroray.observe import console, report, token_records
+from entroray.observe.journal import Journal, read_metrics
 from entroray.observe.trackers import TensorBoard
 from entroray.types import Counts, Group, Prompt, Rollout, Status, Tokens, Verdict
 
@@ -25,7 +25,7 @@ COLUMNS = [
     *("correct", "status", "replayed"),
 ]
 WORDS = {0: "<b>", 1: " so", 2: "\n"}
-METRICS = {"reward/mean": 0.25, "entropy/mean": 1.2345, "entropy/p80": 2.5, "lag/max": 1.0} | {
+METRICS = {"correct/mean": 0.25, "entropy/mean": 1.2345, "entropy/p80": 2.5, "lag/max": 1.0} | {
     "tokens/per_second": 1234.4,
     "seconds/sample": 3.21,
     "seconds/score": 0.55,
@@ -99,7 +99,7 @@ def write(book, *steps, **metrics):
 
 def test_every_metric_can_be_derived_from_the_token_records(tmp_path):
     groups, tokens = a_step(version=1)
-    metrics = describe(groups, tokens)
+    metrics = step_metrics(groups, tokens)
     journal(tmp_path, tokens_every=1).step(3, metrics, groups, tokens)
     file = tmp_path / "tokens" / "step-000003.parquet"
     query = f"""
@@ -117,8 +117,8 @@ def test_every_metric_can_be_derived_from_the_token_records(tmp_path):
 
 
 def test_record_columns_and_values(tmp_path):
-    table = records.table(3, *a_step(version=1))
-    records.write(tmp_path / "x.parquet", table)
+    table = token_records.record_table(3, *a_step(version=1))
+    token_records.write_records(tmp_path / "x.parquet", table)
     read_back = pq.read_table(tmp_path / "x.parquet")
     assert read_back.column_names == COLUMNS
     assert pq.ParquetFile(tmp_path / "x.parquet").metadata.row_group(0).column(0).compression == "ZSTD"
@@ -138,21 +138,21 @@ def test_a_step_without_a_token_is_a_table_without_a_row():
     groups, tokens = a_step()
     empty = Group(groups[1].prompt, groups[1].rollouts[:1], groups[1].verdicts[:1])
     for rows, of in {(2,): [empty], (): []}.items():
-        table = records.table(1, of, tokens.take(torch.tensor(rows, dtype=torch.long)))
+        table = token_records.record_table(1, of, tokens.take(torch.tensor(rows, dtype=torch.long)))
         assert table.num_rows == 0 and table.column_names == COLUMNS
 
 
 def test_a_replayed_rollout_is_marked_in_the_records():
     groups, tokens = a_step()
     old = replace(groups[1], rollouts=(groups[1].rollouts[0], replace(groups[1].rollouts[1], replayed=True)))
-    told = records.table(2, [groups[0], old], tokens)["replayed"].to_pylist()
+    told = token_records.record_table(2, [groups[0], old], tokens)["replayed"].to_pylist()
     assert told == [False] * 4 + [True] * 3
 
 
 def test_nan_outside_the_mask_leaves_no_trace():
     groups, tokens = a_step()
-    assert all(math.isfinite(v) for v in describe(groups, tokens).values())
-    hidden = records.table(1, groups, tokens).to_pylist()[3]
+    assert all(math.isfinite(v) for v in step_metrics(groups, tokens).values())
+    hidden = token_records.record_table(1, groups, tokens).to_pylist()[3]
     assert hidden["entropy"] is None and hidden["advantage"] is None and hidden["logprob_old"] is None
 
 
@@ -165,7 +165,7 @@ def test_a_step_is_written_once_and_in_order(tmp_path):
     book.close()
     with pytest.raises(ValueError, match="already holds step 2"):
         write(journal(tmp_path), 2)
-    assert [m["step"] for m in read(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_every_line_is_on_disk_at_once_and_holds_finite_floats_or_null(tmp_path):
@@ -187,11 +187,11 @@ def test_cut_forgets_what_lies_beyond_a_step(tmp_path):
     write(book, 1, 2, 3, 4)
     book.cut(2)
     assert book.last_step == 2
-    assert [m["step"] for m in read(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert [records.step_of(f) for f in records.files(tmp_path)] == [1, 2]
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [token_records.step_of(f) for f in token_records.files(tmp_path)] == [1, 2]
     write(book, 3, again=1.0)
-    assert [m.get("again") for m in read(tmp_path / "metrics.jsonl")] == [None, None, 1.0]
-    (event,) = read(tmp_path / "events.jsonl")
+    assert [m.get("again") for m in read_metrics(tmp_path / "metrics.jsonl")] == [None, None, 1.0]
+    (event,) = read_metrics(tmp_path / "events.jsonl")
     assert event["fields"] == {"step": 2, "metrics": 2, "token_files": 2}
 
 
@@ -199,15 +199,15 @@ def test_a_line_cut_short_by_a_crash_is_dropped_on_resume(tmp_path):
     write(journal(tmp_path), 1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "entr')
-    assert [m["step"] for m in read(tmp_path / "metrics.jsonl")] == [1]
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
     write(journal(tmp_path), 2)
-    assert [m["step"] for m in read(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 @pytest.mark.parametrize(("every", "kept"), [(0, []), (1, [1, 2, 3, 4]), (3, [1, 4])])
 def test_token_records_are_kept_for_every_nth_step_from_the_first(tmp_path, every, kept):
     write(journal(tmp_path, every, vocabulary=WORDS), 1, 2, 3, 4)
-    assert [records.step_of(f) for f in records.files(tmp_path)] == kept
+    assert [token_records.step_of(f) for f in token_records.files(tmp_path)] == kept
     vocabulary = tmp_path / "tokens" / "vocabulary.json"
     assert vocabulary.exists() == bool(every)
     assert not every or json.loads(vocabulary.read_text()) == {"0": "<b>", "1": " so", "2": "\n"}
@@ -222,7 +222,7 @@ def test_events_hold_whatever_they_are_given(tmp_path):
         at=tmp_path,
         ids=(1, np.int32(2), True, np.float32(0.5)),
     )
-    (event,) = read(tmp_path / "events.jsonl")
+    (event,) = read_metrics(tmp_path / "events.jsonl")
     assert event["kind"] == "engine_lost" and event["time"].endswith("+00:00")
     assert event["fields"] == {
         "engine": 1,
@@ -255,17 +255,17 @@ def test_a_tracker_that_fails_is_let_go_and_the_journal_goes_on(tmp_path):
     book.close()
     assert broken.seen == [(1, {"entropy/mean": 0.1})]
     assert [s[0] for s in sound.seen[:3]] == [1, 2, 3] and sound.seen[3] == "closed"
-    assert [(e["kind"], e["fields"]["step"]) for e in read(tmp_path / "events.jsonl")] == [
+    assert [(e["kind"], e["fields"]["step"]) for e in read_metrics(tmp_path / "events.jsonl")] == [
         ("tracker_lost", 2)
     ]
-    assert [m["step"] for m in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_token_records_the_disk_refuses_do_not_end_the_run(tmp_path):
     (tmp_path / "tokens").write_text("in the way")
     write(journal(tmp_path, tokens_every=1), 1)
-    assert [e["kind"] for e in read(tmp_path / "events.jsonl")] == ["tokens_lost"]
-    assert [m["step"] for m in read(tmp_path / "metrics.jsonl")] == [1]
+    assert [e["kind"] for e in read_metrics(tmp_path / "events.jsonl")] == ["tokens_lost"]
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_tensorboard_holds_the_metrics(tmp_path):
@@ -293,7 +293,7 @@ def test_console_prints_aligned_lines_and_repeats_the_header(tmp_path):
     printed = out.read().splitlines()
     assert "loss = [bold]x[/bold]" in printed[1] and "r" * 150 in printed[2]
     table = printed[4:]
-    assert [i for i, line in enumerate(table) if "reward" in line] == [0, 22]
+    assert [i for i, line in enumerate(table) if "correct" in line] == [0, 22]
     first = "    1  0.250  1.2345  2.5000   1     1,234    3.21   0.55    2.00   0.07    6.00"
     assert table[2] == first
     assert {len(line) for line in table} == {80}
@@ -301,21 +301,21 @@ def test_console_prints_aligned_lines_and_repeats_the_header(tmp_path):
 
 
 def test_console_shows_what_was_not_measured_as_a_dash():
-    assert console.row(3, {"reward/mean": 1.0, "entropy/mean": math.nan}).split() == ["3", "1.000", *"-" * 9]
+    assert console.row(3, {"correct/mean": 1.0, "entropy/mean": math.nan}).split() == ["3", "1.000", *"-" * 9]
 
 
 def test_summary_says_by_how_much_entropy_fell():
-    metrics = [{"step": s, "reward/mean": s / 20, "entropy/mean": 2.0 - s / 10} for s in range(1, 16)]
+    metrics = [{"step": s, "correct/mean": s / 20, "entropy/mean": 2.0 - s / 10} for s in range(1, 16)]
     text = console.summary(metrics)
     assert len(text.splitlines()) <= 24 and "\x1b" not in text
     assert "entropy (nats per token): 1.7000 first 5 steps, 0.7000 last 5: fell by 1.0000 (58.8%)" in text
-    assert "reward (share right): 0.1500 first 5 steps, 0.6500 last 5: rose by 0.5000" in text
+    assert "correct (share of answers): 0.1500 first 5 steps, 0.6500 last 5: rose by 0.5000" in text
     assert console.summary([]) == "no step was measured"
-    assert "changed by 0.0000" in console.summary([{"step": 1, "reward/mean": 0.0, "entropy/mean": None}])
+    assert "changed by 0.0000" in console.summary([{"step": 1, "correct/mean": 0.0, "entropy/mean": None}])
 
 
 def page(run_dir):
-    text = report.write(run_dir).read_text()
+    text = report.write_report(run_dir).read_text()
     return text[: text.index("<script>")] + text[text.index("<header>") :]
 
 
@@ -329,7 +329,7 @@ DRAWN = {
 
 def test_the_shaped_reward_that_is_drawn_is_the_shaped_one():
     drawn = {c.name: c.key for c in report.PLOTS[0].curves}
-    assert drawn == {"shaped reward": "reward/shaped_mean", "share right": "reward/mean"}
+    assert drawn == {"shaped reward": "reward/shaped_mean", "share right": "correct/mean"}
 
 
 def test_a_prediction_is_drawn_in_nats_where_its_slope_is_known():
@@ -344,7 +344,9 @@ def test_report_of_a_run(tmp_path):
     book = journal(tmp_path, tokens_every=1, vocabulary=WORDS)
     groups, tokens = a_step()
     for step in (1, 2):
-        book.step(step, judged(groups) | describe(groups, tokens) | METRICS | DRAWN, groups, tokens)
+        book.step(
+            step, judged_metrics(groups) | step_metrics(groups, tokens) | METRICS | DRAWN, groups, tokens
+        )
     book.event("engine_lost", reason="<i>")
     (tmp_path / "config.yaml").write_text("name: <script>")
     text = page(tmp_path)

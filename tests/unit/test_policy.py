@@ -9,21 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from entroray.config import Shape
+from entroray.config import ModelSize
 from entroray.errors import PreflightError
-from entroray.policy.build import build
-from entroray.policy.model import load, pad
-from entroray.policy.packing import cut_by_groups, plan
+from entroray.policy.microbatches import cut_by_groups, plan_microbatches
+from entroray.policy.model import load_policy, pad
+from entroray.policy.tiny_model import build_tiny_model
 from entroray.policy.tokenizer import byte_tokenizer, chat, fingerprint, load_tokenizer
 from entroray.types import Batch
 
-TINY = Shape(layers=2, width=64, heads=2, kv_heads=1, mlp=64, context=128)
+TINY = ModelSize(layers=2, width=64, heads=2, kv_heads=1, mlp=64, context=128)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    build(path, TINY, seed=0)
+    build_tiny_model(path, TINY, seed=0)
     return path
 
 
@@ -51,7 +51,7 @@ def test_a_tokenizer_without_template_is_refused(folder, tmp_path):
 
 def test_a_folder_without_model_is_refused(tmp_path):
     with pytest.raises(PreflightError, match=r"config\.json"):
-        load(str(tmp_path), torch.float32)
+        load_policy(str(tmp_path), torch.float32)
 
 
 def test_a_head_with_a_bias_is_refused_by_the_models_path(tmp_path):
@@ -61,7 +61,7 @@ def test_a_head_with_a_bias_is_refused_by_the_models_path(tmp_path):
     PhiForCausalLM(PhiConfig(vocab_size=32, **small)).save_pretrained(tmp_path)
     said = rf"model\.path={tmp_path} \(PhiForCausalLM\) has an output head with a bias.*take a model"
     with pytest.raises(PreflightError, match=said):
-        load(str(tmp_path), torch.float32)
+        load_policy(str(tmp_path), torch.float32)
 
 
 def test_a_model_whose_files_have_other_names_is_refused(folder, tmp_path):
@@ -73,10 +73,10 @@ def test_a_model_whose_files_have_other_names_is_refused(folder, tmp_path):
     with pytest.raises(
         PreflightError, match=r"2 parameters under names .* first model\.layers\.0\.mlp\.up_proj"
     ):
-        load(str(tmp_path / "model"), torch.float32)
+        load_policy(str(tmp_path / "model"), torch.float32)
     file.unlink()
     save_file(load_file(folder / "model.safetensors"), file, metadata={"format": "pt"})
-    load(str(tmp_path / "model"), torch.float32)
+    load_policy(str(tmp_path / "model"), torch.float32)
 
 
 def batch(rows: int, seed: int = 0) -> Batch:
@@ -91,7 +91,7 @@ def batch(rows: int, seed: int = 0) -> Batch:
 def test_policy_statistics_equal_the_plain_model_row_by_row(folder):
     from transformers import AutoModelForCausalLM
 
-    policy, plain = load(str(folder), torch.float32), AutoModelForCausalLM.from_pretrained(folder)
+    policy, plain = load_policy(str(folder), torch.float32), AutoModelForCausalLM.from_pretrained(folder)
     b = batch(6)
     with torch.no_grad():
         stats = policy(pad(b, torch.device("cpu")))
@@ -114,7 +114,7 @@ def test_policy_statistics_equal_the_plain_model_row_by_row(folder):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 200))
 def test_a_plan_holds_every_row_once_with_equal_counts_within_the_budget(lengths, ranks, budget):
     sizes = np.array(lengths)
-    cut = plan(sizes, ranks=ranks, token_budget=budget)
+    cut = plan_microbatches(sizes, ranks=ranks, token_budget=budget)
     assert sorted(int(r) for rank in cut for micro in rank for r in micro) == list(range(len(lengths)))
     assert len({len(rank) for rank in cut}) == 1
     for micro in (m for rank in cut for m in rank if len(m) > 1):

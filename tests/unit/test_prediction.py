@@ -12,23 +12,23 @@ import pytest
 import torch
 import yaml
 
-from entroray.entropy import token_entropy
-from entroray.entropy.catalogue import DESCRIBED, LAW, PREDICTION, PROBE, RUN
-from entroray.entropy.law import fit, student
-from entroray.entropy.metric import names
-from entroray.entropy.prediction import (
+from entroray.metrics import token_entropy
+from entroray.metrics.catalogue import DESCRIBED, LAW, PREDICTION, PROBE, RUN
+from entroray.metrics.metric import expand_names
+from entroray.metrics.prediction import (
     COLLISION,
-    compare,
+    compare_forms,
     exact,
     natural,
+    prediction_record,
     proxy,
     rank_correlation,
-    record,
     slope,
 )
-from entroray.loop.insight import Looks
-from entroray.loop.probe import OUTSIDE, PromptProbe, probe
-from entroray.objective import build, pull
+from entroray.metrics.reward_entropy_law import fit_law, student_quantile
+from entroray.objective import build_objective, gradient_weight
+from entroray.train.diagnostics import DiagnosticsSchedule
+from entroray.train.prompt_entropy import OUTSIDE, PromptEntropy, build_prompt_entropy
 from entroray.types import Prompt
 from tests.documented import IN_A_RUN, matches
 from tests.toy import ToyWorld, driver
@@ -97,7 +97,7 @@ def test_the_exact_form_is_what_a_small_step_on_the_row_itself_does(row):
     groups = [group(lengths, [1, 0, 1, 0])]
     t = replace(tokens_of(groups, t.entropy.tolist(), t.advantages.tolist()), extra=t.extra, uid=t.uid)
     tree = yaml.safe_load((ROW.parent / f"{row}.yaml").read_text())
-    objective = build(tree.get("objective", tree) | {"penalties": []})
+    objective = build_objective(tree.get("objective", tree) | {"penalties": []})
     z.requires_grad_()
     logp = z.log_softmax(-1).gather(-1, a[:, None]).squeeze(-1)
     scored = replace(t, logprobs=logp, old_logprobs=logp.detach(), ref_logprobs=logp.detach() - 1e-9)
@@ -106,22 +106,25 @@ def test_the_exact_form_is_what_a_small_step_on_the_row_itself_does(row):
     direction = -torch.autograd.grad(loss, z)[0]
     change = [token_entropy(z.detach() + s * eta * direction, 1.0)[0] for s in (1, -1)]
     share = objective.aggregate(scored).mean()
-    found = exact(scored, pull(objective, scored)).detach() * share
+    found = exact(scored, gradient_weight(objective, scored)).detach() * share
     torch.testing.assert_close(found, (change[0] - change[1]) / (2 * eta), rtol=1e-5, atol=1e-8)
 
 
 def test_scale_and_correction_weigh_in_and_the_mask_keeps_out():
     _, _, t = table()
-    row = build(yaml.safe_load(ROW.read_text()))
+    row = build_objective(yaml.safe_load(ROW.read_text()))
     half = replace(t, scale=t.scale * 0.25, correction=t.correction * 2)
-    torch.testing.assert_close(pull(row, half), pull(row, t) / 2)
+    torch.testing.assert_close(gradient_weight(row, half), gradient_weight(row, t) / 2)
     mask, a = torch.arange(STATES) < STATES // 2, t.advantages
     nan = torch.where(mask, t.entropy, torch.nan)
     seen = replace(t, mask=mask, entropy=nan)
-    assert compare(seen, a, nan + 1)["entropy/realised_change"] == pytest.approx(1)
-    assert compare(replace(t, mask=torch.zeros_like(mask)), a, nan) == {}
-    assert compare(t, a, nan) == {}, "a change that is no number is no point of the window"
-    assert not pull(row, seen)[~mask].any() and not pull(row, replace(t, mask=torch.zeros_like(mask))).any()
+    assert compare_forms(seen, a, nan + 1)["entropy/realised_change"] == pytest.approx(1)
+    assert compare_forms(replace(t, mask=torch.zeros_like(mask)), a, nan) == {}
+    assert compare_forms(t, a, nan) == {}, "a change that is no number is no point of the window"
+    assert (
+        not gradient_weight(row, seen)[~mask].any()
+        and not gradient_weight(row, replace(t, mask=torch.zeros_like(mask))).any()
+    )
     assert float(proxy(t, a * 0 + 3).abs().max()) < 1e-12
 
 
@@ -136,12 +139,12 @@ def test_slope_and_rank_over_a_window():
     window = []
     for eta in (1e-4, 2e-4, 3e-4, 4e-4):
         after = token_entropy(z + eta * steps(z, a, t)[exact], 1.0)[0]
-        window.append(compare(t, t.advantages * eta, after))
-    found = record(window)
+        window.append(compare_forms(t, t.advantages * eta, after))
+    found = prediction_record(window)
     assert found["entropy/prediction_slope_exact"] == pytest.approx(1, abs=0.02)
     assert found["entropy/prediction_rank_exact"] == pytest.approx(1)
     assert window[0]["entropy/prediction_tokens_exact"] > 0.99
-    assert record(window[:3]) == {}
+    assert prediction_record(window[:3]) == {}
 
 
 def test_the_law_finds_planted_values_and_its_interval_covers_them():
@@ -149,22 +152,24 @@ def test_the_law_finds_planted_values_and_its_interval_covers_them():
     inside = 0
     for _ in range(200):
         entropy = [1.0 - 0.02 * i for i in range(30)]
-        law = fit(entropy, [-0.3 * math.exp(h) + 1.1 + draw.gauss(0, 0.02) for h in entropy])
+        law = fit_law(entropy, [-0.3 * math.exp(h) + 1.1 + draw.gauss(0, 0.02) for h in entropy])
         inside += law.low < 0.8 < law.high
     assert 180 <= inside <= 199
-    clean = fit(entropy, [-0.3 * math.exp(h) + 1.1 for h in entropy])
+    clean = fit_law(entropy, [-0.3 * math.exp(h) + 1.1 for h in entropy])
     assert (clean.a, clean.b, clean.ceiling, clean.r2) == pytest.approx((0.3, 1.1, 0.8, 1.0))
     assert clean.high - clean.low < 1e-9
-    assert fit(entropy[:9], entropy[:9]) is None and fit([0.5] * 20, [0.1] * 20) is None
+    assert fit_law(entropy[:9], entropy[:9]) is None and fit_law([0.5] * 20, [0.1] * 20) is None
 
 
 def test_student_s_t_by_the_printed_table():
-    assert [student(n) for n in (8, 10, 30, 1000)] == pytest.approx([2.306, 2.228, 2.0423, 1.9623], abs=2e-3)
+    assert [student_quantile(n) for n in (8, 10, 30, 1000)] == pytest.approx(
+        [2.306, 2.228, 2.0423, 1.9623], abs=2e-3
+    )
 
 
 def test_the_driver_predicts_diagnoses_and_fits_and_all_of_it_is_documented():
-    world = ToyWorld(build(yaml.safe_load(ROW.read_text())), lr=0.5)
-    d = driver(world, looks=Looks(diagnosis=3, prediction=1, window=8, law=10))
+    world = ToyWorld(build_objective(yaml.safe_load(ROW.read_text())), lr=0.5)
+    d = driver(world, looks=DiagnosticsSchedule(diagnosis=3, prediction=1, window=8, law=10))
     asyncio.run(d.train(12))
     first, last = world.steps[0], world.steps[-1]
     assert "distinct/1" in first and "distinct/1" not in last  # steps 1, 4, 7, 10
@@ -173,7 +178,7 @@ def test_the_driver_predicts_diagnoses_and_fits_and_all_of_it_is_documented():
     keys = {name for step in world.steps for name in step}
     assert [name for name in keys if not matches(name, IN_A_RUN)] == []
     nobody = {"<rule>": [], "<name>": []}
-    listed = {name for m in [*DESCRIBED, *RUN, *PREDICTION, *LAW] for name in names(m, nobody)}
+    listed = {name for m in [*DESCRIBED, *RUN, *PREDICTION, *LAW] for name in expand_names(m, nobody)}
     assert listed - keys == {"sync/probe_error"}, "tables have no engine to probe"
 
 
@@ -186,27 +191,27 @@ class Table:
 
 
 def test_prompts_in_and_out_of_domain_are_read_without_their_first_tokens():
-    asked = PromptProbe([(9, 1, 2), (9, 6)], [(9, 4), (9,)])
+    asked = PromptEntropy([(9, 1, 2), (9, 6)], [(9, 4), (9,)])
     assert asyncio.run(asked.read(Table())) == {"entropy/prompt_in": 3.0, "entropy/prompt_out": 4.0}
 
 
 def test_the_driver_reads_its_probe_with_every_diagnosis():
-    world = ToyWorld(build(yaml.safe_load(ROW.read_text())), lr=0.5)
+    world = ToyWorld(build_objective(yaml.safe_load(ROW.read_text())), lr=0.5)
     heldout = [Prompt(f"h{i}", "", (0, 1), "") for i in range(20)]
-    asked = probe(heldout, lambda text: (0, 2, 3))
+    asked = build_prompt_entropy(heldout, lambda text: (0, 2, 3))
     assert len(asked.inside) == len(asked.outside) == len(set(OUTSIDE)) == 16
-    asyncio.run(driver(world, looks=Looks(diagnosis=2, probe=asked)).train(3))
+    asyncio.run(driver(world, looks=DiagnosticsSchedule(diagnosis=2, probe=asked)).train(3))
     read = [{k for k in step if k.startswith("entropy/prompt_")} for step in world.steps]
     assert read[0] == read[2] == {"entropy/prompt_in", "entropy/prompt_out"} and not read[1]
     assert all(matches(name, PROBE) for name in read[0])
 
 
 def test_what_the_driver_learnt_of_its_steps_outlives_it():
-    world = ToyWorld(build(yaml.safe_load(ROW.read_text())))
-    d = driver(world, looks=Looks(prediction=1, window=3, law=10))
+    world = ToyWorld(build_objective(yaml.safe_load(ROW.read_text())))
+    d = driver(world, looks=DiagnosticsSchedule(prediction=1, window=3, law=10))
     asyncio.run(d.train(5))
     state = json.loads(json.dumps(d.state()))
-    again = driver(ToyWorld(world.objective), looks=Looks(prediction=1, window=3, law=10))
+    again = driver(ToyWorld(world.objective), looks=DiagnosticsSchedule(prediction=1, window=3, law=10))
 
     async def resume() -> None:
         again.restore(state)

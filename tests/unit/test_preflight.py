@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 
-from entroray.cli import doctor, preflight, rundir, settings, train
-from entroray.config import Config, Shape
+from entroray.cli import doctor, train
+from entroray.config import Config, ModelSize
 from entroray.errors import ConfigError, DataError, NumericsError, PreflightError
-from entroray.loop.limits import SkippedUpdates, Stagnation, VerdictFailures
-from entroray.policy.build import build
+from entroray.policy.tiny_model import build_tiny_model
 from entroray.reward.verdicts import failed
+from entroray.train.failure_limits import SkippedUpdates, Stagnation, VerdictFailures
 from entroray.types import Verdict
+from entroray.wiring import compose, preflight, run_directory
 from tests.composed import configured
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("model")
-    build(made, Shape(layers=1, width=16, heads=2, kv_heads=1, mlp=16, context=64), 0)
+    build_tiny_model(made, ModelSize(layers=1, width=16, heads=2, kv_heads=1, mlp=16, context=64), 0)
     return made
 
 
@@ -82,9 +83,11 @@ def test_a_tokenizer_larger_than_the_model(folder: Path, tmp_path: Path) -> None
         preflight.model(config(f"model.path={small}"))
 
 
-@pytest.mark.parametrize("path", ["bootstrap", None])
+@pytest.mark.parametrize("path", ["tiny", None])
 def test_more_tokens_than_the_context(folder: Path, path: str | None) -> None:
-    long = config(f"model.path={path or folder}", "rollout.max_tokens=2000", "model.bootstrap.cache=/nowhere")
+    long = config(
+        f"model.path={path or folder}", "rollout.max_tokens=2000", "model.warm_start.cache=/nowhere"
+    )
     with pytest.raises(PreflightError, match=r"= 2032 tokens, and .* reads at most"):
         preflight.model(long)
 
@@ -116,7 +119,7 @@ def test_a_disk_too_small_for_a_model_in_shards_or_not_made_yet(
     (sharded / "model.safetensors").rename(sharded / "one.safetensors")
     index = {"weight_map": {"any": "one.safetensors"}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    for told in (f"model.path={sharded}", "model.bootstrap.cache=/nowhere"):
+    for told in (f"model.path={sharded}", "model.warm_start.cache=/nowhere"):
         with pytest.raises(PreflightError, match=r"checkpoint\.keep=2 \+ 2 of"):
             preflight.disk(config(told))
 
@@ -124,7 +127,7 @@ def test_a_disk_too_small_for_a_model_in_shards_or_not_made_yet(
 def test_what_a_run_writes_is_counted_from_parameters_and_dtype(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight.memory, "parameters", lambda config: 2**30)
+    monkeypatch.setattr(preflight.memory, "parameter_count", lambda config: 2**30)
     monkeypatch.setattr("shutil.disk_usage", lambda place: namedtuple("usage", "free")(1 << 40))
     assert preflight.disk(config("checkpoint.keep=1")).endswith(f"at most {4 * (3 * 3 + 1):.2f} needed")
     told = config("checkpoint.keep=1", "model.dtype=bfloat16")
@@ -154,8 +157,8 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     both = config("model.path=/nowhere", f"run.dir={tmp_path}")
     with pytest.raises(PreflightError, match=r"2 things are wrong:\s+model\.path[\s\S]*already holds a run"):
-        preflight.refuse(both)
-    preflight.refuse(config("model.bootstrap.cache=/nowhere"))
+        preflight.refuse_wrong(both)
+    preflight.refuse_wrong(config("model.warm_start.cache=/nowhere"))
 
 
 def test_other_versions_than_the_tested_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +209,7 @@ def test_skipped_updates_end_the_run_in_a_row_only() -> None:
 def test_an_unfinished_run_may_be_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(PreflightError):
-        rundir.check(tmp_path)
+        run_directory.check_free(tmp_path)
 
 
 def test_missing_verdicts_end_the_run() -> None:
@@ -216,13 +219,15 @@ def test_missing_verdicts_end_the_run() -> None:
 
 def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:
     mine = config(f"run.dir={tmp_path}", "run.resume=auto")
-    tree = settings.load([f"run.dir={tmp_path}"])[1]
-    first = rundir.open_run(mine, tree)
-    for attempt in (preflight.directory, lambda c: rundir.open_run(c, tree)):
+    tree = compose.load_config([f"run.dir={tmp_path}"])[1]
+    first = run_directory.open_run(mine, tree)
+    for attempt in (preflight.directory, lambda c: run_directory.open_run(c, tree)):
         with pytest.raises(PreflightError, match=r"written by another run \(process \d+.*another run\.dir"):
             attempt(mine)
     first.lock.close()
-    assert preflight.directory(mine) == str(tmp_path) and rundir.open_run(mine, tree).folder == tmp_path
+    assert (
+        preflight.directory(mine) == str(tmp_path) and run_directory.open_run(mine, tree).folder == tmp_path
+    )
 
 
 def test_a_container_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

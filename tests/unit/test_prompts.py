@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from entroray.errors import ConfigError, DataError, PreflightError
-from entroray.loop.demonstrations import chain_sum_steps, demonstration
-from entroray.loop.prompts import (
+from entroray.data.demonstrations import chain_sum_steps, find_demonstration
+from entroray.data.prompts import (
     PromptStream,
     Question,
     make_prompts,
@@ -23,7 +22,8 @@ from entroray.loop.prompts import (
     split,
     table_rows,
 )
-from entroray.reward import build
+from entroray.errors import ConfigError, DataError, PreflightError
+from entroray.reward import build_judge
 from entroray.types import Prompt
 
 GSM8K = Path(__file__).parents[2] / "../shared/data/gsm8k/train.jsonl"
@@ -268,10 +268,10 @@ COUNT = {"min_numbers": 3, "max_numbers": 4, "max_value": 20, "min_target": 1, "
     [("chain_sum", CHAIN, "after"), ("countdown", COUNT, "whole")],
 )
 def test_demonstrations_of_the_gym_are_right(task, settings, extract):
-    judge = build({"fn": "gym", "task": task, "extract": extract, "marker": "="})
+    judge = build_judge({"fn": "gym", "task": task, "extract": extract, "marker": "="})
     rows = reasoning_gym_rows(task, size=40, seed=5, settings=settings)
     for prompt in make_prompts(rows, tokenize=characters).prompts:
-        text = demonstration(task)(prompt.entry)
+        text = find_demonstration(task)(prompt.entry)
         assert judge(text, prompt).correct == 1 and " " not in text
 
 
@@ -289,9 +289,9 @@ def test_running_sums():
 def test_a_wrong_countdown_row_is_no_demonstration():
     row = {"answer": "3 + 5", "metadata": {"numbers": [3, 5], "target": 9}}
     with pytest.raises(DataError, match="own answer '3\\+5' is not right"):
-        demonstration("countdown")(row)
+        find_demonstration("countdown")(row)
     with pytest.raises(ConfigError, match="did you mean `countdown`"):
-        demonstration("countdwon")
+        find_demonstration("countdwon")
 
 
 def test_impossible_settings_are_named():
@@ -302,7 +302,7 @@ def test_impossible_settings_are_named():
 
 def test_calculator_notes_are_removed():
     row = {"answer": "He sold 48/2 = <<48/2=24>>24.\nIn all 48+24 = <<48+24=72>>72.\n#### 72"}
-    assert demonstration("gsm8k")(row) == "He sold 48/2 = 24.\nIn all 48+24 = 72.\n#### 72"
+    assert find_demonstration("gsm8k")(row) == "He sold 48/2 = 24.\nIn all 48+24 = 72.\n#### 72"
 
 
 def test_gsm8k_solutions_are_right_and_bare():
@@ -310,9 +310,9 @@ def test_gsm8k_solutions_are_right_and_bare():
         pytest.skip(f"NOT TESTED: GSM8K is not at {GSM8K}")
     rows, _ = table_rows(str(GSM8K))
     assert len(rows) == 7473
-    judge = build({"fn": "math", "extract": "after", "marker": "####"})
+    judge = build_judge({"fn": "math", "extract": "after", "marker": "####"})
     made = make_prompts(rows[:40], tokenize=characters).prompts
-    texts = [demonstration("gsm8k")(p.entry) for p in made]
+    texts = [find_demonstration("gsm8k")(p.entry) for p in made]
     assert not any("<<" in text for text in texts)
     assert all(text.endswith(f"#### {p.reference}") for text, p in zip(texts, made, strict=True))
     assert [judge(text, p).correct for text, p in zip(texts, made, strict=True)] == [1.0] * len(made)

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entroray.entropy.catalogue import CHOICE
-from entroray.entropy.diversity import Loops
+from entroray.data.prompts import PromptStream
 from entroray.errors import ConfigError
-from entroray.loop import endings
-from entroray.loop.choice import Choice
-from entroray.loop.prompts import PromptStream
-from entroray.loop.replay import Replay
-from entroray.loop.rescue import Rescue
-from entroray.loop.stream import Dropped
-from entroray.objective import build
-from entroray.types import Group, MaskReason, Prompt, Rollout, Shaped, Span, Status, Verdict
+from entroray.metrics import early_stop
+from entroray.metrics.catalogue import CHOICE
+from entroray.metrics.diversity import Loops
+from entroray.objective import build_objective
+from entroray.rollout.replay import Replay
+from entroray.rollout.second_draw import SecondDraw
+from entroray.rollout.selection import Selection
+from entroray.rollout.stream import Dropped
+from entroray.types import Group, MaskReason, Prompt, Rollout, SamplerNotes, Span, Status, Verdict
 from tests.cases import ROWS
 from tests.documented import matches
 from tests.toy import ToyWorld, driver, trained
@@ -73,7 +73,7 @@ def test_a_second_draws_success_is_rare_by_both_draws() -> None:
 
 def test_what_is_kept_survives_the_checkpoint_bit_for_bit() -> None:
     notes = np.array([[0.1, 0.2], [1e-8, 3.0], [1.2, np.nan]], np.float32)
-    odd = rollout(shaped=Shaped(*notes), spans=(Span(0, 1, MaskReason.TOOL),))
+    odd = rollout(shaped=SamplerNotes(*notes), spans=(Span(0, 1, MaskReason.TOOL),))
     replay, again = Replay(100, 0.5), Replay(100, 0.5)
     kept = Verdict(0.7, 1.0, answer="7", parts={"form": 0.1})
     replay.note(Group(Prompt("p0", "", (0,), ""), (odd, odd), (kept, Verdict(0.0, 0.0))))
@@ -90,7 +90,7 @@ def test_what_is_kept_survives_the_checkpoint_bit_for_bit() -> None:
 
 def replayed(steps: int, state: dict | None = None) -> tuple[ToyWorld, dict[int, dict]]:
     """Four prompts again and again; one of each group is right in steps 1 and 4, none otherwise."""
-    world = ToyWorld(build(ROWS["grpo"] | WEIGHED))
+    world = ToyWorld(build_objective(ROWS["grpo"] | WEIGHED))
 
     async def judge(prompt: Prompt, rollouts: list) -> list[Verdict]:
         lucky = world.version in (0, 3)
@@ -98,7 +98,7 @@ def replayed(steps: int, state: dict | None = None) -> tuple[ToyWorld, dict[int,
 
     world.judge = judge  # type: ignore[method-assign]
     replay = Replay(10_000, 0.25)
-    choice = Choice({"replay": replay}, Rescue(replay=replay), (replay.metrics,))
+    choice = Selection({"replay": replay}, SecondDraw(replay=replay), (replay.metrics,))
 
     world.version = state["version"] if state else 0
     d = driver(world, prompts=PromptStream(PROMPTS[:4], seed=0), choice=choice)
@@ -107,7 +107,7 @@ def replayed(steps: int, state: dict | None = None) -> tuple[ToyWorld, dict[int,
 
 def test_replay_trains_on_old_answers_and_reports_the_new_ones_alone() -> None:
     world, states = replayed(5)
-    told = [(s["reward/mean"], s["replay/groups"], s["reward/trained_mean"]) for s in world.steps]
+    told = [(s["correct/mean"], s["replay/groups"], s["correct/trained_mean"]) for s in world.steps]
     assert told == [(1 / 8, 0, 1 / 8), (0, 1, 1 / 8), (0, 1, 1 / 8), (1 / 8, 0, 1 / 8), (0, 1, 1 / 8)]
     assert [s.get("replay/age") for s in world.steps] == [None, 1, 2, None, 1]
     assert {s["lag/max"] for s in world.steps} == {0}, "they are exempt from the lag, which is of the rest"
@@ -130,7 +130,7 @@ class Scripted(ToyWorld):
     """Even prompts are right in their own draw, odd ones in a hotter one alone, p3 never; two are slow."""
 
     def __init__(self, factor: float = 1.0, enough: int | None = None) -> None:
-        super().__init__(build(ROWS["grpo"] | WEIGHED))
+        super().__init__(build_objective(ROWS["grpo"] | WEIGHED))
         self.factor, self.enough, self.asked = factor, enough, list[tuple[str, float, tuple[int, ...]]]()
 
     def view(self, **changes: Any) -> "Scripted":
@@ -164,8 +164,8 @@ class Scripted(ToyWorld):
 
 
 def test_an_all_wrong_group_is_drawn_again_hotter_at_once_and_both_draws_count() -> None:
-    world, rescue = Scripted(), Rescue(1.5)
-    choice = Choice({}, rescue, (rescue.metrics,))
+    world, rescue = Scripted(), SecondDraw(1.5)
+    choice = Selection({}, rescue, (rescue.metrics,))
     asyncio.run(driver(world, prompts=InOrder(), choice=choice).train(1))
     assert [(name, factor) for name, factor, _ in world.asked] == [
         *((f"p{i}", 1.0) for i in range(4)),
@@ -173,8 +173,8 @@ def test_an_all_wrong_group_is_drawn_again_hotter_at_once_and_both_draws_count()
     ]
     assert len({seed for _, _, drawn in world.asked for seed in drawn}) == 6 * 8
     (told,) = world.steps
-    assert told["reward/mean"] == pytest.approx((3 * 0.25 + 3 * 0) / 6), "six draws: three hold two of eight"
-    assert told["reward/trained_mean"] == pytest.approx(3 * 0.25 / 4)
+    assert told["correct/mean"] == pytest.approx((3 * 0.25 + 3 * 0) / 6), "six draws: three hold two of eight"
+    assert told["correct/trained_mean"] == pytest.approx(3 * 0.25 / 4)
     assert told["groups/all_wrong"] == 0.5
     second = {name: value for name, value in told.items() if name.startswith("second/")}
     assert second == {"second/groups": 0.5, "second/right": 0.125, "second/mended": 0.5}
@@ -187,13 +187,13 @@ def test_a_second_draw_that_gives_no_group_leaves_the_first() -> None:
     async def again(factor: float) -> Dropped:
         return Dropped("engine gone", 7)
 
-    assert asyncio.run(Rescue(1.2)(first, again)) == replace(first, lost=7)
+    assert asyncio.run(SecondDraw(1.2)(first, again)) == replace(first, lost=7)
     dropped = Dropped("timeout")
-    assert asyncio.run(Rescue(1.2)(dropped, again)) is dropped
+    assert asyncio.run(SecondDraw(1.2)(dropped, again)) is dropped
 
 
 def test_a_generator_that_cannot_draw_hotter_or_give_up_is_named() -> None:
-    plain = ToyWorld(build(ROWS["grpo"]))
+    plain = ToyWorld(build_objective(ROWS["grpo"]))
     with pytest.raises(ConfigError, match=r"ToyWorld cannot draw otherwise .*leave out rollout\.second"):
         asyncio.run(driver(plain).rollout(PROMPTS[0], 0, 1.5))
     with pytest.raises(ConfigError, match=r"ToyWorld cannot give up .*rollout\.early\.extra=0"):
@@ -202,7 +202,7 @@ def test_a_generator_that_cannot_draw_hotter_or_give_up_is_named() -> None:
 
 def test_the_first_to_finish_make_the_group_and_the_rest_are_no_failures() -> None:
     world = Scripted()
-    choice = Choice(tell=(endings.given_up,))
+    choice = Selection(tell=(early_stop.abandoned_metrics,))
     asyncio.run(driver(world, prompts=InOrder(), choice=choice, extra=2).train(1))
     assert {len(drawn) for _, _, drawn in world.asked} == {10}
     (told,) = world.steps
@@ -213,7 +213,7 @@ def test_the_first_to_finish_make_the_group_and_the_rest_are_no_failures() -> No
 def test_the_bias_of_taking_the_first_is_at_least_what_is_said() -> None:
     short = replace(group("p0", 0, 1), rollouts=(rollout(length=2), rollout(length=4)))
     left = rollout(length=0, status=Status.ABANDONED), rollout(length=6, status=Status.ABANDONED)
-    told = endings.given_up([], [replace(short, abandoned=left), group("p1", 0, 1)], 1)
+    told = early_stop.abandoned_metrics([], [replace(short, abandoned=left), group("p1", 0, 1)], 1)
     assert told == pytest.approx(
         {
             "early/abandoned": 2 / 6,
@@ -243,7 +243,9 @@ def test_a_loop_is_the_last_tokens_said_again_and_again(ids: list[int], looping:
     loops = Loops(count=3, shortest=1, longest=3)
     assert loops(ids) == looping
     wrong = replace(group("p0", 0), rollouts=(replace(rollout(), token_ids=np.array(ids, np.int32)),))
-    assert endings.looped(loops)([], [wrong, group("p1", 0)], 1) == {"repetition/looped": looping / 2}
+    assert early_stop.repetition_metrics(loops)([], [wrong, group("p1", 0)], 1) == {
+        "repetition/looped": looping / 2
+    }
 
 
 def test_a_shortest_loop_spares_runs_of_one_token() -> None:
@@ -264,7 +266,7 @@ def test_a_shortest_loop_spares_runs_of_one_token() -> None:
 def test_surplus_is_kept_where_the_lag_allows_it(
     max_lag: int, surplus: str, dropped: bool, held: bool
 ) -> None:
-    world = ToyWorld(build(ROWS["grpo"] | {"keep": {"fn": "informative"}}))
+    world = ToyWorld(build_objective(ROWS["grpo"] | {"keep": {"fn": "informative"}}))
     asyncio.run(driver(world, groups_per_step=3, max_lag=max_lag, surplus=surplus).train(8))
     assert (world.steps[-1]["groups/surplus"] > 0) == dropped
     assert any(s["groups/held"] > 0 for s in world.steps) == held

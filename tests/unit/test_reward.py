@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from entroray.errors import ConfigError
-from entroray.reward import build, extract, gym
+from entroray.reward import build_judge, extract, gym
 from entroray.types import Prompt, Status, Verdict
 
 
@@ -66,13 +66,13 @@ def test_extraction(rule, marker, text, answer):
     ],
 )
 def test_math_compares_values(reference, answer, right):
-    verdict = build({"fn": "math"})(rf"so \boxed{{{answer}}}", prompt(reference))
+    verdict = build_judge({"fn": "math"})(rf"so \boxed{{{answer}}}", prompt(reference))
     assert (verdict.reward, verdict.correct, verdict.status) == (right, right, Status.OK)
     assert verdict.answer == answer
 
 
 def test_math_without_an_answer_is_wrong_and_without_a_reference_is_a_failure():
-    judge = build({"fn": "math"})
+    judge = build_judge({"fn": "math"})
     assert judge("18", prompt("18")).correct == 0
     for reference in ("", "  "):
         verdict = judge(r"\boxed{18}", prompt(reference))
@@ -80,7 +80,7 @@ def test_math_without_an_answer_is_wrong_and_without_a_reference_is_a_failure():
 
 
 def test_math_works_off_the_main_thread_where_its_timers_raise():
-    judge = build({"fn": "math", "extract": "after"})
+    judge = build_judge({"fn": "math", "extract": "after"})
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(judge, "#### 18", prompt("18")).result().correct == 1
 
@@ -92,25 +92,25 @@ COUNT = {"question": "?", "answer": "3*5 - 7", "metadata": {"numbers": [3, 5, 7]
 @pytest.mark.parametrize("response", ["The answer is 17", "18", "", "1717"])
 def test_partial_scores_of_the_gym_are_not_rewards(response):
     task = {"fn": "gym", "task": "chain_sum"}
-    assert build(task)(response, prompt(**CHAIN)).reward == 0
-    assert build({**task, "partial": True})(response, prompt(**CHAIN)).correct == 0
+    assert build_judge(task)(response, prompt(**CHAIN)).reward == 0
+    assert build_judge({**task, "partial": True})(response, prompt(**CHAIN)).correct == 0
 
 
 def test_partial_scores_on_request():
-    shaped = build({"fn": "gym", "task": "chain_sum", "partial": True})
+    shaped = build_judge({"fn": "gym", "task": "chain_sum", "partial": True})
     verdict = shaped("The answer is 17", prompt(**CHAIN))
     assert (verdict.reward, verdict.correct) == (0.125, 0)
     assert shaped("17", prompt(**CHAIN)).reward == 1
 
 
 def test_written_steps_are_read_by_their_last_number():
-    judge = build({"fn": "gym", "task": "chain_sum", "extract": "after", "marker": "="})
+    judge = build_judge({"fn": "gym", "task": "chain_sum", "extract": "after", "marker": "="})
     assert judge("12+5=17", prompt(**CHAIN)).correct == 1
     assert judge("12+5=17,17+1=18", prompt(**CHAIN)).correct == 0
 
 
 def test_countdown_is_scored(tmp_path):
-    judge = build({"fn": "gym", "task": "countdown"})
+    judge = build_judge({"fn": "gym", "task": "countdown"})
     assert judge("3*5-7", prompt(**COUNT)).correct == 1
     assert judge("(5*3) - 7", prompt(**COUNT)).correct == 1
     assert judge("3+5", prompt(**COUNT)).correct == 0
@@ -125,7 +125,7 @@ def test_no_answer_is_evaluated_as_python(tmp_path):
         "3.5*(7-7)+8",
         "3*5-7\n",
     ]
-    judge = build({"fn": "gym", "task": "countdown", "extract": "after", "marker": "@"})
+    judge = build_judge({"fn": "gym", "task": "countdown", "extract": "after", "marker": "@"})
     assert [judge(f"@{answer}", prompt(**COUNT)).correct for answer in hostile[:4]] == [0] * 4
     assert gym.scorer("countdown")(hostile[4], COUNT) == 0
     assert not proof.exists()
@@ -167,7 +167,7 @@ def test_custom_judges_may_return(user_file, returned, reward, correct):
         def judge(response, prompt):
             return {returned}
     """)
-    verdict = build({"fn": "custom", "path": path})("x", prompt())
+    verdict = build_judge({"fn": "custom", "path": path})("x", prompt())
     assert (verdict.reward, verdict.correct, verdict.status) == (reward, correct, Status.OK)
 
 
@@ -192,7 +192,7 @@ def test_a_failing_custom_judge_is_never_a_zero(user_file, returned, says):
         def judge(response, prompt):
             return {returned}
     """)
-    verdict = build({"fn": "custom", "path": path})("x", prompt())
+    verdict = build_judge({"fn": "custom", "path": path})("x", prompt())
     assert verdict.status is Status.DATA_FAILED
     assert math.isnan(verdict.reward) and math.isnan(verdict.correct)
     assert says in verdict.detail and "mine.py" in verdict.detail
@@ -204,12 +204,12 @@ def test_a_failed_verdict_of_the_users_own_keeps_its_status(user_file):
         def judge(response, prompt):
             return Verdict(float("nan"), 0.0, status=Status.DATA_FAILED, detail="no tests for it")
     """)
-    verdict = build({"fn": "custom", "path": path})("x", prompt())
+    verdict = build_judge({"fn": "custom", "path": path})("x", prompt())
     assert (verdict.status, verdict.detail) == (Status.DATA_FAILED, "no tests for it")
 
 
 def test_a_broken_row_is_a_failure_of_the_data():
-    verdict = build({"fn": "gym", "task": "chain_sum"})("17", prompt("17"))
+    verdict = build_judge({"fn": "gym", "task": "chain_sum"})("17", prompt("17"))
     assert verdict.status is Status.DATA_FAILED and "KeyError: 'answer'" in verdict.detail
 
 
@@ -231,7 +231,7 @@ def test_a_broken_row_is_a_failure_of_the_data():
 )
 def test_a_wrong_spec_is_refused_by_name(spec, says):
     with pytest.raises(ConfigError, match=says.replace(".", r"\.")):
-        build(spec)
+        build_judge(spec)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_wrong_spec_is_refused_by_name(spec, says):
 )
 def test_a_wrong_file_is_refused_before_it_is_used(user_file, body, says):
     with pytest.raises(ConfigError, match=says):
-        build({"fn": "custom", "path": user_file(body)})
+        build_judge({"fn": "custom", "path": user_file(body)})
 
 
 def test_settings_of_a_task_are_checked():
@@ -258,6 +258,6 @@ def test_settings_of_a_task_are_checked():
 
 def test_scores_of_numpy_are_plain_floats(user_file):
     path = user_file("import numpy as np\ndef judge(r, p):\n    return np.float64(1)\n")
-    verdict = build({"fn": "custom", "path": path})("x", prompt())
+    verdict = build_judge({"fn": "custom", "path": path})("x", prompt())
     assert type(verdict.reward) is float and not isinstance(verdict.reward, np.floating)
     assert isinstance(verdict, Verdict)

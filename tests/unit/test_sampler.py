@@ -9,22 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from entroray.cli import preflight, sampling, settings
-from entroray.entropy import describe, rules, shaping, token_entropy
-from entroray.entropy.catalogue import SAMPLER
 from entroray.errors import ConfigError, PreflightError
-from entroray.loop.batching import assemble, tokens_of
-from entroray.loop.heat import Heat
-from entroray.objective import build
-from entroray.observe import records
+from entroray.metrics import step_metrics, token_entropy
+from entroray.metrics.catalogue import SAMPLER
+from entroray.objective import build_objective
+from entroray.observe import token_records
 from entroray.policy.tokenizer import byte_tokenizer
-from entroray.types import Group, Prompt, Rollout, Shaped, Verdict
+from entroray.rollout import reshape, temperature_rules
+from entroray.rollout.heat import Heat
+from entroray.train.batching import assemble, tokens_of
+from entroray.types import Group, Prompt, Rollout, SamplerNotes, Verdict
+from entroray.wiring import compose, preflight, sampler
 from tests.cases import ROWS
 from tests.composed import configured
 from tests.documented import matches
 from tests.toy import ToyWorld, driver
 
-NAMES = sorted(path.stem for path in (settings.conf() / "sampler").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (compose.conf_folder() / "sampler").glob("*.yaml"))
 
 
 def logits(rows: int = 40, words: int = 300) -> torch.Tensor:
@@ -36,25 +37,27 @@ def logits(rows: int = 40, words: int = 300) -> torch.Tensor:
 def test_entropy_and_varentropy_in_few_passes_are_the_exact_ones() -> None:
     z = logits()
     z[3, :200], z[4, 1:] = -math.inf, -math.inf
-    for exact, quick in zip(token_entropy(z, 1.0), shaping.measure(z.float()), strict=True):
+    for exact, quick in zip(token_entropy(z, 1.0), reshape.measure_entropy(z.float()), strict=True):
         assert torch.allclose(quick.double(), exact, atol=2e-5)
 
 
 def test_temperature_by_entropy_is_a_bounded_ramp() -> None:
     h = torch.tensor([0.0, 0.5, 1.0, 1.5, 9.0])
-    factor = rules.by_entropy(h, h, least=0.8, most=1.4, start=0.5, full=1.5).factor
+    factor = temperature_rules.by_entropy(h, h, least=0.8, most=1.4, start=0.5, full=1.5).factor
     assert factor.tolist() == pytest.approx([0.8, 0.8, 1.1, 1.4, 1.4])
-    cooling = rules.by_entropy(h, h, least=1.4, most=0.8, start=0.5, full=1.5).factor
+    cooling = temperature_rules.by_entropy(h, h, least=1.4, most=0.8, start=0.5, full=1.5).factor
     assert cooling.tolist() == pytest.approx([1.4, 1.4, 1.1, 0.8, 0.8])
 
 
 def test_quadrants_have_four_corners_and_a_middle() -> None:
     h = torch.tensor([0.1, 3.0, 1.0, 3.0, 1.0, 0.1, 3.0])
     v = torch.tensor([0.1, 0.1, 3.0, 3.0, 2.0, 2.0, 2.0])
-    choice = rules.quadrants(h, v)
+    choice = temperature_rules.quadrants(h, v)
     assert choice.factor.tolist() == pytest.approx([0.0, 1.3, 1.2, 2.0, 1.0, 1.0, 1.0])
     assert choice.unsure is not None and choice.unsure.tolist() == [False, True] + [False] * 5
-    warm = rules.quadrants(h, v, certain=1.2, torn=1.2)  # two corners of one value are still two corners
+    warm = temperature_rules.quadrants(
+        h, v, certain=1.2, torn=1.2
+    )  # two corners of one value are still two corners
     assert warm.factor.tolist() == pytest.approx([1.2, 1.3, 1.2, 2.0, 1.0, 1.0, 1.0])
 
 
@@ -62,7 +65,7 @@ def test_shaping_divides_and_takes_the_likeliest_where_the_factor_is_0() -> None
     z = logits()
     factor = torch.linspace(0.5, 2, len(z), dtype=torch.float64)
     factor[[2, 7]] = 0
-    shaped = shaping.shape(z.clone(), factor).log_softmax(-1)
+    shaped = reshape.reshape_logits(z.clone(), factor).log_softmax(-1)
     drawn = factor > 0
     assert torch.allclose(shaped[drawn], (z / factor[:, None]).log_softmax(-1)[drawn])
     assert shaped[[2, 7]].argmax(-1).tolist() == z[[2, 7]].argmax(-1).tolist()
@@ -72,8 +75,8 @@ def test_shaping_divides_and_takes_the_likeliest_where_the_factor_is_0() -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_the_weighted_estimate_is_the_plain_one_but_for_what_cannot_be_drawn(name: str) -> None:
     z, f = logits(), torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    factor = shaping.build(configured(f"sampler={name}").sampler.rule)(*token_entropy(z, 1.0)).factor
-    pi, b = z.softmax(-1), shaping.shape(z.clone(), factor).softmax(-1)
+    factor = reshape.build_rule(configured(f"sampler={name}").sampler.rule)(*token_entropy(z, 1.0)).factor
+    pi, b = z.softmax(-1), reshape.reshape_logits(z.clone(), factor).softmax(-1)
     weighted = torch.where(b > 0, b * (pi / b) * f, 0.0).sum(-1)
     missing = torch.where(factor == 0, 1 - pi.amax(-1), 0.0)  # all but the likeliest
     assert ((weighted - (pi * f).sum(-1)).abs() <= missing * f.abs().max() + 1e-12).all()
@@ -84,13 +87,13 @@ def test_the_weighted_estimate_is_the_plain_one_but_for_what_cannot_be_drawn(nam
 @pytest.mark.parametrize("name", NAMES)
 def test_every_sampler_says_what_it_does(name: str) -> None:
     config = configured(f"sampler={name}", "objective=dapo")
-    said = sampling.describe(config.sampler)
+    said = sampler.describe_sampler(config.sampler)
     assert config.sampler.rule["fn"] in said
-    assert sampling.shapes(config) == (name != "fixed")
+    assert sampler.reshapes(config) == (name != "fixed")
     assert config.objective["correction"]["fn"] == ("none" if name == "fixed" else "truncated_importance")
-    drawn = sampling.shaped(config, 1.0, byte_tokenizer())
+    drawn = sampler.training_sampling(config, 1.0, byte_tokenizer())
     assert (drawn.rule is None) == (name == "fixed")
-    assert sampling.shaped(config, 0.0, byte_tokenizer()).rule is None
+    assert sampler.training_sampling(config, 0.0, byte_tokenizer()).rule is None
 
 
 @pytest.mark.parametrize(
@@ -136,11 +139,11 @@ def test_a_sampler_that_makes_no_sense_is_refused_everywhere(overrides: list[str
 def test_a_processor_of_ones_own_is_weighed_and_must_be_reported() -> None:
     own = ["+generator.engine.logits_processors=['mine:Own']"]
     corrected = [*own, "objective.correction={fn: truncated_importance}"]
-    assert sampling.shapes(configured(*corrected))
+    assert sampler.reshapes(configured(*corrected))
     for option in ("logprobs_mode=raw_logprobs", "speculative_config={a: b}"):
         with pytest.raises(ConfigError, match=r"log-probs|speculative"):
             configured(*corrected, f"+generator.engine.{option}")
-    assert not sampling.shapes(configured("+generator.engine.logits_processors=[]"))
+    assert not sampler.reshapes(configured("+generator.engine.logits_processors=[]"))
 
 
 def test_a_temperature_above_0_is_at_least_the_engines() -> None:
@@ -151,7 +154,7 @@ def test_a_temperature_above_0_is_at_least_the_engines() -> None:
 
 @pytest.mark.parametrize("text", ["Wait", "é", "<|end|>", ""])
 def test_an_inserted_text_must_be_one_token(text: str, tmp_path: Path) -> None:
-    where = f"model.bootstrap.cache={tmp_path}"
+    where = f"model.warm_start.cache={tmp_path}"
     config = configured("sampler=quadrants", where, "sampler.insert='?'")
     assert preflight.sampler(config) == f"inserts '?', token {byte_tokenizer().encode('?')[0]}"
     config.sampler.insert = text
@@ -163,7 +166,7 @@ def drawn(correct: list[float]) -> Group:
     """A group whose first rollout was shaped, with its second token inserted."""
     ids, logp = np.array([5, 6, 7], np.int32), np.array([-1.0, 0.0, -0.5], np.float32)
     column = lambda *x: np.array(x, np.float32)
-    shaped = Shaped(column(0.5, 2.75, 0.25), column(1, 0.5, 2), column(1.25, np.nan, 0.0))
+    shaped = SamplerNotes(column(0.5, 2.75, 0.25), column(1, 0.5, 2), column(1.25, np.nan, 0.0))
     zero = np.zeros(3, np.int32)
     plain = Rollout("q", ids, logp, zero, "", 1.0, 3)
     rollouts = (replace(plain, shaped=shaped), plain)
@@ -177,11 +180,11 @@ def test_an_inserted_token_is_an_observation_and_the_records_say_how_each_was_dr
     tokens = tokens_of([group], [torch.ones(2)], scores, 0)
     assert tokens.mask.tolist() == [True, False, True, True, True, True] and tokens.counts.tokens == 5
     assert tokens.temperature.tolist() == [1.0] * 6
-    rows = records.table(1, [group], tokens).to_pylist()
+    rows = token_records.record_table(1, [group], tokens).to_pylist()
     assert [r["mask_reason"] for r in rows] == [None, "inserted", None, None, None, None]
     assert [r["sampler_temperature"] for r in rows] == [1.25, None, 0.0, 1.0, 1.0, 1.0]
     assert [r["sampler_entropy"] for r in rows] == [0.5, 2.75, 0.25, None, None, None]
-    found = describe([group], tokens)
+    found = step_metrics([group], tokens)
     said = {name: value for name, value in found.items() if name.startswith("sampler/")}
     assert said == pytest.approx(
         {
@@ -208,7 +211,7 @@ def test_a_failed_prompt_is_heated_up_to_a_bound_and_cooled_by_one_right_answer(
 
 
 def test_the_driver_hears_of_failed_groups_and_remembers_them() -> None:
-    world = ToyWorld(build(ROWS["grpo"]))
+    world = ToyWorld(build_objective(ROWS["grpo"]))
     d = driver(world, group_size=2)
     d.heat.factor, d.heat.most = 1.2, 1.5
     asyncio.run(d.train(3))

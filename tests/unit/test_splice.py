@@ -7,11 +7,10 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from entroray.loop.batching import observed, tokens_of
-from entroray.loop.splice import cut, join, said
-from entroray.loop.splice import observed as observation
-from entroray.observe.records import table
-from entroray.types import Group, MaskReason, Prompt, Rollout, Shaped, Span, Verdict
+from entroray.observe.token_records import record_table
+from entroray.rollout.splice import as_observation, cut, join, observation
+from entroray.train.batching import observed_tokens, tokens_of
+from entroray.types import Group, MaskReason, Prompt, Rollout, SamplerNotes, Span, Verdict
 
 NAMES = dict(enumerate(MaskReason))
 
@@ -28,7 +27,7 @@ def why(rollout: Rollout) -> list[str]:
 
 def test_a_branch_has_its_parents_first_tokens_and_learns_from_its_own() -> None:
     parent, tail = drawn([5, 6, 7, 8], version=1), drawn([9, 10], version=2)
-    branch = join(observation(cut(parent, 2), MaskReason.PREFIX), replace(tail, text="5 6 9 10"))
+    branch = join(as_observation(cut(parent, 2), MaskReason.PREFIX), replace(tail, text="5 6 9 10"))
     assert branch.token_ids.tolist() == [5, 6, 9, 10]
     assert branch.logprobs.tolist() == [0, -1, 0, -1]
     assert branch.versions.tolist() == [1, 1, 2, 2]
@@ -38,14 +37,14 @@ def test_a_branch_has_its_parents_first_tokens_and_learns_from_its_own() -> None
 
 def test_what_a_tool_says_stands_between_two_turns_as_an_observation() -> None:
     first, second = drawn([1, 2], version=3), drawn([4], version=4)
-    whole = join(join(first, said(first, [30, 31], MaskReason.TOOL)), second)
+    whole = join(join(first, observation(first, [30, 31], MaskReason.TOOL)), second)
     assert why(whole) == ["", "", "tool", "tool", ""]
     assert whole.logprobs.tolist() == [0, -1, 0, 0, 0]  # a token nobody drew has probability 1
     assert whole.versions.tolist() == [3, 3, 3, 3, 4]
 
 
 def test_notes_of_a_sampler_survive_cutting_and_joining() -> None:
-    notes = Shaped(*(np.array(x, np.float32) for x in ([1, 2], [3, 4], [0.5, np.nan])))
+    notes = SamplerNotes(*(np.array(x, np.float32) for x in ([1, 2], [3, 4], [0.5, np.nan])))
     first = drawn([1, 2], shaped=notes)
     whole = join(cut(first, 2), drawn([3]))
     assert whole.shaped is not None
@@ -64,11 +63,11 @@ def test_cutting_keeps_the_part_of_a_span_that_is_left() -> None:
 
 def test_observations_are_outside_the_mask_and_say_why_in_the_records() -> None:
     parent = drawn([5, 6, 7])
-    branch = join(observation(cut(parent, 1), MaskReason.PREFIX), drawn([8]))
+    branch = join(as_observation(cut(parent, 1), MaskReason.PREFIX), drawn([8]))
     group = Group(Prompt("p", "p", (0,), ""), (parent, branch), (Verdict(1.0, 1.0), Verdict(0.0, 0.0)))
     columns = {name: np.zeros(5, np.float32) for name in ("logprobs", "entropy", "varentropy")}
     t = tokens_of([group], [torch.tensor([1.0, -1.0])], columns, 0)
-    assert observed(group.rollouts).tolist() == [-1, -1, -1, 1, -1]
+    assert observed_tokens(group.rollouts).tolist() == [-1, -1, -1, 1, -1]
     assert t.mask.tolist() == [True, True, True, False, True] and t.counts.tokens == 4
-    reasons = table(1, [group], t)["mask_reason"]
+    reasons = record_table(1, [group], t)["mask_reason"]
     assert pc.cast(reasons, "string").to_pylist() == [None, None, None, "prefix", None]

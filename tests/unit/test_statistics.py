@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from entroray.entropy import describe, token_entropy
-from entroray.entropy.domains import judged
+from entroray.metrics import step_metrics, token_entropy
+from entroray.metrics.by_domain import judged_metrics
 from entroray.types import Counts, Group, Prompt, Rollout, Status, Tokens, Verdict
 
 LN2 = math.log(2)
@@ -103,9 +103,9 @@ def test_a_wrong_temperature_or_base_is_refused(wrong):
 
 def test_rewards_groups_and_lengths():
     groups = [group([2, 1], [1, 0], status=Status.TRUNCATED), group([1, 1], [1, 1]), group([3, 0], [0, 0])]
-    metrics = judged(groups)
-    assert metrics["reward/mean"] == 0.5
-    assert metrics["reward/raw_mean"] == 1.0
+    metrics = judged_metrics(groups)
+    assert metrics["correct/mean"] == 0.5
+    assert metrics["reward/mean"] == 1.0
     assert metrics["reward/std"] == 1.0  # rewards 2, 0, 2, 2, 0, 0
     assert metrics["groups/all_right"] == pytest.approx(1 / 3)
     assert metrics["groups/all_wrong"] == pytest.approx(1 / 3)
@@ -117,7 +117,7 @@ def test_rewards_groups_and_lengths():
 def test_entropy_statistics_by_hand():
     groups = [group([3, 2], [1, 0])]
     tokens = tokens_of(groups, [0.0, 1.0, 2.0, 3.0, 4.0], [1.0, 2.0, -1.0, 0.0, -4.0], gap=-LN2)
-    metrics = describe(groups, tokens)
+    metrics = step_metrics(groups, tokens)
     assert metrics["entropy/mean"] == 2.0
     assert [metrics[f"entropy/p{q}"] for q in (20, 50, 80, 95)] == pytest.approx([0.8, 2.0, 3.2, 3.8])
     assert metrics["entropy/positive"] == 0.5
@@ -132,7 +132,7 @@ def test_entropy_statistics_by_hand():
 
 def test_lag_is_counted_per_token_from_the_weights_that_sampled_it():
     groups = [group([3, 1], [1, 0], versions=[1, 3, 4])]
-    metrics = describe(groups, tokens_of(groups, [1.0] * 4))
+    metrics = step_metrics(groups, tokens_of(groups, [1.0] * 4))
     assert metrics["lag/mean"] == pytest.approx((3 + 1 + 0 + 1) / 4)
     assert metrics["lag/max"] == 3
 
@@ -144,24 +144,24 @@ def test_nan_outside_the_mask_leaves_no_trace():
     nan = torch.where(clean.mask, clean.entropy, torch.nan)
     gone = torch.where(clean.mask, clean.old_logprobs, torch.nan)
     dirty = replace(clean, entropy=nan, varentropy=nan, advantages=nan * 0, old_logprobs=gone)
-    assert describe(groups, dirty)["entropy/mean"] == 2.0
-    assert all(math.isfinite(v) for v in describe(groups, dirty).values())
+    assert step_metrics(groups, dirty)["entropy/mean"] == 2.0
+    assert all(math.isfinite(v) for v in step_metrics(groups, dirty).values())
 
 
 def test_aggregates_are_taken_after_rounding_to_the_stored_type():
     groups = [group([2], [1])]
-    metrics = describe(groups, tokens_of(groups, [1 + 1e-9, 0.1]))
+    metrics = step_metrics(groups, tokens_of(groups, [1 + 1e-9, 0.1]))
     assert metrics["entropy/mean"] == (1.0 + float(np.float32(0.1))) / 2
 
 
 def test_a_metric_over_nothing_is_left_out():
     groups = [group([1, 1], [1, 0])]
-    assert "entropy/positive" not in describe(groups, tokens_of(groups, [1.0, 1.0]))
-    unmasked = describe(groups, tokens_of(groups, [1.0, 1.0], mask=[False, False]))
+    assert "entropy/positive" not in step_metrics(groups, tokens_of(groups, [1.0, 1.0]))
+    unmasked = step_metrics(groups, tokens_of(groups, [1.0, 1.0], mask=[False, False]))
     assert not unmasked
 
 
 def test_tokens_of_other_groups_are_refused():
     groups = [group([2, 1], [1, 0])]
     with pytest.raises(ValueError, match="pass the groups they were made from"):
-        describe([group([1, 2], [1, 0])], tokens_of(groups, [1.0] * 3))
+        step_metrics([group([1, 2], [1, 0])], tokens_of(groups, [1.0] * 3))

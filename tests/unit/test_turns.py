@@ -10,18 +10,18 @@ import pytest
 import torch
 import yaml
 
-from entroray.entropy.catalogue import TOOLS
-from entroray.entropy.statistics import describe
-from entroray.loop.batching import tokens_of
-from entroray.loop.demonstrations import Worked, chain_sum_calls
-from entroray.loop.prompts import reasoning_gym_rows
-from entroray.loop.splice import cut
-from entroray.loop.turns import Syntax, Turns, turn_seed, written
-from entroray.loop.warmup import demonstrate
-from entroray.objective import build as objective
-from entroray.reward import build
+from entroray.data.demonstrations import WorkedAnswer, chain_sum_calls
+from entroray.data.prompts import reasoning_gym_rows
+from entroray.metrics.catalogue import TOOLS
+from entroray.metrics.step import step_metrics
+from entroray.objective import build_objective
+from entroray.reward import build_judge
 from entroray.reward.tools import Call, calculator
-from entroray.types import Answer, Group, MaskReason, Prompt, Rollout, Shaped, Span, Status, Verdict
+from entroray.rollout.splice import cut
+from entroray.rollout.tool_turns import Syntax, ToolTurns, encode_demonstration, turn_seed
+from entroray.train.batching import tokens_of
+from entroray.train.warm_start import demonstration_group
+from entroray.types import Answer, Group, MaskReason, Prompt, Rollout, SamplerNotes, Span, Status, Verdict
 from tests.documented import matches
 from tests.toy import ToyWorld, driver
 
@@ -65,7 +65,7 @@ class Script:
 
 
 def talk(script: Script, seeds: Sequence[int] = (7,), calls: int = 3, after: str = "") -> list[Rollout]:
-    turns = Turns(script, script, SYNTAX, calls, encode, decode)
+    turns = ToolTurns(script, script, SYNTAX, calls, encode, decode)
     return asyncio.run(turns.sample(PROMPT, seeds, encode(after)))
 
 
@@ -100,7 +100,7 @@ def test_ids_are_never_made_from_text_again() -> None:
 
     script = Pairs(answers=[Answer("2")])
     joined = lambda ids: "".join(names[i] for i in ids)
-    turns = Turns(script, script, SYNTAX, 2, lambda text: [words[text]], joined)
+    turns = ToolTurns(script, script, SYNTAX, 2, lambda text: [words[text]], joined)
     (whole,) = asyncio.run(turns.sample(PROMPT, [1]))
     assert read == [(), (0, 1, 2, 3, 5)]  # "]" and "2" stay apart, though "]2" is a token
     assert whole.token_ids.tolist() == [0, 1, 2, 3, 5, 6, 5] and whole.text == "[1+1]2=2"
@@ -131,7 +131,9 @@ def test_how_a_response_ends(turns: list[str], answers: list[str], text: str, ma
 def test_a_tool_that_failed_is_read_as_an_error_and_one_that_gave_no_answer_fails_the_response() -> None:
     heard = []
     script = Script("[1/0]", "=0", answers=[Answer("error", True, detail="ZeroDivisionError: by zero")])
-    turns = Turns(script, script, SYNTAX, 3, encode, decode, lambda kind, **said: heard.append((kind, said)))
+    turns = ToolTurns(
+        script, script, SYNTAX, 3, encode, decode, lambda kind, **said: heard.append((kind, said))
+    )
     (whole,) = asyncio.run(turns.sample(PROMPT, [1]))
     assert whole.text == "[1/0]error=0" and why(whole) == ".....eeeee.." and whole.status is Status.OK
     assert heard == [("tool_error", {"detail": "ZeroDivisionError: by zero"})]
@@ -190,14 +192,14 @@ def test_the_calculator_calculates(call: str, said: str) -> None:
     "call", ["", "1/0", "2**9999999", "1+", "x", "__import__('os')", "1//2", "1" * 101, "(1)(2)"]
 )
 def test_the_calculator_refuses_the_rest_with_an_error_text(call: str) -> None:
-    judge = build({"fn": "with_tool", "judge": {"fn": "math"}, "tool": {"fn": "calculator"}})
+    judge = build_judge({"fn": "with_tool", "judge": {"fn": "math"}, "tool": {"fn": "calculator"}})
     verdict = judge(Call(call), PROMPT)
     assert (verdict.answer, verdict.correct, verdict.status) == ("error", 0, Status.OK) and verdict.detail
 
 
 def test_judge_and_tool_are_told_apart() -> None:
     spec = {"fn": "gym", "task": "chain_sum", "extract": "after"}
-    judge = build({"fn": "with_tool", "judge": spec, "tool": {"fn": "calculator", "digits": 3}})
+    judge = build_judge({"fn": "with_tool", "judge": spec, "tool": {"fn": "calculator", "digits": 3}})
     prompt = replace(PROMPT, entry={"answer": "5"})
     assert judge("=5", prompt).correct == 1 and judge("5", prompt).correct == 0
     assert judge(Call("2/3"), prompt).answer == "0.667"
@@ -207,11 +209,11 @@ def test_judge_and_tool_are_told_apart() -> None:
 
 
 def test_a_demonstration_has_the_ids_of_its_turns_and_the_tools_are_not_learnt() -> None:
-    worked = Worked((("2+3", "5"), ("5*2", "10")), "=10")
-    ids, spans = written(worked, SYNTAX, encode)
+    worked = WorkedAnswer((("2+3", "5"), ("5*2", "10")), "=10")
+    ids, spans = encode_demonstration(worked, SYNTAX, encode)
     script = Script("[2+3]", "[5*2]", "=10", answers=[Answer("5"), Answer("10")])
     (drawn,) = talk(script)
-    group = demonstrate(PROMPT, [*ids, 0], spans)
+    group = demonstration_group(PROMPT, [*ids, 0], spans)
     assert ids == drawn.token_ids.tolist()
     assert why(group.rollouts[0]) == why(drawn) + "."
     zero = {name: np.zeros(17, np.float32) for name in ("logprobs", "entropy", "varentropy")}
@@ -230,19 +232,19 @@ def test_worked_sums_say_what_the_calculator_says() -> None:
 def test_tools_are_counted_and_their_tokens_are_in_no_entropy() -> None:
     script = Script("[1]", "=1", answers=[Answer("1")])
     (called,), n = talk(script), 6
-    shaped = Shaped(*(np.array(x, np.float32) for x in ([1, 1, 1, np.nan, 1, 1], [1] * 6, [0.5] * 6)))
+    shaped = SamplerNotes(*(np.array(x, np.float32) for x in ([1, 1, 1, np.nan, 1, 1], [1] * 6, [0.5] * 6)))
     called = replace(called, shaped=shaped, spans=(*called.spans, Span(5, 6, MaskReason.TOOL_ERROR)))
     plain = replace(called, shaped=None, spans=())
     group = Group(PROMPT, (called, plain), (Verdict(1.0, 1.0), Verdict(0.0, 0.0)))
     columns = {k: np.ones(2 * n, np.float32) for k in ("logprobs", "entropy", "varentropy")}
     columns["entropy"][[3, 5]] = 99.0
-    found = describe([group], tokens_of([group], [torch.zeros(2)], columns, 3))
+    found = step_metrics([group], tokens_of([group], [torch.zeros(2)], columns, 3))
     assert (found["tool/calls"], found["tool/failed"]) == (1.0, 0.5)
     assert found["tool/share"] == pytest.approx(2 / 12)
     told = [name for name in found if name.startswith("tool/")]
     assert all(matches(name, TOOLS) for name in told) and len(told) == len(TOOLS)
     assert found["entropy/mean"] == 1.0 and found["sampler/gap"] == 0.0
-    bare = describe(
+    bare = step_metrics(
         [replace(group, rollouts=(plain, plain))], tokens_of([group], [torch.zeros(2)], columns, 3)
     )
     assert not any(name.startswith("tool/") for name in bare)
@@ -274,10 +276,10 @@ class Calling(ToyWorld):
 def test_the_driver_trains_responses_of_several_turns(monkeypatch: pytest.MonkeyPatch, max_lag: int) -> None:
     """With a lag the weights change between two turns of one response, and its tokens say so."""
     monkeypatch.setattr("tests.toy.LENGTH", 5)
-    world = Calling(objective(yaml.safe_load(GRPO.read_text())), lr=0.1)
+    world = Calling(build_objective(yaml.safe_load(GRPO.read_text())), lr=0.1)
     marked = lambda ids: "".join("[]" if i == 7 else str(i) for i in ids)
     d = driver(world, max_lag=max_lag)
-    d.roles = replace(d.roles, generator=Turns(world, world, SYNTAX, 4, lambda text: [int(text)], marked))
+    d.roles = replace(d.roles, generator=ToolTurns(world, world, SYNTAX, 4, lambda text: [int(text)], marked))
     asyncio.run(d.train(5))
     rollouts = [r for g in world.groups for r in g.rollouts]
     called = [r for r in rollouts if 7 in r.token_ids[:-1].tolist()]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from entroray.cli.objectives import advised
-from entroray.control import build
-from entroray.entropy.verdict import LEAST, read, trend
-from entroray.observe.outlook import STEADY, Outlook, last_word, moved
+from entroray.control import build_controllers
+from entroray.metrics.health import LEAST, read_health, trend
+from entroray.observe.health_tracker import STEADY, HealthTracker, health_line, moved_settings
 from tests.composed import configured
 
 DATA = Path(__file__).parent / "data"
@@ -38,16 +38,16 @@ def run(name):
     ],
 )
 def test_a_recorded_run_of_each_kind(name, kind):
-    found = read(run(name))
+    found = read_health(run(name))
     assert found.kind == kind
     assert (kind == "healthy") == (found.remedy == "")
 
 
 def test_collapse_is_dated_from_its_own_rate():
     steps = [
-        {"step": i, "entropy/mean": 0.8 * math.exp(-i / 50), "reward/mean": 0.3 + i / 400} for i in range(60)
+        {"step": i, "entropy/mean": 0.8 * math.exp(-i / 50), "correct/mean": 0.3 + i / 400} for i in range(60)
     ]
-    found = read(steps)
+    found = read_health(steps)
     start = sum(s["entropy/mean"] for s in steps[:5]) / 5
     now = sum(s["entropy/mean"] for s in steps[-10:]) / 10
     left = round(50 * math.log(now / (0.1 * start)))
@@ -62,78 +62,80 @@ def test_collapse_is_dated_from_its_own_rate():
 def test_the_strongest_sign_is_the_cause():
     """Each by how far it is from where it counts to its most: 0.1 nats, all groups."""
     signs = {"update/kl": 0.02, "mismatch/kl": 0.0001, "groups/all_right": 0.41}
-    decay = [{"entropy/mean": math.exp(-i / 50), "reward/mean": 0.3} for i in range(60)]
-    found = read([s | signs for s in decay])
+    decay = [{"entropy/mean": math.exp(-i / 50), "correct/mean": 0.3} for i in range(60)]
+    found = read_health([s | signs for s in decay])
     assert found.remedy == "learner.updates_per_rollout=1" and "0.020" in found.cause
-    found = read([s | signs | {"groups/all_right": 0.6} for s in decay])
+    found = read_health([s | signs | {"groups/all_right": 0.6} for s in decay])
     assert found.cause.startswith("60% of groups")
     wrong = {"update/kl": 0.011, "groups/all_wrong": 1.0}
-    found = read([{"entropy/mean": math.exp(i / 20), "reward/mean": 0.0} | wrong for i in range(60)])
+    found = read_health([{"entropy/mean": math.exp(i / 20), "correct/mean": 0.0} | wrong for i in range(60)])
     assert found.kind == "exploding" and found.cause.startswith("100% of groups are all wrong")
 
 
 def test_the_cause_of_a_recorded_collapse_is_what_its_updates_do_to_entropy():
     """56 % of its groups are all right too, which is less far from where that counts."""
-    found = read(run("diagnosed"), {"learner.lr": 3e-4})
+    found = read_health(run("diagnosed"), {"learner.lr": 3e-4})
     assert (
         found.cause.startswith("85% of what the update does to entropy")
         and found.remedy == "learner.lr=0.00015"
     )
-    assert read(run("diagnosed")[:30]).kind == "healthy"
+    assert read_health(run("diagnosed")[:30]).kind == "healthy"
 
 
 def test_levels_are_relative_to_the_run_itself():
     for scale in (0.1, 10.0):
         scaled = [s | {"entropy/mean": s["entropy/mean"] * scale} for s in run("collapsing")]
-        assert read(scaled).kind == "collapsing"
+        assert read_health(scaled).kind == "collapsing"
 
 
 def test_a_reward_that_never_rose_is_no_gain_and_one_that_stopped_is_saturated():
-    flat = [{"entropy/mean": 1.0, "reward/mean": 0.2 - i / 1000} for i in range(60)]
-    assert read(flat).kind == "no gain" and read(flat[:30]).kind == "healthy"
-    spent = [{"entropy/mean": max(0.3, 1 - i / 20), "reward/mean": min(0.6, 0.2 + i / 50)} for i in range(60)]
-    assert read(spent).kind == "saturated"
+    flat = [{"entropy/mean": 1.0, "correct/mean": 0.2 - i / 1000} for i in range(60)]
+    assert read_health(flat).kind == "no gain" and read_health(flat[:30]).kind == "healthy"
+    spent = [
+        {"entropy/mean": max(0.3, 1 - i / 20), "correct/mean": min(0.6, 0.2 + i / 50)} for i in range(60)
+    ]
+    assert read_health(spent).kind == "saturated"
 
 
 def test_a_reward_that_fell_from_its_best_is_declining_and_one_that_shakes_is_not():
     shake = [0.02 * (-1) ** i for i in range(100)]
     rise = lambda i: 0.3 + 0.01 * min(i, 50) - 0.008 * max(0, i - 50)
-    risen = [{"entropy/mean": 1.0, "reward/mean": rise(i) + shake[i]} for i in range(100)]
-    assert read(risen[:50]).kind == "healthy"
-    found = read(risen, {"learner.lr": 0.01})
+    risen = [{"entropy/mean": 1.0, "correct/mean": rise(i) + shake[i]} for i in range(100)]
+    assert read_health(risen[:50]).kind == "healthy"
+    found = read_health(risen, {"learner.lr": 0.01})
     assert found.kind == "declining" and "below the 0.7" in found.words and found.remedy == "learner.lr=0.005"
-    level = [s | {"reward/mean": 0.3 + 0.01 * min(i, 50) + shake[i]} for i, s in enumerate(risen)]
-    assert all(read(level[:n]).kind == "healthy" for n in range(40, 101))
+    level = [s | {"correct/mean": 0.3 + 0.01 * min(i, 50) + shake[i]} for i, s in enumerate(risen)]
+    assert all(read_health(level[:n]).kind == "healthy" for n in range(40, 101))
 
 
 def test_entropy_that_went_in_one_jump_is_not_healthy():
-    spent = [{"entropy/mean": 1.0 if i < 6 else 0.02, "reward/mean": 0.2 + i / 200} for i in range(60)]
-    found = read(spent)
+    spent = [{"entropy/mean": 1.0 if i < 6 else 0.02, "correct/mean": 0.2 + i / 200} for i in range(60)]
+    found = read_health(spent)
     assert found.kind == "collapsing" and "all but gone" in found.words and found.remedy
 
 
 def test_a_flat_reward_is_told_from_a_rising_one_by_its_noise_and_called_no_more_than_flat():
     shake = [0.03 * (-1) ** i for i in range(60)]
-    flat = [{"entropy/mean": 1.0, "reward/mean": 0.70 + shake[i]} for i in range(60)]
-    flat[0]["reward/mean"] = 0.65  # a low first step is no gain of what follows
-    found = read(flat)
+    flat = [{"entropy/mean": 1.0, "correct/mean": 0.70 + shake[i]} for i in range(60)]
+    flat[0]["correct/mean"] = 0.65  # a low first step is no gain of what follows
+    found = read_health(flat)
     assert found.kind == "no gain" and found.cause == "no single sign" and not found.remedy
     assert "too hard" not in found.line() and "try" not in found.line()
-    rising = [s | {"reward/mean": s["reward/mean"] + i / 500} for i, s in enumerate(flat)]
-    assert read(rising).kind == "healthy"
+    rising = [s | {"correct/mean": s["correct/mean"] + i / 500} for i, s in enumerate(flat)]
+    assert read_health(rising).kind == "healthy"
 
 
 def test_a_learning_rate_that_destroyed_the_policy_is_not_told_to_write_longer_responses():
-    found = read(run("gone"), {"learner.lr": 0.01, "rollout.max_tokens": 24})
+    found = read_health(run("gone"), {"learner.lr": 0.01, "rollout.max_tokens": 24})
     assert found.remedy == "learner.lr=0.001"
     assert found.cause == "step 1 moved the policy by 0.879 nats (update/kl), and reward is mostly gone"
     calm = [s | {"update/kl": 0.01} for s in run("gone")]
-    assert read(calm, {"rollout.max_tokens": 24}).remedy == "rollout.max_tokens=48"
+    assert read_health(calm, {"rollout.max_tokens": 24}).remedy == "rollout.max_tokens=48"
 
 
 @pytest.mark.parametrize("name", ["collapsing", "exploding", "no_signal", "gone", "saturated"])
 def test_every_recorded_run_is_told_one_setting(name):
-    remedy = read(run(name)).remedy
+    remedy = read_health(run(name)).remedy
     assert remedy and " or " not in remedy and " and " not in remedy
 
 
@@ -160,8 +162,8 @@ TWO = {"learner.updates_per_rollout": 2, "learner.lr": 0.002}
     ],
 )
 def test_a_bound_is_advised_only_where_there_is_one_that_acts_and_is_tighter(has, remedy):
-    decay = [{"entropy/mean": math.exp(-i / 50), "reward/mean": 0.3} for i in range(60)]
-    assert read([s | {"quadrants/lowering": 0.7} for s in decay], has).remedy == remedy
+    decay = [{"entropy/mean": math.exp(-i / 50), "correct/mean": 0.3} for i in range(60)]
+    assert read_health([s | {"quadrants/lowering": 0.7} for s in decay], has).remedy == remedy
 
 
 @pytest.mark.parametrize(
@@ -183,24 +185,27 @@ def test_a_bound_is_advised_only_where_there_is_one_that_acts_and_is_tighter(has
     ],
 )
 def test_the_next_setting_is_advised_where_a_run_has_the_first(sign, has, remedy):
-    decay = [{"entropy/mean": math.exp(-i / 50), "reward/mean": 0.3} for i in range(60)]
-    assert read([s | sign for s in decay], has).remedy == remedy
+    decay = [{"entropy/mean": math.exp(-i / 50), "correct/mean": 0.3} for i in range(60)]
+    assert read_health([s | sign for s in decay], has).remedy == remedy
 
 
 def test_no_setting_is_advised_that_a_controller_moves():
-    decay = [{"entropy/mean": math.exp(-i / 50), "reward/mean": 0.3, "update/kl": 0.02} for i in range(60)]
+    decay = [{"entropy/mean": math.exp(-i / 50), "correct/mean": 0.3, "update/kl": 0.02} for i in range(60)]
     has = {"learner.updates_per_rollout": 1, "learner.lr": 0.004}
-    assert read(decay, has).remedy == "learner.lr=0.002"
-    assert read(decay, has | {"control": ["learner.lr"]}).remedy == ""
+    assert read_health(decay, has).remedy == "learner.lr=0.002"
+    assert read_health(decay, has | {"control": ["learner.lr"]}).remedy == ""
     both = has | {"learner.updates_per_rollout": 2, "control": ["learner.updates_per_rollout"]}
-    assert read(decay, both).remedy == "learner.lr=0.002"
+    assert read_health(decay, both).remedy == "learner.lr=0.002"
 
 
 def test_half_an_entropy_bonus_is_advised_where_there_is_one():
     paid = {"objective": {"penalties": [{"fn": "kl"}, {"fn": "entropy_bonus", "coef": 0.3}]}}
-    found = read(run("exploding"), paid)
+    found = read_health(run("exploding"), paid)
     assert found.remedy == "half of the coef of entropy_bonus in objective.penalties"
-    assert read(run("exploding"), {"objective": {"penalties": [{"fn": "kl"}]}}).remedy == "half of learner.lr"
+    assert (
+        read_health(run("exploding"), {"objective": {"penalties": [{"fn": "kl"}]}}).remedy
+        == "half of learner.lr"
+    )
 
 
 def test_what_a_run_has_is_told_by_the_names_that_are_asked_for():
@@ -212,10 +217,10 @@ def test_what_a_run_has_is_told_by_the_names_that_are_asked_for():
 
 def test_too_short_a_run_gets_no_verdict_and_gaps_do_no_harm():
     steps = run("healthy")
-    assert read(steps[: LEAST - 1]) is None and read([]) is None
-    assert "none before" in last_word(steps[:3]) and last_word(steps).startswith("verdict: healthy")
-    gaps = [s | {"reward/mean": None} if i % 3 else s for i, s in enumerate(steps)]
-    assert read([*gaps, {"step": 61, "entropy/mean": None}]).kind == "healthy"
+    assert read_health(steps[: LEAST - 1]) is None and read_health([]) is None
+    assert "none before" in health_line(steps[:3]) and health_line(steps).startswith("verdict: healthy")
+    gaps = [s | {"correct/mean": None} if i % 3 else s for i, s in enumerate(steps)]
+    assert read_health([*gaps, {"step": 61, "entropy/mean": None}]).kind == "healthy"
 
 
 def test_trend_of_a_line_and_of_nothing():
@@ -225,17 +230,17 @@ def test_trend_of_a_line_and_of_nothing():
 
 def test_a_change_is_announced_once_it_holds():
     events, said = [], []
-    outlook = Outlook(
+    outlook = HealthTracker(
         lambda kind, **fields: events.append((kind, fields["step"], fields["verdict"])), said.append
     )
     steps = run("collapsing")
     for s in steps:
         outlook.log(s["step"], s)
     assert [(kind, name) for kind, _, name in events] == [("verdict", "healthy"), ("verdict", "collapsing")]
-    first = next(i for i in range(LEAST, len(steps)) if read(steps[: i + 1]).kind == "collapsing")
+    first = next(i for i in range(LEAST, len(steps)) if read_health(steps[: i + 1]).kind == "collapsing")
     assert events[0][1] == LEAST and events[1][1] == steps[first]["step"] + STEADY - 1
     assert len(said) == 2 and said[1].startswith(f"step {events[1][1]}: collapsing")
-    resumed = Outlook(lambda kind, **fields: None, said.append, steps)
+    resumed = HealthTracker(lambda kind, **fields: None, said.append, steps)
     resumed.log(50, steps[49])
     assert len(resumed.history) == 50
 
@@ -247,7 +252,7 @@ def test_a_resumed_run_does_not_announce_its_verdict_again():
     def announced(pieces):
         said, state = [], {}
         for piece in pieces:
-            outlook = Outlook(
+            outlook = HealthTracker(
                 lambda kind, **f: said.append((f["step"], f["verdict"])), str, steps[: piece[0]]
             )
             outlook.restore(json.loads(json.dumps(state)))
@@ -268,13 +273,13 @@ def test_the_last_word_holds_prediction_and_law_against_what_happened():
         s | {"law/a": 0.3, "law/ceiling": 0.61, "law/low": 0.5, "law/high": 0.7, "law/r2": 0.8}
         for s in run("healthy")
     ]
-    assert "none before 4 steps" in last_word(steps) and "early warning" in last_word(steps)
+    assert "none before 4 steps" in health_line(steps) and "early warning" in health_line(steps)
     for i in range(6):  # the last one is foretold wrongly
         foretold = {
             f"entropy/predicted_change_{form}": -float(i + 1) for form in ("exact", "natural", "proxy")
         }
         steps[i] |= foretold | {"entropy/realised_change": -0.01 * (i + 1) if i < 5 else 0.09}
-    said = last_word(steps)
+    said = health_line(steps)
     assert (
         "rises in 5 of 6 rescored steps, 'it always falls' in 5 (it changed by -0.0100 nats a step)" in said
     )
@@ -283,15 +288,15 @@ def test_the_last_word_holds_prediction_and_law_against_what_happened():
         "rank correlation exact +0.14" in said
         and "0.610 is the reward at entropy 0, 95 % were steps independent 0.500 to 0.700" in said
     )
-    assert "law: off, a controller acts" in last_word([*steps, {"step": 61, "control/c": 0.1}])
+    assert "law: off, a controller acts" in health_line([*steps, {"step": 61, "control/c": 0.1}])
     filtered = {"objective": {"keep": {"fn": "informative"}}}
-    assert "trains on a part of the groups" in last_word([{"step": 1}], filtered)
-    assert "not fitted" in last_word([{"step": 1, "groups/dropped": 2.0}], {"objective": {}}), "two failed"
-    assert "window=0" in last_word([{"step": 1}], {"observe.law.window": 0})
-    assert "10 steps whose entropies differ" in last_word([{"step": 1}], {"observe.law.window": 20})
-    against = last_word([{"step": 30, "law/ceiling": 1.2, "law/a": -0.2, "law/r2": 0.1}])
+    assert "trains on a part of the groups" in health_line([{"step": 1}], filtered)
+    assert "not fitted" in health_line([{"step": 1, "groups/dropped": 2.0}], {"objective": {}}), "two failed"
+    assert "window=0" in health_line([{"step": 1}], {"observe.law.window": 0})
+    assert "10 steps whose entropies differ" in health_line([{"step": 1}], {"observe.law.window": 20})
+    against = health_line([{"step": 30, "law/ceiling": 1.2, "law/a": -0.2, "law/r2": 0.1}])
     assert "reward rises with entropy (a is -0.200" in against and "1.2" not in against
-    assert "not fitted" in last_word([]) and "verdict: none" in last_word([])
+    assert "not fitted" in health_line([]) and "verdict: none" in health_line([])
 
 
 def test_the_last_words_tell_where_controllers_stand():
@@ -307,9 +312,9 @@ def test_the_last_words_tell_where_controllers_stand():
         {"step": i, "entropy/mean": 0.4, "control/a": min(1.0, i / 4), "control/b": 1 - i / 10}
         for i in range(1, 7)
     ]
-    assert moved(build({"a": pi, "b": linear}), steps) == [
+    assert moved_settings(build_controllers({"a": pi, "b": linear}), steps) == [
         "control: a left learner.lr at 1, at a limit in 3 of 6 steps; "
         "entropy/mean is 0.4 over the last 5 steps, its target 0.5",
         "control: b left sampler.temperature at 0.4",
     ]
-    assert moved(build({"a": pi}), []) == []
+    assert moved_settings(build_controllers({"a": pi}), []) == []

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from entroray.cli import bootstrap, machine, material, settings
 from entroray.errors import PreflightError
-from entroray.loop.warmup import Warmup, demonstrate, overshot, warm_up
-from entroray.objective import build
+from entroray.objective import build_objective
 from entroray.policy.tokenizer import byte_tokenizer
+from entroray.train import warm_start as loop
+from entroray.train.warm_start import WarmStart, demonstration_group, overshoot_remedy
 from entroray.types import Prompt
+from entroray.wiring import actors, compose, dataset, warm_start
 from tests.composed import configured
 
-PLAN = Warmup(band=(0.3, 0.4), max_steps=8, rows_per_step=2, check_every=2)
+PLAN = WarmStart(band=(0.3, 0.4), max_steps=8, rows_per_step=2, check_every=2)
 
 
 class Taught:
@@ -39,45 +40,47 @@ def reached(*accuracies: float) -> tuple[float, int]:
     async def check() -> float:
         return next(looks)
 
-    answer = demonstrate(Prompt("p", "1+0=", (1,), "1"), [2, 3])
-    row: Any = build(settings.objective("supervised"))
-    said = warm_up(repeat(answer), world, world, row, check, PLAN, lambda *told: None)  # type: ignore[arg-type]
+    answer = demonstration_group(Prompt("p", "1+0=", (1,), "1"), [2, 3])
+    row: Any = build_objective(compose.objective_row("supervised"))
+    said = loop.warm_start(repeat(answer), world, world, row, check, PLAN, lambda *told: None)  # type: ignore[arg-type]
     return asyncio.run(said), world.updates
 
 
 def test_a_warm_start_ends_at_its_first_look_at_or_above_the_lower_end() -> None:
     assert reached(0.1, 0.3) == (0.3, 4) and reached(0.2, 0.29, 0.9) == (0.9, 6)
-    with pytest.raises(PreflightError, match=r"reached 0\.20 .* below model\.bootstrap\.band=\[0\.3, 0\.4\]"):
+    with pytest.raises(
+        PreflightError, match=r"reached 0\.20 .* below model\.warm_start\.band=\[0\.3, 0\.4\]"
+    ):
         reached(0.1, 0.1, 0.1, 0.2)
 
 
 def test_one_that_ended_above_the_band_says_what_to_do() -> None:
-    assert overshot(0.3, PLAN) == overshot(0.4, PLAN) == ""
-    said = r"above model.bootstrap.band=[0.3, 0.4]: a model.bootstrap.check_every below 2 looks before"
-    assert overshot(0.41, PLAN).startswith(said)
-    plan = configured("experiment=quickstart").model.bootstrap
-    assert bootstrap._ended(0.34, 43.2, 23.1, plan) == "sampled accuracy 0.34 after 43 s (23 s of steps)"
-    assert "(23 s of steps), above model.bootstrap.band=[0.31, 0.38]" in bootstrap._ended(0.5, 43, 23, plan)
+    assert overshoot_remedy(0.3, PLAN) == overshoot_remedy(0.4, PLAN) == ""
+    said = r"above model.warm_start.band=[0.3, 0.4]: a model.warm_start.check_every below 2 looks before"
+    assert overshoot_remedy(0.41, PLAN).startswith(said)
+    plan = configured("experiment=quickstart").model.warm_start
+    assert warm_start._ended(0.34, 43.2, 23.1, plan) == "sampled accuracy 0.34 after 43 s (23 s of steps)"
+    assert "(23 s of steps), above model.warm_start.band=[0.31, 0.38]" in warm_start._ended(0.5, 43, 23, plan)
 
 
 def test_the_embedded_model_is_missing_until_its_folder_is_there(tmp_path: Path) -> None:
-    config = configured(f"model.bootstrap.cache={tmp_path}")
-    assert bootstrap.is_missing(config) and not bootstrap.is_missing(configured("model.path=/nowhere"))
-    bootstrap.cached(config).mkdir(parents=True)
-    assert not bootstrap.is_missing(config)
+    config = configured(f"model.warm_start.cache={tmp_path}")
+    assert warm_start.is_missing(config) and not warm_start.is_missing(configured("model.path=/nowhere"))
+    warm_start.cached_folder(config).mkdir(parents=True)
+    assert not warm_start.is_missing(config)
 
 
 def test_an_evaluation_draws_from_the_policy_as_it_is_at_each_temperature() -> None:
     tokenizer, drawn = byte_tokenizer(), list[Any]()
     engines: Any = SimpleNamespace(generator_role=lambda how: drawn.append(how) or "role", verifier_role=str)
-    at = machine.at_temperature(configured("sampler=by_entropy"), engines, tokenizer)
+    at = actors.at_temperature(configured("sampler=by_entropy"), engines, tokenizer)
     assert at(0.0) == at(0.7) == "role"
     assert [how.temperature for how in drawn] == [0.0, 0.7] and {how.rule for how in drawn} == {None}
-    calling = machine.at_temperature(configured("rollout.tool.fn=calculator"), engines, tokenizer)(1.0)
-    assert type(calling).__name__ == "Turns"
+    calling = actors.at_temperature(configured("rollout.tool.fn=calculator"), engines, tokenizer)(1.0)
+    assert type(calling).__name__ == "ToolTurns"
 
 
 def test_the_probe_is_the_text_of_the_settings_without_special_tokens() -> None:
     tokenizer = byte_tokenizer()
-    ids = material.probe_ids(configured("driver.probe.text=ab"), tokenizer)
+    ids = dataset.probe_ids(configured("driver.probe.text=ab"), tokenizer)
     assert len(ids) == 2 and tokenizer.decode(ids) == "ab"

@@ -1,0 +1,1 @@
+"""Held-out prompts: what a policy does on them."""

@@ -1,0 +1,98 @@
+"""CoT-decoding: each likely first token followed greedily, judged like any answer (arXiv 2402.10200)."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from entroray.metrics.answer_confidence import NoGap, answer_span, probability_gap
+from entroray.roles import Generator, Verifier
+from entroray.rollout.splice import join, openings
+from entroray.types import Group, Prompt, Rollout, Status
+
+Text = Callable[[Sequence[int]], str]
+"""Of a response's tokens, as it is read: special ones are not seen."""
+TWO = 2
+"""Probabilities a gap is taken between."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What an evaluation asks of a tokenizer."""
+
+    text: Text
+    name: Callable[[int], str]
+    """Of one token for a reader: its text, or where it is no whole character its name in the vocabulary."""
+    special: frozenset[int]
+
+
+def words(tokenizer: Any) -> Words:
+    """`tokenizer` as an evaluation sees it."""
+
+    def name(token: int) -> str:
+        text = tokenizer.decode([token])
+        return f"⟨{tokenizer.convert_ids_to_tokens(token)}⟩" if not text or "\ufffd" in text else text
+
+    text = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
+    return Words(text, name, frozenset(tokenizer.all_special_ids))
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How first tokens are followed."""
+
+    paths: int
+    """First tokens, the most probable first, which is the greedy answer."""
+    follow: Generator
+    """Greedy, and reports the two likeliest tokens at each position."""
+    ends: Callable[[int], bool]
+    """Whether a response is over after this first token."""
+
+
+async def decode_paths(groups: Sequence[Group], how: Decoding, verifier: Verifier, text: Text) -> list[Group]:
+    """Groups of one greedy answer, which knows its likeliest tokens, -> groups of `how.paths` answers each.
+
+    Fewer where the greedy answer failed. Rollouts are in order of their first token's probability.
+    """
+    return list(await asyncio.gather(*(_fork(group, how, verifier, text) for group in groups)))
+
+
+async def _fork(group: Group, how: Decoding, verifier: Verifier, text: Text) -> Group:
+    greedy, prompt = group.rollouts[0], group.prompt
+    if not greedy.status.usable or not greedy.length:
+        return group
+    others = [begun for begun in _beginnings(greedy, text) if begun.token_ids[0] != greedy.token_ids[0]]
+    others = others[: how.paths - 1]
+    paths = await asyncio.gather(*(_followed(prompt, begun, how) for begun in others))
+    judged = await verifier.judge(prompt, paths)
+    return Group(prompt, (greedy, *paths), (*group.verdicts, *judged))
+
+
+def _beginnings(greedy: Rollout, text: Text) -> list[Rollout]:
+    """One token each: those that were likeliest where `greedy` began, by falling probability."""
+    status = Status.TRUNCATED if greedy.limit == 1 else Status.OK
+    return [replace(o, text=text(o.token_ids.tolist()), status=status) for o in openings(greedy)]
+
+
+async def _followed(prompt: Prompt, begun: Rollout, how: Decoding) -> Rollout:
+    token = int(begun.token_ids[0])
+    if begun.limit == 1 or how.ends(token):
+        return begun
+    (rest,) = await how.follow.sample(prompt, (0,), after=(token,))
+    return join(begun, rest) if rest.status.usable else rest
+
+
+def path_gaps(group: Group, text: Text) -> list[float | NoGap]:
+    """Confidence of each path, or why it has none."""
+    pairs = zip(group.rollouts, group.verdicts, strict=True)
+    return [
+        _gap(r, v.answer, text) if r.status.usable and v.status.usable else NoGap.FAILED for r, v in pairs
+    ]
+
+
+def _gap(rollout: Rollout, answer: str | None, text: Text) -> float | NoGap:
+    span = answer_span(rollout.token_ids.tolist(), answer, text)
+    if isinstance(span, NoGap):
+        return span
+    assert rollout.top_tokens is not None
+    return probability_gap(rollout.top_tokens.probabilities, span)

@@ -1,1 +1,0 @@
-"""The loop: prompts, groups in flight, batches and the driver."""

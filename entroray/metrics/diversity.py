@@ -1,0 +1,120 @@
+"""How different the responses to one prompt are: n-grams, answers, pass@k."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entroray.metrics.pass_at_k import pass_at_k, powers_of_two
+from entroray.types import Group, MaskReason, Rollout, Verdict
+
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+REPEAT = 4
+"""Length of the n-grams whose return within one response counts as repetition."""
+
+
+@dataclass(frozen=True)
+class Loops:
+    """When a response counts as looping: its last n tokens, `shortest` to `longest`, `count` times."""
+
+    count: int
+    shortest: int = 1
+    longest: int = 16
+
+    def __call__(self, token_ids: Sequence[int] | NDArray[np.int32]) -> bool:
+        """Whether `token_ids` end in such a loop: some n tokens, `count` times in a row."""
+        ids = np.asarray(token_ids)
+        for n in range(self.shortest, min(self.longest, len(ids) // self.count) + 1):
+            tail = ids[-n * self.count :].reshape(self.count, n)
+            if (tail == tail[0]).all():
+                return True
+        return False
+
+
+def distinct(groups: Sequence[Group]) -> dict[str, float]:
+    """Distinct n-grams / n-grams of a group, n = 1, 2, 3, mean over groups (distinct-n, arXiv 1510.03055).
+
+    `repetition/share` is the share of a response's own 4-grams that it wrote before, mean over responses
+    with any. Of tokens that the policy drew there: n-grams cross neither responses nor observations. They
+    are told apart by a 64-bit hash.
+    """
+    rollouts = [r for g in groups for r in g.rollouts]
+    own = np.concatenate([np.empty(0, bool), *(r.observed < 0 for r in rollouts)])
+    ids = np.concatenate([np.empty(0, np.int32), *(r.token_ids for r in rollouts)])[own]
+    row = np.repeat(*_numbered([r.length for r in rollouts]))[own]
+    group = np.repeat(*_numbered([sum(r.length for r in g.rollouts) for g in groups]))[own]
+    stretch = row + np.cumsum(~own)[own]  # rises from row to row, and at every observation
+    metrics = {f"distinct/{n}": _share_distinct(ids, stretch, group, n) for n in (1, 2, 3)}
+    metrics["repetition/share"] = 1 - _share_distinct(ids, stretch, row, REPEAT)
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _numbered(counts: Sequence[int]) -> tuple[NDArray[np.int64], list[int]]:
+    return np.arange(len(counts)), list(counts)
+
+
+def _share_distinct(ids: NDArray, stretch: NDArray, within: NDArray, n: int) -> float:
+    """Mean over `within` of its share of distinct n-grams, each in one stretch; NaN where there is none."""
+    starts = max(0, len(ids) - n + 1)
+    code = (within[:starts].astype(np.uint64) + np.uint64(1)) * MULTIPLIER
+    for offset in range(n):
+        code = (code ^ (code >> np.uint64(29)) ^ ids[offset : offset + starts].astype(np.uint64)) * MULTIPLIER
+    whole = stretch[:starts] == stretch[n - 1 : n - 1 + starts]
+    code, within = code[whole], within[:starts][whole]
+    _, first = np.unique(code, return_index=True)
+    size = int(within[-1]) + 1 if len(within) else 0
+    total, seen = (np.bincount(index, minlength=size) for index in (within, within[first]))
+    any_ = total > 0
+    return float((seen[any_] / total[any_]).mean()) if any_.any() else math.nan
+
+
+def answers(groups: Sequence[Group]) -> dict[str, float]:
+    """Distinct answers in a group, the entropy (nats) of their shares, the share of rollouts with none.
+
+    Replayed rollouts, whose answers are of old, have no say.
+    """
+    fresh = [[v for r, v in zip(g.rollouts, g.verdicts, strict=True) if not r.replayed] for g in groups]
+    given = [[v.answer for v in verdicts if v.answer is not None] for verdicts in fresh]
+    rollouts = sum(map(len, fresh))
+    answered = [Counter(each) for each in given if each]
+    metrics = {"answers/missing": 1 - sum(map(len, given)) / rollouts}
+    if answered:
+        metrics["answers/distinct"] = sum(map(len, answered)) / len(answered)
+        metrics["answers/entropy"] = sum(map(_entropy, answered)) / len(answered)
+    return metrics
+
+
+def _entropy(counts: Counter) -> float:
+    total = counts.total()
+    return sum(c / total * math.log(total / c) for c in counts.values())
+
+
+def pass_at(groups: Sequence[Group]) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4, ... up to the smallest group: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374).
+
+    `groups` are draws, those that others took the place of among them (`Group.draws`). Unbiased for each
+    prompt, not for the task where a filter chose the prompts. Of independent draws alone: first draws, their
+    roots, nothing replayed or forced, and no group of which the slowest were given up. Nothing where no group
+    has any.
+    """
+    drawn = [independent for g in groups if (independent := _independent(g))]
+    least = min(map(len, drawn), default=0)
+    counts = [(len(verdicts), sum(v.correct >= 1 for v in verdicts)) for verdicts in drawn]
+    return {
+        f"pass/{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in powers_of_two(least)
+    }
+
+
+def _independent(group: Group) -> list[Verdict]:
+    """Verdicts on independent draws: not drawn again, not replayed, not branched, first token not forced."""
+    if group.earlier or group.abandoned:
+        return []
+    pairs = zip(group.rollouts, group.verdicts, strict=True)
+    return [v for r, v in pairs if not r.replayed and r.parent is None and not _forced(r)]
+
+
+def _forced(rollout: Rollout) -> bool:
+    return any(span.why is MaskReason.FORCED for span in rollout.spans)

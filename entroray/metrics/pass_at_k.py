@@ -1,0 +1,104 @@
+"""What n answers to one prompt say of k of them: one right, all right, the most frequent right.
+
+Expectations over all subsets of k answers, drawn without return, from n >= k judged ones.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+EXACT = 64
+"""Samples up to which maj@k is exact; with more it is the mean over `SUBSETS` subsets, always the same."""
+SUBSETS = 2000
+
+
+def powers_of_two(samples: int) -> list[int]:
+    """1, 2, 4, ... up to `samples`."""
+    return [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Probability that one of k draws without return is right: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374)."""
+    _within(samples, k, "pass@")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def pass_all_k(samples: int, correct: int, k: int) -> float:
+    """pass^k, the probability that k of k draws are right: C(c, k) / C(n, k) (arXiv 2406.12045)."""
+    _within(samples, k, "pass^")
+    return math.comb(correct, k) / math.comb(samples, k)
+
+
+def majority_at_k(answers: Sequence[str | None], right: Sequence[float], k: int) -> float:
+    """Probability that the most frequent of k draws' answers is right (self-consistency, arXiv 2203.11171).
+
+    None is no vote, and draws without any vote are wrong. Where m answers are equally frequent each is taken
+    with probability 1/m. An answer is as right as its samples are on average: 0 or 1 for a judge that
+    reads nothing but the answer.
+    """
+    _within(len(answers), k, "maj@")
+    votes = Counter(a for a in answers if a is not None)
+    hits = {v: [r for a, r in zip(answers, right, strict=True) if a == v] for v in votes}
+    if len(answers) > EXACT:
+        return _sampled(answers, {v: sum(h) / len(h) for v, h in hits.items()}, k)
+    silent = len(answers) - votes.total()
+    others = lambda v: tuple(sorted((votes - Counter({v: votes[v]})).values()))
+    return sum(sum(h) / len(h) * _leads(votes[v], others(v), silent, k) for v, h in hits.items() if any(h))
+
+
+def _within(samples: int, k: int, name: str) -> None:
+    if not 1 <= k <= samples:
+        raise ValueError(
+            f"{name}{k} of {samples} samples: k must lie between 1 and {samples}; raise evaluate.samples"
+        )
+
+
+@cache
+def _leads(own: int, others: tuple[int, ...], silent: int, k: int) -> float:
+    """Probability that an answer with `own` votes leads among k draws; in a tie of m it counts 1/m."""
+    ways = 0.0
+    total = math.comb(own + sum(others) + silent, k)
+    for mine in range(1, min(own, k) + 1):
+        harmless = silent + sum(v for v in others if v < mine)  # these can neither tie nor win
+        for (ties, votes), count in _rivals(tuple(v for v in others if v >= mine), mine, k - mine).items():
+            chosen = count * math.comb(own, mine) * math.comb(harmless, k - mine - votes)
+            ways += chosen / (total * (1 + ties))
+    return ways
+
+
+@cache
+def _rivals(rivals: tuple[int, ...], most: int, room: int) -> dict[tuple[int, int], int]:
+    """(rivals with `most` votes, votes of all) -> ways, where none has more and all fit in `room`."""
+    table = {(0, 0): 1}
+    for votes in rivals:
+        longer: dict[tuple[int, int], int] = defaultdict(int)
+        for (ties, used), count in table.items():
+            for drawn in range(min(votes, most, room - used) + 1):
+                longer[ties + (drawn == most), used + drawn] += count * math.comb(votes, drawn)
+        table = longer
+    return table
+
+
+def _sampled(answers: Sequence[str | None], right: dict[str, float], k: int) -> float:
+    """The mean over `SUBSETS` subsets of k, the same for every prompt with as many answers."""
+    names = list(right)
+    if not names:
+        return 0.0
+    place = {name: i for i, name in enumerate(names)}
+    who = np.array([len(names) if a is None else place[a] for a in answers])
+    cells = who[_shuffled(len(answers))[:, :k]] + (len(names) + 1) * np.arange(SUBSETS)[:, None]
+    counts = np.bincount(cells.ravel(), minlength=SUBSETS * (len(names) + 1)).reshape(SUBSETS, -1)[:, :-1]
+    leading = (counts == counts.max(axis=1, keepdims=True)) & (counts > 0)
+    share = leading / np.maximum(leading.sum(axis=1, keepdims=True), 1)
+    return float((share @ np.array([right[name] for name in names])).mean())
+
+
+@cache
+def _shuffled(samples: int) -> NDArray[np.int64]:
+    """[SUBSETS, samples] places in a random order; the first k of a row are a subset."""
+    rows = np.tile(np.arange(samples), (SUBSETS, 1))
+    return np.random.default_rng(0).permuted(rows, axis=1)

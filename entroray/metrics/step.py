@@ -1,0 +1,162 @@
+"""Exact entropy of logits, and the metrics of one step as pure functions of what flowed past."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from entroray.metrics.branching import branch_metrics
+from entroray.types import REASONS, Group, MaskReason, Rollout, Status, Tokens
+
+QUANTILES = {"p20": 0.20, "p50": 0.50, "p80": 0.80, "p95": 0.95}
+
+
+def token_entropy(
+    logits: Float[Tensor, "N V"],
+    temperature: float | Float[Tensor, " N"],
+    *,
+    base: str = "nats",
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Entropy H = sum p (-ln p) and varentropy sum p (-ln p - H)^2 of softmax(logits / temperature).
+
+    In nats and nats^2 unless `base` is "bits"; computed in at least float32; a token of probability 0
+    (a logit of -inf, or an underflow) adds nothing. ValueError for an unknown base or a temperature
+    that is not positive.
+    """
+    units = {"nats": 1.0, "bits": 1 / math.log(2)}
+    if base not in units:
+        raise ValueError(f"token_entropy: base is `nats` or `bits`, not `{base}`")
+    heat = torch.as_tensor(temperature, device=logits.device)
+    if not bool((heat > 0).all()):
+        raise ValueError(f"token_entropy: temperature must be positive, not {temperature}")
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp = (logits.to(wide) / heat.to(wide).reshape(-1, 1)).log_softmax(-1)
+    p = logp.exp()
+    surprisal = torch.where(p > 0, -logp, 0) * units[base]
+    entropy = (p * surprisal).sum(-1)
+    return entropy, (p * (surprisal - entropy[:, None]).square()).sum(-1)
+
+
+def step_metrics(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
+    """Metrics of the tokens trained on in one step; a metric over nothing is left out.
+
+    What the verdicts say is `domains.judged`, over every group judged.
+    Token metrics (nats) are over every response token whose mask is set, each once, in float64 after
+    rounding to float32, which is what the token records store. `lag` is per token, in committed steps.
+    ValueError where `tokens` are not the rollouts of `groups`, in their order.
+    """
+    rollouts = aligned(groups, tokens)
+    if not rollouts:
+        return {}
+    mask = array(tokens.mask)
+    metrics = _of_tools(rollouts) | branch_metrics(groups)
+    if not mask.any():
+        return metrics
+    metrics |= _of_entropy(tokens, mask) | _of_mismatch(tokens, mask) | _of_sampler(rollouts, tokens)
+    return metrics | {
+        "logprobs/mean": float(stored(tokens.old_logprobs)[mask].mean()),
+        "advantages/mean_abs": float(np.abs(stored(tokens.advantages)[mask]).mean()),
+        **_of_lag(rollouts, tokens.step, mask),
+    }
+
+
+def _of_lag(rollouts: Sequence[Rollout], step: int, mask: NDArray[np.bool_]) -> dict[str, float]:
+    """Replayed rollouts are as old as they were chosen to be: theirs is `replay/age`."""
+    fresh = np.repeat([not r.replayed for r in rollouts], [r.length for r in rollouts])
+    lag = step - np.concatenate([r.versions for r in rollouts])[mask & fresh]
+    return {"lag/mean": float(lag.mean()), "lag/max": float(lag.max())} if len(lag) else {}
+
+
+def aligned(groups: Sequence[Group], tokens: Tokens) -> list[Rollout]:
+    """The rollouts of `groups` in order, one per row of `tokens`; ValueError where they do not match."""
+    rollouts = [r for group in groups for r in group.rollouts]
+    given = [r.length for r in rollouts]
+    if given != tokens.length.tolist() or sum(given) != len(tokens.row):
+        raise ValueError(
+            f"step {tokens.step}: tokens have {len(tokens.length)} rows of {len(tokens.row)} tokens in all, "
+            f"the groups {len(given)} rollouts of {sum(given)}: pass the groups they were made from"
+        )
+    return rollouts
+
+
+def stored(x: Float[Tensor, " N"]) -> NDArray[np.float64]:
+    """`x` as a reader of the token records sees it: rounded to float32, then widened."""
+    return array(x.to(torch.float32)).astype(np.float64)
+
+
+def array(x: Tensor) -> NDArray:
+    """`x` for NumPy: detached, on the CPU."""
+    return x.detach().cpu().numpy()
+
+
+def lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean and longest, tokens; share cut off by the limit or in a loop."""
+    tokens = [r.length for r in rollouts]
+    return {
+        "length/mean": sum(tokens) / len(tokens),
+        "length/max": float(max(tokens)),
+        "length/truncated": sum(r.status is Status.TRUNCATED for r in rollouts) / len(rollouts),
+    }
+
+
+def _of_tools(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Of calls and what was said to them; nothing where no rollout called."""
+    spans = [s for r in rollouts for s in r.spans if s.why in (MaskReason.TOOL, MaskReason.TOOL_ERROR)]
+    if not spans:
+        return {}
+    return {
+        "tool/calls": len(spans) / len(rollouts),
+        "tool/share": sum(s.stop - s.start for s in spans) / sum(r.length for r in rollouts),
+        "tool/failed": sum(s.why is MaskReason.TOOL_ERROR for s in spans) / len(spans),
+    }
+
+
+def _of_entropy(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
+    entropy, advantages = stored(tokens.entropy)[mask], stored(tokens.advantages)[mask]
+    quantiles = np.quantile(entropy, list(QUANTILES.values()))
+    metrics = {"entropy/mean": float(entropy.mean())}
+    metrics |= {f"entropy/{name}": float(q) for name, q in zip(QUANTILES, quantiles, strict=True)}
+    for name, chosen in {"positive": advantages > 0, "negative": advantages < 0}.items():
+        if chosen.any():
+            metrics[f"entropy/{name}"] = float(entropy[chosen].mean())
+    return metrics | {"varentropy/mean": float(stored(tokens.varentropy)[mask].mean())}
+
+
+def _of_sampler(rollouts: Sequence[Rollout], tokens: Tokens) -> dict[str, float]:
+    """Of rollouts that a sampler shaped, each token drawn or inserted once; nothing where there are none."""
+    edges = np.cumsum([0, *(r.length for r in rollouts)])
+    learner = array(tokens.entropy)
+    rows = zip(rollouts, pairwise(edges), strict=True)
+    shaped = [(r.shaped, _here(r), learner[a:b]) for r, (a, b) in rows if r.shaped]
+    if not sum(here.sum() for _, here, _ in shaped):
+        return {}
+    temperature = np.concatenate([s.temperature[here] for s, here, _ in shaped])
+    gaps = np.concatenate([np.abs(s.entropy - h)[here] for s, here, h in shaped])
+    drawn = temperature[~np.isnan(temperature)]
+    whole = {"sampler/inserted": float(np.isnan(temperature).mean())}
+    if len(known := gaps[~np.isnan(gaps)]):  # a piece that no sampler noted has none
+        whole["sampler/gap"] = float(known.max())
+    if not len(drawn):
+        return whole
+    top_tokens = float((drawn == 0).mean())
+    return whole | {"sampler/temperature": float(drawn.mean()), "sampler/likeliest": top_tokens}
+
+
+def _here(rollout: Rollout) -> NDArray[np.bool_]:
+    """[L] True where the sampler drew or inserted the token: not a prefix, forced or a tool's."""
+    return (rollout.observed < 0) | (rollout.observed == REASONS.index(MaskReason.INSERTED))
+
+
+def _of_mismatch(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
+    """`kl` is the mean of r - 1 - ln r with r = learner / sampler (k3): it estimates KL(sampler, learner)."""
+    gap = (stored(tokens.old_logprobs) - stored(tokens.behavior_logprobs))[mask]
+    return {
+        "mismatch/mean_abs": float(np.abs(gap).mean()),
+        "mismatch/max": float(np.abs(gap).max()),
+        "mismatch/kl": float((np.expm1(gap) - gap).mean()),
+    }

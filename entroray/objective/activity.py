@@ -1,0 +1,116 @@
+"""How many tokens each rule of a row touched: a rule that touches none is a setting without effect."""
+
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from entroray.binding import function_name
+from entroray.objective import correction, select, surrogate
+from entroray.objective.masking import masked_in
+from entroray.objective.objective import Objective, apply_shapes, live_shapes
+from entroray.types import Tokens
+
+UNCOUNTED = (select.everything, correction.none, surrogate.reinforce)
+"""Choices that touch nothing."""
+
+
+def counted_functions(objective: Objective) -> list[str]:
+    """Names of what `touched` and `touched_inside` count the tokens of."""
+    o = objective
+    chosen = [*o.shapes, o.select, *o.scales, o.correction, o.surrogate, *o.penalties]
+    return sorted({function_name(choice) for choice in chosen if _counts(choice)})
+
+
+@torch.no_grad()
+def active_tokens(objective: Objective, t: Tokens) -> Counter[str]:
+    """Tokens changed by each shape, chosen by select, weighted by each scale and the correction, by rule.
+
+    `t` is the step before `credit`. `everything` and `none` are no rules.
+    """
+    seen, counts = masked_in(t), Counter[str]()
+    for shape in objective.shapes:
+        after = shape(seen)
+        counts[function_name(shape)] += _number(after != seen.advantages)
+        seen = replace(seen, advantages=after)
+    if _counts(objective.select):
+        seen = replace(seen, selected=objective.select(seen))
+        counts[function_name(objective.select)] += _number(seen.selected)
+    for scale in objective.scales:
+        counts[function_name(scale)] += _number(scale(seen) != 1)
+    if _counts(objective.correction):
+        counts[function_name(objective.correction)] += _number(objective.correction(seen) != 1)
+    return counts
+
+
+@torch.enable_grad()
+def active_tokens_inside(objective: Objective, t: Tokens) -> Counter[str]:
+    """Tokens on which the surrogate differs from an unclipped -r A, and on which each penalty pulls, by rule.
+
+    `t` is live or detached, credited either way.
+    """
+    leaves = _leaves(masked_in(t))
+    with torch.no_grad():
+        seen = apply_shapes(leaves, live_shapes(objective.shapes))
+    counts = Counter[str]()
+    if _counts(objective.surrogate):
+        plain = _slopes((-objective.ratio(seen) * seen.advantages).sum(), seen)
+        gated = _slopes(objective.surrogate(seen, objective.ratio(seen)).sum(), seen)
+        differs = [~torch.isclose(a, b, rtol=1e-4) for a, b in zip(gated, plain, strict=True)]
+        counts[function_name(objective.surrogate)] = _number(_any(differs))
+    for penalty in objective.penalties:
+        counts[function_name(penalty)] += _number(_any([s != 0 for s in _slopes(penalty(seen).sum(), seen)]))
+    return counts
+
+
+def flat_tokens(objective: Objective, t: Tokens) -> Bool[Tensor, " N"]:
+    """Tokens in the mask, with an advantage, that the surrogate moves nowhere: clipped or dropped.
+
+    A penalty may move them all the same.
+    """
+    return t.mask & (t.advantages != 0) & (_pull(objective, t) == 0)
+
+
+def gradient_weight(objective: Objective, t: Tokens) -> Float[Tensor, " N"]:
+    """What multiplies grad ln p of each token in a small step from these log-probs, penalties left out.
+
+    A times scale and correction where every token has the same share of the loss; in units of the mean share.
+    """
+    share = objective.aggregate(masked_in(t))
+    return _pull(objective, t) / (share.mean() if len(share) else 1.0)
+
+
+@torch.enable_grad()
+def _pull(objective: Objective, t: Tokens) -> Float[Tensor, " N"]:
+    leaves = _leaves(t)
+    loss = objective.policy_loss(leaves)
+    return -torch.autograd.grad(loss, leaves.logprobs, materialize_grads=True)[0]
+
+
+def _leaves(t: Tokens) -> Tokens:
+    leaf = lambda x: x.detach().requires_grad_()
+    extra = {name: leaf(x) for name, x in t.extra.items()}
+    return replace(t, logprobs=leaf(t.logprobs), entropy=leaf(t.entropy), extra=extra)
+
+
+def _slopes(total: Tensor, t: Tokens) -> list[Tensor]:
+    """Gradient in log-prob, entropy and every further statistic; 0 where there is none."""
+    leaves = [t.logprobs, t.entropy, *t.extra.values()]
+    if not total.requires_grad:
+        return [torch.zeros_like(x) for x in leaves]
+    return list(torch.autograd.grad(total, leaves, materialize_grads=True))
+
+
+def _any(flags: list[Tensor]) -> Tensor:
+    return torch.stack(flags).any(0)
+
+
+def _number(flags: Tensor) -> int:
+    return int(flags.sum())
+
+
+def _counts(choice: partial) -> bool:
+    return choice.func not in UNCOUNTED

@@ -1,0 +1,48 @@
+"""What a model's safetensors files hold, from their headers: no weight is read."""
+
+import json
+from pathlib import Path
+
+from entroray.errors import PreflightError
+
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+
+
+def model_folder(path: str) -> Path | None:
+    """Where the model lies; a hub id is looked for in the hub's cache, never in the hub."""
+    if Path(path).expanduser().is_dir():
+        return Path(path).expanduser()
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:  # a path of no folder is no hub id either
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def tensor_shapes(place: Path) -> dict[str, list[int]]:
+    """Shape of every tensor by its name in the files of `place`; none where one of them is not there.
+
+    Raises PreflightError where a file is something else, such as a pointer of Git LFS.
+    """
+    index = place / INDEX
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {WHOLE}
+    files = [place / name for name in names]
+    if not all(f.is_file() for f in files):
+        return {}
+    return {name: t["shape"] for f in files for name, t in _header(f).items() if name != "__metadata__"}
+
+
+def _header(file: Path) -> dict[str, dict]:
+    """A safetensors file begins with the length of its header, 8 bytes little-endian, and the header."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            return json.loads(opened.read(min(length, file.stat().st_size)))
+        except ValueError as error:
+            raise PreflightError(
+                f"{file} is no safetensors file, or not a whole one: download it again"
+            ) from error

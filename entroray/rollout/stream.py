@@ -1,0 +1,239 @@
+"""Groups as they finish, never more than `max_lag` steps behind the learner."""
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from entroray.errors import DataError
+from entroray.roles import Prompts
+from entroray.types import Group, Prompt, Version
+
+NO_SIGNAL = "no signal"
+"""Why a group that `keep` sent back was dropped; all other reasons are failures."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A prompt that gave no group, and why."""
+
+    reason: str
+    drawn: int = 0
+    """Response tokens drawn for it all the same."""
+
+
+@dataclass
+class Slot:
+    """One group in flight: issued in order, sampled by weights no older than `version`."""
+
+    serial: int
+    position: int
+    prompt: Prompt
+    version: Version
+    group: Group | None = None
+
+
+def wave(missing: int, kept_share: float) -> int:
+    """Groups to draw so that `missing` are kept more often than not: their mean and one deviation more."""
+    spread = math.sqrt(max(missing, 0) * (1 - kept_share))
+    return math.ceil((missing + spread) / kept_share) if missing > 0 else 0
+
+
+def _too_many(dropped: Counter[str], limit: int) -> str:
+    """What a step dropped, what it may, and what to do about each kind of reason."""
+    remedies = []
+    if NO_SIGNAL in dropped:
+        remedies.append(
+            f"`{NO_SIGNAL}` is what the objective's keep rule sent back: take easier or harder prompts, or "
+            "train on every group (objective.keep.fn=always)"
+        )
+    if dropped.keys() - {NO_SIGNAL}:
+        remedies.append("for groups that failed see the event `resample` in events.jsonl")
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
+    return (
+        f"{dropped.total()} groups were dropped since the step began, {limit} may be (driver.refill_limit x "
+        f"rollout.groups_per_step): {reasons}. What to do: {'; '.join(remedies)}"
+    )
+
+
+Rollouts = Callable[[Prompt, int], Awaitable[Group | Dropped]]
+
+
+class Stream:
+    """A bounded window of `per_step * (max_lag + 1)` groups in flight.
+
+    A slot is held from the moment its prompt is drawn until the step it fed has reached the
+    generators, so sampling runs ahead of training by `max_lag` steps and no further. That alone does
+    not bound staleness (a straggler may finish many steps late), so `take` waits until what it would
+    leave behind can still be trained in time.
+
+    With `max_lag` 0 groups come in waves, each as large as the share kept last step says it must be: a
+    small wave costs the engine as many turns as a large one. A wave is finished before it is looked at,
+    so neither lengths nor timing have a say in which groups are trained on; what is too many is surplus.
+
+    Surplus, finished and not among those a step takes, is held for the next one where the stream `keeps`,
+    which with `max_lag` 0 it must not: the weights that sampled it will be of the past by then.
+    """
+
+    def __init__(self, prompts: Prompts, rollout: Rollouts, *, per_step: int, max_lag: int, keeps: bool):
+        if keeps and max_lag == 0:
+            raise ValueError("what is kept for the next step is a step old, and max_lag is 0")
+        self.prompts, self.rollout = prompts, rollout
+        self.per_step, self.max_lag = per_step, max_lag
+        self.version: Version = 0
+        self.serial = 0
+        self.slots: dict[int, Slot] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.changed = asyncio.Event()
+        self.dropped: Counter[str] = Counter()
+        self.refused = 0
+        self.lost = 0
+        self.surplus = self.held = 0
+        self.keeps = keeps
+        self.kept_share = 1.0
+        self.judged: dict[int, Group] = {}
+
+    def fill(self) -> None:
+        """Draw prompts until the window is full, or the wave large enough."""
+        missing = self.per_step * (self.max_lag + 1) - len(self.slots)
+        if self.max_lag == 0:
+            missing = 0 if self._unfinished() else wave(missing, self.kept_share)
+        for _ in range(missing):
+            prompt = next(self.prompts)
+            self._issue(prompt, self.prompts.position - 1)  # afterwards: it may have passed over some
+
+    def _unfinished(self) -> bool:
+        return any(slot.group is None for slot in self.slots.values())
+
+    def _issue(self, prompt: Prompt, position: int) -> None:
+        self.serial += 1
+        self._start(Slot(self.serial, position, prompt, self.version))
+
+    def _start(self, slot: Slot) -> None:
+        self.slots[slot.serial] = slot
+        task = asyncio.get_running_loop().create_task(self._one(slot))
+        self.tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    async def _one(self, slot: Slot) -> None:
+        result = await self.rollout(slot.prompt, slot.serial)
+        if isinstance(result, Group):
+            slot.group = result
+        else:
+            self.lost += result.drawn
+            self._free(slot, result.reason)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self.changed.set()
+        if task.cancelled() or task.exception() is None:
+            self.tasks.discard(task)
+
+    def _free(self, slot: Slot, reason: str) -> None:
+        """Give up a slot's group; `fill` draws the next prompt in its place."""
+        self.dropped[reason] += 1
+        del self.slots[slot.serial]
+
+    def _raise_failed(self) -> None:
+        for task in self.tasks:
+            if task.done() and not task.cancelled() and (error := task.exception()):
+                raise error
+
+    async def take(self, keep: Callable[[Group], bool], *, wait: bool, limit: int) -> list[Group]:
+        """The oldest `per_step` finished groups worth training on, in order of issue.
+
+        `wait` holds until nothing left behind can grow older than `max_lag`; without it groups that did
+        are refused and their prompts re-issued. DataError when more than `limit` groups are dropped.
+        """
+        before = Counter(self.dropped)
+        while True:
+            self.changed.clear()
+            self._raise_failed()
+            self._sift(keep, wait=wait)
+            if (since := self.dropped - before).total() > limit:
+                raise DataError(_too_many(since, limit))
+            self.fill()
+            ready = [s for _, s in sorted(self.slots.items()) if s.group][: self.per_step]
+            if len(ready) == self.per_step and self._may_go(ready, wait=wait):
+                return self._leave(ready)
+            await self.changed.wait()
+
+    def _may_go(self, ready: list[Slot], *, wait: bool) -> bool:
+        return not self._unfinished() if self.max_lag == 0 else not wait or self._feasible(ready)
+
+    def _leave(self, ready: list[Slot]) -> list[Group]:
+        """The groups of `ready`; the other finished ones are held, or put aside."""
+        if self.max_lag == 0:
+            kept = len(self.slots)
+            self.kept_share = kept / (kept + len(self.judged))
+        taken = {s.serial for s in ready}
+        surplus = [s for s in self.slots.values() if s.group and s.serial not in taken]
+        self.held = len(surplus) if self.keeps else 0
+        if not self.keeps:
+            self.surplus += len(surplus)
+        for slot in ready if self.keeps else [*ready, *surplus]:
+            self.judged[slot.serial] = slot.group  # type: ignore[assignment]
+            del self.slots[slot.serial]
+        return [s.group for s in ready]  # type: ignore[misc]
+
+    def _sift(self, keep: Callable[[Group], bool], *, wait: bool) -> None:
+        for slot in [s for s in self.slots.values() if s.group]:
+            assert slot.group is not None
+            if not wait and self.version - slot.group.version > self.max_lag:
+                self.refused += 1
+                self.lost += slot.group.drawn
+                del self.slots[slot.serial]
+                self._issue(slot.prompt, slot.position)
+            elif not keep(slot.group):
+                self.judged[slot.serial] = slot.group
+                self._free(slot, NO_SIGNAL)
+
+    def judged_since(self) -> list[Group]:
+        """Groups judged since the last call, in order of issue: taken, sent back by `keep`, or surplus."""
+        found, self.judged = self.judged, {}
+        return [found[serial] for serial in sorted(found)]
+
+    def _feasible(self, ready: list[Slot]) -> bool:
+        """Whether all others can still be trained within `max_lag`, `per_step` of them a step."""
+        taken = {s.serial for s in ready}
+        left = [s.version for s in self.slots.values() if s.serial not in taken]
+        for ahead in range(1, self.max_lag + 2):
+            due = sum(v + self.max_lag <= self.version + ahead - 1 for v in left)
+            if due > (ahead - 1) * self.per_step:
+                return False
+        return True
+
+    def advance(self, version: Version) -> None:
+        """The generators serve `version` now: what the last step freed may be drawn anew."""
+        self.version = version
+        self.fill()
+
+    def state(self) -> dict[str, Any]:
+        """What a later process needs to draw the same prompts with the same seeds, as plain JSON."""
+        return {
+            "position": self.prompts.position,
+            "serial": self.serial,
+            "in_flight": [[s.serial, s.position] for s in self.slots.values()],
+            "kept_share": self.kept_share,
+            "dropped": dict(self.dropped),
+            "refused": self.refused,
+            "surplus": self.surplus,
+            "lost": self.lost,
+        }
+
+    def restore(self, state: Mapping[str, Any], version: Version) -> None:
+        """Go on from `state`: what was in flight is sampled anew, by the weights of `version`."""
+        self.version, self.prompts.position = version, state["position"]
+        self.serial, self.kept_share = state["serial"], state["kept_share"]
+        self.dropped = Counter(state["dropped"])
+        self.refused, self.surplus = state["refused"], state["surplus"]
+        self.lost = state.get("lost", 0)  # a checkpoint of before it was counted has none
+        for serial, position in state["in_flight"]:
+            self._start(Slot(serial, position, self.prompts.at(position), version))
+
+    async def close(self) -> None:
+        """Cancel what is in flight and wait until it is gone."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""The training loop: driver, batches, diagnostics, warm start; it knows roles, never Ray."""

@@ -1,0 +1,90 @@
+"""Groups -> Batch for the learner, and its scores -> Tokens for the objective."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from entroray.roles import Scores
+from entroray.types import Batch, Counts, Group, Rollout, Tokens, Version
+
+
+def rollouts_of(groups: Sequence[Group]) -> list[Rollout]:
+    """All rollouts, group by group: the order of rows everywhere."""
+    return [rollout for group in groups for rollout in group.rollouts]
+
+
+def group_index(groups: Sequence[Group]) -> np.ndarray:
+    """[B] which group each row belongs to."""
+    return np.repeat(np.arange(len(groups)), [len(g.rollouts) for g in groups])
+
+
+def assemble(groups: Sequence[Group]) -> Batch:
+    """Rows of prompt and response ids, flat."""
+    rollouts = rollouts_of(groups)
+    prompts = [np.asarray(g.prompt.token_ids, dtype=np.int32) for g in groups for _ in g.rollouts]
+    lengths = lambda rows: np.array([len(r) for r in rows], dtype=np.int32)
+    responses = [r.token_ids for r in rollouts]
+    return Batch(
+        prompt_ids=np.concatenate(prompts),
+        prompt_lengths=lengths(prompts),
+        response_ids=np.concatenate(responses),
+        response_lengths=lengths(responses),
+        temperatures=np.array([r.temperature for r in rollouts], dtype=np.float32),
+    )
+
+
+def observed_tokens(rollouts: Sequence[Rollout]) -> NDArray[np.int8]:
+    """[N] index into `types.REASONS` of the tokens that the policy did not choose, -1 elsewhere."""
+    return np.concatenate([np.empty(0, dtype=np.int8), *(r.observed for r in rollouts)])
+
+
+def tokens_of(
+    groups: Sequence[Group], advantages: Sequence[Float[Tensor, " G"]], scores: Scores, step: Version
+) -> Tokens:
+    """A scored batch as the policy that is about to be updated sees it; not yet credited."""
+    rollouts = rollouts_of(groups)
+    verdicts = [v for g in groups for v in g.verdicts]
+    length = torch.tensor([r.length for r in rollouts])
+    row = torch.repeat_interleave(torch.arange(len(rollouts)), length)
+    column = {k: torch.from_numpy(np.asarray(v)) for k, v in scores.items()}
+    mask = torch.from_numpy(observed_tokens(rollouts) < 0)
+    known = ("logprobs", "entropy", "varentropy", "ref_logprobs")
+    return Tokens(
+        row=row,
+        position=_flat([np.arange(r.length) for r in rollouts]),
+        uid=torch.arange(len(row)),
+        mask=mask,
+        logprobs=column["logprobs"],
+        entropy=column["entropy"],
+        varentropy=column["varentropy"],
+        old_logprobs=column["logprobs"],
+        behavior_logprobs=_flat([r.logprobs for r in rollouts]),
+        ref_logprobs=column.get("ref_logprobs"),
+        temperature=torch.tensor([r.temperature for r in rollouts])[row],
+        advantages=torch.cat(list(advantages)).float()[row],
+        scale=torch.ones(len(row)),
+        correction=torch.ones(len(row)),
+        selected=mask.clone(),
+        group=torch.from_numpy(group_index(groups)),
+        length=length,
+        reward=torch.tensor([v.reward for v in verdicts]),
+        correct=torch.tensor([v.correct for v in verdicts]),
+        version=torch.tensor([r.version for r in rollouts]),
+        step=step,
+        counts=Counts(int(mask.sum()), int(mask.sum()), len(rollouts), len(groups)),
+        extra={k: v for k, v in column.items() if k not in known},
+        drawn_before=_drawn_before(rollouts),
+    )
+
+
+def _drawn_before(rollouts: Sequence[Rollout]) -> Tensor | None:
+    branched = any(r.parent is not None for r in rollouts)
+    return torch.tensor([r.drawn_before for r in rollouts]) if branched else None
+
+
+def _flat(pieces: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(pieces))

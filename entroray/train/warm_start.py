@@ -1,0 +1,92 @@
+"""Supervised warm start through the same learner: right answers as rollouts, the `supervised` row as loss."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from entroray.errors import PreflightError
+from entroray.objective import Objective
+from entroray.roles import Generator, Learner, Sync, Verifier
+from entroray.seeds import seeds
+from entroray.train.batching import assemble, tokens_of
+from entroray.types import Group, Prompt, Rollout, Span, Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """When the warm start stops: at its first look, every `check_every` steps, at or above `band[0]`."""
+
+    band: tuple[float, float]
+    """Sampled accuracies aimed at; `overshot` says when a look found more than the upper one."""
+    max_steps: int
+    rows_per_step: int
+    """Right answers a supervised step."""
+    check_every: int
+
+
+def demonstration_group(prompt: Prompt, response: Sequence[int], said: Sequence[Span] = ()) -> Group:
+    """A right answer in the shape of a group of one; what is `said` by a tool is not learnt."""
+    ids = np.asarray(response, dtype=np.int32)
+    blank = np.zeros(len(ids))
+    columns = ids, blank.astype(np.float32), blank.astype(np.int32)
+    rollout = Rollout(prompt.id, *columns, "", 1.0, limit=len(ids), spans=tuple(said))
+    return Group(prompt, (rollout,), (Verdict(1.0, 1.0),))
+
+
+async def sampled_accuracy(
+    generator: Generator, verifier: Verifier, prompts: Sequence[Prompt], seed: int
+) -> float:
+    """Share of right answers, one sample a prompt, as training will sample; failures count as wrong."""
+
+    async def one(index: int, prompt: Prompt) -> float:
+        rollouts = await generator.sample(prompt, seeds(seed, index, 0, 1))
+        return (await verifier.judge(prompt, rollouts))[0].correct
+
+    right = await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts)))
+    return sum(right) / len(right)
+
+
+async def warm_start(
+    demonstrations: Iterator[Group],
+    learner: Learner,
+    sync: Sync,
+    objective: Objective,
+    check: Callable[[], Awaitable[float]],
+    plan: WarmStart,
+    report: Callable[[int, float, float], None],
+) -> float:
+    """Supervised steps until `await check()` (sampled accuracy) is at or above `plan.band[0]`; returns it.
+
+    `report(step, loss, accuracy)` hears every check. PreflightError when the band is not reached.
+    """
+    reached = 0.0
+    for step in range(1, plan.max_steps + 1):
+        groups = [next(demonstrations) for _ in range(plan.rows_per_step)]
+        batch = assemble(groups)
+        zero = np.zeros(len(batch.response_ids), dtype=np.float32)
+        scores = {name: zero for name in ("logprobs", "entropy", "varentropy")}
+        advantages = [objective.estimate(g) for g in groups]
+        tokens = objective.credit(tokens_of(groups, advantages, scores, step))
+        metrics = await learner.update(batch, tokens)
+        if step % plan.check_every == 0:
+            await sync(step)
+            reached = await check()
+            report(step, metrics["update/loss"], reached)
+            if reached >= plan.band[0]:
+                return reached
+    raise PreflightError(
+        f"the warm start reached {reached:.2f} sampled accuracy in {plan.max_steps} steps, below "
+        f"model.warm_start.band={list(plan.band)}: raise model.warm_start.max_steps, or lower the band"
+    )
+
+
+def overshoot_remedy(reached: float, plan: WarmStart) -> str:
+    """What to do about a warm start that ended at an accuracy above the band; empty where it did not."""
+    if reached <= plan.band[1]:
+        return ""
+    return (
+        f"above model.warm_start.band={list(plan.band)}: a model.warm_start.check_every below "
+        f"{plan.check_every} looks before it is passed"
+    )

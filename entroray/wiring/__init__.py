@@ -1,0 +1,1 @@
+"""Configuration -> running parts, and every refusal."""

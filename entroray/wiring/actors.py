@@ -1,0 +1,301 @@
+"""Builds the machines a run needs, introduces them to each other, and takes them down."""
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entroray.config import Config
+from entroray.errors import PreflightError
+from entroray.evaluation.evaluate import At
+from entroray.objective import Objective
+from entroray.roles import Generator as Role
+from entroray.rollout.heat import Heat
+from entroray.wiring import sampler, tool
+from entroray.workers import cluster
+from entroray.workers.checkpoint import Checkpoints
+from entroray.workers.cluster import Gang, Pool, Share
+from entroray.workers.engine_pool import GRACE, EnginePool
+from entroray.workers.generator import Generator, Sampling
+from entroray.workers.learner_rank import LearnerRank, LearnerSettings
+from entroray.workers.roles import GeneratorRole, LearnerRole, VerifierRole
+from entroray.workers.sync import GeneratorClient, SyncProbe, WeightSync
+from entroray.workers.verifier import Verifier
+from entroray.workers.vllm_request import PROCESSOR
+
+
+def resource_shares(config: Config) -> dict[str, tuple[int, Share]]:
+    """How many actors of each role, and what each asks of the cluster."""
+    cores = len(os.sched_getaffinity(0))  # a job of a scheduler may use fewer than the machine has
+    c, g, n = config.cluster, config.generator, config.learner
+    gpus = c.gpus_per_generator * g.tensor_parallel
+    return {
+        "generators": (g.replicas, Share(c.cpus.generator, gpus, g.threads or cores)),
+        "learner ranks": (n.ranks, Share(c.cpus.learner, c.gpus_per_learner, n.threads or cores)),
+        "verifiers": (config.verifier.replicas, Share(c.cpus.verifier, 0.0, 1)),
+    }
+
+
+def cpu_only(config: Config) -> bool:
+    """Whether no role asks for a GPU."""
+    return config.cluster.gpus_per_generator == 0 and config.cluster.gpus_per_learner == 0
+
+
+@dataclass
+class Actors:
+    """Everything that runs: pools, the gang, and the driver's view of them."""
+
+    config: Config
+    engines: EnginePool
+    learner: Gang
+    verifiers: Pool
+    sync: WeightSync
+    facts: dict[str, Any]
+
+    def generator_role(self, drawn: Sampling, heat: Heat | None = None) -> GeneratorRole:
+        return GeneratorRole(self.engines, drawn, self.config.rollout.deadline, heat or Heat())
+
+    def verifier_role(self) -> VerifierRole:
+        return VerifierRole(self.verifiers, self.config.driver.call_deadline)
+
+    def learner_role(self, objective: Objective) -> LearnerRole:
+        n, deadline = self.config.learner, self.config.driver.call_deadline
+        resting = self.engines if self.config.generator.sleep else None
+        return LearnerRole(self.learner, objective, n.updates_per_rollout, n.token_budget, deadline, resting)
+
+    def checkpoints(self, run: Path) -> Checkpoints:
+        """Where this run's checkpoints go."""
+        keep = self.config.checkpoint.keep
+        return Checkpoints(run / "checkpoints", self.learner, keep, self.config.driver.call_deadline)
+
+    async def export(self, folder: str) -> None:
+        """The policy in Hugging Face format; the tokenizer is the caller's to add."""
+        deadline = self.config.driver.call_deadline
+        await self.learner.all(lambda rank, h: h.export.remote(folder), deadline=deadline)
+
+    async def reset(
+        self, config: Config, model: str, objective: Objective, *, total_updates: int
+    ) -> "Actors":
+        """These actors as `build` would have made them for `config`, which must be the same to `lasting`.
+
+        Nothing of the last run is left: weights, optimizer, schedule, random state, requests, prefix caches.
+        """
+        within = config.driver.start_deadline
+        await self.engines.idle(config.rollout.deadline + GRACE)
+        settings = learner_settings(config, model, total_updates)
+        await self.learner.all(lambda rank, h: h.reset.remote(settings, objective), deadline=within)
+        sync = _weight_sync(config, self.learner, self.engines, self.sync.probe.token_ids)
+        facts = self.facts | await sync(0)
+        return Actors(config, self.engines, self.learner, self.verifiers, sync, facts)
+
+    async def anchor(self, folder: str) -> None:
+        """The present weights, kept in `folder`, become the reference; optimizer and schedule begin anew."""
+        await self.export(folder)
+        within = self.config.driver.start_deadline
+        await self.learner.all(lambda rank, h: h.anchor.remote(folder), deadline=within)
+        self.sync.forget()
+
+    async def stop(self) -> None:
+        """Ranks leave their process group in order; Ray ends the rest."""
+        await self.engines.close()
+        await self.learner.all(lambda rank, h: h.stop.remote(), deadline=60.0)
+
+    async def end(self) -> None:
+        """Every actor dies at once, whatever it is doing, and its place is free for another machine."""
+        await self.engines.close()
+        cluster.end([*self.engines.there(), *self.learner.handles, *self.verifiers.handles])
+
+
+def at_temperature(config: Config, m: Actors, tokenizer: Any) -> At:
+    """The policy's own distribution on these engines, with the settings' tool, at any one temperature."""
+
+    def at(temperature: float) -> Role:
+        drawn = m.generator_role(sampler.plain_sampling(config, temperature))
+        return tool.with_tool(config, tokenizer, drawn, m.verifier_role())
+
+    return at
+
+
+def lasting(config: Config) -> dict[str, Any]:
+    """The settings that `reset` cannot change: what actors are made of, what is read, what is measured."""
+    every = asdict(config)
+    freed = ("seed", "run", "objective", "control", "driver", "observe", "checkpoint")
+    kept = {name: value for name, value in every.items() if name not in freed}
+    kept["learner"] = {name: every["learner"][name] for name in ("ranks", "threads")}
+    kept["processors"] = _shaping(config)
+    kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline", "turns", "tool")}
+    return kept | {"probe": every["driver"]["probe"]["text"]}
+
+
+def learner_settings(config: Config, model: str, total_updates: int) -> LearnerSettings:
+    """The learner's share of the configuration."""
+    n = config.learner
+    return LearnerSettings(
+        model=model,
+        dtype=config.model.dtype,
+        world=n.ranks,
+        zero_stage=n.zero_stage,
+        lr=n.lr,
+        weight_decay=n.weight_decay,
+        betas=(n.betas[0], n.betas[1]),
+        max_grad_norm=n.max_grad_norm,
+        schedule=n.schedule,
+        warmup_updates=n.warmup_updates,
+        total_updates=total_updates,
+        seed=config.seed,
+        reference=n.reference,
+        gradient_checkpointing=n.gradient_checkpointing,
+        attention=config.model.attention,
+        transfer=config.generator.transfer,
+        deepspeed=n.deepspeed,
+    )
+
+
+def sequence_length(config: Config) -> int:
+    """Most tokens a prompt and its response may have together."""
+    return config.data.max_prompt + config.rollout.max_tokens
+
+
+def engine_options(config: Config) -> dict[str, Any]:
+    """vLLM's options: ours, then the user's `generator.engine` over them."""
+    # A prompt in chunks rewinds its sampling seed, which vLLM cannot do on CPU ("does not use offset").
+    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, sequence_length(config))}
+    small = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
+    cpu = small | whole if cpu_only(config) else {}
+    ours = {
+        "tensor_parallel_size": config.generator.tensor_parallel,
+        "weight_transfer_config": {"backend": config.generator.transfer},
+        "disable_log_stats": True,
+        **({"enable_sleep_mode": True} if config.generator.sleep else {}),
+    }
+    return ours | cpu | config.generator.engine | _head(config) | _shaping(config)
+
+
+def _head(config: Config) -> dict[str, Any]:
+    """Logits in FP32 where weights are not: the learner scores with those, so they must be sampled from."""
+    if config.model.dtype == "float32":
+        return {}
+    return {"hf_overrides": {"head_dtype": "float32", **config.generator.engine.get("hf_overrides", {})}}
+
+
+def _shaping(config: Config) -> dict[str, Any]:
+    """The processors of a run that shapes what it draws; without any, vLLM tracks less."""
+    return logits_processors(config) if sampler.notes_entropy(config) else {}
+
+
+def logits_processors(config: Config) -> dict[str, Any]:
+    """What an engine needs to shape or to measure: ours first, then the user's own."""
+    return {"logits_processors": [PROCESSOR, *config.generator.engine.get("logits_processors", ())]}
+
+
+async def start_actors(
+    config: Config,
+    model: str,
+    objective: Objective,
+    judge: Mapping[str, Any],
+    probe: tuple[int, ...],
+    *,
+    total_updates: int,
+    resume: tuple[Path, int] | None = None,
+    report: Callable[..., None] = lambda kind, **fields: None,
+) -> Actors:
+    """Start every actor, sync the weights, and compare log-probs on the probe before anything is trained.
+
+    The weights are the model's as version 0, or with `resume` (checkpoint, step) those of that step.
+    `report(kind, **fields)` hears of engines lost and joined.
+    """
+    asked = resource_shares(config)
+    settings = learner_settings(config, model, total_updates)
+    limit = max(sequence_length(config), len(probe) + 1)
+    options = engine_options(config)
+
+    def generator() -> Any:
+        sizes = {"dtype": config.model.dtype, "max_length": limit, "seed": config.seed, "engine": options}
+        return cluster.spawn(Generator, asked["generators"][1], model, **sizes)
+
+    engines = EnginePool(
+        [generator() for _ in range(config.generator.replicas)],
+        generator,
+        restarts=config.generator.restarts,
+        start_deadline=config.driver.start_deadline,
+        report=report,
+    )
+    count, share = asked["learner ranks"]
+    ranks = [cluster.spawn(LearnerRank, share, rank, settings, objective) for rank in range(count)]
+    count, share = asked["verifiers"]
+    v = config.verifier
+    limits = {"slots": v.slots, "deadline": config.reward.deadline, "memory_mb": v.memory_mb}
+    judges = [cluster.spawn(Verifier, share, judge, **limits) for _ in range(count)]
+    learner, verifiers = Gang("learner", ranks), Pool("verifier", judges)
+    sync, facts = await _introduce(
+        config, engines=engines, learner=learner, verifiers=verifiers, probe=probe, resume=resume
+    )
+    return Actors(config, engines, learner, verifiers, sync, facts)
+
+
+async def _introduce(
+    config: Config,
+    *,
+    engines: EnginePool,
+    learner: Gang,
+    verifiers: Pool,
+    probe: tuple[int, ...],
+    resume: tuple[Path, int] | None,
+) -> tuple[WeightSync, dict[str, Any]]:
+    """Gang together, engines ready, transfer open, the first version served and proved."""
+    within = config.driver.start_deadline
+
+    async def gang() -> list[dict[str, Any]]:
+        asked = learner.handles[0].address.remote()
+        host, port = await cluster.settle(asked, deadline=within, what="learner rank 0")
+        return await learner.all(lambda r, h: h.start.remote(host, port, within), deadline=within)
+
+    async def serving() -> list[float]:
+        return await Gang("generator", engines.handles).all(lambda r, h: h.start.remote(), deadline=within)
+
+    if config.generator.sleep:  # vLLM measures the card as it starts: nobody else may fill or leave it
+        await serving()
+    facts, *_ = await asyncio.gather(
+        gang(), serving(), verifiers.all(lambda h: h.warm_up.remote(), deadline=within)
+    )
+    sync = _weight_sync(config, learner, engines, probe)
+    folder, version = resume or (None, 0)
+    if folder:
+        await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=within)
+    return sync, facts[0] | await sync(version)
+
+
+def _weight_sync(config: Config, learner: Gang, engines: EnginePool, probe: tuple[int, ...]) -> WeightSync:
+    driver = config.driver
+    settings = SyncProbe(probe, driver.probe.every, driver.probe.tolerance)
+    client = partial(
+        GeneratorClient,
+        tensor_parallel=config.generator.tensor_parallel,
+        deadline=driver.call_deadline,
+        keep_kv=config.generator.keep_kv,
+    )
+    transfer = config.generator.transfer
+    return WeightSync(
+        learner, engines, client, probe=settings, deadline=driver.call_deadline, transfer=transfer
+    )
+
+
+def check_gpus(config: Config) -> None:
+    """PreflightError when a role asks for GPUs and this machine, alone, has none."""
+    if not cpu_only(config) and not config.cluster.address and not torch.cuda.is_available():
+        raise PreflightError(
+            "cluster asks for GPUs but torch sees none on this machine: use cluster=cpu, or give "
+            "cluster.address of a Ray cluster that has them"
+        )
+
+
+def join_cluster(config: Config) -> str:
+    """Start or join Ray and check that it is large enough; returns the arithmetic."""
+    check_gpus(config)
+    cluster.start(config.cluster.address, cpu_only=cpu_only(config))
+    return cluster.check_resources(resource_shares(config))

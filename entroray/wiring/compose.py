@@ -1,0 +1,203 @@
+"""Command line -> one checked Config; composed here, not by Hydra's wrapper, to keep our exit codes."""
+
+import difflib
+import itertools
+import json
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from entroray.config import Config
+from entroray.errors import ConfigError, PreflightError
+from entroray.evaluation.evaluate import plan_evaluation
+from entroray.wiring import constraints, controllers, dataset, rollout_plan, sampler, selection, tool
+
+PACKAGE = Path(__file__).parent.parent
+
+TAKEN = {
+    "model": "model.path says it",
+    "dtype": "model.dtype says it",
+    "seed": "seed says it",
+    "max_model_len": "it is data.max_prompt + rollout.max_tokens",
+    "async_scheduling": "it is off: a token in flight across a sync would carry the wrong version",
+}
+
+
+@cache
+def conf_folder() -> Path:
+    """The folder of YAML: in the package of a wheel, beside it in a checkout; PreflightError without one."""
+    for folder in (PACKAGE / "conf", PACKAGE.parent / "conf"):
+        if folder.is_dir():
+            return folder
+    raise PreflightError(
+        f"there is no conf/ in or beside {PACKAGE}: reinstall entroray, or run it from a checkout"
+    )
+
+
+def load_config(
+    overrides: list[str], config_dir: str | None = None, *, training: bool = True
+) -> tuple[Config, DictConfig]:
+    """The composed settings, typed and checked, and as the tree they were composed from.
+
+    An evaluation (`training` False) may be greedy, or cut the tail. Raises ConfigError naming the key and
+    the nearest right one.
+    """
+    if config_dir and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir={config_dir} is no folder: give one with conf/'s groups in it")
+    extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    ConfigStore.instance().store(name="schema", node=Config)  # conf/train.yaml begins with it
+    try:
+        with initialize_config_dir(config_dir=str(conf_folder()), version_base="1.3"):
+            tree = compose("train", overrides=overrides + extra)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+    return _typed(tree, training=training), tree
+
+
+def override_config(tree: DictConfig, values: list[str], *, training: bool = True) -> Config:
+    """Composed settings with `path=value` said beside them; no group can be chosen anew."""
+    try:
+        typed = OmegaConf.get_type(tree) is Config
+        whole = tree if typed else OmegaConf.merge(OmegaConf.structured(Config), tree)
+        told = OmegaConf.merge(whole, OmegaConf.from_dotlist(values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+    assert isinstance(told, DictConfig)
+    return _typed(told, training=training)
+
+
+def _typed(tree: DictConfig, *, training: bool) -> Config:
+    try:
+        config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+    check_config(config)
+    if training:
+        sampler.check_training_sampler(config)
+        selection.check_training_selection(config)
+    return config
+
+
+def _explain(error: Exception) -> str:
+    said = " ".join(str(error.__cause__ or error).split())
+    known = list(_keys(Config))
+    unknown = next((w.strip("'\".,:") for w in str(error).split() if "=" in w or "." in w), "")
+    key = unknown.lstrip("+~").partition("=")[0]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f" Did you mean `{near[0]}`?" if near and near[0] != key else ""
+    return f"{str(error).splitlines()[0]} ({said}).{hint}"
+
+
+def _keys(schema: Any, prefix: str = "") -> Any:
+    for f in fields(schema):
+        yield prefix + f.name
+        inner = f.default_factory if is_dataclass(f.default_factory) else None
+        if inner:
+            yield from _keys(inner, f"{prefix}{f.name}.")
+
+
+def check_config(config: Config) -> None:
+    """What each setting may be and rules between them; ConfigError says what is wrong and what to do."""
+    constraints.check_bounds(config)
+    sampler.check_sampler(config)
+    tool.check_tool(config)
+    dataset.check_mixture(config)
+    rollout_plan.check_plan(config)
+    check_evaluation(config)
+    check_engine(config.generator.engine)
+    selection.check_selection(config)
+    if config.learner.updates_per_rollout > config.rollout.groups_per_step:
+        raise ConfigError(
+            f"learner.updates_per_rollout={config.learner.updates_per_rollout} needs as many groups, "
+            f"rollout.groups_per_step={config.rollout.groups_per_step}"
+        )
+    if config.learner.reset_after and not config.evaluate.every:
+        raise ConfigError(
+            f"learner.reset_after={config.learner.reset_after} counts evaluations and there are none: set "
+            "evaluate.every"
+        )
+    if config.generator.sleep and (config.driver.max_lag or config.cluster.gpus_per_generator == 0):
+        raise ConfigError(
+            "generator.sleep shares a GPU by turns: it needs driver.max_lag=0 and cluster.gpus_per_generator "
+            "above 0 (cluster=one_gpu)"
+        )
+    check_cards(config)
+    if not config.objective:
+        raise ConfigError("no objective: say objective=<name>, see conf/objective")
+    controllers.build_control(config)
+
+
+def check_cards(config: Config) -> None:
+    """ConfigError where engines and ranks cannot hold the cards as `cluster` deals them out."""
+    g, c, ranks = config.generator, config.cluster, config.learner.ranks
+    cards = (
+        f"cluster.gpus_per_generator={c.gpus_per_generator:g} and cluster.gpus_per_learner="
+        f"{c.gpus_per_learner:g}"
+    )
+    whole = all(gpus >= 1 and gpus % 1 == 0 for gpus in (c.gpus_per_generator, c.gpus_per_learner))
+    shared = "transfer=ipc" if g.transfer == "ipc" else "sleep=true" if g.sleep else None
+    if shared and (g.replicas, ranks, g.tensor_parallel) != (1, 1, 1):
+        raise ConfigError(
+            f"generator.{shared} puts one engine and one rank on one card, and there are generator.replicas="
+            f"{g.replicas}, learner.ranks={ranks}, generator.tensor_parallel={g.tensor_parallel}: set all "
+            "three to 1, or take cluster=gpu"
+        )
+    if g.transfer == "nccl" and not whole:
+        raise ConfigError(
+            f"generator.transfer=nccl needs a whole GPU for each shard and rank, not {cards}: take "
+            "cluster=gpu, or generator.transfer=plasma"
+        )
+    if g.tensor_parallel > 1 and c.gpus_per_generator % 1:
+        raise ConfigError(
+            f"generator.tensor_parallel={g.tensor_parallel} needs whole GPUs, not cluster."
+            f"gpus_per_generator={c.gpus_per_generator:g} for each shard: set it to 1 (cluster=gpu)"
+        )
+
+
+def check_engine(options: dict[str, Any]) -> None:
+    """ConfigError for an option of vLLM's that has a setting of its own here, or must not change."""
+    for name in sorted(TAKEN.keys() & options.keys()):
+        raise ConfigError(f"generator.engine.{name}={options[name]}: drop it, {TAKEN[name]}")
+
+
+def check_evaluation(config: Config) -> None:
+    """ConfigError where `evaluate` asks for what its samples cannot give."""
+    e, engine = config.evaluate, config.generator.engine
+    plan_evaluation(config.sampler.temperature, e.samples, e.k)
+    if e.cot and str(engine.get("logprobs_mode", "")).endswith("logits"):
+        raise ConfigError(
+            f"evaluate.cot={e.cot} reads probabilities and generator.engine.logprobs_mode="
+            f"{engine['logprobs_mode']} reports logits: drop it, or set evaluate.cot=0"
+        )
+
+
+def expand_sweep(overrides: list[str]) -> list[list[str]]:
+    """Every combination of sweeping overrides (`seed=1,2,3`), for multirun."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    swept = []
+    for text, override in zip(overrides, parsed, strict=True):
+        key = text.partition("=")[0]
+        values = override.sweep_string_iterator() if override.is_sweep_override() else None
+        swept.append([f"{key}={v}" for v in values] if values else [text])
+    return [list(c) for c in itertools.product(*swept)]
+
+
+def fingerprint(tree: Any) -> str:
+    """Canonical text of a settings tree, for content hashes."""
+    plain = OmegaConf.to_container(tree) if isinstance(tree, DictConfig) else tree
+    return json.dumps(plain, sort_keys=True, default=str)
+
+
+def objective_row(name: str) -> dict[str, Any]:
+    """The row called `name` of conf/objective, without the control that may come with it."""
+    row = OmegaConf.to_container(OmegaConf.load(conf_folder() / "objective" / f"{name}.yaml"))
+    assert isinstance(row, dict)
+    return {str(k): v for k, v in row.get("objective", row).items()}

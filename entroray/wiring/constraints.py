@@ -1,0 +1,140 @@
+"""What single numbers and names of the settings may be; rules between several stand in `settings.check`."""
+
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from entroray.config import Config
+from entroray.errors import ConfigError
+
+
+class Bound(NamedTuple):
+    """What a number must be, in words and as a test that NaN fails."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+COUNT = Bound("at least 1", lambda x: x >= 1)
+NATURAL = Bound("at least 0", lambda x: x >= 0)
+POSITIVE = Bound("above 0", lambda x: x > 0)
+SHARE = Bound("between 0 and 1", lambda x: 0 <= x <= 1)
+COUNT_OR_NULL = Bound("at least 1, or null", lambda x: x is None or x >= 1)
+NATURAL_OR_NULL = Bound("at least 0, or null", lambda x: x is None or x >= 0)
+
+NUMBERS = {
+    "run.steps": COUNT,
+    "run.tokens": NATURAL,
+    "model.warm_start.size.layers": COUNT,
+    "model.warm_start.size.width": COUNT,
+    "model.warm_start.size.heads": COUNT,
+    "model.warm_start.size.kv_heads": COUNT,
+    "model.warm_start.size.mlp": COUNT,
+    "model.warm_start.size.context": COUNT,
+    "model.warm_start.band": Bound(
+        "two accuracies, the lower first, both in [0, 1]", lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1
+    ),
+    "model.warm_start.max_steps": COUNT,
+    "model.warm_start.rows_per_step": COUNT,
+    "model.warm_start.lr": POSITIVE,
+    "model.warm_start.check_every": COUNT,
+    "model.warm_start.check_prompts": COUNT,
+    "data.size": COUNT,
+    "data.heldout": SHARE,
+    "data.demonstrations": SHARE,
+    "data.bad_rows": SHARE,
+    "data.max_prompt": COUNT,
+    "reward.deadline": POSITIVE,
+    "reward.max_failed": SHARE,
+    "sampler.top_p": Bound("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "sampler.top_k": Bound("at least 1, or 0 or -1 for all tokens", lambda x: x >= -1),
+    "rollout.group_size": COUNT,
+    "rollout.groups_per_step": COUNT,
+    "rollout.max_tokens": COUNT,
+    "rollout.deadline": POSITIVE,
+    "rollout.turns": NATURAL,
+    "driver.max_lag": NATURAL,
+    "driver.resamples": NATURAL,
+    "driver.refill_limit": NATURAL,
+    "driver.stall": POSITIVE,
+    "driver.start_deadline": POSITIVE,
+    "driver.call_deadline": POSITIVE,
+    "driver.probe.every": NATURAL,
+    "driver.probe.tolerance": NATURAL,
+    "learner.ranks": COUNT,
+    "learner.updates_per_rollout": COUNT,
+    "learner.token_budget": COUNT,
+    "learner.lr": NATURAL,
+    "learner.weight_decay": NATURAL,
+    "learner.betas": Bound(
+        "two numbers from 0 to below 1", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x)
+    ),
+    "learner.max_grad_norm": NATURAL,
+    "learner.max_skipped": COUNT,
+    "learner.warmup_updates": NATURAL,
+    "learner.reset_after": NATURAL,
+    "learner.threads": NATURAL_OR_NULL,
+    "generator.replicas": COUNT,
+    "generator.tensor_parallel": COUNT,
+    "generator.restarts": NATURAL,
+    "generator.threads": NATURAL_OR_NULL,
+    "verifier.replicas": COUNT,
+    "verifier.slots": COUNT,
+    "verifier.memory_mb": COUNT_OR_NULL,
+    "cluster.cpus.generator": NATURAL,
+    "cluster.cpus.learner": NATURAL,
+    "cluster.cpus.verifier": NATURAL,
+    "cluster.gpus_per_generator": NATURAL,
+    "cluster.gpus_per_learner": NATURAL,
+    "observe.tokens.every": NATURAL,
+    "observe.diagnosis.every": NATURAL,
+    "observe.prediction.every": NATURAL,
+    "observe.prediction.window": NATURAL,
+    "observe.law.window": NATURAL,
+    "checkpoint.every": NATURAL,
+    "checkpoint.keep": COUNT,
+    "evaluate.prompts": COUNT,
+    "evaluate.samples": COUNT,
+    "evaluate.cot": NATURAL,
+    "evaluate.every": NATURAL,
+}
+"""What each must be; those of sampler, prompt choice and replay are told by the modules that know why."""
+
+NAMES: dict[str, tuple[object, ...]] = {
+    "run.resume": ("never", "auto"),
+    "model.dtype": ("float32", "bfloat16"),
+    "rollout.surplus": ("by_lag", "keep", "drop"),
+    "driver.stale": ("wait", "drop"),
+    "learner.zero_stage": (0, 1, 2, 3),
+    "learner.schedule": (
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ),
+    "generator.transfer": ("plasma", "nccl", "ipc"),
+}
+"""What may be chosen. A schedule is one that transformers makes of two numbers, warm-up and all updates."""
+
+
+def check_bounds(config: Config) -> None:
+    """ConfigError for a number out of its bounds, or a name that is no choice."""
+    for path, value, bound in _numbers(config):
+        if not bound.holds(value):
+            raise ConfigError(f"{path}={value} must be {bound.words}")
+    for path, choices in NAMES.items():
+        value = attrgetter(path)(config)
+        if value not in choices:
+            *most, last = map(str, choices)
+            raise ConfigError(f"{path}={value}: choose {', '.join(most)} or {last}")
+
+
+def _numbers(config: Config) -> Iterator[tuple[str, Any, Bound]]:
+    """Every setting of `NUMBERS` with its value, and the rows of each part of a mixture."""
+    for path, bound in NUMBERS.items():
+        yield path, attrgetter(path)(config), bound
+    for name, part in config.data.parts.items():
+        yield f"data.parts.{name}.size", part.size, COUNT

@@ -1,0 +1,213 @@
+"""Settings that controllers move while a run goes on: found by their path, put in effect on the roles."""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Annotated, Any, get_args, get_origin
+
+from entroray.binding import bind, effective_settings, keyword_settings
+from entroray.config import Config
+from entroray.control import Control, Controller, build_controllers
+from entroray.errors import ConfigError
+from entroray.objective import Objective, build_objective
+from entroray.objective.objective import SLOTS
+from entroray.roles import tunable
+from entroray.rollout import reshape
+from entroray.train.driver import Roles
+from entroray.wiring import measured_metrics, rollout_plan, sampler, selection
+
+RULE, UPDATES, LONGEST = "sampler.rule.", "learner.updates_per_rollout", "rollout.max_tokens"
+LEAST = {"learner.lr": 0.0, UPDATES: 1, "sampler.temperature": sampler.LEAST, LONGEST: 1}
+"""Settings beside those of the objective and of the sampler's rule that can be moved; the least of each."""
+MOVED = f"numbers written out in objective.* and {RULE}*, {', '.join(LEAST)}"
+WHY = {"learner.max_grad_norm": "DeepSpeed keeps it in a different place for each learner.zero_stage"}
+"""Settings that one would like to move, and why they stay."""
+ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
+"""Values of learner.schedule that do not ask how many updates a run has."""
+
+
+def build_control(config: Config) -> Control:
+    """The controllers of these settings; ConfigError for one that moves what cannot be moved."""
+    controllers = build_controllers(config.control)
+    for c in controllers:
+        if c.signal is not None:
+            measured_metrics.check_signal(config, f"control.{c.name}", c.signal)
+    own = {c.knob: current_value(config, c.knob) for c in controllers}
+    for c in controllers:
+        for why, value in _extremes(c, own[c.knob]):
+            _possible(config, c, why, value)
+    _agree(config, [c for c in controllers if c.knob.startswith(RULE)], own)
+    return Control(controllers, own)
+
+
+def current_value(config: Config, path: str) -> float:
+    """The number at `path`; ConfigError when there is none, or none that can be moved."""
+    if not path.startswith(("objective.", RULE)) and path not in LEAST:
+        why = WHY.get(path, "it is built into engines, optimizer or the order of prompts when a run starts")
+        raise ConfigError(f"control: `{path}` cannot be moved in a run, {why}; what can: {MOVED}")
+    node: Any = asdict(config)
+    for part in path.split("."):
+        try:
+            node = node[_index(part)] if isinstance(node, list) else node[part]
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"control: these settings have no `{path}` (nothing at `{part}`): write it out, even a "
+                "default, as in 'objective.penalties=[{fn: entropy_bonus, coef: 0.0}]'"
+            ) from error
+    if not isinstance(node, int | float) or isinstance(node, bool):
+        raise ConfigError(f"control: `{path}` is {node!r}, not a number")
+    return float(node)
+
+
+def describe_controllers(config: Config) -> list[str]:
+    """Each controller in a line, with what becomes of its value on the way to the learner."""
+    return [c.describe() + _on_the_way(config, c.knob) for c in build_control(config).controllers]
+
+
+def _on_the_way(config: Config, path: str) -> str:
+    lag = config.driver.max_lag
+    rounded = ", rounded" if is_whole(config, path) else ""
+    if not lag or not path.startswith(("sampler.", "rollout.")):
+        return rounded
+    return f"{rounded}; for groups begun from then on, trained on up to {lag} step(s) later (driver.max_lag)"
+
+
+def updates_range(config: Config) -> tuple[int, int]:
+    """Fewest and most optimizer updates that a step may have, a controller of them included."""
+    own = config.learner.updates_per_rollout
+    moved = [c for c in build_controllers(config.control) if c.knob == UPDATES]
+    reached = [round(value) for c in moved for _, value in _extremes(c, own)] or [own]
+    return min(reached), max(reached)
+
+
+def is_whole(config: Config, path: str) -> bool:
+    """Whether the setting takes whole numbers alone: what moves it is rounded there."""
+    *way, last = path.split(".")
+    if way[0] != "objective" or len(way) < 2:
+        return path in (UPDATES, LONGEST)
+    node: Any = config.objective
+    for part in way[1:]:
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    if not isinstance(node, Mapping):
+        return False
+    hint = keyword_settings(bind(SLOTS[way[1]], node, config.objective_packages).func)[last].annotation
+    return (get_args(hint)[0] if get_origin(hint) is Annotated else hint) is int
+
+
+def in_effect(spec: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
+    """A copy of the objective's row with the values of `objective.*` put in."""
+    row: Any = copy.deepcopy(dict(spec))
+    for path, value in values.items():
+        if path.startswith("objective."):
+            *way, last = path.split(".")[1:]
+            node = row
+            for part in way:
+                node = node[int(part)] if isinstance(node, list) else node[part]
+            node[int(last) if isinstance(node, list) else last] = value
+    return row
+
+
+def build_tuner(config: Config) -> Callable[[Mapping[str, float], Roles], tuple[Objective, Roles]]:
+    """Values by path, roles -> the objective and the roles with those values in effect."""
+    whole = {c.knob for c in build_controllers(config.control) if is_whole(config, c.knob)}
+
+    def tune(moved: Mapping[str, float], roles: Roles) -> tuple[Objective, Roles]:
+        values = {path: round(x) if path in whole else x for path, x in moved.items()}
+        objective = build_objective(in_effect(config.objective, values), config.objective_packages)
+        learner: Any = roles.learner
+        generator = roles.generator
+        learner = replace(learner, objective=objective, lr=values.get("learner.lr"))
+        if UPDATES in values:
+            learner = replace(learner, updates=values[UPDATES])
+        rule = {path.removeprefix(RULE): x for path, x in values.items() if path.startswith(RULE)}
+        if rule or LONGEST in values:
+            generator = tunable(generator).moved(rule, values.get(LONGEST))
+        if (temperature := values.get("sampler.temperature")) is not None:
+            generator = tunable(generator).at(temperature)
+        return objective, replace(roles, learner=learner, generator=generator)
+
+    return tune
+
+
+def _index(part: str) -> int:
+    """A place in a list, spelt one way only: two paths must not name one knob."""
+    if part != str(abs(int(part))):
+        raise ValueError(part)
+    return int(part)
+
+
+def _extremes(c: Controller, own: float) -> Iterator[tuple[str, float]]:
+    """The values a controller may reach, and why: its first, its bounds, or a schedule's numbers."""
+    yield "its first value", own if c.start is None else c.start
+    given = effective_settings(c.rule)
+    for key in ("low", "high", "start", "end", "value", "gate"):
+        if key in given:
+            yield f"{key}={given[key]:g}{'' if key in c.rule.keywords else ', its default'}", given[key]
+    for value in given.get("values", []):
+        yield "one of values", value
+
+
+def _possible(config: Config, c: Controller, why: str, value: float) -> None:
+    try:
+        put = _put(config, c.knob, value)
+        if c.knob.startswith("objective."):
+            build_objective(in_effect(config.objective, {c.knob: put}), config.objective_packages)
+        elif c.knob.startswith(RULE):
+            reshape.build_rule(config.sampler.rule | {c.knob.removeprefix(RULE): put})
+        elif put < LEAST[c.knob]:
+            raise ConfigError(f"it is at least {LEAST[c.knob]:g}")
+        elif c.knob == LONGEST:
+            _fits(config, round(put))
+        elif c.knob == UPDATES:
+            _counts(config, round(put))
+    except ConfigError as error:
+        raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g} ({why}): {error}") from error
+
+
+def _put(config: Config, path: str, value: float) -> float:
+    """What a setting becomes when a controller has `value` for it."""
+    if not is_whole(config, path):
+        return value
+    if math.isinf(value):
+        raise ConfigError("it is a whole number, and that is none: give a bound")
+    return round(value)
+
+
+def _agree(config: Config, controllers: Sequence[Controller], own: Mapping[str, float]) -> None:
+    """ConfigError where two numbers of the sampler's rule may contradict each other in an engine."""
+    keys = [c.knob.removeprefix(RULE) for c in controllers]
+    reached = [{value for _, value in _extremes(c, own[c.knob])} for c in controllers]
+    for values in itertools.product(*reached):
+        try:
+            reshape.build_rule(config.sampler.rule | dict(zip(keys, values, strict=True)))
+        except ConfigError as error:
+            named = ", ".join(c.name for c in controllers)
+            raise ConfigError(f"control: {named} may together set what cannot be: {error}") from error
+
+
+def _fits(config: Config, tokens: int) -> None:
+    """ConfigError where responses of so many tokens are too long for the engines, or too short for a plan."""
+    if tokens > config.rollout.max_tokens:
+        raise ConfigError(
+            f"the engines are built for responses of rollout.max_tokens={config.rollout.max_tokens}, which "
+            "is the most it can be: set it to the longest and let the controller `start` below"
+        )
+    shorter = replace(config, rollout=replace(config.rollout, max_tokens=tokens))
+    rollout_plan.check_plan(shorter)
+    selection.check_selection(shorter)
+
+
+def _counts(config: Config, number: int) -> None:
+    """ConfigError where steps cannot have so many updates, or their number must be known beforehand."""
+    if number > config.rollout.groups_per_step:
+        raise ConfigError(
+            f"every update is of whole groups, and a step has rollout.groups_per_step="
+            f"{config.rollout.groups_per_step} of them: set a lower bound, or more groups"
+        )
+    if config.learner.schedule not in ENDLESS:
+        raise ConfigError(
+            f"learner.schedule={config.learner.schedule} must know how many updates a run has: choose "
+            f"{', '.join(ENDLESS)}, and let another controller move learner.lr"
+        )

@@ -1,0 +1,144 @@
+"""Configuration -> tokenizer, prompts in three disjoint parts, and the judge's spec."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entroray.config import Config, Data, Part
+from entroray.data import mixture, prompts
+from entroray.errors import ConfigError, PreflightError
+from entroray.policy.tokenizer import chat, load_tokenizer
+from entroray.types import Prompt
+from entroray.wiring import tool
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run reads: the tokenizer of its model, prompts by part, how answers are judged."""
+
+    tokenizer: Any
+    split: prompts.Split
+    judge: Mapping[str, Any]
+    dropped: str
+    """What was left out, in words."""
+
+
+def tasks(config: Config) -> dict[str, Part]:
+    """The parts of the mixture by name; of one task alone, itself, called ""."""
+    d = config.data
+    alone = Part(
+        source=d.source,
+        task=d.task,
+        settings=d.settings,
+        size=d.size,
+        seed=d.seed,
+        template=d.template,
+        system=config.model.system,
+        demonstration=d.demonstration,
+    )
+    return d.parts or {"": alone}
+
+
+def weights(config: Config) -> dict[str, float]:
+    """Of the parts of a mixture; nothing for one task alone."""
+    return {name: part.weight for name, part in config.data.parts.items()}
+
+
+def check_mixture(config: Config) -> None:
+    """ConfigError for a mixture that cannot be drawn from."""
+    for name, weight in weights(config).items():
+        if weight <= 0:
+            raise ConfigError(f"data.parts.{name}.weight={weight:g} must be above 0, or leave the part out")
+        if not name or set(name) & set(":/|` "):
+            raise ConfigError(f"data.parts: {name!r} is no name for a metric; use letters, digits, _ - .")
+
+
+def read_questions(part: Part, data: Data) -> tuple[list[prompts.Question], int]:
+    """All rows of a part's source, and how many bad ones were left out."""
+    if part.source == "reasoning_gym":
+        drawn = prompts.reasoning_gym_rows(part.task, size=part.size, seed=part.seed, settings=part.settings)
+        return drawn, 0
+    if part.source == "table":
+        return prompts.table_rows(part.task, bad_rows=data.bad_rows, **part.settings)
+    raise ConfigError(f"data.source={part.source}: choose reasoning_gym or table")
+
+
+def load_dataset(config: Config, model: str) -> Dataset:
+    """The material of a run with the tokenizer of `model`."""
+    return read_dataset(config, load_tokenizer(model))
+
+
+def read_dataset(config: Config, tokenizer: Any) -> Dataset:
+    """Read, render, tokenise and split, part by part; PreflightError when nothing is left to train on.
+
+    What two parts have in common stays in the first. Held-out prompts come by turns, so that the first
+    few of them are of every part.
+    """
+    made, bad = zip(*(_made(config, tokenizer, *each) for each in tasks(config).items()), strict=True)
+    parts, shared = mixture.without_shared([m.prompts for m in made])
+    data = config.data
+    cut = [prompts.split(part, heldout=data.heldout, demonstrations=data.demonstrations) for part in parts]
+    joined = [mixture.interleave([getattr(s, name) for s in cut]) for name in SPLITS]
+    split = prompts.Split(*joined)
+    if not all(s.training for s in cut):
+        raise PreflightError(f"no training prompt is left of {sum(map(len, parts))}: lower data.heldout")
+    duplicates, too_long = sum(m.duplicates for m in made) + shared, sum(m.too_long for m in made)
+    dropped = f"{duplicates} duplicates, {too_long} too long, {sum(bad)} bad rows"
+    return Dataset(tokenizer, split, judge_spec(config), dropped)
+
+
+SPLITS = ("heldout", "demonstrations", "training")
+
+
+def _made(config: Config, tokenizer: Any, name: str, part: Part) -> tuple[prompts.PromptSet, int]:
+    rows, bad = read_questions(part, config.data)
+    return prompts.make_prompts(
+        rows,
+        tokenize=chat(tokenizer, part.system or config.model.system),
+        template=part.template,
+        max_tokens=config.data.max_prompt,
+        domain=name,
+    ), bad
+
+
+def probe_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that engines and learner score alike, see `driver.probe`."""
+    return tuple(tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
+
+
+def prompt_order(config: Config, of: tuple[Prompt, ...], seed: int) -> prompts.PromptStream | mixture.Mixture:
+    """These prompts without end, as a run draws them."""
+    return mixture.prompt_stream(of, weights(config), seed=seed)
+
+
+def judge_spec(config: Config) -> Mapping[str, Any]:
+    """The reward spec: a user's own function when `reward.path` is set, else the tasks'; and the tool's."""
+    judged = _judge(config)
+    return (
+        {"fn": "with_tool", "judge": judged, "tool": tool.tool_spec(config)}
+        if tool.uses_tool(config)
+        else judged
+    )
+
+
+def _judge(config: Config) -> Mapping[str, Any]:
+    if config.reward.path:
+        file, _, function = config.reward.path.rpartition(":")
+        return {"fn": "custom", "path": f"{Path(file).resolve()}:{function}"}
+    of = {name: part.judge or config.reward.judge for name, part in tasks(config).items()}
+    if not all(of.values()):
+        where = next(f"data.parts.{n}.judge" if n else "reward.judge" for n in of if not of[n])
+        raise ConfigError(f"no judge: set {where} (as conf/data does), or reward.path=my_file.py:my_function")
+    return {"fn": "by_domain", "judges": of} if config.data.parts else of[""]
+
+
+def describe_tasks(config: Config) -> list[str]:
+    """How questions are put and judged, in words: a line for each part."""
+    lines = []
+    for name, part in tasks(config).items():
+        system = part.system or config.model.system
+        said = f"{part.task}, template {part.template!r}, system {system!r}"
+        judged = "" if config.reward.path else f", judged by {(part.judge or config.reward.judge).get('fn')}"
+        lines.append(f"{name}: weight {part.weight:g}, {said}{judged}" if name else said + judged)
+    return lines

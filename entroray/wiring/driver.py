@@ -1,0 +1,67 @@
+"""Settings -> the driver of a run: its pace, its prompts, what it looks at, what may move."""
+
+from entroray.config import Config
+from entroray.objective import Objective
+from entroray.objective.keep import always
+from entroray.policy.tokenizer import chat
+from entroray.rollout.heat import Heat
+from entroray.train.diagnostics import DiagnosticsSchedule
+from entroray.train.driver import Driver, LoopSettings, Roles
+from entroray.train.prompt_entropy import build_prompt_entropy
+from entroray.wiring import controllers, dataset, rollout_plan, selection
+
+
+def build_driver(
+    config: Config, objective: Objective, read_in: dataset.Dataset, roles: Roles, heat: Heat
+) -> Driver:
+    """The driver of a run, at its first step."""
+    training = read_in.split.training
+    prompts, choice = selection.build_selection(
+        config, dataset.prompt_order(config, training, config.seed), len(training)
+    )
+    return Driver(
+        prompts,
+        roles,
+        objective,
+        loop_settings(config),
+        seed=config.seed,
+        plan=rollout_plan.bind_plan(config.rollout),
+        looks=_looks(config, objective, read_in),
+        heat=heat,
+        choice=choice,
+        control=controllers.build_control(config),
+        tune=controllers.build_tuner(config),
+    )
+
+
+def loop_settings(config: Config) -> LoopSettings:
+    """How many, how late and how long."""
+    r, d = config.rollout, config.driver
+    return LoopSettings(
+        group_size=r.group_size,
+        groups_per_step=r.groups_per_step,
+        max_lag=d.max_lag,
+        wait=d.stale == "wait",
+        resamples=d.resamples,
+        refill_limit=d.refill_limit,
+        max_failed=config.reward.max_failed,
+        max_skipped=config.learner.max_skipped,
+        stall=d.stall,
+        tokens=config.run.tokens or None,
+        extra=r.early.extra,
+        surplus=r.surplus,
+    )
+
+
+def _looks(config: Config, objective: Objective, read_in: dataset.Dataset) -> DiagnosticsSchedule:
+    o = config.observe
+    whole = objective.keep.func is always  # else R is of all groups and H of those kept
+    law = o.law.window if whole and not config.control else 0  # it was found on runs that nobody steers
+    asked = build_prompt_entropy(read_in.split.heldout, chat(read_in.tokenizer, config.model.system))
+    return DiagnosticsSchedule(
+        diagnosis=o.diagnosis.every,
+        prediction=o.prediction.every,
+        window=o.prediction.window,
+        law=law,
+        probe=asked,
+    )

@@ -1,0 +1,171 @@
+"""What can be known to be wrong before any actor starts: one function a check, none of them touches Ray."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from entroray.config import Config
+from entroray.errors import EntrorayError, PreflightError
+from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
+from entroray.wiring import actors, memory, run_directory, warm_start
+from entroray.wiring.sampler import insert_token
+from entroray.workers import cluster
+
+Check = Callable[[Config], str]
+"""Says what it found; raises a typed error with the remedy when that will not do."""
+
+
+SHARED = 256 << 20
+"""Bytes of /dev/shm below which a run gets stuck in Ray's object store; a container has 64 MiB by default."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check said, and whether it was satisfied."""
+
+    name: str
+    said: str
+    wrong: EntrorayError | None = None
+
+
+def run_checks(config: Config, checks: Iterable[Check]) -> list[Finding]:
+    """Every check, whatever the others say."""
+    return [_ask(check, config) for check in checks]
+
+
+def _ask(check: Check, config: Config) -> Finding:
+    try:
+        return Finding(check.__name__, check(config))
+    except EntrorayError as error:
+        return Finding(check.__name__, str(error), error)
+
+
+def refuse_wrong(config: Config) -> None:
+    """Raise what the fast checks find wrong: the error itself when it is one, else all in one."""
+    wrong = [f for f in run_checks(config, FAST) if f.wrong]
+    if len(wrong) == 1 and wrong[0].wrong:
+        raise wrong[0].wrong
+    if wrong:
+        raise PreflightError("\n  ".join([f"{len(wrong)} things are wrong:", *(f.said for f in wrong)]))
+
+
+def model(config: Config) -> str:
+    """Weights, tokenizer, chat template, vocabulary and context fit each other and what is asked."""
+    needed = actors.sequence_length(config)
+    if warm_start.is_missing(config):
+        return _context(needed, config.model.warm_start.size.context, "the tiny model, not made yet")
+    path = warm_start.resolve_model(config)
+    from transformers import AutoConfig
+
+    try:
+        described = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise PreflightError(
+            f"model.path={path} is no model: {_first_line(error)} Give a Hugging Face folder with a "
+            "config.json, or a hub id where a hub is reachable"
+        ) from error
+    words = len(load_tokenizer(path))
+    if words > described.vocab_size:
+        raise PreflightError(
+            f"the tokenizer of model.path={path} knows {words} tokens and the model {described.vocab_size}: "
+            "they are not a pair; resize the model's embeddings, or give the tokenizer it was trained with"
+        )
+    return _context(needed, getattr(described, "max_position_embeddings", needed), path)
+
+
+def _context(needed: int, context: int, name: str) -> str:
+    if needed > context:
+        raise PreflightError(
+            f"data.max_prompt + rollout.max_tokens = {needed} tokens, and {name} reads at most {context}: "
+            "lower one of them, or take a model with a longer context"
+        )
+    return f"{name}; {needed} tokens asked of a context of {context}"
+
+
+def resources(config: Config) -> str:
+    """CPUs and GPUs of this machine against what every role asks; a cluster's are asked of the cluster."""
+    if config.cluster.address:
+        return f"to be asked of the cluster at {config.cluster.address}"
+    actors.check_gpus(config)
+    have = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    return cluster.check_resources(actors.resource_shares(config), [have])
+
+
+def disk(config: Config) -> str:
+    """Room for the checkpoints kept, the one being written, and the exported model."""
+    place = _existing(Path(config.run.dir or "runs").expanduser())
+    free = shutil.disk_usage(place).free
+    count = _parameters(config)
+    if count is None:
+        return f"{free / 2**30:.1f} GiB free at {place}; the model's size is unknown"
+    size = count * memory.BYTES[config.model.dtype]
+    each = size * (3 if config.model.dtype == "float32" else 7)  # two moments, and a master copy below FP32
+    need = each * (config.checkpoint.keep + 2) + size
+    if need > free:
+        raise PreflightError(
+            f"{place} has {free / 2**30:.1f} GiB free and the run may need {need / 2**30:.1f}: "
+            f"checkpoint.keep={config.checkpoint.keep} + 2 of {each / 2**30:.2f} GiB each and the exported "
+            "model. Lower checkpoint.keep, or put run.dir on a larger disk"
+        )
+    return f"{free / 2**30:.1f} GiB free at {place}, at most {need / 2**30:.2f} needed"
+
+
+def _parameters(config: Config) -> int | None:
+    """None for what is not here, and for a config.json of no model, about which `model` has its say."""
+    try:
+        return memory.parameter_count(config)
+    except (OSError, ValueError):
+        return None
+
+
+def _existing(folder: Path) -> Path:
+    return next(p for p in (folder.resolve(), *folder.resolve().parents) if p.is_dir())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def shared_memory(_: Config) -> str:
+    """Room for Ray's objects, of which containers are given little."""
+    place = Path("/dev/shm")
+    free = shutil.disk_usage(place).free if place.is_dir() else SHARED
+    if free < SHARED:
+        raise PreflightError(
+            f"{place} has {free >> 20} MiB free and Ray's objects need {SHARED >> 20}: free some, or start "
+            "the container with --shm-size=2g"
+        )
+    return f"{free / 2**30:.1f} GiB free"
+
+
+def directory(config: Config) -> str:
+    """The run directory is free, or meant to be gone on with, and no other run writes there."""
+    folder = Path(config.run.dir).expanduser().resolve() if config.run.dir else None
+    if config.run.resume != "auto":
+        run_directory.check_free(folder)
+    if not os.access(_existing(folder or Path("runs")), os.W_OK):
+        raise PreflightError(f"{_existing(folder or Path('runs'))} cannot be written: give another run.dir")
+    if folder and (folder / ".lock").exists():
+        run_directory.lock_folder(folder).close()
+    return config.run.dir or f"runs/{config.run.name}/<time>"
+
+
+def sampler(config: Config) -> str:
+    """The token a sampler inserts is one of the model's tokenizer."""
+    text = config.sampler.insert
+    if text is None:
+        return "inserts nothing"
+    tokenizer = (
+        byte_tokenizer()
+        if warm_start.is_missing(config)
+        else load_tokenizer(warm_start.resolve_model(config))
+    )
+    return f"inserts {text!r}, token {insert_token(text, tokenizer)}"
+
+
+FAST: tuple[Check, ...] = (model, sampler, resources, directory, disk, shared_memory)
+"""Some seconds; `train` runs them first."""

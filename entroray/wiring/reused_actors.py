@@ -1,0 +1,78 @@
+"""One machine at a time for many runs: kept while settings allow it, reset in between."""
+
+from dataclasses import dataclass, field
+
+from entroray.config import Config
+from entroray.errors import InfrastructureError
+from entroray.evaluation.heldout_metrics import heldout_metrics
+from entroray.objective import Objective
+from entroray.wiring import actors, compose, dataset, preflight, warm_start
+from entroray.workers import cluster
+
+
+@dataclass
+class ReusedActors:
+    """The machine that stands now, with what it reads and how its first weights answer."""
+
+    config_dir: str | None = None
+    """The folder of settings beside conf/ that overrides are read with."""
+    stands: actors.Actors | None = None
+    made_of: str = ""
+    model: str = ""
+    read_in: dataset.Dataset | None = None
+    before: dict[str, float] = field(default_factory=dict)
+    joined: bool = False
+
+    async def ready(
+        self, config: Config, overrides: list[str], objective: Objective
+    ) -> tuple[actors.Actors, dataset.Dataset, dict[str, float]]:
+        """A machine at the first weights with `config` in effect, its material, and its first portrait."""
+        if self.stands is None or self.made_of != compose.fingerprint(actors.lasting(config)):
+            await self.clear()
+            await self._make(config, overrides, objective)
+        assert self.stands and self.read_in
+        updates = config.run.steps * config.learner.updates_per_rollout
+        self.stands = await self.stands.reset(config, self.model, objective, total_updates=updates)
+        return self.stands, self.read_in, self.before
+
+    async def _make(self, config: Config, overrides: list[str], objective: Objective) -> None:
+        preflight.refuse_wrong(config)
+        _warm_start(config, overrides, self.config_dir)
+        self.model = warm_start.resolve_model(config)
+        self.read_in = dataset.load_dataset(config, self.model)
+        if self.joined:
+            cluster.check_resources(actors.resource_shares(config))
+        else:
+            actors.join_cluster(config)
+            self.joined = True
+        probe = dataset.probe_ids(config, self.read_in.tokenizer)
+        judge = self.read_in.judge
+        self.stands = await actors.start_actors(config, self.model, objective, judge, probe, total_updates=1)
+        self.made_of = compose.fingerprint(actors.lasting(config))
+        self.before = await self.portrait(config, objective)
+
+    async def portrait(self, config: Config, objective: Objective) -> dict[str, float]:
+        """What the weights served now do on the held-out prompts."""
+        assert self.stands and self.read_in
+        m, s, e = self.stands, config.sampler, config.evaluate
+        prompts = self.read_in.split.heldout[: e.prompts]
+        at, verifier = actors.at_temperature(config, m, self.read_in.tokenizer), m.verifier_role()
+        return await heldout_metrics(
+            at, verifier, m.learner_role(objective), prompts, temperature=s.temperature, samples=e.samples
+        )
+
+    async def clear(self, *, broken: bool = False) -> None:
+        """Take the machine down; a broken one without asking it to leave in order."""
+        if self.stands is None:
+            return
+        ended, self.stands = self.stands, None
+        if not broken:
+            await ended.stop()
+        await ended.end()
+
+
+def _warm_start(config: Config, overrides: list[str], config_dir: str | None) -> None:
+    try:
+        warm_start.ensure_model(config, overrides, config_dir)
+    except SystemExit as left:
+        raise InfrastructureError(f"the warm start of the model ended with exit code {left.code}") from left

@@ -1,0 +1,112 @@
+"""`rollout.tool` of the configuration -> what runs where judges run, and a generator that talks with it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from entroray.config import Config
+from entroray.data.demonstrations import WorkedAnswer
+from entroray.errors import ConfigError
+from entroray.reward import tools
+from entroray.roles import Generator, Tool
+from entroray.rollout.tool_turns import Syntax, ToolTurns, encode_demonstration
+from entroray.types import Span
+
+
+def uses_tool(config: Config) -> bool:
+    """Whether responses may call a tool."""
+    return bool(config.rollout.tool.fn or config.rollout.tool.path)
+
+
+def stop_strings(config: Config) -> tuple[str, ...]:
+    """Strings that end a turn: those that end a response, and the end of a call."""
+    close = (config.rollout.tool.close,) if uses_tool(config) else ()
+    return (*config.sampler.stop, *close)
+
+
+def tool_spec(config: Config) -> dict[str, Any]:
+    """What `entroray.reward.tools.build` takes."""
+    t = config.rollout.tool
+    if t.path:
+        file, _, function = t.path.rpartition(":")
+        return {"fn": "custom", "path": f"{Path(file).expanduser().resolve()}:{function}"}
+    return {**t.settings, "fn": t.fn}
+
+
+def syntax(config: Config) -> Syntax:
+    """How calls are written."""
+    t = config.rollout.tool
+    return Syntax(t.open, t.close, t.answer)
+
+
+def check_tool(config: Config) -> None:
+    """ConfigError for a tool that there is not, or whose calls and answers could not be told apart."""
+    t = config.rollout.tool
+    if not uses_tool(config):
+        return
+    if t.fn and t.path:
+        raise ConfigError(f"rollout.tool.fn={t.fn} and rollout.tool.path={t.path}: a response has one tool")
+    if t.fn:
+        tools.build_tool(tool_spec(config))
+    if not t.open or not t.close or "{answer}" not in t.answer:
+        raise ConfigError(
+            f"rollout.tool: open={t.open!r} and close={t.close!r} must not be empty, and answer={t.answer!r} "
+            "must have {answer} in it"
+        )
+    if config.rollout.turns < 1:
+        raise ConfigError(f"rollout.turns={config.rollout.turns}: a response with a tool needs at least 1")
+    if config.evaluate.cot:
+        raise ConfigError(
+            "evaluate.cot reads probabilities of every token, and a tool's have none: set it to 0"
+        )
+    if config.rollout.early.extra:
+        raise ConfigError(
+            f"rollout.early.extra={config.rollout.early.extra} gives up requests, and with rollout.tool a "
+            "response is a request for each turn: set it to 0"
+        )
+    if config.sampler.insert is not None:
+        raise ConfigError(
+            "sampler.inserts counts the tokens put into one turn, so sampler.insert cannot be combined with "
+            "rollout.tool: drop one of them"
+        )
+
+
+def with_tool(
+    config: Config,
+    tokenizer: Any,
+    generator: Generator,
+    tool: Tool,
+    report: Callable[..., None] = lambda kind, **fields: None,
+) -> Generator:
+    """`generator` itself, or with the tool of these settings between its turns."""
+    if not uses_tool(config):
+        return generator
+    ids, decode = _encode(tokenizer), lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    return ToolTurns(generator, tool, syntax(config), config.rollout.turns, ids, decode, report)
+
+
+def encode_answer(
+    config: Config, tokenizer: Any, answer: str | WorkedAnswer
+) -> tuple[list[int], tuple[Span, ...]]:
+    """The ids of a demonstration, and which of them the tool says; ConfigError where there is none to."""
+    if isinstance(answer, str):
+        return tokenizer.encode(answer, add_special_tokens=False), ()
+    if not uses_tool(config):
+        raise ConfigError("demonstrations with calls need a tool: rollout.tool.fn=calculator")
+    return encode_demonstration(answer, syntax(config), _encode(tokenizer))
+
+
+def describe_tool(config: Config) -> str:
+    """The tool in words."""
+    t = config.rollout.tool
+    if not uses_tool(config):
+        return "none"
+    return (
+        f"{t.path or t.fn}, called as {t.open}...{t.close}, answers {t.answer}, masked; at most "
+        f"{config.rollout.turns} calls"
+    )
+
+
+def _encode(tokenizer: Any) -> Callable[[str], list[int]]:
+    """What a tool says is text, whatever it says: no special token is read out of it."""
+    return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

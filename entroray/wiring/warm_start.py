@@ -1,0 +1,214 @@
+"""The tiny model: built and warm-started on the task, cached by a hash of everything that made it."""
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from entroray.config import TINY, Config, Part, WarmStartConfig
+from entroray.data.demonstrations import NAMES, WorkedAnswer, find_demonstration
+from entroray.data.prompts import Row
+from entroray.errors import ConfigError
+from entroray.objective import build_objective
+from entroray.train.warm_start import (
+    WarmStart,
+    demonstration_group,
+    overshoot_remedy,
+    sampled_accuracy,
+    warm_start,
+)
+from entroray.types import Group
+from entroray.wiring import actors, compose, dataset, sampler, tool
+from entroray.workers import cluster
+
+FORMAT = 1
+"""Raise when the recipe changes in a way its settings do not show."""
+
+
+def cached_folder(config: Config) -> Path:
+    """Where the model of these settings lies, or would."""
+    root = config.model.warm_start.cache or os.environ.get("ENTRORAY_CACHE") or "~/.cache/entroray"
+    recipe = asdict(config.model.warm_start) | {"cache": None}
+    rendered = [config.data.template, config.sampler.temperature, config.rollout.max_tokens]
+    data = {name: value for name, value in asdict(config.data).items() if name != "parts" or value}
+    asked = [FORMAT, recipe, data, config.reward.judge, rendered, *_besides(config)]
+    content = compose.fingerprint(asked)
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return Path(root).expanduser() / "models" / f"{_name(config).replace('/', '-')}-{key}"
+
+
+def is_missing(config: Config) -> bool:
+    """Whether these settings start from the tiny model and the cache does not hold it yet."""
+    return config.model.path == TINY and not cached_folder(config).is_dir()
+
+
+def _name(config: Config) -> str:
+    """Of the task, or of every part of the mixture."""
+    return "-".join(config.data.parts) or config.data.task
+
+
+def _besides(config: Config) -> list[dict[str, Any]]:
+    """What else shapes prompts and responses, where it is set: what is not leaves the older names valid."""
+    system = {"system": config.model.system} if config.model.system else {}
+    r = config.rollout
+    called = {"tool": asdict(r.tool), "turns": r.turns} if tool.uses_tool(config) else {}
+    found = system | called | _trained(config) | _judged(config.reward.path)
+    return [found] if found else []
+
+
+def _trained(config: Config) -> dict[str, Any]:
+    """Settings of the run that the warm start shares, where they differ from their defaults."""
+    usual = _shared(Config())
+    return {name: value for name, value in _shared(config).items() if value != usual[name]}
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    return {
+        "dtype": config.model.dtype,
+        "stop": list(config.sampler.stop),
+        "betas": list(config.learner.betas),
+        "weight_decay": config.learner.weight_decay,
+        "deepspeed": dict(config.learner.deepspeed),
+    }
+
+
+def _judged(path: str | None) -> dict[str, Any]:
+    """Function and text of the user's own judge, which measures the band; its path where there is no file."""
+    if not path:
+        return {}
+    file, _, name = path.rpartition(":")
+    source = Path(file).expanduser()
+    return {"path": [name, source.read_text(encoding="utf-8")] if source.is_file() else path}
+
+
+def resolve_model(config: Config) -> str:
+    """The model folder or hub id to start from; of the tiny model its place in the cache, made or not."""
+    if config.model.path != TINY:
+        return config.model.path
+    return str(cached_folder(config))
+
+
+async def make_model(config: Config, folder: Path) -> None:
+    """Build, warm-start to the band or above, export to `folder`, which appears only when it is complete."""
+    from entroray.policy.tiny_model import build_tiny_model
+
+    began = time.monotonic()
+    plan = config.model.warm_start
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        start, done = Path(scratch, "start"), Path(scratch, "done")
+        parameters = build_tiny_model(start, plan.size, plan.seed)
+        print(f"warm start of a {parameters / 1e6:.2f} M parameter model on {_name(config)}", flush=True)
+        actors.join_cluster(config)
+        try:
+            reached, seconds = await _train(_supervised(config), str(start), done)
+        finally:
+            cluster.stop()
+        for file in start.iterdir():
+            if not Path(done, file.name).exists():
+                shutil.copy(file, done)
+        done.rename(folder)
+    print(_ended(reached, time.monotonic() - began, seconds, plan))
+    print(folder, flush=True)
+
+
+def _supervised(config: Config) -> Config:
+    """The same machine with the warm start's own optimizer settings: one rank, one update a step."""
+    plan = config.model.warm_start
+    learner = replace(
+        config.learner,
+        ranks=1,
+        zero_stage=1,
+        updates_per_rollout=1,
+        lr=plan.lr,
+        warmup_updates=20,
+        reference=False,
+        schedule="constant_with_warmup",
+        max_grad_norm=1.0,
+    )
+    probe = replace(config.driver.probe, every=0)
+    generator = replace(config.generator, replicas=1)
+    driver = replace(config.driver, probe=probe)
+    return replace(config, learner=learner, driver=driver, generator=generator, seed=plan.seed)
+
+
+def _warmup(plan: WarmStartConfig) -> WarmStart:
+    return WarmStart(
+        band=(plan.band[0], plan.band[1]),
+        max_steps=plan.max_steps,
+        rows_per_step=plan.rows_per_step,
+        check_every=plan.check_every,
+    )
+
+
+def _ended(reached: float, whole: float, steps: float, plan: WarmStartConfig) -> str:
+    """What a warm start came to, in words: the accuracy, and the seconds of all of it and of its steps."""
+    beyond = overshoot_remedy(reached, _warmup(plan))
+    said = f"sampled accuracy {reached:.2f} after {whole:.0f} s ({steps:.0f} s of steps)"
+    return f"{said}, {beyond}" if beyond else said
+
+
+async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
+    plan, read = config.model.warm_start, dataset.load_dataset(config, start)
+    objective = build_objective(compose.objective_row("supervised"))
+    probe = dataset.probe_ids(config, read.tokenizer)
+    m = await actors.start_actors(config, start, objective, read.judge, probe, total_updates=plan.max_steps)
+    drawn = m.generator_role(sampler.plain_sampling(config, config.sampler.temperature))
+    generator = tool.with_tool(config, read.tokenizer, drawn, m.verifier_role())
+    checks = read.split.training[: plan.check_prompts]
+    began = time.monotonic()
+    reached = await warm_start(
+        _demonstrations(config, read),
+        m.learner_role(objective),
+        m.sync,
+        objective,
+        lambda: sampled_accuracy(generator, m.verifier_role(), checks, plan.seed),
+        _warmup(plan),
+        _report,
+    )
+    await m.export(str(done))
+    await m.stop()
+    return reached, time.monotonic() - began
+
+
+def _demonstrations(config: Config, read: dataset.Dataset) -> Iterator[Group]:
+    answers = {name: _answers(name, part) for name, part in dataset.tasks(config).items()}
+    end, most = read.tokenizer.eos_token_id, config.rollout.max_tokens
+    for prompt in dataset.prompt_order(config, read.split.demonstrations, config.seed):
+        ids, said = tool.encode_answer(config, read.tokenizer, answers[prompt.domain](prompt.entry))
+        yield demonstration_group(prompt, [*ids, end][:most], said)
+
+
+def _answers(name: str, part: Part) -> Callable[[Row], str | WorkedAnswer]:
+    if part.demonstration is None:
+        key = f"data.parts.{name}.demonstration" if name else "data.demonstration"
+        raise ConfigError(
+            f"model.path={TINY} needs right answers to imitate and {key} is not set: "
+            f"choose {', '.join(NAMES[:-1])} or {NAMES[-1]}, or give model.path a trained model"
+        )
+    return find_demonstration(part.demonstration)
+
+
+def _report(step: int, loss: float, reached: float) -> None:
+    print(f"  step {step:4d}  loss {loss:.3f} nats/token  sampled accuracy {reached:.2f}", flush=True)
+
+
+def ensure_model(config: Config, overrides: list[str], config_dir: str | None = None) -> dict[str, Any]:
+    """Run the warm start in a process of its own when the cache lacks it; what it took, for the manifest."""
+    import subprocess
+
+    if not is_missing(config):
+        return {}
+    began = time.monotonic()
+    extra = [f"--config-dir={config_dir}"] if config_dir else []
+    command = [sys.executable, "-m", "entroray", "warm-start", *overrides, *extra]
+    done = subprocess.run(command, check=False, timeout=3600)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return {"warm_start_seconds": round(time.monotonic() - began, 1)}

@@ -1,0 +1,192 @@
+"""Samplers inside vLLM: one V1 logits processor that measures H and V, reshapes, and notes what it did.
+
+vLLM loads it by name (`request.PROCESSOR`) into the process that samples, and runs it after the temperature,
+on random rows only. It sees rows of a batch; a request brings its own name and its rule along in
+`SamplingParams.extra_args`, and notes are kept by that name and by position, the number of tokens already
+there. A request that is pre-empted comes back under the same name and goes on writing where it stopped; a
+position sampled twice (a chunk of a prompt, whose sample vLLM throws away) is overwritten.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from entroray.rollout import reshape, temperature_rules
+
+KEY = "entroray"
+"""Of `extra_args`, under which a request says how it is to be drawn."""
+
+
+class Notes:
+    """Entropy, varentropy (nats, before shaping) and temperature really used, by request and position.
+
+    One block [slots, room, 3] that grows, so that a whole batch is noted at once; NaN where nothing was.
+    """
+
+    def __init__(self) -> None:
+        self.values: NDArray[np.float32] = np.full((64, 64, 3), np.nan, dtype=np.float32)
+        self.slots: dict[str, int] = {}
+        self.free = list(range(64))
+
+    def open(self, name: str, room: int) -> int:
+        """The slot of a request: its own again when it comes back from pre-emption."""
+        if name in self.slots:
+            return self.slots[name]
+        slots, most, _ = self.values.shape
+        if not self.free or room > most:
+            self._grow(slots if self.free else 2 * slots, max(room, most))
+        self.slots[name] = slot = self.free.pop()
+        return slot
+
+    def _grow(self, slots: int, room: int) -> None:
+        old, self.values = self.values, np.full((slots, room, 3), np.nan, dtype=np.float32)
+        self.values[: len(old), : old.shape[1]] = old
+        self.free += range(len(old), slots)
+
+    def inserted(self, slot: int, position: int) -> int:
+        """Tokens put before `position`: those without a temperature."""
+        return int(np.isnan(self.values[slot, :position, 2]).sum())
+
+    def close(self, name: str) -> NDArray[np.float32] | None:
+        """[room, 3] of a request that is over; its slot is free again."""
+        slot = self.slots.pop(name, None)
+        if slot is None:
+            return None
+        values = self.values[slot].copy()
+        self.values[slot] = np.nan
+        self.free.append(slot)
+        return values
+
+
+NOTES = Notes()
+"""Of this process; a request's leave with `drain`."""
+
+
+def drain(worker: Any, names: Sequence[str]) -> list[NDArray[np.float32] | None]:
+    """[positions, 3] of each finished request, which forgets them; for `LLM.collective_rpc`."""
+    return [NOTES.close(name) for name in names]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request in the batch."""
+
+    slot: int
+    """Of its notes."""
+    tokens: list[int]
+    """Its response so far; vLLM's own list, which grows."""
+    rule: str
+    temperature: float
+    factor: float
+    insert: int | None
+    inserts: int
+
+
+@lru_cache(maxsize=64)  # of a rule that a controller moves, each step has its own
+def _rule(spec: str) -> partial[temperature_rules.TemperatureChoice]:
+    return reshape.build_rule(json.loads(spec))
+
+
+def _row(params: SamplingParams, _: list[int] | None, tokens: list[int]) -> Row | None:
+    """What a request asks for; None when it asks for nothing."""
+    asked: Mapping[str, Any] | None = (params.extra_args or {}).get(KEY)
+    if asked is None:
+        return None
+    slot = NOTES.open(asked["name"], params.max_tokens or 1)
+    settings = (asked["factor"], asked["insert"], asked["inserts"])
+    return Row(slot, tokens, asked["rule"], params.temperature, *settings)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Rows of the batch that are under the same rule."""
+
+    rule: partial[temperature_rules.TemperatureChoice]
+    rows: list[Row]
+    slots: NDArray[np.int64]
+    index: Tensor
+    factor: Tensor
+    """Of each row's prompt."""
+    temperature: Tensor
+    """Of the policy, which the logits were already divided by."""
+    inserts: bool
+    """Whether any row has a token to insert."""
+
+
+class Shaping(LogitsProcessor):
+    """Draws each random row by the rule its request brought; rows that brought none are left alone."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
+        self.device = device
+        self.rows: dict[int, Row] = {}
+        self.bundles: list[Bundle] = []
+
+    def is_argmax_invariant(self) -> bool:
+        """Greedy requests are never shaped, so vLLM may leave them out and run this after the temperature."""
+        return True
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if process_dict_updates(self.rows, batch_update, _row):
+            self.bundles = self._bundles()
+
+    def _bundles(self) -> list[Bundle]:
+        by_rule: dict[str, list[int]] = {}
+        for index in sorted(self.rows):
+            by_rule.setdefault(self.rows[index].rule, []).append(index)
+        return [self._bundle(rule, places) for rule, places in by_rule.items()]
+
+    def _bundle(self, rule: str, places: list[int]) -> Bundle:
+        rows = [self.rows[place] for place in places]
+        on = lambda values: torch.from_numpy(values).to(self.device)
+        return Bundle(
+            _rule(rule),
+            rows,
+            np.array([r.slot for r in rows]),
+            on(np.array(places)),
+            on(np.array([r.factor for r in rows], dtype=np.float32)),
+            on(np.array([r.temperature for r in rows], dtype=np.float32)),
+            any(r.insert is not None for r in rows),
+        )
+
+    def apply(self, logits: Tensor) -> Tensor:
+        for bundle in self.bundles:
+            whole = len(bundle.rows) == len(logits)
+            part = logits if whole else logits[bundle.index]
+            _draw_from(part, bundle)
+            if not whole:
+                logits[bundle.index] = part
+        return logits
+
+
+def _draw_from(logits: Tensor, bundle: Bundle) -> None:
+    """Measure, reshape in place, and note."""
+    entropy, varentropy = reshape.measure_entropy(logits)
+    choice = bundle.rule(entropy, varentropy)
+    factor = choice.factor * bundle.factor
+    reshape.reshape_logits(logits, factor)
+    values = torch.stack((entropy, varentropy, factor * bundle.temperature), -1).cpu().numpy()
+    if bundle.inserts and choice.unsure is not None:
+        _insert(logits, bundle, choice.unsure, values)
+    positions = np.array([len(row.tokens) for row in bundle.rows])
+    NOTES.values[bundle.slots, positions] = values
+
+
+def _insert(logits: Tensor, bundle: Bundle, unsure: Tensor, values: NDArray[np.float32]) -> None:
+    """Put a request's own token where the rule is unsure, while it may; such a token has no temperature."""
+    for place in unsure.nonzero().squeeze(-1).tolist():
+        row = bundle.rows[place]
+        position = len(row.tokens)
+        if row.insert is not None and NOTES.inserted(row.slot, position) < row.inserts:
+            at, token = torch.tensor([place]), torch.tensor([row.insert])
+            reshape.keep_only(logits, at.to(logits.device), token.to(logits.device))
+            values[place, 2] = np.nan

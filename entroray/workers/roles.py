@@ -1,0 +1,180 @@
+"""Pools and gangs of actors in the shape of the roles the driver knows."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from entroray.metrics.update import update_metrics
+from entroray.objective import Objective, count_tokens
+from entroray.policy.microbatches import Rows, cut_by_groups, plan_microbatches
+from entroray.roles import Scores
+from entroray.rollout.heat import Heat
+from entroray.rollout.reshape import FIXED
+from entroray.rollout.splice import openings
+from entroray.types import Answer, Batch, Prompt, Rollout, Tokens, Verdict
+from entroray.workers.cluster import Gang, Pool
+from entroray.workers.engine_pool import EnginePool
+from entroray.workers.generator import Request, Sampling
+from entroray.workers.vllm_request import first_token_request
+
+
+@dataclass
+class GeneratorRole:
+    """The engines as a Generator; `sampling` may be changed between requests, those in flight keep theirs."""
+
+    engines: EnginePool
+    sampling: Sampling
+    deadline: float
+    heat: Heat = field(default_factory=Heat)
+    factor: float = 1.0
+    enough: int | None = None
+
+    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
+        sampling = replace(self.sampling, factor=self.heat.of(prompt.id) * self.factor)
+        request = Request(prompt.id, prompt.token_ids, tuple(seeds), sampling, self.deadline, tuple(after))
+        return await self.engines.sample(replace(request, enough=self.enough))
+
+    def hotter(self, factor: float) -> "GeneratorRole":
+        """The same engines, drawing at `factor` times the temperature and noting it."""
+        sampling = self.sampling if self.sampling.rule else self.sampling.under(FIXED)
+        return replace(self, sampling=sampling, factor=factor)
+
+    def first(self, count: int) -> "GeneratorRole":
+        """The same engines, giving up what is left of a request when `count` of it have finished."""
+        return replace(self, enough=count)
+
+    def at(self, temperature: float) -> "GeneratorRole":
+        """The same at another temperature of the policy."""
+        return replace(self, sampling=replace(self.sampling, temperature=temperature))
+
+    def moved(self, rule: Mapping[str, float], max_tokens: float | None) -> "GeneratorRole":
+        """The same with numbers of the sampler's rule set, and a longest response; None leaves that."""
+        return replace(self, sampling=self.sampling.moved(rule, max_tokens))
+
+    async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
+        (drawn,) = await self.engines.sample(first_token_request(prompt, count, self.sampling, self.deadline))
+        return openings(drawn)
+
+
+@dataclass(frozen=True)
+class VerifierRole:
+    """The pool of verifiers as a Verifier, and as the Tool whose calls they run."""
+
+    pool: Pool
+    deadline: float
+    """Of the whole call, queue included; each item has its own inside the verifier."""
+
+    async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        return await self.pool.call(lambda h: h.judge.remote(prompt, list(rollouts)), deadline=self.deadline)
+
+    async def answer(self, prompt: Prompt, calls: Sequence[str]) -> list[Answer]:
+        return await self.pool.call(lambda h: h.answer.remote(prompt, list(calls)), deadline=self.deadline)
+
+
+@dataclass(frozen=True)
+class LearnerRole:
+    """The gang of ranks as a Learner: cuts rows into updates and micro-batches, gathers columns."""
+
+    gang: Gang
+    objective: Objective
+    updates: int
+    token_budget: int
+    deadline: float
+    engines: EnginePool | None = None
+    """Those that must leave the learner the card they share with it, until the next sync."""
+    lr: float | None = None
+    """Learning rate in place of the schedule's base; None leaves it."""
+
+    async def score(self, batch: Batch, group: NDArray[np.int64], extra: Sequence[str] = ()) -> Scores:
+        """Scored in the micro-batches it will be updated in, so that the first ratio is exactly 1."""
+        if self.engines:
+            await self.engines.all(lambda h: h.rest.remote(), deadline=self.deadline, what="going to sleep")
+        most = min(self.updates, len(np.unique(group)))  # what is only read may be fewer groups than a step
+        plans = replace(self, updates=most)._plans(batch, group)
+        per_rank = [[m for p in plans for m in p[rank]] for rank in range(len(self.gang.handles))]
+        scored = await self.gang.all(
+            lambda rank, h: h.score.remote([batch.rows(rows) for rows in per_rank[rank]], tuple(extra)),
+            deadline=self.deadline,
+        )
+        return _scatter(batch.response_lengths, per_rank, scored)
+
+    async def update(self, batch: Batch, tokens: Tokens) -> dict[str, float]:
+        """`updates` optimizer updates, each over whole groups, with its own global counts."""
+        sums: list[list[dict[str, float]]] = []
+        for micros in self._plans(batch, tokens.group.numpy()):
+            counts = count_tokens(tokens.take(torch.from_numpy(np.sort(np.concatenate(_flatten(micros))))))
+            sums.append(
+                await self.gang.all(
+                    lambda rank, h, m=micros, c=counts: h.update.remote(  # type: ignore[misc]
+                        [
+                            (batch.rows(r), replace(tokens.take(torch.from_numpy(r)), counts=c))
+                            for r in m[rank]
+                        ],
+                        self.objective,
+                        self.lr,
+                    ),
+                    deadline=self.deadline,
+                )
+            )
+        return _summary(sums)
+
+    def _plans(self, batch: Batch, group: NDArray[np.int64]) -> list[list[list[Rows]]]:
+        """[update][rank][micro-batch] -> rows."""
+        lengths = batch.prompt_lengths + batch.response_lengths
+        plans = []
+        for rows in cut_by_groups(group, self.updates):
+            local = plan_microbatches(
+                lengths[rows], ranks=len(self.gang.handles), token_budget=self.token_budget
+            )
+            plans.append([[rows[m] for m in micros] for micros in local])
+        return plans
+
+
+def _flatten(plans: list[list[Rows]]) -> list[Rows]:
+    return [rows for micros in plans for rows in micros]
+
+
+def _scatter(
+    lengths: NDArray[np.int32], per_rank: list[list[Rows]], scored: list[list[dict[str, NDArray]]]
+) -> Scores:
+    """Each rank's columns back to the order of the batch."""
+    edges = np.concatenate([[0], np.cumsum(lengths)])
+    spans = [np.arange(a, b) for a, b in pairwise(edges)]
+    out: dict[str, NDArray[np.float32]] = {}
+    for micros, columns in zip(per_rank, scored, strict=True):
+        for rows, column in zip(micros, columns, strict=True):
+            index = np.concatenate([spans[r] for r in rows]) if len(rows) else np.empty(0, dtype=np.int64)
+            for name, values in column.items():
+                out.setdefault(name, np.zeros(edges[-1], dtype=np.float32))[index] = values[: len(index)]
+    return out
+
+
+def _summary(updates: list[list[dict[str, float]]]) -> dict[str, float]:
+    """Sums of all ranks and updates -> metrics of the step."""
+    applied = [u for u in updates if not u[0]["skipped"]] or updates  # a skipped one has no loss to speak of
+    ranks = [r for update in applied for r in update]
+    tokens = max(1.0, sum(r["tokens"] for r in ranks))
+    return {
+        "update/loss": sum(r["loss"] for r in ranks) / len(applied),
+        "update/grad_norm": sum(u[0]["grad_norm"] for u in applied) / len(applied),
+        "update/skipped": sum(u[0]["skipped"] for u in updates),
+        "update/lr": updates[-1][0]["lr"],
+        "update/ratio_max": max(r["ratio_max"] for r in ranks),
+        "update/entropy": sum(r["entropy"] for r in ranks) / tokens,
+        **update_metrics(ranks, tokens),
+        **_by_rule(ranks),
+    }
+
+
+def _by_rule(sums: list[dict[str, float]]) -> dict[str, float]:
+    """Tokens that each rule inside the update touched, all updates together."""
+    total: Counter[str] = Counter()
+    for each in sums:
+        for name in (n for n in each if n.startswith("rule:")):
+            total[f"objective/{name.removeprefix('rule:')}_tokens"] += each[name]  # type: ignore[assignment]
+    return dict(total)
