@@ -186,6 +186,8 @@ def check_settings(place: str, name: str, fn: Callable, settings: Mapping[str, A
     """ConfigError where `fn`, which is chosen as `name`, does not take `settings` or needs others."""
     takes = keyword_settings(fn)
     for key, value in settings.items():
+        if key not in takes and _takes_any(fn):
+            continue
         if key not in takes:
             raise ConfigError(f"{place}: `{name}` has no setting `{key}`: {nearest(key, takes)}")
         if wanted := _complaint(value, takes[key].annotation):
@@ -193,6 +195,11 @@ def check_settings(place: str, name: str, fn: Callable, settings: Mapping[str, A
     for key, parameter in takes.items():
         if parameter.default is inspect.Parameter.empty and key not in settings:
             raise ConfigError(f"{place}: `{name}` needs `{key}`, which has no default")
+
+
+def _takes_any(fn: Callable) -> bool:
+    """Whether `fn` has `**settings` of its own, which it checks itself."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(fn).parameters.values())
 
 
 def keyword_settings(fn: Callable) -> dict[str, inspect.Parameter]:

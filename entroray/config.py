@@ -18,31 +18,25 @@ class Run:
 
 
 @dataclass
-class ModelSize:
-    """Size of the tiny model; the default has about 0.8 M parameters."""
-
-    layers: int = 4  # transformer blocks
-    width: int = 128  # hidden size
-    heads: int = 4  # attention heads
-    kv_heads: int = 2  # heads of keys and values
-    mlp: int = 384  # size of the feed-forward layer
-    context: int = 1024  # longest sequence, tokens
-
-
-@dataclass
 class WarmStartConfig:
     """The tiny model: its size, and a supervised warm start until sampled accuracy reaches a band."""
 
-    size: ModelSize = field(default_factory=ModelSize)
+    size: dict[str, int] = field(
+        default_factory=lambda: {
+            "num_hidden_layers": 4,
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 384,
+            "max_position_embeddings": 1024,
+        }
+    )  # of the tiny model, to transformers' Qwen3Config, untouched: about 0.8 M parameters
     band: list[float] = field(
         default_factory=lambda: [0.15, 0.35]
     )  # accuracy at sampler.temperature: the first look at or above the lower ends the warm start
     max_steps: int = 1000  # supervised steps after which the warm start gives up
-    rows_per_step: int = 64  # right answers a supervised step
-    lr: float = 2e-3  # of the supervised steps
+    rows_per_step: int = 64  # right answers a supervised step; twice as many prompts are sampled at each look
     check_every: int = 20  # steps between samples of its accuracy
-    check_prompts: int = 128  # prompts sampled once at each look
-    seed: int = 0  # of first weights and order of answers
     cache: str | None = None  # null: $ENTRORAY_CACHE or ~/.cache/entroray
 
 
@@ -63,8 +57,6 @@ class Part:
     source: str = "reasoning_gym"  # as in data
     task: str = "chain_sum"  # as in data
     settings: dict[str, Any] = field(default_factory=dict)  # as in data
-    size: int = 20000  # as in data
-    seed: int = 0  # as in data
     template: str | None = None  # as in data
     system: str | None = None  # system message; null: model.system
     demonstration: str | None = None  # as in data
@@ -73,16 +65,15 @@ class Part:
 
 @dataclass
 class Data:
-    source: str = "reasoning_gym"  # reasoning_gym | table (.jsonl, .parquet, or a data set of the hub)
-    task: str = "chain_sum"  # reasoning-gym task, file path, or hub name
-    settings: dict[str, Any] = field(default_factory=dict)  # to the source: its sizes, or columns and split
-    size: int = 20000  # rows drawn from a generated task
-    seed: int = 0  # of a generated task
+    source: str = "reasoning_gym"  # reasoning_gym | table | my_lab.data.questions, from your packages
+    task: str = "chain_sum"  # reasoning-gym task, path of a .jsonl or .parquet file, or hub name
+    settings: dict[str, Any] = field(
+        default_factory=dict
+    )  # of the source: size and seed of a generated task, columns and split of a table
     template: str | None = None  # str.format over the row's fields; null: the row's own question
     demonstration: str | None = None  # how right answers are written: chain_sum | countdown | gsm8k
     heldout: float = 0.05  # fraction for evaluation, by hash of the prompt
     demonstrations: float = 0.3  # fraction for the warm start of the tiny model, by hash
-    bad_rows: float = 0.0  # share of a table's rows that may be bad and are then left out and counted
     max_prompt: int = 512  # tokens; longer prompts are dropped and counted
     parts: dict[str, Part] = field(default_factory=dict)  # a mixture: {name: {weight, ...}}, not one task
 
@@ -119,9 +110,7 @@ class Sampler:
 class PromptChoice:
     """Which prompts come up, by their running pass rate; one never judged always does."""
 
-    visits: int = 2  # last groups of a prompt whose mean share of right answers is its running pass rate
     retire: float = 0.0  # pass rate from which a prompt is passed over; 0: never
-    rest: int = 0  # epochs for which it then is; 0: for good
     band: list[float] = field(default_factory=lambda: [0.0, 1.0])  # pass rates always drawn, ends included
     outside: float = 0.2  # share of their turns at which prompts outside the band are drawn
 
@@ -145,16 +134,13 @@ class Repetition:
     """A response that has begun to repeat itself is stopped, as truncated."""
 
     count: int = 0  # times in a row that its last tokens say the same; 0: never stopped
-    shortest: int = 1  # tokens that are said again: at least
-    longest: int = 16  # and at most
 
 
 @dataclass
 class ReplayConfig:
-    """Right answers of prompts rarely answered, put into a later group of theirs that is all wrong."""
+    """A right answer of a rarely answered prompt replaces one of a later group that is all wrong."""
 
     tokens: int = 0  # most tokens kept in all, those kept longest leave first; 0: no replay
-    rare: float = 0.25  # share of a group's right answers up to which they are rare
 
 
 @dataclass
@@ -186,7 +172,6 @@ class RolloutConfig:
 
 @dataclass
 class ProbeConfig:
-    text: str = "The quick brown fox jumps over 13 lazy dogs."  # scored by engines and learner, and compared
     every: int = 10  # syncs between comparisons; the first is always compared
     tolerance: float = 1e-3  # nats; bf16 needs about 0.1
 
@@ -195,11 +180,9 @@ class ProbeConfig:
 class DriverConfig:
     max_lag: int = 0  # steps a trained group's oldest token may be behind; 0 is synchronous
     stale: str = "wait"  # wait: the learner waits | drop: refuse and re-issue
-    resamples: int = 2  # times the failed members of a group are sampled anew before it is dropped
     refill_limit: int = 10  # steps' worth of groups one step may drop for want of signal or by failure
     stall: float = 1800.0  # seconds without a finished step after which the run ends
-    start_deadline: float = 600.0  # seconds every actor has to be ready
-    call_deadline: float = 1800.0  # seconds any one call to learner or verifiers may take
+    call_deadline: float = 1800.0  # seconds for the start of an actor, and for a call to learner or verifiers
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
@@ -213,7 +196,6 @@ class LearnerConfig:
     weight_decay: float = 0.0  # of AdamW
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
     max_grad_norm: float = 1.0  # global norm that gradients are clipped to; 0: never
-    max_skipped: int = 3  # steps in a row whose gradient is not finite, after which the run ends
     schedule: str = "constant_with_warmup"  # linear | cosine | constant | ...: of transformers.get_scheduler
     warmup_updates: int = 0  # updates over which the learning rate rises from 0
     reference: bool = False  # a frozen copy of the first weights, even where no penalty needs one
@@ -272,12 +254,6 @@ class DiagnosisConfig:
 @dataclass
 class PredictionConfig:
     every: int = 10  # steps between predictions of entropy's change, each one more scoring pass; 0: none
-    window: int = 20  # predictions that slope and rank correlation are taken over
-
-
-@dataclass
-class LawConfig:
-    window: int = 50  # steps the reward-entropy law is fitted over; 0: never
 
 
 @dataclass
@@ -285,7 +261,6 @@ class Observe:
     tokens: TokensConfig = field(default_factory=TokensConfig)
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
-    law: LawConfig = field(default_factory=LawConfig)
     tensorboard: bool = True  # write TensorBoard files
     report: bool = True  # write report.html at the end
 

@@ -49,5 +49,5 @@ def composed(*choices: str) -> DictConfig:
 def configured(*overrides: str, training: bool = True) -> Config:
     """As `settings.load` of the same overrides, the groups before the values."""
     choices = [o for o in overrides if o.partition("=")[0] in GROUPS]
-    values = [o.removeprefix("+") for o in overrides if o not in choices]
+    values = [o.lstrip("+") for o in overrides if o not in choices]
     return compose.override_config(composed(*choices), values, training=training)

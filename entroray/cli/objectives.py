@@ -159,7 +159,7 @@ def _brief(given: object) -> str:
 
 ADVISED = (
     *("learner.lr", "learner.updates_per_rollout", "driver.max_lag", "model.dtype", "sampler.temperature"),
-    *("rollout.max_tokens", "observe.law.window"),
+    *("rollout.max_tokens",),
 )
 """Settings that the words on a run are about, beside its objective."""
 

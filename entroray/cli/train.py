@@ -121,7 +121,7 @@ async def _train(
     try:
         first = run.state.get("version", 0) + 1
         journal, console = open_journal(config, folder, read_in.tokenizer, first_step=first)
-        probe = dataset.probe_ids(config, read_in.tokenizer)
+        probe = dataset.probe_ids(read_in.tokenizer)
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await actors.start_actors(
             config,

@@ -1,8 +1,8 @@
 """Which prompts come up: none that is mastered, and rarely one whose pass rate lies outside a band.
 
 The rule, in the order of `inner`: a prompt never judged is drawn. One whose running pass rate, the mean share
-of right answers of its last `visits` groups, is at least `retire` is passed over, for good or for `rest`
-epochs (ScaleRL's no-positive-resampling at 0.9, arXiv 2510.13786). One whose rate lies outside
+of right answers of its last `visits` groups, is at least `retire` is passed over from then on
+(ScaleRL's no-positive-resampling at 0.9, arXiv 2510.13786). One whose rate lies outside
 [`low`, `high`] is drawn at a share `outside` of its turns: prompts of middling difficulty carry the most
 signal (balanced difficulty filtering, arXiv 2504.03380; there groups are thrown away after they were drawn),
 and the rest must be looked at now and then, since the policy changes. Where a whole epoch holds none to draw,
@@ -26,26 +26,10 @@ class Rule:
     """Last groups of a prompt that its running pass rate is the mean of."""
     retire: float = 0.0
     """Rate from which a prompt is passed over; 0 is never."""
-    rest: int = 0
-    """Epochs it is passed over for; 0 is for good."""
     low: float = 0.0
     high: float = 1.0
     outside: float = 1.0
     """Share of the turns of a prompt outside the band at which it is drawn."""
-
-
-@dataclass
-class Record:
-    """What is known of one prompt."""
-
-    rates: list[float]
-    """Shares of right answers, the newest last."""
-    epoch: int
-    """In which it was judged last."""
-
-    @property
-    def rate(self) -> float:
-        return sum(self.rates) / len(self.rates)
 
 
 class Curriculum:
@@ -57,7 +41,8 @@ class Curriculum:
 
     def __init__(self, inner: Prompts, count: int, rule: Rule, *, seed: int):
         self.inner, self.count, self.rule, self.seed = inner, count, rule, seed
-        self.records: dict[str, Record] = {}
+        self.rates: dict[str, list[float]] = {}
+        """Shares of right answers of each prompt's last groups, the newest last."""
         self.passed = self.forced = 0
 
     @property
@@ -79,7 +64,7 @@ class Curriculum:
             prompt_id = self.at(position).id
             if self.drawn(prompt_id, position):
                 return self._go(position)
-            if spare is None and not self.mastered(prompt_id, position):
+            if spare is None and not self.mastered(prompt_id):
                 spare = position
         self.forced += 1
         return self._go(start if spare is None else spare)
@@ -91,49 +76,49 @@ class Curriculum:
 
     def drawn(self, prompt_id: str, position: int) -> bool:
         """Whether the prompt is drawn when its turn at `position` comes."""
-        if self.mastered(prompt_id, position):
+        if self.mastered(prompt_id):
             return False
         return self.inside(prompt_id) or _coin(self.seed, position) < self.rule.outside
 
-    def mastered(self, prompt_id: str, position: int) -> bool:
-        """Whether its rate has reached `retire` and its rest is not over."""
-        record = self.records.get(prompt_id)
-        if record is None or not self.rule.retire or record.rate < self.rule.retire:
-            return False
-        return not self.rule.rest or position // self.count - record.epoch <= self.rule.rest
+    def mastered(self, prompt_id: str) -> bool:
+        """Whether its rate has reached `retire`."""
+        rate = self.pass_rate(prompt_id)
+        return rate is not None and 0 < self.rule.retire <= rate
 
     def inside(self, prompt_id: str) -> bool:
         """Whether its rate lies in the band; one never judged counts as inside."""
-        record = self.records.get(prompt_id)
-        return record is None or self.rule.low <= record.rate <= self.rule.high
+        rate = self.pass_rate(prompt_id)
+        return rate is None or self.rule.low <= rate <= self.rule.high
+
+    def pass_rate(self, prompt_id: str) -> float | None:
+        """Mean share of right answers of its last `visits` groups; None if it was never judged."""
+        rates = self.rates.get(prompt_id)
+        return sum(rates) / len(rates) if rates else None
 
     def note(self, group: Group) -> None:
         """Hear how a group came out, in the order of issue; hotter second draws do not count."""
         first = group.earlier[0] if group.earlier else group
-        record = self.records.setdefault(group.prompt.id, Record([], 0))
-        record.rates = [*record.rates, first.share_right][-self.rule.visits :]
-        record.epoch = max(0, self.position - 1) // self.count
+        known = self.rates.get(group.prompt.id, [])
+        self.rates[group.prompt.id] = [*known, first.share_right][-self.rule.visits :]
 
     def metrics(self, groups: Sequence[Group], judged: Sequence[Group], version: Version) -> dict[str, float]:
         """Of every prompt judged so far, and how often one was passed over since the run began."""
-        known = max(1, len(self.records))
-        turn = self.position
+        known = max(1, len(self.rates))
         return {
-            "prompts/seen": float(len(self.records)),
-            "prompts/mastered": sum(self.mastered(p, turn) for p in self.records) / known,
-            "prompts/inside": sum(map(self.inside, self.records)) / known,
+            "prompts/seen": float(len(self.rates)),
+            "prompts/mastered": sum(map(self.mastered, self.rates)) / known,
+            "prompts/inside": sum(map(self.inside, self.rates)) / known,
             "prompts/passed_over": float(self.passed),
             "prompts/forced": float(self.forced),
         }
 
     def state(self) -> dict[str, Any]:
         """Plain JSON; the position is the stream's to keep."""
-        records = {name: [r.epoch, *r.rates] for name, r in self.records.items()}
-        return {"records": records, "passed": self.passed, "forced": self.forced}
+        return {"rates": dict(self.rates), "passed": self.passed, "forced": self.forced}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
-        self.records = {name: Record(rates, epoch) for name, (epoch, *rates) in state["records"].items()}
+        self.rates = {name: list(rates) for name, rates in state["rates"].items()}
         self.passed, self.forced = state["passed"], state["forced"]
 
 

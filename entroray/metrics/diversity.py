@@ -18,14 +18,14 @@ REPEAT = 4
 
 @dataclass(frozen=True)
 class Loops:
-    """When a response counts as looping: its last n tokens, `shortest` to `longest`, `count` times."""
+    """A response loops if its last n tokens, `shortest` to `longest`, stand there `count` times in a row."""
 
     count: int
     shortest: int = 1
     longest: int = 16
 
     def __call__(self, token_ids: Sequence[int] | NDArray[np.int32]) -> bool:
-        """Whether `token_ids` end in such a loop: some n tokens, `count` times in a row."""
+        """Whether `token_ids` end in such a loop: some n tokens, repeated `count` times."""
         ids = np.asarray(token_ids)
         for n in range(self.shortest, min(self.longest, len(ids) // self.count) + 1):
             tail = ids[-n * self.count :].reshape(self.count, n)

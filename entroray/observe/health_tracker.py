@@ -92,8 +92,6 @@ def _law(history: Sequence[Mapping[str, Any]], has: Mapping[str, Any]) -> str:
     if has.get("objective", {}).get("keep", {}).get("fn", "always") != "always":
         reason = "the objective trains on a part of the groups (keep), whose entropy is not that of all"
         return f"law: off, {reason}"
-    if has.get("observe.law.window") == 0:
-        return "law: not fitted (observe.law.window=0)"
     if last.get("law/ceiling") is None:
         return f"law: not fitted, which takes {reward_entropy_law.LEAST} steps whose entropies differ"
     if last["law/a"] <= 0:

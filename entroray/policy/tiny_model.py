@@ -1,14 +1,17 @@
 """The default policy: a small Qwen3 built from nothing, because no hub is always reachable."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from entroray.config import ModelSize
 from entroray.policy.tokenizer import byte_tokenizer
 
 
-def build_tiny_model(folder: Path, size: ModelSize, seed: int) -> int:
-    """Write a freshly initialised model and its byte tokenizer to `folder`; returns its parameter count."""
+def build_tiny_model(folder: Path, size: Mapping[str, int], seed: int) -> int:
+    """Write a freshly initialised model and its byte tokenizer to `folder`; returns its parameter count.
+
+    `size` holds arguments of transformers' Qwen3Config.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed  # more than a second of imports
 
     set_seed(seed)
@@ -20,7 +23,7 @@ def build_tiny_model(folder: Path, size: ModelSize, seed: int) -> int:
     return model.num_parameters()
 
 
-def count_parameters(size: ModelSize) -> int:
+def count_parameters(size: Mapping[str, int]) -> int:
     """Parameters of the model that `build_tiny_model` would write; takes no memory for them."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -29,18 +32,12 @@ def count_parameters(size: ModelSize) -> int:
         return int(Qwen3ForCausalLM(Qwen3Config(**_sizes(size, byte_tokenizer()))).num_parameters())
 
 
-def _sizes(size: ModelSize, tokenizer: Any) -> dict[str, Any]:
-    return {
+def _sizes(size: Mapping[str, int], tokenizer: Any) -> dict[str, Any]:
+    ours = {
         "vocab_size": len(tokenizer),
-        "hidden_size": size.width,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "head_dim": size.width // size.heads,
-        "intermediate_size": size.mlp,
-        "max_position_embeddings": size.context,
         "tie_word_embeddings": True,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "dtype": "float32",
     }
+    return {"head_dim": size["hidden_size"] // size["num_attention_heads"], **size, **ours}

@@ -26,7 +26,7 @@ class Replay:
     """
 
     tokens: int
-    rare: float
+    rare: float = 0.25
     kept: dict[str, tuple[Rollout, Verdict]] = field(default_factory=dict)
 
     def mend(self, group: Group) -> Group:

@@ -38,15 +38,16 @@ class LoopSettings:
     max_lag: int
     wait: bool
     """True: the learner waits for groups about to grow too old; False: they are refused and re-issued."""
-    resamples: int
     refill_limit: int
     """Most groups a step may drop, in steps' worth, before the run ends for want of signal."""
     max_failed: float
     """Share of recent responses that may lack a verdict."""
-    max_skipped: int
-    """Steps in a row that may leave an update out."""
     stall: float
     """Seconds without a finished step after which the run ends, naming the phase it stood in."""
+    resamples: int = 2
+    """Times that the failed members of a group are sampled anew before the group is dropped."""
+    max_skipped: int = 3
+    """Steps in a row that may leave an update out."""
     extra: int = 0
     """Rollouts of a prompt drawn beyond `group_size`; the first to finish are taken, the others given up."""
     tokens: int | None = None

@@ -72,7 +72,7 @@ class SkippedUpdates:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if self.in_a_row >= self.most:
             raise NumericsError(
-                f"the gradient was not finite in {self.in_a_row} steps in a row (learner.max_skipped): lower "
+                f"the gradient was not finite in {self.in_a_row} steps in a row: lower "
                 "learner.lr or learner.max_grad_norm; the batches are in skipped/ of the run directory"
             )
 

@@ -85,7 +85,7 @@ class Actors:
 
         Nothing of the last run is left: weights, optimizer, schedule, random state, requests, prefix caches.
         """
-        within = config.driver.start_deadline
+        within = config.driver.call_deadline
         await self.engines.idle(config.rollout.deadline + GRACE)
         settings = learner_settings(config, model, total_updates)
         await self.learner.all(lambda rank, h: h.reset.remote(settings, objective), deadline=within)
@@ -96,7 +96,7 @@ class Actors:
     async def anchor(self, folder: str) -> None:
         """The present weights, kept in `folder`, become the reference; optimizer and schedule begin anew."""
         await self.export(folder)
-        within = self.config.driver.start_deadline
+        within = self.config.driver.call_deadline
         await self.learner.all(lambda rank, h: h.anchor.remote(folder), deadline=within)
         self.sync.forget()
 
@@ -129,7 +129,7 @@ def lasting(config: Config) -> dict[str, Any]:
     kept["learner"] = {name: every["learner"][name] for name in ("ranks", "threads")}
     kept["processors"] = _shaping(config)
     kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline", "turns", "tool")}
-    return kept | {"probe": every["driver"]["probe"]["text"]}
+    return kept
 
 
 def learner_settings(config: Config, model: str, total_updates: int) -> LearnerSettings:
@@ -222,7 +222,7 @@ async def start_actors(
         [generator() for _ in range(config.generator.replicas)],
         generator,
         restarts=config.generator.restarts,
-        start_deadline=config.driver.start_deadline,
+        start_deadline=config.driver.call_deadline,
         report=report,
     )
     count, share = asked["learner ranks"]
@@ -248,7 +248,7 @@ async def _introduce(
     resume: tuple[Path, int] | None,
 ) -> tuple[WeightSync, dict[str, Any]]:
     """Gang together, engines ready, transfer open, the first version served and proved."""
-    within = config.driver.start_deadline
+    within = config.driver.call_deadline
 
     async def gang() -> list[dict[str, Any]]:
         asked = learner.handles[0].address.remote()

@@ -1,6 +1,6 @@
 """What single numbers and names of the settings may be; rules between several stand in `settings.check`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -25,24 +25,14 @@ NATURAL_OR_NULL = Bound("at least 0, or null", lambda x: x is None or x >= 0)
 NUMBERS = {
     "run.steps": COUNT,
     "run.tokens": NATURAL,
-    "model.warm_start.size.layers": COUNT,
-    "model.warm_start.size.width": COUNT,
-    "model.warm_start.size.heads": COUNT,
-    "model.warm_start.size.kv_heads": COUNT,
-    "model.warm_start.size.mlp": COUNT,
-    "model.warm_start.size.context": COUNT,
     "model.warm_start.band": Bound(
         "two accuracies, the lower first, both in [0, 1]", lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1
     ),
     "model.warm_start.max_steps": COUNT,
     "model.warm_start.rows_per_step": COUNT,
-    "model.warm_start.lr": POSITIVE,
     "model.warm_start.check_every": COUNT,
-    "model.warm_start.check_prompts": COUNT,
-    "data.size": COUNT,
     "data.heldout": SHARE,
     "data.demonstrations": SHARE,
-    "data.bad_rows": SHARE,
     "data.max_prompt": COUNT,
     "reward.deadline": POSITIVE,
     "reward.max_failed": SHARE,
@@ -54,10 +44,8 @@ NUMBERS = {
     "rollout.deadline": POSITIVE,
     "rollout.turns": NATURAL,
     "driver.max_lag": NATURAL,
-    "driver.resamples": NATURAL,
     "driver.refill_limit": NATURAL,
     "driver.stall": POSITIVE,
-    "driver.start_deadline": POSITIVE,
     "driver.call_deadline": POSITIVE,
     "driver.probe.every": NATURAL,
     "driver.probe.tolerance": NATURAL,
@@ -70,7 +58,6 @@ NUMBERS = {
         "two numbers from 0 to below 1", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x)
     ),
     "learner.max_grad_norm": NATURAL,
-    "learner.max_skipped": COUNT,
     "learner.warmup_updates": NATURAL,
     "learner.reset_after": NATURAL,
     "learner.threads": NATURAL_OR_NULL,
@@ -89,8 +76,6 @@ NUMBERS = {
     "observe.tokens.every": NATURAL,
     "observe.diagnosis.every": NATURAL,
     "observe.prediction.every": NATURAL,
-    "observe.prediction.window": NATURAL,
-    "observe.law.window": NATURAL,
     "checkpoint.every": NATURAL,
     "checkpoint.keep": COUNT,
     "evaluate.prompts": COUNT,
@@ -122,7 +107,8 @@ NAMES: dict[str, tuple[object, ...]] = {
 
 def check_bounds(config: Config) -> None:
     """ConfigError for a number out of its bounds, or a name that is no choice."""
-    for path, value, bound in _numbers(config):
+    for path, bound in NUMBERS.items():
+        value = attrgetter(path)(config)
         if not bound.holds(value):
             raise ConfigError(f"{path}={value} must be {bound.words}")
     for path, choices in NAMES.items():
@@ -130,11 +116,3 @@ def check_bounds(config: Config) -> None:
         if value not in choices:
             *most, last = map(str, choices)
             raise ConfigError(f"{path}={value}: choose {', '.join(most)} or {last}")
-
-
-def _numbers(config: Config) -> Iterator[tuple[str, Any, Bound]]:
-    """Every setting of `NUMBERS` with its value, and the rows of each part of a mixture."""
-    for path, bound in NUMBERS.items():
-        yield path, attrgetter(path)(config), bound
-    for name, part in config.data.parts.items():
-        yield f"data.parts.{name}.size", part.size, COUNT

@@ -1,12 +1,13 @@
 """Configuration -> tokenizer, prompts in three disjoint parts, and the judge's spec."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entroray.config import Config, Data, Part
-from entroray.data import mixture, prompts
+from entroray.binding import bind
+from entroray.config import Config, Part
+from entroray.data import mixture, prompts, sources
 from entroray.errors import ConfigError, PreflightError
 from entroray.policy.tokenizer import chat, load_tokenizer
 from entroray.types import Prompt
@@ -31,8 +32,6 @@ def tasks(config: Config) -> dict[str, Part]:
         source=d.source,
         task=d.task,
         settings=d.settings,
-        size=d.size,
-        seed=d.seed,
         template=d.template,
         system=config.model.system,
         demonstration=d.demonstration,
@@ -54,14 +53,9 @@ def check_mixture(config: Config) -> None:
             raise ConfigError(f"data.parts: {name!r} is no name for a metric; use letters, digits, _ - .")
 
 
-def read_questions(part: Part, data: Data) -> tuple[list[prompts.Question], int]:
+def read_questions(part: Part, packages: Sequence[str]) -> tuple[list[sources.Question], int]:
     """All rows of a part's source, and how many bad ones were left out."""
-    if part.source == "reasoning_gym":
-        drawn = prompts.reasoning_gym_rows(part.task, size=part.size, seed=part.seed, settings=part.settings)
-        return drawn, 0
-    if part.source == "table":
-        return prompts.table_rows(part.task, bad_rows=data.bad_rows, **part.settings)
-    raise ConfigError(f"data.source={part.source}: choose reasoning_gym or table")
+    return bind(sources, {**part.settings, "fn": part.source}, packages)(part.task)
 
 
 def load_dataset(config: Config, model: str) -> Dataset:
@@ -92,7 +86,7 @@ SPLITS = ("heldout", "demonstrations", "training")
 
 
 def _made(config: Config, tokenizer: Any, name: str, part: Part) -> tuple[prompts.PromptSet, int]:
-    rows, bad = read_questions(part, config.data)
+    rows, bad = read_questions(part, config.objective_packages)
     return prompts.make_prompts(
         rows,
         tokenize=chat(tokenizer, part.system or config.model.system),
@@ -102,9 +96,13 @@ def _made(config: Config, tokenizer: Any, name: str, part: Part) -> tuple[prompt
     ), bad
 
 
-def probe_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that engines and learner score alike, see `driver.probe`."""
-    return tuple(tokenizer.encode(config.driver.probe.text, add_special_tokens=False))
+PROBE = "The quick brown fox jumps over 13 lazy dogs."
+"""What engines and learner both score after a sync."""
+
+
+def probe_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that engines and learner both score, see `driver.probe`."""
+    return tuple(tokenizer.encode(PROBE, add_special_tokens=False))
 
 
 def prompt_order(config: Config, of: tuple[Prompt, ...], seed: int) -> prompts.PromptStream | mixture.Mixture:

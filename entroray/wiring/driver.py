@@ -10,6 +10,9 @@ from entroray.train.driver import Driver, LoopSettings, Roles
 from entroray.train.prompt_entropy import build_prompt_entropy
 from entroray.wiring import controllers, dataset, rollout_plan, selection
 
+LAW_WINDOW = 50
+"""Steps that the reward-entropy law is fitted over."""
+
 
 def build_driver(
     config: Config, objective: Objective, read_in: dataset.Dataset, roles: Roles, heat: Heat
@@ -42,10 +45,8 @@ def loop_settings(config: Config) -> LoopSettings:
         groups_per_step=r.groups_per_step,
         max_lag=d.max_lag,
         wait=d.stale == "wait",
-        resamples=d.resamples,
         refill_limit=d.refill_limit,
         max_failed=config.reward.max_failed,
-        max_skipped=config.learner.max_skipped,
         stall=d.stall,
         tokens=config.run.tokens or None,
         extra=r.early.extra,
@@ -56,12 +57,11 @@ def loop_settings(config: Config) -> LoopSettings:
 def _looks(config: Config, objective: Objective, read_in: dataset.Dataset) -> DiagnosticsSchedule:
     o = config.observe
     whole = objective.keep.func is always  # else R is of all groups and H of those kept
-    law = o.law.window if whole and not config.control else 0  # it was found on runs that nobody steers
+    law = LAW_WINDOW if whole and not config.control else 0  # it was found on runs that nobody steers
     asked = build_prompt_entropy(read_in.split.heldout, chat(read_in.tokenizer, config.model.system))
     return DiagnosticsSchedule(
         diagnosis=o.diagnosis.every,
         prediction=o.prediction.every,
-        window=o.prediction.window,
         law=law,
         probe=asked,
     )

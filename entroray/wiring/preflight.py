@@ -57,7 +57,8 @@ def model(config: Config) -> str:
     """Weights, tokenizer, chat template, vocabulary and context fit each other and what is asked."""
     needed = actors.sequence_length(config)
     if warm_start.is_missing(config):
-        return _context(needed, config.model.warm_start.size.context, "the tiny model, not made yet")
+        context = config.model.warm_start.size["max_position_embeddings"]
+        return _context(needed, context, "the tiny model, not made yet")
     path = warm_start.resolve_model(config)
     from transformers import AutoConfig
 

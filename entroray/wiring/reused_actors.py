@@ -45,7 +45,7 @@ class ReusedActors:
         else:
             actors.join_cluster(config)
             self.joined = True
-        probe = dataset.probe_ids(config, self.read_in.tokenizer)
+        probe = dataset.probe_ids(self.read_in.tokenizer)
         judge = self.read_in.judge
         self.stands = await actors.start_actors(config, self.model, objective, judge, probe, total_updates=1)
         self.made_of = compose.fingerprint(actors.lasting(config))

@@ -19,14 +19,14 @@ def build_selection(config: Config, prompts: Prompts, count: int) -> tuple[Promp
     if reorders_prompts(r):
         low, high = r.prompts.band
         p = r.prompts
-        rule = Rule(visits=p.visits, retire=p.retire, rest=p.rest, low=low, high=high, outside=p.outside)
+        rule = Rule(retire=p.retire, low=low, high=high, outside=p.outside)
         prompts = memories["curriculum"] = curriculum = Curriculum(prompts, count, rule, seed=config.seed)
         tell.append(curriculum.metrics)
     if r.early.extra:
         tell.append(early_stop.abandoned_metrics)
     if r.repetition.count:
         tell.append(early_stop.repetition_metrics(loops(r)))
-    replay = Replay(r.replay.tokens, r.replay.rare) if r.replay.tokens else None
+    replay = Replay(r.replay.tokens) if r.replay.tokens else None
     if replay:
         memories["replay"] = replay
         tell.append(replay.metrics)
@@ -38,7 +38,7 @@ def build_selection(config: Config, prompts: Prompts, count: int) -> tuple[Promp
 
 def loops(r: RolloutConfig) -> Loops:
     """What counts as a response that repeats itself."""
-    return Loops(r.repetition.count, r.repetition.shortest, r.repetition.longest)
+    return Loops(r.repetition.count)
 
 
 def reorders_prompts(r: RolloutConfig) -> bool:
@@ -50,8 +50,7 @@ def describe_selection(r: RolloutConfig) -> str:
     """The choices in words, for a run's header."""
     p, said = r.prompts, list[str]()
     if p.retire:
-        rest = f"for {p.rest} epochs" if p.rest else "for good"
-        said.append(f"prompts of pass rate {p.retire:g} and more rest {rest}")
+        said.append(f"prompts of pass rate {p.retire:g} and more are passed over")
     if list(p.band) != [0.0, 1.0]:
         said.append(f"prompts outside [{p.band[0]:g}, {p.band[1]:g}] at {p.outside:g} of their turns")
     if r.second.factor != 1.0:
@@ -63,7 +62,7 @@ def describe_selection(r: RolloutConfig) -> str:
     if r.surplus != "by_lag":
         said.append(f"surplus groups: {r.surplus}")
     if r.replay.tokens:
-        said.append(f"successes of up to {r.replay.rare:g} right replayed, {r.replay.tokens} tokens kept")
+        said.append(f"rare right answers replayed, {r.replay.tokens} tokens kept")
     return "; ".join(said) or "every prompt in its turn, every group as it was drawn"
 
 
@@ -83,14 +82,10 @@ def check_selection(config: Config) -> None:
             f"rollout.group_size={config.rollout.group_size}, and nothing that was drawn is left: say 2 or "
             "more, or rollout.replay.tokens=0"
         )
-    if not 0 < replay.rare < 1:
-        raise ConfigError(f"rollout.replay.rare={replay.rare:g} must lie between 0 and 1")
 
 
 def _check_prompts(r: RolloutConfig) -> None:
     p = r.prompts
-    if p.visits < 1 or p.rest < 0:
-        raise ConfigError("rollout.prompts.visits must be at least 1 and rollout.prompts.rest at least 0")
     _share("rollout.prompts.retire", p.retire)
     _share("rollout.prompts.outside", p.outside)
     if len(p.band) != 2 or not 0 <= p.band[0] <= p.band[1] <= 1:
@@ -108,15 +103,12 @@ def _check_groups(r: RolloutConfig, max_lag: int) -> None:
     rep = r.repetition
     if r.second.factor < 1 or r.early.extra < 0:
         raise ConfigError("rollout.second.factor must be at least 1 and rollout.early.extra at least 0")
-    if rep.count and not (rep.count >= 2 and 1 <= rep.shortest <= rep.longest):
+    if rep.count < 0 or rep.count == 1:
+        raise ConfigError(f"rollout.repetition.count={rep.count} must be 0 (off) or at least 2")
+    if rep.count > r.max_tokens:
         raise ConfigError(
-            f"rollout.repetition={rep.count} times {rep.shortest} to {rep.longest} tokens: count must be 0 "
-            "or at least 2, and 1 <= shortest <= longest"
-        )
-    if rep.count * rep.shortest > r.max_tokens:
-        raise ConfigError(
-            f"rollout.repetition: {rep.count} times {rep.shortest} tokens do not fit into rollout.max_tokens="
-            f"{r.max_tokens}, so nothing would ever be stopped"
+            f"rollout.repetition.count={rep.count} does not fit into rollout.max_tokens={r.max_tokens}, so "
+            "nothing would ever be stopped: lower it"
         )
     if r.surplus == "keep" and max_lag == 0:
         raise ConfigError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from entroray.config import TINY, Config, Part, WarmStartConfig
 from entroray.data.demonstrations import NAMES, WorkedAnswer, find_demonstration
-from entroray.data.prompts import Row
+from entroray.data.sources import Row
 from entroray.errors import ConfigError
 from entroray.objective import build_objective
 from entroray.train.warm_start import (
@@ -27,8 +27,12 @@ from entroray.types import Group
 from entroray.wiring import actors, compose, dataset, sampler, tool
 from entroray.workers import cluster
 
-FORMAT = 1
+FORMAT = 2
 """Raise when the recipe changes in a way its settings do not show."""
+SEED = 0
+"""Of first weights and order of answers."""
+LEARNING_RATE = 2e-3
+"""Of the supervised steps."""
 
 
 def cached_folder(config: Config) -> Path:
@@ -103,7 +107,7 @@ async def make_model(config: Config, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         start, done = Path(scratch, "start"), Path(scratch, "done")
-        parameters = build_tiny_model(start, plan.size, plan.seed)
+        parameters = build_tiny_model(start, plan.size, SEED)
         print(f"warm start of a {parameters / 1e6:.2f} M parameter model on {_name(config)}", flush=True)
         actors.join_cluster(config)
         try:
@@ -120,13 +124,12 @@ async def make_model(config: Config, folder: Path) -> None:
 
 def _supervised(config: Config) -> Config:
     """The same machine with the warm start's own optimizer settings: one rank, one update a step."""
-    plan = config.model.warm_start
     learner = replace(
         config.learner,
         ranks=1,
         zero_stage=1,
         updates_per_rollout=1,
-        lr=plan.lr,
+        lr=LEARNING_RATE,
         warmup_updates=20,
         reference=False,
         schedule="constant_with_warmup",
@@ -135,7 +138,7 @@ def _supervised(config: Config) -> Config:
     probe = replace(config.driver.probe, every=0)
     generator = replace(config.generator, replicas=1)
     driver = replace(config.driver, probe=probe)
-    return replace(config, learner=learner, driver=driver, generator=generator, seed=plan.seed)
+    return replace(config, learner=learner, driver=driver, generator=generator, seed=SEED)
 
 
 def _warmup(plan: WarmStartConfig) -> WarmStart:
@@ -157,18 +160,18 @@ def _ended(reached: float, whole: float, steps: float, plan: WarmStartConfig) ->
 async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
     plan, read = config.model.warm_start, dataset.load_dataset(config, start)
     objective = build_objective(compose.objective_row("supervised"))
-    probe = dataset.probe_ids(config, read.tokenizer)
+    probe = dataset.probe_ids(read.tokenizer)
     m = await actors.start_actors(config, start, objective, read.judge, probe, total_updates=plan.max_steps)
     drawn = m.generator_role(sampler.plain_sampling(config, config.sampler.temperature))
     generator = tool.with_tool(config, read.tokenizer, drawn, m.verifier_role())
-    checks = read.split.training[: plan.check_prompts]
+    checks = read.split.training[: 2 * plan.rows_per_step]
     began = time.monotonic()
     reached = await warm_start(
         _demonstrations(config, read),
         m.learner_role(objective),
         m.sync,
         objective,
-        lambda: sampled_accuracy(generator, m.verifier_role(), checks, plan.seed),
+        lambda: sampled_accuracy(generator, m.verifier_role(), checks, SEED),
         _warmup(plan),
         _report,
     )

@@ -18,16 +18,15 @@ ELSEWHERE = {
     "sampler.inserts",
     "sampler.failed.factor",
     "sampler.failed.most",
-    *(f"rollout.prompts.{name}" for name in ("visits", "retire", "rest", "band", "outside")),
+    *(f"rollout.prompts.{name}" for name in ("retire", "band", "outside")),
     "rollout.second.factor",
     "rollout.early.extra",
-    *(f"rollout.repetition.{name}" for name in ("count", "shortest", "longest")),
+    "rollout.repetition.count",
     "rollout.replay.tokens",
-    "rollout.replay.rare",
     "evaluate.k",
 }
 """Refused by `sampling`, `choices` and `loop.evaluate`, with what it means."""
-UNBOUNDED = {"seed", "data.seed", "model.warm_start.seed"}
+UNBOUNDED = {"seed"}
 
 
 def numbers(schema: Any, prefix: str = "") -> Iterator[str]:
@@ -71,19 +70,14 @@ def test_a_setting_out_of_its_bounds_is_refused_by_path(told: str, said: str) ->
     assert refused.value.exit_code == 2 and value.lstrip("[.-").partition(",")[0][:3] in str(refused.value)
 
 
-def test_the_rows_of_a_part_are_counted_too() -> None:
-    with pytest.raises(ConfigError, match=r"^data\.parts\.chain_sum\.size=0 must be at least 1"):
-        configured("data=mixture", "data.parts.chain_sum.size=0")
-
-
 @pytest.mark.parametrize(
     "told",
     [
-        *("run.tokens=0", "driver.probe.every=0", "driver.resamples=0", "driver.refill_limit=0"),
+        *("run.tokens=0", "driver.probe.every=0", "driver.refill_limit=0"),
         *("learner.max_grad_norm=0", "learner.lr=0", "learner.threads=0", "generator.restarts=0"),
-        *("verifier.memory_mb=null", "generator.threads=null", "observe.law.window=0", "checkpoint.every=0"),
-        *("observe.tokens.every=0", "observe.prediction.every=0", "observe.prediction.window=0"),
-        *("rollout.turns=0", "reward.max_failed=1", "cluster.cpus.verifier=0", "data.bad_rows=0"),
+        *("verifier.memory_mb=null", "generator.threads=null", "checkpoint.every=0"),
+        *("observe.tokens.every=0", "observe.prediction.every=0"),
+        *("rollout.turns=0", "reward.max_failed=1", "cluster.cpus.verifier=0"),
     ],
 )
 def test_what_is_off_stays_legal(told: str) -> None:

@@ -18,7 +18,7 @@ from tests.ray.test_train import entroray
 
 SETTINGS = [
     "experiment=quickstart",
-    "data.size=2000",
+    "++data.settings.size=2000",
     "data.max_prompt=64",
     "rollout.max_tokens=12",
     "sampler.temperature=0.8",

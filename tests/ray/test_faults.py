@@ -14,7 +14,7 @@ import pytest
 
 BASE = [
     *("train", "experiment=quickstart", "objective=grpo", "run.steps=5", "rollout.groups_per_step=4"),
-    *("observe.report=false", "evaluate.final=false", "data.size=2000", "data.max_prompt=128"),
+    *("observe.report=false", "evaluate.final=false", "++data.settings.size=2000", "data.max_prompt=128"),
     *("generator.replicas=1", "learner.ranks=1"),
 ]
 

@@ -116,7 +116,7 @@ class Notes:
 
 
 QUICK = ["experiment=quickstart", "rollout.groups_per_step=16", "generator.replicas=1"]
-QUICK += ["objective=grpo", "objective.estimator.fn=subtree", "data.size=3000"]
+QUICK += ["objective=grpo", "objective.estimator.fn=subtree", "++data.settings.size=3000"]
 
 
 def test_every_plan_trains(model: str, local_ray: None) -> None:
@@ -163,7 +163,12 @@ def test_the_command_line_grows_groups_and_says_so(model: str, tmp_path: Path) -
     from tests.ray.test_train import entroray, metrics
 
     small = ["run.steps=2", "rollout.groups_per_step=8", "observe.tokens.every=1", "observe.report=false"]
-    small += ["evaluate.final=false", "data.size=2000", "data.max_prompt=64", f"model.path={model}"]
+    small += [
+        "evaluate.final=false",
+        "++data.settings.size=2000",
+        "data.max_prompt=64",
+        f"model.path={model}",
+    ]
     said = entroray(
         "train", "experiment=quickstart", "generator.replicas=1", "rollout=branching",
         "objective.keep.fn=always", *small, f"run.dir={tmp_path}/run", cache=tmp_path,

@@ -29,9 +29,9 @@ CONTROL = {
 }
 BASE = [
     *("experiment=quickstart", "objective=grpo", "objective.penalties=[{fn: entropy_bonus, coef: 0.0}]"),
-    *("data.size=2000", "data.max_prompt=128", "generator.replicas=1", "learner.warmup_updates=0"),
+    *("++data.settings.size=2000", "data.max_prompt=128", "generator.replicas=1", "learner.warmup_updates=0"),
 ]
-PACE = LoopSettings(8, 4, 0, True, 2, 1000, max_failed=0.5, max_skipped=1, stall=120.0)
+PACE = LoopSettings(8, 4, 0, True, 1000, max_failed=0.5, stall=120.0, max_skipped=1)
 
 
 class Memory:

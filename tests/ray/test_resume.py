@@ -18,7 +18,7 @@ from entroray.observe.trackers import TensorBoard
 BASE = [
     *("train", "experiment=quickstart", "objective=grpo", "run.steps=6", "rollout.groups_per_step=4"),
     *("observe.tokens.every=1", "observe.report=false", "evaluate.final=false", "checkpoint.every=2"),
-    *("run.resume=auto", "data.size=2000", "data.max_prompt=128"),
+    *("run.resume=auto", "++data.settings.size=2000", "data.max_prompt=128"),
     *("generator.replicas=1", "evaluate.every=2", "evaluate.prompts=16", "evaluate.samples=2"),
     "+control.high={knob: objective.surrogate.high, fn: band, signal: entropy/mean, at_least: 9, at_most: 9, "
     "step: 0.1, low: 0.2, high: 1}",

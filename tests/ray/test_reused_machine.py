@@ -13,7 +13,7 @@ from entroray.observe import lab_cells
 
 SMALL = [
     *("experiment=quickstart", "run.steps=3", "rollout.groups_per_step=8", "rollout.max_tokens=12"),
-    *("data.size=2000", "data.max_prompt=128", "generator.replicas=1"),
+    *("++data.settings.size=2000", "data.max_prompt=128", "generator.replicas=1"),
     *("observe.tokens.every=1", "observe.report=false", "evaluate.prompts=16", "evaluate.samples=2"),
     "evaluate.final=false",
 ]

@@ -229,7 +229,12 @@ def test_a_weighted_run_starts_at_ratio_one_and_the_engine_measures_what_the_lea
     from tests.ray.test_train import entroray, metrics
 
     common = ["experiment=quickstart", f"model.path={peaked}", "run.steps=1", "objective.keep.fn=always"]
-    common += ["rollout.groups_per_step=8", "rollout.max_tokens=12", "data.size=2000", "generator.replicas=1"]
+    common += [
+        "rollout.groups_per_step=8",
+        "rollout.max_tokens=12",
+        "++data.settings.size=2000",
+        "generator.replicas=1",
+    ]
     common += [
         "data.max_prompt=64",
         "learner.updates_per_rollout=1",

@@ -158,7 +158,11 @@ def test_a_run_with_a_calculator(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_of_a_mixture(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    sizes = ["data.parts.chain_sum.size=2000", "data.parts.countdown.size=600", "generator.threads=1"]
+    sizes = [
+        "data.parts.chain_sum.settings.size=2000",
+        "data.parts.countdown.settings.size=600",
+        "generator.threads=1",
+    ]
     sizes += ["evaluate.every=1", "evaluate.samples=2"]
     given = [x for x in SMALL if not x.startswith("run.steps")]
     entroray(

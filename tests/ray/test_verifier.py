@@ -287,7 +287,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-SMALL = ("data.max_prompt=32", "data.size=50", "model.warm_start.cache=/nowhere")
+SMALL = ("data.max_prompt=32", "++data.settings.size=50", "model.warm_start.cache=/nowhere")
 
 
 def test_the_doctor_looks_at_rows_and_judge() -> None:

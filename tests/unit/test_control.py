@@ -276,11 +276,10 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
         (["+control.c={knob: rollout.max_tokens, fn: constant, value: 65}"], "is the most it can be"),
         (
             [
-                "rollout.repetition.count=4",
-                "rollout.repetition.shortest=4",
+                "rollout.repetition.count=16",
                 "+control.c={knob: rollout.max_tokens, fn: constant, value: 15}",
             ],
-            "do not fit",
+            r"repetition\.count=16 .*rollout\.max_tokens=15",
         ),
         (["+control.c={knob: objective.estimator.fn, fn: constant, value: 3}"], "not a number"),
         (

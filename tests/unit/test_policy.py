@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from entroray.config import ModelSize
 from entroray.errors import PreflightError
 from entroray.policy.microbatches import cut_by_groups, plan_microbatches
 from entroray.policy.model import load_policy, pad
@@ -17,7 +16,14 @@ from entroray.policy.tiny_model import build_tiny_model
 from entroray.policy.tokenizer import byte_tokenizer, chat, fingerprint, load_tokenizer
 from entroray.types import Batch
 
-TINY = ModelSize(layers=2, width=64, heads=2, kv_heads=1, mlp=64, context=128)
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+}
 
 
 @pytest.fixture(scope="module")

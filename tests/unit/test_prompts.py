@@ -14,14 +14,12 @@ import pytest
 from entroray.data.demonstrations import chain_sum_steps, find_demonstration
 from entroray.data.prompts import (
     PromptStream,
-    Question,
     make_prompts,
     prompt_id,
-    reasoning_gym_rows,
     render,
     split,
-    table_rows,
 )
+from entroray.data.sources import Question, reasoning_gym, table
 from entroray.errors import ConfigError, DataError, PreflightError
 from entroray.reward import build_judge
 from entroray.types import Prompt
@@ -67,7 +65,7 @@ def test_every_bad_row_is_listed_with_its_line(tmp_path):
         {"question": "q", "answer": "no end #### "},
     )
     with pytest.raises(PreflightError) as caught:
-        table_rows(source)
+        table(source)
     said = {
         2: "no 'question' (columns: answer)",
         3: "7, not a string",
@@ -80,7 +78,7 @@ def test_every_bad_row_is_listed_with_its_line(tmp_path):
         11: "nothing behind '####'",
     }
     first, *lines, remedy = str(caught.value).splitlines()
-    assert "data.bad_rows" in remedy and "9 of 11 rows are bad" in first
+    assert "data.settings.bad_rows" in remedy and "9 of 11 rows are bad" in first
     for line, (number, says) in zip(lines, said.items(), strict=True):
         assert line.strip().startswith(f"line {number}:") and says in line
 
@@ -88,7 +86,7 @@ def test_every_bad_row_is_listed_with_its_line(tmp_path):
 def test_a_long_list_of_bad_rows_is_cut_and_counted(tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", *[{"question": ""}] * 57)
     with pytest.raises(PreflightError) as caught:
-        table_rows(source)
+        table(source)
     *lines, _ = str(caught.value).splitlines()
     assert len(lines) == 22 and lines[-2].strip().startswith("line 20") and lines[-1].strip() == "and 37 more"
 
@@ -96,10 +94,12 @@ def test_a_long_list_of_bad_rows_is_cut_and_counted(tmp_path):
 def test_a_share_of_bad_rows_may_be_left_out(tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_text('{"question": "q", "answer": "1"}\n' * 9 + "{}\n")
-    rows, left_out = table_rows(str(source), bad_rows=0.1)
+    rows, left_out = table(str(source), bad_rows=0.1)
     assert (len(rows), left_out) == (9, 1)
-    with pytest.raises(PreflightError, match=r"1 of 10 rows are bad[\s\S]*line 10[\s\S]*data.bad_rows"):
-        table_rows(str(source), bad_rows=0.09)
+    with pytest.raises(
+        PreflightError, match=r"1 of 10 rows are bad[\s\S]*line 10[\s\S]*data.settings.bad_rows"
+    ):
+        table(str(source), bad_rows=0.09)
 
 
 def test_references_follow_the_marker_and_numbers_are_answers(tmp_path):
@@ -109,25 +109,25 @@ def test_references_follow_the_marker_and_numbers_are_answers(tmp_path):
         {"q": "b", "a": 3},
         {"q": "c", "a": "just this"},
     )
-    rows, _ = table_rows(source, question="q", answer="a")
+    rows, _ = table(source, question="q", answer="a")
     assert [r.answer for r in rows] == ["1,018", "3", "just this"]
     assert rows[0].task == "rows" and rows[0].row["a"].startswith("work")
-    assert [r.answer for r in table_rows(source, question="q", answer=None)[0]] == ["", "", ""]
+    assert [r.answer for r in table(source, question="q", answer=None)[0]] == ["", "", ""]
 
 
 def test_parquet_rows_and_what_is_not_utf8_in_them(tmp_path):
     good, bad = tmp_path / "good.parquet", tmp_path / "bad.parquet"
     columns = {"question": ["a", "b"], "answer": [1, 2], "image": [b"\xff", b"\xfe"]}
     pq.write_table(pa.table(columns), good)
-    (first, _), _ = table_rows(str(good))
+    (first, _), _ = table(str(good))
     assert (first.text, first.answer, first.row["image"]) == ("a", "1", b"\xff")
     raw = pa.array([b"fine", b"caf\xe9"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"question": raw, "answer": ["1", "2"]}), bad)
     with pytest.raises(PreflightError, match="line 2: not UTF-8 at byte 3"):
-        table_rows(str(bad))
+        table(str(bad))
     bad.write_bytes(b"not parquet")
     with pytest.raises(PreflightError, match="cannot be read as Parquet"):
-        table_rows(str(bad))
+        table(str(bad))
 
 
 def test_other_sources_are_data_sets_of_the_hub(monkeypatch, tmp_path):
@@ -141,15 +141,15 @@ def test_other_sources_are_data_sets_of_the_hub(monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(PreflightError, match="line 2"):
-        table_rows("openai/gsm8k", subset="main", split="test")
+        table("openai/gsm8k", subset="main", split="test")
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
     with pytest.raises(PreflightError, match="no such data set"):
-        table_rows("gone")
+        table("gone")
     (tmp_path / "rows.csv").touch()
     with pytest.raises(ConfigError, match=r"neither \.jsonl nor \.parquet"):
-        table_rows(str(tmp_path / "rows.csv"))
+        table(str(tmp_path / "rows.csv"))
     with pytest.raises(PreflightError, match="there is no file"):
-        table_rows(str(tmp_path / "absent.jsonl"))
+        table(str(tmp_path / "absent.jsonl"))
 
 
 # Rendering.
@@ -269,7 +269,7 @@ COUNT = {"min_numbers": 3, "max_numbers": 4, "max_value": 20, "min_target": 1, "
 )
 def test_demonstrations_of_the_gym_are_right(task, settings, extract):
     judge = build_judge({"fn": "gym", "task": task, "extract": extract, "marker": "="})
-    rows = reasoning_gym_rows(task, size=40, seed=5, settings=settings)
+    rows = reasoning_gym(task, size=40, seed=5, **settings)[0]
     for prompt in make_prompts(rows, tokenize=characters).prompts:
         text = find_demonstration(task)(prompt.entry)
         assert judge(text, prompt).correct == 1 and " " not in text
@@ -297,7 +297,7 @@ def test_a_wrong_countdown_row_is_no_demonstration():
 def test_impossible_settings_are_named():
     with pytest.raises(ConfigError, match="countdown"):
         impossible = {"min_numbers": 2, "max_numbers": 2, "max_value": 2, "min_target": 900}
-        reasoning_gym_rows("countdown", size=1, seed=1, settings=impossible)
+        reasoning_gym("countdown", size=1, seed=1, settings=impossible)
 
 
 def test_calculator_notes_are_removed():
@@ -308,7 +308,7 @@ def test_calculator_notes_are_removed():
 def test_gsm8k_solutions_are_right_and_bare():
     if not GSM8K.is_file():
         pytest.skip(f"NOT TESTED: GSM8K is not at {GSM8K}")
-    rows, _ = table_rows(str(GSM8K))
+    rows, _ = table(str(GSM8K))
     assert len(rows) == 7473
     judge = build_judge({"fn": "math", "extract": "after", "marker": "####"})
     made = make_prompts(rows[:40], tokenize=characters).prompts

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from entroray.data.demonstrations import WorkedAnswer, chain_sum_calls
-from entroray.data.prompts import reasoning_gym_rows
+from entroray.data.sources import reasoning_gym
 from entroray.metrics.catalogue import TOOLS
 from entroray.metrics.step import step_metrics
 from entroray.objective import build_objective
@@ -223,7 +223,7 @@ def test_a_demonstration_has_the_ids_of_its_turns_and_the_tools_are_not_learnt()
 
 def test_worked_sums_say_what_the_calculator_says() -> None:
     settings = {"min_terms": 1, "max_terms": 4, "min_digits": 1, "max_digits": 2, "allow_negation": True}
-    for question in reasoning_gym_rows("chain_sum", size=40, seed=5, settings=settings):
+    for question in reasoning_gym("chain_sum", size=40, seed=5, **settings)[0]:
         worked = chain_sum_calls(question.row)
         assert [calculator()(call, PROMPT) for call, _ in worked.calls] == [said for _, said in worked.calls]
         assert worked.end == f"={question.answer}"

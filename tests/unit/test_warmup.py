@@ -80,7 +80,7 @@ def test_an_evaluation_draws_from_the_policy_as_it_is_at_each_temperature() -> N
     assert type(calling).__name__ == "ToolTurns"
 
 
-def test_the_probe_is_the_text_of_the_settings_without_special_tokens() -> None:
+def test_the_probe_is_its_text_without_special_tokens() -> None:
     tokenizer = byte_tokenizer()
-    ids = dataset.probe_ids(configured("driver.probe.text=ab"), tokenizer)
-    assert len(ids) == 2 and tokenizer.decode(ids) == "ab"
+    ids = dataset.probe_ids(tokenizer)
+    assert tokenizer.decode(ids) == dataset.PROBE
