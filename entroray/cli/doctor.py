@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -175,7 +176,13 @@ def _material(config: Config) -> dataset.Dataset:
         if warm_start.is_missing(config)
         else load_tokenizer(warm_start.resolve_model(config))
     )
-    d = config.data
-    parts = {name: replace(part, size=min(part.size, ROWS)) for name, part in d.parts.items()}
-    few = replace(d, size=min(d.size, ROWS), parts=parts)
+    parts = {name: _fewer_rows(part) for name, part in config.data.parts.items()}
+    few = replace(_fewer_rows(config.data), parts=parts)
     return dataset.read_dataset(replace(config, data=few), tokenizer)
+
+
+def _fewer_rows(of: Any) -> Any:
+    """The data, or a part of it, with at most `ROWS` generated questions."""
+    if of.source != "reasoning_gym":
+        return of
+    return replace(of, settings={**of.settings, "size": min(of.settings.get("size", ROWS), ROWS)})

@@ -90,7 +90,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
     read = dataset.load_dataset(config, model)
     prompts = read.split.heldout[: e.prompts]
     if not prompts:
-        raise PreflightError(f"no held-out prompt among {config.data.size} rows: raise data.heldout")
+        raise PreflightError(f"no held-out prompt with data.heldout={config.data.heldout:g}: raise it")
     if e.cot > len(read.tokenizer):
         raise ConfigError(
             f"evaluate.cot={e.cot}: the tokenizer knows {len(read.tokenizer)} tokens, so lower it"
