@@ -57,15 +57,15 @@ def main(arguments: list[str]) -> int:
     todo = [job for job in jobs if not _done(job.cell, known.get(job.cell.name))]
     for job in jobs:
         lab_cells.save_cell(folder, _kept(job.cell, known.get(job.cell.name)))
-    tell = lambda: _report(folder, given.get("baseline"))
-    tell()
+    write_report = lambda: _report(folder, given.get("baseline"))
+    write_report()
     print(f"{len(jobs)} cells asked for, {len(jobs) - len(todo)} done before, in {folder}", flush=True)
     if todo:
-        _run(folder, todo, tell, ReusedActors(config_dir))
-    _print(folder, tell())
+        _run(folder, todo, write_report, ReusedActors(config_dir))
+    _print(folder, write_report())
     lock.close()
-    asked = {job.cell.name for job in jobs}
-    return next((c.exit_code for c in lab_cells.load_cells(folder) if c.exit_code and c.name in asked), 0)
+    wanted = {job.cell.name for job in jobs}
+    return next((c.exit_code for c in lab_cells.load_cells(folder) if c.exit_code and c.name in wanted), 0)
 
 
 def plan(folder: Path, overrides: Sequence[str], config_dir: str | None = None) -> list[Job]:
@@ -74,12 +74,12 @@ def plan(folder: Path, overrides: Sequence[str], config_dir: str | None = None) 
     Those that share a machine follow each other, and of them every objective's first seed comes first,
     so that a lab cut short has compared something.
     """
-    made = [_job(folder, each, config_dir) for each in compose.expand_sweep(list(overrides))]
-    if len({(j.config.cluster.address, cpu_only(j.config)) for j in made}) > 1:
+    jobs = [_job(folder, each, config_dir) for each in compose.expand_sweep(list(overrides))]
+    if len({(j.config.cluster.address, cpu_only(j.config)) for j in jobs}) > 1:
         raise ConfigError("a lab has one Ray cluster: sweep neither cluster nor cluster.address")
-    machines = list(dict.fromkeys(_machine(job) for job in made))
-    seeds = list(dict.fromkeys(job.cell.seed for job in made))
-    return sorted(made, key=lambda job: (machines.index(_machine(job)), seeds.index(job.cell.seed)))
+    machines = list(dict.fromkeys(_machine(job) for job in jobs))
+    seeds = list(dict.fromkeys(job.cell.seed for job in jobs))
+    return sorted(jobs, key=lambda job: (machines.index(_machine(job)), seeds.index(job.cell.seed)))
 
 
 def _machine(job: Job) -> str:
@@ -94,35 +94,37 @@ def _job(folder: Path, overrides: Sequence[str], config_dir: str | None) -> Job:
             "checkpoint.every"
         )
     plain = compose.fingerprint(OmegaConf.to_container(tree, resolve=True))
-    told = hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
-    cell = Cell(tuple(overrides), config.seed, told)
+    digest = hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+    cell = Cell(tuple(overrides), config.seed, digest)
     config.run.dir = tree.run.dir = str(lab_cells.cell_path(folder, cell))
     return Job(cell, config, tree)
 
 
-def _done(asked: Cell, known: Cell | None) -> bool:
+def _done(wanted: Cell, known: Cell | None) -> bool:
     """Whether a cell was finished with the settings it has now; one that failed is tried again."""
-    if known and known.status == "done" and known.settings != asked.settings:
+    if known and known.status == "done" and known.settings != wanted.settings:
         print(f"{known.name}: its settings are others now, it is run again", flush=True)
-    return bool(known and known.status == "done" and known.settings == asked.settings)
+    return bool(known and known.status == "done" and known.settings == wanted.settings)
 
 
-def _kept(asked: Cell, known: Cell | None) -> Cell:
+def _kept(wanted: Cell, known: Cell | None) -> Cell:
     """What is on disk of a cell until its own run begins: what is known of it, whatever is asked now."""
     if known is None or known.status != "done":
-        return known or asked
-    return replace(known, reason="" if known.settings == asked.settings else OLDER)
+        return known or wanted
+    return replace(known, reason="" if known.settings == wanted.settings else OLDER)
 
 
-def _run(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any], bench: ReusedActors) -> None:
+def _run(folder: Path, jobs: Sequence[Job], write_report: Callable[[], Any], bench: ReusedActors) -> None:
     train.take_signals()
     try:
-        asyncio.run(_work(folder, jobs, tell, bench))
+        asyncio.run(_work(folder, jobs, write_report, bench))
     finally:
         cluster.stop()
 
 
-async def _work(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any], bench: ReusedActors) -> None:
+async def _work(
+    folder: Path, jobs: Sequence[Job], write_report: Callable[[], Any], bench: ReusedActors
+) -> None:
     code = run_directory.code_version()
     of_task = tasks([job.cell for job in jobs])
     for number, job in enumerate(jobs, start=1):
@@ -132,7 +134,7 @@ async def _work(folder: Path, jobs: Sequence[Job], tell: Callable[[], Any], benc
         cell = replace(await _attempt(bench, job), code=code)
         lab_cells.save_cell(folder, cell)
         print(f"    {_line(cell)}", flush=True)
-        tell()
+        write_report()
     await bench.clear()
 
 

@@ -31,6 +31,15 @@ TAKEN = {
 }
 
 
+RENAMED = {
+    "model.bootstrap": "model.warm_start",
+    "data.bad_rows": "data.settings.bad_rows",
+    "objective_packages": "packages",
+    "model.path=bootstrap": "model.path=tiny",
+}
+"""Settings that older pages showed, and their names now."""
+
+
 @cache
 def conf_folder() -> Path:
     """The folder of YAML: in the package of a wheel, beside it in a checkout; PreflightError without one."""
@@ -50,6 +59,7 @@ def load_config(
     An evaluation (`training` False) may be greedy, or cut the tail. Raises ConfigError naming the key and
     the nearest right one.
     """
+    _refuse_renamed(overrides)
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir={config_dir} is no folder: give one with conf/'s groups in it")
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
@@ -62,16 +72,25 @@ def load_config(
     return _typed(tree, training=training), tree
 
 
+def _refuse_renamed(overrides: list[str]) -> None:
+    """ConfigError for a setting by the name that older pages gave it."""
+    for override in overrides:
+        path = override.lstrip("+~")
+        for old, new in RENAMED.items():
+            if path == old or path.startswith((f"{old}.", f"{old}=")):
+                raise ConfigError(f"{path}: `{old}` is called `{new}` now: {path.replace(old, new, 1)}")
+
+
 def override_config(tree: DictConfig, values: list[str], *, training: bool = True) -> Config:
     """Composed settings with `path=value` said beside them; no group can be chosen anew."""
     try:
         typed = OmegaConf.get_type(tree) is Config
-        whole = tree if typed else OmegaConf.merge(OmegaConf.structured(Config), tree)
-        told = OmegaConf.merge(whole, OmegaConf.from_dotlist(values))
+        schema = tree if typed else OmegaConf.merge(OmegaConf.structured(Config), tree)
+        merged = OmegaConf.merge(schema, OmegaConf.from_dotlist(values))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
-    assert isinstance(told, DictConfig)
-    return _typed(told, training=training)
+    assert isinstance(merged, DictConfig)
+    return _typed(merged, training=training)
 
 
 def _typed(tree: DictConfig, *, training: bool) -> Config:
@@ -87,13 +106,13 @@ def _typed(tree: DictConfig, *, training: bool) -> Config:
 
 
 def _explain(error: Exception) -> str:
-    said = " ".join(str(error.__cause__ or error).split())
+    cause = " ".join(str(error.__cause__ or error).split())
     known = list(_keys(Config))
     unknown = next((w.strip("'\".,:") for w in str(error).split() if "=" in w or "." in w), "")
     key = unknown.lstrip("+~").partition("=")[0]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f" Did you mean `{near[0]}`?" if near and near[0] != key else ""
-    return f"{str(error).splitlines()[0]} ({said}).{hint}"
+    return f"{str(error).splitlines()[0]} ({cause}).{hint}"
 
 
 def _keys(schema: Any, prefix: str = "") -> Any:
