@@ -17,8 +17,9 @@ from entroray.wiring import actors, compose, dataset, warm_start
 from entroray.wiring.driver import loop_settings
 from entroray.workers import cluster
 from entroray.workers.cluster import Gang, Share
+from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.generator import Sampling
-from entroray.workers.learner_rank import LearnerRank
+from entroray.workers.learner_rank import LearnerRank, LearnerSettings
 from entroray.workers.roles import LearnerRole
 from tests.cases import ROWS
 from tests.ray.test_learner import groups
@@ -114,9 +115,12 @@ async def _one_step(model: str, name: str, ranks: int) -> dict[str, float]:
         [f"learner.ranks={ranks}", "learner.reference=true", "learner.max_grad_norm=0.5"]
     )
     objective = build_objective(ROWS[name])
-    spec = actors.learner_settings(config, model, 10)
+    spec = LearnerSettings(config, model, 10)
     share = Share(0.4, 0.0, 1)
-    gang = Gang("learner", [cluster.spawn(LearnerRank, share, r, spec, objective) for r in range(ranks)])
+    gang = Gang(
+        "learner",
+        [cluster.spawn(LearnerRank, share, r, spec, objective, DeepSpeedBackend) for r in range(ranks)],
+    )
     host, port = await cluster.settle(gang.handles[0].address.remote(), deadline=120.0, what="rank 0")
     await gang.all(lambda r, h: h.start.remote(host, port, 120.0), deadline=180.0)
     learner = LearnerRole(gang, objective, 1, 150, 120.0)
