@@ -3,8 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,15 @@ from entroray.wiring import sampler, tool
 from entroray.workers import cluster
 from entroray.workers.checkpoint import Checkpoints
 from entroray.workers.cluster import Gang, Pool, Share
+from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.engine_pool import GRACE, EnginePool
 from entroray.workers.generator import Generator, Sampling
 from entroray.workers.learner_rank import LearnerRank, LearnerSettings
 from entroray.workers.roles import GeneratorRole, LearnerRole, VerifierRole
-from entroray.workers.sync import GeneratorClient, SyncProbe, WeightSync
+from entroray.workers.sync import WeightSync
 from entroray.workers.verifier import Verifier
 from entroray.workers.vllm_request import PROCESSOR
+from entroray.workers.weight_sender import WeightSender
 
 
 def resource_shares(config: Config) -> dict[str, tuple[int, Share]]:
@@ -86,10 +87,11 @@ class Actors:
         Nothing of the last run is left: weights, optimizer, schedule, random state, requests, prefix caches.
         """
         within = config.driver.call_deadline
-        await self.engines.idle(config.rollout.deadline + GRACE)
+        await self.engines.drain(config.rollout.deadline + GRACE)
         settings = learner_settings(config, model, total_updates)
         await self.learner.all(lambda rank, h: h.reset.remote(settings, objective), deadline=within)
-        sync = _weight_sync(config, self.learner, self.engines, self.sync.probe.token_ids)
+        self.engines.sender.disconnect()
+        sync = WeightSync(self.learner, self.engines, self.sync.probe_ids, config.driver)
         facts = self.facts | await sync(0)
         return Actors(config, self.engines, self.learner, self.verifiers, sync, facts)
 
@@ -98,7 +100,7 @@ class Actors:
         await self.export(folder)
         within = self.config.driver.call_deadline
         await self.learner.all(lambda rank, h: h.anchor.remote(folder), deadline=within)
-        self.sync.forget()
+        self.engines.sender.disconnect()
 
     async def stop(self) -> None:
         """Ranks leave their process group in order; Ray ends the rest."""
@@ -108,7 +110,7 @@ class Actors:
     async def end(self) -> None:
         """Every actor dies at once, whatever it is doing, and its place is free for another machine."""
         await self.engines.close()
-        cluster.end([*self.engines.there(), *self.learner.handles, *self.verifiers.handles])
+        cluster.kill_actors([*self.engines.all_handles, *self.learner.handles, *self.verifiers.handles])
 
 
 def at_temperature(config: Config, m: Actors, tokenizer: Any) -> At:
@@ -129,31 +131,13 @@ def lasting(config: Config) -> dict[str, Any]:
     kept["learner"] = {name: every["learner"][name] for name in ("ranks", "threads")}
     kept["processors"] = _shaping(config)
     kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline", "turns", "tool")}
-    return kept
+    return kept | {"call_deadline": every["driver"]["call_deadline"]}
 
 
 def learner_settings(config: Config, model: str, total_updates: int) -> LearnerSettings:
-    """The learner's share of the configuration."""
-    n = config.learner
-    return LearnerSettings(
-        model=model,
-        dtype=config.model.dtype,
-        world=n.ranks,
-        zero_stage=n.zero_stage,
-        lr=n.lr,
-        weight_decay=n.weight_decay,
-        betas=(n.betas[0], n.betas[1]),
-        max_grad_norm=n.max_grad_norm,
-        schedule=n.schedule,
-        warmup_updates=n.warmup_updates,
-        total_updates=total_updates,
-        seed=config.seed,
-        reference=n.reference,
-        gradient_checkpointing=n.gradient_checkpointing,
-        attention=config.model.attention,
-        transfer=config.generator.transfer,
-        deepspeed=n.deepspeed,
-    )
+    """The sections of the configuration that a learner rank starts from."""
+    stored = replace(config.model, path=model)
+    return LearnerSettings(config.learner, stored, config.generator.transfer, config.seed, total_updates)
 
 
 def sequence_length(config: Config) -> int:
@@ -207,7 +191,7 @@ async def start_actors(
     """Start every actor, sync the weights, and compare log-probs on the probe before anything is trained.
 
     The weights are the model's as version 0, or with `resume` (checkpoint, step) those of that step.
-    `report(kind, **fields)` hears of engines lost and joined.
+    `report(kind, **fields)` is called for engines lost and joined.
     """
     asked = resource_shares(config)
     settings = learner_settings(config, model, total_updates)
@@ -218,20 +202,23 @@ async def start_actors(
         sizes = {"dtype": config.model.dtype, "max_length": limit, "seed": config.seed, "engine": options}
         return cluster.spawn(Generator, asked["generators"][1], model, **sizes)
 
+    handles = [generator() for _ in range(config.generator.replicas)]
+    count, share = asked["learner ranks"]
+    rank = lambda i: cluster.spawn(LearnerRank, share, i, settings, objective, DeepSpeedBackend)
+    learner = Gang("learner", [rank(i) for i in range(count)])
     engines = EnginePool(
-        [generator() for _ in range(config.generator.replicas)],
+        handles,
         generator,
+        WeightSender(learner, config.generator, config.driver.call_deadline),
         restarts=config.generator.restarts,
         start_deadline=config.driver.call_deadline,
         report=report,
     )
-    count, share = asked["learner ranks"]
-    ranks = [cluster.spawn(LearnerRank, share, rank, settings, objective) for rank in range(count)]
     count, share = asked["verifiers"]
     v = config.verifier
     limits = {"slots": v.slots, "deadline": config.reward.deadline, "memory_mb": v.memory_mb}
     judges = [cluster.spawn(Verifier, share, judge, **limits) for _ in range(count)]
-    learner, verifiers = Gang("learner", ranks), Pool("verifier", judges)
+    verifiers = Pool("verifier", judges)
     sync, facts = await _introduce(
         config, engines=engines, learner=learner, verifiers=verifiers, probe=probe, resume=resume
     )
@@ -258,31 +245,17 @@ async def _introduce(
     async def serving() -> list[float]:
         return await Gang("generator", engines.handles).all(lambda r, h: h.start.remote(), deadline=within)
 
+    judges = Gang("verifier", verifiers.handles)
     if config.generator.sleep:  # vLLM measures the card as it starts: nobody else may fill or leave it
         await serving()
     facts, *_ = await asyncio.gather(
-        gang(), serving(), verifiers.all(lambda h: h.warm_up.remote(), deadline=within)
+        gang(), serving(), judges.all(lambda r, h: h.warm_up.remote(), deadline=within)
     )
-    sync = _weight_sync(config, learner, engines, probe)
+    sync = WeightSync(learner, engines, probe, config.driver)
     folder, version = resume or (None, 0)
     if folder:
         await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=within)
     return sync, facts[0] | await sync(version)
-
-
-def _weight_sync(config: Config, learner: Gang, engines: EnginePool, probe: tuple[int, ...]) -> WeightSync:
-    driver = config.driver
-    settings = SyncProbe(probe, driver.probe.every, driver.probe.tolerance)
-    client = partial(
-        GeneratorClient,
-        tensor_parallel=config.generator.tensor_parallel,
-        deadline=driver.call_deadline,
-        keep_kv=config.generator.keep_kv,
-    )
-    transfer = config.generator.transfer
-    return WeightSync(
-        learner, engines, client, probe=settings, deadline=driver.call_deadline, transfer=transfer
-    )
 
 
 def check_gpus(config: Config) -> None:

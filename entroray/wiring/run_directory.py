@@ -92,7 +92,7 @@ def _resumed(folder: Path, config: Config) -> RunDirectory:
     if found is None:
         print(f"resume: {folder} has no checkpoint yet, starting it over", flush=True)
         return RunDirectory(folder)
-    state = checkpoint.state_of(found)
+    state = checkpoint.driver_state(found)
     if state["version"] >= config.run.steps:
         raise PreflightError(
             f"{found} is at step {state['version']} of run.steps={config.run.steps}: raise run.steps to go on"

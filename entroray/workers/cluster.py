@@ -1,7 +1,6 @@
 """Ray at the edge: start it, place actors on it, and the only waits on it there are."""
 
 import asyncio
-import itertools
 import logging
 import os
 import signal
@@ -15,77 +14,72 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from entroray.errors import EntrorayError, InfrastructureError, PreflightError, Stopped
 from entroray.workers import orphans
 
 
-class Waits:
-    """What this process is waiting for over Ray, and since when: what a stall report is made of."""
+class OpenWaits:
+    """What this process is waiting for over Ray, and since when, for the report of a stall."""
 
     def __init__(self) -> None:
-        self.since: dict[int, tuple[str, float]] = {}
+        self.started: dict[object, tuple[str, float]] = {}
 
     @contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        """While inside, `what` is being waited for."""
-        key = next(_KEYS)
-        self.since[key] = what, time.monotonic()
+    def record(self, what: str) -> Iterator[None]:
+        """Count `what` as waited for while inside."""
+        key = object()
+        self.started[key] = what, time.monotonic()
         try:
             yield
         finally:
-            del self.since[key]
+            del self.started[key]
 
-    def lines(self, most: int = 20) -> list[str]:
+    def lines(self, limit: int = 20) -> list[str]:
         """The longest waits, one a line."""
         now = time.monotonic()
-        return [f"{what}: {now - began:.1f} s" for what, began in list(self.since.values())[:most]]
+        return [f"{what}: {now - start:.1f} s" for what, start in list(self.started.values())[:limit]]
 
 
-_KEYS = itertools.count()
-WAITS = Waits()
+WAITS = OpenWaits()
 
 
 async def settle(ref: Any, *, deadline: float, what: str) -> Any:
     """The value of one ObjectRef, awaited at most `deadline` seconds; InfrastructureError names `what`."""
-    return await _within(asyncio.wrap_future(ref.future()), deadline, what)
+    return await _await_within(asyncio.wrap_future(ref.future()), deadline, what)
 
 
 async def settle_next(stream: Any, *, deadline: float, what: str) -> Any:
     """The next value that an actor's generator yields, awaited at most `deadline` seconds."""
-    ref = await _within(anext(stream), deadline, what)
+    ref = await _await_within(anext(stream), deadline, what)
     return await settle(ref, deadline=deadline, what=what)
 
 
-async def _within(value: Awaitable[Any], deadline: float, what: str) -> Any:
-    try:
-        with WAITS.on(what):
-            return await asyncio.wait_for(value, deadline)
-    except TimeoutError as error:
-        raise InfrastructureError(f"{what} gave no answer within {deadline:.0f} s") from error
-    except RayActorError as error:
-        raise InfrastructureError(f"{what}: its process died: {_first_line(error)}") from error
-    except RayTaskError as error:
-        raise _typed(error, what) from error
+async def _await_within(value: Awaitable[Any], deadline: float, what: str) -> Any:
+    with _typed_errors(deadline, what), WAITS.record(what):
+        return await asyncio.wait_for(value, deadline)
 
 
 def wait(refs: Sequence[Any], *, deadline: float, what: str) -> list[Any]:
     """The values of all ObjectRefs within `deadline` seconds, for code that is not asyncio."""
-    try:
+    with _typed_errors(deadline, what):
         return ray.get(list(refs), timeout=deadline)
-    except GetTimeoutError as error:
+
+
+@contextmanager
+def _typed_errors(deadline: float, what: str) -> Iterator[None]:
+    """Raise InfrastructureError for a missed deadline or a dead process, else the worker's own error."""
+    try:
+        yield
+    except TimeoutError as error:  # of asyncio, and Ray's GetTimeoutError
         raise InfrastructureError(f"{what} gave no answer within {deadline:.0f} s") from error
     except RayActorError as error:
         raise InfrastructureError(f"{what}: its process died: {_first_line(error)}") from error
     except RayTaskError as error:
-        raise _typed(error, what) from error
-
-
-def _typed(error: RayTaskError, what: str) -> Exception:
-    """What the worker raised, when it was meant to be read; else Ray's own wrapping, traceback and all."""
-    cause = error.cause
-    return type(cause)(f"{what}: {cause}") if isinstance(cause, EntrorayError) else error
+        if not isinstance(error.cause, EntrorayError):
+            raise  # unforeseen: Ray's wrapping has the traceback
+        raise type(error.cause)(f"{what}: {error.cause}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -94,7 +88,7 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Share:
-    """What one actor of a role asks of its node."""
+    """What one actor of a role needs of its node."""
 
     cpus: float
     gpus: float
@@ -161,9 +155,9 @@ def _own_sigterm() -> Iterator[None]:
 def check_resources(
     shares: Mapping[str, tuple[int, Share]], nodes: Sequence[Mapping[str, float]] | None = None
 ) -> str:
-    """The arithmetic of what every role asks against what each of `nodes`, the cluster's, has.
+    """The arithmetic of what every role needs and what `nodes`, by default the cluster's, have.
 
-    PreflightError when all of them are too small together, or the largest is for one actor.
+    PreflightError if all nodes are too small together, or the largest is too small for one actor.
     """
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]] if nodes is None else nodes
     have = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
@@ -180,11 +174,11 @@ def check_resources(
             "the cluster is too small: " + "; ".join(short) + ". Lower learner.ranks, generator.replicas, "
             "verifier.replicas or cluster.cpus.*, or join more nodes"
         )
-    if homeless := [role for role, (n, share) in shares.items() if n and not _fits(share, nodes)]:
-        asked = "; ".join(f"{r}: {shares[r][1].cpus:g} CPU, {shares[r][1].gpus:g} GPU each" for r in homeless)
-        there = ", ".join(f"{n.get('CPU', 0):g} CPU and {n.get('GPU', 0):g} GPU" for n in nodes)
+    if large := [role for role, (n, share) in shares.items() if n and not _fits(share, nodes)]:
+        needs = "; ".join(f"{r}: {shares[r][1].cpus:g} CPU, {shares[r][1].gpus:g} GPU each" for r in large)
+        sizes = ", ".join(f"{n.get('CPU', 0):g} CPU and {n.get('GPU', 0):g} GPU" for n in nodes)
         raise PreflightError(
-            f"no node is large enough for one actor of {asked}. There are {there}, and an actor cannot be "
+            f"no node is large enough for one actor of {needs}. Nodes have {sizes}, and an actor cannot be "
             "spread over nodes: lower generator.tensor_parallel or cluster.cpus.*, or join a larger node"
         )
     return "; ".join(rows)
@@ -201,8 +195,8 @@ def spawn(cls: type, share: Share, *args: Any, **kwargs: Any) -> Any:
     return remote.options(runtime_env={"env_vars": threads}).remote(*args, **kwargs)
 
 
-def end(handles: Sequence[Any]) -> None:
-    """Kill actors, so that what they hold of their nodes is free for others."""
+def kill_actors(handles: Sequence[Any]) -> None:
+    """Kill actors, to free what they hold of their nodes."""
     for handle in handles:
         ray.kill(handle)
 
@@ -224,17 +218,9 @@ class Pool:
         index = self.busy.index(min(self.busy))
         self.busy[index] += 1
         try:
-            what = f"{self.name} {index}"
-            return await settle(method(self.handles[index]), deadline=deadline, what=what)
+            return await settle(method(self.handles[index]), deadline=deadline, what=f"{self.name} {index}")
         finally:
             self.busy[index] -= 1
-
-    async def all(self, method: Callable[[Any], Any], *, deadline: float) -> list[Any]:
-        """`method(handle)` on every replica, in order."""
-        calls = [
-            settle(method(h), deadline=deadline, what=f"{self.name} {i}") for i, h in enumerate(self.handles)
-        ]
-        return list(await asyncio.gather(*calls))
 
 
 class Gang:

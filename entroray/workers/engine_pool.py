@@ -1,53 +1,61 @@
-"""The generators as one: whole waves handed out, what a dead engine held re-issued, the dead replaced."""
+"""The generators as one pool: spreads requests, re-issues those of a dead engine, and replaces it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
-from entroray.errors import InfrastructureError
+from entroray.errors import InfrastructureError, SyncError
 from entroray.types import Rollout
 from entroray.workers.cluster import settle, settle_next
 from entroray.workers.generator import Request
+from entroray.workers.weight_sender import WeightSender
 
 GRACE = 30.0
 """Seconds a call over Ray may take beyond the deadline of the items it carries."""
+_BROKEN_COLLECTIVE = (
+    "the weights did not get through (generator.transfer=nccl), and the learner is lost with them: {}\n"
+    "Go on from the last checkpoint with the same command and run.resume=auto"
+)
+"""Ranks and engines stand in a broadcast that cannot be left: asking any of them would wait again."""
 
 
 @dataclass(eq=False)
 class Engine:
-    """One generator actor and how many samples it owes."""
+    """One generator actor."""
 
     name: str
     handle: Any
-    owes: int = 0
+    in_flight: int = 0
+    """Samples asked of it that it has not given."""
+    lost: bool = False
 
 
 @dataclass
 class PrefixAffinity:
-    """Which engine served a prompt last: what its cache knows of the prompt is read again for nothing.
+    """Routes a prompt to the engine that served it last, to reuse its prefix cache.
 
-    A request goes there unless that engine owes more than `ahead` samples more than the one that owes least,
-    which is then the home. The `most` prompts served last are remembered. Seeds make a sample the same on
-    any engine, so this moves work, not results.
+    If that engine has more than `slack` samples in flight more than the idlest, the idlest takes the prompt
+    over. The `capacity` prompts served last are remembered. Seeds make a sample the same on any engine, so
+    this moves work, not results.
     """
 
-    ahead: int = 16
-    most: int = 4096
-    known: dict[str, Engine] = field(default_factory=dict)
-    """The prompt served longest ago first."""
+    slack: int = 16
+    capacity: int = 4096
+    engines: dict[str, Engine] = field(default_factory=dict)
+    """By prompt; the prompt served longest ago first."""
 
     def choose(self, prompt_id: str, live: Sequence[Engine]) -> Engine:
-        """The engine of `live`, of which there is one, to ask next."""
-        least = min(live, key=lambda e: e.owes)
-        home = self.known.pop(prompt_id, least)
-        chosen = home if home in live and home.owes <= least.owes + self.ahead else least
-        self.known[prompt_id] = chosen
-        if len(self.known) > self.most:
-            del self.known[next(iter(self.known))]
+        """The engine of `live`, which is not empty, to ask next."""
+        idlest = min(live, key=lambda e: e.in_flight)
+        previous = self.engines.pop(prompt_id, idlest)
+        keep = previous in live and previous.in_flight <= idlest.in_flight + self.slack
+        self.engines[prompt_id] = chosen = previous if keep else idlest
+        if len(self.engines) > self.capacity:
+            del self.engines[next(iter(self.engines))]
         return chosen
 
 
@@ -62,169 +70,155 @@ class Pending:
 class EnginePool:
     """Engines that serve the same weights; requests made in one turn of the event loop travel together.
 
-    Together, because an engine that is given a whole wave in one call runs it in the same batches every
-    time: what it samples does not depend on how fast calls arrived. An engine that dies or gives no
-    answer is dropped, its requests go to the others, and `spawn` starts another while `restarts` lasts;
-    it serves once `WeightSync` has brought it the weights (`mend`, or the next sync).
+    An engine that is given a whole wave in one call runs it in the same batches every time, so its samples
+    do not depend on how fast calls arrived. An engine that dies or gives no answer is dropped, its requests
+    go to the others, and `spawn` starts another while `restarts` lasts; it serves once `sender` has brought
+    it the weights.
     """
 
     def __init__(
         self,
         handles: Sequence[Any],
         spawn: Callable[[], Any],
+        sender: WeightSender,
         *,
         restarts: int,
         start_deadline: float,
         report: Callable[..., None],
     ):
         self.live = [Engine(f"generator {i}", handle) for i, handle in enumerate(handles)]
-        self.spawn, self.restarts, self.start_deadline, self.report = spawn, restarts, start_deadline, report
+        self.spawn, self.sender, self.report = spawn, sender, report
+        self.restarts, self.start_deadline = restarts, start_deadline
         self.started = len(handles)
         self.newcomers: list[Engine] = []
-        self.mend: Callable[[], Awaitable[None]] | None = None
-        self.homes = PrefixAffinity()
+        """Started, but without the weights."""
+        self.affinity = PrefixAffinity()
         self.queue: list[Pending] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self.replacing: set[asyncio.Task[None]] = set()
+        self.updating = asyncio.Lock()
         self.changed = asyncio.Event()
-        self.last = "none was started"
+        self.last_error = "none was started"
 
     @property
     def handles(self) -> list[Any]:
         """Of the engines that serve."""
         return [engine.handle for engine in self.live]
 
-    async def sample(self, request: Request) -> list[Rollout]:
-        """One rollout per seed of `request`; InfrastructureError when no engine is left to give them."""
-        if not self.queue:
-            asyncio.get_running_loop().call_soon(self._hand_out)
-        asked = Pending(request, asyncio.get_running_loop().create_future())
-        self.queue.append(asked)
-        return await asked.answer
+    @property
+    def all_handles(self) -> list[Any]:
+        """Of the engines that serve, then of newcomers."""
+        return [engine.handle for engine in (*self.live, *self.newcomers)]
 
-    def _hand_out(self) -> None:
-        """Everything asked for since the last turn, each request to an engine that knows its prompt."""
-        asked, self.queue = [a for a in self.queue if not a.answer.done()], []
+    # --- sampling ---
+
+    async def sample(self, request: Request) -> list[Rollout]:
+        """One rollout per seed of `request`; InfrastructureError if no engine is left to give them."""
+        if not self.queue:
+            asyncio.get_running_loop().call_soon(self._dispatch)
+        pending = Pending(request, asyncio.get_running_loop().create_future())
+        self.queue.append(pending)
+        return await pending.answer
+
+    def _dispatch(self) -> None:
+        """Give every request of the last turn to an engine, all requests of an engine in one call."""
+        pending, self.queue = [p for p in self.queue if not p.answer.done()], []
         if not self.live:
-            self._keep(self._wait_and_ask(asked))
+            _start(self._dispatch_later(pending), self.tasks)
             return
         shares: dict[Engine, list[Pending]] = {engine: [] for engine in self.live}
-        for each in asked:
-            engine = self.homes.choose(each.request.prompt_id, self.live)
-            engine.owes += len(each.request.seeds)
+        for each in pending:
+            engine = self.affinity.choose(each.request.prompt_id, self.live)
+            engine.in_flight += len(each.request.seeds)
             shares[engine].append(each)
         for engine, share in shares.items():
             if share:
-                self._keep(self._serve(engine, share))
-
-    def _keep(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+                _start(self._serve(engine, share), self.tasks)
 
     async def _serve(self, engine: Engine, share: list[Pending]) -> None:
-        """One call for all of `share`; answers as they come, the rest asked again when the engine is lost."""
+        """One call for all of `share`; what a lost engine has not answered is dispatched again."""
         left = dict(enumerate(share))
-        deadline = max(a.request.deadline for a in share) + GRACE
+        deadline = max(p.request.deadline for p in share) + GRACE
         try:
             answers = engine.handle.sample_all.options(num_returns="streaming").remote(
-                [a.request for a in share]
+                [p.request for p in share]
             )
             while left:
                 index, rollouts = await settle_next(
                     answers, deadline=deadline, what=f"{engine.name}, sampling"
                 )
-                asked = left.pop(index)
-                engine.owes -= len(asked.request.seeds)
-                if not asked.answer.done():
-                    asked.answer.set_result(rollouts)
+                pending = left.pop(index)
+                engine.in_flight -= len(pending.request.seeds)
+                if not pending.answer.done():
+                    pending.answer.set_result(rollouts)
         except InfrastructureError as error:
-            self.lose(engine, error)
-            self.queue += [a for a in left.values() if not a.answer.done()]
-            self._hand_out()
+            self.drop(engine, error)
+            self.queue += [p for p in left.values() if not p.answer.done()]
+            self._dispatch()
         except RayTaskError as error:  # a request that no engine would take: not the engine's fault
             _fail(left.values(), error)
 
-    async def _wait_and_ask(self, asked: list[Pending]) -> None:
+    async def _dispatch_later(self, pending: list[Pending]) -> None:
         try:
-            await self.ready()
+            await self._wait_for_engine(lambda: self.live)
         except InfrastructureError as error:
-            _fail(asked, error)
+            _fail(pending, error)
             return
-        self.queue += asked
-        self._hand_out()
+        self.queue += pending
+        self._dispatch()
 
-    async def ready(self) -> None:
-        """Returns when an engine serves; InfrastructureError when there is none and none will come."""
-        while not self.live:
-            self._demand_hope()
+    async def _wait_for_engine(self, available: Callable[[], Sequence[Any]]) -> None:
+        """Return when one is available; InfrastructureError when none will ever be."""
+        while not available():
+            if not self.replacing and not self.newcomers:
+                raise InfrastructureError(
+                    f"no generator is left ({self.last_error}) and generator.restarts is used up: look at "
+                    "the engine's own log, then raise generator.restarts or lower its memory"
+                )
             self.changed.clear()
             await self.changed.wait()
 
-    async def arrived(self) -> None:
-        """As `ready`, but an engine that still waits for its weights will do."""
-        while not self.newcomers and not self.live:
-            self._demand_hope()
-            self.changed.clear()
-            await self.changed.wait()
+    # --- weights ---
 
-    def _demand_hope(self) -> None:
-        if not self.replacing and not self.newcomers:
-            raise InfrastructureError(
-                f"no generator is left ({self.last}) and generator.restarts is used up: look at the "
-                "engine's own log, then raise generator.restarts or lower its memory"
-            )
+    async def update_weights(self, version: int | None = None) -> None:
+        """Serve the learner's weights as `version` on every engine; SyncError if one holds something else.
 
-    def there(self) -> list[Any]:
-        """Of the engines that serve, and of those that will once they have the weights."""
-        return self.handles + [engine.handle for engine in self.newcomers]
+        Without `version`, newcomers get the weights last sent, unless an update has changed them since.
+        """
+        while not await self._send_weights(version):
+            await self._wait_for_engine(lambda: self.all_handles)
 
-    async def all(self, method: Callable[[Any], Any], *, deadline: float, what: str) -> list[Any]:
-        """`method(handle)` of every engine that serves, in order; those that fail are lost, not answered."""
-
-        async def one(engine: Engine) -> list[Any]:
+    async def _send_weights(self, version: int | None) -> bool:
+        """False if an engine was lost on the way: try again without it."""
+        transfer = self.sender.generator.transfer
+        async with self.updating:
+            if transfer != "plasma":  # ranks would wait in a collective for one that is dead
+                await self._drop_unhealthy()
+            if not (handles := self.all_handles):
+                return False
             try:
-                return [await settle(method(engine.handle), deadline=deadline, what=f"{engine.name}, {what}")]
-            except InfrastructureError as error:
-                self.lose(engine, error)
-                return []
+                if await self.sender.send(handles, version):
+                    self._admit(handles)
+                return True
+            except SyncError:
+                raise
+            except (InfrastructureError, RayTaskError) as error:
+                if transfer == "nccl":
+                    self.restarts = 0  # nobody is left to give another engine the weights
+                    raise InfrastructureError(_BROKEN_COLLECTIVE.format(error)) from error
+                if isinstance(error, RayTaskError) or not await self._drop_unhealthy():
+                    raise
+                return False
 
-        return [answer for answers in await asyncio.gather(*map(one, self.live)) for answer in answers]
+    async def _drop_unhealthy(self) -> bool:
+        """Drop engines and newcomers that do not answer, or whose weights are half updated; was there one?"""
+        engines = [*self.live, *self.newcomers]
+        deadline, what = self.sender.deadline, "checking its weights"
+        await self.call_all(lambda h: h.check_weights.remote(), deadline=deadline, what=what, newcomers=True)
+        return any(engine.lost for engine in engines)
 
-    def lose(self, engine: Engine, error: Exception) -> None:
-        """Serve without `engine` from now on, and start another in its place while that is allowed."""
-        if engine not in self.live:
-            return
-        self.live.remove(engine)
-        self.last = str(error)
-        ray.kill(engine.handle)
-        self.report("engine_lost", engine=engine.name, error=str(error), restarts_left=self.restarts)
-        if self.restarts > 0:
-            self.restarts -= 1
-            task = asyncio.get_running_loop().create_task(self._replace())
-            self.replacing.add(task)
-            task.add_done_callback(self._replaced)
-        self.changed.set()
-
-    async def _replace(self) -> None:
-        engine = Engine(f"generator {self.started}", self.spawn())
-        self.started += 1
-        start = engine.handle.start.remote()
-        await settle(start, deadline=self.start_deadline, what=f"{engine.name}, starting")
-        self.newcomers.append(engine)
-        self.changed.set()
-        if self.mend is not None:
-            await self.mend()
-
-    def _replaced(self, task: asyncio.Task[None]) -> None:
-        self.replacing.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            self.last, self.newcomers = str(error), []
-            self.report("engine_not_replaced", error=str(error))
-        self.changed.set()
-
-    def admit(self, handles: Sequence[Any]) -> None:
-        """The engines behind `handles` hold the weights that the others hold: they serve too."""
+    def _admit(self, handles: Sequence[Any]) -> None:
+        """Let the newcomers of `handles` serve: they hold the weights that the others hold."""
         joining = [engine for engine in self.newcomers if engine.handle in handles]
         for engine in joining:
             self.report("engine_joined", engine=engine.name)
@@ -232,8 +226,54 @@ class EnginePool:
         self.newcomers = [engine for engine in self.newcomers if engine not in joining]
         self.changed.set()
 
-    async def idle(self, deadline: float) -> None:
-        """Returns when no samples are under way; InfrastructureError after `deadline` seconds."""
+    # --- members ---
+
+    async def call_all(
+        self, method: Callable[[Any], Any], *, deadline: float, what: str, newcomers: bool = False
+    ) -> list[Any]:
+        """`method(handle)` of every engine that serves, in order; one that fails is dropped and left out."""
+
+        async def call(engine: Engine) -> list[Any]:
+            try:
+                return [await settle(method(engine.handle), deadline=deadline, what=f"{engine.name}, {what}")]
+            except InfrastructureError as error:
+                self.drop(engine, error)
+                return []
+
+        engines = [*self.live, *(self.newcomers if newcomers else ())]
+        return [answer for answers in await asyncio.gather(*map(call, engines)) for answer in answers]
+
+    def drop(self, engine: Engine, error: BaseException) -> None:
+        """Go on without `engine`, and start another in its place while that is allowed."""
+        if engine.lost:
+            return
+        engine.lost, self.last_error = True, str(error)
+        self.live = [e for e in self.live if not e.lost]
+        self.newcomers = [e for e in self.newcomers if not e.lost]
+        ray.kill(engine.handle)
+        self.report("engine_lost", engine=engine.name, error=str(error), restarts_left=self.restarts)
+        if self.restarts > 0:
+            self.restarts -= 1
+            replacement = Engine(f"generator {self.started}", self.spawn())
+            self.started += 1
+            task = _start(self._admit_replacement(replacement), self.replacing)
+            task.add_done_callback(lambda task: self._replaced(replacement, task))
+        self.changed.set()
+
+    async def _admit_replacement(self, engine: Engine) -> None:
+        start = engine.handle.start.remote()
+        await settle(start, deadline=self.start_deadline, what=f"{engine.name}, starting")
+        self.newcomers.append(engine)
+        self.changed.set()
+        await self.update_weights()
+
+    def _replaced(self, engine: Engine, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            self.drop(engine, error)
+        self.changed.set()
+
+    async def drain(self, deadline: float) -> None:
+        """Return when no samples are under way; InfrastructureError after `deadline` seconds."""
         if self.tasks and (await asyncio.wait(self.tasks, timeout=deadline))[1]:
             raise InfrastructureError(
                 f"samples of the run before were still under way after {deadline:.0f} s"
@@ -246,7 +286,15 @@ class EnginePool:
         await asyncio.gather(*self.tasks, *self.replacing, return_exceptions=True)
 
 
-def _fail(asked: Iterable[Pending], error: Exception) -> None:
-    for each in asked:
+def _start(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> asyncio.Task[None]:
+    """A task of `work`, in `tasks` until it is done."""
+    task = asyncio.get_running_loop().create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task
+
+
+def _fail(pending: Iterable[Pending], error: Exception) -> None:
+    for each in pending:
         if not each.answer.done():
             each.answer.set_exception(error)

@@ -49,14 +49,9 @@ class Generator:
     """A vLLM engine serving one model; constructed inside its Ray actor."""
 
     def __init__(self, model: str, *, dtype: Any, max_length: int, seed: int, engine: Mapping[str, Any]):
-        self.model, self.dtype, self.max_length, self.seed, self.options = (
-            model,
-            dtype,
-            max_length,
-            seed,
-            engine,
-        )
-        self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.model, self.dtype, self.seed = model, dtype, seed
+        self.max_length, self.options = max_length, engine
+        self.inbox: queue.SimpleQueue[tuple[Callable[[Future], None], Future]] = queue.SimpleQueue()
         self.waiting: dict[str, _Waiting] = {}
         self.owner: dict[str, str] = {}
         self.serial = 0
@@ -115,8 +110,8 @@ class Generator:
     async def init_weight_transfer_engine(self, info: Mapping[str, Any]) -> None:
         await self._run(lambda: self.llm.init_weight_transfer_engine({"init_info": dict(info)}))
 
-    async def rest(self) -> None:
-        """Leave the card to the learner until the next sync: weights to the host, keys and values gone."""
+    async def sleep(self) -> None:
+        """Leave the card to the learner until the next sync: weights to the host, keys and values dropped."""
         await self._run(self._sleep)
 
     async def start_weight_update(self) -> None:
@@ -131,10 +126,10 @@ class Generator:
         """Commit, drop keys and values of the old weights, go on; acknowledges (version, hash)."""
         return await self._run(lambda: self._commit(version, keep_kv))
 
-    async def whole(self) -> None:
-        """InfrastructureError when an update of the weights was begun and never committed."""
+    async def check_weights(self) -> None:
+        """InfrastructureError if an update of the weights was begun and never committed."""
         if self.failure is not None or self.paused:
-            raise self.failure or InfrastructureError("it stands in the middle of an update of its weights")
+            raise self.failure or InfrastructureError("a weight update was begun and never committed")
 
     # --- the engine thread ---
 
@@ -146,7 +141,8 @@ class Generator:
         except BaseException as error:  # boundary: the thread's death must reach every waiter
             self.failure = InfrastructureError(f"the engine's thread died: {error!r}")
             waiters = [w.future for w in self.waiting.values()]
-            for future in (self.ready, *waiters):
+            unread = [future for _, future in self._drain(block=False)]
+            for future in (self.ready, *waiters, *unread):
                 if not future.done():
                     future.set_exception(self.failure)
             raise
@@ -181,13 +177,16 @@ class Generator:
 
     def _turn(self) -> None:
         busy = self.engine.has_unfinished_requests() and not self.paused
-        for action in self._drain(block=not busy):
-            action()
+        for action, future in self._drain(block=not busy):
+            try:
+                action(future)
+            except Exception as error:  # boundary: the caller gets it, the engine thread lives on
+                future.set_exception(error)
         if self.engine.has_unfinished_requests() and not self.paused:
             self._collect(self.engine.step())
         self._expire(time.monotonic())
 
-    def _drain(self, *, block: bool) -> list[Callable[[], None]]:
+    def _drain(self, *, block: bool) -> list[tuple[Callable[[Future], None], Future]]:
         actions = []
         try:
             if block:
@@ -257,7 +256,7 @@ class Generator:
         names = sorted(waiting.done, key=lambda n: int(n.rpartition("-")[2]))
         results = [waiting.done[n] for n in names]
         probe = not isinstance(results[0], Rollout)
-        if not waiting.future.cancelled():
+        if not waiting.future.done():  # cancelled, or refused by vLLM as it was admitted
             waiting.future.set_result(results[0] if probe else results)
 
     def _expire(self, now: float) -> None:
@@ -306,15 +305,8 @@ class Generator:
         return await self._post(lambda future: future.set_result(action()))
 
     async def _post(self, action: Callable[[Future], None]) -> Any:
-        if self.failure is not None:
-            raise self.failure
         future: Future = Future()
-
-        def perform() -> None:
-            try:
-                action(future)
-            except Exception as error:  # boundary: the caller gets it, the engine thread lives on
-                future.set_exception(error)
-
-        self.inbox.put(perform)
+        self.inbox.put((action, future))
+        if self.failure is not None:  # looked at last: once it is set, nobody may read the inbox any more
+            raise self.failure
         return await asyncio.wrap_future(future)

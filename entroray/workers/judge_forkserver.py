@@ -1,10 +1,10 @@
-"""The verifier's other half, in processes of its own: a nursery, and the judge processes it forks.
+"""The fork server of a verifier: builds the judge once, and forks the processes that judge.
 
 Run as `python -m entroray.workers.judge_forkserver FD REWARD MEMORY_MB`, FD being one end of a socket pair.
-The nursery builds the judge once and then only obeys: fork a worker for the descriptor that comes along, or
-kill a worker with its process group. It alone reaps its workers, so a pid is never a stranger's. When
-the other end closes, it ends them all and itself. Only the standard library is imported before the fork
-that takes it out of Ray's hands (Ray kills the children of a dying actor, but not their children).
+It takes two commands: fork a worker for the descriptor that comes along, or kill a worker with its process
+group. Only it reaps its workers, so a pid is never that of another process. When the other end closes, it
+kills them all and exits. Only the standard library is imported before its own first fork, which detaches it
+from the Ray actor (Ray kills the children of a dying actor, but not their children).
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 HEADER = struct.Struct("!q")
-"""Length of the message that follows; alone, an order to the nursery: a pid to kill, or FORK."""
+"""Length of the message that follows; alone, a command to the fork server: a pid to kill, or FORK."""
 
 FORK = 0
 
@@ -34,7 +34,7 @@ def send(channel: socket.socket, message: bytes) -> None:
 
 
 def main(fd: int, reward: str, memory_mb: str) -> None:
-    """Build the judge, say so (with an empty message, or with what is wrong), and serve until EOF."""
+    """Build the judge, send an empty message (or what is wrong), and serve until EOF."""
     control = socket.socket(fileno=fd)
     if pid := os.fork():
         send(control, str(pid).encode())
@@ -54,53 +54,53 @@ def main(fd: int, reward: str, memory_mb: str) -> None:
 
 def _serve(control: socket.socket, judge: Callable[..., Any], memory_mb: int | None) -> NoReturn:
     children: set[int] = set()
-    while (order := _order(control)) is not None:
-        number, channel = order
+    while (command := _receive_command(control)) is not None:
+        number, channel = command
         if channel is None:
-            _end(children & {number})
+            _kill_groups(children & {number})
             continue
         pid = os.fork()
         if pid == 0:
             control.close()
-            _work(judge, channel, memory_mb)
+            _serve_items(judge, channel, memory_mb)
         channel.close()
         os.setpgid(pid, pid)
         children -= {child for child in children if os.waitpid(child, os.WNOHANG)[0]}
         children.add(pid)
         send(control, str(pid).encode())
-    _end(children)
+    _kill_groups(children)
     for child in children:
         os.waitpid(child, 0)
     os._exit(0)
 
 
-def _order(control: socket.socket) -> tuple[int, socket.socket | None] | None:
-    """(pid to kill, None) or (FORK, the worker's channel); None when the verifier is gone."""
+def _receive_command(control: socket.socket) -> tuple[int, socket.socket | None] | None:
+    """(pid to kill, None) or (FORK, the worker's channel); None if the verifier is gone."""
     message, fds, _, _ = socket.recv_fds(control, HEADER.size, 1)
     if len(message) < HEADER.size:
         return None
     return HEADER.unpack(message)[0], socket.socket(fileno=fds[0]) if fds else None
 
 
-def _end(pids: set[int]) -> None:
+def _kill_groups(pids: set[int]) -> None:
     for pid in pids:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _work(judge: Callable[..., Any], channel: socket.socket, memory_mb: int | None) -> NoReturn:
+def _serve_items(judge: Callable[..., Any], channel: socket.socket, memory_mb: int | None) -> NoReturn:
     try:
-        _contain(memory_mb)
+        _limit_resources(memory_mb)
         while header := channel.recv(HEADER.size, socket.MSG_WAITALL):
             prompt, text = pickle.loads(channel.recv(HEADER.unpack(header)[0], socket.MSG_WAITALL))
             send(channel, json.dumps(asdict(judge(text, prompt))).encode())
-    except BaseException:  # boundary: a fork must never return into the nursery's own loop
+    except BaseException:  # boundary: a fork must never return into the server's loop
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
 
 
-def _contain(memory_mb: int | None) -> None:
-    """Die with the nursery, leave no core file, and allocate at most `memory_mb` beyond what there is."""
+def _limit_resources(memory_mb: int | None) -> None:
+    """Die with the fork server, leave no core file, allocate at most `memory_mb` more than now."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_mb is not None:

@@ -1,8 +1,8 @@
-"""Ends what a local Ray cluster leaves behind when the process that started it is killed.
+"""Ends the processes that a local Ray cluster leaves behind when the process that started it is killed.
 
 Ray's own processes follow a killed driver, but two agents wait a minute and more for servers that are
 gone. Run as `python -m entroray.workers.orphans FD PID`: it keeps a list of the descendants of PID, and
-when the other end of the pipe FD closes, those have `PATIENCE` seconds to end by themselves.
+kills those that outlive the closing of the other end of the pipe FD by `GRACE` seconds.
 """
 
 import os
@@ -13,27 +13,27 @@ from functools import cache
 
 import psutil
 
-LOOK = 2.0
-"""Seconds between two looks at who there is; titles overwrite environments, so a mark would not last."""
-PATIENCE = 5.0
+POLL_INTERVAL = 2.0
+"""Seconds between two lists of descendants; titles overwrite environments, so a mark there would not last."""
+GRACE = 5.0
 
 
 @cache
 def end_with_parent() -> None:
-    """Have all descendants of this process ended some seconds after it is gone."""
+    """Start a process that ends all descendants of this one some seconds after it is gone."""
     read, _ = os.pipe()  # the other end stays open here, and nowhere else, until this process is gone
     command = [sys.executable, "-m", __name__, str(read), str(os.getpid())]
-    # deadline: it lives as long as this process and PATIENCE more
+    # deadline: it lives as long as this process and GRACE more
     subprocess.Popen(command, pass_fds=[read], start_new_session=True)
     os.close(read)
 
 
 def main(fd: int, pid: int) -> None:
-    """Watch until the end of the pipe, then end who is left."""
+    """Watch until the pipe closes, then kill what is left."""
     known: set[psutil.Process] = set()
-    while not select.select([fd], [], [], LOOK)[0]:
+    while not select.select([fd], [], [], POLL_INTERVAL)[0]:
         known = {p for p in (*known, *_children(pid)) if p.is_running() and p.pid != os.getpid()}
-    _, alive = psutil.wait_procs(known, timeout=PATIENCE)
+    _, alive = psutil.wait_procs(known, timeout=GRACE)
     for process in alive:
         for each in (*_children(process.pid), process):
             _kill(each)

@@ -93,7 +93,7 @@ class LearnerRole:
     async def score(self, batch: Batch, group: NDArray[np.int64], extra: Sequence[str] = ()) -> Scores:
         """Scored in the micro-batches it will be updated in, so that the first ratio is exactly 1."""
         if self.engines:
-            await self.engines.all(lambda h: h.rest.remote(), deadline=self.deadline, what="going to sleep")
+            await self.engines.call_all(lambda h: h.sleep.remote(), deadline=self.deadline, what="sleeping")
         most = min(self.updates, len(np.unique(group)))  # what is only read may be fewer groups than a step
         plans = replace(self, updates=most)._plans(batch, group)
         per_rank = [[m for p in plans for m in p[rank]] for rank in range(len(self.gang.handles))]

@@ -7,7 +7,7 @@ transfer between nodes), every engine pulls, hashes and checks them while it sti
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -28,6 +28,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
 from entroray.errors import ConfigError, SyncError
+from entroray.workers.weight_sender import GeneratorClient
 
 BACKEND = "plasma"
 
@@ -39,27 +40,23 @@ def register() -> None:
     WeightTransferTrainerFactory.register_engine(BACKEND, __name__, "PlasmaTrainer")
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a packed buffer holds, in order."""
+Manifest = dict[str, list[Any]]
+"""[data type, shape] of every parameter, in the order of a packed buffer."""
 
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
 
-    def check_against(self, other: "Manifest") -> None:
-        """SyncError naming every parameter that is missing, unknown or of another shape or type."""
-        mine, theirs = self._rows(), other._rows()
-        if mine != theirs:
-            wrong = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-            raise SyncError(
-                f"received weights are not the model's: {len(wrong)} parameters differ, first {wrong[:3]}: "
-                f"expected {[theirs.get(k) for k in wrong[:3]]}, got {[mine.get(k) for k in wrong[:3]]}"
-            )
+def describe_weights(weights: Iterable[ParamMeta]) -> Manifest:
+    """The manifest of these parameters."""
+    return {w.name: [str(w.dtype).removeprefix("torch."), list(w.shape)] for w in weights}
 
-    def _rows(self) -> dict[str, tuple]:
-        rows = zip(self.names, self.dtypes, self.shapes, strict=True)
-        return {name: (dtype, tuple(shape)) for name, dtype, shape in rows}
+
+def check_manifest(received: Manifest, expected: Manifest) -> None:
+    """SyncError naming parameters that are missing, unknown or of another shape or type."""
+    names = received.keys() | expected.keys()
+    if wrong := sorted(name for name in names if received.get(name) != expected.get(name)):
+        raise SyncError(
+            f"received weights are not the model's: {len(wrong)} parameters differ, first {wrong[:3]}: "
+            f"expected {[expected.get(k) for k in wrong[:3]]}, got {[received.get(k) for k in wrong[:3]]}"
+        )
 
 
 def digest(payload: np.ndarray) -> str:
@@ -69,11 +66,7 @@ def digest(payload: np.ndarray) -> str:
 
 def pack(weights: list[tuple[str, torch.Tensor]]) -> tuple[Manifest, np.ndarray]:
     """One flat byte buffer of all weights, on the CPU."""
-    manifest = Manifest(
-        names=[name for name, _ in weights],
-        dtypes=[str(t.dtype).removeprefix("torch.") for _, t in weights],
-        shapes=[list(t.shape) for _, t in weights],
-    )
+    manifest = describe_weights(ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in weights)
     flat = [t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in weights]
     return manifest, np.concatenate(flat)
 
@@ -81,7 +74,7 @@ def pack(weights: list[tuple[str, torch.Tensor]]) -> tuple[Manifest, np.ndarray]
 def unpack(manifest: Manifest, payload: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of a packed buffer, copied out of it."""
     offset = 0
-    for name, dtype_name, shape in zip(manifest.names, manifest.dtypes, manifest.shapes, strict=True):
+    for name, (dtype_name, shape) in manifest.items():
         dtype = getattr(torch, dtype_name)
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         yield name, torch.from_numpy(payload[offset : offset + size].copy()).view(dtype).view(shape)
@@ -94,14 +87,14 @@ def unpack(manifest: Manifest, payload: np.ndarray) -> Iterator[tuple[str, torch
 class PlasmaInit(WeightTransferInitInfo):
     """No rendezvous: the manifest of a whole model, against which every update is checked."""
 
-    manifest: dict[str, Any]
+    manifest: Manifest
 
 
 @dataclass
 class PlasmaUpdate(WeightTransferUpdateInfo):
     """One whole model: its manifest and its bytes."""
 
-    manifest: dict[str, Any]
+    manifest: Manifest
     payload: np.ndarray
 
 
@@ -112,7 +105,7 @@ class PlasmaEngine(WeightTransferEngine[PlasmaInit, PlasmaUpdate]):
     update_info_cls = PlasmaUpdate
 
     def init_transfer_engine(self, init_info: PlasmaInit) -> None:
-        self.expected = Manifest(**init_info.manifest)
+        self.expected = init_info.manifest
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -124,10 +117,9 @@ class PlasmaEngine(WeightTransferEngine[PlasmaInit, PlasmaUpdate]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: PlasmaUpdate) -> None:
-        manifest = Manifest(**update_info.manifest)
-        manifest.check_against(self.expected)
+        check_manifest(update_info.manifest, self.expected)
         model: Any = self.model
-        model.load_weights(unpack(manifest, update_info.payload))
+        model.load_weights(unpack(update_info.manifest, update_info.payload))
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -166,13 +158,7 @@ class PlasmaTrainer(TrainerWeightTransferEngine[PlasmaTrainerInit]):
             raise ValueError("plasma sends whole models: it needs a WeightSource")
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
         if engine.is_sender:
-            metadata = source.metadata()
-            manifest = Manifest(
-                names=[m.name for m in metadata],
-                dtypes=[str(m.dtype).removeprefix("torch.") for m in metadata],
-                shapes=[list(m.shape) for m in metadata],
-            )
-            client.init_weight_transfer_engine({"manifest": vars(manifest)})
+            client.init_weight_transfer_engine({"manifest": describe_weights(source.metadata())})
         return engine
 
     def send_weights(self) -> None:
@@ -185,51 +171,47 @@ class PlasmaTrainer(TrainerWeightTransferEngine[PlasmaTrainerInit]):
         staged = ray.put(payload)
         self.client.stage(staged, digest(payload))  # type: ignore[attr-defined]
         self.client.start_weight_update()
-        self.client.update_weights({"manifest": vars(manifest)})
+        self.client.update_weights({"manifest": manifest})
         self.client.finish_weight_update()
 
 
 class GatheredSource(WeightSource):
-    """A module's parameters under Hugging Face names, whole on every rank whatever the ZeRO stage."""
+    """The learner's parameters by name, which its backend makes whole one by one, on all ranks together."""
 
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.tied = getattr(module.config, "tie_word_embeddings", False)
-
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
-        named = self.module.named_parameters()  # a tied head is listed once, as the embedding
-        return [(n, p) for n, p in named if not (self.tied and n == "lm_head.weight")]
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], backend: Any):
+        self.named, self.backend = named, backend
 
     def metadata(self) -> list[ParamMeta]:
-        shape = lambda p: tuple(getattr(p, "ds_shape", p.shape))
-        return [ParamMeta(n, p.dtype, shape(p)) for n, p in self._named()]
+        return [ParamMeta(name, p.dtype, self.backend.full_shape(p)) for name, p in self.named]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-        for name, parameter in self._named():
-            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                yield name, parameter.detach().clone()
+        return ((name, self.backend.gather(p)) for name, p in self.named)
 
 
-def connect(backend: str, *, rank: int, client: Any, module: nn.Module) -> TrainerWeightTransferEngine:
-    """The learner's end of `backend` on this rank: plasma, or nccl and ipc (GPUs only; unproved here)."""
+def connect(
+    backend: str, *, rank: int, client: GeneratorClient, source: WeightSource, rendezvous: tuple[str, int]
+) -> TrainerWeightTransferEngine:
+    """The learner's end of transfer `backend` on this rank: plasma, or nccl and ipc (GPUs only).
+
+    `rendezvous` is an address and port of rank 0, where an NCCL group of it and all engines may meet.
+    """
     register()
-    source = GatheredSource(module)
     largest = max(math.prod(m.shape) * m.dtype.itemsize for m in source.metadata())
     return WeightTransferTrainerFactory.trainer_init(
-        _init_info(backend, rank, client, largest), client=client, source=source
+        _init_info(backend, rank, client, largest, rendezvous), client=client, source=source
     )
 
 
-def _init_info(backend: str, rank: int, client: Any, largest: int) -> TrainerInitInfo:
+def _init_info(
+    backend: str, rank: int, client: GeneratorClient, largest: int, rendezvous: tuple[str, int]
+) -> TrainerInitInfo:
     """`largest` is the size of the largest parameter in bytes."""
     if backend == BACKEND:
         return PlasmaTrainerInit(rank=rank)
     if backend == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        host, port = client.rendezvous
+        host, port = rendezvous
         world = 1 + len(client.handles) * client.tensor_parallel
         return NCCLTrainerInitInfo(rank=rank, master_address=host, master_port=port, world_size=world)
     if backend == "ipc":

@@ -1,7 +1,7 @@
 """Judges responses in processes of their own, so that no answer can hold, crash or fool the run.
 
-Every judge process (forked by a `nursery`, in milliseconds) has its own process group, memory limit and
-socket, serves one item at a time, and is killed (group and all) at the item's deadline. Contained, not
+Every judge process (forked by `judge_forkserver`, in milliseconds) has its own process group, memory limit
+and socket, serves one item at a time, and is killed with its group at the item's deadline. Contained, not
 sandboxed: files and network are open. (pebble.ProcessPool was measured and left: SIGKILL of one worker
 broke the whole pool and left futures that never ended, and an item deaf to SIGTERM held all others 3 s.)
 """
@@ -30,9 +30,9 @@ from entroray.workers.judge_forkserver import FORK, HEADER
 ITEMS_PER_WORKER = 1000
 """A worker is replaced after so many items, so that a leak in a judge cannot grow into its memory limit."""
 
-_LARGEST = 1 << 28
-_PATIENCE = 10.0
-"""Seconds the nursery has to end itself and its workers."""
+_MAX_MESSAGE = 1 << 28
+_CLOSE_DEADLINE = 10.0
+"""Seconds the fork server has to end itself and its workers."""
 
 _ENVIRONMENT = {
     name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONUNBUFFERED")
@@ -43,7 +43,7 @@ class Verifier:
     """`slots` judge processes; one verdict per rollout, each within `deadline` seconds of its own start.
 
     `reward` is what `entroray.reward.build` takes. `memory_mb` bounds what one worker may allocate beyond
-    what it starts with. The constructor does not wait for the judge; serves one event loop.
+    what it starts with. The constructor does not wait for the judge. An instance serves one event loop.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Verifier:
         self._deadline, self._width, self._slots = deadline, slots, asyncio.Semaphore(slots)
         self._idle: deque[_Worker] = deque()
         self._forking, self._closed = asyncio.Lock(), False
-        self._nursery = _Nursery(self._reward, memory_mb, start_limit)
+        self._server = _ForkServer(self._reward, memory_mb, start_limit)
 
     async def warm_up(self) -> None:
         """Return once every slot has its worker; raises ConfigError when the judge cannot be built."""
@@ -76,9 +76,9 @@ class Verifier:
         return list(await asyncio.gather(*(self._judge(prompt, r) for r in rollouts)))
 
     async def answer(self, prompt: Prompt, calls: Sequence[str]) -> list[Answer]:
-        """One answer of the tool per call, in order, where `reward` has one; raises as `judge` does."""
-        said = await asyncio.gather(*(self._ask(prompt, Call(call)) for call in calls))
-        return [Answer(str(v.answer or ""), not v.correct, v.status, v.detail) for v in said]
+        """One answer of the tool of `reward` per call, in order; raises as `judge` does."""
+        verdicts = await asyncio.gather(*(self._evaluate(prompt, Call(call)) for call in calls))
+        return [Answer(str(v.answer or ""), not v.correct, v.status, v.detail) for v in verdicts]
 
     def close(self) -> None:
         """End every process this verifier started; what is still being judged fails."""
@@ -86,28 +86,28 @@ class Verifier:
         for worker in self._idle:
             worker.channel.close()
         self._idle.clear()
-        self._nursery.close()
+        self._server.close()
 
     async def _judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
         if not rollout.status.usable:
             return failed("not judged: the response itself failed", rollout.status)
-        verdict = await self._ask(prompt, rollout.text)
+        verdict = await self._evaluate(prompt, rollout.text)
         cut = verdict.status is Status.OK and rollout.status is Status.TRUNCATED
         return replace(verdict, status=Status.TRUNCATED) if cut else verdict
 
-    async def _ask(self, prompt: Prompt, text: str) -> Verdict:
+    async def _evaluate(self, prompt: Prompt, text: str) -> Verdict:
         item = pickle.dumps((prompt, text))
         async with self._slots:
             verdict = await self._attempt(item) or await self._attempt(item, fresh=True)
         return verdict or failed("two judge processes died over this response", Status.INFRA_FAILED)
 
     async def _attempt(self, item: bytes, *, fresh: bool = False) -> Verdict | None:
-        """The verdict, or None when the worker died; only a good verdict lets a worker live on."""
+        """The verdict, or None if the worker died; a worker is reused only after a good verdict."""
         worker = self._idle.popleft() if self._idle and not fresh else await self._fork()
         reusable = False
         try:
             async with asyncio.timeout(self._deadline):
-                verdict = await worker.ask(item)
+                verdict = await worker.evaluate(item)
             reusable = verdict.status.usable and worker.served < ITEMS_PER_WORKER
             return verdict
         except TimeoutError:
@@ -119,20 +119,20 @@ class Verifier:
                 self._idle.append(worker)
             else:
                 worker.channel.close()
-                self._nursery.kill(worker.pid)
+                self._server.kill(worker.pid)
 
     async def _fork(self) -> "_Worker":
-        """A fresh worker; of another nursery when this one is gone, which is tried once."""
+        """A fresh worker; if the fork server is gone, another is started, once."""
         async with self._forking:
             for last in (False, True):
                 if self._closed:
                     raise InfrastructureError("this verifier is closed")
-                if not self._nursery.sound:
-                    self._nursery.close()
-                    self._nursery = _Nursery(self._reward, self._memory_mb, self._start_limit)
+                if not self._server.healthy:
+                    self._server.close()
+                    self._server = _ForkServer(self._reward, self._memory_mb, self._start_limit)
                 try:
                     async with asyncio.timeout(self._start_limit):
-                        return await self._nursery.fork()
+                        return await self._server.fork()
                 except (OSError, EOFError) as error:  # TimeoutError is an OSError
                     if last:
                         raise InfrastructureError(
@@ -149,14 +149,14 @@ class _Worker:
     channel: socket.socket
     served: int = 0
 
-    async def ask(self, item: bytes) -> Verdict:
+    async def evaluate(self, item: bytes) -> Verdict:
         self.served += 1
         await asyncio.get_running_loop().sock_sendall(self.channel, HEADER.pack(len(item)) + item)
-        return _decoded(await _receive(self.channel))
+        return _decode(await _receive(self.channel))
 
 
-class _Nursery:
-    """The verifier's end of the nursery; `sound` until an answer of it stays away."""
+class _ForkServer:
+    """The verifier's end of the fork server; `healthy` until it fails to answer."""
 
     def __init__(self, reward: Mapping[str, Any], memory_mb: int | None, start_limit: float):
         self._control, theirs = socket.socketpair()
@@ -167,12 +167,12 @@ class _Nursery:
             (length,) = HEADER.unpack(self._control.recv(HEADER.size, socket.MSG_WAITALL))
             self._pid = int(self._control.recv(length, socket.MSG_WAITALL))
         except (OSError, struct.error) as error:
-            raise InfrastructureError("the verifier's nursery did not start: see its log") from error
+            raise InfrastructureError("the verifier's fork server did not start: see its log") from error
         self._control.setblocking(False)
-        self._ready, self.sound = False, True
+        self._ready, self.healthy = False, True
 
     def _launch(self, fd: int, settings: list[str], limit: float) -> None:
-        """Returns as soon as the nursery has forked itself off, long before it has built its judge."""
+        """Return as soon as the fork server has detached itself, long before it has built its judge."""
         path = os.pathsep.join(filter(None, sys.path))
         subprocess.run(
             [sys.executable, "-P", "-m", "entroray.workers.judge_forkserver", str(fd), *settings],
@@ -184,8 +184,8 @@ class _Nursery:
         )
 
     async def fork(self) -> _Worker:
-        """A fresh worker; raises ConfigError when the judge cannot be built, EOFError when it is gone."""
-        self.sound = False
+        """A fresh worker; raises ConfigError if the judge cannot be built, EOFError if the server is gone."""
+        self.healthy = False
         if not self._ready:
             if refusal := (await _receive(self._control)).decode():
                 raise ConfigError(refusal)
@@ -195,21 +195,25 @@ class _Nursery:
         with theirs:
             socket.send_fds(self._control, [HEADER.pack(FORK)], [theirs.fileno()])
         worker = _Worker(int(await _receive(self._control)), ours)
-        self.sound = True
+        self.healthy = True
         return worker
 
     def kill(self, pid: int) -> None:
-        """Kill the process group of worker `pid`; a nursery that is gone has taken its workers along."""
-        with suppress(OSError):
+        """Kill the process group of worker `pid`; a server that is gone has taken its workers along."""
+        try:
             self._control.send(HEADER.pack(pid))
+        except BlockingIOError:  # it reads no commands: the next `_fork` replaces it, and kills its workers
+            self.healthy = False
+        except OSError:
+            return
 
     def close(self) -> None:
-        """End it and its workers, their groups included, within _PATIENCE seconds; once."""
+        """End it and its workers, their groups included, within _CLOSE_DEADLINE seconds; once."""
         if self._control.fileno() < 0:
             return
         if not self._ready:  # still importing: it has no workers yet
             _kill(self._pid)
-        self._control.settimeout(_PATIENCE)
+        self._control.settimeout(_CLOSE_DEADLINE)
         try:
             self._control.shutdown(socket.SHUT_WR)
             while self._control.recv(1 << 16):
@@ -225,14 +229,14 @@ def _kill(pid: int) -> None:
 
 
 async def _receive(channel: socket.socket) -> bytes:
-    """One message from a worker or the nursery; EOFError when the other side is gone."""
-    (length,) = HEADER.unpack(await _exactly(channel, HEADER.size))
-    if not 0 <= length <= _LARGEST:
+    """One message from a worker or the fork server; EOFError if the other side is gone."""
+    (length,) = HEADER.unpack(await _receive_exactly(channel, HEADER.size))
+    if not 0 <= length <= _MAX_MESSAGE:
         raise EOFError(f"a message of {length} bytes")
-    return await _exactly(channel, length)
+    return await _receive_exactly(channel, length)
 
 
-async def _exactly(channel: socket.socket, count: int) -> bytes:
+async def _receive_exactly(channel: socket.socket, count: int) -> bytes:
     loop, parts = asyncio.get_running_loop(), bytearray()
     while len(parts) < count:
         part = await loop.sock_recv(channel, min(count - len(parts), 1 << 20))
@@ -242,7 +246,7 @@ async def _exactly(channel: socket.socket, count: int) -> bytes:
     return bytes(parts)
 
 
-def _decoded(message: bytes) -> Verdict:
+def _decode(message: bytes) -> Verdict:
     """A verdict as JSON, never pickle: what comes back may have been written by a hostile answer."""
     try:
         verdict = Verdict(**json.loads(message))

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from entroray.config import Shape
+from entroray.config import ModelSize
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.wiring import actors, compose
 from entroray.workers import cluster
@@ -117,7 +117,7 @@ def main() -> None:
     asked = arguments()
     os.environ.update(cluster.environment() | cluster.CPU_ONLY)
     with tempfile.TemporaryDirectory() as folder:
-        build_tiny_model(Path(folder), Shape(context=1536), seed=0)
+        build_tiny_model(Path(folder), ModelSize(context=1536), seed=0)
         asyncio.run(measure(folder, asked))
 
 

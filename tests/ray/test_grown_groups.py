@@ -38,13 +38,18 @@ def engine(local_ray: None, model: str) -> Iterator[Any]:
     ray.kill(handle)
 
 
+def alone(engine: Any) -> EnginePool:
+    """A pool of one engine, which keeps the weights it started with."""
+    sender: Any = None
+    settings = {"restarts": 0, "start_deadline": 1.0, "report": lambda *a, **k: None}
+    return EnginePool([engine], lambda: None, sender, **settings)
+
+
 def ask(engine: Any, sampling: Sampling, method: str, *arguments: Any) -> list[Rollout]:
     """What a role of the driver's answers, over this one engine."""
 
     async def asked() -> list[Rollout]:
-        engines = EnginePool(
-            [engine], lambda: None, restarts=0, start_deadline=1.0, report=lambda *a, **k: None
-        )
+        engines = alone(engine)
         role = GeneratorRole(engines, sampling, 100.0)
         return await getattr(role, method)(PROMPT, *arguments)
 
@@ -79,9 +84,7 @@ def test_a_branch_has_read_what_it_inherited(engine: Any, model: str) -> None:
     noting = Sampling(1.0, 40).under({"fn": "fixed"})
 
     async def grown() -> list[Rollout]:
-        engines = EnginePool(
-            [engine], lambda: None, restarts=0, start_deadline=1.0, report=lambda *a, **k: None
-        )
+        engines = alone(engine)
         return await branching(
             GeneratorRole(engines, noting, 100.0), PROMPT, list(range(8)), roots=2, places=2
         )

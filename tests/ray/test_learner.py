@@ -15,9 +15,11 @@ import torch
 from entroray.objective import Objective, build_objective
 from entroray.train.batching import assemble, group_index, tokens_of
 from entroray.types import Group, Prompt, Rollout, Status, Verdict
-from entroray.wiring import actors, compose
+from entroray.wiring import compose
+from entroray.wiring.actors import learner_settings
 from entroray.workers import cluster
 from entroray.workers.cluster import Gang, Share
+from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.learner_rank import LearnerRank
 from entroray.workers.roles import LearnerRole
 
@@ -53,11 +55,10 @@ async def a_gang(
     overrides.append(f"objective={row}")
     config, _ = compose.load_config([*overrides, "learner.token_budget=150", "learner.max_grad_norm=0.5"])
     objective = build_objective(config.objective)
-    rank_settings = actors.learner_settings(config, model, 10)
+    rank_settings = learner_settings(config, model, 10)
     share = Share(0.4, 0.0, 1)
-    gang = Gang(
-        "learner", [cluster.spawn(LearnerRank, share, r, rank_settings, objective) for r in range(ranks)]
-    )
+    arguments = rank_settings, objective, DeepSpeedBackend
+    gang = Gang("learner", [cluster.spawn(LearnerRank, share, r, *arguments) for r in range(ranks)])
     host, port = await cluster.settle(gang.handles[0].address.remote(), deadline=120.0, what="rank 0")
     await gang.all(lambda r, h: h.start.remote(host, port, 120.0), deadline=180.0)
     yield LearnerRole(gang, objective, 2, config.learner.token_budget, 120.0), objective

@@ -16,9 +16,9 @@ from entroray.train.driver import Driver, LoopSettings, Roles
 from entroray.types import Batch, Group, Tokens
 from entroray.wiring import actors, compose, controllers
 from entroray.wiring.dataset import load_dataset
-from entroray.workers.checkpoint import state_of
+from entroray.workers.checkpoint import driver_state
+from entroray.workers.deepspeed_backend import rebase_schedule
 from entroray.workers.generator import Sampling
-from entroray.workers.learner_rank import rebase_schedule
 
 BONUS = "objective.penalties.0.coef"
 CONTROL = {
@@ -80,7 +80,7 @@ async def four_steps(config: Config, model: str, folder: Path) -> tuple[list[Dri
     await m.learner.all(lambda rank, h: h.load.remote(str(saved)), deadline=60.0)
     await m.sync(2)
     resumed = a_driver(config, m, read, books[1])
-    resumed.restore(state_of(saved))
+    resumed.restore(driver_state(saved))
     await resumed.train(4)
     await m.stop()
     return [whole, resumed], books

@@ -14,9 +14,11 @@ from entroray.objective import build_objective
 from entroray.train.batching import assemble, group_index, tokens_of
 from entroray.train.driver import Driver, Roles
 from entroray.wiring import actors, compose, dataset, warm_start
+from entroray.wiring.actors import learner_settings
 from entroray.wiring.driver import loop_settings
 from entroray.workers import cluster
 from entroray.workers.cluster import Gang, Share
+from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.generator import Sampling
 from entroray.workers.learner_rank import LearnerRank
 from entroray.workers.roles import LearnerRole
@@ -114,9 +116,12 @@ async def _one_step(model: str, name: str, ranks: int) -> dict[str, float]:
         [f"learner.ranks={ranks}", "learner.reference=true", "learner.max_grad_norm=0.5"]
     )
     objective = build_objective(ROWS[name])
-    spec = actors.learner_settings(config, model, 10)
+    spec = learner_settings(config, model, 10)
     share = Share(0.4, 0.0, 1)
-    gang = Gang("learner", [cluster.spawn(LearnerRank, share, r, spec, objective) for r in range(ranks)])
+    gang = Gang(
+        "learner",
+        [cluster.spawn(LearnerRank, share, r, spec, objective, DeepSpeedBackend) for r in range(ranks)],
+    )
     host, port = await cluster.settle(gang.handles[0].address.remote(), deadline=120.0, what="rank 0")
     await gang.all(lambda r, h: h.start.remote(host, port, 120.0), deadline=180.0)
     learner = LearnerRole(gang, objective, 1, 150, 120.0)

@@ -215,7 +215,7 @@ def test_a_killed_actor_leaves_no_process(cluster, tmp_path):
     actor.judge.remote(PROMPT, [rollout("python loop"), rollout("crowd")])
     assert until(lambda: (tmp_path / "pid").exists())
     mine = processes(str(tmp_path))
-    assert len(mine) == 3  # the nursery and two workers
+    assert len(mine) == 3  # the fork server and two workers
     ray.kill(actor)
     child = int((tmp_path / "pid").read_text())
     assert until(lambda: not any(map(alive, {*mine, child})))
@@ -242,7 +242,7 @@ def test_closing_ends_every_process_and_what_is_still_judged(tmp_path):
     assert until(lambda: not any(map(alive, {*mine, child})), seconds=1)
 
 
-def test_a_lost_nursery_is_replaced(tmp_path):
+def test_a_lost_fork_server_is_replaced(tmp_path):
     (tmp_path / "mine.py").write_text(JUDGE)
 
     async def use() -> list[Verdict]:

@@ -9,15 +9,15 @@ from omegaconf import OmegaConf
 from entroray.config import Config
 from entroray.errors import PreflightError
 from entroray.wiring import run_directory
-from entroray.workers.checkpoint import MARKER, commit, committed, newest, superfluous
+from entroray.workers.checkpoint import MARKER, commit, committed, expired, newest
 
 
 def written(folder: Path, step: int, accuracy: float | None = None) -> Path:
-    aside = folder / f".step-{step:06d}.part"
-    (aside / "learner").mkdir(parents=True)
-    (aside / "learner" / "weights.pt").write_bytes(bytes([step] * 100))
-    (aside / "driver.json").write_text(json.dumps({"version": step, "accuracy": accuracy}))
-    return commit(aside, folder / f"step-{step:06d}")
+    partial = folder / f".step-{step:06d}.part"
+    (partial / "learner").mkdir(parents=True)
+    (partial / "learner" / "weights.pt").write_bytes(bytes([step] * 100))
+    (partial / "driver.json").write_text(json.dumps({"version": step, "accuracy": accuracy}))
+    return commit(partial, folder / f"step-{step:06d}")
 
 
 def test_the_newest_committed_one_is_found(tmp_path: Path) -> None:
@@ -29,8 +29,8 @@ def test_the_newest_committed_one_is_found(tmp_path: Path) -> None:
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     done = [written(tmp_path, step, accuracy) for step, accuracy in ((1, 0.2), (2, 0.9), (3, None), (4, 0.5))]
-    assert superfluous(done, keep=1) == [done[0], done[2]]
-    assert superfluous(done[2:3], keep=1) == []
+    assert expired(done, keep=1) == [done[0], done[2]]
+    assert expired(done[2:3], keep=1) == []
 
 
 def test_without_its_marker_it_is_none(tmp_path: Path) -> None:

@@ -1,0 +1,144 @@
+"""All of DeepSpeed that a learner rank uses; a second training engine would be one file beside this one."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from entroray.config import LearnerConfig
+from entroray.errors import PreflightError
+from entroray.policy.model import Padded, Policy
+
+_TAG = "learner"
+"""Subfolder of a checkpoint in which DeepSpeed writes."""
+
+
+def deepspeed_config(s: LearnerConfig, dtype: str) -> dict[str, Any]:
+    """DeepSpeed's configuration; gradient clipping is written even when off (absent means 1.0)."""
+    bf16 = dtype == "bfloat16"
+    # A sum over micro-batches kept in bf16 loses what is below 1/256 of it; stage 0 takes no such mix.
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and s.zero_stage > 0 else {}
+    adam = {"lr": s.lr, "betas": list(s.betas), "weight_decay": s.weight_decay, "torch_adam": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # `backward` sets the boundary: updates differ in micro-batches
+        "gradient_clipping": s.max_grad_norm,
+        "optimizer": {"type": "AdamW", "params": adam},
+        "zero_optimization": {"stage": s.zero_stage},
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 10**9,
+        **sums,
+        **s.deepspeed,
+    }
+
+
+class DeepSpeedBackend:
+    """A policy with its gradients, optimizer and learning-rate schedule, distributed over the ranks."""
+
+    def __init__(self, policy: Policy, learner: LearnerConfig, dtype: str, total_updates: int):
+        import deepspeed
+        from transformers import get_scheduler
+
+        s = learner
+        schedule = lambda optimizer: get_scheduler(s.schedule, optimizer, s.warmup_updates, total_updates)
+        self.world, self.zero_stage = s.ranks, s.zero_stage
+        self.engine, *_ = deepspeed.initialize(
+            model=policy,
+            model_parameters=[p for p in policy.parameters() if p.requires_grad],
+            config=deepspeed_config(learner, dtype),
+            lr_scheduler=schedule,
+        )
+
+    @staticmethod
+    def join(device: str, timeout: float) -> None:
+        """Join the process group that the environment names, within `timeout` seconds."""
+        import deepspeed
+
+        communication = "nccl" if device == "cuda" else "gloo"
+        deepspeed.init_distributed(communication, timeout=timedelta(seconds=timeout))
+
+    @property
+    def policy(self) -> Policy:
+        return self.engine.module
+
+    def train(self, mode: bool) -> None:
+        """Whether the next forward passes are to train, or only to score."""
+        self.engine.train(mode)
+
+    def forward(self, batch: Padded, statistics: tuple[str, ...]) -> dict[str, Tensor]:
+        """What `Policy.forward` returns."""
+        return self.engine(batch, statistics)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of this rank's part of a loss that ranks sum; `last` of the update's."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world, scale_wrt_gas=False)  # DeepSpeed takes the mean over ranks
+
+    def step(self) -> dict[str, float]:
+        """Clip and apply the gradient; its norm before, the learning rate, and whether it was skipped (0, 1).
+
+        A gradient that is not finite on any rank changes nothing on all of them.
+        """
+        norm = self._norm_at_stage_0()
+        if norm is not None and not np.isfinite(norm):
+            self.engine.zero_grad()  # stage 0 looks at nothing before it steps
+            applied = False
+        else:
+            self.engine.step()  # the other stages look at the norm themselves
+            norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
+            applied = self.engine.was_step_applied()
+        return {"grad_norm": norm, "lr": self.engine.get_lr()[0], "skipped": float(not applied)}
+
+    def _norm_at_stage_0(self) -> float | None:
+        """Global norm where DeepSpeed reports none, from gradients already averaged over ranks."""
+        if self.zero_stage > 0:
+            return None
+        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
+
+    def set_base_lr(self, lr: float) -> None:
+        """As `rebase_schedule`, of this engine's schedule."""
+        rebase_schedule(self.engine.lr_scheduler, lr)
+
+    @staticmethod
+    def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+        """Of a parameter that may be partitioned."""
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    @staticmethod
+    def gather(parameter: nn.Parameter) -> Tensor:
+        """A copy of the full parameter on every rank, whatever the ZeRO stage; all ranks must call."""
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            return parameter.detach().clone()
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of weights, moments and schedule."""
+        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote with as many ranks and the same ZeRO stage; else PreflightError."""
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
+        if loaded is None:
+            raise PreflightError(f"{folder} holds no learner that DeepSpeed can read: resume from another")
+
+    def close(self) -> None:
+        """Release weights and optimizer."""
+        self.engine.destroy()
+
+
+def rebase_schedule(schedule: Any, lr: float) -> None:
+    """Continue `schedule` as if it had begun with `lr`; PreflightError for one that has no factors."""
+    if not hasattr(schedule, "lr_lambdas"):
+        raise PreflightError(
+            f"learner.lr cannot be moved under {type(schedule).__name__}: take learner.schedule=constant, "
+            "or constant_with_warmup"
+        )
+    schedule.base_lrs = [lr] * len(schedule.base_lrs)
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    for group, factor in zip(schedule.optimizer.param_groups, factors, strict=True):
+        group["lr"] = lr * factor

@@ -1,0 +1,116 @@
+"""The learner's weights on their way to generators, through vLLM's weight-transfer API."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from entroray.config import GeneratorConfig
+from entroray.errors import SyncError
+from entroray.workers.cluster import Gang, wait
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What learner rank 0 sent, and what arrived."""
+
+    version: int
+    digest: str | None
+    """Hash of the bytes sent; None from a transfer that does not hash them."""
+    acknowledged: tuple[tuple[int, str | None], ...]
+    """Version served and hash of the bytes received, of each engine."""
+
+    def verify(self, engines: int) -> None:
+        """SyncError unless `engines` engines serve what was sent."""
+        for index, (version, digest) in enumerate(self.acknowledged):
+            if (version, digest) != (self.version, self.digest):
+                raise SyncError(
+                    f"generator {index} acknowledged version {version} ({digest}) after a sync "
+                    f"to version {self.version} ({self.digest})"
+                )
+        if len(self.acknowledged) != engines:
+            raise SyncError(f"{len(self.acknowledged)} of {engines} generators took version {self.version}")
+
+
+@dataclass
+class GeneratorClient:
+    """vLLM's `VLLMWeightSyncClient` over generator actors: every call reaches all, within a deadline.
+
+    Lives on learner rank 0, where the transfer engine of `generator.transfer` makes the calls.
+    """
+
+    handles: Sequence[Any]
+    tensor_parallel: int
+    deadline: float
+    keep_kv: bool
+    version: int = field(default=0, init=False)
+    digest: str | None = field(default=None, init=False)
+    acknowledged: tuple[tuple[int, str | None], ...] = field(default=(), init=False)
+
+    def deliver(self, version: int, send_weights: Callable[[], None]) -> Delivery:
+        """Have the transfer engine's `send_weights`, which takes and returns nothing, send `version`."""
+        self.version, self.digest, self.acknowledged = version, None, ()
+        send_weights()
+        return Delivery(version, self.digest, self.acknowledged)
+
+    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
+        self._all(
+            [h.init_weight_transfer_engine.remote(i) for h, i in self._ranked(init_info)], "initialising"
+        )
+
+    def stage(self, payload: Any, digest: str) -> None:
+        """Every engine pulls `payload` (an ObjectRef) and hashes it while it still generates."""
+        received = self._all([h.stage.remote(payload) for h in self.handles], "staging")
+        wrong = [i for i, r in enumerate(received) if r != digest]
+        if wrong:
+            raise SyncError(f"weights of version {self.version} arrived damaged at generators {wrong}")
+        self.digest = digest
+
+    def start_weight_update(self) -> None:
+        self._all([h.start_weight_update.remote() for h in self.handles], "pausing")
+
+    def update_weights(self, update_info: Any) -> None:
+        self._all([h.update_weights.remote(update_info) for h in self.handles], "loading")
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        keep = self.keep_kv and self.version > 0  # version 0 begins a run: what is cached is another's
+        calls = [h.finish_weight_update.remote(self.version, keep) for h in self.handles]
+        self.acknowledged = tuple(tuple(a) for a in self._all(calls, "committing"))
+
+    def _ranked(self, info: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+        """Each engine's ranks follow those of the one before it in an NCCL group."""
+        offset = lambda i: {"rank_offset": 1 + i * self.tensor_parallel}
+        ranked = "rank_offset" in info
+        return [(h, {**info, **(offset(i) if ranked else {})}) for i, h in enumerate(self.handles)]
+
+    def _all(self, calls: Sequence[Any], action: str) -> list[Any]:
+        return wait(calls, deadline=self.deadline, what=f"{action} weights of version {self.version}")
+
+
+class WeightSender:
+    """Has the learner send its weights to engines, and verifies that each of them took the same ones."""
+
+    def __init__(self, learner: Gang, generator: GeneratorConfig, deadline: float):
+        self.learner, self.generator, self.deadline = learner, generator, deadline
+        self.connected: list[Any] = []
+        """The engines that the learner has a client for."""
+
+    async def send(self, handles: list[Any], version: int | None = None) -> bool:
+        """Send the weights as `version`; SyncError if an engine took something else.
+
+        Without `version`, send those last sent once more; False if the learner has updated them since.
+        """
+        if handles != self.connected:
+            self.connected = []
+            g = self.generator
+            client = GeneratorClient(handles, g.tensor_parallel, self.deadline, g.keep_kv)
+            await self.learner.all(lambda rank, h: h.connect.remote(client), deadline=self.deadline)
+            self.connected = handles
+        deliveries = await self.learner.all(lambda rank, h: h.sync.remote(version), deadline=self.deadline)
+        if deliveries[0] is None:
+            return False
+        deliveries[0].verify(len(handles))
+        return True
+
+    def disconnect(self) -> None:
+        """Connect anew before the next send: the learner was rebuilt."""
+        self.connected = []
