@@ -14,7 +14,7 @@ from entroray.metrics.answer_confidence import NoGap, most_confident, most_suppo
 from entroray.metrics.calibration import auroc, brier, consistency, expected_error, known, reliability
 from entroray.metrics.confidence_interval import bootstrap_intervals
 from entroray.metrics.diversity import answers, distinct
-from entroray.metrics.pass_at_k import majority_at_k, pass_all_k, pass_at_k
+from entroray.metrics.pass_at_k import is_right, majority_at_k, pass_all_k, pass_at_k
 from entroray.metrics.positions import entropy_by_position, uncertain_tokens
 from entroray.metrics.step import QUANTILES
 from entroray.types import Group, Rollout, Status, Verdict
@@ -54,11 +54,6 @@ def summarise(
         "responses": _shown(known, words),
         "each": {"id": [g.prompt.id for g in sampled], **{name: c.tolist() for name, c in each.items()}},
     }
-
-
-def is_right(verdict: Verdict) -> bool:
-    """Whether it was judged, and judged right."""
-    return verdict.status.usable and verdict.correct >= 1
 
 
 def accuracies(groups: Sequence[Group], ks: Sequence[int]) -> dict[str, Column]:

@@ -11,9 +11,16 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from entroray.types import Verdict
+
 EXACT = 64
 """Samples up to which maj@k is exact; with more it is the mean over `SUBSETS` subsets, always the same."""
 SUBSETS = 2000
+
+
+def is_right(verdict: Verdict) -> bool:
+    """Whether the response was judged, and judged right."""
+    return verdict.status.usable and verdict.correct
 
 
 def powers_of_two(samples: int) -> list[int]:

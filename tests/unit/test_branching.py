@@ -12,7 +12,7 @@ import torch
 
 from entroray.errors import ConfigError
 from entroray.metrics import step_metrics
-from entroray.metrics.catalogue import BRANCHES, SAMPLER
+from entroray.metrics.catalogue import family_metrics
 from entroray.objective.aggregate import rollout_mean
 from entroray.objective.masking import masked_in
 from entroray.rollout.branch_points import Attempt, branch_off, choose_positions, sort_members
@@ -332,7 +332,7 @@ def test_the_metrics_of_a_step_that_branched_are_those_documented() -> None:
     forks = drawn(first_token_forks, count=4)
     groups = [Group(PROMPT, tuple(members), verdicts), Group(PROMPT, tuple(forks), verdicts)]
     found = step_metrics(groups, batch(groups))
-    ours = {k: v for k, v in found.items() if matches(k, BRANCHES)}
+    ours = {k: v for k, v in found.items() if matches(k, family_metrics("branching"))}
     assert ours == {
         "branches/share": 2 / 8,
         "branches/inherited": pytest.approx(10 / 96),
@@ -343,8 +343,9 @@ def test_the_metrics_of_a_step_that_branched_are_those_documented() -> None:
         "answers/distinct_roots": 1.5,
         "answers/distinct_branches": 2.0,
     }
-    assert ours.keys() == {m.name for m in BRANCHES}
-    assert {k for k in found if matches(k, SAMPLER)} == {m.name for m in SAMPLER}
+    assert ours.keys() == {m.name for m in family_metrics("branching")}
+    shaped = family_metrics("sampler")
+    assert {k for k in found if matches(k, shaped)} == {m.name for m in shaped}
     assert np.isfinite(list(found.values())).all(), "forced tokens have no notes, and spoil nothing"
 
 

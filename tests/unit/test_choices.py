@@ -9,7 +9,6 @@ import pytest
 from entroray.data.curriculum import Curriculum, Rule
 from entroray.data.prompts import PromptStream
 from entroray.errors import ConfigError
-from entroray.metrics.catalogue import CHOICE
 from entroray.objective import build_objective
 from entroray.rollout.second_draw import SecondDraw
 from entroray.rollout.selection import Selection
@@ -17,7 +16,7 @@ from entroray.types import Group, Prompt, Rollout, Verdict
 from entroray.wiring import compose, selection
 from tests.cases import ROWS
 from tests.composed import configured
-from tests.documented import matches
+from tests.documented import CHOSEN, matches
 from tests.toy import TARGET, ToyWorld, driver, trained
 
 PROMPTS = [Prompt(f"p{i}", f"p{i}", (0,), str(TARGET)) for i in range(6)]
@@ -138,7 +137,7 @@ def test_the_driver_draws_the_same_prompts_after_a_resume(max_lag: int) -> None:
     late = world.trained[24:]
     counts = [sum(int(p) % 3 == kind for p in late) for kind in range(3)]
     assert counts[1] > counts[0] > 0 and counts[1] > counts[2] > 0, "the band comes first, nothing starves"
-    assert all(matches(name, CHOICE) for name in world.steps[-1] if name.startswith("prompts/"))
+    assert all(matches(name, CHOSEN) for name in world.steps[-1] if name.startswith("prompts/"))
 
 
 # The configuration.

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from entroray.errors import DataError, InfrastructureError, NumericsError
-from entroray.metrics.run_metrics import JUDGE
+from entroray.metrics.catalogue import family_metrics
 from entroray.objective import build_objective
 from entroray.rollout.selection import Selection
 from entroray.rollout.stream import Dropped, Stream, wave
@@ -153,7 +153,7 @@ def test_parts_of_verdicts_are_journalled_as_means_over_those_that_have_them() -
     asyncio.run(driver(world).train(1))
     found = {name: value for name, value in world.steps[0].items() if name.startswith("reward/part_")}
     assert found == {"reward/part_form": 0.5, "reward/part_brief": 3.0}
-    assert all(matches(name, JUDGE) for name in found)
+    assert all(matches(name, family_metrics("parts")) for name in found)
 
 
 def test_a_wave_holds_what_is_missing_and_one_deviation_more() -> None:

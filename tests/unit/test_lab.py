@@ -14,8 +14,8 @@ import pytest
 from entroray.cli import lab
 from entroray.errors import ConfigError
 from entroray.evaluation.heldout_metrics import DRAWN, heldout_metrics
+from entroray.metrics.catalogue import family_metrics
 from entroray.metrics.confidence_interval import bootstrap_interval, bootstrap_intervals
-from entroray.metrics.run_metrics import HELDOUT
 from entroray.objective import build_objective
 from entroray.observe import lab_cells, lab_page
 from entroray.observe.comparison import ANSWERED, LEGEND, OLDER, REACHED, absent, against, codes, markdown
@@ -123,7 +123,7 @@ def test_first_weights_that_answer_differently_have_a_row_each_with_their_varian
 
 
 def test_what_an_evaluation_draws_at_is_said_to_be_the_configured_temperature() -> None:
-    sampled = [m for m in HELDOUT if m.temperature != "0"]
+    sampled = [m for m in family_metrics("heldout") if m.temperature != "0"]
     assert sampled and all("configured" in m.temperature for m in sampled)
     by_key = {c.key: c.meaning for c in (*REACHED, *ANSWERED)}
     assert "configured temperature" in by_key["after/pass@1"] and "pass@1" in by_key["after/entropy/mean"]

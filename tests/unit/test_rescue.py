@@ -12,7 +12,6 @@ import pytest
 from entroray.data.prompts import PromptStream
 from entroray.errors import ConfigError
 from entroray.metrics import early_stop
-from entroray.metrics.catalogue import CHOICE
 from entroray.metrics.diversity import Loops
 from entroray.objective import build_objective
 from entroray.rollout.replay import Replay
@@ -21,7 +20,7 @@ from entroray.rollout.selection import Selection
 from entroray.rollout.stream import Dropped
 from entroray.types import Group, MaskReason, Prompt, Rollout, SamplerNotes, Span, Status, Verdict
 from tests.cases import ROWS
-from tests.documented import matches
+from tests.documented import CHOSEN, matches
 from tests.toy import ToyWorld, driver, trained
 from tests.unit.test_choices import PROMPTS, InOrder, group, rollout
 
@@ -112,7 +111,7 @@ def test_replay_trains_on_old_answers_and_reports_the_new_ones_alone() -> None:
     assert [s.get("replay/age") for s in world.steps] == [None, 1, 2, None, 1]
     assert {s["lag/max"] for s in world.steps} == {0}, "they are exempt from the lag, which is of the rest"
     assert world.steps[1]["groups/all_wrong"] == 1 and world.steps[1]["replay/share"] == 1 / 8
-    assert all(matches(name, CHOICE) for name in world.steps[1] if name.startswith("replay/"))
+    assert all(matches(name, CHOSEN) for name in world.steps[1] if name.startswith("replay/"))
     assert states[5]["replay"].keys() == {"p0", "p1", "p2", "p3"}
 
 
@@ -178,7 +177,7 @@ def test_an_all_wrong_group_is_drawn_again_hotter_at_once_and_both_draws_count()
     assert told["groups/all_wrong"] == 0.5
     second = {name: value for name, value in told.items() if name.startswith("second/")}
     assert second == {"second/groups": 0.5, "second/right": 0.125, "second/mended": 0.5}
-    assert all(matches(name, CHOICE) for name in second)
+    assert all(matches(name, CHOSEN) for name in second)
 
 
 def test_a_second_draw_that_gives_no_group_leaves_the_first() -> None:
@@ -222,7 +221,7 @@ def test_the_bias_of_taking_the_first_is_at_least_what_is_said() -> None:
             "early/length_bias": 2.5 / (20 / 6) - 1,
         }
     )
-    assert all(matches(name, CHOICE) for name in told)
+    assert all(matches(name, CHOSEN) for name in told)
 
 
 @pytest.mark.parametrize(
