@@ -102,7 +102,7 @@ def pass_at(groups: Sequence[Group]) -> dict[str, float]:
     """
     drawn = [independent for g in groups if (independent := _independent(g))]
     least = min(map(len, drawn), default=0)
-    counts = [(len(verdicts), sum(v.correct >= 1 for v in verdicts)) for verdicts in drawn]
+    counts = [(len(verdicts), sum(v.correct for v in verdicts)) for verdicts in drawn]
     return {
         f"pass/{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in powers_of_two(least)
     }

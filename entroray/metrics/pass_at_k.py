@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from entroray.types import Verdict
+from entroray.types import Group, Verdict
 
 EXACT = 64
 """Samples up to which maj@k is exact; with more it is the mean over `SUBSETS` subsets, always the same."""
@@ -21,6 +21,11 @@ SUBSETS = 2000
 def is_right(verdict: Verdict) -> bool:
     """Whether the response was judged, and judged right."""
     return verdict.status.usable and verdict.correct
+
+
+def count_right(group: Group) -> int:
+    """How many answers of the group are right."""
+    return sum(map(is_right, group.verdicts))
 
 
 def powers_of_two(samples: int) -> list[int]:

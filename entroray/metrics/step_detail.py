@@ -49,7 +49,7 @@ def step_details(groups: Sequence[Group], tokens: Tokens, judged: Sequence[Group
 
 def _of_answers(groups: Sequence[Group]) -> dict[str, float]:
     rollouts = [r for g in groups for r in g.rollouts]
-    correct = np.array([v.correct for g in groups for v in g.verdicts])
+    correct = np.array([v.correct for g in groups for v in g.verdicts], bool)
     sure = calibration(groups, np.array([_mean_logprob(r) for r in rollouts]))
     return distinct(groups) | answers(groups) | pass_at(groups) | sure | _lengths(rollouts, correct)
 
@@ -138,7 +138,7 @@ def _importance(column: Mapping[str, Column]) -> dict[str, float]:
 def _lengths(rollouts: Sequence[Rollout], correct: NDArray) -> dict[str, float]:
     length = np.array([r.length for r in rollouts], np.float64)
     metrics = {"length/p95": float(np.quantile(length, 0.95))}
-    for name, chosen in {"right": correct >= 1, "wrong": correct < 1}.items():
+    for name, chosen in {"right": correct, "wrong": ~correct}.items():
         if chosen.any():
             metrics[f"length/{name}"] = float(length[chosen].mean())
     return metrics

@@ -41,7 +41,7 @@ def _known_signals(config: Config) -> dict[str, str]:
         "<d>": list(config.data.parts),
         "<rule>": counted_functions(build_objective(config.objective, config.objective_packages)),
     }
-    remedies = {}
+    remedies: dict[str, str] = {}
     for metric in read_catalogue():
         if metric.family in ("parts", "evaluation") or metric.name in NOT_MEASURED:
             continue

@@ -62,10 +62,10 @@ class World:
 
     def verdict(self, prompt: Prompt, rollout: Rollout) -> Verdict:
         if not rollout.status.usable:
-            return Verdict(float("nan"), float("nan"), status=rollout.status)
+            return Verdict(float("nan"), False, status=rollout.status)
         answer = rollout.text.removeprefix("so ") if rollout.text.startswith("so ") else None
         right = float(answer == prompt.reference)
-        return Verdict(right, right, answer)
+        return Verdict(right, bool(right), answer)
 
 
 def examined(failing: str = "", temperature: float = 1.0, cot: int = 0) -> dict[str, Any]:

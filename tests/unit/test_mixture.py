@@ -99,7 +99,7 @@ def test_metrics_of_each_domain() -> None:
         row = lambda n: (np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32))
         rollouts = tuple(Rollout("p", *row(n), "", 1.0, 9) for n in ids)
         return Group(
-            Prompt("p", "", (0,), "", domain=domain), rollouts, tuple(Verdict(c, c) for c in correct)
+            Prompt("p", "", (0,), "", domain=domain), rollouts, tuple(Verdict(c, bool(c)) for c in correct)
         )
 
     a, b, sent_back = group("a", [1, 2], [1, 0]), group("b", [3, 1], [1, 0]), group("b", [1, 1], [0, 0])

@@ -56,7 +56,7 @@ def a_step(version=0, entropy=(0.1, 0.2, 0.7, math.nan, 0.3, 0.4, 0.6)):
         )
         for i, k in enumerate(lengths)
     ]
-    verdicts = [Verdict(0.5, 1.0), Verdict(0.0, 0.0), Verdict(0.0, 0.0), Verdict(1.0, 1.0)]
+    verdicts = [Verdict(0.5, True), Verdict(0.0, False), Verdict(0.0, False), Verdict(1.0, True)]
     groups = [
         Group(Prompt("ab"[g], "", (1,), ""), tuple(rollouts[s]), tuple(verdicts[s]))
         for g, s in enumerate((slice(0, 2), slice(2, 4)))

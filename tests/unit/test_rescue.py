@@ -74,8 +74,8 @@ def test_what_is_kept_survives_the_checkpoint_bit_for_bit() -> None:
     notes = np.array([[0.1, 0.2], [1e-8, 3.0], [1.2, np.nan]], np.float32)
     odd = rollout(shaped=SamplerNotes(*notes), spans=(Span(0, 1, MaskReason.TOOL),))
     replay, again = Replay(100, 0.5), Replay(100, 0.5)
-    kept = Verdict(0.7, 1.0, answer="7", parts={"form": 0.1})
-    replay.note(Group(Prompt("p0", "", (0,), ""), (odd, odd), (kept, Verdict(0.0, 0.0))))
+    kept = Verdict(0.7, True, answer="7", parts={"form": 0.1})
+    replay.note(Group(Prompt("p0", "", (0,), ""), (odd, odd), (kept, Verdict(0.0, False))))
     again.restore(json.loads(json.dumps(replay.state())))
     old, new = replay.kept["p0"], again.kept["p0"]
     assert new[1] == old[1] == kept and new[0].spans == odd.spans and new[0].replayed
@@ -93,7 +93,7 @@ def replayed(steps: int, state: dict | None = None) -> tuple[ToyWorld, dict[int,
 
     async def judge(prompt: Prompt, rollouts: list) -> list[Verdict]:
         lucky = world.version in (0, 3)
-        return [Verdict(x, x) for x in (float(lucky and i == 2) for i in range(len(rollouts)))]
+        return [Verdict(x, bool(x)) for x in (float(lucky and i == 2) for i in range(len(rollouts)))]
 
     world.judge = judge  # type: ignore[method-assign]
     replay = Replay(10_000, 0.25)
@@ -159,7 +159,7 @@ class Scripted(ToyWorld):
     async def judge(self, prompt: Prompt, rollouts: Any) -> list[Verdict]:
         hot = rollouts[0].temperature > 1
         right = prompt.id != "p3" and (hot or int(prompt.id[1:]) % 2 == 0)
-        return [Verdict(x, x) for x in (float(right and i < 2) for i in range(len(rollouts)))]
+        return [Verdict(x, bool(x)) for x in (float(right and i < 2) for i in range(len(rollouts)))]
 
 
 def test_an_all_wrong_group_is_drawn_again_hotter_at_once_and_both_draws_count() -> None:

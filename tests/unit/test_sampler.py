@@ -170,7 +170,7 @@ def drawn(correct: list[float]) -> Group:
     zero = np.zeros(3, np.int32)
     plain = Rollout("q", ids, logp, zero, "", 1.0, 3)
     rollouts = (replace(plain, shaped=shaped), plain)
-    return Group(Prompt("q", "", (1,), ""), rollouts, tuple(Verdict(c, c) for c in correct))
+    return Group(Prompt("q", "", (1,), ""), rollouts, tuple(Verdict(c, bool(c)) for c in correct))
 
 
 def test_an_inserted_token_is_an_observation_and_the_records_say_how_each_was_drawn() -> None:

@@ -235,7 +235,7 @@ def test_tools_are_counted_and_their_tokens_are_in_no_entropy() -> None:
     shaped = SamplerNotes(*(np.array(x, np.float32) for x in ([1, 1, 1, np.nan, 1, 1], [1] * 6, [0.5] * 6)))
     called = replace(called, shaped=shaped, spans=(*called.spans, Span(5, 6, MaskReason.TOOL_ERROR)))
     plain = replace(called, shaped=None, spans=())
-    group = Group(PROMPT, (called, plain), (Verdict(1.0, 1.0), Verdict(0.0, 0.0)))
+    group = Group(PROMPT, (called, plain), (Verdict(1.0, True), Verdict(0.0, False)))
     columns = {k: np.ones(2 * n, np.float32) for k in ("logprobs", "entropy", "varentropy")}
     columns["entropy"][[3, 5]] = 99.0
     found = step_metrics([group], tokens_of([group], [torch.zeros(2)], columns, 3))
