@@ -167,8 +167,9 @@ async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
     began = time.monotonic()
     try:
         with (folder / "console.log").open("w") as file:
-            journal, _ = train.open_journal(config, folder, read_in.tokenizer, file)
-            await train.drive(config, objective, read_in, m, journal, run_directory.RunDirectory(folder))
+            journal, _, health = train.open_journal(config, folder, read_in.tokenizer, file)
+            run = run_directory.RunDirectory(folder)
+            await train.drive(config, objective, read_in, m, journal, health, run)
             journal.close()
     finally:
         _take_signals_back()

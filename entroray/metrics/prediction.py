@@ -31,7 +31,7 @@ from entroray.metrics.calibration import mean_ranks
 from entroray.types import Tokens
 
 FORMS = ("exact", "natural", "proxy")
-LEAST = 4
+MINIMUM_STEPS = 4
 """Fewest steps that a slope or a rank correlation is taken over."""
 COLLISION = "mean_discriminator"
 """Key of `Tokens.extra`: E_p S of each token."""
@@ -84,7 +84,7 @@ def prediction_record(window: Sequence[Mapping[str, float]]) -> dict[str, float]
     metrics = {}
     for form in FORMS:
         known = [m for m in window if f"entropy/predicted_change_{form}" in m]
-        if len(known) < LEAST:
+        if len(known) < MINIMUM_STEPS:
             continue
         x = [m[f"entropy/predicted_change_{form}"] for m in known]
         y = [m["entropy/realised_change"] for m in known]

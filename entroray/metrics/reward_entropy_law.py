@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 Z = 1.959964
 """Two-sided 95 % point of the normal distribution."""
-LEAST = 10
+MINIMUM_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def fit_law(entropy: Sequence[float], reward: Sequence[float]) -> Law | None:
     """Least squares of reward on exp(entropy), H in nats; None below 10 points or where H does not vary."""
     n = len(entropy)
     x = [math.exp(h) for h in entropy]
-    if n < LEAST or max(x) - min(x) < 1e-9:
+    if n < MINIMUM_STEPS or max(x) - min(x) < 1e-9:
         return None
     mean_x, mean_y = sum(x) / n, sum(reward) / n
     sxx = sum((u - mean_x) ** 2 for u in x)

@@ -10,7 +10,7 @@ import rich.console
 from rich.panel import Panel
 from rich.text import Text
 
-from entroray.observe.journal import ends, series
+from entroray.observe.journal import first_and_last, series
 
 REPEAT_HEADER = 20
 
@@ -132,7 +132,7 @@ def _ticks(steps: Sequence[int]) -> list[int]:
 
 
 def _change(title: str, curve: tuple[list[int], list[float]]) -> str:
-    first, last = ends(curve[1])
+    first, last = first_and_last(curve[1])
     change, n = last - first, min(5, len(curve[1]))
     share = f" ({abs(change / first):.1%})" if first else ""
     verb = "rose by" if change > 0 else "fell by" if change < 0 else "changed by"

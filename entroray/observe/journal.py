@@ -117,7 +117,7 @@ def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], l
     return [step for step, _ in known], [value for _, value in known]
 
 
-def ends(values: Sequence[float], window: int = 5) -> tuple[float, float]:
+def first_and_last(values: Sequence[float], window: int = 5) -> tuple[float, float]:
     """Means of the first and of the last `window` values, of fewer where there are fewer; not of none."""
     first, last = values[:window], values[-window:]
     return sum(first) / len(first), sum(last) / len(last)

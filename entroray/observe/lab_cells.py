@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from entroray.observe.journal import ends, replace_text, series
+from entroray.observe.journal import first_and_last, replace_text, series
 
 TASK = ("experiment", "data", "data.task")
 """Overrides that say what is learnt."""
@@ -81,7 +81,7 @@ def summarise_run(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         _, values = series(metrics, key)
         if values:
             noun = key.partition("/")[0]
-            found[f"{noun}/first"], found[f"{noun}/final"] = ends(values, WINDOW)
+            found[f"{noun}/first"], found[f"{noun}/final"] = first_and_last(values, WINDOW)
     _, reward = series(metrics, "correct/mean")
     if reward:
         found["correct/best"] = max(moving(reward, WINDOW))

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from entroray.observe import token_records, token_view
-from entroray.observe.journal import ends, read_metrics, replace_text, series
+from entroray.observe.journal import first_and_last, read_metrics, replace_text, series
 
 Metrics = Sequence[Mapping[str, Any]]
 INK, TEAL, INDIGO, PURPLE, ORANGE, RED, GREY = (
@@ -193,11 +193,11 @@ def _tiles(metrics: Metrics) -> list[tuple[str, str]]:
     for key, name in {"correct/mean": "share right", "entropy/mean": "entropy, nats per token"}.items():
         _, values = series(metrics, key)
         if values:
-            first, last = ends(values)
+            first, last = first_and_last(values)
             tiles.append((f"{name}, first 5 → last 5 steps", f"{first:.3f} → {last:.3f}"))
     _, entropy = series(metrics, "entropy/mean")
-    if entropy and ends(entropy)[0]:
-        first, last = ends(entropy)
+    if entropy and first_and_last(entropy)[0]:
+        first, last = first_and_last(entropy)
         tiles.append(("change of entropy", f"{(last - first) / first:+.0%}"))
     for key, name, form in (
         ("tokens/per_second", "tokens per second, median", ",.0f"),
