@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 Settings = Mapping[str, Any]
 """The run's settings by dotted name; `objective` is its row, `control` lists the settings that are moved."""
 Means = Mapping[str, float]
+Remedy = Callable[[Settings], str]
 
 
 class Cause(NamedTuple):
@@ -24,7 +25,7 @@ class Sign(NamedTuple):
     statistic: Callable[[Means], float]
     minimum: float
     text: str
-    remedies: tuple[Callable[[Settings], str], ...]
+    remedies: tuple[Remedy, ...]
     maximum: float = 1.0
 
     def strength(self, value: float) -> float:
@@ -46,7 +47,7 @@ def strongest_cause(means: Means, signs: Sequence[Sign], settings: Settings) -> 
     return max(found, key=lambda each: each[0])[1] if found else None
 
 
-def find_remedy(remedies: Sequence[Callable[[Settings], str]], settings: Settings) -> str:
+def find_remedy(remedies: Sequence[Remedy], settings: Settings) -> str:
     """The first remedy that is not empty and names no setting that a controller moves; empty without one."""
     moved = settings.get("control", ())
     given = (remedy(settings) for remedy in remedies)
@@ -56,60 +57,31 @@ def find_remedy(remedies: Sequence[Callable[[Settings], str]], settings: Setting
 # --- remedies: a setting, or empty if the run has it already or it would do nothing ---
 
 
-def half_lr(settings: Settings) -> str:
-    """Half of the learning rate."""
-    return _scaled(settings, "learner.lr", 0.5, "half of learner.lr")
+def _scaled(name: str, factor: float, otherwise: str) -> Remedy:
+    """The setting `name` times `factor`; `otherwise` says it in words if its value is not known."""
+    return lambda settings: f"{name}={settings[name] * factor:g}" if settings.get(name) else otherwise
 
 
-def tenth_lr(settings: Settings) -> str:
-    """A tenth of the learning rate."""
-    return _scaled(settings, "learner.lr", 0.1, "a tenth of learner.lr")
-
-
-def hotter(settings: Settings) -> str:
-    """A temperature a fifth higher."""
-    return _scaled(settings, "sampler.temperature", 1.2, "a higher sampler.temperature")
-
-
-def longer(settings: Settings) -> str:
-    """Twice the tokens a response."""
-    return _scaled(settings, "rollout.max_tokens", 2, "a larger rollout.max_tokens")
-
-
-def harder(settings: Settings) -> str:
-    """Harder prompts."""
-    return "harder prompts (data.settings)"
-
-
-def easier(settings: Settings) -> str:
-    """Easier prompts."""
-    return "easier prompts (data.settings)"
-
-
-def template(settings: Settings) -> str:
-    """A template that asks for the answer as the judge reads it."""
-    return "a data.template that asks for the answer as reward.judge reads it"
-
-
-def one_update(settings: Settings) -> str:
-    """One update a step, if there are more."""
-    return "learner.updates_per_rollout=1" if settings.get("learner.updates_per_rollout", 2) > 1 else ""
+half_lr = _scaled("learner.lr", 0.5, "half of learner.lr")
+tenth_lr = _scaled("learner.lr", 0.1, "a tenth of learner.lr")
+hotter = _scaled("sampler.temperature", 1.2, "a higher sampler.temperature")
+longer = _scaled("rollout.max_tokens", 2, "a larger rollout.max_tokens")
+harder: Remedy = lambda settings: "harder prompts (data.settings)"
+easier: Remedy = lambda settings: "easier prompts (data.settings)"
+template: Remedy = lambda settings: "a data.template that asks for the answer as reward.judge reads it"
+one_update: Remedy = lambda settings: (
+    "learner.updates_per_rollout=1" if settings.get("learner.updates_per_rollout", 2) > 1 else ""
+)
+no_lag: Remedy = lambda settings: "driver.max_lag=0" if settings.get("driver.max_lag", 0) > 0 else ""
+float32: Remedy = lambda settings: (
+    "model.dtype=float32" if settings.get("model.dtype", "float32") != "float32" else ""
+)
 
 
 def truncate(settings: Settings) -> str:
     """Importance weights for what the sampler drew, if there are none."""
     correction = _slot(settings, "correction").get("fn", "none")
     return "objective.correction={fn: truncated_importance}" if correction == "none" else ""
-
-
-def no_lag(settings: Settings) -> str:
-    """Samples of the newest weights, if older samples may be trained on."""
-    return "driver.max_lag=0" if settings.get("driver.max_lag", 0) > 0 else ""
-
-
-def float32(settings: Settings) -> str:
-    """Full precision, if there is less."""
-    return "model.dtype=float32" if settings.get("model.dtype", "float32") != "float32" else ""
 
 
 def clip_higher(settings: Settings) -> str:
@@ -128,10 +100,6 @@ def less_bonus(settings: Settings) -> str:
     """Half of what the objective pays for entropy, if it pays."""
     paid = [p for p in _slot(settings, "penalties") or () if "entropy" in p["fn"]]
     return f"half of the coef of {paid[0]['fn']} in objective.penalties" if paid else ""
-
-
-def _scaled(settings: Settings, name: str, factor: float, otherwise: str) -> str:
-    return f"{name}={settings[name] * factor:g}" if settings.get(name) else otherwise
 
 
 def _slot(settings: Settings, name: str) -> Any:

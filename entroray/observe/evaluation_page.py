@@ -1,11 +1,12 @@
 """One self-contained page about an evaluation: accuracy over k, calibration, entropy, responses."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from entroray.observe.css import STYLE
+from entroray.observe.css import render_html
 from entroray.observe.evaluation import (
     CONFIDENCE,
     CURVES,
@@ -19,10 +20,8 @@ from entroray.observe.evaluation import (
     number,
 )
 from entroray.observe.journal import replace_text
-from entroray.observe.svg import Area, Frame, Line, chart, frame
-
-LONGEST = 400
-"""Tokens of a response that are shown."""
+from entroray.observe.svg import Area, Frame, Line, chart, frame, legend_entry
+from entroray.observe.token_view import ShadedToken, shade_response
 
 
 def write_evaluation_page(path: Path, found: Found) -> Path:
@@ -39,7 +38,7 @@ def write_evaluation_page(path: Path, found: Found) -> Path:
         *_part(found, "uncertain", "Most frequent high-entropy tokens", _uncertain),
         _section("Responses", "".join(map(_response, found["responses"]))),
     ]
-    replace_text(path, PAGE.format(name=escape(title), style=STYLE + MORE, body="".join(body)))
+    replace_text(path, render_html(title, "entroray eval", "".join(body)))
     return path
 
 
@@ -84,8 +83,7 @@ def _accuracy(found: Found) -> str:
         drawn.append(Line(at, means, f"c{index}", f"{curve}k"))
         said = [f"{name} {number(found, name)}" for name in names]
         drawn += [Line([x], [y], f"c{index}", s) for x, y, s in zip(at, means, said, strict=True)]
-        sample = f'<svg viewBox="0 0 24 8"><line class="c{index}" x1="0" x2="24" y1="4" y2="4"/></svg>'
-        keys.append(f"<span>{sample}{escape(f'{curve}k: {meaning}')}</span>")
+        keys.append(legend_entry(f"c{index}", f"{curve}k: {meaning}"))
     shown = Frame(0.0, max(1.0, float(len(columns) - 1)), 0.0, 1.0)
     below = {x: f"k={k}" for k, x in place.items()}
     figure = chart(drawn, shown, label="accuracy over k", width=920, height=300, areas=areas, below=below)
@@ -172,39 +170,15 @@ def visible(token: str) -> str:
 
 def _response(response: Mapping[str, Any]) -> str:
     tokens = response["tokens"]
-    top = max([h for _, h in tokens if h is not None], default=0.0) or 1.0
-    spans = "".join(_span(token, h, top) for token, h in tokens[:LONGEST])
-    more = f" … {len(tokens) - LONGEST} tokens more" if len(tokens) > LONGEST else ""
     verdict = "right" if response["right"] else "wrong"
     caption = (
         f"<b>{verdict}</b>, answer {escape(repr(response['answer']))}, reference "
         f"{escape(repr(response['reference']))}, {response['right_of_prompt']} samples of this prompt right"
+        f'<p class="asked">{escape(response["prompt"])}</p>'
     )
-    prompt = f'<p class="asked">{escape(response["prompt"])}</p>'
-    return f'<figure class="response"><figcaption>{caption}</figcaption>{prompt}<p>{spans}{more}</p></figure>'
-
-
-def _span(token: str, entropy: float | None, top: float) -> str:
-    text = escape(token).replace("\n", "⏎\n")
-    if entropy is None:
-        return f"<span>{text}</span>"
-    share = max(entropy, 0.0) / top
-    return f'<span style="--h:{share:.2f}" title="H {entropy:.3f} nats">{text}</span>'
-
-
-MORE = """
-.told{color:var(--soft);font-size:13.5px;max-width:100ch;margin:6px 0}
-.area{stroke:none;opacity:.14}
-.a0{fill:var(--c0)} .a1{fill:var(--c1)} .a2{fill:var(--c2)} .bar{fill:var(--c0);stroke:none}
-.b1{opacity:.25} .b2{opacity:.45} .b3{opacity:.65} .b4{opacity:.85}
-.response{margin:16px 0 0} .response p{white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0;
-font:13.5px/1.75 ui-monospace,"DejaVu Sans Mono",Menlo,monospace} .response .asked{color:var(--soft)}
-.response span{border-radius:2px;
-background:color-mix(in srgb,var(--c4) calc(var(--h,0)*55%),transparent)}
-"""
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{name} · entroray eval</title><style>{style}</style></head><body>{body}</body></html>
-"""
+    top = max([h for _, h in tokens if h is not None], default=0.0) or 1.0
+    shaded = [
+        ShadedToken(text, math.nan, "not drawn") if h is None else ShadedToken(text, h, f"H {h:.3f} nats")
+        for text, h in tokens
+    ]
+    return shade_response(caption, shaded, len(tokens), top)

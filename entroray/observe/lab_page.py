@@ -19,10 +19,10 @@ from entroray.observe.comparison import (
     tasks,
     variants,
 )
-from entroray.observe.css import COLOURS, STYLE
+from entroray.observe.css import COLOURS, render_html
 from entroray.observe.journal import read_metrics, replace_text, series
 from entroray.observe.lab_cells import WINDOW, Cell, moving
-from entroray.observe.svg import Frame, Line, chart, frame, mean_line
+from entroray.observe.svg import Frame, Line, chart, frame, legend_entry, mean_line
 
 
 class Curve(NamedTuple):
@@ -46,7 +46,7 @@ def write_lab_page(lab: Path, cells: Sequence[Cell], baseline: str) -> Path:
         _absent([*absent(cells), *codes(cells)]),
         _meanings(),
     ]
-    replace_text(lab / "lab.html", PAGE.format(name=escape(lab.name), style=STYLE, body="".join(body)))
+    replace_text(lab / "lab.html", render_html(lab.name, "entroray lab", "".join(body)))
     return lab / "lab.html"
 
 
@@ -90,7 +90,7 @@ def _charts(lab: Path, cells: Sequence[Cell], baseline: str, curve: Curve) -> st
     if not means:
         return f"<p>No step of {escape(curve.key)} was measured yet.</p>"
     lines = [_smooth(means[name], style(i), name) for i, name in enumerate(means)]
-    keys = "".join(_key(style(i), name) for i, name in enumerate(means))
+    keys = "".join(legend_entry(style(i), name) for i, name in enumerate(means))
     title = f"{curve.title}; mean over seeds and {WINDOW} steps"
     all_ = chart(lines, frame(lines), label=title, width=920, height=300)
     small = "".join(_small(measured, means, name, baseline, style(i)) for i, name in enumerate(means))
@@ -132,11 +132,6 @@ def style(index: int) -> str:
     return f"c{index % COLOURS} d{index // COLOURS % 3}"
 
 
-def _key(colour: str, name: str) -> str:
-    sample = f'<svg viewBox="0 0 24 8"><line class="{colour}" x1="0" x2="24" y1="4" y2="4"/></svg>'
-    return f"<span>{sample}{escape(name)}</span>"
-
-
 def _absent(lines: Sequence[str]) -> str:
     if not lines:
         return ""
@@ -155,10 +150,3 @@ def _meanings() -> str:
 
 def _meaning(column: Column) -> str:
     return f"<dt>{escape(column.title)}</dt><dd>{escape(column.meaning)}</dd>"
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{name} · entroray lab</title><style>{style}</style></head><body>{body}</body></html>
-"""

@@ -14,20 +14,36 @@ from entroray.metrics.step import aligned
 from entroray.train.batching import observed_tokens
 from entroray.types import REASONS, Group, Rollout, Status, Tokens, Verdict
 
-UNITS = {
-    "logprob_behavior": "nats",
-    "logprob_old": "nats",
-    "entropy": "nats",
-    "varentropy": "nats^2",
-    "version": "committed steps; the learner was at step - 1",
-    "rollout": "row within the step",
-    "temperature": "of the policy, in the learner too",
-    "sampler_entropy": "nats, before shaping; null where the sampler kept no notes",
-    "sampler_varentropy": "nats^2, before shaping",
-    "sampler_temperature": "really drawn at; 0 the likeliest was taken, null inserted",
-    "mask_reason": "null where the token counts in the aggregates",
-    "replayed": "the rollout is a success of an earlier step; its version says which",
-}
+WORD = pa.dictionary(pa.int32(), pa.string())
+INT, FLOAT, BOOL = pa.int32(), pa.float32(), pa.bool_()
+_column = lambda name, kind, unit, meaning: pa.field(name, kind, metadata={"unit": unit, "meaning": meaning})
+SCHEMA = pa.schema(
+    (
+        _column("step", INT, "", "step that trained the token"),
+        _column("version", INT, "steps", "of the weights that sampled it; the learner was at step - 1"),
+        _column("prompt_id", WORD, "", "the prompt"),
+        _column("rollout", INT, "", "row of the rollout within the step"),
+        _column("position", INT, "tokens", "place in the response, 0 is the first"),
+        _column("token_id", INT, "", "the sampled token; vocabulary.json beside has its text"),
+        _column("logprob_behavior", FLOAT, "nats", "ln p of the token under the sampler, as drawn"),
+        _column("logprob_old", FLOAT, "nats", "ln p of the token under the learner before the update"),
+        _column("entropy", FLOAT, "nats", "entropy of the learner's distribution before the update"),
+        _column("varentropy", FLOAT, "nats^2", "variance of -ln p under that distribution"),
+        _column("temperature", FLOAT, "", "temperature of the policy, in the learner too"),
+        _column("sampler_entropy", FLOAT, "nats", "the sampler's, before shaping; null without notes"),
+        _column("sampler_varentropy", FLOAT, "nats^2", "the sampler's, before shaping; null without notes"),
+        _column("sampler_temperature", FLOAT, "", "as drawn; 0 for the likeliest, null if inserted"),
+        _column("advantage", FLOAT, "", "advantage after credit"),
+        _column("scale", FLOAT, "", "factor of the advantage (objective.scales)"),
+        _column("selected", BOOL, "", "chosen by objective.select"),
+        _column("mask_reason", WORD, "", "why the token is in no aggregate; null if it counts"),
+        _column("reward", FLOAT, "", "the verifier's reward of the rollout, unshaped"),
+        _column("correct", FLOAT, "", "1 if the rollout's answer is right, else 0"),
+        _column("status", WORD, "", "ok, truncated, or why sampling or judging failed"),
+        _column("replayed", BOOL, "", "the rollout is a success of an earlier step; `version` says which"),
+    )
+)
+"""Every column of the records with its type, unit and meaning; README.md shows them."""
 
 
 def record_path(run_dir: Path, step: int) -> Path:
@@ -46,10 +62,10 @@ def files(run_dir: Path) -> list[Path]:
 
 
 def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table:
-    """One row per response token, masked ones included (`mask_reason` says why); logs in nats, float32.
+    """A table of `SCHEMA` with one row per response token, masked ones included.
 
-    Learner statistics outside the mask that are not finite are null. ValueError where `tokens` are not
-    the rollouts of `groups`, in their order.
+    Learner statistics outside the mask are null if not finite. ValueError if `tokens` are not the rollouts
+    of `groups`, in their order.
     """
     rollouts = aligned(groups, tokens)
     judged = [(g.prompt.id, v) for g in groups for v in g.verdicts]
@@ -62,19 +78,16 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
         values = x.detach().cpu().float().numpy()
         return pa.array(values, mask=~mask & ~np.isfinite(values))
 
-    def sampled(name: str, dtype: type) -> pa.Array:
-        return pa.array(np.concatenate([getattr(r, name) for r in rollouts] or [[]]).astype(dtype))
-
-    def per_row(values: Sequence[float]) -> pa.Array:
-        return pa.array(np.array(values, np.float32)[row])
+    sampled = lambda name: np.concatenate([np.empty(0, np.int32), *(getattr(r, name) for r in rollouts)])
+    per_row = lambda values: np.array(values, np.float32)[row]
 
     columns = {
-        "step": pa.array(np.full(len(row), step, np.int32)),
-        "version": sampled("versions", np.int32),
+        "step": np.full(len(row), step),
+        "version": sampled("versions"),
         "prompt_id": _words([name for name, _ in judged], row),
-        "rollout": pa.array(row.astype(np.int32)),
-        "position": pa.array(tokens.position.cpu().numpy().astype(np.int32)),
-        "token_id": sampled("token_ids", np.int32),
+        "rollout": row,
+        "position": tokens.position.cpu().numpy(),
+        "token_id": sampled("token_ids"),
         "logprob_behavior": learnt(tokens.behavior_logprobs),
         "logprob_old": learnt(tokens.old_logprobs),
         "entropy": learnt(tokens.entropy),
@@ -83,14 +96,14 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
         **{f"sampler_{name}": pa.array(x, mask=np.isnan(x)) for name, x in drawn.items()},
         "advantage": learnt(tokens.advantages),
         "scale": learnt(tokens.scale),
-        "selected": pa.array(tokens.selected.cpu().numpy()),
+        "selected": tokens.selected.cpu().numpy(),
         "mask_reason": _reasons(reason, row, mask, observed_tokens(rollouts)),
         "reward": per_row([v.reward for _, v in judged]),
         "correct": per_row([v.correct for _, v in judged]),
         "status": _words(status, row),
-        "replayed": pa.array(np.array([r.replayed for r in rollouts], bool)[row]),
+        "replayed": np.array([r.replayed for r in rollouts], bool)[row],
     }
-    return pa.table(columns, metadata=UNITS)
+    return pa.table(columns, schema=SCHEMA)
 
 
 def write_records(file: Path, records: pa.Table) -> None:
