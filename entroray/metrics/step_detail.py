@@ -1,7 +1,7 @@
-"""What lies behind the means of a step: where entropy sits, what moves it, how answers spread.
+"""Details of a step, every `observe.diagnosis.every` steps: the spread of entropy, what moves it, answers.
 
-Everything is over response tokens whose mask is set, each once, at the sampling temperature, before the
-update, in float64 after rounding to float32, unless the catalogue says otherwise.
+Token metrics are over response tokens whose mask is set, each once, before the update, in float64 after
+rounding to float32.
 """
 
 import math
@@ -24,15 +24,15 @@ DECILES = 10
 
 
 def step_details(groups: Sequence[Group], tokens: Tokens, judged: Sequence[Group] = ()) -> dict[str, float]:
-    """The metrics of the catalogue that `describe` does not give; one over nothing is left out.
+    """The family `details` of the catalogue; a metric over nothing is left out.
 
-    What is of answers and lengths is of all `judged` draws where they are given: a filter that keeps the
-    undecided ones would make pass@k 1 and a policy look well calibrated. ValueError where `tokens` are not
-    the rollouts of `groups`, in their order.
+    Metrics of answers and lengths are over all `judged` draws, if given: over undecided groups alone pass@k
+    would be 1 and the policy look well calibrated. ValueError if `tokens` are not the rollouts of `groups`,
+    in their order.
     """
     if not aligned(groups, tokens):
         return {}
-    metrics = _of_answers(judged or [draw for g in groups for draw in g.draws])
+    metrics = _answer_metrics(judged or [draw for g in groups for draw in g.draws])
     mask = array(tokens.mask)
     if not mask.any():
         return metrics
@@ -47,7 +47,7 @@ def step_details(groups: Sequence[Group], tokens: Tokens, judged: Sequence[Group
     }
 
 
-def _of_answers(groups: Sequence[Group]) -> dict[str, float]:
+def _answer_metrics(groups: Sequence[Group]) -> dict[str, float]:
     rollouts = [r for g in groups for r in g.rollouts]
     correct = np.array([v.correct for g in groups for v in g.verdicts], bool)
     sure = calibration(groups, np.array([_mean_logprob(r) for r in rollouts]))
@@ -75,7 +75,7 @@ def _decile(tokens: Tokens, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def _spread(column: Mapping[str, Column], decile: NDArray[np.int64]) -> dict[str, float]:
-    """Varentropy's quantiles and sides, and both by position: `describe` has the rest of entropy's."""
+    """Quantiles and sides of varentropy, and entropy and varentropy by position."""
     v, a = column["varentropy"], column["advantages"]
     quantiles = np.quantile(v, list(QUANTILES.values()))
     metrics = {f"varentropy/{name}": float(q) for name, q in zip(QUANTILES, quantiles, strict=True)}
@@ -100,10 +100,10 @@ def _covariance(column: Mapping[str, Column]) -> dict[str, float]:
 
 
 def quadrants(column: Mapping[str, Column]) -> dict[str, float]:
-    """Shares of tokens with A != 0 by the signs of A and surprise - H; 1, 4 lower H (arXiv 2602.09782).
+    """Shares of tokens with A != 0 by the signs of A and surprise - H; 1 and 4 lower H (arXiv 2602.09782).
 
-    Most tokens of a confident policy are sure and hardly move it, so `lowering` weighs each by its effect on
-    H to first order, A scale correction (ln p + H); left out where there is none.
+    Most tokens of a confident policy hardly move it, so `lowering` weighs each token by its first-order
+    effect on H, A scale correction (ln p + H); it is left out if no token has any.
     """
     a, odd = column["advantages"], column["old_logprobs"] + column["entropy"]
     moved = max(1, int((a != 0).sum()))
@@ -121,7 +121,7 @@ def quadrants(column: Mapping[str, Column]) -> dict[str, float]:
 
 
 def _importance(column: Mapping[str, Column]) -> dict[str, float]:
-    """Learner over sampler, before any correction of the objective; and what that correction does."""
+    """Ratio of learner to sampler before the objective's correction, and the share that it zeroes."""
     gap = column["old_logprobs"] - column["behavior_logprobs"]
     weight = np.exp(np.clip(gap, -20, 20))
     metrics = {
@@ -145,7 +145,7 @@ def _lengths(rollouts: Sequence[Rollout], correct: NDArray) -> dict[str, float]:
 
 
 def _mean_logprob(rollout: Rollout) -> float:
-    """Of the tokens drawn in it, as they were drawn; NaN where there are none."""
+    """Mean ln p of the tokens drawn in the rollout, as drawn; NaN without any."""
     drawn = rollout.logprobs[rollout.observed < 0]
     return float(drawn.mean(dtype=np.float64)) if len(drawn) else math.nan
 

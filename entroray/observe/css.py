@@ -16,8 +16,8 @@ STYLE = """
 color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 h1{font-size:26px;margin:0} h2{font-size:20px;margin:0 0 8px} h2 small{font-weight:400;font-size:14px} h3{
 font-size:14px;font-weight:600;margin:22px 0 6px}
-header p,.keys,figcaption,small,.told{color:var(--soft)} header p{max-width:80ch}
-.told{font-size:13.5px;max-width:100ch;margin:6px 0}
+header p,.keys,figcaption,small,.note{color:var(--soft)} header p{max-width:80ch}
+.note{font-size:13.5px;max-width:100ch;margin:6px 0}
 section{background:var(--card);border:1px solid var(--rule);border-radius:12px;
 padding:20px 24px;margin-top:18px;min-width:0}
 .wide{overflow-x:auto} table{border-collapse:collapse;font-size:13.5px;width:100%}

@@ -25,7 +25,7 @@ from entroray.observe.token_view import ShadedToken, shade_response
 
 
 def write_evaluation_page(path: Path, found: Found) -> Path:
-    """Makes the page at `path` of what an evaluation found."""
+    """Write the page of an evaluation to `path`."""
     title = Path(found["model"]).name
     body = [
         f"<header><h1>{escape(title)}</h1><p><code>{escape(found['model'])}</code><br>{escape(head(found))}",
@@ -43,7 +43,7 @@ def write_evaluation_page(path: Path, found: Found) -> Path:
 
 
 def _part(found: Found, name: str, title: str, draw: Any) -> list[str]:
-    """A section about what is not in every evaluation."""
+    """A section about a part that not every evaluation has."""
     return [_section(title, draw(found[name], found))] if found.get(name) else []
 
 
@@ -51,8 +51,8 @@ def _section(title: str, inner: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{inner}</section>"
 
 
-def _told(text: str) -> str:
-    return f'<p class="told">{escape(text)}</p>'
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def _rows(rows: Sequence[Sequence[str]]) -> str:
@@ -81,14 +81,14 @@ def _accuracy(found: Found) -> str:
             continue
         areas.append(Area(at, low, high, f"area a{index}"))
         drawn.append(Line(at, means, f"c{index}", f"{curve}k"))
-        said = [f"{name} {number(found, name)}" for name in names]
-        drawn += [Line([x], [y], f"c{index}", s) for x, y, s in zip(at, means, said, strict=True)]
+        tooltips = [f"{name} {number(found, name)}" for name in names]
+        drawn += [Line([x], [y], f"c{index}", s) for x, y, s in zip(at, means, tooltips, strict=True)]
         keys.append(legend_entry(f"c{index}", f"{curve}k: {meaning}"))
     shown = Frame(0.0, max(1.0, float(len(columns) - 1)), 0.0, 1.0)
     below = {x: f"k={k}" for k, x in place.items()}
     figure = chart(drawn, shown, label="accuracy over k", width=920, height=300, areas=areas, below=below)
-    tied = "Shaded: 95 % percentile bootstrap over prompts. Answers that tie in a vote share it evenly."
-    return f'<p class="keys">{"".join(keys)}</p>{figure}{_told(tied)}{_rows(accuracy(found))}'
+    note = "Shaded: 95 % percentile bootstrap over prompts. Answers that tie in a vote share it evenly."
+    return f'<p class="keys">{"".join(keys)}</p>{figure}{_note(note)}{_rows(accuracy(found))}'
 
 
 def _cot(cot: Mapping[str, Any], found: Found) -> str:
@@ -104,33 +104,33 @@ def _cot(cot: Mapping[str, Any], found: Found) -> str:
         ["paths without", lost],
         ["prompts without any gap, counted as wrong", str(cot["prompts_without"])],
     ]
-    how = (
+    note = (
         "Each of the likeliest first tokens is followed greedily. The gap of a path is the mean of "
         "p(1) - p(2) over the tokens of its answer, both at temperature 1."
     )
-    return _told(how) + _rows(rows)
+    return _note(note) + _rows(rows)
 
 
 def _calibration(found: Found) -> str:
     if not found["calibration"]:
-        return _told("No answer was sampled and judged.")
+        return _note("No answer was sampled and judged.")
     figures = "".join(_diagram(name, bins) for name, bins in found["calibration"].items())
-    told = (
+    note = (
         "Bars: share right in 15 equal bins of confidence, darker where more answers are. Line: calibrated."
     )
-    return f'{_told(told)}<div class="small">{figures}</div>{_rows(calibration(found))}'
+    return f'{_note(note)}<div class="small">{figures}</div>{_rows(calibration(found))}'
 
 
 def _diagram(name: str, bins: Mapping[str, Any]) -> str:
-    most = max(bins["count"])
+    largest = max(bins["count"])
     bars = []
     for i, (count, sure, right) in enumerate(
         zip(bins["count"], bins["confidence"], bins["accuracy"], strict=True)
     ):
         if count:
-            shade = 1 + min(3, int(4 * count / most))
-            said = f"{count:.0f} answers, confidence {sure:.3f}, right {right:.3f}"
-            bars.append(Area(bins["edges"][i : i + 2], [0, 0], [right, right], f"bar b{shade}", said))
+            shade = 1 + min(3, int(4 * count / largest))
+            tooltip = f"{count:.0f} answers, confidence {sure:.3f}, right {right:.3f}"
+            bars.append(Area(bins["edges"][i : i + 2], [0, 0], [right, right], f"bar b{shade}", tooltip))
     diagonal = Line([0.0, 1.0], [0.0, 1.0], "base", "as right as sure")
     below = {x: f"{x:g}" for x in (0.0, 0.5, 1.0)}
     figure = chart(
@@ -142,28 +142,30 @@ def _diagram(name: str, bins: Mapping[str, Any]) -> str:
 
 def _positions(places: Sequence[Mapping[str, Any]], found: Found) -> str:
     middle = [(p["first"] + p["last"]) / 2 for p in places]
-    said = [f"tokens {p['first']} to {p['last']}: {p['entropy']:.4f} nats over {p['tokens']}" for p in places]
+    tooltips = [
+        f"tokens {p['first']} to {p['last']}: {p['entropy']:.4f} nats over {p['tokens']}" for p in places
+    ]
     values = [p["entropy"] for p in places]
     drawn = [Line(middle, values, "c0", "mean entropy")]
-    drawn += [Line([x], [y], "c0", s) for x, y, s in zip(middle, values, said, strict=True)]
+    drawn += [Line([x], [y], "c0", s) for x, y, s in zip(middle, values, tooltips, strict=True)]
     figure = chart(drawn, frame(drawn), label="entropy by position", width=920, height=240)
     summary = ", ".join(f"{name} {x:.4f}" for name, x in found["entropy"].items())
-    told = (
+    note = (
         "Mean H, nats, of the whole distribution at each token, before any shaping or truncation, by the "
         f"token's place in the response. Over all of them: {summary}."
     )
-    return figure + _told(told)
+    return figure + _note(note)
 
 
 def _uncertain(uncertain: Mapping[str, Any], found: Found) -> str:
     rows = [["token", "count", "mean entropy, nats"]]
     rows += [[visible(t["text"]), str(t["count"]), f"{t['entropy']:.3f}"] for t in uncertain["tokens"]]
-    told = f"Tokens drawn where H is above its 80th percentile, {uncertain['above']:.4f} nats."
-    return _told(told) + _rows(rows)
+    note = f"Tokens drawn where H is above its 80th percentile, {uncertain['above']:.4f} nats."
+    return _note(note) + _rows(rows)
 
 
 def visible(token: str) -> str:
-    """A token with what cannot be seen spelt out: ␣ a space, ⏎ a line break, ⇥ a tab, U+0000 others."""
+    """A token with ␣ for a space, ⏎ a line break, ⇥ a tab and U+0000 for other invisible characters."""
     plain = token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
     return "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in plain)
 

@@ -22,7 +22,7 @@ GREY, FAINT, CLEAR = "#94a3b8", "rgba(148,163,184,0.25)", "rgba(0,0,0,0)"
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric as drawn, `times` another; `fill` shades the space down to the curve before it."""
+    """A metric as a curve, `times` another one; `fill` shades the space down to the curve before it."""
 
     key: str
     name: str
@@ -33,7 +33,7 @@ class Curve:
     times: str = ""
 
     def drawn(self, metrics: Metrics) -> tuple[list[int], list[float]]:
-        """Steps and values, where all that it is made of was measured."""
+        """Steps and values of the steps that measured both metrics."""
         if not self.times:
             return series(metrics, self.key)
         at, factors = series(metrics, self.times)
@@ -45,7 +45,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Plot:
-    """One card of the page: what is drawn, what it means, and its unit."""
+    """One section of the page: its curves, their meaning and their unit."""
 
     title: str
     meaning: str
@@ -162,7 +162,7 @@ PLOTS = (
 
 
 def write_report(run_dir: Path) -> Path:
-    """Makes `run_dir`/report.html from the files of the run; a missing file is a sentence on the page."""
+    """Write `run_dir`/report.html from the files of the run; a missing file is a sentence on the page."""
     path = run_dir / "metrics.jsonl"
     metrics = read_metrics(path) if path.exists() else []
     body = [
@@ -213,7 +213,7 @@ def _cards(metrics: Metrics) -> str:
 
 
 def _moved(metrics: Metrics) -> list[Plot]:
-    """One plot for every setting that a schedule or a controller moved."""
+    """A plot for each setting that a schedule or a controller moved."""
     names = dict.fromkeys(key for m in metrics for key in m if key.startswith("control/"))
     meaning = "The value in effect in each step; what it moves is in the event <code>control</code>."
     return [
@@ -232,7 +232,7 @@ def _card(plot: Plot, metrics: Metrics) -> str:
     keys = ", ".join(f"<code>{key}</code>" for c in plot.curves for key in (c.key, c.times) if key)
     inner = _figure(plot, drawn, metrics) if drawn else _missing("metrics.jsonl", f"it holds none of {keys}")
     title = f"<h2>{plot.title} <small>{plot.unit}</small></h2>"
-    return f'<section>{title}<p class="told">{plot.meaning}</p>{inner}</section>'
+    return f'<section>{title}<p class="note">{plot.meaning}</p>{inner}</section>'
 
 
 def _figure(plot: Plot, curves: Sequence[Curve], metrics: Metrics) -> str:

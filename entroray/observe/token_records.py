@@ -47,12 +47,12 @@ SCHEMA = pa.schema(
 
 
 def record_path(run_dir: Path, step: int) -> Path:
-    """Where the records of `step` lie."""
+    """The file of the records of `step`."""
     return run_dir / "tokens" / f"step-{step:06d}.parquet"
 
 
 def step_of(file: Path) -> int:
-    """The step that `file` holds the records of."""
+    """The step whose records `file` holds."""
     return int(file.stem.removeprefix("step-"))
 
 
@@ -107,7 +107,7 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
 
 
 def write_records(file: Path, records: pa.Table) -> None:
-    """Written aside and renamed, so that a reader sees the whole file or none."""
+    """Write aside and rename, so that a reader sees the whole file or none."""
     aside = file.with_name(file.name + ".part")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -118,7 +118,7 @@ def write_records(file: Path, records: pa.Table) -> None:
 
 
 def _drawn(rollouts: Sequence[Rollout]) -> dict[str, NDArray[np.float32]]:
-    """The sampler's own columns, NaN where it has nothing to say."""
+    """The sampler's own columns, NaN without notes."""
 
     def column(name: str, otherwise: Callable[[Rollout], float]) -> NDArray[np.float32]:
         plain = lambda r: np.full(r.length, otherwise(r), np.float32)
@@ -136,7 +136,7 @@ def _drawn(rollouts: Sequence[Rollout]) -> dict[str, NDArray[np.float32]]:
 def _reasons(
     per_row: Sequence[str], row: NDArray, mask: NDArray[np.bool_], observed: NDArray[np.int8]
 ) -> pa.Array:
-    """Why a token is outside the mask: what it is an observation of, else its rollout's reason."""
+    """Why a token is masked: the kind of observation that it is, else its rollout's status."""
     words = [*map(str, REASONS), *per_row]
     return _words(words, np.where(observed < 0, row + len(REASONS), observed), null=mask)
 
@@ -146,7 +146,7 @@ def _status(sampled: Status, verdict: Verdict) -> str:
 
 
 def _words(per_row: Sequence[str], row: NDArray, null: NDArray[np.bool_] | None = None) -> pa.Array:
-    """A text per token, stored once per distinct text."""
+    """A text per token, stored once for each distinct text."""
     words, code = np.unique(np.array(per_row, dtype=object), return_inverse=True)
     index = pa.array(code.astype(np.int32)[row], mask=null)
     return pa.DictionaryArray.from_arrays(index, pa.array(words.tolist(), pa.string()))
