@@ -21,6 +21,10 @@ COVARIANCE = {"p2": 0.02, "p50": 0.5, "p80": 0.8, "p98": 0.98, "p99_8": 0.998}
 CLIPPABLE = (1.0, 5.0)
 """Band of the covariance proxy that Clip-Cov draws from (arXiv 2505.22617)."""
 DECILES = 10
+COLUMNS = (
+    *("entropy", "varentropy", "old_logprobs", "behavior_logprobs"),
+    *("advantages", "scale", "correction"),
+)
 
 
 def step_details(groups: Sequence[Group], tokens: Tokens, judged: Sequence[Group] = ()) -> dict[str, float]:
@@ -56,16 +60,7 @@ def _answer_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def columns(tokens: Tokens, mask: NDArray[np.bool_]) -> Mapping[str, Column]:
     """The masked-in tokens' columns as the token records store them."""
-    names = (
-        "entropy",
-        "varentropy",
-        "old_logprobs",
-        "behavior_logprobs",
-        "advantages",
-        "scale",
-        "correction",
-    )
-    return {name: stored(getattr(tokens, name))[mask] for name in names}
+    return {name: stored(getattr(tokens, name))[mask] for name in COLUMNS}
 
 
 def _decile(tokens: Tokens, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -107,13 +102,8 @@ def quadrants(column: Mapping[str, Column]) -> dict[str, float]:
     """
     a, odd = column["advantages"], column["old_logprobs"] + column["entropy"]
     moved = max(1, int((a != 0).sum()))
-    chosen = {
-        1: (a > 0) & (odd >= 0),
-        2: (a > 0) & (odd < 0),
-        3: (a < 0) & (odd >= 0),
-        4: (a < 0) & (odd < 0),
-    }
-    metrics = {f"quadrants/e{n}": float(where.sum() / moved) for n, where in chosen.items()}
+    chosen = [side & sure for side in (a > 0, a < 0) for sure in (odd >= 0, odd < 0)]
+    metrics = {f"quadrants/e{n}": float(where.sum() / moved) for n, where in enumerate(chosen, start=1)}
     fall = a * column["scale"] * column["correction"] * odd
     if fall.any():
         metrics["quadrants/lowering"] = float(fall[fall > 0].sum() / np.abs(fall).sum())

@@ -8,15 +8,8 @@ from torch import Tensor
 
 from entroray.types import Tokens
 
-SUMS = (
-    "kl",
-    "kl_k1",
-    "silent",
-    "clip_high_positive",
-    "clip_high_negative",
-    "clip_low_positive",
-    "clip_low_negative",
-)
+CLIPPED = ("clip_high_positive", "clip_high_negative", "clip_low_positive", "clip_low_negative")
+SUMS = ("kl", "kl_k1", "silent", *CLIPPED)
 
 
 @torch.no_grad()
