@@ -165,7 +165,8 @@ class Verdict:
     """A verifier's judgement of one rollout. Reward is not correctness: keep rules read `correct`."""
 
     reward: float
-    correct: float
+    correct: bool
+    """False if `status` is not usable: a response without a verdict is not right."""
     answer: str | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
     """What the reward is made of, by name; journalled as `reward/part_<name>`, and read by nothing else."""

@@ -65,7 +65,7 @@ def tokens(*, drift: float = 3.0, masked_out=(0, 9, 10, 27), hole: float = torch
 def group(rewards=(1, 0, 0, 1), correct=(1, 0, 0, 1), lengths=(50, 85, 90, 100)) -> Group:
     ids, logprobs = np.zeros(100, np.int32), np.zeros(100, np.float32)
     rollouts = tuple(Rollout("q", ids[:n], logprobs[:n], ids[:n], "", 1.0, 100) for n in lengths)
-    verdicts = tuple(Verdict(float(r), float(c)) for r, c in zip(rewards, correct, strict=True))
+    verdicts = tuple(Verdict(float(r), bool(c)) for r, c in zip(rewards, correct, strict=True))
     return Group(Prompt("q", "", (), ""), rollouts, verdicts)
 
 

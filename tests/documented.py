@@ -3,14 +3,13 @@
 import re
 from collections.abc import Iterable
 
-from entroray.metrics.catalogue import DESCRIBED, DIAGNOSED, EVALUATION, PARTS
-from entroray.metrics.metric import Metric
+from entroray.metrics.catalogue import FAMILIES, Metric, family_metrics
 
 FILLED = {"<n>": r"\d+", "<d>": r"[^:]+", "<rule>": r"\w+", "<part>": r".+", "<name>": r".+"}
 """What may stand in a name, as a regular expression."""
-STEP = [*DESCRIBED, *DIAGNOSED]
-"""What `describe` and `diagnose` give together."""
-IN_A_RUN = [metric for found in PARTS.values() if found is not EVALUATION for metric in found]
+CHOSEN = family_metrics("prompts", "second", "early", "repetition", "replay")
+"""What is measured of how prompts and groups are chosen."""
+IN_A_RUN = family_metrics(*(FAMILIES.keys() - {"evaluation"}))
 """What may stand in metrics.jsonl."""
 
 

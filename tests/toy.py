@@ -86,7 +86,7 @@ class ToyWorld:
 
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
         right = [float(r.token_ids[0] == int(prompt.reference)) for r in rollouts]
-        return [Verdict(x, x) for x in right]
+        return [Verdict(x, bool(x)) for x in right]
 
     def _see(self, batch: Batch) -> dict[str, torch.Tensor]:
         logp = self.logits.log_softmax(-1)

@@ -144,7 +144,7 @@ def judge(config: Config) -> str:
     verdict = asyncio.run(_judged(config, read, prompt, answer))
     if not verdict.status.usable:
         raise DataError(f"the judge gave no verdict on {answer!r}: {verdict.status}: {verdict.detail}")
-    if known and verdict.correct < 1:
+    if known and not verdict.correct:
         raise DataError(
             f"the judge finds the right answer {answer!r} wrong: make reward.judge and data.demonstration fit"
         )

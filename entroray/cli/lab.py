@@ -20,10 +20,19 @@ from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
 from entroray.errors import ConfigError, EntrorayError, Stopped
 from entroray.observe import lab_cells, lab_page
-from entroray.observe.comparison import LEGEND, OLDER, absent, codes, grid, markdown, tables, tasks, variant
+from entroray.observe.comparison import (
+    LEGEND,
+    OLDER,
+    code_lines,
+    grid,
+    markdown,
+    missing_lines,
+    tables,
+    tasks,
+)
 from entroray.observe.console import Terminal
 from entroray.observe.journal import read_metrics, replace_text
-from entroray.observe.lab_cells import Cell
+from entroray.observe.lab_cells import Cell, variant_name
 from entroray.wiring import compose, run_directory
 from entroray.wiring.actors import cpu_only, lasting
 from entroray.wiring.reused_actors import ReusedActors
@@ -128,7 +137,7 @@ async def _work(
     code = run_directory.code_version()
     of_task = tasks([job.cell for job in jobs])
     for number, job in enumerate(jobs, start=1):
-        name = f"{job.cell.task}, {variant(job.cell, of_task[job.cell.task])}, seed {job.cell.seed}"
+        name = f"{job.cell.task}, {variant_name(job.cell, of_task[job.cell.task])}, seed {job.cell.seed}"
         print(f"[{number}/{len(jobs)}] {name}", flush=True)
         lab_cells.save_cell(folder, job.cell)  # its files are about to go, and what they came to with them
         cell = replace(await _attempt(bench, job), code=code)
@@ -169,8 +178,9 @@ async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
     began = time.monotonic()
     try:
         with (folder / "console.log").open("w") as file:
-            journal, _ = train.open_journal(config, folder, read_in.tokenizer, file)
-            await train.drive(config, objective, read_in, m, journal, run_directory.RunDirectory(folder))
+            journal, _, health = train.open_journal(config, folder, read_in.tokenizer, file)
+            run = run_directory.RunDirectory(folder)
+            await train.drive(config, objective, read_in, m, journal, health, run)
             journal.close()
     finally:
         _take_signals_back()
@@ -223,7 +233,7 @@ def _report(folder: Path, baseline: str | None) -> tuple[list[Cell], str]:
     cells = sorted(
         lab_cells.load_cells(folder), key=lambda c: (c.task, c.objective, sorted(c.extras), c.seed)
     )
-    named = {c.name: variant(c, of_task) for of_task in tasks(cells).values() for c in of_task}
+    named = {c.name: variant_name(c, of_task) for of_task in tasks(cells).values() for c in of_task}
     names = list(dict.fromkeys(named.values()))
     chosen = baseline or ("grpo" if "grpo" in names else next(iter(names), ""))
     if chosen not in names:
@@ -248,7 +258,7 @@ def _print(folder: Path, reported: tuple[list[Cell], str]) -> None:
         for row in rows:
             shown.add_row(*row)
         terminal.print(shown)
-    print("\n".join([*absent(cells), *codes(cells), "", f"baseline {baseline}. {LEGEND}", ""]))
+    print("\n".join([*missing_lines(cells), *code_lines(cells), "", f"baseline {baseline}. {LEGEND}", ""]))
     print("\n".join(f"{name:10} {folder / file}" for name, file in FILES.items()), flush=True)
 
 

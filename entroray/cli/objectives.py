@@ -165,7 +165,7 @@ ADVISED = (
 
 
 def advised(config: Config) -> dict[str, Any]:
-    """What a run has of them, by dotted name, as `entropy.causes` reads it."""
+    """The run's settings by dotted name, as `metrics.remedies` reads them."""
     steered = {"objective": dict(config.objective), "control": _knobs(config)}
     return {name: attrgetter(name)(config) for name in ADVISED} | steered
 

@@ -21,7 +21,7 @@ from entroray.errors import ConfigError, InfrastructureError, Stopped
 from entroray.evaluation.evaluate import heldout_accuracy
 from entroray.objective import Objective, build_objective, check_group_size, compatibility
 from entroray.observe.console import Console, summary
-from entroray.observe.health_tracker import HealthTracker, health_line, moved_settings
+from entroray.observe.health_tracker import HealthTracker, health_lines, moved_settings
 from entroray.observe.journal import Journal, read_metrics
 from entroray.policy.tokenizer import fingerprint
 from entroray.train.driver import Driver, Roles
@@ -120,7 +120,7 @@ async def _train(
     trained = time.monotonic()
     try:
         first = run.state.get("version", 0) + 1
-        journal, console = open_journal(config, folder, read_in.tokenizer, first_step=first)
+        journal, console, health = open_journal(config, folder, read_in.tokenizer, first_step=first)
         probe = dataset.probe_ids(read_in.tokenizer)
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await actors.start_actors(
@@ -138,7 +138,7 @@ async def _train(
         run_directory.write_manifest(folder, tree, facts)
         console.header("entroray", _header(config, objective, read_in, folder, facts))
         trained = time.monotonic()
-        await drive(config, objective, read_in, m, journal, run)
+        await drive(config, objective, read_in, m, journal, health, run)
         journal.event("trained", seconds=round(time.monotonic() - trained, 1), steps=config.run.steps)
         await m.export(str(folder / "model"))
         read_in.tokenizer.save_pretrained(folder / "model")
@@ -153,8 +153,8 @@ async def _train(
 
 def open_journal(
     config: Config, folder: Path, tokenizer: Any, file: TextIO | None = None, first_step: int = 1
-) -> tuple[Journal, Console]:
-    """The journal of a run in `folder`, and the console it reports to: the terminal, or `file`.
+) -> tuple[Journal, Console, HealthTracker]:
+    """The journal of a run in `folder`, its console (the terminal, or `file`) and what tracks its health.
 
     What trackers hold of `first_step` and beyond, from before a resumption, is hidden.
     """
@@ -167,10 +167,10 @@ def open_journal(
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     every = config.observe.tokens.every
     journal = Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words)
-    journal.trackers.append(
-        HealthTracker(journal.event, console.say, read_metrics(folder / "metrics.jsonl"), advised(config))
-    )
-    return journal, console
+    history = read_metrics(folder / "metrics.jsonl")
+    health = HealthTracker(journal.event, console.say, history, advised(config))
+    journal.trackers.append(health)
+    return journal, console, health
 
 
 def _header(
@@ -212,6 +212,7 @@ async def drive(
     read_in: dataset.Dataset,
     m: actors.Actors,
     journal: Journal,
+    health: HealthTracker,
     run: run_directory.RunDirectory,
 ) -> None:
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
@@ -232,13 +233,13 @@ async def drive(
     journal.event("control", controllers=controllers.describe_controllers(config))
     if run.checkpoint:
         driver.restore(run.state)
-    outlook = _outlook(journal, run.state)
+        health.restore(run.state["health"])
     saves = m.checkpoints(run.folder)
     stagnation = Stagnation(config.learner.reset_after, **run.state.get("stagnation", {}))
 
     async def save(accuracy: float | None = None) -> Path:
         told = {"best": stagnation.best, "since": stagnation.since}
-        state = {**driver.committed, "stagnation": told, "outlook": outlook.state()}
+        state = {**driver.committed, "stagnation": told, "health": health.state()}
         return await saves.save(driver.version, state, accuracy)
 
     async def after(step: int, metrics: Mapping[str, float]) -> None:
@@ -259,13 +260,6 @@ async def drive(
             f"stopped by {signal.Signals(caught[0]).name} after step {driver.version}, saved in {saved}. "
             f"Go on with the same command and run.resume=auto run.dir={run.folder}",
         )
-
-
-def _outlook(journal: Journal, state: Mapping[str, Any]) -> HealthTracker:
-    """What reads the run into words, going on from a checkpoint's `state`."""
-    found = next(t for t in journal.trackers if isinstance(t, HealthTracker))
-    found.restore(state.get("outlook", {}))
-    return found
 
 
 def _evaluation(
@@ -312,7 +306,7 @@ def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
     take_signals()  # the event loop took them with it
     metrics = read_metrics(folder / "metrics.jsonl")
     words = [
-        health_line(metrics, advised(config)),
+        *health_lines(metrics, advised(config)),
         *moved_settings(controllers.build_control(config).controllers, metrics),
     ]
     print("\n".join([summary(metrics), "", *words]))

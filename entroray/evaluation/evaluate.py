@@ -9,7 +9,7 @@ from entroray.data.mixture import positions_by_domain
 from entroray.errors import ConfigError
 from entroray.evaluation import summary
 from entroray.evaluation.cot_decoding import Decoding, Words, decode_paths
-from entroray.metrics.pass_at_k import pass_at_k, powers_of_two
+from entroray.metrics.pass_at_k import count_right, pass_at_k, powers_of_two
 from entroray.roles import Generator, Verifier
 from entroray.seeds import seeds
 from entroray.types import Group, Prompt
@@ -62,11 +62,6 @@ async def sample_answers(
         return Group(prompt, tuple(rollouts), tuple(await verifier.judge(prompt, rollouts)))
 
     return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
-
-
-def count_right(group: Group) -> int:
-    """How many of its answers are right."""
-    return sum(map(summary.is_right, group.verdicts))
 
 
 def pass_at_ks(counts: Sequence[int], samples: int) -> dict[str, float]:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from entroray.evaluation.evaluate import count_right, count_right_answers, pass_at_ks, sample_answers
+from entroray.evaluation.evaluate import count_right_answers, pass_at_ks, sample_answers
 from entroray.metrics.by_domain import judged_metrics
+from entroray.metrics.pass_at_k import count_right
 from entroray.metrics.step import step_metrics
 from entroray.metrics.step_detail import step_details
 from entroray.roles import Generator, Learner, Verifier

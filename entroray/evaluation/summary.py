@@ -14,7 +14,7 @@ from entroray.metrics.answer_confidence import NoGap, most_confident, most_suppo
 from entroray.metrics.calibration import auroc, brier, consistency, expected_error, known, reliability
 from entroray.metrics.confidence_interval import bootstrap_intervals
 from entroray.metrics.diversity import answers, distinct
-from entroray.metrics.pass_at_k import majority_at_k, pass_all_k, pass_at_k
+from entroray.metrics.pass_at_k import count_right, is_right, majority_at_k, pass_all_k, pass_at_k
 from entroray.metrics.positions import entropy_by_position, uncertain_tokens
 from entroray.metrics.step import QUANTILES
 from entroray.types import Group, Rollout, Status, Verdict
@@ -56,31 +56,22 @@ def summarise(
     }
 
 
-def is_right(verdict: Verdict) -> bool:
-    """Whether it was judged, and judged right."""
-    return verdict.status.usable and verdict.correct >= 1
-
-
 def accuracies(groups: Sequence[Group], ks: Sequence[int]) -> dict[str, Column]:
     """pass@k, pass^k, maj@k and avg@n of each prompt [P]; maj@k only where any answer was read at all."""
     n = len(groups[0].verdicts)
     each: dict[str, Column] = {}
     for k in ks:
-        each[f"pass@{k}"] = _column(groups, lambda g, k=k: pass_at_k(n, _count(g), k))
+        each[f"pass@{k}"] = _column(groups, lambda g, k=k: pass_at_k(n, count_right(g), k))
     for k in ks:
-        each[f"pass^{k}"] = _column(groups, lambda g, k=k: pass_all_k(n, _count(g), k))
+        each[f"pass^{k}"] = _column(groups, lambda g, k=k: pass_all_k(n, count_right(g), k))
     if any(v.answer is not None for g in groups for v in g.verdicts):
         for k in ks:
             each[f"maj@{k}"] = _column(groups, lambda g, k=k: _majority(g, k))
-    return each | {f"avg@{n}": _column(groups, lambda g: _count(g) / n)}
+    return each | {f"avg@{n}": _column(groups, lambda g: count_right(g) / n)}
 
 
 def _column(groups: Sequence[Group], score: Any) -> Column:
     return np.array([score(group) for group in groups], np.float64)
-
-
-def _count(group: Group) -> int:
-    return sum(map(is_right, group.verdicts))
 
 
 def _majority(group: Group, k: int) -> float:
@@ -235,7 +226,7 @@ def _response(group: Group, rollout: Rollout, verdict: Verdict, words: Words) ->
         "text": rollout.text,
         "answer": verdict.answer,
         "right": is_right(verdict),
-        "right_of_prompt": f"{_count(group)} of {len(group.verdicts)}",
+        "right_of_prompt": f"{count_right(group)} of {len(group.verdicts)}",
         "status": str(verdict.status),
         "tokens": [
             [words.name(int(t)), h if math.isfinite(h) else None]

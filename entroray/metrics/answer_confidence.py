@@ -1,8 +1,7 @@
-"""CoT-decoding (arXiv 2402.10200): where a response's answer stands, and how far its tokens are ahead.
+"""CoT-decoding (arXiv 2402.10200): the tokens of a response's answer, and how confident they are.
 
-The gap of a path is the mean, over the tokens of its answer alone, of p(1) - p(2): the two most probable
-tokens of the distribution that stood there, the drawn one being a row of its own. On a first token that was
-forced these are still the two most probable, the same for every path.
+The gap of a path is the mean of p(1) - p(2) over the tokens of its answer alone, p(1) and p(2) being the two
+largest probabilities at that token, whichever token was drawn or forced there.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,17 +17,17 @@ class NoGap(StrEnum):
     """Why a path has no gap."""
 
     FAILED = "failed"  # it was not sampled, or not judged
-    NO_ANSWER = "no_answer"  # nothing was read from it
-    NOT_IN_TEXT = "not_in_text"  # what was read does not stand in the response as it is
+    NO_ANSWER = "no_answer"  # the judge read no answer
+    NOT_IN_TEXT = "not_in_text"  # the response does not contain the answer literally
 
 
 def answer_span(
     token_ids: Sequence[int], answer: str | None, decode: Callable[[Sequence[int]], str]
 ) -> range | NoGap:
-    """Positions of the tokens that hold any part of the last place where `answer` stands in the response.
+    """Positions of the tokens that hold any part of the last occurrence of `answer` in the response.
 
-    A character made of several tokens counts with all of them. Found by decoding beginnings of the response,
-    about 2 log2(length) of them, so any tokenizer will do.
+    A character made of several tokens counts with all of them. Works with any tokenizer: it decodes about
+    2 log2(length) beginnings of the response.
     """
     if not answer:
         return NoGap.NO_ANSWER
@@ -37,14 +36,14 @@ def answer_span(
     if start < 0:
         return NoGap.NOT_IN_TEXT
     reach = lambda n: _common(decode(token_ids[:n]), text)
-    first = _least(len(token_ids), lambda n: reach(n) >= start)
-    first -= reach(first) > start  # one token holds the end of what stands before, too
-    return range(first, _least(len(token_ids), lambda n: reach(n) >= start + len(answer)))
+    first = _first_true(len(token_ids), lambda n: reach(n) >= start)
+    first -= reach(first) > start  # one token may hold the end of the text before, too
+    return range(first, _first_true(len(token_ids), lambda n: reach(n) >= start + len(answer)))
 
 
-def _least(most: int, enough: Callable[[int], bool]) -> int:
-    """The least n in 0..most that is enough; what is enough stays so."""
-    low, high = 0, most
+def _first_true(maximum: int, enough: Callable[[int], bool]) -> int:
+    """The first n of 0..maximum that is enough, by bisection."""
+    low, high = 0, maximum
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle + 1, high)
@@ -52,7 +51,7 @@ def _least(most: int, enough: Callable[[int], bool]) -> int:
 
 
 def _common(beginning: str, text: str) -> int:
-    """Length of the longest common beginning: a character cut in two is not one yet."""
+    """Length of the longest common beginning; a character cut in two differs."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(beginning, text, strict=False))
     return sum(1 for _ in same)
 

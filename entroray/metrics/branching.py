@@ -1,4 +1,4 @@
-"""What branching did to a step: how much was inherited, where it forked, whether answers changed."""
+"""Metrics of branches: how much they inherit, where they fork, whether answers change."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ from entroray.types import REASONS, Group, MaskReason, Rollout
 
 
 def branch_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Of all rollouts, masked tokens included; nothing where no rollout branched and no token was forced.
+    """`branches/*` over all rollouts, masked tokens included; empty if none branched and no token was forced.
 
-    `branches/entropy` is the sampler's (nats), at the policy's temperature, of the distribution forked at.
+    `branches/entropy` (nats) is the sampler's at the fork, at the policy's temperature.
     """
     rollouts = [r for g in groups for r in g.rollouts]
     why = np.concatenate([np.empty(0, np.int8), *(r.observed for r in rollouts)])
@@ -46,7 +46,7 @@ def _given(group: Group, grown: bool) -> set[str]:
 
 
 def _changed(group: Group) -> list[bool]:
-    """Whether each branch ended with another answer than its parent, where both gave one."""
+    """For each branch: whether its answer differs from its parent's, if both have one."""
 
     def answers(r: Rollout, own: str | None) -> tuple[str | None, str | None]:
         return own, None if r.parent is None else group.verdicts[r.parent].answer

@@ -10,13 +10,13 @@ from entroray.metrics.step import lengths, step_metrics
 from entroray.types import Group, Tokens, Verdict
 
 TRAINED = ("entropy/mean", "entropy/p80", "varentropy/mean")
-"""Those of `describe` that are given by domain, over the trained groups."""
+"""Metrics of `step_metrics` that are given by domain, over the trained groups."""
 JUDGED = ("correct/mean", "groups/all_right", "groups/all_wrong", "length/mean", "length/truncated")
-"""Those of `judged` that are given by domain."""
+"""Metrics of `judged_metrics` that are given by domain."""
 
 
 def judged_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Of every group judged: a filter that keeps the undecided ones must not show as a plateau."""
+    """Metrics over every group judged, so that a filter of undecided groups does not show as a plateau."""
     right = [g.share_right for g in groups]
     fresh = [(r, v) for g in groups for r, v in zip(g.rollouts, g.verdicts, strict=True) if not r.replayed]
     reward = np.array([v.reward for _, v in fresh], np.float64)
@@ -31,7 +31,7 @@ def judged_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _parts(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Mean of each part over the verdicts that have it; a part that is no number anywhere is left out."""
+    """Mean of each part of the verdicts, over its finite values."""
     found: dict[str, list[float]] = {}
     for name, value in (part for v in verdicts for part in v.parts.items()):
         if math.isfinite(value):
@@ -40,13 +40,13 @@ def _parts(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 
 def domain_metrics(trained: Sequence[Group], tokens: Tokens, groups: Sequence[Group]) -> dict[str, float]:
-    """JUDGED of all `groups`, and TRAINED of those whose `tokens` these are, for each domain there is."""
+    """For each domain: `JUDGED` over all `groups`, `TRAINED` over the `trained` ones, with their `tokens`."""
     metrics: dict[str, float] = {}
     for name in sorted({g.prompt.domain for g in groups} - {""}):
         own = [g for g in groups if g.prompt.domain == name]
-        whole = judged_metrics(own)
+        judged = judged_metrics(own)
         found = (
-            {n: whole[n] for n in JUDGED}
+            {n: judged[n] for n in JUDGED}
             | {"groups/share": len(own) / len(groups)}
             | _trained(name, trained, tokens)
         )

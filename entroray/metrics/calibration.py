@@ -1,4 +1,4 @@
-"""Whether the policy is as right as it is sure: collapse shows as over-confidence (arXiv 2511.05993)."""
+"""Is the policy as right as it is confident? Collapse shows as over-confidence (arXiv 2511.05993)."""
 
 import math
 from collections import Counter
@@ -46,9 +46,9 @@ def _bin(confidence: NDArray, bins: int) -> NDArray[np.int64]:
 
 
 def auroc(score: NDArray, correct: NDArray) -> float:
-    """Probability that a right one scores above a wrong one, a tie counting half; NaN without both.
+    """Probability that a right answer scores above a wrong one, ties counting half; NaN without both.
 
-    By mean ranks (Mann and Whitney).
+    Computed from mean ranks (Mann and Whitney).
     """
     right = correct >= 1
     pairs = int(right.sum()) * int((~right).sum())
@@ -60,7 +60,7 @@ def auroc(score: NDArray, correct: NDArray) -> float:
 
 
 def mean_ranks(x: NDArray) -> NDArray[np.float64]:
-    """[n] 1 for the least of `x`; those that are equal share the mean of their ranks."""
+    """[n] ranks from 1 for the smallest of `x`; equal values share the mean of their ranks."""
     _, place, count = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[place]
 
@@ -71,9 +71,9 @@ def brier(confidence: NDArray, correct: NDArray) -> float:
 
 
 def consistency(group: Group) -> list[float]:
-    """Self-consistency of each rollout: the share of its group with its answer.
+    """Self-consistency of each rollout: the share of its group with the same answer.
 
-    NaN without an answer, which is no claim that could be right, and in a group of one, which always agrees.
+    NaN if the response has no answer or the group has one member.
     """
     votes = Counter(v.answer for v in group.verdicts if v.answer is not None)
     size = len(group.verdicts) if len(group.verdicts) > 1 else math.nan
@@ -81,10 +81,9 @@ def consistency(group: Group) -> list[float]:
 
 
 def calibration(groups: Sequence[Group], mean_logprob: NDArray) -> dict[str, float]:
-    """ECE and Brier score over rollouts, of self-consistency and of exp(mean log-prob) [B] as confidence.
+    """ECE and Brier score over rollouts, with self-consistency and exp(mean log-prob) [B] as confidence.
 
-    Replayed rollouts have no say, nor has one whose confidence is not known: without an answer, or alone, in
-    the first; without response tokens in the second.
+    Replayed rollouts are left out, and rollouts whose confidence is NaN.
     """
     groups, fresh = [_fresh(g) for g in groups], [not r.replayed for g in groups for r in g.rollouts]
     mean_logprob = mean_logprob[np.array(fresh, bool)]
@@ -98,12 +97,12 @@ def calibration(groups: Sequence[Group], mean_logprob: NDArray) -> dict[str, flo
 
 
 def known(confidences: Mapping[str, NDArray], correct: NDArray) -> dict[str, tuple[NDArray, NDArray]]:
-    """Each confidence [B] that is known, with its correctness; without those that are known of none."""
+    """Each confidence [B] where it is finite, with its correctness; one that never is, is left out."""
     there = {name: np.isfinite(confidence) for name, confidence in confidences.items()}
     return {name: (confidences[name][at], correct[at]) for name, at in there.items() if at.any()}
 
 
 def _fresh(group: Group) -> Group:
-    """Without what was replayed."""
+    """The group without its replayed rollouts."""
     kept = [(r, v) for r, v in zip(group.rollouts, group.verdicts, strict=True) if not r.replayed]
     return replace(group, rollouts=tuple(r for r, _ in kept), verdicts=tuple(v for _, v in kept))

@@ -1,4 +1,4 @@
-"""How different the responses to one prompt are: n-grams, answers, pass@k."""
+"""Diversity of the responses to one prompt: n-grams, answers, pass@k."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ from entroray.types import Group, MaskReason, Rollout, Verdict
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 REPEAT = 4
-"""Length of the n-grams whose return within one response counts as repetition."""
+"""Length of the n-grams that count as repetition if they return within one response."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Loops:
     longest: int = 16
 
     def __call__(self, token_ids: Sequence[int] | NDArray[np.int32]) -> bool:
-        """Whether `token_ids` end in such a loop: some n tokens, repeated `count` times."""
+        """Whether `token_ids` end in such a loop."""
         ids = np.asarray(token_ids)
         for n in range(self.shortest, min(self.longest, len(ids) // self.count) + 1):
             tail = ids[-n * self.count :].reshape(self.count, n)
@@ -38,8 +38,8 @@ def distinct(groups: Sequence[Group]) -> dict[str, float]:
     """Distinct n-grams / n-grams of a group, n = 1, 2, 3, mean over groups (distinct-n, arXiv 1510.03055).
 
     `repetition/share` is the share of a response's own 4-grams that it wrote before, mean over responses
-    with any. Of tokens that the policy drew there: n-grams cross neither responses nor observations. They
-    are told apart by a 64-bit hash.
+    with any. Only tokens that the policy drew count; n-grams cross neither responses nor observations, and
+    are compared by a 64-bit hash.
     """
     rollouts = [r for g in groups for r in g.rollouts]
     own = np.concatenate([np.empty(0, bool), *(r.observed < 0 for r in rollouts)])
@@ -57,13 +57,13 @@ def _numbered(counts: Sequence[int]) -> tuple[NDArray[np.int64], list[int]]:
 
 
 def _share_distinct(ids: NDArray, stretch: NDArray, within: NDArray, n: int) -> float:
-    """Mean over `within` of its share of distinct n-grams, each in one stretch; NaN where there is none."""
+    """Mean over `within` of the share of distinct n-grams, each in one stretch; NaN without n-grams."""
     starts = max(0, len(ids) - n + 1)
     code = (within[:starts].astype(np.uint64) + np.uint64(1)) * MULTIPLIER
     for offset in range(n):
         code = (code ^ (code >> np.uint64(29)) ^ ids[offset : offset + starts].astype(np.uint64)) * MULTIPLIER
-    whole = stretch[:starts] == stretch[n - 1 : n - 1 + starts]
-    code, within = code[whole], within[:starts][whole]
+    inside = stretch[:starts] == stretch[n - 1 : n - 1 + starts]
+    code, within = code[inside], within[:starts][inside]
     _, first = np.unique(code, return_index=True)
     size = int(within[-1]) + 1 if len(within) else 0
     total, seen = (np.bincount(index, minlength=size) for index in (within, within[first]))
@@ -72,9 +72,9 @@ def _share_distinct(ids: NDArray, stretch: NDArray, within: NDArray, n: int) -> 
 
 
 def answers(groups: Sequence[Group]) -> dict[str, float]:
-    """Distinct answers in a group, the entropy (nats) of their shares, the share of rollouts with none.
+    """Distinct answers in a group, the entropy (nats) of their shares, the share of rollouts without one.
 
-    Replayed rollouts, whose answers are of old, have no say.
+    Replayed rollouts are left out.
     """
     fresh = [[v for r, v in zip(g.rollouts, g.verdicts, strict=True) if not r.replayed] for g in groups]
     given = [[v.answer for v in verdicts if v.answer is not None] for verdicts in fresh]
@@ -95,21 +95,20 @@ def _entropy(counts: Counter) -> float:
 def pass_at(groups: Sequence[Group]) -> dict[str, float]:
     """pass@k for k = 1, 2, 4, ... up to the smallest group: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374).
 
-    `groups` are draws, those that others took the place of among them (`Group.draws`). Unbiased for each
-    prompt, not for the task where a filter chose the prompts. Of independent draws alone: first draws, their
-    roots, nothing replayed or forced, and no group of which the slowest were given up. Nothing where no group
-    has any.
+    `groups` are every draw (`Group.draws`). Only independent draws count: no second draws, branches, replayed
+    or forced rollouts, and no groups whose slowest members were abandoned. Unbiased for each prompt, but not
+    for the task if a filter chose the prompts. Empty without independent draws.
     """
     drawn = [independent for g in groups if (independent := _independent(g))]
-    least = min(map(len, drawn), default=0)
-    counts = [(len(verdicts), sum(v.correct >= 1 for v in verdicts)) for verdicts in drawn]
+    smallest = min(map(len, drawn), default=0)
+    counts = [(len(verdicts), sum(v.correct for v in verdicts)) for verdicts in drawn]
     return {
-        f"pass/{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in powers_of_two(least)
+        f"pass/{k}": sum(pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in powers_of_two(smallest)
     }
 
 
 def _independent(group: Group) -> list[Verdict]:
-    """Verdicts on independent draws: not drawn again, not replayed, not branched, first token not forced."""
+    """Verdicts on independent draws of the group."""
     if group.earlier or group.abandoned:
         return []
     pairs = zip(group.rollouts, group.verdicts, strict=True)

@@ -1,4 +1,4 @@
-"""How responses came to their end where the run chose one for them: given up, or stopped in a loop."""
+"""Responses that the run ended early: abandoned as the slowest of their group, or stopped in a loop."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,10 @@ from entroray.types import Group, Version
 
 
 def abandoned_metrics(groups: Sequence[Group], judged: Sequence[Group], version: Version) -> dict[str, float]:
-    """What taking the first to finish did to lengths, in tokens, over all groups judged.
+    """The effect of abandoning the slowest on lengths (tokens), over all groups judged.
 
-    How long an abandoned response would have become is not known: it counts with the longest of its group
-    that finished, which it had reached unless the engine had not begun it. So `early/length_drawn` is a
-    lower bound of the mean over all that was drawn, and the bias is at least as large as it says.
+    Abandoned responses have no final length. Each counts as long as the longest finished one of its group, so
+    `early/length_drawn` is a lower bound, and the bias at least as large as `early/length_bias`.
     """
     kept = [[r.length for r in g.rollouts if not r.replayed] for g in judged]
     left = [
@@ -30,10 +29,10 @@ def abandoned_metrics(groups: Sequence[Group], judged: Sequence[Group], version:
 
 
 def repetition_metrics(loops: Loops) -> StepMetrics:
-    """The share of rollouts judged that end in a loop."""
+    """A metric: the share of judged rollouts that end in a loop."""
 
-    def tell(groups: Sequence[Group], judged: Sequence[Group], version: Version) -> dict[str, float]:
+    def measure(groups: Sequence[Group], judged: Sequence[Group], version: Version) -> dict[str, float]:
         drawn = [r for g in judged for r in g.rollouts if not r.replayed]
         return {"repetition/looped": sum(loops(r.token_ids) for r in drawn) / len(drawn)}
 
-    return tell
+    return measure

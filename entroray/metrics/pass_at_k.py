@@ -1,6 +1,6 @@
-"""What n answers to one prompt say of k of them: one right, all right, the most frequent right.
+"""Accuracy of k answers to a prompt, from n >= k: one right, all right, the most frequent right.
 
-Expectations over all subsets of k answers, drawn without return, from n >= k judged ones.
+Each is the expectation over all subsets of k of the n judged answers.
 """
 
 import math
@@ -11,9 +11,21 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from entroray.types import Group, Verdict
+
 EXACT = 64
-"""Samples up to which maj@k is exact; with more it is the mean over `SUBSETS` subsets, always the same."""
+"""Samples up to which maj@k is exact; with more it is the mean over `SUBSETS` fixed subsets."""
 SUBSETS = 2000
+
+
+def is_right(verdict: Verdict) -> bool:
+    """Whether the response was judged, and judged right."""
+    return verdict.status.usable and verdict.correct
+
+
+def count_right(group: Group) -> int:
+    """How many answers of the group are right."""
+    return sum(map(is_right, group.verdicts))
 
 
 def powers_of_two(samples: int) -> list[int]:
@@ -36,9 +48,9 @@ def pass_all_k(samples: int, correct: int, k: int) -> float:
 def majority_at_k(answers: Sequence[str | None], right: Sequence[float], k: int) -> float:
     """Probability that the most frequent of k draws' answers is right (self-consistency, arXiv 2203.11171).
 
-    None is no vote, and draws without any vote are wrong. Where m answers are equally frequent each is taken
-    with probability 1/m. An answer is as right as its samples are on average: 0 or 1 for a judge that
-    reads nothing but the answer.
+    None is no vote; draws without a vote are wrong. If m answers are equally frequent each wins with
+    probability 1/m. An answer's correctness is the mean over its samples: 0 or 1 if the judge reads only the
+    answer.
     """
     _within(len(answers), k, "maj@")
     votes = Counter(a for a in answers if a is not None)
@@ -71,14 +83,14 @@ def _leads(own: int, others: tuple[int, ...], silent: int, k: int) -> float:
 
 
 @cache
-def _rivals(rivals: tuple[int, ...], most: int, room: int) -> dict[tuple[int, int], int]:
-    """(rivals with `most` votes, votes of all) -> ways, where none has more and all fit in `room`."""
+def _rivals(rivals: tuple[int, ...], maximum: int, room: int) -> dict[tuple[int, int], int]:
+    """(rivals with `maximum` votes, votes of all) -> ways in which none has more and all fit in `room`."""
     table = {(0, 0): 1}
     for votes in rivals:
         longer: dict[tuple[int, int], int] = defaultdict(int)
         for (ties, used), count in table.items():
-            for drawn in range(min(votes, most, room - used) + 1):
-                longer[ties + (drawn == most), used + drawn] += count * math.comb(votes, drawn)
+            for drawn in range(min(votes, maximum, room - used) + 1):
+                longer[ties + (drawn == maximum), used + drawn] += count * math.comb(votes, drawn)
         table = longer
     return table
 

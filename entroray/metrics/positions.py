@@ -1,4 +1,4 @@
-"""Where entropy sits in responses: by position, and in which tokens."""
+"""Entropy by position in the response, and the tokens drawn at high entropy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,32 +13,30 @@ PLACES, FREQUENT = 64, 20
 
 @dataclass(frozen=True)
 class Place:
-    """Tokens at positions first..last of their response."""
+    """Mean entropy (nats) of the tokens at positions first..last of their responses."""
 
     first: int
     last: int
     tokens: int
     entropy: float
-    """Mean, nats."""
 
 
 @dataclass(frozen=True)
 class Uncertain:
-    """One word of the vocabulary where it was drawn at high entropy."""
+    """A token of the vocabulary: its draws at high entropy, and their mean entropy (nats)."""
 
     token_id: int
     count: int
     entropy: float
-    """Mean over those draws, nats."""
 
 
-def entropy_by_position(entropy: Sequence[NDArray], most: int = PLACES) -> list[Place]:
-    """Mean entropy (nats) over responses at each position, or over equally wide runs where more than `most`.
+def entropy_by_position(entropy: Sequence[NDArray], maximum: int = PLACES) -> list[Place]:
+    """Mean entropy (nats) over responses at each position, or at `maximum` equally wide runs of positions.
 
-    NaN is a token that nobody drew; a run without any drawn token is left out.
+    NaN marks a token that nobody drew; a run without drawn tokens is left out.
     """
     longest = max(map(len, entropy), default=0)
-    wide = max(1, -(-longest // most))
+    wide = max(1, -(-longest // maximum))
     flat = np.concatenate([np.empty(0), *entropy])
     run = np.concatenate([np.empty(0, int), *(np.arange(len(e)) // wide for e in entropy)])
     known = ~np.isnan(flat)
@@ -51,12 +49,12 @@ def entropy_by_position(entropy: Sequence[NDArray], most: int = PLACES) -> list[
 
 
 def uncertain_tokens(
-    token_ids: NDArray, entropy: NDArray, quantile: float = HIGH, most: int = FREQUENT
+    token_ids: NDArray, entropy: NDArray, quantile: float = HIGH, maximum: int = FREQUENT
 ) -> tuple[float, list[Uncertain]]:
     """The `quantile` of entropy (nats), and the tokens most often drawn above it: by count, then id."""
     threshold = float(np.quantile(entropy, quantile))
     high = entropy > threshold
     ids, place = np.unique(token_ids[high], return_inverse=True)
     count, total = np.bincount(place, minlength=len(ids)), np.bincount(place, entropy[high], len(ids))
-    order = np.argsort(-count, kind="stable")[:most]
+    order = np.argsort(-count, kind="stable")[:maximum]
     return threshold, [Uncertain(int(ids[i]), int(count[i]), float(total[i] / count[i])) for i in order]

@@ -1,4 +1,4 @@
-"""What theory says a step will do to entropy, against what it did: first-order forms and their record.
+"""The change of entropy by a step, predicted to first order and realised.
 
 One softmax with logits z, sampled token a, advantage A, step size eta. For any small change of the logits
 
@@ -12,12 +12,12 @@ One softmax with logits z, sampled token a, advantage A, step size eta. For any 
 - `proxy`, Clip-Cov's statistic: minus the covariance of ln p and A over tokens of different states. It has
   no derivation for one state; it is here to be compared.
 
-Every form takes `pull` [N], what multiplies grad log p of each token in the update (`objective.pull`): A by
-scale and correction, times its share of the loss in units of the mean share. Penalties are no part of it:
-where entropy is paid for, the forms foretell what the rest of the objective would do.
+Every form takes `weight` [N], the factor of grad log p of each token in the update
+(`objective.activity.gradient_weight`): A by scale and correction, times its share of the loss in units of the
+mean share. Penalties are left out: the forms predict what the rest of the objective does.
 
 A network moves all its states together through Adam, so eta is not known: predictions are per unit of eta
-(nats), and the slope of realised on predicted over a window of steps estimates it. Read them as rankers.
+(nats), and the slope of realised on predicted over a window of steps estimates it. Use them as rankings.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,34 +31,34 @@ from entroray.metrics.calibration import mean_ranks
 from entroray.types import Tokens
 
 FORMS = ("exact", "natural", "proxy")
-LEAST = 4
-"""Fewest steps that a slope or a rank correlation is taken over."""
+MINIMUM_STEPS = 4
+"""Steps that a slope or a rank correlation needs."""
 COLLISION = "mean_discriminator"
 """Key of `Tokens.extra`: E_p S of each token."""
 
 
-def exact(t: Tokens, pull: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """-pull (S_a - E_p S) of each token, nats per unit step; needs `COLLISION` in `extra`."""
+def exact(t: Tokens, weight: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """-weight (S_a - E_p S) of each token, nats per unit step; needs `COLLISION` in `extra`."""
     logp, entropy = t.old_logprobs.double(), t.entropy.double()
-    return -pull.double() * (logp.exp() * (logp + entropy) - t.extra[COLLISION].double())
+    return -weight.double() * (logp.exp() * (logp + entropy) - t.extra[COLLISION].double())
 
 
-def natural(t: Tokens, pull: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """-pull (ln p_a + H) of each token, nats per unit step of the natural gradient."""
-    return -pull.double() * (t.old_logprobs.double() + t.entropy.double())
+def natural(t: Tokens, weight: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """-weight (ln p_a + H) of each token, nats per unit step of the natural gradient."""
+    return -weight.double() * (t.old_logprobs.double() + t.entropy.double())
 
 
-def proxy(t: Tokens, pull: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """-(ln p - mean)(pull - mean) of each token, means over the masked-in tokens."""
-    logp, a = t.old_logprobs.double(), pull.double()
+def proxy(t: Tokens, weight: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """-(ln p - mean)(weight - mean) of each token, means over the masked-in tokens."""
+    logp, a = t.old_logprobs.double(), weight.double()
     return -(logp - logp[t.mask].mean()) * (a - a[t.mask].mean())
 
 
-def compare_forms(t: Tokens, pull: Float[Tensor, " N"], entropy: Float[Tensor, " N"]) -> dict[str, float]:
+def compare_forms(t: Tokens, weight: Float[Tensor, " N"], entropy: Float[Tensor, " N"]) -> dict[str, float]:
     """Predicted change of the mean entropy by every form, and the change to `entropy` [N] after the update.
 
-    `prediction_tokens_<form>` is the rank correlation of the two over this step's tokens. Empty where no
-    token counts, or where the change is not a number.
+    `prediction_tokens_<form>` is the rank correlation of the two over this step's tokens. Empty if no
+    token counts or the change is not finite.
     """
     if not bool(t.mask.any()):
         return {}
@@ -68,7 +68,7 @@ def compare_forms(t: Tokens, pull: Float[Tensor, " N"], entropy: Float[Tensor, "
     forms = {"exact": exact, "natural": natural, "proxy": proxy}
     if COLLISION not in t.extra:
         del forms["exact"]
-    predicted = {name: form(t, pull)[t.mask] for name, form in forms.items()}
+    predicted = {name: form(t, weight)[t.mask] for name, form in forms.items()}
     metrics = {"entropy/realised_change": float(change.mean())}
     for name, value in predicted.items():
         metrics[f"entropy/predicted_change_{name}"] = float(value.mean())
@@ -79,12 +79,12 @@ def compare_forms(t: Tokens, pull: Float[Tensor, " N"], entropy: Float[Tensor, "
 def prediction_record(window: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Slope (through the origin) and rank correlation of realised on predicted change over steps.
 
-    `window` holds what `compare` gave, oldest first; empty for fewer than 4 steps.
+    `window` holds metrics of `compare_forms`, oldest first; empty for fewer than 4 steps.
     """
     metrics = {}
     for form in FORMS:
         known = [m for m in window if f"entropy/predicted_change_{form}" in m]
-        if len(known) < LEAST:
+        if len(known) < MINIMUM_STEPS:
             continue
         x = [m[f"entropy/predicted_change_{form}"] for m in known]
         y = [m["entropy/realised_change"] for m in known]
@@ -94,13 +94,13 @@ def prediction_record(window: Sequence[Mapping[str, float]]) -> dict[str, float]
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Least squares of y = k x; 0 where every x is."""
+    """Least-squares slope k of y = k x; 0 if every x is 0."""
     square = sum(a * a for a in x)
     return sum(a * b for a, b in zip(x, y, strict=True)) / square if square else 0.0
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's, ties sharing their mean rank, in [-1, 1]; 0 where either does not vary."""
+    """Spearman's, ties sharing their mean rank, in [-1, 1]; 0 if either does not vary."""
     a, b = (torch.from_numpy(mean_ranks(np.array(v, np.float64))) for v in (x, y))
     a, b = a - a.mean(), b - b.mean()
     size = a.norm() * b.norm()

@@ -2,8 +2,8 @@
 
 R is `correct/mean` and H `entropy/mean` of a training step; the paper's R is held-out accuracy.
 
-It was found on runs without any intervention, and its authors deny that it is universal. Fitted on recent
-steps it says where reward is heading if entropy goes on being spent as it was: to b - a at H = 0.
+It was found in runs without intervention, and its authors deny that it is universal. Fitted to recent steps
+it gives R at H = 0, b - a, if entropy goes on falling as it did.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 Z = 1.959964
 """Two-sided 95 % point of the normal distribution."""
-LEAST = 10
+MINIMUM_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Law:
         return self.b - self.a
 
     def metrics(self) -> dict[str, float]:
-        """As they stand in metrics.jsonl."""
+        """The fit under its names in metrics.jsonl."""
         fitted = {"a": self.a, "b": self.b, "ceiling": self.ceiling, "r2": self.r2}
         return {f"law/{name}": x for name, x in (fitted | {"low": self.low, "high": self.high}).items()}
 
 
 def fit_law(entropy: Sequence[float], reward: Sequence[float]) -> Law | None:
-    """Least squares of reward on exp(entropy), H in nats; None below 10 points or where H does not vary."""
+    """Least squares of reward on exp(entropy), H in nats; None below 10 points, or if H does not vary."""
     n = len(entropy)
     x = [math.exp(h) for h in entropy]
-    if n < LEAST or max(x) - min(x) < 1e-9:
+    if n < MINIMUM_STEPS or max(x) - min(x) < 1e-9:
         return None
     mean_x, mean_y = sum(x) / n, sum(reward) / n
     sxx = sum((u - mean_x) ** 2 for u in x)

@@ -1,6 +1,5 @@
-"""Exact entropy of logits, and the metrics of one step as pure functions of what flowed past."""
+"""The metrics of one step: pure functions of its groups and tokens."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -16,64 +15,39 @@ from entroray.types import REASONS, Group, MaskReason, Rollout, Status, Tokens
 QUANTILES = {"p20": 0.20, "p50": 0.50, "p80": 0.80, "p95": 0.95}
 
 
-def token_entropy(
-    logits: Float[Tensor, "N V"],
-    temperature: float | Float[Tensor, " N"],
-    *,
-    base: str = "nats",
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Entropy H = sum p (-ln p) and varentropy sum p (-ln p - H)^2 of softmax(logits / temperature).
-
-    In nats and nats^2 unless `base` is "bits"; computed in at least float32; a token of probability 0
-    (a logit of -inf, or an underflow) adds nothing. ValueError for an unknown base or a temperature
-    that is not positive.
-    """
-    units = {"nats": 1.0, "bits": 1 / math.log(2)}
-    if base not in units:
-        raise ValueError(f"token_entropy: base is `nats` or `bits`, not `{base}`")
-    heat = torch.as_tensor(temperature, device=logits.device)
-    if not bool((heat > 0).all()):
-        raise ValueError(f"token_entropy: temperature must be positive, not {temperature}")
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    logp = (logits.to(wide) / heat.to(wide).reshape(-1, 1)).log_softmax(-1)
-    p = logp.exp()
-    surprisal = torch.where(p > 0, -logp, 0) * units[base]
-    entropy = (p * surprisal).sum(-1)
-    return entropy, (p * (surprisal - entropy[:, None]).square()).sum(-1)
-
-
 def step_metrics(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
     """Metrics of the tokens trained on in one step; a metric over nothing is left out.
 
-    What the verdicts say is `domains.judged`, over every group judged.
-    Token metrics (nats) are over every response token whose mask is set, each once, in float64 after
-    rounding to float32, which is what the token records store. `lag` is per token, in committed steps.
-    ValueError where `tokens` are not the rollouts of `groups`, in their order.
+    Token metrics (nats) are over response tokens whose mask is set, each once, in float64 after rounding to
+    float32, the type of the token records. `lag` is per token, in committed steps. `judged_metrics` has those
+    of verdicts. ValueError if `tokens` are not the rollouts of `groups`, in their order.
     """
     rollouts = aligned(groups, tokens)
     if not rollouts:
         return {}
     mask = array(tokens.mask)
-    metrics = _of_tools(rollouts) | branch_metrics(groups)
+    metrics = _tool_metrics(rollouts) | branch_metrics(groups)
     if not mask.any():
         return metrics
-    metrics |= _of_entropy(tokens, mask) | _of_mismatch(tokens, mask) | _of_sampler(rollouts, tokens)
+    metrics |= (
+        _entropy_metrics(tokens, mask) | _mismatch_metrics(tokens, mask) | _sampler_metrics(rollouts, tokens)
+    )
     return metrics | {
         "logprobs/mean": float(stored(tokens.old_logprobs)[mask].mean()),
         "advantages/mean_abs": float(np.abs(stored(tokens.advantages)[mask]).mean()),
-        **_of_lag(rollouts, tokens.step, mask),
+        **_lag_metrics(rollouts, tokens.step, mask),
     }
 
 
-def _of_lag(rollouts: Sequence[Rollout], step: int, mask: NDArray[np.bool_]) -> dict[str, float]:
-    """Replayed rollouts are as old as they were chosen to be: theirs is `replay/age`."""
+def _lag_metrics(rollouts: Sequence[Rollout], step: int, mask: NDArray[np.bool_]) -> dict[str, float]:
+    """Lag without replayed rollouts, whose age is `replay/age`."""
     fresh = np.repeat([not r.replayed for r in rollouts], [r.length for r in rollouts])
     lag = step - np.concatenate([r.versions for r in rollouts])[mask & fresh]
     return {"lag/mean": float(lag.mean()), "lag/max": float(lag.max())} if len(lag) else {}
 
 
 def aligned(groups: Sequence[Group], tokens: Tokens) -> list[Rollout]:
-    """The rollouts of `groups` in order, one per row of `tokens`; ValueError where they do not match."""
+    """The rollouts of `groups` in order, one for each row of `tokens`; ValueError if they differ."""
     rollouts = [r for group in groups for r in group.rollouts]
     given = [r.length for r in rollouts]
     if given != tokens.length.tolist() or sum(given) != len(tokens.row):
@@ -85,7 +59,7 @@ def aligned(groups: Sequence[Group], tokens: Tokens) -> list[Rollout]:
 
 
 def stored(x: Float[Tensor, " N"]) -> NDArray[np.float64]:
-    """`x` as a reader of the token records sees it: rounded to float32, then widened."""
+    """`x` as the token records have it: rounded to float32, then widened."""
     return array(x.to(torch.float32)).astype(np.float64)
 
 
@@ -104,8 +78,8 @@ def lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
 
 
-def _of_tools(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Of calls and what was said to them; nothing where no rollout called."""
+def _tool_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Calls of the tool and its answers; empty if no rollout called."""
     spans = [s for r in rollouts for s in r.spans if s.why in (MaskReason.TOOL, MaskReason.TOOL_ERROR)]
     if not spans:
         return {}
@@ -116,7 +90,7 @@ def _of_tools(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
 
 
-def _of_entropy(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
+def _entropy_metrics(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
     entropy, advantages = stored(tokens.entropy)[mask], stored(tokens.advantages)[mask]
     quantiles = np.quantile(entropy, list(QUANTILES.values()))
     metrics = {"entropy/mean": float(entropy.mean())}
@@ -127,32 +101,32 @@ def _of_entropy(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
     return metrics | {"varentropy/mean": float(stored(tokens.varentropy)[mask].mean())}
 
 
-def _of_sampler(rollouts: Sequence[Rollout], tokens: Tokens) -> dict[str, float]:
-    """Of rollouts that a sampler shaped, each token drawn or inserted once; nothing where there are none."""
+def _sampler_metrics(rollouts: Sequence[Rollout], tokens: Tokens) -> dict[str, float]:
+    """Tokens of shaped rollouts that the sampler drew or inserted; empty without them."""
     edges = np.cumsum([0, *(r.length for r in rollouts)])
     learner = array(tokens.entropy)
     rows = zip(rollouts, pairwise(edges), strict=True)
-    shaped = [(r.shaped, _here(r), learner[a:b]) for r, (a, b) in rows if r.shaped]
+    shaped = [(r.shaped, _by_sampler(r), learner[a:b]) for r, (a, b) in rows if r.shaped]
     if not sum(here.sum() for _, here, _ in shaped):
         return {}
     temperature = np.concatenate([s.temperature[here] for s, here, _ in shaped])
     gaps = np.concatenate([np.abs(s.entropy - h)[here] for s, here, h in shaped])
     drawn = temperature[~np.isnan(temperature)]
-    whole = {"sampler/inserted": float(np.isnan(temperature).mean())}
-    if len(known := gaps[~np.isnan(gaps)]):  # a piece that no sampler noted has none
-        whole["sampler/gap"] = float(known.max())
+    metrics = {"sampler/inserted": float(np.isnan(temperature).mean())}
+    if len(known := gaps[~np.isnan(gaps)]):  # a piece without notes has none
+        metrics["sampler/gap"] = float(known.max())
     if not len(drawn):
-        return whole
+        return metrics
     top_tokens = float((drawn == 0).mean())
-    return whole | {"sampler/temperature": float(drawn.mean()), "sampler/likeliest": top_tokens}
+    return metrics | {"sampler/temperature": float(drawn.mean()), "sampler/likeliest": top_tokens}
 
 
-def _here(rollout: Rollout) -> NDArray[np.bool_]:
-    """[L] True where the sampler drew or inserted the token: not a prefix, forced or a tool's."""
+def _by_sampler(rollout: Rollout) -> NDArray[np.bool_]:
+    """[L] True if the sampler drew or inserted the token: not a prefix, forced or a tool's."""
     return (rollout.observed < 0) | (rollout.observed == REASONS.index(MaskReason.INSERTED))
 
 
-def _of_mismatch(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
+def _mismatch_metrics(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
     """`kl` is the mean of r - 1 - ln r with r = learner / sampler (k3): it estimates KL(sampler, learner)."""
     gap = (stored(tokens.old_logprobs) - stored(tokens.behavior_logprobs))[mask]
     return {

@@ -1,7 +1,7 @@
-"""What lies behind the means of a step: where entropy sits, what moves it, how answers spread.
+"""Details of a step, every `observe.diagnosis.every` steps: the spread of entropy, what moves it, answers.
 
-Everything is over response tokens whose mask is set, each once, at the sampling temperature, before the
-update, in float64 after rounding to float32, unless the catalogue says otherwise.
+Token metrics are over response tokens whose mask is set, each once, before the update, in float64 after
+rounding to float32.
 """
 
 import math
@@ -21,18 +21,22 @@ COVARIANCE = {"p2": 0.02, "p50": 0.5, "p80": 0.8, "p98": 0.98, "p99_8": 0.998}
 CLIPPABLE = (1.0, 5.0)
 """Band of the covariance proxy that Clip-Cov draws from (arXiv 2505.22617)."""
 DECILES = 10
+COLUMNS = (
+    *("entropy", "varentropy", "old_logprobs", "behavior_logprobs"),
+    *("advantages", "scale", "correction"),
+)
 
 
 def step_details(groups: Sequence[Group], tokens: Tokens, judged: Sequence[Group] = ()) -> dict[str, float]:
-    """The metrics of the catalogue that `describe` does not give; one over nothing is left out.
+    """The family `details` of the catalogue; a metric over nothing is left out.
 
-    What is of answers and lengths is of all `judged` draws where they are given: a filter that keeps the
-    undecided ones would make pass@k 1 and a policy look well calibrated. ValueError where `tokens` are not
-    the rollouts of `groups`, in their order.
+    Metrics of answers and lengths are over all `judged` draws, if given: over undecided groups alone pass@k
+    would be 1 and the policy look well calibrated. ValueError if `tokens` are not the rollouts of `groups`,
+    in their order.
     """
     if not aligned(groups, tokens):
         return {}
-    metrics = _of_answers(judged or [draw for g in groups for draw in g.draws])
+    metrics = _answer_metrics(judged or [draw for g in groups for draw in g.draws])
     mask = array(tokens.mask)
     if not mask.any():
         return metrics
@@ -47,25 +51,16 @@ def step_details(groups: Sequence[Group], tokens: Tokens, judged: Sequence[Group
     }
 
 
-def _of_answers(groups: Sequence[Group]) -> dict[str, float]:
+def _answer_metrics(groups: Sequence[Group]) -> dict[str, float]:
     rollouts = [r for g in groups for r in g.rollouts]
-    correct = np.array([v.correct for g in groups for v in g.verdicts])
+    correct = np.array([v.correct for g in groups for v in g.verdicts], bool)
     sure = calibration(groups, np.array([_mean_logprob(r) for r in rollouts]))
     return distinct(groups) | answers(groups) | pass_at(groups) | sure | _lengths(rollouts, correct)
 
 
 def columns(tokens: Tokens, mask: NDArray[np.bool_]) -> Mapping[str, Column]:
     """The masked-in tokens' columns as the token records store them."""
-    names = (
-        "entropy",
-        "varentropy",
-        "old_logprobs",
-        "behavior_logprobs",
-        "advantages",
-        "scale",
-        "correction",
-    )
-    return {name: stored(getattr(tokens, name))[mask] for name in names}
+    return {name: stored(getattr(tokens, name))[mask] for name in COLUMNS}
 
 
 def _decile(tokens: Tokens, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -75,7 +70,7 @@ def _decile(tokens: Tokens, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def _spread(column: Mapping[str, Column], decile: NDArray[np.int64]) -> dict[str, float]:
-    """Varentropy's quantiles and sides, and both by position: `describe` has the rest of entropy's."""
+    """Quantiles and sides of varentropy, and entropy and varentropy by position."""
     v, a = column["varentropy"], column["advantages"]
     quantiles = np.quantile(v, list(QUANTILES.values()))
     metrics = {f"varentropy/{name}": float(q) for name, q in zip(QUANTILES, quantiles, strict=True)}
@@ -100,20 +95,15 @@ def _covariance(column: Mapping[str, Column]) -> dict[str, float]:
 
 
 def quadrants(column: Mapping[str, Column]) -> dict[str, float]:
-    """Shares of tokens with A != 0 by the signs of A and surprise - H; 1, 4 lower H (arXiv 2602.09782).
+    """Shares of tokens with A != 0 by the signs of A and surprise - H; 1 and 4 lower H (arXiv 2602.09782).
 
-    Most tokens of a confident policy are sure and hardly move it, so `lowering` weighs each by its effect on
-    H to first order, A scale correction (ln p + H); left out where there is none.
+    Most tokens of a confident policy hardly move it, so `lowering` weighs each token by its first-order
+    effect on H, A scale correction (ln p + H); it is left out if no token has any.
     """
     a, odd = column["advantages"], column["old_logprobs"] + column["entropy"]
     moved = max(1, int((a != 0).sum()))
-    chosen = {
-        1: (a > 0) & (odd >= 0),
-        2: (a > 0) & (odd < 0),
-        3: (a < 0) & (odd >= 0),
-        4: (a < 0) & (odd < 0),
-    }
-    metrics = {f"quadrants/e{n}": float(where.sum() / moved) for n, where in chosen.items()}
+    chosen = [side & sure for side in (a > 0, a < 0) for sure in (odd >= 0, odd < 0)]
+    metrics = {f"quadrants/e{n}": float(where.sum() / moved) for n, where in enumerate(chosen, start=1)}
     fall = a * column["scale"] * column["correction"] * odd
     if fall.any():
         metrics["quadrants/lowering"] = float(fall[fall > 0].sum() / np.abs(fall).sum())
@@ -121,7 +111,7 @@ def quadrants(column: Mapping[str, Column]) -> dict[str, float]:
 
 
 def _importance(column: Mapping[str, Column]) -> dict[str, float]:
-    """Learner over sampler, before any correction of the objective; and what that correction does."""
+    """Ratio of learner to sampler before the objective's correction, and the share that it zeroes."""
     gap = column["old_logprobs"] - column["behavior_logprobs"]
     weight = np.exp(np.clip(gap, -20, 20))
     metrics = {
@@ -138,14 +128,14 @@ def _importance(column: Mapping[str, Column]) -> dict[str, float]:
 def _lengths(rollouts: Sequence[Rollout], correct: NDArray) -> dict[str, float]:
     length = np.array([r.length for r in rollouts], np.float64)
     metrics = {"length/p95": float(np.quantile(length, 0.95))}
-    for name, chosen in {"right": correct >= 1, "wrong": correct < 1}.items():
+    for name, chosen in {"right": correct, "wrong": ~correct}.items():
         if chosen.any():
             metrics[f"length/{name}"] = float(length[chosen].mean())
     return metrics
 
 
 def _mean_logprob(rollout: Rollout) -> float:
-    """Of the tokens drawn in it, as they were drawn; NaN where there are none."""
+    """Mean ln p of the tokens drawn in the rollout, as drawn; NaN without any."""
     drawn = rollout.logprobs[rollout.observed < 0]
     return float(drawn.mean(dtype=np.float64)) if len(drawn) else math.nan
 

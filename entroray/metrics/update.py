@@ -1,4 +1,4 @@
-"""How far an update's tokens had moved from the policy that was scored, and which of them were clipped."""
+"""The distance of an update's tokens from the policy that was scored, and which of them were clipped."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,23 +8,16 @@ from torch import Tensor
 
 from entroray.types import Tokens
 
-SUMS = (
-    "kl",
-    "kl_k1",
-    "silent",
-    "clip_high_positive",
-    "clip_high_negative",
-    "clip_low_positive",
-    "clip_low_negative",
-)
+CLIPPED = ("clip_high_positive", "clip_high_negative", "clip_low_positive", "clip_low_negative")
+SUMS = ("kl", "kl_k1", "silent", *CLIPPED)
 
 
 @torch.no_grad()
 def update_sums(live: Tokens, silent: Bool[Tensor, " N"]) -> dict[str, float]:
     """Sums over these tokens, which add up over micro-batches, ranks and updates.
 
-    `clip_<side>_<sign>` counts tokens that the loss is flat in though their weight is not 0: their ratio is
-    above (`high`) or below (`low`) 1, their advantage positive or negative. `kl` is k3 and `kl_k1` is k1 of
+    `clip_<side>_<sign>` counts tokens with a weight in which the loss is flat: their ratio is above
+    (`high`) or below (`low`) 1, their advantage positive or negative. `kl` is k3 and `kl_k1` is k1 of
     KL(scored, live), nats.
     """
     log_ratio = (live.logprobs - live.old_logprobs)[live.mask].double()
@@ -44,7 +37,7 @@ def update_sums(live: Tokens, silent: Bool[Tensor, " N"]) -> dict[str, float]:
 
 
 def update_metrics(sums: Sequence[Mapping[str, float]], tokens: float) -> dict[str, float]:
-    """`movement` of every part of a step -> metrics per response token of its updates."""
+    """The `update_sums` of every part of a step as metrics per response token of its updates."""
     total = {name: sum(part[name] for part in sums) / max(1.0, tokens) for name in SUMS}
     silent = total.pop("silent")
     return {"objective/silent_tokens": silent} | {f"update/{name}": x for name, x in total.items()}

@@ -17,7 +17,6 @@ def informative(group: Group) -> bool:
     """Some rollouts right, some wrong: dynamic sampling (DAPO, arXiv 2503.14476).
 
     `0 < #correct < G`
-    Reads `correct`, never the reward: shaping would keep all-wrong groups (verl-recipe PR 125). A partial
-    score counts as correct above one half.
+    Reads `correct`, never the reward: shaping would keep all-wrong groups (verl-recipe PR 125).
     """
-    return 0 < int((group.correct > 0.5).sum()) < len(group.rollouts)
+    return 0 < int(group.correct.sum()) < len(group.rollouts)

@@ -1,4 +1,4 @@
-"""Cells -> tables: a mean and an interval over seeds, and whether it can be told from the baseline's."""
+"""Tables of a lab: a mean and an interval over seeds, and whether it differs from the baseline's."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from entroray.metrics.confidence_interval import bootstrap_interval
-from entroray.observe.lab_cells import Cell, common, variant
+from entroray.observe.lab_cells import Cell, shared_overrides, variant_name
 
-LEAST = 3
-"""Seeds below which nothing is claimed."""
+MINIMUM_SEEDS = 3
+"""Seeds from which a difference is claimed."""
 BEFORE = "before training"
 OLDER = "measured with older settings, to be run again"
-"""Why a cell that is done was asked for once more and has not begun."""
+"""Reason of a done cell that is to be run again and has not begun."""
 
 
 class Column(NamedTuple):
@@ -50,12 +50,11 @@ COURSE = (
 )
 PARTS = {"what it reached": REACHED, "how it answers held-out prompts": ANSWERED, "how it got there": COURSE}
 LEGEND = (
-    "95 % percentile bootstrap intervals of the mean over seeds; few seeds make them narrower than they are "
-    "called: of normal data they hold the true mean 75 times in 100 with 3 seeds, 84 with 5, 90 with 10 ("
-    "with 3 they are the range, and of two equal variants the ranges lie apart 1 time in 10). Against the "
-    "baseline's interval: + above, - below, = overlapping, which is a tie; ? fewer than 3 seeds on either "
-    "side, nothing is claimed; n: seeds that have it, where not all do. Prompts and first weights are common "
-    "to all seeds: their chance is not in it."
+    "95 % percentile bootstrap intervals of the mean over seeds. With few seeds they are too narrow: of "
+    "normal data they hold the true mean 75 times in 100 with 3 seeds, 84 with 5, 90 with 10, and those of "
+    "two equal variants with 3 seeds lie apart 1 time in 10. Against the baseline's interval: + above, "
+    "- below, = overlapping (a tie), ? fewer than 3 seeds on either side; n: seeds with the value, if not "
+    "all. All seeds share prompts and first weights, so their chance is left out."
 )
 
 
@@ -68,19 +67,16 @@ class Entry:
     """+ | - | = | ?, empty for the baseline itself."""
 
     def text(self, form: str, done: int) -> str:
-        """`mean [low high] n=... sign`: no interval below `LEAST` seeds, no n where all of `done` have it.
-
-        A dash for nothing.
-        """
+        """`mean [low high] n=... sign` or a dash; no interval below 3 seeds, no n if all `done` have it."""
         if not self.values:
             return "-"
-        said = [format(float(np.mean(self.values)), form)]
-        if len(self.values) >= LEAST:
+        parts = [format(float(np.mean(self.values)), form)]
+        if len(self.values) >= MINIMUM_SEEDS:
             low, high = bootstrap_interval(self.values)
-            said.append(f"[{low:{form}} {high:{form}}]")
+            parts.append(f"[{low:{form}} {high:{form}}]")
         if done and len(self.values) != done:
-            said.append(f"n={len(self.values)}")
-        return " ".join([*said, self.sign]).strip()
+            parts.append(f"n={len(self.values)}")
+        return " ".join([*parts, self.sign]).strip()
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ class Row:
 
     name: str
     done: int
-    asked: int
+    cells: int
     entries: tuple[Entry, ...]
 
 
@@ -98,27 +94,27 @@ class Table:
     """Every variant of one task by the columns of one of `PARTS`."""
 
     task: str
-    told: str
-    """What all of its cells were told."""
+    settings: str
+    """Overrides that all of its cells share."""
     part: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
 
     @property
     def title(self) -> str:
-        return f"{self.task}: {self.part}{f' ({self.told})' if self.told else ''}"
+        return f"{self.task}: {self.part}{f' ({self.settings})' if self.settings else ''}"
 
 
-def against(values: tuple[float, ...], baseline: tuple[float, ...]) -> str:
-    """+ above the baseline's interval, - below, = overlapping (a tie), ? too few seeds to say."""
-    if min(len(values), len(baseline)) < LEAST:
+def compare_means(values: tuple[float, ...], baseline: tuple[float, ...]) -> str:
+    """+ above the baseline's interval, - below, = overlapping (a tie), ? too few seeds."""
+    if min(len(values), len(baseline)) < MINIMUM_SEEDS:
         return "?"
     (low, high), (floor, ceiling) = bootstrap_interval(values), bootstrap_interval(baseline)
     return "+" if low > ceiling else "-" if high < floor else "="
 
 
 def tasks(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Cells by task, as they come."""
+    """Cells by task, in their order."""
     found: dict[str, list[Cell]] = {}
     for cell in cells:
         found.setdefault(cell.task, []).append(cell)
@@ -126,17 +122,17 @@ def tasks(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def variants(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Cells of one task by what they were told, as they come."""
+    """Cells of one task by variant, in their order."""
     found: dict[str, list[Cell]] = {}
     for cell in cells:
-        found.setdefault(variant(cell, cells), []).append(cell)
+        found.setdefault(variant_name(cell, cells), []).append(cell)
     return found
 
 
 def tables(cells: Sequence[Cell], baseline: str) -> list[Table]:
     """A table for each of `PARTS` of every task; `baseline` names a variant."""
     return [
-        _table(part, of_task, tuple(_deepest(c, of_task) for c in columns), baseline)
+        _table(part, of_task, tuple(_with_largest_k(c, of_task) for c in columns), baseline)
         for of_task in tasks(cells).values()
         for part, columns in PARTS.items()
     ]
@@ -146,17 +142,19 @@ def _table(part: str, cells: Sequence[Cell], columns: tuple[Column, ...], baseli
     named = variants(cells)
     reference = {c.key: _values(named.get(baseline, []), c.key) for c in columns}
     rows = [_row(name, runs, columns, reference, name == baseline) for name, runs in named.items()]
-    return Table(cells[0].task, ", ".join(common(cells)), part, columns, (*_before(named, columns), *rows))
+    return Table(
+        cells[0].task, ", ".join(shared_overrides(cells)), part, columns, (*_before(named, columns), *rows)
+    )
 
 
 def _before(named: Mapping[str, Sequence[Cell]], columns: Sequence[Column]) -> list[Row]:
-    """A row for the first weights; one for each way they answered, with its variants, where these differ.
+    """A row for the first weights, or one for each set of variants with the same numbers.
 
-    They do where a sweep changes the model, or what it is asked and how; what is shown alike is one row.
+    Their numbers differ if a sweep changes the model, the prompts or the temperature.
     """
     found: dict[tuple[str, ...], tuple[tuple[Entry, ...], list[str]]] = {}
     for name, cells in named.items():
-        entries = tuple(_first(cells, c.key) for c in columns)
+        entries = tuple(_before_training(cells, c.key) for c in columns)
         if any(e.values for e in entries):
             shown = tuple(e.text(c.form, 0) for e, c in zip(entries, columns, strict=True))
             found.setdefault(shown, (entries, []))[1].append(name)
@@ -172,7 +170,7 @@ def _row(
     is_baseline: bool,
 ) -> Row:
     found = {c.key: _values(cells, c.key) for c in columns}
-    signs = {key: "" if is_baseline else against(v, reference[key]) for key, v in found.items()}
+    signs = {key: "" if is_baseline else compare_means(v, reference[key]) for key, v in found.items()}
     entries = tuple(Entry(found[c.key], signs[c.key]) for c in columns)
     return Row(name, sum(c.status == "done" for c in cells), len(cells), entries)
 
@@ -181,14 +179,14 @@ def _values(cells: Sequence[Cell], key: str) -> tuple[float, ...]:
     return tuple(c.measured[key] for c in cells if c.status == "done" and key in c.measured)
 
 
-def _first(cells: Sequence[Cell], key: str) -> Entry:
-    """The first weights of a variant are one model, measured once: one value, whatever the seeds."""
+def _before_training(cells: Sequence[Cell], key: str) -> Entry:
+    """The first weights of a variant: one model, so one value for all seeds."""
     known = _values(cells, key.replace("after/", "before/")) if key.startswith("after/") else ()
     return Entry(known[:1], "")
 
 
-def _deepest(column: Column, cells: Sequence[Cell]) -> Column:
-    """pass@k with the largest k that was measured."""
+def _with_largest_k(column: Column, cells: Sequence[Cell]) -> Column:
+    """The column pass@k with the largest k that was measured."""
     if not column.key.endswith("@k"):
         return column
     ks = {
@@ -198,19 +196,19 @@ def _deepest(column: Column, cells: Sequence[Cell]) -> Column:
     return column._replace(key=f"after/pass@{k}", title=f"pass@{k}")
 
 
-def absent(cells: Sequence[Cell]) -> list[str]:
-    """A line for each cell that is missing, failed, or of older settings than were asked for last."""
-    name = lambda c: f"{c.task}, {variant(c, tasks(cells)[c.task])}, seed {c.seed}"
-    gone = [f"missing: {name(c)}" for c in cells if c.status == "missing"]
-    gone += [f"failed: {name(c)}: {c.reason}" for c in cells if c.status == "failed"]
-    return gone + [f"{c.reason}: {name(c)}" for c in cells if c.status == "done" and c.reason]
+def missing_lines(cells: Sequence[Cell]) -> list[str]:
+    """A line for each cell that is missing, failed, or measured with older settings."""
+    name = lambda c: f"{c.task}, {variant_name(c, tasks(cells)[c.task])}, seed {c.seed}"
+    lines = [f"missing: {name(c)}" for c in cells if c.status == "missing"]
+    lines += [f"failed: {name(c)}: {c.reason}" for c in cells if c.status == "failed"]
+    return lines + [f"{c.reason}: {name(c)}" for c in cells if c.status == "done" and c.reason]
 
 
-def codes(cells: Sequence[Cell]) -> list[str]:
-    """A line that says so where finished cells ran more than one version of the code."""
-    found = Counter(c.code or "a version not recorded" for c in cells if c.status == "done")
-    told = ", ".join(f"{count} of {name}" for name, count in found.most_common())
-    return [f"more than one version of the code: {told} (cells that are done)"] if len(found) > 1 else []
+def code_lines(cells: Sequence[Cell]) -> list[str]:
+    """A line if the done cells ran more than one version of the code."""
+    found = Counter(c.code for c in cells if c.status == "done")
+    counts = ", ".join(f"{count} of {name}" for name, count in found.most_common())
+    return [f"more than one version of the code: {counts} (done cells)"] if len(found) > 1 else []
 
 
 def grid(table: Table) -> list[list[str]]:
@@ -220,7 +218,7 @@ def grid(table: Table) -> list[list[str]]:
 
 
 def _seeds(row: Row) -> str:
-    return "" if not row.asked else str(row.done) if row.done == row.asked else f"{row.done} of {row.asked}"
+    return "" if not row.cells else str(row.done) if row.done == row.cells else f"{row.done} of {row.cells}"
 
 
 def _texts(row: Row, columns: Sequence[Column]) -> list[str]:
@@ -234,7 +232,7 @@ def markdown(cells: Sequence[Cell], baseline: str) -> str:
         head, *rows = grid(table)
         lines = [head, ["---"] * len(head), *rows]
         parts.append(f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
-    if lacking := [*absent(cells), *codes(cells)]:
+    if lacking := [*missing_lines(cells), *code_lines(cells)]:
         parts.append("\n".join(f"- {line}" for line in lacking))
     parts += [
         f"{part.capitalize()}: " + "; ".join(f"{c.title}, {c.meaning}" for c in PARTS[part]) + "."

@@ -1,4 +1,4 @@
-"""A run on the terminal or in a log file: what will be trained, one line per step, a summary."""
+"""A run on the terminal or in a log file: a header, one line per step, a summary."""
 
 import math
 import os
@@ -10,7 +10,7 @@ import rich.console
 from rich.panel import Panel
 from rich.text import Text
 
-from entroray.observe.journal import ends, series
+from entroray.observe.journal import first_and_last, series
 
 REPEAT_HEADER = 20
 
@@ -38,7 +38,7 @@ COLUMNS = (
 
 
 class Terminal(rich.console.Console):
-    """rich's, but a reader that goes away (`| head`) silences it instead of ending the run."""
+    """A rich console; a reader that goes away (`| head`) silences it instead of ending the run."""
 
     def on_broken_pipe(self) -> None:
         """Called by rich instead of raising BrokenPipeError."""
@@ -47,14 +47,14 @@ class Terminal(rich.console.Console):
 
 
 class Console:
-    """Prints a panel, then one aligned line per step; a tracker, so the journal can hold it."""
+    """A tracker that prints one aligned line per step under a panel."""
 
     def __init__(self, *, file: TextIO | None = None):
         self.terminal = Terminal(file=file, highlight=False)
         self.printed = 0
 
     def header(self, title: str, lines: Sequence[str]) -> None:
-        """A panel of plain text, as wide as its longest line where the output is no terminal."""
+        """A panel of plain text, as wide as its longest line if the output is no terminal."""
         if not self.terminal.is_terminal:
             self.terminal.width = max(map(len, [title, *lines])) + 6
         self.terminal.print(
@@ -62,7 +62,7 @@ class Console:
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line, under the header again after every 20."""
+        """One line; the header is repeated every 20 lines."""
         if self.printed % REPEAT_HEADER == 0:
             for line in head():
                 self._print(line, "bold")
@@ -74,7 +74,7 @@ class Console:
         self._print(line, "italic")
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
     def _print(self, line: str, style: str) -> None:
         self.terminal.print(Text(line, style), soft_wrap=True)
@@ -88,7 +88,7 @@ def head() -> tuple[str, str]:
 
 
 def row(step: int, metrics: Mapping[str, float | None]) -> str:
-    """One step under `head`; what was not measured is a dash."""
+    """One step under `head`, with a dash for a metric that was not measured."""
     return f"{step:>5}" + "".join(_cell(metrics.get(c.key), c).rjust(c.width) for c in COLUMNS)
 
 
@@ -132,7 +132,7 @@ def _ticks(steps: Sequence[int]) -> list[int]:
 
 
 def _change(title: str, curve: tuple[list[int], list[float]]) -> str:
-    first, last = ends(curve[1])
+    first, last = first_and_last(curve[1])
     change, n = last - first, min(5, len(curve[1]))
     share = f" ({abs(change / first):.1%})" if first else ""
     verb = "rose by" if change > 0 else "fell by" if change < 0 else "changed by"

@@ -13,7 +13,7 @@ from entroray.metrics.confidence_interval import Difference, paired_difference
 from entroray.observe.console import Terminal
 
 Found = Mapping[str, Any]
-"""What `entroray eval` found (entroray/evaluation/summary.py), as JSON holds it."""
+"""The JSON that `entroray eval` writes (entroray/evaluation/summary.py)."""
 CURVES = {
     "pass@": "one of k samples is right",
     "pass^": "all of k samples are right",
@@ -26,8 +26,8 @@ CONFIDENCE = {
 }
 SCORES = ("ece", "brier", "auroc")
 DECODED = {"cot/surest": "surest path", "cot/supported": "best supported answer"}
-ASKED = ("samples", "temperature", "sampler", "top_p", "top_k", "max_tokens")
-"""How answers were drawn, as an evaluation notes it."""
+SAMPLING = ("samples", "temperature", "sampler", "top_p", "top_k", "max_tokens")
+"""The settings that an evaluation drew its answers with."""
 COMPARED = (
     "95 % percentile bootstrap interval of the difference over prompts, both answering the same ones; "
     "+ above, - below, = 0 lies within: a tie"
@@ -41,14 +41,13 @@ def evaluation_json(found: Found) -> str:
 
 
 def load_evaluation(path: Path) -> Found:
-    """An evaluation that was kept; ConfigError where the file is none, or an older one without prompts."""
+    """An evaluation that was kept; ConfigError if the file is none."""
     try:
         found: Found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is no evaluation: {error}") from error
     if not isinstance(found, dict) or "each" not in found:
-        again = f"entroray eval --out={path}"
-        raise ConfigError(f"{path} says nothing of single prompts: make it again with {again}")
+        raise ConfigError(f"{path} is no evaluation: make one with entroray eval --out={path}")
     return found
 
 
@@ -66,9 +65,9 @@ def number(found: Found, name: str) -> str:
 
 
 def head(found: Found) -> str:
-    """What was asked, in one line."""
-    heat = f"temperature {found['temperature']:g}, sampler {found['sampler']}"
-    return f"{found['prompts']} held-out prompts x {found['samples']} samples, {heat}; 95 % over prompts"
+    """The prompts, samples and temperature, in one line."""
+    drawn = f"temperature {found['temperature']:g}, sampler {found['sampler']}"
+    return f"{found['prompts']} held-out prompts x {found['samples']} samples, {drawn}; 95 % over prompts"
 
 
 def accuracy(found: Found) -> list[list[str]]:
@@ -87,28 +86,28 @@ def calibration(found: Found) -> list[list[str]]:
 
 
 def lines(found: Found) -> list[str]:
-    """The rest in words: greedy, CoT-decoding, entropy, diversity, what failed."""
+    """A line each: greedy, parts, CoT-decoding, entropy, diversity, failures."""
     mean = next(name for name in found["each"] if name.startswith("avg@"))
-    said = [f"greedy {number(found, 'greedy')}, {mean} {number(found, mean)}"]
+    text = [f"greedy {number(found, 'greedy')}, {mean} {number(found, mean)}"]
     for name, part in found.get("domains", {}).items():
-        said.append(f"{name}: greedy {part['greedy']:.3f}, {mean} {part[mean]:.3f}")
+        text.append(f"{name}: greedy {part['greedy']:.3f}, {mean} {part[mean]:.3f}")
     if cot := found.get("cot"):
         chosen = ", ".join(f"{name} {number(found, key)}" for key, name in DECODED.items())
         lost = ", ".join(f"{n} {why}" for why, n in cot["lost"].items())
         counted = f"{cot['located']} of {cot['paths']} paths have a gap"
-        said.append(f"CoT-decoding {chosen}; {counted}" + (f" ({lost})" if lost else ""))
+        text.append(f"CoT-decoding {chosen}; {counted}" + (f" ({lost})" if lost else ""))
     if entropy := found.get("entropy"):
-        said.append(
+        text.append(
             f"entropy {entropy['entropy/mean']:.4f} nats a token (p50 {entropy['entropy/p50']:.4f}, "
             f"p95 {entropy['entropy/p95']:.4f}), varentropy {entropy['varentropy/mean']:.4f} nats²"
         )
     m = found["metrics"]
     names = {"distinct/2": "distinct-2", "answers/distinct": "answers a prompt", "length/mean": "tokens"}
-    said.append(", ".join(f"{title} {m[key]:.3f}" for key, title in names.items() if key in m))
+    text.append(", ".join(f"{title} {m[key]:.3f}" for key, title in names.items() if key in m))
     if found["failed"]:
         reasons = ", ".join(f"{n} {why}" for why, n in found["failed"].items())
-        said.append(f"FAILED, counted as wrong: {reasons}")
-    return [line for line in said if line]
+        text.append(f"FAILED, counted as wrong: {reasons}")
+    return [line for line in text if line]
 
 
 def show_evaluation(found: Found) -> None:
@@ -134,10 +133,10 @@ def compare(first: Found, second: Found) -> dict[str, Difference]:
     return {n: paired_difference(column(a, n, one), column(b, n, other)) for n in a if n in b and n != "id"}
 
 
-def unlike(first: Found, second: Found) -> list[str]:
-    """Settings that the two drew their answers with and do not share; an older file notes fewer."""
-    form = lambda x: "not noted" if x is None else f"{x:g}" if isinstance(x, int | float) else str(x)
-    pairs = ((name, first.get(name), second.get(name)) for name in ASKED)
+def differing_settings(first: Found, second: Found) -> list[str]:
+    """The settings of sampling in which two evaluations differ, with both values."""
+    form = lambda x: f"{x:g}" if isinstance(x, int | float) else str(x)
+    pairs = ((name, first[name], second[name]) for name in SAMPLING)
     return [f"{name} {form(a)} and {form(b)}" for name, a, b in pairs if a != b]
 
 
@@ -153,7 +152,7 @@ def show_comparison(first: Found, second: Found) -> None:
     terminal.print(f"first      {first['model']}\nsecond     {second['model']}", markup=False, soft_wrap=True)
     terminal.print(_table([["", "first", "second", "difference", ""], *rows]))
     terminal.print(f"{shared} prompts; {COMPARED}", markup=False, soft_wrap=True)
-    if different := unlike(first, second):
+    if different := differing_settings(first, second):
         terminal.print(f"settings differ: {', '.join(different)}", markup=False, soft_wrap=True)
 
 

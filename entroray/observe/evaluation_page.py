@@ -1,11 +1,12 @@
 """One self-contained page about an evaluation: accuracy over k, calibration, entropy, responses."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from entroray.observe.css import STYLE
+from entroray.observe.css import render_html
 from entroray.observe.evaluation import (
     CONFIDENCE,
     CURVES,
@@ -19,14 +20,12 @@ from entroray.observe.evaluation import (
     number,
 )
 from entroray.observe.journal import replace_text
-from entroray.observe.svg import Area, Frame, Line, chart, frame
-
-LONGEST = 400
-"""Tokens of a response that are shown."""
+from entroray.observe.svg import Area, Frame, Line, chart, frame, legend_entry
+from entroray.observe.token_view import ShadedToken, shade_response
 
 
 def write_evaluation_page(path: Path, found: Found) -> Path:
-    """Makes the page at `path` of what an evaluation found."""
+    """Write the page of an evaluation to `path`."""
     title = Path(found["model"]).name
     body = [
         f"<header><h1>{escape(title)}</h1><p><code>{escape(found['model'])}</code><br>{escape(head(found))}",
@@ -39,12 +38,12 @@ def write_evaluation_page(path: Path, found: Found) -> Path:
         *_part(found, "uncertain", "Most frequent high-entropy tokens", _uncertain),
         _section("Responses", "".join(map(_response, found["responses"]))),
     ]
-    replace_text(path, PAGE.format(name=escape(title), style=STYLE + MORE, body="".join(body)))
+    replace_text(path, render_html(title, "entroray eval", "".join(body)))
     return path
 
 
 def _part(found: Found, name: str, title: str, draw: Any) -> list[str]:
-    """A section about what is not in every evaluation."""
+    """A section about a part that not every evaluation has."""
     return [_section(title, draw(found[name], found))] if found.get(name) else []
 
 
@@ -52,8 +51,8 @@ def _section(title: str, inner: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{inner}</section>"
 
 
-def _told(text: str) -> str:
-    return f'<p class="told">{escape(text)}</p>'
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def _rows(rows: Sequence[Sequence[str]]) -> str:
@@ -82,15 +81,14 @@ def _accuracy(found: Found) -> str:
             continue
         areas.append(Area(at, low, high, f"area a{index}"))
         drawn.append(Line(at, means, f"c{index}", f"{curve}k"))
-        said = [f"{name} {number(found, name)}" for name in names]
-        drawn += [Line([x], [y], f"c{index}", s) for x, y, s in zip(at, means, said, strict=True)]
-        sample = f'<svg viewBox="0 0 24 8"><line class="c{index}" x1="0" x2="24" y1="4" y2="4"/></svg>'
-        keys.append(f"<span>{sample}{escape(f'{curve}k: {meaning}')}</span>")
+        tooltips = [f"{name} {number(found, name)}" for name in names]
+        drawn += [Line([x], [y], f"c{index}", s) for x, y, s in zip(at, means, tooltips, strict=True)]
+        keys.append(legend_entry(f"c{index}", f"{curve}k: {meaning}"))
     shown = Frame(0.0, max(1.0, float(len(columns) - 1)), 0.0, 1.0)
     below = {x: f"k={k}" for k, x in place.items()}
     figure = chart(drawn, shown, label="accuracy over k", width=920, height=300, areas=areas, below=below)
-    tied = "Shaded: 95 % percentile bootstrap over prompts. Answers that tie in a vote share it evenly."
-    return f'<p class="keys">{"".join(keys)}</p>{figure}{_told(tied)}{_rows(accuracy(found))}'
+    note = "Shaded: 95 % percentile bootstrap over prompts. Answers that tie in a vote share it evenly."
+    return f'<p class="keys">{"".join(keys)}</p>{figure}{_note(note)}{_rows(accuracy(found))}'
 
 
 def _cot(cot: Mapping[str, Any], found: Found) -> str:
@@ -106,33 +104,33 @@ def _cot(cot: Mapping[str, Any], found: Found) -> str:
         ["paths without", lost],
         ["prompts without any gap, counted as wrong", str(cot["prompts_without"])],
     ]
-    how = (
+    note = (
         "Each of the likeliest first tokens is followed greedily. The gap of a path is the mean of "
         "p(1) - p(2) over the tokens of its answer, both at temperature 1."
     )
-    return _told(how) + _rows(rows)
+    return _note(note) + _rows(rows)
 
 
 def _calibration(found: Found) -> str:
     if not found["calibration"]:
-        return _told("No answer was sampled and judged.")
+        return _note("No answer was sampled and judged.")
     figures = "".join(_diagram(name, bins) for name, bins in found["calibration"].items())
-    told = (
+    note = (
         "Bars: share right in 15 equal bins of confidence, darker where more answers are. Line: calibrated."
     )
-    return f'{_told(told)}<div class="small">{figures}</div>{_rows(calibration(found))}'
+    return f'{_note(note)}<div class="small">{figures}</div>{_rows(calibration(found))}'
 
 
 def _diagram(name: str, bins: Mapping[str, Any]) -> str:
-    most = max(bins["count"])
+    largest = max(bins["count"])
     bars = []
     for i, (count, sure, right) in enumerate(
         zip(bins["count"], bins["confidence"], bins["accuracy"], strict=True)
     ):
         if count:
-            shade = 1 + min(3, int(4 * count / most))
-            said = f"{count:.0f} answers, confidence {sure:.3f}, right {right:.3f}"
-            bars.append(Area(bins["edges"][i : i + 2], [0, 0], [right, right], f"bar b{shade}", said))
+            shade = 1 + min(3, int(4 * count / largest))
+            tooltip = f"{count:.0f} answers, confidence {sure:.3f}, right {right:.3f}"
+            bars.append(Area(bins["edges"][i : i + 2], [0, 0], [right, right], f"bar b{shade}", tooltip))
     diagonal = Line([0.0, 1.0], [0.0, 1.0], "base", "as right as sure")
     below = {x: f"{x:g}" for x in (0.0, 0.5, 1.0)}
     figure = chart(
@@ -144,67 +142,45 @@ def _diagram(name: str, bins: Mapping[str, Any]) -> str:
 
 def _positions(places: Sequence[Mapping[str, Any]], found: Found) -> str:
     middle = [(p["first"] + p["last"]) / 2 for p in places]
-    said = [f"tokens {p['first']} to {p['last']}: {p['entropy']:.4f} nats over {p['tokens']}" for p in places]
+    tooltips = [
+        f"tokens {p['first']} to {p['last']}: {p['entropy']:.4f} nats over {p['tokens']}" for p in places
+    ]
     values = [p["entropy"] for p in places]
     drawn = [Line(middle, values, "c0", "mean entropy")]
-    drawn += [Line([x], [y], "c0", s) for x, y, s in zip(middle, values, said, strict=True)]
+    drawn += [Line([x], [y], "c0", s) for x, y, s in zip(middle, values, tooltips, strict=True)]
     figure = chart(drawn, frame(drawn), label="entropy by position", width=920, height=240)
     summary = ", ".join(f"{name} {x:.4f}" for name, x in found["entropy"].items())
-    told = (
+    note = (
         "Mean H, nats, of the whole distribution at each token, before any shaping or truncation, by the "
         f"token's place in the response. Over all of them: {summary}."
     )
-    return figure + _told(told)
+    return figure + _note(note)
 
 
 def _uncertain(uncertain: Mapping[str, Any], found: Found) -> str:
     rows = [["token", "count", "mean entropy, nats"]]
     rows += [[visible(t["text"]), str(t["count"]), f"{t['entropy']:.3f}"] for t in uncertain["tokens"]]
-    told = f"Tokens drawn where H is above its 80th percentile, {uncertain['above']:.4f} nats."
-    return _told(told) + _rows(rows)
+    note = f"Tokens drawn where H is above its 80th percentile, {uncertain['above']:.4f} nats."
+    return _note(note) + _rows(rows)
 
 
 def visible(token: str) -> str:
-    """A token with what cannot be seen spelt out: ␣ a space, ⏎ a line break, ⇥ a tab, U+0000 others."""
+    """A token with ␣ for a space, ⏎ a line break, ⇥ a tab and U+0000 for other invisible characters."""
     plain = token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
     return "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in plain)
 
 
 def _response(response: Mapping[str, Any]) -> str:
     tokens = response["tokens"]
-    top = max([h for _, h in tokens if h is not None], default=0.0) or 1.0
-    spans = "".join(_span(token, h, top) for token, h in tokens[:LONGEST])
-    more = f" … {len(tokens) - LONGEST} tokens more" if len(tokens) > LONGEST else ""
     verdict = "right" if response["right"] else "wrong"
     caption = (
         f"<b>{verdict}</b>, answer {escape(repr(response['answer']))}, reference "
         f"{escape(repr(response['reference']))}, {response['right_of_prompt']} samples of this prompt right"
+        f'<p class="asked">{escape(response["prompt"])}</p>'
     )
-    prompt = f'<p class="asked">{escape(response["prompt"])}</p>'
-    return f'<figure class="response"><figcaption>{caption}</figcaption>{prompt}<p>{spans}{more}</p></figure>'
-
-
-def _span(token: str, entropy: float | None, top: float) -> str:
-    text = escape(token).replace("\n", "⏎\n")
-    if entropy is None:
-        return f"<span>{text}</span>"
-    share = max(entropy, 0.0) / top
-    return f'<span style="--h:{share:.2f}" title="H {entropy:.3f} nats">{text}</span>'
-
-
-MORE = """
-.told{color:var(--soft);font-size:13.5px;max-width:100ch;margin:6px 0}
-.area{stroke:none;opacity:.14}
-.a0{fill:var(--c0)} .a1{fill:var(--c1)} .a2{fill:var(--c2)} .bar{fill:var(--c0);stroke:none}
-.b1{opacity:.25} .b2{opacity:.45} .b3{opacity:.65} .b4{opacity:.85}
-.response{margin:16px 0 0} .response p{white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0;
-font:13.5px/1.75 ui-monospace,"DejaVu Sans Mono",Menlo,monospace} .response .asked{color:var(--soft)}
-.response span{border-radius:2px;
-background:color-mix(in srgb,var(--c4) calc(var(--h,0)*55%),transparent)}
-"""
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{name} · entroray eval</title><style>{style}</style></head><body>{body}</body></html>
-"""
+    top = max([h for _, h in tokens if h is not None], default=0.0) or 1.0
+    shaded = [
+        ShadedToken(text, math.nan, "not drawn") if h is None else ShadedToken(text, h, f"H {h:.3f} nats")
+        for text, h in tokens
+    ]
+    return shade_response(caption, shaded, len(tokens), top)

@@ -1,4 +1,4 @@
-"""The run's own account on disk: metrics.jsonl, events.jsonl and the token records."""
+"""A run on disk: metrics.jsonl, events.jsonl and the token records."""
 
 import json
 import math
@@ -17,10 +17,10 @@ from entroray.types import Batch, Group, Tokens
 
 
 class Journal:
-    """Appends to the files of a run directory and copies metrics to trackers; a copy that fails is let go.
+    """Appends to the files of a run directory and copies metrics to trackers; a failing tracker is dropped.
 
-    Token records are kept for every `tokens_every`-th step, step 1 first, never for 0; when the disk
-    refuses one, the event `tokens_lost` says so and the run goes on. `vocabulary` is token id -> text.
+    Token records are written every `tokens_every` steps from step 1 on, never if it is 0; if the disk refuses
+    one, the event `tokens_lost` records it and the run goes on. `vocabulary` is token id -> text.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Journal:
             replace_text(run_dir / "tokens" / "vocabulary.json", json.dumps(words, ensure_ascii=False))
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], tokens: Tokens) -> None:
-        """Commits a line of metrics, NaN and infinity as null; ValueError unless `step` is past the last."""
+        """Append a line of metrics, NaN and infinity as null; ValueError unless `step` is past the last."""
         if step <= self.last_step:
             raise ValueError(
                 f"{self.run_dir / 'metrics.jsonl'} already holds step {self.last_step}, so step {step} "
@@ -56,19 +56,19 @@ class Journal:
         self._track(step, {name: v for name, v in finite.items() if v is not None})
 
     def event(self, kind: str, **fields: Any) -> None:
-        """One line of {time (UTC), kind, fields}; what JSON cannot hold becomes text or null."""
+        """Append a line of {time (UTC), kind, fields}; values that JSON cannot hold become text or null."""
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         _line(self._events, {"time": time, "kind": kind, "fields": _plain(fields)})
 
     def skipped(self, step: int, batch: Batch, tokens: Tokens) -> None:
-        """Keeps what a left-out update would have been made of: `torch.load(path, weights_only=False)`."""
+        """Keep the batch of a skipped update, to be read by `torch.load(path, weights_only=False)`."""
         path = self.run_dir / "skipped" / f"step-{step:06d}.pt"
         path.parent.mkdir(exist_ok=True)
         torch.save({"batch": batch, "tokens": tokens}, path)
         self.event("update_skipped", step=step, kept=str(path))
 
     def cut(self, step: int) -> None:
-        """Forgets metrics and token records beyond `step`, so that a resumed run can write them again."""
+        """Delete metrics and token records beyond `step`, so that a resumed run can write them again."""
         path = self.run_dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["step"] <= step]
@@ -83,7 +83,7 @@ class Journal:
             self.event("journal_cut", step=step, metrics=len(lines) - len(kept), token_files=len(beyond))
 
     def close(self) -> None:
-        """Closes the files and every tracker still held."""
+        """Close the files and every tracker."""
         for tracker in self.trackers:
             tracker.close()
         self._metrics.close()
@@ -106,25 +106,25 @@ class Journal:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file, oldest first; a last line cut short by a crash is not one."""
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.split("\n") if line]
+    """The lines of a .jsonl file, oldest first, without a last line that a crash cut short."""
+    complete, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in complete.split("\n") if line]
 
 
 def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of `key`, where it was measured."""
+    """Steps and values of `key` in the steps that measured it."""
     known = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
     return [step for step, _ in known], [value for _, value in known]
 
 
-def ends(values: Sequence[float], window: int = 5) -> tuple[float, float]:
-    """Means of the first and of the last `window` values, of fewer where there are fewer; not of none."""
+def first_and_last(values: Sequence[float], window: int = 5) -> tuple[float, float]:
+    """Means of the first and of the last `window` values, or of all if there are fewer; needs one value."""
     first, last = values[:window], values[-window:]
     return sum(first) / len(first), sum(last) / len(last)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Written aside and renamed, so that a reader sees the old text or the new, never a part."""
+    """Write aside and rename, so that a reader sees the old text or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     aside.write_text(text, encoding="utf-8")
@@ -132,7 +132,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _append_to(path: Path) -> TextIO:
-    """Opened for appending whole lines: what a crash left of a last one is cut off."""
+    """The file opened for appending, without a last line that a crash cut short."""
     with path.open("ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)

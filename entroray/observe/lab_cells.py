@@ -1,4 +1,4 @@
-"""The cells of a lab on disk: what was asked of each, what came of it, and all of them as one CSV."""
+"""The cells of a lab on disk: the settings and results of each, and all of them as one CSV."""
 
 import csv
 import hashlib
@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from entroray.observe.journal import ends, replace_text, series
+from entroray.observe.journal import first_and_last, replace_text, series
 
 TASK = ("experiment", "data", "data.task")
-"""Overrides that say what is learnt."""
+"""Overrides that choose the task."""
 OWN = (*TASK, "objective", "seed")
 WINDOW = 5
 """Steps that first, final and best are means over."""
@@ -21,41 +21,41 @@ WINDOW = 5
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a lab: settings and a seed, and what came of them."""
+    """One run of a lab: its settings, its seed and its results."""
 
     overrides: tuple[str, ...]
     seed: int
     settings: str
-    """Hash of everything that was configured."""
+    """Hash of the whole configuration."""
     status: str = "missing"
     """missing | done | failed"""
     reason: str = ""
-    """Why it failed, or is to be run again."""
+    """Why the cell failed, or is to be run again."""
     exit_code: int = 0
     finished: str = ""
     """UTC."""
     code: str = ""
-    """Commit that it ran, or the package's version where there is none; empty in cells of older labs."""
+    """Commit that the cell ran, or the package's version without one."""
     measured: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def task(self) -> str:
-        """What is learnt, in the words of the command line."""
-        return " ".join(v for name in TASK if (v := self.said(name))) or "train"
+        """The task as the command line names it."""
+        return " ".join(v for name in TASK if (v := self.override(name))) or "train"
 
     @property
     def objective(self) -> str:
-        """The row; `default` when the command left it to the task."""
-        return self.said("objective") or "default"
+        """The objective; `default` if the command leaves it to the task."""
+        return self.override("objective") or "default"
 
     @property
     def name(self) -> str:
-        """Of its folder: readable, and no other cell's."""
-        told = hashlib.blake2b("\n".join(sorted(self.overrides)).encode(), digest_size=3).hexdigest()
-        return re.sub(r"[^\w.-]+", "_", f"{self.task}-{self.objective}-seed{self.seed}-{told}")
+        """The name of its folder, readable and unique."""
+        digest = hashlib.blake2b("\n".join(sorted(self.overrides)).encode(), digest_size=3).hexdigest()
+        return re.sub(r"[^\w.-]+", "_", f"{self.task}-{self.objective}-seed{self.seed}-{digest}")
 
-    def said(self, name: str) -> str:
-        """The value of an override; empty without one."""
+    def override(self, name: str) -> str:
+        """The value of an override; empty if it is not given."""
         return next((o.partition("=")[2] for o in self.overrides if o.partition("=")[0] == name), "")
 
     @property
@@ -64,27 +64,27 @@ class Cell:
         return frozenset(o for o in self.overrides if o.partition("=")[0] not in OWN)
 
 
-def common(cells: Sequence[Cell]) -> list[str]:
-    """What every one of `cells` was told besides task, objective and seed."""
+def shared_overrides(cells: Sequence[Cell]) -> list[str]:
+    """The overrides that all of `cells` share, besides task, objective and seed."""
     return sorted(frozenset.intersection(*(c.extras for c in cells))) if cells else []
 
 
-def variant(cell: Cell, cells: Sequence[Cell]) -> str:
-    """The objective, and what `cell` was told that not all of `cells` were."""
-    return " ".join([cell.objective, *sorted(cell.extras - set(common(cells)))])
+def variant_name(cell: Cell, cells: Sequence[Cell]) -> str:
+    """The objective, and the overrides of `cell` that not all of `cells` share."""
+    return " ".join([cell.objective, *sorted(cell.extras - set(shared_overrides(cells)))])
 
 
 def summarise_run(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """metrics.jsonl in numbers: first, final and best are means of 5 steps, of all where there are fewer."""
+    """metrics.jsonl in numbers; first, final and best are means of 5 steps, or of all if there are fewer."""
     found = {"steps": float(len(metrics))}
     for key in ("correct/mean", "entropy/mean", "varentropy/mean"):
         _, values = series(metrics, key)
         if values:
             noun = key.partition("/")[0]
-            found[f"{noun}/first"], found[f"{noun}/final"] = ends(values, WINDOW)
+            found[f"{noun}/first"], found[f"{noun}/final"] = first_and_last(values, WINDOW)
     _, reward = series(metrics, "correct/mean")
     if reward:
-        found["correct/best"] = max(moving(reward, WINDOW))
+        found["correct/best"] = max(moving_means(reward, WINDOW))
     for key in ("tokens/per_second", "seconds/step"):
         _, values = series(metrics, key)
         if values:
@@ -93,8 +93,8 @@ def summarise_run(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found | ({"tokens/drawn": drawn[-1]} if drawn else {})
 
 
-def moving(values: Sequence[float], window: int) -> list[float]:
-    """Means of every `window` neighbours; one mean of all where there are fewer."""
+def moving_means(values: Sequence[float], window: int) -> list[float]:
+    """Means of every `window` neighbours; one mean of all if there are fewer."""
     window = min(window, len(values))
     return [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
 
@@ -105,23 +105,22 @@ def cell_path(lab: Path, cell: Cell) -> Path:
 
 
 def save_cell(lab: Path, cell: Cell) -> None:
-    """Write what is known of a cell; whole or not at all."""
+    """Write cell.json, whole or not at all."""
     replace_text(cell_path(lab, cell) / "cell.json", json.dumps(asdict(cell), indent=1))
 
 
 def load_cells(lab: Path) -> list[Cell]:
-    """Every cell that was ever asked of this lab."""
-    files = sorted(lab.glob("cells/*/cell.json"))
-    return [_read(file) for file in files]
+    """Every cell of this lab, by name."""
+    return [_load_cell(file) for file in sorted(lab.glob("cells/*/cell.json"))]
 
 
-def _read(file: Path) -> Cell:
+def _load_cell(file: Path) -> Cell:
     stored = json.loads(file.read_text(encoding="utf-8"))
     return Cell(**stored | {"overrides": tuple(stored["overrides"])})
 
 
 def write_cells_csv(lab: Path, cells: Iterable[Cell]) -> Path:
-    """All cells in cells.csv, one line each; a metric that one lacks is empty there."""
+    """Write cells.csv, a line for each cell; a metric that it lacks is empty."""
     rows = [_row(cell) for cell in cells]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
@@ -133,7 +132,6 @@ def write_cells_csv(lab: Path, cells: Iterable[Cell]) -> Path:
 
 
 def _row(cell: Cell) -> dict[str, Any]:
-    told = {"task": cell.task, "objective": cell.objective, "with": " ".join(sorted(cell.extras))}
-    ended = {"seed": cell.seed, "status": cell.status, "reason": cell.reason, "finished": cell.finished}
-    ended |= {"code": cell.code}
-    return told | ended | dict(cell.measured)
+    row = {"task": cell.task, "objective": cell.objective, "with": " ".join(sorted(cell.extras))}
+    names = ("seed", "status", "reason", "finished", "code")
+    return row | {name: getattr(cell, name) for name in names} | dict(cell.measured)

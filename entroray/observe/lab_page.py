@@ -12,17 +12,17 @@ from entroray.observe.comparison import (
     Column,
     Row,
     Table,
-    absent,
-    codes,
+    code_lines,
     grid,
+    missing_lines,
     tables,
     tasks,
     variants,
 )
-from entroray.observe.css import COLOURS, STYLE
+from entroray.observe.css import COLOURS, render_html
 from entroray.observe.journal import read_metrics, replace_text, series
-from entroray.observe.lab_cells import WINDOW, Cell, moving
-from entroray.observe.svg import Frame, Line, chart, frame, mean_line
+from entroray.observe.lab_cells import WINDOW, Cell, moving_means
+from entroray.observe.svg import Frame, Line, chart, frame, legend_entry, mean_line
 
 
 class Curve(NamedTuple):
@@ -38,15 +38,15 @@ Measured = tuple[Sequence[int], Sequence[float]]
 
 
 def write_lab_page(lab: Path, cells: Sequence[Cell], baseline: str) -> Path:
-    """Makes `lab`/lab.html from the cells and their metrics.jsonl."""
+    """Write `lab`/lab.html from the cells and their metrics.jsonl."""
     body = [
         f"<header><h1>{escape(lab.name)}</h1>",
         f"<p>Baseline: <code>{escape(baseline)}</code>. {LEGEND}</p></header>",
         *(_task(lab, task, of_task, baseline) for task, of_task in tasks(cells).items()),
-        _absent([*absent(cells), *codes(cells)]),
+        _missing([*missing_lines(cells), *code_lines(cells)]),
         _meanings(),
     ]
-    replace_text(lab / "lab.html", PAGE.format(name=escape(lab.name), style=STYLE, body="".join(body)))
+    replace_text(lab / "lab.html", render_html(lab.name, "entroray lab", "".join(body)))
     return lab / "lab.html"
 
 
@@ -54,8 +54,8 @@ def _task(lab: Path, task: str, cells: Sequence[Cell], baseline: str) -> str:
     of_task = tables(cells, baseline)
     charts = "".join(_charts(lab, cells, baseline, curve) for curve in CURVES)
     shown = "".join(map(_table, of_task))
-    told = escape(of_task[0].told)
-    return f"<section><h2>{escape(task)} <small>{told}</small></h2>{shown}{charts}</section>"
+    settings = escape(of_task[0].settings)
+    return f"<section><h2>{escape(task)} <small>{settings}</small></h2>{shown}{charts}</section>"
 
 
 def _table(table: Table) -> str:
@@ -67,13 +67,13 @@ def _table(table: Table) -> str:
 
 
 def _line(row: Row, texts: Sequence[str]) -> str:
-    style = "" if row.asked else ' class="quiet"'  # what was before training was asked of no cell
+    style = "" if row.cells else ' class="quiet"'  # before training there are no cells
     numbers = "".join(map(_number, texts[2:]))
     return f"<tr{style}><th>{escape(texts[0])}</th><td>{escape(texts[1])}</td>{numbers}</tr>"
 
 
 def _number(text: str) -> str:
-    """`0.75 [0.74 0.78] +`: the mean plain, its interval small, its sign in a colour that has a meaning."""
+    """`0.75 [0.74 0.78] +` as a cell: the mean plain, its interval small, its sign in colour."""
     sign = text[-1] if text and text[-1] in "+-=?" and len(text) > 1 else ""
     value, _, rest = text.removesuffix(sign).strip().partition(" ")
     style = {"+": "above", "-": "below"}.get(sign, "tie")
@@ -90,7 +90,7 @@ def _charts(lab: Path, cells: Sequence[Cell], baseline: str, curve: Curve) -> st
     if not means:
         return f"<p>No step of {escape(curve.key)} was measured yet.</p>"
     lines = [_smooth(means[name], style(i), name) for i, name in enumerate(means)]
-    keys = "".join(_key(style(i), name) for i, name in enumerate(means))
+    keys = "".join(legend_entry(style(i), name) for i, name in enumerate(means))
     title = f"{curve.title}; mean over seeds and {WINDOW} steps"
     all_ = chart(lines, frame(lines), label=title, width=920, height=300)
     small = "".join(_small(measured, means, name, baseline, style(i)) for i, name in enumerate(means))
@@ -121,31 +121,26 @@ def _measured(lab: Path, cells: Sequence[Cell], key: str) -> list[Measured]:
 
 
 def _smooth(curve: Measured, style: str, name: str) -> Line:
-    """The mean of the last `WINDOW` steps at each; a short curve as it is."""
+    """The mean of the last `WINDOW` steps at each step; a short curve stays as it is."""
     steps, values = curve
     window = WINDOW if len(values) > 2 * WINDOW else 1
-    return Line(list(steps)[window - 1 :], moving(values, window), style, name)
+    return Line(list(steps)[window - 1 :], moving_means(values, window), style, name)
 
 
 def style(index: int) -> str:
-    """Class of the index-th line: its colour, and a dash after the colours are used up."""
+    """CSS class of the index-th line: a colour, and a dash once the colours are used up."""
     return f"c{index % COLOURS} d{index // COLOURS % 3}"
 
 
-def _key(colour: str, name: str) -> str:
-    sample = f'<svg viewBox="0 0 24 8"><line class="{colour}" x1="0" x2="24" y1="4" y2="4"/></svg>'
-    return f"<span>{sample}{escape(name)}</span>"
-
-
-def _absent(lines: Sequence[str]) -> str:
+def _missing(lines: Sequence[str]) -> str:
     if not lines:
         return ""
-    said = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<section class="absent"><h2>Missing, failed, older or mixed</h2><ul>{said}</ul></section>'
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<section class="absent"><h2>Missing, failed, older or mixed</h2><ul>{items}</ul></section>'
 
 
 def _meanings() -> str:
-    """What each column is, in the words of the tables' own declaration."""
+    """The meaning of every column."""
     parts = [
         f"<h3>{escape(part)}</h3><dl>{''.join(_meaning(c) for c in columns)}</dl>"
         for part, columns in PARTS.items()
@@ -155,10 +150,3 @@ def _meanings() -> str:
 
 def _meaning(column: Column) -> str:
     return f"<dt>{escape(column.title)}</dt><dd>{escape(column.meaning)}</dd>"
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{name} · entroray lab</title><style>{style}</style></head><body>{body}</body></html>
-"""

@@ -12,17 +12,17 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from entroray.observe import token_records, token_view
-from entroray.observe.journal import ends, read_metrics, replace_text, series
+from entroray.observe.css import render_html
+from entroray.observe.journal import first_and_last, read_metrics, replace_text, series
 
 Metrics = Sequence[Mapping[str, Any]]
-INK, TEAL, INDIGO, PURPLE, ORANGE, RED, GREY = (
-    "#1f2937", "#0d9488", "#4f46e5", "#a855f7", "#f59e0b", "#e11d48", "#94a3b8",
-)  # fmt: skip
+TEAL, INDIGO, PURPLE, ORANGE, RED = "#0d9488", "#4f46e5", "#a855f7", "#f59e0b", "#e11d48"
+GREY, FAINT, CLEAR = "#94a3b8", "rgba(148,163,184,0.25)", "rgba(0,0,0,0)"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric as drawn, `times` another; `fill` shades the space down to the curve before it."""
+    """A metric as a curve, `times` another one; `fill` shades the space down to the curve before it."""
 
     key: str
     name: str
@@ -33,7 +33,7 @@ class Curve:
     times: str = ""
 
     def drawn(self, metrics: Metrics) -> tuple[list[int], list[float]]:
-        """Steps and values, where all that it is made of was measured."""
+        """Steps and values of the steps that measured both metrics."""
         if not self.times:
             return series(metrics, self.key)
         at, factors = series(metrics, self.times)
@@ -45,7 +45,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Plot:
-    """One card of the page: what is drawn, what it means, and its unit."""
+    """One section of the page: its curves, their meaning and their unit."""
 
     title: str
     meaning: str
@@ -55,7 +55,7 @@ class Plot:
     stacked: bool = False
 
 
-FORETOLD = "entropy/predicted_change_exact"
+PREDICTED = "entropy/predicted_change_exact"
 PLOTS = (
     Plot(
         "Reward",
@@ -101,7 +101,7 @@ PLOTS = (
         "the exact first-order form times its slope, which is fitted to these same steps.",
         "nats per token and step",
         (
-            Curve(FORETOLD, "predicted x slope", GREY, "dot", 1.5, times="entropy/prediction_slope_exact"),
+            Curve(PREDICTED, "predicted x slope", GREY, "dot", 1.5, times="entropy/prediction_slope_exact"),
             Curve("entropy/realised_change", "realised", INDIGO),
         ),
     ),
@@ -162,7 +162,7 @@ PLOTS = (
 
 
 def write_report(run_dir: Path) -> Path:
-    """Makes `run_dir`/report.html from the files of the run; a missing file is a sentence on the page."""
+    """Write `run_dir`/report.html from the files of the run; a missing file is a sentence on the page."""
     path = run_dir / "metrics.jsonl"
     metrics = read_metrics(path) if path.exists() else []
     body = [
@@ -173,10 +173,9 @@ def write_report(run_dir: Path) -> Path:
         _text(run_dir / "config.yaml", "Configuration"),
         _text(run_dir / "manifest.json", "Manifest"),
     ]
-    page = PAGE.replace("{{name}}", escape(run_dir.resolve().name)).replace("{{style}}", STYLE)
-    before, after = page.split("{{body}}")
     script = f"<script>{get_plotlyjs()}</script>"
-    replace_text(run_dir / "report.html", "".join([before, script, *body, after]))
+    page = render_html(run_dir.resolve().name, "entroray", "".join([script, *body]))
+    replace_text(run_dir / "report.html", page)
     return run_dir / "report.html"
 
 
@@ -193,11 +192,11 @@ def _tiles(metrics: Metrics) -> list[tuple[str, str]]:
     for key, name in {"correct/mean": "share right", "entropy/mean": "entropy, nats per token"}.items():
         _, values = series(metrics, key)
         if values:
-            first, last = ends(values)
+            first, last = first_and_last(values)
             tiles.append((f"{name}, first 5 → last 5 steps", f"{first:.3f} → {last:.3f}"))
     _, entropy = series(metrics, "entropy/mean")
-    if entropy and ends(entropy)[0]:
-        first, last = ends(entropy)
+    if entropy and first_and_last(entropy)[0]:
+        first, last = first_and_last(entropy)
         tiles.append(("change of entropy", f"{(last - first) / first:+.0%}"))
     for key, name, form in (
         ("tokens/per_second", "tokens per second, median", ",.0f"),
@@ -210,11 +209,11 @@ def _tiles(metrics: Metrics) -> list[tuple[str, str]]:
 
 
 def _cards(metrics: Metrics) -> str:
-    return f'<main class="grid">{"".join(_card(p, metrics) for p in (*PLOTS, *_moved(metrics)))}</main>'
+    return f'<main class="cards">{"".join(_card(p, metrics) for p in (*PLOTS, *_moved(metrics)))}</main>'
 
 
 def _moved(metrics: Metrics) -> list[Plot]:
-    """One plot for every setting that a schedule or a controller moved."""
+    """A plot for each setting that a schedule or a controller moved."""
     names = dict.fromkeys(key for m in metrics for key in m if key.startswith("control/"))
     meaning = "The value in effect in each step; what it moves is in the event <code>control</code>."
     return [
@@ -233,7 +232,7 @@ def _card(plot: Plot, metrics: Metrics) -> str:
     keys = ", ".join(f"<code>{key}</code>" for c in plot.curves for key in (c.key, c.times) if key)
     inner = _figure(plot, drawn, metrics) if drawn else _missing("metrics.jsonl", f"it holds none of {keys}")
     title = f"<h2>{plot.title} <small>{plot.unit}</small></h2>"
-    return f'<section class="card">{title}<p class="meaning">{plot.meaning}</p>{inner}</section>'
+    return f'<section>{title}<p class="note">{plot.meaning}</p>{inner}</section>'
 
 
 def _figure(plot: Plot, curves: Sequence[Curve], metrics: Metrics) -> str:
@@ -243,20 +242,20 @@ def _figure(plot: Plot, curves: Sequence[Curve], metrics: Metrics) -> str:
     figure.update_layout(
         height=280,
         margin={"l": 56, "r": 16, "t": 8, "b": 36},
-        paper_bgcolor="white",
-        plot_bgcolor="white",
-        font={"family": "system-ui, sans-serif", "size": 12, "color": INK},
+        paper_bgcolor=CLEAR,
+        plot_bgcolor=CLEAR,
+        font={"family": "system-ui, sans-serif", "size": 12, "color": GREY},
         hovermode="x unified",
         barmode="stack",
         bargap=0.1,
         legend={"orientation": "h", "y": 1.02, "x": 1, "xanchor": "right", "yanchor": "bottom"},
-        xaxis={"title": {"text": "step", "standoff": 4}, "gridcolor": "#eef2f7", "zeroline": False},
+        xaxis={"title": {"text": "step", "standoff": 4}, "gridcolor": FAINT, "zeroline": False},
         yaxis={
             "type": "log" if log else "linear",
             "dtick": 1 if log else None,
             "rangemode": "tozero",
-            "gridcolor": "#eef2f7",
-            "zerolinecolor": "#cbd5e1",
+            "gridcolor": FAINT,
+            "zerolinecolor": GREY,
             "exponentformat": "power",
         },
     )
@@ -287,14 +286,14 @@ def _tokens(run_dir: Path) -> str:
     if not files:
         why = "no token was recorded (see the setting observe.tokens.every)"
         return _section("Tokens", _missing("tokens/", why))
-    taken = token_view.load_token_view(files[-1])
+    view = token_view.load_token_view(files[-1])
     step = token_records.step_of(files[-1])
     return _section(
         f"Most uncertain tokens of step {step} <small>entropy in nats, varentropy in nats²</small>",
-        token_view.uncertain_table(taken),
+        token_view.uncertain_table(view),
     ) + _section(
         f"Responses of step {step} <small>darker is more uncertain; point at a token for its numbers</small>",
-        token_view.shaded_responses(taken),
+        token_view.uncertain_responses(view),
     )
 
 
@@ -320,39 +319,8 @@ def _text(path: Path, title: str) -> str:
 
 
 def _section(title: str, inner: str) -> str:
-    return f'<section class="card wide"><h2>{title}</h2>{inner}</section>'
+    return f'<section class="wide"><h2>{title}</h2>{inner}</section>'
 
 
 def _missing(name: str, consequence: str) -> str:
     return f'<p class="missing">Nothing from {name}: {consequence}.</p>'
-
-
-STYLE = """
-html{overflow-y:scroll} *{box-sizing:border-box}
-body{margin:0;padding:28px 32px 48px;background:#f5f7fa;color:#1f2937;
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif} code,pre,.context,.response p{
-font-family:ui-monospace,"DejaVu Sans Mono",Menlo,monospace;font-size:.86em}
-h1{font-size:26px;margin:0 0 16px} h2{font-size:17px;margin:0 0 4px} small{font-weight:400;color:#64748b}
-.tiles{display:flex;flex-wrap:wrap;gap:12px;margin-bottom:20px}
-.tile,.card{background:#fff;border:1px solid #e2e8f0;border-radius:10px}
-.tile{padding:12px 18px} .tile b{display:block;font-size:20px} .tile span{color:#64748b;font-size:13px}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(480px,100%),1fr));gap:16px}
-.card{padding:18px 20px;min-width:0} .wide{margin-top:16px;overflow-x:auto}
-.meaning{margin:0 0 6px;color:#64748b;font-size:13.5px;min-height:3em}
-.missing{color:#92400e;background:#fffbeb;border-radius:6px;padding:8px 12px;margin:8px 0}
-table{border-collapse:collapse;width:100%;font-size:13.5px;margin-top:8px} th{color:#64748b;font-weight:500}
-th,td{text-align:left;padding:5px 12px 5px 0;border-bottom:1px solid #eef2f7;vertical-align:top}
-th,td{white-space:nowrap}
-td{font-variant-numeric:tabular-nums} .context{white-space:pre-wrap;width:60%} td code{white-space:normal}
-mark{background:#c7d2fe;border-radius:3px;padding:1px 2px;font-weight:600}
-.response{margin:10px 0 0} .response figcaption{color:#64748b;font-size:13.5px}
-.response p{white-space:pre-wrap;margin:4px 0;line-height:1.75} .response span{border-radius:2px}
-details summary{cursor:pointer;color:#4f46e5}
-pre{overflow-x:auto;background:#f8fafc;padding:12px;border-radius:6px}
-"""
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{{name}} · entroray</title><style>{{style}}</style></head><body>{{body}}</body></html>
-"""

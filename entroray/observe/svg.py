@@ -11,7 +11,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 8.0, 24.0
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: `style` is its class on the page, `name` what pointing at it says."""
+    """One curve; `style` is its CSS class, `name` its tooltip."""
 
     steps: Sequence[float]
     values: Sequence[float]
@@ -21,7 +21,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Area:
-    """What lies between `low` and `high` over `steps`: a band around a curve, or with two steps a bar."""
+    """The area between `low` and `high` over `steps`: a band around a curve, or with two steps a bar."""
 
     steps: Sequence[float]
     low: Sequence[float]
@@ -57,9 +57,9 @@ def chart(
     areas: Sequence[Area] = (),
     below: Mapping[float, str] | None = None,
 ) -> str:
-    """An <svg> of `lines` over `areas` over a grid; `label` is for those who cannot see it.
+    """An <svg> of `lines` over `areas` over a grid; `label` describes it to screen readers.
 
-    Ticks on both axes; `below` gives those of the lower one, where whole numbers would not do.
+    Both axes have ticks; `below` gives the lower ones, if whole numbers would not do.
     """
     x = lambda s: LEFT + (s - shown.first) / (shown.last - shown.first) * (width - LEFT - RIGHT)
     y = lambda v: height - BOTTOM - (v - shown.low) / (shown.high - shown.low) * (height - TOP - BOTTOM)
@@ -70,8 +70,8 @@ def chart(
     ]
     whole = {s: f"{s:g}" for s in ticks(shown.first, shown.last) if float(s).is_integer()}
     marks = [
-        f'<text x="{x(s):.1f}" y="{height - 6}" text-anchor="middle">{escape(said)}</text>'
-        for s, said in (whole if below is None else below).items()
+        f'<text x="{x(s):.1f}" y="{height - 6}" text-anchor="middle">{escape(text)}</text>'
+        for s, text in (whole if below is None else below).items()
     ]
     filled = [_filled(area, x, y) for area in areas]
     drawn = [
@@ -85,26 +85,32 @@ def _filled(area: Area, x: Callable[[float], float], y: Callable[[float], float]
     there = list(zip(area.steps, area.high, strict=True))
     back = list(zip(area.steps, area.low, strict=True))[::-1]
     points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in there + back)
-    said = f"<title>{escape(area.name)}</title>" if area.name else ""
-    return f'<polygon class="{area.style}" points="{points}">{said}</polygon>'
+    title = f"<title>{escape(area.name)}</title>" if area.name else ""
+    return f'<polygon class="{area.style}" points="{points}">{title}</polygon>'
 
 
 def _drawn(line: Line, points: Sequence[tuple[float, float]]) -> str:
     if not points:
         return ""
-    said = f"<title>{escape(line.name)}</title>" if line.name else ""
+    title = f"<title>{escape(line.name)}</title>" if line.name else ""
     if len(points) == 1:
         x, y = points[0]
-        return f'<circle class="{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2">{said}</circle>'
+        return f'<circle class="{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2">{title}</circle>'
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline class="{line.style}" points="{path}">{said}</polyline>'
+    return f'<polyline class="{line.style}" points="{path}">{title}</polyline>'
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high], at most `most`."""
-    rough = (high - low) / most
+def legend_entry(style: str, text: str) -> str:
+    """A short line of that style and what it stands for."""
+    sample = f'<svg viewBox="0 0 24 8"><line class="{style}" x1="0" x2="24" y1="4" y2="4"/></svg>'
+    return f"<span>{sample}{escape(text)}</span>"
+
+
+def ticks(low: float, high: float, maximum: int = 6) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high], at most `maximum`."""
+    rough = (high - low) / maximum
     power = 10.0 ** math.floor(math.log10(rough))
-    apart = next(m * power for m in (1, 2, 5, 10, 20) if (high - low) / (m * power) <= most)
+    apart = next(m * power for m in (1, 2, 5, 10, 20) if (high - low) / (m * power) <= maximum)
     count = math.floor(high / apart + 1e-9) - math.ceil(low / apart - 1e-9) + 1
     return [round((math.ceil(low / apart - 1e-9) + i) * apart, 12) for i in range(count)]
 

@@ -14,29 +14,45 @@ from entroray.metrics.step import aligned
 from entroray.train.batching import observed_tokens
 from entroray.types import REASONS, Group, Rollout, Status, Tokens, Verdict
 
-UNITS = {
-    "logprob_behavior": "nats",
-    "logprob_old": "nats",
-    "entropy": "nats",
-    "varentropy": "nats^2",
-    "version": "committed steps; the learner was at step - 1",
-    "rollout": "row within the step",
-    "temperature": "of the policy, in the learner too",
-    "sampler_entropy": "nats, before shaping; null where the sampler kept no notes",
-    "sampler_varentropy": "nats^2, before shaping",
-    "sampler_temperature": "really drawn at; 0 the likeliest was taken, null inserted",
-    "mask_reason": "null where the token counts in the aggregates",
-    "replayed": "the rollout is a success of an earlier step; its version says which",
-}
+WORD = pa.dictionary(pa.int32(), pa.string())
+INT, FLOAT, BOOL = pa.int32(), pa.float32(), pa.bool_()
+_column = lambda name, kind, unit, meaning: pa.field(name, kind, metadata={"unit": unit, "meaning": meaning})
+SCHEMA = pa.schema(
+    (
+        _column("step", INT, "", "step that trained the token"),
+        _column("version", INT, "steps", "of the weights that sampled it; the learner was at step - 1"),
+        _column("prompt_id", WORD, "", "the prompt"),
+        _column("rollout", INT, "", "row of the rollout within the step"),
+        _column("position", INT, "tokens", "place in the response, 0 is the first"),
+        _column("token_id", INT, "", "the sampled token; vocabulary.json beside has its text"),
+        _column("logprob_behavior", FLOAT, "nats", "ln p of the token under the sampler, as drawn"),
+        _column("logprob_old", FLOAT, "nats", "ln p of the token under the learner before the update"),
+        _column("entropy", FLOAT, "nats", "entropy of the learner's distribution before the update"),
+        _column("varentropy", FLOAT, "nats^2", "variance of -ln p under that distribution"),
+        _column("temperature", FLOAT, "", "temperature of the policy, in the learner too"),
+        _column("sampler_entropy", FLOAT, "nats", "the sampler's, before shaping; null without notes"),
+        _column("sampler_varentropy", FLOAT, "nats^2", "the sampler's, before shaping; null without notes"),
+        _column("sampler_temperature", FLOAT, "", "as drawn; 0 for the likeliest, null if inserted"),
+        _column("advantage", FLOAT, "", "advantage after credit"),
+        _column("scale", FLOAT, "", "factor of the advantage (objective.scales)"),
+        _column("selected", BOOL, "", "chosen by objective.select"),
+        _column("mask_reason", WORD, "", "why the token is in no aggregate; null if it counts"),
+        _column("reward", FLOAT, "", "the verifier's reward of the rollout, unshaped"),
+        _column("correct", FLOAT, "", "1 if the rollout's answer is right, else 0"),
+        _column("status", WORD, "", "ok, truncated, or why sampling or judging failed"),
+        _column("replayed", BOOL, "", "the rollout is a success of an earlier step; `version` says which"),
+    )
+)
+"""Every column of the records with its type, unit and meaning; README.md shows them."""
 
 
 def record_path(run_dir: Path, step: int) -> Path:
-    """Where the records of `step` lie."""
+    """The file of the records of `step`."""
     return run_dir / "tokens" / f"step-{step:06d}.parquet"
 
 
 def step_of(file: Path) -> int:
-    """The step that `file` holds the records of."""
+    """The step whose records `file` holds."""
     return int(file.stem.removeprefix("step-"))
 
 
@@ -46,10 +62,10 @@ def files(run_dir: Path) -> list[Path]:
 
 
 def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table:
-    """One row per response token, masked ones included (`mask_reason` says why); logs in nats, float32.
+    """A table of `SCHEMA` with one row per response token, masked ones included.
 
-    Learner statistics outside the mask that are not finite are null. ValueError where `tokens` are not
-    the rollouts of `groups`, in their order.
+    Learner statistics outside the mask are null if not finite. ValueError if `tokens` are not the rollouts
+    of `groups`, in their order.
     """
     rollouts = aligned(groups, tokens)
     judged = [(g.prompt.id, v) for g in groups for v in g.verdicts]
@@ -62,19 +78,16 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
         values = x.detach().cpu().float().numpy()
         return pa.array(values, mask=~mask & ~np.isfinite(values))
 
-    def sampled(name: str, dtype: type) -> pa.Array:
-        return pa.array(np.concatenate([getattr(r, name) for r in rollouts] or [[]]).astype(dtype))
-
-    def per_row(values: Sequence[float]) -> pa.Array:
-        return pa.array(np.array(values, np.float32)[row])
+    sampled = lambda name: np.concatenate([np.empty(0, np.int32), *(getattr(r, name) for r in rollouts)])
+    per_row = lambda values: np.array(values, np.float32)[row]
 
     columns = {
-        "step": pa.array(np.full(len(row), step, np.int32)),
-        "version": sampled("versions", np.int32),
+        "step": np.full(len(row), step),
+        "version": sampled("versions"),
         "prompt_id": _words([name for name, _ in judged], row),
-        "rollout": pa.array(row.astype(np.int32)),
-        "position": pa.array(tokens.position.cpu().numpy().astype(np.int32)),
-        "token_id": sampled("token_ids", np.int32),
+        "rollout": row,
+        "position": tokens.position.cpu().numpy(),
+        "token_id": sampled("token_ids"),
         "logprob_behavior": learnt(tokens.behavior_logprobs),
         "logprob_old": learnt(tokens.old_logprobs),
         "entropy": learnt(tokens.entropy),
@@ -83,18 +96,18 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
         **{f"sampler_{name}": pa.array(x, mask=np.isnan(x)) for name, x in drawn.items()},
         "advantage": learnt(tokens.advantages),
         "scale": learnt(tokens.scale),
-        "selected": pa.array(tokens.selected.cpu().numpy()),
+        "selected": tokens.selected.cpu().numpy(),
         "mask_reason": _reasons(reason, row, mask, observed_tokens(rollouts)),
         "reward": per_row([v.reward for _, v in judged]),
         "correct": per_row([v.correct for _, v in judged]),
         "status": _words(status, row),
-        "replayed": pa.array(np.array([r.replayed for r in rollouts], bool)[row]),
+        "replayed": np.array([r.replayed for r in rollouts], bool)[row],
     }
-    return pa.table(columns, metadata=UNITS)
+    return pa.table(columns, schema=SCHEMA)
 
 
 def write_records(file: Path, records: pa.Table) -> None:
-    """Written aside and renamed, so that a reader sees the whole file or none."""
+    """Write aside and rename, so that a reader sees the whole file or none."""
     aside = file.with_name(file.name + ".part")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -105,7 +118,7 @@ def write_records(file: Path, records: pa.Table) -> None:
 
 
 def _drawn(rollouts: Sequence[Rollout]) -> dict[str, NDArray[np.float32]]:
-    """The sampler's own columns, NaN where it has nothing to say."""
+    """The sampler's own columns, NaN without notes."""
 
     def column(name: str, otherwise: Callable[[Rollout], float]) -> NDArray[np.float32]:
         plain = lambda r: np.full(r.length, otherwise(r), np.float32)
@@ -123,7 +136,7 @@ def _drawn(rollouts: Sequence[Rollout]) -> dict[str, NDArray[np.float32]]:
 def _reasons(
     per_row: Sequence[str], row: NDArray, mask: NDArray[np.bool_], observed: NDArray[np.int8]
 ) -> pa.Array:
-    """Why a token is outside the mask: what it is an observation of, else its rollout's reason."""
+    """Why a token is masked: the kind of observation that it is, else its rollout's status."""
     words = [*map(str, REASONS), *per_row]
     return _words(words, np.where(observed < 0, row + len(REASONS), observed), null=mask)
 
@@ -133,7 +146,7 @@ def _status(sampled: Status, verdict: Verdict) -> str:
 
 
 def _words(per_row: Sequence[str], row: NDArray, null: NDArray[np.bool_] | None = None) -> pa.Array:
-    """A text per token, stored once per distinct text."""
+    """A text per token, stored once for each distinct text."""
     words, code = np.unique(np.array(per_row, dtype=object), return_inverse=True)
     index = pa.array(code.astype(np.int32)[row], mask=null)
     return pa.DictionaryArray.from_arrays(index, pa.array(words.tolist(), pa.string()))

@@ -1,30 +1,63 @@
-"""Token records as HTML: the most uncertain tokens in context, whole responses shaded by entropy."""
+"""Tokens as HTML: responses shaded by entropy, and the most uncertain tokens of a record file in context."""
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 ROWS, AROUND, RESPONSES, LONGEST = 20, 12, 3, 400
-
+"""Tokens in the table, tokens of context on either side, responses shown, tokens shown of a response."""
 HEAD = ("entropy", "varentropy", "probability", "advantage", "right", "prompt", "rollout", "in context")
+
+
+class ShadedToken(NamedTuple):
+    """One token of a response; `entropy` (nats) is NaN if nobody drew it, `note` is its tooltip."""
+
+    text: str
+    entropy: float
+    note: str
+
+
+def shade_response(caption: str, tokens: Iterable[ShadedToken], length: int, top: float) -> str:
+    """A response of `length` tokens as a <figure>, darker up to `top` nats; `caption` is HTML."""
+    spans = "".join(_span(token, top) for token in islice(tokens, LONGEST))
+    more = f" … {length - LONGEST} tokens more" if length > LONGEST else ""
+    return f'<figure class="response"><figcaption>{caption}</figcaption><p>{spans}{more}</p></figure>'
+
+
+def _span(token: ShadedToken, top: float) -> str:
+    shade = f' style="--h:{max(token.entropy, 0.0) / top:.2f}"' if math.isfinite(token.entropy) else ""
+    text = escape(token.text).replace("\n", "⏎\n")
+    return f'<span{shade} title="{escape(token.note)}">{text}</span>'
 
 
 @dataclass(frozen=True)
 class TokenView:
-    """The columns of one record file, and what its token ids say."""
+    """The columns of one record file, and the texts of its token ids."""
 
     columns: dict[str, NDArray]
     words: dict[str, str]
 
     def text(self, i: int) -> str:
-        """Token `i`, escaped, with its line breaks made visible."""
+        """The text of token `i`; its id if the vocabulary has none."""
         token = str(self.columns["token_id"][i])
-        return escape(self.words.get(token, f"⟨{token}⟩")).replace("\n", "⏎")
+        return self.words.get(token, f"⟨{token}⟩")
+
+    def shaded(self, i: int) -> ShadedToken:
+        """Token `i` with its numbers, or with the reason why it is masked."""
+        c, entropy = self.columns, float(self.columns["entropy"][i])
+        if not math.isfinite(entropy):
+            return ShadedToken(self.text(i), math.nan, str(c["mask_reason"][i]))
+        numbers = f"p {np.exp(c['logprob_old'][i]):.3f}, advantage {c['advantage'][i]:+.3f}"
+        return ShadedToken(self.text(i), entropy, f"H {entropy:.3f} nats, {numbers}")
 
     def response(self, i: int) -> tuple[int, int]:
         """First token of the rollout that token `i` is in, and the one after its last."""
@@ -40,7 +73,7 @@ class TokenView:
 
 
 def load_token_view(file: Path) -> TokenView:
-    """One record file and the vocabulary beside it; without the vocabulary, tokens are shown by id."""
+    """One record file and the vocabulary beside it."""
     table = pq.read_table(file).combine_chunks()
     columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     columns["counted"] = table["mask_reason"].is_null().to_numpy()
@@ -49,55 +82,42 @@ def load_token_view(file: Path) -> TokenView:
     return TokenView(columns, words)
 
 
-def uncertain_table(excerpt: TokenView) -> str:
+def uncertain_table(view: TokenView) -> str:
     """The tokens of highest entropy (nats), each between the tokens around it."""
-    lines = [_line(excerpt, i) for i in excerpt.most_uncertain()[:ROWS]]
+    lines = [_line(view, i) for i in view.most_uncertain()[:ROWS]]
     cells = "".join(f"<th>{name}</th>" for name in HEAD)
     return f'<table class="tokens"><tr>{cells}</tr>{"".join(lines)}</table>'
 
 
-def shaded_responses(excerpt: TokenView) -> str:
+def uncertain_responses(view: TokenView) -> str:
     """The responses that hold the most uncertain tokens, each token shaded by its entropy."""
-    shown: list[tuple[int, int]] = []
-    for i in excerpt.most_uncertain():
-        if len(shown) == RESPONSES:
+    found: dict[tuple[int, int], None] = {}
+    for i in view.most_uncertain():
+        found.setdefault(view.response(i))
+        if len(found) == RESPONSES:
             break
-        if excerpt.response(i) not in shown:
-            shown.append(excerpt.response(i))
-    top = float(np.nanmax(excerpt.columns["entropy"].astype(float), initial=1e-9))
-    return "".join(_shaded(excerpt, start, stop, top) for start, stop in shown)
-
-
-def _line(excerpt: TokenView, i: int) -> str:
-    c = excerpt.columns
-    start, stop = excerpt.response(i)
-    before = "".join(map(excerpt.text, range(max(start, i - AROUND), i)))
-    after = "".join(map(excerpt.text, range(i + 1, min(stop, i + AROUND + 1))))
-    context = f"{before}<mark>{excerpt.text(i)}</mark>{after}"
-    numbers = [c["entropy"][i], c["varentropy"][i], np.exp(c["logprob_old"][i])]
-    cells = "".join(f"<td>{x:.3f}</td>" for x in numbers) + f"<td>{c['advantage'][i]:+.3f}</td>"
-    where = (
-        f"<td>{'yes' if c['correct'][i] == 1 else 'no'}</td><td>{escape(str(c['prompt_id'][i])[:10])}</td>"
+    top = float(np.nanmax(view.columns["entropy"].astype(float), initial=1e-9))
+    return "".join(
+        shade_response(_caption(view, start, stop), map(view.shaded, range(start, stop)), stop - start, top)
+        for start, stop in found
     )
-    return f'<tr>{cells}{where}<td>{c["rollout"][i]}</td><td class="context">{context}</td></tr>'
 
 
-def _shaded(excerpt: TokenView, start: int, stop: int, top: float) -> str:
-    c = excerpt.columns
-    spans = "".join(_span(excerpt, i, top) for i in range(start, min(stop, start + LONGEST)))
-    more = f" … {stop - start - LONGEST} tokens more" if stop - start > LONGEST else ""
-    caption = (
+def _line(view: TokenView, i: int) -> str:
+    c, (start, stop) = view.columns, view.response(i)
+    shown = lambda at: escape(view.text(at)).replace("\n", "⏎")
+    before = "".join(map(shown, range(max(start, i - AROUND), i)))
+    after = "".join(map(shown, range(i + 1, min(stop, i + AROUND + 1))))
+    numbers = [c["entropy"][i], c["varentropy"][i], np.exp(c["logprob_old"][i])]
+    cells = [*(f"{x:.3f}" for x in numbers), f"{c['advantage'][i]:+.3f}", "yes" if c["correct"][i] else "no"]
+    cells += [escape(str(c["prompt_id"][i])[:10]), str(c["rollout"][i])]
+    context = f'<td class="context">{before}<mark>{shown(i)}</mark>{after}</td>'
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}{context}</tr>"
+
+
+def _caption(view: TokenView, start: int, stop: int) -> str:
+    c = view.columns
+    return (
         f"rollout {c['rollout'][start]} of prompt {escape(str(c['prompt_id'][start])[:10])}, "
         f"reward {c['reward'][start]:.2f}, {c['status'][start]}, {stop - start} tokens"
     )
-    return f'<figure class="response"><figcaption>{caption}</figcaption><p>{spans}{more}</p></figure>'
-
-
-def _span(excerpt: TokenView, i: int, top: float) -> str:
-    c = excerpt.columns
-    entropy = float(c["entropy"][i])
-    if not np.isfinite(entropy):
-        return f'<span title="{c["mask_reason"][i]}">{excerpt.text(i)}</span>'
-    shade = f"background:rgba(79,70,229,{0.75 * max(entropy, 0) / top:.2f})"
-    note = f"H {entropy:.3f} nats, p {np.exp(c['logprob_old'][i]):.3f}, advantage {c['advantage'][i]:+.3f}"
-    return f'<span style="{shade}" title="{note}">{excerpt.text(i)}</span>'

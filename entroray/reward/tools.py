@@ -33,9 +33,9 @@ def build_tool(spec: Mapping[str, Any]) -> Judge:
 
     def answered(call: str, prompt: Prompt) -> Verdict:
         try:
-            return Verdict(1.0, 1.0, str(tool(str(call), prompt))[:LONGEST])
+            return Verdict(1.0, True, str(tool(str(call), prompt))[:LONGEST])
         except (Exception, SystemExit) as error:  # boundary: user code; the policy is told and goes on
-            return Verdict(0.0, 0.0, ERROR, detail=last_line(error))
+            return Verdict(0.0, False, ERROR, detail=last_line(error))
 
     return answered
 

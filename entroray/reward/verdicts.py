@@ -14,28 +14,31 @@ Judge = Callable[[str, Prompt], Verdict]
 """(response text, prompt) -> verdict; plain, synchronous, and free to be slow: it is killed from outside."""
 
 CORRECT_FROM = 0.99
-"""Least score that counts as right (reasoning-gym gives 0.01 to 0.125 for garbage, so scores are not 0/1)."""
+"""Score from which an answer is right; reasoning-gym gives 0.01 to 0.125 for garbage."""
 
 _DETAIL = 2000
 
 
 def failed(detail: str, status: Status = Status.DATA_FAILED) -> Verdict:
-    """A verdict that says nothing about the response: reward and correct are NaN, `status` says why."""
-    return Verdict(math.nan, math.nan, status=status, detail=detail[:_DETAIL])
+    """A verdict on nothing: reward is NaN, correct is False, `status` and `detail` say why."""
+    return Verdict(math.nan, False, status=status, detail=detail[:_DETAIL])
 
 
 def graded(right: bool, answer: str | None, detail: str = "") -> Verdict:
-    """Right or wrong, and nothing between: reward equals correct."""
-    return Verdict(float(right), float(right), answer=answer, detail=detail[:_DETAIL])
+    """A verdict whose reward is 1 if the answer is right, else 0."""
+    return Verdict(float(right), right, answer=answer, detail=detail[:_DETAIL])
 
 
 def scored(score: float, answer: str | None = None) -> Verdict:
-    """Reward is the score itself; correct from CORRECT_FROM on."""
-    return Verdict(score, float(score >= CORRECT_FROM), answer=answer)
+    """A verdict whose reward is the score, right from `CORRECT_FROM` on."""
+    return Verdict(score, score >= CORRECT_FROM, answer=answer)
 
 
 def as_verdict(value: Any, source: str) -> Verdict:
-    """What a judge at `source` returned, as a verdict; None, NaN, text and the like are DATA_FAILED."""
+    """The verdict of what a judge at `source` returned: a bool, a finite number or a Verdict.
+
+    Anything else is DATA_FAILED.
+    """
     if isinstance(value, Verdict):
         return _plain(value, source)
     if isinstance(value, bool | np.bool_):
@@ -47,13 +50,19 @@ def as_verdict(value: Any, source: str) -> Verdict:
 
 
 def _plain(verdict: Verdict, source: str) -> Verdict:
-    """A user's own Verdict with plain values; one that is usable must have finite ones."""
-    reward, correct, status = float(verdict.reward), float(verdict.correct), Status(verdict.status)
-    if status.usable and not (math.isfinite(reward) and math.isfinite(correct)):
-        return failed(f"{source} returned {verdict!r}")
+    """A user's own Verdict with plain values; DATA_FAILED if it is usable and its values are not."""
+    reward, status = float(verdict.reward), Status(verdict.status)
+    correct = verdict.correct if status.usable else False
+    if status.usable and not math.isfinite(reward):
+        return failed(f"{source} returned {verdict!r}, whose reward is not finite")
+    if correct not in (0, 1):
+        return failed(
+            f"{source} (reward.path) returned Verdict.correct={correct!r}: return True or False there, "
+            "and a partial score as Verdict.reward"
+        )
     answer = None if verdict.answer is None else str(verdict.answer)
     parts = {str(name): float(value) for name, value in verdict.parts.items()}
-    return Verdict(reward, correct, answer, parts, status, str(verdict.detail)[:_DETAIL])
+    return Verdict(reward, bool(correct), answer, parts, status, str(verdict.detail)[:_DETAIL])
 
 
 def guarded(function: Callable[[str, Prompt], Any], source: str) -> Judge:

@@ -86,7 +86,7 @@ class Replay:
 def _success(group: Group) -> tuple[Rollout, Verdict] | None:
     """Its first right rollout that stands by itself, marked as replayed from here on."""
     for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
-        if verdict.correct >= 1 and rollout.parent is None:
+        if verdict.correct and rollout.parent is None:
             return replace(rollout, replayed=True), verdict
     return None
 

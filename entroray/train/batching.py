@@ -72,7 +72,7 @@ def tokens_of(
         group=torch.from_numpy(group_index(groups)),
         length=length,
         reward=torch.tensor([v.reward for v in verdicts]),
-        correct=torch.tensor([v.correct for v in verdicts]),
+        correct=torch.tensor([float(v.correct) for v in verdicts]),
         version=torch.tensor([r.version for r in rollouts]),
         step=step,
         counts=Counts(int(mask.sum()), int(mask.sum()), len(rollouts), len(groups)),

@@ -45,12 +45,12 @@ class Diagnostics:
         """Further statistics the scores of `step` should bring; none unless its change is predicted."""
         return (COLLISION,) if _due(step, self.looks.prediction) else ()
 
-    def changed(self, tokens: Tokens, pull: Tensor, after: Scores) -> dict[str, float]:
+    def changed(self, tokens: Tokens, weight: Tensor, after: Scores) -> dict[str, float]:
         """Predicted and realised change of entropy, `after` the same tokens' scores under the new weights.
 
-        `pull` [N] is what the objective does to each token's log-prob (`objective.pull`).
+        `weight` [N] is the factor of each token's grad log p (`objective.activity.gradient_weight`).
         """
-        found = compare_forms(tokens, pull, torch.from_numpy(after["entropy"]))
+        found = compare_forms(tokens, weight, torch.from_numpy(after["entropy"]))
         if found:
             self.predictions.append(found)
         return found | prediction_record(self.predictions)

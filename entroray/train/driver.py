@@ -244,7 +244,7 @@ class Driver:
         judged = await self.roles.verifier.judge(prompt, usable) if usable else []
         self.failures.note(judged, len(usable))
         verdicts = iter(judged)
-        blank = lambda r: Verdict(float("nan"), 0.0, status=r.status, detail="not sampled")
+        blank = lambda r: Verdict(float("nan"), False, status=r.status, detail="not sampled")
         return [(r, next(verdicts) if r.status.usable else blank(r)) for r in rollouts]
 
     async def step(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from entroray.errors import PreflightError
+from entroray.metrics.pass_at_k import is_right
 from entroray.objective import Objective
 from entroray.roles import Generator, Learner, Sync, Verifier
 from entroray.seeds import seeds
@@ -32,7 +33,7 @@ def demonstration_group(prompt: Prompt, response: Sequence[int], said: Sequence[
     blank = np.zeros(len(ids))
     columns = ids, blank.astype(np.float32), blank.astype(np.int32)
     rollout = Rollout(prompt.id, *columns, "", 1.0, limit=len(ids), spans=tuple(said))
-    return Group(prompt, (rollout,), (Verdict(1.0, 1.0),))
+    return Group(prompt, (rollout,), (Verdict(1.0, True),))
 
 
 async def sampled_accuracy(
@@ -40,9 +41,9 @@ async def sampled_accuracy(
 ) -> float:
     """Share of right answers, one sample a prompt, as training will sample; failures count as wrong."""
 
-    async def one(index: int, prompt: Prompt) -> float:
+    async def one(index: int, prompt: Prompt) -> bool:
         rollouts = await generator.sample(prompt, seeds(seed, index, 0, 1))
-        return (await verifier.judge(prompt, rollouts))[0].correct
+        return is_right((await verifier.judge(prompt, rollouts))[0])
 
     right = await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts)))
     return sum(right) / len(right)

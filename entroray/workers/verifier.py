@@ -23,7 +23,7 @@ from typing import Any
 
 from entroray.errors import ConfigError, InfrastructureError
 from entroray.reward.tools import Call
-from entroray.reward.verdicts import failed
+from entroray.reward.verdicts import as_verdict, failed
 from entroray.types import Answer, Prompt, Rollout, Status, Verdict
 from entroray.workers.judge_forkserver import FORK, HEADER
 
@@ -249,7 +249,6 @@ async def _receive_exactly(channel: socket.socket, count: int) -> bytes:
 def _decode(message: bytes) -> Verdict:
     """A verdict as JSON, never pickle: what comes back may have been written by a hostile answer."""
     try:
-        verdict = Verdict(**json.loads(message))
-        return replace(verdict, status=Status(verdict.status))
-    except (ValueError, TypeError) as error:
+        return as_verdict(Verdict(**json.loads(message)), "the judge process")
+    except (ValueError, TypeError, AttributeError) as error:
         return failed(f"the judge process sent no verdict: {error}")

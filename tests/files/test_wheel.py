@@ -17,9 +17,12 @@ def test_the_wheel_runs_from_another_folder_with_its_own_settings(tmp_path: Path
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(tmp_path / "site")
+    package = tmp_path / "site" / "entroray"
+    catalogue = package / "metrics" / "catalogue.tsv"
+    assert catalogue.read_text() == (ROOT / "entroray/metrics/catalogue.tsv").read_text()
     away = tmp_path / "elsewhere"
     away.mkdir()
-    experiment = tmp_path / "site" / "entroray" / "conf" / "experiment" / "countdown.yaml"
+    experiment = package / "conf" / "experiment" / "countdown.yaml"
     experiment.write_text(experiment.read_text().replace("steps: 100", "steps: 123"))
     command = [sys.executable, "-m", "entroray", "train", "--cfg", "job", "experiment=countdown"]
     env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}

@@ -10,14 +10,13 @@ import pytest
 
 from entroray.config import Config
 from entroray.data.prompts import PromptStream
-from entroray.metrics.catalogue import CHOICE
 from entroray.metrics.diversity import Loops
 from entroray.objective import build_objective
 from entroray.train.driver import Driver, Roles
 from entroray.types import Group, Status
 from entroray.wiring import actors, compose, dataset, driver, sampler, selection
 from entroray.workers.generator import Request, Sampling
-from tests.documented import matches
+from tests.documented import CHOSEN, matches
 
 FILES = sorted((compose.conf_folder() / "rollout").glob("*.yaml"))
 ROWS = [file.stem for file in FILES if "plan:" not in file.read_text()]  # test_grown_groups.py has the plans
@@ -103,7 +102,7 @@ def test_every_row_trains(running: Machine, model: str, folder: Path, name: str)
     assert [s["step"] for s in told] == [1, 2]
     chosen = {n for s in told for n in s if n.startswith(("prompts/", "replay/", "second/", "early/"))}
     chosen |= {n for s in told for n in s if n == "repetition/looped"}
-    assert all(matches(n, CHOICE) for n in chosen)
+    assert all(matches(n, CHOSEN) for n in chosen)
     assert bool(chosen) == (name not in ("plain", "drop_surplus"))
     assert all(np.isfinite(s["update/loss"]) for s in told)
 

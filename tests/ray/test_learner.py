@@ -40,7 +40,7 @@ def groups(count: int, seed: int, *, shortest: int = 1, reward: float | None = N
             zero = np.zeros(n, np.int32)
             rollouts.append(Rollout(prompt.id, ids, logprobs, zero, "", 1.0, 32))
             right = float(j % 2) if reward is None else reward
-            verdicts.append(Verdict(right, right))
+            verdicts.append(Verdict(right, bool(right)))
         return Group(prompt, tuple(rollouts), tuple(verdicts))
 
     return [one(i) for i in range(count)]

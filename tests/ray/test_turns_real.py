@@ -74,7 +74,7 @@ def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, mod
             for sampling in (plain, plain.under(RULE)):
                 rollouts, read = await conversed(sampling)
                 halves = (tuple(rollouts[:32]), tuple(rollouts[32:]))
-                groups = [Group(PROMPT, half, (Verdict(0.0, 0.0),) * 32) for half in halves]
+                groups = [Group(PROMPT, half, (Verdict(0.0, False),) * 32) for half in halves]
                 scores = await learner.score(assemble(groups), group_index(groups))
                 found.append((rollouts, read, scores))
         return found

@@ -81,7 +81,7 @@ BEHAVIOUR = {
     "none": lambda: None,
     "raises": lambda: 1 / 0,
     "exits": lambda: sys.exit(0),
-    "half": lambda: Verdict(0.5, 0.0, "an answer", {"form": 0.5}, detail="half of it"),
+    "half": lambda: Verdict(0.5, False, "an answer", {"form": 0.5}, detail="half of it"),
 }
 """
 
@@ -136,7 +136,7 @@ def test_verdicts_come_in_order(verdicts):
     graded = verdicts("8", "9", "half", "8")
     assert [v.reward for v in graded] == [1, 0, 0.5, 1]
     assert [v.correct for v in graded] == [1, 0, 0, 1]
-    assert graded[2] == Verdict(0.5, 0.0, "an answer", {"form": 0.5}, detail="half of it")
+    assert graded[2] == Verdict(0.5, False, "an answer", {"form": 0.5}, detail="half of it")
 
 
 @pytest.mark.parametrize("slow", ["python loop", "c loop", "deaf", "crowd"])

@@ -12,7 +12,7 @@ import torch
 
 from entroray.errors import ConfigError
 from entroray.metrics import step_metrics
-from entroray.metrics.catalogue import BRANCHES, SAMPLER
+from entroray.metrics.catalogue import family_metrics
 from entroray.objective.aggregate import rollout_mean
 from entroray.objective.masking import masked_in
 from entroray.rollout.branch_points import Attempt, branch_off, choose_positions, sort_members
@@ -55,7 +55,9 @@ class Garden(ToyWorld):
 
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
         right = [float(r.token_ids.sum() % 2) for r in rollouts]
-        return [Verdict(x, x, answer=str(r.token_ids[-1])) for x, r in zip(right, rollouts, strict=True)]
+        return [
+            Verdict(x, bool(x), answer=str(r.token_ids[-1])) for x, r in zip(right, rollouts, strict=True)
+        ]
 
 
 def noted(position: int) -> float:
@@ -127,7 +129,7 @@ def test_the_same_seed_chooses_the_same_places() -> None:
 
 def weights(*rollouts: Rollout) -> list[list[float]]:
     """Of each token that is trained on, by rollout."""
-    group = Group(PROMPT, rollouts, (Verdict(1.0, 1.0),) * len(rollouts))
+    group = Group(PROMPT, rollouts, (Verdict(1.0, True),) * len(rollouts))
     n = sum(r.length for r in rollouts)
     columns = {name: np.zeros(n, np.float32) for name in ("logprobs", "entropy", "varentropy")}
     seen = masked_in(tokens_of([group], [torch.zeros(len(rollouts))], columns, 1))
@@ -155,13 +157,13 @@ def test_what_nobody_drew_is_no_part_of_a_length_not_in_a_prefix_either() -> Non
 
 
 def test_without_branches_nothing_is_said_of_what_is_inherited() -> None:
-    group = Group(PROMPT, (one(), one()), (Verdict(1.0, 1.0),) * 2)
+    group = Group(PROMPT, (one(), one()), (Verdict(1.0, True),) * 2)
     columns = {name: np.zeros(24, np.float32) for name in ("logprobs", "entropy", "varentropy")}
     assert tokens_of([group], [torch.zeros(2)], columns, 1).drawn_before is None
 
 
 def test_what_is_inherited_goes_with_its_row() -> None:
-    group = Group(PROMPT, (one(), branch_off(one(), 0, 9, cut(one(), 3))), (Verdict(1.0, 1.0),) * 2)
+    group = Group(PROMPT, (one(), branch_off(one(), 0, 9, cut(one(), 3))), (Verdict(1.0, True),) * 2)
     columns = {name: np.zeros(24, np.float32) for name in ("logprobs", "entropy", "varentropy")}
     taken = tokens_of([group], [torch.zeros(2)], columns, 1).take(torch.tensor([1]))
     assert taken.drawn_before is not None and taken.drawn_before.tolist() == [9]
@@ -204,7 +206,7 @@ def test_each_token_of_a_family_is_trained_once() -> None:
             trained.update((index, int(p)) for p in np.flatnonzero(member.observed < 0))
         held = {owner(members, i, p) for i, r in enumerate(members) for p in range(r.length)}
         assert set(trained) == held and set(trained.values()) == {1}
-        group = Group(PROMPT, tuple(members), tuple(Verdict(1.0, 1.0) for _ in members))
+        group = Group(PROMPT, tuple(members), tuple(Verdict(1.0, True) for _ in members))
         assert batch([group]).counts.tokens == len(held) == sum(r.length - r.inherited for r in members)
 
 
@@ -296,8 +298,8 @@ def test_the_oldest_token_of_a_branch_says_how_old_it_is() -> None:
 
 def test_a_branch_goes_with_its_parent_and_the_rest_are_named_anew() -> None:
     members = drawn(partial(tree, roots=2))  # parents: -, -, 0, 1, 0, 1, 2, 3
-    verdicts = [Verdict(1.0, 1.0) for _ in members]
-    verdicts[0] = Verdict(0.0, 0.0, status=Status.INFRA_FAILED)
+    verdicts = [Verdict(1.0, True) for _ in members]
+    verdicts[0] = Verdict(0.0, False, status=Status.INFRA_FAILED)
     members[5] = replace(members[5], status=Status.ABANDONED)
     kept, abandoned, failed = sort_members(list(zip(members, verdicts, strict=True)))
     assert [r.parent for r, _ in kept] == [None, 0, 1]
@@ -312,8 +314,8 @@ def test_what_failed_in_a_family_is_replaced_by_responses_drawn_alone() -> None:
 
     async def judge(prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
         judged.append(len(rollouts))
-        lost = Verdict(0.0, 0.0, status=Status.INFRA_FAILED)
-        return [lost if len(judged) == 1 and i == 0 else Verdict(1.0, 1.0) for i, _ in enumerate(rollouts)]
+        lost = Verdict(0.0, False, status=Status.INFRA_FAILED)
+        return [lost if len(judged) == 1 and i == 0 else Verdict(1.0, True) for i, _ in enumerate(rollouts)]
 
     world.judge = judge  # type: ignore[method-assign]
     d = driver(world)
@@ -328,11 +330,11 @@ def test_what_failed_in_a_family_is_replaced_by_responses_drawn_alone() -> None:
 
 def test_the_metrics_of_a_step_that_branched_are_those_documented() -> None:
     members = drawn(partial(branching, roots=2, places=1, top=1), count=4)  # all at 5, where H is 2
-    verdicts = tuple(Verdict(0.0, 0.0, answer=a) for a in ("1", None, "1", "2"))
+    verdicts = tuple(Verdict(0.0, False, answer=a) for a in ("1", None, "1", "2"))
     forks = drawn(first_token_forks, count=4)
     groups = [Group(PROMPT, tuple(members), verdicts), Group(PROMPT, tuple(forks), verdicts)]
     found = step_metrics(groups, batch(groups))
-    ours = {k: v for k, v in found.items() if matches(k, BRANCHES)}
+    ours = {k: v for k, v in found.items() if matches(k, family_metrics("branching"))}
     assert ours == {
         "branches/share": 2 / 8,
         "branches/inherited": pytest.approx(10 / 96),
@@ -343,8 +345,9 @@ def test_the_metrics_of_a_step_that_branched_are_those_documented() -> None:
         "answers/distinct_roots": 1.5,
         "answers/distinct_branches": 2.0,
     }
-    assert ours.keys() == {m.name for m in BRANCHES}
-    assert {k for k in found if matches(k, SAMPLER)} == {m.name for m in SAMPLER}
+    assert ours.keys() == {m.name for m in family_metrics("branching")}
+    shaped = family_metrics("sampler")
+    assert {k for k in found if matches(k, shaped)} == {m.name for m in shaped}
     assert np.isfinite(list(found.values())).all(), "forced tokens have no notes, and spoil nothing"
 
 
@@ -353,5 +356,5 @@ def test_what_a_sampler_did_to_inherited_tokens_is_counted_once() -> None:
     assert parent.shaped
     parent.shaped.temperature[:6] = 2.0
     grown = branch_off(parent, 0, 6, tail)
-    groups = [Group(PROMPT, (parent, grown), (Verdict(1.0, 1.0), Verdict(0.0, 0.0)))]
+    groups = [Group(PROMPT, (parent, grown), (Verdict(1.0, True), Verdict(0.0, False)))]
     assert step_metrics(groups, batch(groups))["sampler/temperature"] == pytest.approx((6 * 2 + 12) / 18)

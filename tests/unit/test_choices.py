@@ -9,7 +9,6 @@ import pytest
 from entroray.data.curriculum import Curriculum, Rule
 from entroray.data.prompts import PromptStream
 from entroray.errors import ConfigError
-from entroray.metrics.catalogue import CHOICE
 from entroray.objective import build_objective
 from entroray.rollout.second_draw import SecondDraw
 from entroray.rollout.selection import Selection
@@ -17,7 +16,7 @@ from entroray.types import Group, Prompt, Rollout, Verdict
 from entroray.wiring import compose, selection
 from tests.cases import ROWS
 from tests.composed import configured
-from tests.documented import matches
+from tests.documented import CHOSEN, matches
 from tests.toy import TARGET, ToyWorld, driver, trained
 
 PROMPTS = [Prompt(f"p{i}", f"p{i}", (0,), str(TARGET)) for i in range(6)]
@@ -44,7 +43,7 @@ def rollout(name: str = "p0", length: int = 2, version: int = 0, **changes: Any)
 def group(name: str, *correct: float, **changes: Any) -> Group:
     prompt = Prompt(name, name, (0,), "")
     rollouts = tuple(rollout(name, **changes) for _ in correct)
-    return Group(prompt, rollouts, tuple(Verdict(c, c) for c in correct))
+    return Group(prompt, rollouts, tuple(Verdict(c, bool(c)) for c in correct))
 
 
 def taken(prompts: Any, count: int) -> str:
@@ -77,8 +76,8 @@ def test_a_mastered_prompt_is_passed_over_and_positions_stay_those_of_the_data()
 
 def test_a_band_passes_over_what_is_outside_but_for_a_share_of_its_turns() -> None:
     chosen = Curriculum(InOrder(), 6, Rule(low=0.25, high=0.75, outside=0.3), seed=0)
-    for name, right in (("p0", 0), ("p1", 0.25), ("p2", 0.75), ("p3", 1)):
-        chosen.note(group(name, right, right))
+    for name, right in (("p0", 0), ("p1", 1), ("p2", 3), ("p3", 4)):
+        chosen.note(group(name, *[1] * right, *[0] * (4 - right)))
     seen = [next(chosen).id for _ in range(2000)]
     counts = {name: seen.count(name) / seen.count("p5") for name in ("p0", "p1", "p2", "p3", "p4")}
     assert counts["p1"] == counts["p2"] == pytest.approx(1.0, abs=0.01) == counts["p4"]
@@ -109,7 +108,7 @@ def a_run(steps: int, state: dict | None = None, **changes: Any) -> tuple[ToyWor
 
     async def judge(prompt: Prompt, rollouts: list) -> list[Verdict]:
         kind = int(prompt.id) % 3
-        return [Verdict(x, x) for x in (float(kind == 0 or (kind == 1 and i % 2)) for i in range(8))]
+        return [Verdict(x, bool(x)) for x in (float(kind == 0 or (kind == 1 and i % 2)) for i in range(8))]
 
     world.judge = judge  # type: ignore[method-assign]
     rule = Rule(visits=1, low=0.2, high=0.8, outside=0.3)
@@ -131,7 +130,7 @@ def test_the_driver_draws_the_same_prompts_after_a_resume(max_lag: int) -> None:
     late = world.trained[24:]
     counts = [sum(int(p) % 3 == kind for p in late) for kind in range(3)]
     assert counts[1] > counts[0] > 0 and counts[1] > counts[2] > 0, "the band comes first, nothing starves"
-    assert all(matches(name, CHOICE) for name in world.steps[-1] if name.startswith("prompts/"))
+    assert all(matches(name, CHOSEN) for name in world.steps[-1] if name.startswith("prompts/"))
 
 
 # The configuration.

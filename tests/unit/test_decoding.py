@@ -102,11 +102,11 @@ class Follower:
         return [replace(said("=4", self.status), text=whole)]
 
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        return [Verdict(1.0, 1.0, r.text.rpartition("=")[2] or None) for r in rollouts]
+        return [Verdict(1.0, True, r.text.rpartition("=")[2] or None) for r in rollouts]
 
 
 def forked(greedy: Rollout, world: Follower, paths: int) -> Group:
-    group = Group(PROMPT, (greedy,), (Verdict(1.0, 1.0, "4"),))
+    group = Group(PROMPT, (greedy,), (Verdict(1.0, True, "4"),))
     how = Decoding(paths, world, lambda token: token in WORDS.special)
     return asyncio.run(decode_paths([group], how, world, WORDS.text))[0]
 

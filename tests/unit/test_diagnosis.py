@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +11,8 @@ import torch
 from entroray.metrics import step_details, step_metrics
 from entroray.metrics.by_domain import judged_metrics
 from entroray.metrics.calibration import brier, calibration, consistency, expected_error
-from entroray.metrics.catalogue import DESCRIBED, DIAGNOSED, PARTS, UPDATE, text
+from entroray.metrics.catalogue import PAGE, expand_names, family_metrics, read_catalogue, render_page
 from entroray.metrics.diversity import answers, distinct, pass_at
-from entroray.metrics.metric import expand_names
 from entroray.metrics.update import SUMS, update_metrics, update_sums
 from entroray.types import MaskReason, Span
 from entroray.workers.roles import _summary
@@ -132,23 +130,22 @@ def test_the_metrics_of_a_step_are_exactly_those_documented():
     groups, tokens = step()
     fills = {"<n>": ["1", "2", "4"]}
     described = judged_metrics(groups) | step_metrics(groups, tokens)
-    for found, rows in ((described, DESCRIBED), (step_details(groups, tokens), DIAGNOSED)):
-        assert {name for m in rows for name in expand_names(m, fills)} == found.keys()
+    for found, family in ((described, "step"), (step_details(groups, tokens), "details")):
+        assert {name for m in family_metrics(family) for name in expand_names(m, fills)} == found.keys()
         assert all(math.isfinite(value) for value in found.values())
     assert not described.keys() & step_details(groups, tokens).keys()
     assert not judged_metrics(groups).keys() & step_metrics(groups, tokens).keys(), "each is computed once"
 
 
 def test_readme_is_the_table_of_the_catalogue():
-    page = Path(__file__).parents[2] / "entroray" / "metrics" / "README.md"
-    again = "run `python -m entroray.metrics.catalogue > entroray/metrics/README.md`"
-    assert page.read_text() == text(), again
+    page = PAGE.read_text()
+    assert page == render_page(page), "run `python -m entroray.metrics.catalogue`"
+    assert all(f"| `{m.name}` | {m.definition} |" in page for m in read_catalogue())
 
 
 def test_a_definition_needs_no_row_above_it():
     leans = re.compile(r"its |the (same|largest|longest)\b|where |quantile$|all of them|none |drawn |those ")
-    rows = [m for found in PARTS.values() for m in found]
-    assert [m.name for m in rows if leans.match(m.definition)] == []
+    assert [m.name for m in read_catalogue() if leans.match(m.definition)] == []
 
 
 def test_quadrants_deciles_and_covariance_by_hand():
@@ -205,7 +202,7 @@ def test_clipped_tokens_are_told_apart_by_side_and_sign():
     assert found["objective/silent_tokens"] == pytest.approx(4 / 6)
     assert found["update/kl"] == pytest.approx((3 * (1 - LN2) + 2 * (-0.5 + LN2)) / 6)
     assert found["update/kl_k1"] == pytest.approx(-LN2 / 6)
-    assert all(matches(name, UPDATE) for name in found) and len(found) == 7
+    assert all(matches(name, family_metrics("update")) for name in found) and len(found) == 7
     dropped = replace(
         live, scale=torch.tensor([0.0, 1, 1, 1, 1, 1]), correction=torch.tensor([1.0, 0, 1, 1, 1, 1])
     )
@@ -227,4 +224,4 @@ def test_what_is_said_of_answers_is_of_every_group_judged():
 def test_every_metric_of_an_update_is_documented_and_every_documented_one_there():
     sums = dict.fromkeys(("loss", "tokens", "ratio_max", "entropy", *SUMS), 1.0)
     found = _summary([[sums | {"grad_norm": 1.0, "lr": 1.0, "skipped": 0.0, "rule:clip": 3.0}]])
-    assert found.keys() == {m.name for m in UPDATE} | {"objective/clip_tokens"}
+    assert found.keys() == {m.name for m in family_metrics("update")} | {"objective/clip_tokens"}

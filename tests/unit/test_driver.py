@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from entroray.errors import DataError, InfrastructureError, NumericsError
-from entroray.metrics.run_metrics import JUDGE
+from entroray.metrics.catalogue import family_metrics
 from entroray.objective import build_objective
 from entroray.rollout.selection import Selection
 from entroray.rollout.stream import Dropped, Stream, wave
@@ -146,14 +146,14 @@ def test_reward_counts_groups_the_filter_sent_back() -> None:
 def test_parts_of_verdicts_are_journalled_as_means_over_those_that_have_them() -> None:
     async def in_parts(prompt: object, rollouts: list) -> list:
         whole = {"form": 0.0, "odd": float("nan")}, {"form": 1.0, "brief": 3.0}
-        return [Verdict(1.0, float(i % 2), parts=whole[i % 2]) for i in range(len(rollouts))]
+        return [Verdict(1.0, bool(i % 2), parts=whole[i % 2]) for i in range(len(rollouts))]
 
     world = ToyWorld(row("grpo"))
     world.judge = in_parts  # type: ignore[method-assign]
     asyncio.run(driver(world).train(1))
     found = {name: value for name, value in world.steps[0].items() if name.startswith("reward/part_")}
     assert found == {"reward/part_form": 0.5, "reward/part_brief": 3.0}
-    assert all(matches(name, JUDGE) for name in found)
+    assert all(matches(name, family_metrics("parts")) for name in found)
 
 
 def test_a_wave_holds_what_is_missing_and_one_deviation_more() -> None:
@@ -195,7 +195,7 @@ def test_a_run_that_always_skips_its_update_ends_however_often_it_is_resumed() -
 
 def test_limits_count_on_after_a_resume_and_begin_anew_from_an_older_checkpoint() -> None:
     d = driver(ToyWorld(row("grpo")))
-    d.failures.note([Verdict(0.0, 0.0, status=Status.TIMEOUT, detail="slow"), Verdict(0.0, 0.0)], 2)
+    d.failures.note([Verdict(0.0, False, status=Status.TIMEOUT, detail="slow"), Verdict(0.0, False)], 2)
     d.idle.note({"objective/cap_tokens": 0.0})
 
     async def restored(state: dict) -> Driver:
@@ -261,11 +261,11 @@ def test_a_restored_driver_draws_the_prompts_it_would_have_had(max_lag: int) -> 
 
 async def one_in_three(prompt: object, rollouts: list) -> list:
     signal = int(prompt.id[1:]) % 3 == 0  # type: ignore[attr-defined]
-    return [Verdict(float(signal and i % 2), float(signal and i % 2)) for i, _ in enumerate(rollouts)]
+    return [Verdict(float(signal and i % 2), bool(signal and i % 2)) for i, _ in enumerate(rollouts)]
 
 
 async def all_wrong(prompt: object, rollouts: list) -> list:
-    return [Verdict(0.0, 0.0) for _ in rollouts]
+    return [Verdict(0.0, False) for _ in rollouts]
 
 
 def test_a_stall_ends_the_run_and_names_phase_and_prompt() -> None:
@@ -320,7 +320,7 @@ def test_tokens_of_members_that_failed_of_dropped_groups_and_of_refusals_are_dra
     async def judge(prompt: Prompt, rollouts: list) -> list[Verdict]:
         status = Status.TIMEOUT if prompt.id in late else Status.OK
         late.discard(prompt.id)
-        return [Verdict(0.0, 0.0, status=status), *[Verdict(1.0, 1.0)] * (len(rollouts) - 1)]
+        return [Verdict(0.0, False, status=status), *[Verdict(1.0, True)] * (len(rollouts) - 1)]
 
     world.judge = judge  # type: ignore[method-assign]
     d = driver(world)

@@ -153,7 +153,7 @@ def test_entropy_by_position_leaves_out_what_nobody_drew() -> None:
         (1, 1, 1, 2.0),
         (2, 2, 1, 3.0),
     ]
-    wide = entropy_by_position([np.arange(5.0)], most=2)
+    wide = entropy_by_position([np.arange(5.0)], maximum=2)
     assert [(p.first, p.last, p.tokens, p.entropy) for p in wide] == [(0, 2, 3, 1.0), (3, 4, 2, 3.5)]
     assert entropy_by_position([]) == []
 

@@ -15,14 +15,14 @@ from entroray.cli import eval as command
 from entroray.errors import ConfigError
 from entroray.evaluation.cot_decoding import Decoding, words
 from entroray.evaluation.evaluate import evaluate_policy, plan_evaluation
-from entroray.metrics.catalogue import EVALUATION
+from entroray.metrics.catalogue import family_metrics
 from entroray.observe import evaluation, evaluation_page
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.rollout.splice import cut, join, observation
 from entroray.types import MaskReason, Prompt, Rollout, SamplerNotes, Status, TopTokens, Verdict
 from entroray.wiring import sampler
 from tests.composed import composed, configured
-from tests.documented import STEP, matches
+from tests.documented import matches
 
 TOKENIZER = byte_tokenizer()
 WORDS = words(TOKENIZER)
@@ -62,10 +62,10 @@ class World:
 
     def verdict(self, prompt: Prompt, rollout: Rollout) -> Verdict:
         if not rollout.status.usable:
-            return Verdict(float("nan"), float("nan"), status=rollout.status)
+            return Verdict(float("nan"), False, status=rollout.status)
         answer = rollout.text.removeprefix("so ") if rollout.text.startswith("so ") else None
         right = float(answer == prompt.reference)
-        return Verdict(right, right, answer)
+        return Verdict(right, bool(right), answer)
 
 
 def examined(failing: str = "", temperature: float = 1.0, cot: int = 0) -> dict[str, Any]:
@@ -156,8 +156,8 @@ def test_at_temperature_0_the_greedy_answer_is_the_one_sample() -> None:
 
 def test_every_name_is_in_the_catalogue() -> None:
     names = {*FOUND["each"], *FOUND["metrics"], *FOUND["entropy"]} - {"id"}
-    assert [n for n in names if not matches(n, [*STEP, *EVALUATION])] == []
-    assert [m.name for m in EVALUATION if not any(matches(n, [m]) for n in names)] == []
+    assert [n for n in names if not matches(n, family_metrics("step", "details", "evaluation"))] == []
+    assert [m.name for m in family_metrics("evaluation") if not any(matches(n, [m]) for n in names)] == []
 
 
 class Texts(HTMLParser):
@@ -221,9 +221,18 @@ def test_two_evaluations_are_compared_prompt_by_prompt(
 ) -> None:
     ids = [f"p{i}" for i in range(200)]
     easy = np.random.default_rng(0).random(200)
-    one = {"model": "one", "each": {"id": ids, "pass@1": easy.tolist(), "greedy": [1.0] * 200}}
+    settings = {
+        "temperature": 1.0,
+        "sampler": "fixed",
+        "samples": 1,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_tokens": 8,
+    }
+    each = {"id": ids, "pass@1": easy.tolist(), "greedy": [1.0] * 200}
+    one = settings | {"model": "one", "each": each}
     more = {"id": ids[:0:-1], "pass@1": (easy[:0:-1] + 0.02).tolist(), "cot/surest": [0.0] * 199}
-    other = {"model": "other", "each": more}
+    other = settings | {"model": "other", "each": more}
     found = evaluation.compare(one, other)
     assert list(found) == ["pass@1"] and found["pass@1"].sign == "+"
     assert found["pass@1"].mean == pytest.approx(0.02) and found["pass@1"].low == pytest.approx(0.02)
@@ -236,7 +245,7 @@ def test_two_evaluations_are_compared_prompt_by_prompt(
     with pytest.raises(ConfigError, match="share no prompt"):
         evaluation.compare(one, {"each": {"id": ["q"]}})
     (tmp_path / "old.json").write_text('{"greedy": 1.0}')
-    with pytest.raises(ConfigError, match="make it again"):
+    with pytest.raises(ConfigError, match="entroray eval --out"):
         evaluation.load_evaluation(tmp_path / "old.json")
 
 
@@ -245,11 +254,10 @@ def test_what_two_evaluations_asked_otherwise_is_said_under_their_comparison(
 ) -> None:
     each = {"id": ["p0", "p1"], "greedy": [1.0, 0.0]}
     one = {"model": "m", "temperature": 1.0, "sampler": "fixed", "samples": 8, "max_tokens": 64, "each": each}
+    one |= {"top_p": 1.0, "top_k": 0}
     other = one | {"temperature": 0.8, "max_tokens": 32}
-    older = {name: value for name, value in one.items() if name != "max_tokens"}
-    assert evaluation.unlike(one, other) == ["temperature 1 and 0.8", "max_tokens 64 and 32"]
-    assert evaluation.unlike(one, older) == ["max_tokens 64 and not noted"]
-    assert evaluation.unlike(one, one) == []
+    assert evaluation.differing_settings(one, other) == ["temperature 1 and 0.8", "max_tokens 64 and 32"]
+    assert evaluation.differing_settings(one, one) == []
     for name, found in (("a", one), ("b", other)):
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     assert command.main(["--compare", f"{tmp_path}/a.json", f"{tmp_path}/b.json"]) == 0

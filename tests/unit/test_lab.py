@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import csv
 import itertools
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +13,21 @@ import pytest
 from entroray.cli import lab
 from entroray.errors import ConfigError
 from entroray.evaluation.heldout_metrics import DRAWN, heldout_metrics
+from entroray.metrics.catalogue import family_metrics
 from entroray.metrics.confidence_interval import bootstrap_interval, bootstrap_intervals
-from entroray.metrics.run_metrics import HELDOUT
 from entroray.objective import build_objective
 from entroray.observe import lab_cells, lab_page
-from entroray.observe.comparison import ANSWERED, LEGEND, OLDER, REACHED, absent, against, codes, markdown
-from entroray.observe.lab_cells import Cell, moving, summarise_run, variant
+from entroray.observe.comparison import (
+    ANSWERED,
+    LEGEND,
+    OLDER,
+    REACHED,
+    code_lines,
+    compare_means,
+    markdown,
+    missing_lines,
+)
+from entroray.observe.lab_cells import Cell, moving_means, summarise_run, variant_name
 from entroray.observe.svg import Line, chart, frame, mean_line, ticks
 from entroray.wiring import compose, run_directory
 from entroray.wiring.actors import lasting
@@ -69,13 +77,13 @@ def test_the_legend_says_how_often_such_an_interval_holds_the_mean(seeds: int, h
 def test_overlap_is_a_tie_and_two_seeds_claim_nothing(
     values: tuple[float, ...], baseline: tuple[float, ...], sign: str
 ) -> None:
-    assert against(values, baseline) == sign
+    assert compare_means(values, baseline) == sign
 
 
 def cell(objective: str, seed: int, *more: str, status: str = "done", greedy: float = 0.5) -> Cell:
     told = ("experiment=quickstart", f"objective={objective}", f"seed={seed}", "run.steps=3", *more)
     measured = {"after/greedy": greedy, "before/greedy": 0.25, "after/pass@8": 0.9, "after/pass@1": 0.4}
-    return Cell(told, seed, "hash", status, measured=measured if status == "done" else {})
+    return Cell(told, seed, "hash", status, code="0.1.0", measured=measured if status == "done" else {})
 
 
 CELLS = [
@@ -89,7 +97,7 @@ CELLS = [
 
 
 def test_a_variant_is_named_by_what_sets_it_apart() -> None:
-    names = [variant(c, CELLS) for c in CELLS]
+    names = [variant_name(c, CELLS) for c in CELLS]
     assert names[0] == "grpo" and names[6] == "grpo learner.updates_per_rollout=1"
 
 
@@ -101,7 +109,7 @@ def test_the_table_says_what_is_above_missing_failed_and_unknown() -> None:
     assert "| 1 of 3 |" in line("cispo") and "0.500 ?" in line("cispo")
     assert "| 0.250 |" in line("before training")
     assert "pass@8" in said and "(run.steps=3)" in said
-    assert absent(CELLS) == [
+    assert missing_lines(CELLS) == [
         "missing: quickstart, cispo, seed 2",
         "failed: quickstart, cispo, seed 3: NumericsError: loss is nan",
     ]
@@ -123,7 +131,7 @@ def test_first_weights_that_answer_differently_have_a_row_each_with_their_varian
 
 
 def test_what_an_evaluation_draws_at_is_said_to_be_the_configured_temperature() -> None:
-    sampled = [m for m in HELDOUT if m.temperature != "0"]
+    sampled = [m for m in family_metrics("heldout") if m.temperature != "0"]
     assert sampled and all("configured" in m.temperature for m in sampled)
     by_key = {c.key: c.meaning for c in (*REACHED, *ANSWERED)}
     assert "configured temperature" in by_key["after/pass@1"] and "pass@1" in by_key["after/entropy/mean"]
@@ -136,13 +144,10 @@ def test_a_mean_over_fewer_seeds_than_are_done_says_of_how_many() -> None:
 
 
 def test_cells_of_two_versions_of_the_code_are_told_under_the_tables(tmp_path: Path) -> None:
-    assert codes(CELLS) == [] and codes([replace(c, code="1950491") for c in CELLS]) == []
+    assert code_lines(CELLS) == [] and code_lines([replace(c, code="1950491") for c in CELLS]) == []
     mixed = [replace(CELLS[0], code="1950491"), replace(CELLS[1], code="f783b7f-dirty"), *CELLS[2:]]
-    told = (
-        "more than one version of the code: 6 of a version not recorded, 1 of 1950491, 1 of f783b7f-dirty "
-        "(cells that are done)"
-    )
-    assert codes(mixed) == [told] and f"- {told}" in markdown(mixed, "grpo")
+    told = "more than one version of the code: 6 of 0.1.0, 1 of 1950491, 1 of f783b7f-dirty (done cells)"
+    assert code_lines(mixed) == [told] and f"- {told}" in markdown(mixed, "grpo")
     for each in mixed:
         lab_cells.save_cell(tmp_path, each)
         (lab_cells.cell_path(tmp_path, each) / "metrics.jsonl").write_text(
@@ -152,20 +157,13 @@ def test_cells_of_two_versions_of_the_code_are_told_under_the_tables(tmp_path: P
     assert run_directory.code_version()
 
 
-def test_a_cell_of_a_lab_before_the_code_was_noted_is_read_and_done(tmp_path: Path) -> None:
-    lab_cells.save_cell(tmp_path, CELLS[0])
-    file = lab_cells.cell_path(tmp_path, CELLS[0]) / "cell.json"
-    old = {name: value for name, value in json.loads(file.read_text()).items() if name != "code"}
-    file.write_text(json.dumps(old))
-    (known,) = lab_cells.load_cells(tmp_path)
-    assert known == CELLS[0] and lab._done(replace(CELLS[0], code="1950491"), known)
-
-
 def test_cells_outlive_the_process_and_fill_one_csv(tmp_path: Path) -> None:
     for each in CELLS:
         lab_cells.save_cell(tmp_path, each)
     known = lab_cells.load_cells(tmp_path)
     assert {c.name for c in known} == {c.name for c in CELLS} and set(known[0].measured) >= {"after/greedy"}
+    done = next(c for c in known if c.name == CELLS[0].name)
+    assert done == CELLS[0] and lab._done(replace(done, code="1950491"), done), "other code does not redo it"
     rows = list(csv.DictReader(lab_cells.write_cells_csv(tmp_path, CELLS).open()))
     assert len(rows) == len(CELLS)
     assert [r["after/greedy"] for r in rows][-2:] == ["", ""] and rows[6]["with"].startswith("learner.upd")
@@ -177,7 +175,7 @@ def test_a_run_in_numbers() -> None:
     assert found["correct/first"] == pytest.approx(0.3) and found["correct/final"] == pytest.approx(0.5)
     assert found["correct/best"] == pytest.approx(0.5) and found["tokens/per_second"] == 4.0
     assert "entropy/first" not in found
-    assert moving([1.0, 2.0, 3.0], 2) == [1.5, 2.5] and moving([1.0, 3.0], 5) == [2.0]
+    assert moving_means([1.0, 2.0, 3.0], 2) == [1.5, 2.5] and moving_means([1.0, 3.0], 5) == [2.0]
 
 
 def test_every_combination_is_planned_seeds_first_on_a_machine(tmp_path: Path) -> None:

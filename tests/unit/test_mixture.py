@@ -25,7 +25,7 @@ from entroray.errors import ConfigError, PreflightError
 from entroray.evaluation.cot_decoding import Words
 from entroray.evaluation.evaluate import accuracy_by_domain, evaluate_policy, plan_evaluation
 from entroray.metrics.by_domain import domain_metrics
-from entroray.metrics.catalogue import DOMAIN
+from entroray.metrics.catalogue import family_metrics
 from entroray.observe.evaluation import lines
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
 from entroray.reward import build_judge
@@ -99,7 +99,7 @@ def test_metrics_of_each_domain() -> None:
         row = lambda n: (np.zeros(n, np.int32), np.zeros(n, np.float32), np.zeros(n, np.int32))
         rollouts = tuple(Rollout("p", *row(n), "", 1.0, 9) for n in ids)
         return Group(
-            Prompt("p", "", (0,), "", domain=domain), rollouts, tuple(Verdict(c, c) for c in correct)
+            Prompt("p", "", (0,), "", domain=domain), rollouts, tuple(Verdict(c, bool(c)) for c in correct)
         )
 
     a, b, sent_back = group("a", [1, 2], [1, 0]), group("b", [3, 1], [1, 0]), group("b", [1, 1], [0, 0])
@@ -112,7 +112,8 @@ def test_metrics_of_each_domain() -> None:
     assert found["groups/share:b"] == pytest.approx(2 / 3)
     assert (found["entropy/mean:a"], found["entropy/mean:b"]) == (1, 6)
     assert (found["length/mean:a"], found["length/mean:b"]) == (1.5, 1.5)
-    assert all(matches(name, DOMAIN) for name in found) and len(found) == 2 * len(DOMAIN)
+    listed = family_metrics("domain")
+    assert all(matches(name, listed) for name in found) and len(found) == 2 * len(listed)
     assert domain_metrics([group("", [1, 2, 2, 2], [0] * 4)], tokens, [group("", [1], [0])]) == {}
 
 

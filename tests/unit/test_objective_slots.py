@@ -51,7 +51,7 @@ def group(rewards, correct=None, lengths=None, limit=100) -> Group:
     lengths = [10] * len(rewards) if lengths is None else lengths
     ids, logprobs = np.zeros(max(lengths), np.int32), np.zeros(max(lengths), np.float32)
     rollouts = tuple(Rollout("q", ids[:n], logprobs[:n], ids[:n], "", 1.0, limit) for n in lengths)
-    verdicts = tuple(Verdict(float(r), float(c)) for r, c in zip(rewards, correct, strict=True))
+    verdicts = tuple(Verdict(float(r), bool(c)) for r, c in zip(rewards, correct, strict=True))
     return Group(Prompt("q", "", (), ""), rollouts, verdicts)
 
 

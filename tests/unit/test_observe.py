@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -18,12 +19,7 @@ from entroray.observe.journal import Journal, read_metrics
 from entroray.observe.trackers import TensorBoard
 from entroray.types import Counts, Group, Prompt, Rollout, Status, Tokens, Verdict
 
-COLUMNS = [
-    *("step", "version", "prompt_id", "rollout", "position", "token_id", "logprob_behavior", "logprob_old"),
-    *("entropy", "varentropy", "temperature", "sampler_entropy", "sampler_varentropy", "sampler_temperature"),
-    *("advantage", "scale", "selected", "mask_reason", "reward"),
-    *("correct", "status", "replayed"),
-]
+COLUMNS = token_records.SCHEMA.names
 WORDS = {0: "<b>", 1: " so", 2: "\n"}
 METRICS = {"correct/mean": 0.25, "entropy/mean": 1.2345, "entropy/p80": 2.5, "lag/max": 1.0} | {
     "tokens/per_second": 1234.4,
@@ -56,7 +52,7 @@ def a_step(version=0, entropy=(0.1, 0.2, 0.7, math.nan, 0.3, 0.4, 0.6)):
         )
         for i, k in enumerate(lengths)
     ]
-    verdicts = [Verdict(0.5, 1.0), Verdict(0.0, 0.0), Verdict(0.0, 0.0), Verdict(1.0, 1.0)]
+    verdicts = [Verdict(0.5, True), Verdict(0.0, False), Verdict(0.0, False), Verdict(1.0, True)]
     groups = [
         Group(Prompt("ab"[g], "", (1,), ""), tuple(rollouts[s]), tuple(verdicts[s]))
         for g, s in enumerate((slice(0, 2), slice(2, 4)))
@@ -132,6 +128,19 @@ def test_record_columns_and_values(tmp_path):
     assert (rows[2]["selected"], rows[3]["selected"]) == (True, False)
     assert (rows[0]["reward"], rows[0]["correct"], rows[4]["reward"]) == (0.5, 1.0, 1.0)
     assert list(tmp_path.iterdir()) == [tmp_path / "x.parquet"]
+
+
+def test_the_columns_of_a_record_are_those_documented(tmp_path):
+    token_records.write_records(tmp_path / "x.parquet", token_records.record_table(2, *a_step()))
+    rows = []
+    for field in pq.read_schema(tmp_path / "x.parquet"):
+        kind = "text" if field.type == token_records.WORD else str(field.type)
+        said = {name.decode(): text.decode() for name, text in field.metadata.items()}
+        rows.append(f"| `{field.name}` | {kind} | {said['unit'] or '-'} | {said['meaning']} |")
+    assert len(rows) == len(COLUMNS) == len(set(COLUMNS)) == 22
+    page = Path(token_records.__file__).with_name("README.md").read_text()
+    head = "| column | type | unit | meaning |\n|---|---|---|---|\n"
+    assert head + "\n".join(rows) + "\n" in page, "\n".join(rows)
 
 
 def test_a_step_without_a_token_is_a_table_without_a_row():

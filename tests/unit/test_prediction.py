@@ -13,8 +13,7 @@ import torch
 import yaml
 
 from entroray.metrics import token_entropy
-from entroray.metrics.catalogue import DESCRIBED, LAW, PREDICTION, PROBE, RUN
-from entroray.metrics.metric import expand_names
+from entroray.metrics.catalogue import expand_names, family_metrics
 from entroray.metrics.prediction import (
     COLLISION,
     compare_forms,
@@ -178,7 +177,9 @@ def test_the_driver_predicts_diagnoses_and_fits_and_all_of_it_is_documented():
     keys = {name for step in world.steps for name in step}
     assert [name for name in keys if not matches(name, IN_A_RUN)] == []
     nobody = {"<rule>": [], "<name>": []}
-    listed = {name for m in [*DESCRIBED, *RUN, *PREDICTION, *LAW] for name in expand_names(m, nobody)}
+    rows = family_metrics("step", "run", "prediction", "law")
+    listed = {name for m in rows for name in expand_names(m, nobody)}
+
     assert listed - keys == {"sync/probe_error"}, "tables have no engine to probe"
 
 
@@ -203,7 +204,7 @@ def test_the_driver_reads_its_probe_with_every_diagnosis():
     asyncio.run(driver(world, looks=DiagnosticsSchedule(diagnosis=2, probe=asked)).train(3))
     read = [{k for k in step if k.startswith("entropy/prompt_")} for step in world.steps]
     assert read[0] == read[2] == {"entropy/prompt_in", "entropy/prompt_out"} and not read[1]
-    assert all(matches(name, PROBE) for name in read[0])
+    assert all(matches(name, family_metrics("prompt_entropy")) for name in read[0])
 
 
 def test_what_the_driver_learnt_of_its_steps_outlives_it():

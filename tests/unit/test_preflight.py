@@ -186,7 +186,7 @@ def test_a_doctor_says_what_is_wrong_and_exits_with_3(capsys: pytest.CaptureFixt
 
 
 def test_failed_verdicts_end_the_run_above_their_share() -> None:
-    failures, good, bad = VerdictFailures(most=0.2), Verdict(1.0, 1.0), failed("reward.custom raised")
+    failures, good, bad = VerdictFailures(most=0.2), Verdict(1.0, True), failed("reward.custom raised")
     failures.note([good] * 79 + [bad] * 20, 99)
     with pytest.raises(
         DataError, match=r"21% of the last 100 .*reward\.max_failed.*21 x data_failed: reward"
@@ -196,8 +196,8 @@ def test_failed_verdicts_end_the_run_above_their_share() -> None:
 
 def test_the_window_forgets() -> None:
     failures = VerdictFailures(most=0.2, window=100)
-    failures.note([Verdict(1.0, 1.0)] * 90 + [failed("x")] * 10, 100)
-    failures.note([Verdict(1.0, 1.0)] * 100, 100)
+    failures.note([Verdict(1.0, True)] * 90 + [failed("x")] * 10, 100)
+    failures.note([Verdict(1.0, True)] * 100, 100)
     assert failures.share == 0
 
 
@@ -225,7 +225,7 @@ def test_an_unfinished_run_may_be_gone_on_with(tmp_path: Path) -> None:
 
 def test_missing_verdicts_end_the_run() -> None:
     with pytest.raises(DataError, match="7 verdicts on 8 responses"):
-        VerdictFailures(most=0.2).note([Verdict(1.0, 1.0)] * 7, 8)
+        VerdictFailures(most=0.2).note([Verdict(1.0, True)] * 7, 8)
 
 
 def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:

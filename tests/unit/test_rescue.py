@@ -12,7 +12,6 @@ import pytest
 from entroray.data.prompts import PromptStream
 from entroray.errors import ConfigError
 from entroray.metrics import early_stop
-from entroray.metrics.catalogue import CHOICE
 from entroray.metrics.diversity import Loops
 from entroray.objective import build_objective
 from entroray.rollout.replay import Replay
@@ -21,7 +20,7 @@ from entroray.rollout.selection import Selection
 from entroray.rollout.stream import Dropped
 from entroray.types import Group, MaskReason, Prompt, Rollout, SamplerNotes, Span, Status, Verdict
 from tests.cases import ROWS
-from tests.documented import matches
+from tests.documented import CHOSEN, matches
 from tests.toy import ToyWorld, driver, trained
 from tests.unit.test_choices import PROMPTS, InOrder, group, rollout
 
@@ -75,8 +74,8 @@ def test_what_is_kept_survives_the_checkpoint_bit_for_bit() -> None:
     notes = np.array([[0.1, 0.2], [1e-8, 3.0], [1.2, np.nan]], np.float32)
     odd = rollout(shaped=SamplerNotes(*notes), spans=(Span(0, 1, MaskReason.TOOL),))
     replay, again = Replay(100, 0.5), Replay(100, 0.5)
-    kept = Verdict(0.7, 1.0, answer="7", parts={"form": 0.1})
-    replay.note(Group(Prompt("p0", "", (0,), ""), (odd, odd), (kept, Verdict(0.0, 0.0))))
+    kept = Verdict(0.7, True, answer="7", parts={"form": 0.1})
+    replay.note(Group(Prompt("p0", "", (0,), ""), (odd, odd), (kept, Verdict(0.0, False))))
     again.restore(json.loads(json.dumps(replay.state())))
     old, new = replay.kept["p0"], again.kept["p0"]
     assert new[1] == old[1] == kept and new[0].spans == odd.spans and new[0].replayed
@@ -94,7 +93,7 @@ def replayed(steps: int, state: dict | None = None) -> tuple[ToyWorld, dict[int,
 
     async def judge(prompt: Prompt, rollouts: list) -> list[Verdict]:
         lucky = world.version in (0, 3)
-        return [Verdict(x, x) for x in (float(lucky and i == 2) for i in range(len(rollouts)))]
+        return [Verdict(x, bool(x)) for x in (float(lucky and i == 2) for i in range(len(rollouts)))]
 
     world.judge = judge  # type: ignore[method-assign]
     replay = Replay(10_000, 0.25)
@@ -112,7 +111,7 @@ def test_replay_trains_on_old_answers_and_reports_the_new_ones_alone() -> None:
     assert [s.get("replay/age") for s in world.steps] == [None, 1, 2, None, 1]
     assert {s["lag/max"] for s in world.steps} == {0}, "they are exempt from the lag, which is of the rest"
     assert world.steps[1]["groups/all_wrong"] == 1 and world.steps[1]["replay/share"] == 1 / 8
-    assert all(matches(name, CHOICE) for name in world.steps[1] if name.startswith("replay/"))
+    assert all(matches(name, CHOSEN) for name in world.steps[1] if name.startswith("replay/"))
     assert states[5]["replay"].keys() == {"p0", "p1", "p2", "p3"}
 
 
@@ -160,7 +159,7 @@ class Scripted(ToyWorld):
     async def judge(self, prompt: Prompt, rollouts: Any) -> list[Verdict]:
         hot = rollouts[0].temperature > 1
         right = prompt.id != "p3" and (hot or int(prompt.id[1:]) % 2 == 0)
-        return [Verdict(x, x) for x in (float(right and i < 2) for i in range(len(rollouts)))]
+        return [Verdict(x, bool(x)) for x in (float(right and i < 2) for i in range(len(rollouts)))]
 
 
 def test_an_all_wrong_group_is_drawn_again_hotter_at_once_and_both_draws_count() -> None:
@@ -178,7 +177,7 @@ def test_an_all_wrong_group_is_drawn_again_hotter_at_once_and_both_draws_count()
     assert told["groups/all_wrong"] == 0.5
     second = {name: value for name, value in told.items() if name.startswith("second/")}
     assert second == {"second/groups": 0.5, "second/right": 0.125, "second/mended": 0.5}
-    assert all(matches(name, CHOICE) for name in second)
+    assert all(matches(name, CHOSEN) for name in second)
 
 
 def test_a_second_draw_that_gives_no_group_leaves_the_first() -> None:
@@ -222,7 +221,7 @@ def test_the_bias_of_taking_the_first_is_at_least_what_is_said() -> None:
             "early/length_bias": 2.5 / (20 / 6) - 1,
         }
     )
-    assert all(matches(name, CHOICE) for name in told)
+    assert all(matches(name, CHOSEN) for name in told)
 
 
 @pytest.mark.parametrize(

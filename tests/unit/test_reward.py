@@ -157,7 +157,11 @@ def test_one_task_is_loaded_without_the_rest_of_the_gym():
         ("False", 0, 0),
         ("np.float32(0.5)", 0.5, 0),
         ("np.bool_(True)", 1, 1),
+        ("0.99", 0.99, 1),
+        ("0.98", 0.98, 0),
+        ("Verdict(0.2, True)", 0.2, 1),
         ("Verdict(0.2, 1.0)", 0.2, 1),
+        ("Verdict(0.2, np.bool_(False))", 0.2, 0),
     ],
 )
 def test_custom_judges_may_return(user_file, returned, reward, correct):
@@ -169,6 +173,7 @@ def test_custom_judges_may_return(user_file, returned, reward, correct):
     """)
     verdict = build_judge({"fn": "custom", "path": path})("x", prompt())
     assert (verdict.reward, verdict.correct, verdict.status) == (reward, correct, Status.OK)
+    assert type(verdict.correct) is bool
 
 
 @pytest.mark.parametrize(
@@ -180,8 +185,12 @@ def test_custom_judges_may_return(user_file, returned, reward, correct):
         ("'1.0'", "'1.0' (str)"),
         ("[1.0]", "[1.0] (list)"),
         ("1j", "1j (complex)"),
-        ("Verdict(float('nan'), 0.0)", "Verdict(reward=nan"),
-        ("Verdict('high', 0.0)", "could not convert string to float"),
+        ("Verdict(float('nan'), False)", "Verdict(reward=nan"),
+        ("Verdict('high', False)", "could not convert string to float"),
+        ("Verdict(0.5, 0.5)", "reward.path"),
+        ("Verdict(1.0, float('nan'))", "reward.path"),
+        ("Verdict(1.0, 'yes')", "reward.path"),
+        ("Verdict(1.0, None)", "reward.path"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("exit(3)", "SystemExit: 3"),
     ],
@@ -194,7 +203,7 @@ def test_a_failing_custom_judge_is_never_a_zero(user_file, returned, says):
     """)
     verdict = build_judge({"fn": "custom", "path": path})("x", prompt())
     assert verdict.status is Status.DATA_FAILED
-    assert math.isnan(verdict.reward) and math.isnan(verdict.correct)
+    assert math.isnan(verdict.reward) and verdict.correct is False
     assert says in verdict.detail and "mine.py" in verdict.detail
 
 
@@ -202,10 +211,11 @@ def test_a_failed_verdict_of_the_users_own_keeps_its_status(user_file):
     path = user_file("""
         from entroray.types import Status, Verdict
         def judge(response, prompt):
-            return Verdict(float("nan"), 0.0, status=Status.DATA_FAILED, detail="no tests for it")
+            return Verdict(float("nan"), True, status=Status.DATA_FAILED, detail="no tests for it")
     """)
     verdict = build_judge({"fn": "custom", "path": path})("x", prompt())
     assert (verdict.status, verdict.detail) == (Status.DATA_FAILED, "no tests for it")
+    assert verdict.correct is False, "what was not judged is not right"
 
 
 def test_a_broken_row_is_a_failure_of_the_data():

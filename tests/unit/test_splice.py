@@ -64,7 +64,7 @@ def test_cutting_keeps_the_part_of_a_span_that_is_left() -> None:
 def test_observations_are_outside_the_mask_and_say_why_in_the_records() -> None:
     parent = drawn([5, 6, 7])
     branch = join(as_observation(cut(parent, 1), MaskReason.PREFIX), drawn([8]))
-    group = Group(Prompt("p", "p", (0,), ""), (parent, branch), (Verdict(1.0, 1.0), Verdict(0.0, 0.0)))
+    group = Group(Prompt("p", "p", (0,), ""), (parent, branch), (Verdict(1.0, True), Verdict(0.0, False)))
     columns = {name: np.zeros(5, np.float32) for name in ("logprobs", "entropy", "varentropy")}
     t = tokens_of([group], [torch.tensor([1.0, -1.0])], columns, 0)
     assert observed_tokens(group.rollouts).tolist() == [-1, -1, -1, 1, -1]

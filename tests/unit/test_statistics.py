@@ -25,7 +25,7 @@ def rollout(length, versions=None, status=Status.OK):
 def group(lengths, rewards, **first):
     prompt = Prompt("p", "2+2", (1,), "4")
     rollouts = [rollout(n, **(first if i == 0 else {})) for i, n in enumerate(lengths)]
-    return Group(prompt, tuple(rollouts), tuple(Verdict(2.0 * r, r) for r in rewards))
+    return Group(prompt, tuple(rollouts), tuple(Verdict(2.0 * r, bool(r)) for r in rewards))
 
 
 def tokens_of(groups, entropy, advantages=None, mask=None, gap=0.0, dtype=torch.float64):

@@ -12,7 +12,7 @@ import yaml
 
 from entroray.data.demonstrations import WorkedAnswer, chain_sum_calls
 from entroray.data.sources import reasoning_gym
-from entroray.metrics.catalogue import TOOLS
+from entroray.metrics.catalogue import family_metrics
 from entroray.metrics.step import step_metrics
 from entroray.objective import build_objective
 from entroray.reward import build_judge
@@ -235,14 +235,14 @@ def test_tools_are_counted_and_their_tokens_are_in_no_entropy() -> None:
     shaped = SamplerNotes(*(np.array(x, np.float32) for x in ([1, 1, 1, np.nan, 1, 1], [1] * 6, [0.5] * 6)))
     called = replace(called, shaped=shaped, spans=(*called.spans, Span(5, 6, MaskReason.TOOL_ERROR)))
     plain = replace(called, shaped=None, spans=())
-    group = Group(PROMPT, (called, plain), (Verdict(1.0, 1.0), Verdict(0.0, 0.0)))
+    group = Group(PROMPT, (called, plain), (Verdict(1.0, True), Verdict(0.0, False)))
     columns = {k: np.ones(2 * n, np.float32) for k in ("logprobs", "entropy", "varentropy")}
     columns["entropy"][[3, 5]] = 99.0
     found = step_metrics([group], tokens_of([group], [torch.zeros(2)], columns, 3))
     assert (found["tool/calls"], found["tool/failed"]) == (1.0, 0.5)
     assert found["tool/share"] == pytest.approx(2 / 12)
     told = [name for name in found if name.startswith("tool/")]
-    assert all(matches(name, TOOLS) for name in told) and len(told) == len(TOOLS)
+    assert all(matches(name, family_metrics("tool")) for name in told) and len(told) == 3
     assert found["entropy/mean"] == 1.0 and found["sampler/gap"] == 0.0
     bare = step_metrics(
         [replace(group, rollouts=(plain, plain))], tokens_of([group], [torch.zeros(2)], columns, 3)

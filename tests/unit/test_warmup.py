@@ -11,9 +11,10 @@ import pytest
 from entroray.errors import PreflightError
 from entroray.objective import build_objective
 from entroray.policy.tokenizer import byte_tokenizer
+from entroray.reward.verdicts import failed
 from entroray.train import warm_start as loop
-from entroray.train.warm_start import WarmStart, demonstration_group, overshoot_remedy
-from entroray.types import Prompt
+from entroray.train.warm_start import WarmStart, demonstration_group, overshoot_remedy, sampled_accuracy
+from entroray.types import Prompt, Rollout, Status, Verdict
 from entroray.wiring import actors, compose, dataset, warm_start
 from tests.composed import configured
 
@@ -52,6 +53,22 @@ def test_a_warm_start_ends_at_its_first_look_at_or_above_the_lower_end() -> None
         PreflightError, match=r"reached 0\.20 .* below model\.warm_start\.band=\[0\.3, 0\.4\]"
     ):
         reached(0.1, 0.1, 0.1, 0.2)
+
+
+def test_failed_samples_and_verdicts_count_as_wrong() -> None:
+    answer = demonstration_group(Prompt("p", "1+0=", (1,), "1"), [2, 3])
+
+    class Judge:
+        async def sample(self, *asked: object) -> list[Rollout]:
+            return list(answer.rollouts)
+
+        async def judge(self, prompt: Prompt, rollouts: object) -> list[Verdict]:
+            slow = failed("too slow", Status.TIMEOUT)
+            return [{"right": Verdict(1.0, True), "wrong": Verdict(0.5, False)}.get(prompt.id, slow)]
+
+    world: Any = Judge()
+    prompts = [Prompt(name, "", (1,), "") for name in ("right", "wrong", "failed", "right")]
+    assert asyncio.run(sampled_accuracy(world, world, prompts, seed=0)) == 0.5
 
 
 def test_one_that_ended_above_the_band_says_what_to_do() -> None:
