@@ -128,15 +128,15 @@ def _of_entropy(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
 
 
 def _of_sampler(rollouts: Sequence[Rollout], tokens: Tokens) -> dict[str, float]:
-    """Of rollouts that a sampler shaped, each token drawn or inserted once; nothing where there are none."""
+    """Of rollouts with a sampler's notes, each token drawn or inserted once; nothing where there are none."""
     edges = np.cumsum([0, *(r.length for r in rollouts)])
     learner = array(tokens.entropy)
     rows = zip(rollouts, pairwise(edges), strict=True)
-    shaped = [(r.shaped, _here(r), learner[a:b]) for r, (a, b) in rows if r.shaped]
-    if not sum(here.sum() for _, here, _ in shaped):
+    noted = [(r.notes, _here(r), learner[a:b]) for r, (a, b) in rows if r.notes]
+    if not sum(here.sum() for _, here, _ in noted):
         return {}
-    temperature = np.concatenate([s.temperature[here] for s, here, _ in shaped])
-    gaps = np.concatenate([np.abs(s.entropy - h)[here] for s, here, h in shaped])
+    temperature = np.concatenate([s.temperature[here] for s, here, _ in noted])
+    gaps = np.concatenate([np.abs(s.entropy - h)[here] for s, here, h in noted])
     drawn = temperature[~np.isnan(temperature)]
     whole = {"sampler/inserted": float(np.isnan(temperature).mean())}
     if len(known := gaps[~np.isnan(gaps)]):  # a piece that no sampler noted has none

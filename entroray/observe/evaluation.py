@@ -26,7 +26,7 @@ CONFIDENCE = {
 }
 SCORES = ("ece", "brier", "auroc")
 DECODED = {"cot/surest": "surest path", "cot/supported": "best supported answer"}
-ASKED = ("samples", "temperature", "sampler", "top_p", "top_k", "max_tokens")
+ASKED = ("samples", "temperature", "top_p", "top_k", "max_tokens")
 """How answers were drawn, as an evaluation notes it."""
 COMPARED = (
     "95 % percentile bootstrap interval of the difference over prompts, both answering the same ones; "
@@ -67,8 +67,10 @@ def number(found: Found, name: str) -> str:
 
 def head(found: Found) -> str:
     """What was asked, in one line."""
-    heat = f"temperature {found['temperature']:g}, sampler {found['sampler']}"
-    return f"{found['prompts']} held-out prompts x {found['samples']} samples, {heat}; 95 % over prompts"
+    return (
+        f"{found['prompts']} held-out prompts x {found['samples']} samples, "
+        f"temperature {found['temperature']:g}; 95 % over prompts"
+    )
 
 
 def accuracy(found: Found) -> list[list[str]]:

@@ -88,6 +88,7 @@ NUMBERS = {
 NAMES: dict[str, tuple[object, ...]] = {
     "run.resume": ("never", "auto"),
     "model.dtype": ("float32", "bfloat16"),
+    "rollout.second.when": ("at_once", "next_time"),
     "rollout.surplus": ("by_lag", "keep", "drop"),
     "driver.stale": ("wait", "drop"),
     "learner.zero_stage": (0, 1, 2, 3),

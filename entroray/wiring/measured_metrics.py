@@ -83,7 +83,11 @@ def _families(config: Config) -> Iterator[tuple[Sequence[Metric], str]]:
             selection.reorders_prompts(rollout),
             "set rollout.prompts.retire or rollout.prompts.band",
         ),
-        (_of("second/"), rollout.second.factor != 1.0, "set rollout.second.factor above 1"),
+        (
+            _of("second/"),
+            selection.draws_hotter(rollout, "at_once"),
+            "set rollout.second.factor above 1 and rollout.second.when=at_once",
+        ),
         (_of("early/"), rollout.early.extra, "set rollout.early.extra above 0"),
         (_of("repetition/"), rollout.repetition.count, "set rollout.repetition.count above 0"),
         (_of("replay/"), rollout.replay.tokens, "set rollout.replay.tokens above 0"),

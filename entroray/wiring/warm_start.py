@@ -162,16 +162,16 @@ async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
     objective = build_objective(compose.objective_row("supervised"))
     probe = dataset.probe_ids(read.tokenizer)
     m = await actors.start_actors(config, start, objective, read.judge, probe, total_updates=plan.max_steps)
-    drawn = m.generator_role(sampler.plain_sampling(config, config.sampler.temperature))
-    generator = tool.with_tool(config, read.tokenizer, drawn, m.verifier_role())
+    generator = tool.with_tool(config, read.tokenizer, m.generator_role(), m.verifier_role())
+    draw = sampler.plain_draw(config)
     checks = read.split.training[: 2 * plan.rows_per_step]
     began = time.monotonic()
     reached = await warm_start(
         _demonstrations(config, read),
-        m.learner_role(objective),
+        m.learner_role(),
         m.sync,
         objective,
-        lambda: sampled_accuracy(generator, m.verifier_role(), checks, SEED),
+        lambda: sampled_accuracy(generator, m.verifier_role(), checks, draw, SEED),
         _warmup(plan),
         _report,
     )

@@ -22,9 +22,10 @@ import numpy as np
 
 from entroray.config import Shape
 from entroray.policy.tiny_model import build_tiny_model
+from entroray.types import Draw
 from entroray.wiring import actors, compose
 from entroray.workers import cluster
-from entroray.workers.generator import Generator, Request, Sampling
+from entroray.workers.generator import Generator, Request
 
 ENGINES: Mapping[str, Mapping[str, Any]] = {
     "no cache": {"enable_prefix_caching": False},
@@ -75,7 +76,7 @@ async def grow(engine: Counting, size: tuple[int, int], asked: argparse.Namespac
     prompt, response = size
     rng = np.random.default_rng(turn)
     prompts = [tuple(int(i) for i in rng.integers(3, 250, prompt)) for _ in range(asked.parents)]
-    whole = Sampling(1.0, response)
+    whole = Draw(1.0, response)
     heads = await wave(engine, [Request("q", p, (turn,), whole, 900.0) for p in prompts])
     afters = [tuple(head[: len(head) // 2]) for head in heads]
     engine.counts.clear()
@@ -91,9 +92,9 @@ async def grow(engine: Counting, size: tuple[int, int], asked: argparse.Namespac
     return Counter(engine.counts) + Counter({"ms": round(1000 * (time.perf_counter() - began))})
 
 
-def limited(whole: Sampling, there: int, only: int) -> Sampling:
+def limited(whole: Draw, there: int, only: int) -> Draw:
     """So that what follows `there` tokens is at most `only` more."""
-    return whole if not only else Sampling(whole.temperature, there + only)
+    return whole if not only else Draw(whole.temperature, there + only)
 
 
 async def measure(folder: str, asked: argparse.Namespace) -> None:

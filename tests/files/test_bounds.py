@@ -15,9 +15,6 @@ from tests.composed import configured
 
 ELSEWHERE = {
     "sampler.temperature",
-    "sampler.inserts",
-    "sampler.failed.factor",
-    "sampler.failed.most",
     *(f"rollout.prompts.{name}" for name in ("retire", "band", "outside")),
     "rollout.second.factor",
     "rollout.early.extra",
