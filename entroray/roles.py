@@ -1,7 +1,7 @@
 """What the driver asks of the machines; anything that answers these calls will do."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,6 @@ class GroupObserver(Protocol):
         ...
 
 
-@runtime_checkable
 class Generator(Protocol):
     async def sample(
         self, prompt: Prompt, seeds: Sequence[int], draw: Draw, after: Sequence[int] = ()
@@ -59,21 +58,18 @@ class Generator(Protocol):
         ...
 
 
-@runtime_checkable
 class Verifier(Protocol):
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """One verdict per rollout, in order; what failed says so in its status."""
         ...
 
 
-@runtime_checkable
 class Tool(Protocol):
     async def answer(self, prompt: Prompt, calls: Sequence[str]) -> list[Answer]:
         """One answer per call, in order; a call that the tool cannot answer is answered with an error."""
         ...
 
 
-@runtime_checkable
 class Learner(Protocol):
     async def score(
         self, batch: Batch, group: NDArray[np.int64], updates: int = 1, extra: Sequence[str] = ()
@@ -95,14 +91,12 @@ class Learner(Protocol):
         ...
 
 
-@runtime_checkable
 class Sync(Protocol):
     async def __call__(self, version: Version) -> dict[str, float]:
         """Serve the learner's weights as `version` on every generator; returns metrics."""
         ...
 
 
-@runtime_checkable
 class Journal(Protocol):
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], tokens: Tokens) -> None:
         """Record one committed step."""

@@ -40,13 +40,6 @@ def plan_evaluation(draw: Draw, samples: int, more: Sequence[int] = ()) -> Evalu
     return EvaluationPlan(draw, drawn, tuple(sorted({*powers_of_two(drawn), *more, drawn})))
 
 
-async def count_right_answers(
-    generator: Generator, verifier: Verifier, prompts: Sequence[Prompt], draw: Draw, samples: int
-) -> list[int]:
-    """How many of `samples` answers are right, for each prompt; failures count as wrong answers."""
-    return list(map(count_right, await sample_answers(generator, verifier, prompts, draw, samples)))
-
-
 async def sample_answers(
     generator: Generator, verifier: Verifier, prompts: Sequence[Prompt], draw: Draw, samples: int
 ) -> list[Group]:
@@ -62,11 +55,6 @@ async def sample_answers(
     return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
 
 
-def count_right(group: Group) -> int:
-    """How many of its answers are right."""
-    return sum(map(summary.is_right, group.verdicts))
-
-
 def pass_at_ks(counts: Sequence[int], samples: int) -> dict[str, float]:
     """pass@1, 2, 4, ... up to `samples`, averaged over prompts."""
     return {
@@ -79,8 +67,9 @@ async def heldout_accuracy(
     generator: Generator, verifier: Verifier, prompts: Sequence[Prompt], draw: Draw, samples: int
 ) -> dict[str, float]:
     """Share of `prompts` right when greedy, and pass@1, 2, 4, ... of what is drawn."""
-    greedy = await count_right_answers(generator, verifier, prompts, draw.greedy(), 1)
-    sampled = await count_right_answers(generator, verifier, prompts, draw, samples)
+    one = await sample_answers(generator, verifier, prompts, draw.greedy(), 1)
+    many = await sample_answers(generator, verifier, prompts, draw, samples)
+    greedy, sampled = (list(map(summary.count_right, groups)) for groups in (one, many))
     return _scored(greedy, sampled, samples) | accuracy_by_domain(prompts, greedy, sampled, samples)
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from entroray.evaluation.evaluate import count_right, count_right_answers, pass_at_ks, sample_answers
+from entroray.evaluation.evaluate import pass_at_ks, sample_answers
+from entroray.evaluation.summary import count_right
 from entroray.metrics.by_domain import judged_metrics
 from entroray.metrics.step import step_metrics
 from entroray.metrics.step_detail import step_details
@@ -37,9 +38,12 @@ async def heldout_metrics(
     samples: int,
 ) -> dict[str, float]:
     """Greedy accuracy, pass@k and `DRAWN` over `samples` answers to each prompt."""
-    greedy = await count_right_answers(generator, verifier, prompts, draw.greedy(), 1)
+    greedy = await sample_answers(generator, verifier, prompts, draw.greedy(), 1)
     groups = await sample_answers(generator, verifier, prompts, draw, samples)
-    found = {"greedy": sum(greedy) / len(greedy), **pass_at_ks([count_right(g) for g in groups], samples)}
+    found = {
+        "greedy": sum(map(count_right, greedy)) / len(greedy),
+        **pass_at_ks([count_right(g) for g in groups], samples),
+    }
     return found | await _drawn([g for g in groups if _is_complete(g)], learner)
 
 

@@ -32,7 +32,7 @@ def summarise(
     `sampled` are n answers to each prompt, `greedy` one; `paths` those of CoT-decoding, or none. A failed
     answer is wrong in every accuracy, is counted in `failed`, and has no say in anything else.
     """
-    known = [whole for group in sampled if (whole := _usable(group)).rollouts]
+    known = [usable for group in sampled if (usable := _usable(group)).rollouts]
     confident = _confidences(known)
     each = {"greedy": _column(greedy, lambda g: float(is_right(g.verdicts[0])))} | accuracies(sampled, ks)
     decoded: dict[str, Any] = {}
@@ -66,20 +66,21 @@ def accuracies(groups: Sequence[Group], ks: Sequence[int]) -> dict[str, Column]:
     n = len(groups[0].verdicts)
     each: dict[str, Column] = {}
     for k in ks:
-        each[f"pass@{k}"] = _column(groups, lambda g, k=k: pass_at_k(n, _count(g), k))
+        each[f"pass@{k}"] = _column(groups, lambda g, k=k: pass_at_k(n, count_right(g), k))
     for k in ks:
-        each[f"pass^{k}"] = _column(groups, lambda g, k=k: pass_all_k(n, _count(g), k))
+        each[f"pass^{k}"] = _column(groups, lambda g, k=k: pass_all_k(n, count_right(g), k))
     if any(v.answer is not None for g in groups for v in g.verdicts):
         for k in ks:
             each[f"maj@{k}"] = _column(groups, lambda g, k=k: _majority(g, k))
-    return each | {f"avg@{n}": _column(groups, lambda g: _count(g) / n)}
+    return each | {f"avg@{n}": _column(groups, lambda g: count_right(g) / n)}
 
 
 def _column(groups: Sequence[Group], score: Any) -> Column:
     return np.array([score(group) for group in groups], np.float64)
 
 
-def _count(group: Group) -> int:
+def count_right(group: Group) -> int:
+    """How many of its answers are right."""
     return sum(map(is_right, group.verdicts))
 
 
@@ -149,7 +150,7 @@ def _entropies(groups: Sequence[Group], words: Words) -> dict[str, Any]:
     varentropy = np.concatenate([r.notes.varentropy for r in noted if r.notes]).astype(np.float64)
     ids = np.concatenate([r.token_ids for r in noted])
     entropy = flat[drawn]
-    threshold, most = uncertain_tokens(ids[drawn], entropy)
+    threshold, tokens = uncertain_tokens(ids[drawn], entropy)
     summary = {"entropy/mean": entropy.mean(), "varentropy/mean": varentropy[drawn].mean()}
     levels = np.quantile(entropy, list(QUANTILES.values()))
     summary |= {f"entropy/{name}": x for name, x in zip(QUANTILES, levels, strict=True)}
@@ -158,7 +159,7 @@ def _entropies(groups: Sequence[Group], words: Words) -> dict[str, Any]:
         "positions": [asdict(place) for place in entropy_by_position(by_response)],
         "uncertain": {
             "above": threshold,
-            "tokens": [{"text": words.name(u.token_id), **asdict(u)} for u in most],
+            "tokens": [{"text": words.name(u.token_id), **asdict(u)} for u in tokens],
         },
     }
 
@@ -235,7 +236,7 @@ def _response(group: Group, rollout: Rollout, verdict: Verdict, words: Words) ->
         "text": rollout.text,
         "answer": verdict.answer,
         "right": is_right(verdict),
-        "right_of_prompt": f"{_count(group)} of {len(group.verdicts)}",
+        "right_of_prompt": f"{count_right(group)} of {len(group.verdicts)}",
         "status": str(verdict.status),
         "tokens": [
             [words.name(int(t)), h if math.isfinite(h) else None]

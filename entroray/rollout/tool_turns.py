@@ -29,8 +29,8 @@ class Syntax:
         A `close` that nothing opened asks for nothing, "", which no tool has an answer to.
         """
         before, closed, _ = turn.partition(self.close)
-        _, opened, asked = before.rpartition(self.open)
-        return (asked if opened else "") if closed else None
+        _, opened, call = before.rpartition(self.open)
+        return (call if opened else "") if closed else None
 
     def render(self, text: str) -> str:
         """The answer as the policy reads it."""
@@ -40,7 +40,7 @@ class Syntax:
 class Dialogue(NamedTuple):
     """A response so far, and the call that it waits for; None if it is over."""
 
-    whole: Rollout
+    response: Rollout
     call: str | None
 
 
@@ -79,7 +79,7 @@ class ToolTurns:
             answered = await self._answer(prompt, dialogues, tuple(after))
             own = (turn_seed(seed, turn) for seed in seeds)
             dialogues = await asyncio.gather(*map(go_on, answered, own))
-        return [d.whole if d.call is None else _truncated(d.whole) for d in dialogues]
+        return [d.response if d.call is None else _truncated(d.response) for d in dialogues]
 
     def _find_call(self, drawn: Rollout, begun: str = "") -> str | None:
         ended = drawn.status is Status.OK
@@ -96,24 +96,24 @@ class ToolTurns:
         """The response with the answer behind its call; over if there is none, or no room behind it."""
         self._report_error(answer)
         if not answer.status.usable:
-            return Dialogue(replace(dialogue.whole, status=answer.status), None)
+            return Dialogue(replace(dialogue.response, status=answer.status), None)
         why = MaskReason.TOOL_ERROR if answer.failed else MaskReason.TOOL
-        appended = observation(dialogue.whole, self.encode(self.syntax.render(answer.text)), why)
-        whole, room = join(dialogue.whole, appended), dialogue.whole.limit - len(before)
-        if whole.length < room:
-            return Dialogue(whole, dialogue.call)
-        whole = cut(whole, room)
-        text = self.decode([*before, *whole.token_ids.tolist()])
-        return Dialogue(_truncated(replace(whole, text=text)), None)
+        appended = observation(dialogue.response, self.encode(self.syntax.render(answer.text)), why)
+        response, room = join(dialogue.response, appended), dialogue.response.limit - len(before)
+        if response.length < room:
+            return Dialogue(response, dialogue.call)
+        response = cut(response, room)
+        text = self.decode([*before, *response.token_ids.tolist()])
+        return Dialogue(_truncated(replace(response, text=text)), None)
 
     async def _go_on(
         self, prompt: Prompt, draw: Draw, before: tuple[int, ...], dialogue: Dialogue, seed: int
     ) -> Dialogue:
         if dialogue.call is None:
             return dialogue
-        there = (*before, *dialogue.whole.token_ids.tolist())
+        there = (*before, *dialogue.response.token_ids.tolist())
         (drawn,) = await self.generator.sample(prompt, [seed], draw, there)
-        return Dialogue(join(dialogue.whole, drawn), self._find_call(drawn))
+        return Dialogue(join(dialogue.response, drawn), self._find_call(drawn))
 
     def _report_error(self, answer: Answer) -> None:
         kind = answer.detail.partition(":")[0]

@@ -2,28 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from entroray.config import WarmStartConfig
 from entroray.errors import PreflightError
 from entroray.objective import Objective
 from entroray.roles import Generator, Learner, Sync, Verifier
 from entroray.seeds import seeds
 from entroray.train.batching import assemble, tokens_of
 from entroray.types import Draw, Group, Prompt, Rollout, Span, Verdict
-
-
-@dataclass(frozen=True, kw_only=True)
-class WarmStart:
-    """When the warm start stops: at its first look, every `check_every` steps, at or above `band[0]`."""
-
-    band: tuple[float, float]
-    """Sampled accuracies aimed at; `overshoot_remedy` is for more than the upper one."""
-    max_steps: int
-    rows_per_step: int
-    """Right answers a supervised step."""
-    check_every: int
 
 
 def demonstration_group(prompt: Prompt, response: Sequence[int], spans: Sequence[Span] = ()) -> Group:
@@ -54,39 +42,39 @@ async def warm_start(
     sync: Sync,
     objective: Objective,
     check: Callable[[], Awaitable[float]],
-    plan: WarmStart,
+    settings: WarmStartConfig,
     report: Callable[[int, float, float], None],
 ) -> float:
-    """Supervised steps until `await check()` (sampled accuracy) is at or above `plan.band[0]`; returns it.
+    """Supervised steps until `await check()`, the sampled accuracy, reaches `settings.band[0]`; returns it.
 
     `report(step, loss, accuracy)` is called after every check. PreflightError if the band is not reached.
     """
     reached = 0.0
-    for step in range(1, plan.max_steps + 1):
-        groups = [next(demonstrations) for _ in range(plan.rows_per_step)]
+    for step in range(1, settings.max_steps + 1):
+        groups = [next(demonstrations) for _ in range(settings.rows_per_step)]
         batch = assemble(groups)
         zero = np.zeros(len(batch.response_ids), dtype=np.float32)
         scores = {name: zero for name in ("logprobs", "entropy", "varentropy")}
         advantages = [objective.estimate(g) for g in groups]
         tokens = objective.credit(tokens_of(groups, advantages, scores, step))
         metrics = await learner.update(batch, tokens, objective)
-        if step % plan.check_every == 0:
+        if step % settings.check_every == 0:
             await sync(step)
             reached = await check()
             report(step, metrics["update/loss"], reached)
-            if reached >= plan.band[0]:
+            if reached >= settings.band[0]:
                 return reached
     raise PreflightError(
-        f"the warm start reached {reached:.2f} sampled accuracy in {plan.max_steps} steps, below "
-        f"model.warm_start.band={list(plan.band)}: raise model.warm_start.max_steps, or lower the band"
+        f"the warm start reached {reached:.2f} sampled accuracy in {settings.max_steps} steps, below "
+        f"model.warm_start.band={list(settings.band)}: raise model.warm_start.max_steps, or lower the band"
     )
 
 
-def overshoot_remedy(reached: float, plan: WarmStart) -> str:
+def overshoot_remedy(reached: float, settings: WarmStartConfig) -> str:
     """What to do about a warm start that ended at an accuracy above the band; empty if it did not."""
-    if reached <= plan.band[1]:
+    if reached <= settings.band[1]:
         return ""
     return (
-        f"above model.warm_start.band={list(plan.band)}: a model.warm_start.check_every below "
-        f"{plan.check_every} looks before it is passed"
+        f"above model.warm_start.band={list(settings.band)}: a model.warm_start.check_every below "
+        f"{settings.check_every} looks before it is passed"
     )

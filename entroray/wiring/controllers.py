@@ -68,7 +68,7 @@ def describe_controllers(config: Config) -> list[str]:
 
 def _on_the_way(config: Config, path: str) -> str:
     lag = config.driver.max_lag
-    rounded = ", rounded" if is_whole(config, path) else ""
+    rounded = ", rounded" if is_integer(config, path) else ""
     if not lag or not path.startswith(("sampler.", "rollout.")):
         return rounded
     return f"{rounded}; for groups begun from then on, trained on up to {lag} step(s) later (driver.max_lag)"
@@ -82,8 +82,8 @@ def updates_range(config: Config) -> tuple[int, int]:
     return min(reached), max(reached)
 
 
-def is_whole(config: Config, path: str) -> bool:
-    """Whether the setting takes whole numbers alone: what moves it is rounded there."""
+def is_integer(config: Config, path: str) -> bool:
+    """Whether the setting takes whole numbers alone, to which a controller's value is rounded."""
     *way, last = path.split(".")
     if way[0] != "objective" or len(way) < 2:
         return path in (UPDATES, LONGEST)
@@ -111,10 +111,10 @@ def in_effect(spec: Mapping[str, Any], values: Mapping[str, float]) -> dict[str,
 
 def build_tuner(config: Config) -> Tune:
     """Values by path, knobs -> the knobs with those values in effect."""
-    whole = {c.knob for c in build_controllers(config.control) if is_whole(config, c.knob)}
+    integers = {c.knob for c in build_controllers(config.control) if is_integer(config, c.knob)}
 
     def tune(values: Mapping[str, float], knobs: Knobs) -> Knobs:
-        moved: dict[str, Any] = {path: round(x) if path in whole else x for path, x in values.items()}
+        moved: dict[str, Any] = {path: round(x) if path in integers else x for path, x in values.items()}
         draw = knobs.draw
         rule = {path.removeprefix(RULE): x for path, x in moved.items() if path.startswith(RULE)}
         return Knobs(
@@ -169,7 +169,7 @@ def _possible(config: Config, c: Controller, why: str, value: float) -> None:
 
 def _put(config: Config, path: str, value: float) -> float:
     """What a setting becomes when a controller has `value` for it."""
-    if not is_whole(config, path):
+    if not is_integer(config, path):
         return value
     if math.isinf(value):
         raise ConfigError("it is a whole number, and that is none: give a bound")

@@ -55,12 +55,12 @@ def loop_settings(config: Config) -> LoopSettings:
 
 def _diagnostics(config: Config, objective: Objective, read_in: dataset.Dataset) -> DiagnosticsSchedule:
     o = config.observe
-    whole = objective.keep.func is always  # else R is of all groups and H of those kept
-    law = LAW_WINDOW if whole and not config.control else 0  # it was found on runs that nobody steers
-    asked = build_prompt_entropy(read_in.split.heldout, chat(read_in.tokenizer, config.model.system))
+    keeps_all = objective.keep.func is always  # else R is of all groups and H of those kept
+    law = LAW_WINDOW if keeps_all and not config.control else 0  # it was found on runs that nobody steers
+    probe = build_prompt_entropy(read_in.split.heldout, chat(read_in.tokenizer, config.model.system))
     return DiagnosticsSchedule(
         diagnosis=o.diagnosis.every,
         prediction=o.prediction.every,
         law=law,
-        probe=asked,
+        probe=probe,
     )

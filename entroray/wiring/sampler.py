@@ -95,8 +95,6 @@ def check_sampler(config: Config) -> None:
     """What is wrong with a sampler whatever it is used for."""
     s = config.sampler
     reshape.build_rule(s.rule)
-    if s.temperature < 0:
-        raise ConfigError(f"sampler.temperature={s.temperature:g} must be at least 0")
     if 0 < s.temperature < MINIMUM:
         raise ConfigError(
             f"sampler.temperature={s.temperature:g}: vLLM draws at {MINIMUM:g} instead, and log-probs and "

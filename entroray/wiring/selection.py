@@ -74,27 +74,20 @@ def check_selection(config: Config) -> None:
     _check_prompts(config.rollout)
     _check_groups(config.rollout, config.driver.max_lag)
     replay = config.rollout.replay
-    if replay.tokens < 0 or (replay.tokens and replay.tokens < config.rollout.max_tokens):
+    if 0 < replay.tokens < config.rollout.max_tokens:
         raise ConfigError(
             f"rollout.replay.tokens={replay.tokens} has no room for one response of rollout.max_tokens="
             f"{config.rollout.max_tokens}: give it more, or 0 for no replay"
         )
     if replay.tokens and config.rollout.group_size < 2:
         raise ConfigError(
-            f"rollout.replay puts a success in the place of the only rollout of its group with "
-            f"rollout.group_size={config.rollout.group_size}, and nothing that was drawn is left: say 2 or "
-            "more, or rollout.replay.tokens=0"
+            f"rollout.replay replaces one rollout of a group: rollout.group_size="
+            f"{config.rollout.group_size} must be at least 2, or choose rollout.replay.tokens=0"
         )
 
 
 def _check_prompts(r: RolloutConfig) -> None:
     p = r.prompts
-    _share("rollout.prompts.retire", p.retire)
-    _share("rollout.prompts.outside", p.outside)
-    if len(p.band) != 2 or not 0 <= p.band[0] <= p.band[1] <= 1:
-        raise ConfigError(
-            f"rollout.prompts.band={list(p.band)}: two pass rates, the lower first, both in [0, 1]"
-        )
     if p.outside == 0 and list(p.band) != [0.0, 1.0]:
         raise ConfigError(
             "rollout.prompts.outside=0: a prompt once outside the band would never be looked at again, "
@@ -103,15 +96,10 @@ def _check_prompts(r: RolloutConfig) -> None:
 
 
 def _check_groups(r: RolloutConfig, max_lag: int) -> None:
-    rep = r.repetition
-    if r.second.factor < 1 or r.early.extra < 0:
-        raise ConfigError("rollout.second.factor must be at least 1 and rollout.early.extra at least 0")
-    if rep.count < 0 or rep.count == 1:
-        raise ConfigError(f"rollout.repetition.count={rep.count} must be 0 (off) or at least 2")
-    if rep.count > r.max_tokens:
+    if r.repetition.count > r.max_tokens:
         raise ConfigError(
-            f"rollout.repetition.count={rep.count} does not fit into rollout.max_tokens={r.max_tokens}, so "
-            "nothing would ever be stopped: lower it"
+            f"rollout.repetition.count={r.repetition.count} does not fit into rollout.max_tokens="
+            f"{r.max_tokens}, so nothing would ever be stopped: lower it"
         )
     if r.surplus == "keep" and max_lag == 0:
         raise ConfigError(
@@ -119,11 +107,6 @@ def _check_groups(r: RolloutConfig, max_lag: int) -> None:
             "driver.max_lag=0 says that all training is on-policy: allow a lag (driver=async), or choose "
             "rollout.surplus=drop"
         )
-
-
-def _share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{name}={value:g} is a share: between 0 and 1")
 
 
 def check_training_selection(config: Config) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from entroray.config import Shape
+from entroray.config import WarmStartConfig
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.types import Draw
 from entroray.wiring import actors, compose
@@ -118,7 +118,8 @@ def main() -> None:
     asked = arguments()
     os.environ.update(cluster.environment() | cluster.CPU_ONLY)
     with tempfile.TemporaryDirectory() as folder:
-        build_tiny_model(Path(folder), Shape(context=1536), seed=0)
+        size = WarmStartConfig().size | {"max_position_embeddings": 1536}
+        build_tiny_model(Path(folder), size, seed=0)
         asyncio.run(measure(folder, asked))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from entroray.config import Shape
+from entroray.config import WarmStartConfig
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.types import Draw
 from entroray.wiring import actors, compose
@@ -72,7 +72,7 @@ def main() -> None:
     asked = arguments()
     os.environ.update(cluster.environment() | cluster.CPU_ONLY)
     with tempfile.TemporaryDirectory() as folder:
-        build_tiny_model(Path(folder), Shape(), seed=0)
+        build_tiny_model(Path(folder), WarmStartConfig().size, seed=0)
         found = asyncio.run(measure(folder, asked.rounds, asked.tokens, asked.group))
     for name, speeds in found.items():
         cost = statistics.median(1 - s / f for s, f in zip(speeds, found["fixed"], strict=True))

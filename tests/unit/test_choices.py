@@ -166,7 +166,7 @@ def test_every_row_is_described_and_only_the_plain_one_chooses_nothing(name: str
         (["rollout.surplus=keep"], "all training is on-policy"),
         (["rollout.surplus=lose"], "by_lag, keep or drop"),
         (["rollout=replay", "rollout.replay.tokens=10"], "no room for one response"),
-        (["rollout=replay", "rollout.group_size=1"], "the only rollout of its group"),
+        (["rollout=replay", "rollout.group_size=1"], r"rollout\.group_size=1 .*replay\.tokens=0"),
     ],
 )
 def test_a_choice_that_makes_no_sense_is_refused(overrides: list[str], said: str) -> None:

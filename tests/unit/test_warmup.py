@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
+from entroray.config import WarmStartConfig
 from entroray.errors import PreflightError
 from entroray.objective import build_objective
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.train import warm_start as loop
-from entroray.train.warm_start import WarmStart, demonstration_group, overshoot_remedy
+from entroray.train.warm_start import demonstration_group, overshoot_remedy
 from entroray.types import Prompt
 from entroray.wiring import compose, dataset, sampler, warm_start
 from tests.composed import configured
 
-PLAN = WarmStart(band=(0.3, 0.4), max_steps=8, rows_per_step=2, check_every=2)
+PLAN = WarmStartConfig(band=[0.3, 0.4], max_steps=8, rows_per_step=2, check_every=2)
 
 
 class Taught:
