@@ -27,7 +27,6 @@ class Prompts(Protocol):
 
     def at(self, position: int) -> Prompt:
         """The prompt at `position`, without moving."""
-        ...
 
 
 class GroupObserver(Protocol):
@@ -35,15 +34,12 @@ class GroupObserver(Protocol):
 
     def observe(self, group: Group) -> None:
         """Take in a finished group; called after the step, in order of issue."""
-        ...
 
     def state(self) -> Any:
         """Plain JSON."""
-        ...
 
     def restore(self, state: Any) -> None:
         """Go on from `state`."""
-        ...
 
 
 class Generator(Protocol):
@@ -55,19 +51,16 @@ class Generator(Protocol):
         `after` are tokens the response already has: a rollout then holds what follows them, the text of
         the whole, and is cut where the whole has `draw.max_tokens`. `rollout/splice.py` joins them.
         """
-        ...
 
 
 class Verifier(Protocol):
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """One verdict per rollout, in order; what failed says so in its status."""
-        ...
 
 
 class Tool(Protocol):
     async def answer(self, prompt: Prompt, calls: Sequence[str]) -> list[Answer]:
         """One answer per call, in order; a call that the tool cannot answer is answered with an error."""
-        ...
 
 
 class Learner(Protocol):
@@ -79,7 +72,6 @@ class Learner(Protocol):
         `group` [B] and `updates` are those of the update to come, so that both read the same micro-batches;
         `extra` names further statistics of the whole distribution.
         """
-        ...
 
     async def update(
         self, batch: Batch, tokens: Tokens, objective: Objective, updates: int = 1, lr: float | None = None
@@ -88,24 +80,19 @@ class Learner(Protocol):
 
         `lr` takes the place of the learning-rate schedule's base; None leaves it.
         """
-        ...
 
 
 class Sync(Protocol):
     async def __call__(self, version: Version) -> dict[str, float]:
         """Serve the learner's weights as `version` on every generator; returns metrics."""
-        ...
 
 
 class Journal(Protocol):
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], tokens: Tokens) -> None:
         """Record one committed step."""
-        ...
 
     def skipped(self, step: int, batch: Batch, tokens: Tokens) -> None:
         """Keep what an update that was left out would have been made of."""
-        ...
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record something that happened."""
-        ...

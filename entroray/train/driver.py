@@ -162,7 +162,7 @@ class Driver:
             while self.version < steps and not self._spent() and not self.stopping:
                 self._turn_knobs()  # before anything is sampled for this step
                 self.stream.advance(self.version)
-                history.append(await self._within(self._begin()))
+                history.append(await self._step_within_stall())
                 self.committed = self.state()
                 if after:
                     await after(self.version, history[-1])
@@ -181,11 +181,8 @@ class Driver:
         if self.tune and values:
             self.knobs = self.tune(values, self.knobs)
 
-    def _begin(self) -> "asyncio.Task[dict[str, float]]":
-        self.turn = asyncio.ensure_future(self.step())
-        return self.turn
-
-    async def _within(self, step: "asyncio.Task[dict[str, float]]") -> dict[str, float]:
+    async def _step_within_stall(self) -> dict[str, float]:
+        step = self.turn = asyncio.ensure_future(self.step())
         done, _ = await asyncio.wait({step}, timeout=self.pace.stall)
         if done:
             return step.result()

@@ -124,7 +124,9 @@ def check_training_sampler(config: Config) -> None:
         )
     if not _reshapes(config):
         return
-    what, instead = _describe_reshaping(config)
+    what, instead = f"generator.engine.logits_processors={own_rule(config)}", "drop them"
+    if _has_rule(config.sampler):
+        what, instead = "this sampler", "choose sampler=fixed"
     if engine.get("speculative_config"):
         raise ConfigError(
             f"{what} reshapes what vLLM draws from, and with speculative decoding vLLM takes no logits "
@@ -135,10 +137,3 @@ def check_training_sampler(config: Config) -> None:
             f"{what} draws from another distribution than the policy's and objective.correction is `none`: "
             f"say 'objective.correction={{fn: truncated_importance}}', or {instead}"
         )
-
-
-def _describe_reshaping(config: Config) -> tuple[str, str]:
-    """What reshapes, and how to do without it, for an error."""
-    if _has_rule(config.sampler):
-        return "this sampler", "choose sampler=fixed"
-    return f"generator.engine.logits_processors={own_rule(config)}", "drop them"

@@ -126,7 +126,7 @@ def test_a_second_draw_is_hotter_by_its_factor_and_its_log_probs_say_so(
 def test_a_replayed_success_is_weighed_against_the_weights_of_now(
     running: Machine, model: str, folder: Path
 ) -> None:
-    config = configured(model, folder, "rollout=replay", "rollout.replay.rare=0.5", "learner.lr=1e-3")
+    config = configured(model, folder, "rollout=replay", "learner.lr=1e-3")
     book = steps(running, config, 6)
     used = [s for s in book.steps if s["replay/groups"]]
     assert used and all(s["lag/max"] == 0 and s["replay/age"] >= 1 for s in used)
