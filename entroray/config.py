@@ -87,23 +87,13 @@ class Reward:
 
 
 @dataclass
-class Failed:
-    """Prompts whose whole group was wrong are drawn hotter when they come up again."""
-
-    factor: float = 1.0  # on a prompt's temperature per failed group, until one rollout is right; 1: never
-    most: float = 1.5  # largest such factor
-
-
-@dataclass
 class Sampler:
     temperature: float = 1.0  # of training samples, and of the entropies and log-probs of the learner
     top_p: float = 1.0  # training needs 1: log-probs of a truncated support are another distribution's
     top_k: int = 0  # training needs 0, for the same reason
     stop: list[str] = field(default_factory=list)  # strings that end a response besides the end token
     rule: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}: how each draw is reshaped
-    insert: str | None = None  # text of one token to put where the rule is unsure; it is never trained on
-    inserts: int = 1  # most tokens put into one response
-    failed: Failed = field(default_factory=Failed)
+    insert: str | None = None  # text of a token put in once a response where the rule is unsure
 
 
 @dataclass
@@ -117,9 +107,10 @@ class PromptChoice:
 
 @dataclass
 class Second:
-    """A group that is all wrong is drawn once more at once, hotter, and the second draw takes its place."""
+    """A prompt whose whole group was wrong is drawn hotter, and what is drawn hotter is weighed."""
 
-    factor: float = 1.0  # on the temperature of the second draw, which is weighed; 1: there is none
+    factor: float = 1.0  # on the temperature; 1: never
+    when: str = "at_once"  # at_once: in place of the group | next_time: factors multiply, 1.5 at most
 
 
 @dataclass
@@ -277,7 +268,6 @@ class Evaluate:
     samples: int = 8  # answers to each, beside a greedy one
     k: list[int] = field(default_factory=list)  # of pass@k, pass^k, maj@k, beside 1, 2, 4, ... and samples
     cot: int = 0  # likeliest first tokens that entroray eval follows greedily (CoT-decoding); 0: none
-    shaped: bool = False  # entroray eval draws its samples through sampler.rule, not as they are
     every: int = 0  # steps between evaluations on the training engines, the first before step 1; 0: none
     final: bool = False  # before and after training, each in a process of its own
 

@@ -51,6 +51,45 @@ class Prompt:
     """The part of a mixture it is of."""
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How responses are drawn: it travels with each call, so that a call under way keeps its own."""
+
+    temperature: float
+    """Of the policy, in the learner too; 0 takes the most probable token."""
+    max_tokens: int
+    """Longest response, tokens that it already has included."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response besides the end token."""
+    top_p: float = 1.0
+    """Training needs 1, and `top_k` 0 (DESIGN 3.3)."""
+    top_k: int = 0
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    """{fn: ..., settings} of rollout/temperature_rules.py; if empty, the policy's own distribution is drawn
+    from, and nothing is noted of it."""
+    factor: float = 1.0
+    """On the temperature drawn at; the log-probs are of what was drawn from."""
+    insert: int | None = None
+    """Token to put where the rule is unsure, once a response."""
+    enough: int | None = None
+    """Responses of a call after which the others are given up; None waits for all."""
+    top_tokens: int = 0
+    """Most probable tokens to report at each position."""
+    min_tokens: int = 0
+    """Tokens before which a response cannot end; there the end token has probability 0."""
+    repetitions: int = 0
+    """Times in a row that its last tokens repeat when a response is stopped; 0 never stops one."""
+
+    @property
+    def notes(self) -> bool:
+        """Whether the sampler notes entropies (`Rollout.notes`)."""
+        return bool(self.rule) or self.factor != 1.0
+
+    def greedy(self, top_tokens: int = 0) -> "Draw":
+        """The most probable token each time, nothing reshaped or noted."""
+        return replace(self, temperature=0.0, rule={}, factor=1.0, top_tokens=top_tokens)
+
+
 class MaskReason(StrEnum):
     """Why a response token is an observation: something the policy sees and learns nothing from."""
 
@@ -76,7 +115,7 @@ class Span:
 
 @dataclass(frozen=True)
 class SamplerNotes:
-    """What a sampler that shapes distributions knew at each token; entropies are from before it shaped."""
+    """What the sampler measured at each token; entropies are of the policy, before any reshaping."""
 
     entropy: NDArray[np.float32]  # [L] nats, of the policy's distribution at its own temperature
     varentropy: NDArray[np.float32]  # [L] nats^2
@@ -106,14 +145,14 @@ class Rollout:
     versions: NDArray[np.int32]  # [L] weights that sampled each token
     text: str
     temperature: float
-    """Of the policy, in the learner too; a sampler that shapes says in `shaped` what it drew at."""
+    """Of the policy, in the learner too; a sampler that reshapes says in `notes` what it drew at."""
     limit: int
     """Most tokens this response was allowed."""
     status: Status = Status.OK
-    shaped: SamplerNotes | None = None
-    """The sampler's notes; None where it kept none."""
+    notes: SamplerNotes | None = None
+    """None if the sampler kept none."""
     spans: tuple[Span, ...] = ()
-    """Observations besides those that `shaped` knows of."""
+    """Observations besides inserted tokens, which are in `notes`."""
     parent: int | None = None
     """Index in its group of the rollout whose first tokens it shares, where it branched off one."""
     top_tokens: TopTokens | None = None
@@ -132,8 +171,8 @@ class Rollout:
 
     def _observed(self, spans: Iterable[Span]) -> NDArray[np.int8]:
         why = np.full(self.length, -1, dtype=np.int8)
-        if self.shaped is not None:
-            why[self.shaped.inserted] = REASONS.index(MaskReason.INSERTED)
+        if self.notes is not None:
+            why[self.notes.inserted] = REASONS.index(MaskReason.INSERTED)
         for span in spans:
             why[span.start : span.stop] = REASONS.index(span.why)
         return why

@@ -18,8 +18,8 @@ from entroray.policy.vocabulary_statistics import named
 from entroray.roles import Prompts
 from entroray.rollout.selection import Selection
 from entroray.train.diagnostics import NO_DIAGNOSTICS, DiagnosticsSchedule
-from entroray.train.driver import Driver, LoopSettings, Roles
-from entroray.types import Batch, Group, MaskReason, Prompt, Rollout, Span, Status, Tokens, Verdict
+from entroray.train.driver import Driver, Knobs, LoopSettings, Roles
+from entroray.types import Batch, Draw, Group, Prompt, Rollout, Status, Tokens, TopTokens, Verdict
 
 VOCABULARY, TARGET, LENGTH = 8, 3, 2
 
@@ -52,7 +52,11 @@ class ToyWorld:
         self.trained: list[str] = []
         self.gate: asyncio.Event | None = None
 
-    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
+    async def sample(
+        self, prompt: Prompt, seeds: Sequence[int], draw: Draw, after: Sequence[int] = ()
+    ) -> list[Rollout]:
+        if draw.top_tokens:
+            return [self._most_probable(prompt, draw)]
         if prompt.id == self.slow and self.gate:
             version, logp = self.version, self.served.log_softmax(-1)
             await self.gate.wait()
@@ -76,13 +80,14 @@ class ToyWorld:
             Status.INFRA_FAILED if failed else Status.OK,
         )
 
-    async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
+    def _most_probable(self, prompt: Prompt, draw: Draw) -> Rollout:
+        """One token, and those most probable in its place."""
         logp = self.served.log_softmax(-1)
-        best = torch.argsort(logp, descending=True, stable=True)[:count]
-        version = np.full(1, self.version, dtype=np.int32)
-        row = lambda i: (np.array([i], np.int32), logp[i : i + 1].numpy(), version)
-        spans = (Span(0, 1, MaskReason.FORCED),)
-        return [Rollout(prompt.id, *row(int(i)), str(int(i)), 1.0, LENGTH, spans=spans) for i in best]
+        best = torch.argsort(logp, descending=True, stable=True)[: draw.top_tokens]
+        ids, version = best[None].numpy().astype(np.int32), np.full(1, self.version, np.int32)
+        columns = ids[0, :1], logp[best[:1]].numpy(), version
+        top = TopTokens(ids, logp[best][None].exp().numpy())
+        return Rollout(prompt.id, *columns, str(ids[0, 0]), 1.0, 1, Status.TRUNCATED, top_tokens=top)
 
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
         right = [float(r.token_ids[0] == int(prompt.reference)) for r in rollouts]
@@ -94,7 +99,9 @@ class ToyWorld:
         picked = logp[torch.from_numpy(batch.response_ids).long()]
         return {"logprobs": picked, "entropy": entropy, "varentropy": varentropy}
 
-    async def score(self, batch: Batch, group: Any, extra: Sequence[str] = ()) -> Mapping[str, np.ndarray]:
+    async def score(
+        self, batch: Batch, group: Any, updates: int = 1, extra: Sequence[str] = ()
+    ) -> Mapping[str, np.ndarray]:
         for _ in range(5):  # what runs beside the learner gets its turns
             await asyncio.sleep(0)
         with torch.no_grad():
@@ -102,9 +109,11 @@ class ToyWorld:
             seen = self._see(batch) | {k: v.expand(len(batch.response_ids)) for k, v in more.items()}
             return {k: v.numpy() for k, v in seen.items()}
 
-    async def update(self, batch: Batch, tokens: Tokens) -> dict[str, float]:
+    async def update(
+        self, batch: Batch, tokens: Tokens, objective: Objective, updates: int = 1, lr: float | None = None
+    ) -> dict[str, float]:
         live = replace(tokens, **self._see(batch))
-        loss = self.objective.loss(live) / self.objective.denominator(tokens.counts)
+        loss = objective.loss(live) / objective.denominator(tokens.counts)
         (grad,) = torch.autograd.grad(loss, self.logits)
         with torch.no_grad():
             self.logits -= self.lr * grad
@@ -141,15 +150,16 @@ PACE = LoopSettings(
 def driver(
     world: ToyWorld,
     *,
-    looks: DiagnosticsSchedule = NO_DIAGNOSTICS,
+    diagnostics: DiagnosticsSchedule = NO_DIAGNOSTICS,
     prompts: Prompts | None = None,
-    choice: Selection | None = None,
+    selection: Selection | None = None,
     **changes: Any,
 ) -> Driver:
     """The true driver over `world`."""
     roles = Roles(world, world, world, world, world)  # type: ignore[arg-type]
     pace, order = replace(PACE, **changes), prompts or ToyPrompts()
-    return Driver(order, roles, world.objective, pace, seed=0, looks=looks, choice=choice)
+    knobs = Knobs(world.objective, Draw(1.0, LENGTH))
+    return Driver(order, roles, knobs, pace, seed=0, diagnostics=diagnostics, selection=selection)
 
 
 def trained(d: Driver, steps: int, state: dict | None = None) -> dict[int, dict]:

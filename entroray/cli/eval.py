@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +14,13 @@ from entroray.errors import ConfigError, PreflightError
 from entroray.evaluation.cot_decoding import TWO, Decoding, words
 from entroray.evaluation.evaluate import evaluate_policy, plan_evaluation
 from entroray.observe import evaluation, evaluation_page
-from entroray.roles import Generator as Role
-from entroray.rollout.splice import openings
-from entroray.types import Prompt, Rollout
 from entroray.wiring import actors, compose, dataset, sampler, tool, warm_start
 from entroray.workers import cluster
-from entroray.workers.generator import Generator, Request, Sampling
+from entroray.workers.generator import Generator
+from entroray.workers.roles import GeneratorRole
 from entroray.workers.verifier import Verifier
-from entroray.workers.vllm_request import first_token_request
 
 FLAGS = (Flag("config", "FILE"), Flag("out", "FILE"), Flag("html", "FILE"), CONFIG_DIR, Flag("compare"))
-
-
-@dataclass(frozen=True)
-class OneEngine:
-    """A generator in this process, as a role."""
-
-    engine: Generator
-    sampling: Sampling
-    deadline: float
-
-    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
-        request = Request(
-            prompt.id, prompt.token_ids, tuple(seeds), self.sampling, self.deadline, tuple(after)
-        )
-        return await self.engine.sample(request)
-
-    async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
-        (drawn,) = await self.engine.sample(first_token_request(prompt, count, self.sampling, self.deadline))
-        return openings(drawn)
 
 
 def main(arguments: list[str]) -> int:
@@ -105,30 +81,24 @@ async def evaluate(config: Config) -> dict[str, Any]:
     verifier = Verifier(read.judge, slots=v.slots, deadline=config.reward.deadline, memory_mb=v.memory_mb)
     known = words(read.tokenizer)
 
-    def role(temperature: float, top_tokens: int = 0) -> Role:
-        drawn = sampler.measuring_sampling(config, temperature, read.tokenizer)
-        one = OneEngine(engine, replace(drawn, top_tokens=top_tokens), config.rollout.deadline)
-        return tool.with_tool(config, read.tokenizer, one, verifier)
-
-    def at(temperature: float) -> Role:
-        return role(temperature, max(e.cot, TWO) if e.cot and temperature == 0 else 0)
+    role = GeneratorRole(engine, config.rollout.deadline)
+    generator = tool.with_tool(config, read.tokenizer, role, verifier)
+    plan = plan_evaluation(sampler.evaluation_draw(config), e.samples, e.k)
 
     def ends(token: int) -> bool:
         return token in known.special or any(stop in known.text([token]) for stop in s.stop)
 
-    decoding = Decoding(e.cot, role(0.0, TWO), ends) if e.cot else None
-    drawn = plan_evaluation(s.temperature, e.samples, e.k)
+    decoding = Decoding(e.cot, plan.draw.greedy(TWO), ends) if e.cot else None
     try:
         await asyncio.gather(engine.start(), verifier.warm_up())
-        found = await evaluate_policy(at, verifier, prompts, drawn, known, decoding)
+        found = await evaluate_policy(generator, verifier, prompts, plan, known, decoding)
     finally:
         verifier.close()
     return {
         "model": model,
         "prompts": len(prompts),
-        "samples": drawn.samples,
+        "samples": plan.samples,
         "temperature": s.temperature,
-        "sampler": sampler.measures_entropy(config),
         "top_p": s.top_p,
         "top_k": s.top_k,
         "max_tokens": config.rollout.max_tokens,

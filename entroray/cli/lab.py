@@ -187,7 +187,7 @@ async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
     seconds = time.monotonic() - began
     await m.export(str(folder / "model"))
     read_in.tokenizer.save_pretrained(folder / "model")
-    after = await bench.portrait(config, objective)
+    after = await bench.measure_heldout(config)
     found = lab_cells.summarise_run(read_metrics(folder / "metrics.jsonl")) | {"seconds/train": seconds}
     return found | _named("before", before) | _named("after", after)
 

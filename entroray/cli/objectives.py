@@ -17,7 +17,7 @@ from entroray.errors import ConfigError
 from entroray.objective import Objective, build_objective, check_group_size
 from entroray.objective.compatibility import Schedule, remarks
 from entroray.objective.objective import MANY, SLOTS
-from entroray.wiring import compose, controllers, rollout_plan, sampler
+from entroray.wiring import compose, controllers, rollout_plan, sampler, selection
 
 BASE = "grpo"
 """The row that the others are told apart from."""
@@ -53,7 +53,7 @@ def objective_schedule(config: Config) -> Schedule:
         most,
         config.run.steps,
         config.driver.max_lag,
-        second=r.second.factor != 1.0,
+        second=selection.draws_hotter(r, "at_once"),
         replay=bool(r.replay.tokens),
         lowest=r.prompts.band[0],
         highest=r.prompts.band[1],

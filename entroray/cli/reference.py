@@ -36,12 +36,12 @@ conf/README.md`, and a test compares it.
 - `sampler=` other than fixed draws from another distribution than the policy's and sets the row's
   `correction` to truncated importance weights (entroray/rollout/reshape.py says what is and is not made up
   for). The learner's log-probs, ratios and entropies stay at `sampler.temperature`; the `sampler_*` columns
-  of the token records say how each token was drawn. `sampler.rule` and `sampler.failed` may be combined.
-  Beside ratio `sampler`, which weighs already, say `objective.correction.fn=none`.
+  of the token records say how each token was drawn. Beside ratio `sampler`, which weighs already, say
+  `objective.correction.fn=none`.
 - `rollout=` chooses prompts and groups; its ideas combine by their settings: `rollout=replay
-  rollout.second.factor=1.2 rollout.prompts.retire=0.9`. `hotter_again` and `replay` train on what another
-  distribution drew and set the row's `correction` as samplers do; a row that learns from all-wrong groups
-  (nsr, w_reinforce, entrocraft_band) is refused where they would lose them.
+  rollout.second.factor=1.2 rollout.prompts.retire=0.9`. `hotter_again`, `hotter_next_time` and
+  `replay` train on what another distribution drew and set the row's `correction` as samplers do; a row that
+  learns from all-wrong groups (nsr, w_reinforce, entrocraft_band) is refused where they would lose them.
 - A mixture names its tasks under `data.parts` (conf/data/mixture.yaml), in place of `data`'s one task:
   `data=mixture data.parts.countdown.weight=3`. A part has `weight`, `system`, `judge`, and `source`, `task`,
   `settings`, `size`, `seed`, `template` and `demonstration` as in `data`; one without a judge has
@@ -64,7 +64,7 @@ CONTROL = """
 - `learner.updates_per_rollout`: rounded, at most `rollout.groups_per_step`, under a schedule that need not
   know how many updates a run has (constant, constant_with_warmup, inverse_sqrt);
 - `sampler.temperature`;
-- `sampler.rule.*`: a number that is written out, as `sampler.rule.most` under `sampler=by_entropy`;
+- `sampler.rule.*`: a number that is written out, as `sampler.rule.maximum` under `sampler=by_entropy`;
 - `rollout.max_tokens`: rounded, and at most what is set, which the engines are built for.
 
 A setting of the objective that takes whole numbers is rounded too; the controller goes on from what it had.

@@ -24,6 +24,7 @@ from entroray.observe.console import Console, summary
 from entroray.observe.health_tracker import HealthTracker, health_lines, moved_settings
 from entroray.observe.journal import Journal, read_metrics
 from entroray.policy.tokenizer import fingerprint
+from entroray.roles import Generator, Verifier
 from entroray.train.driver import Driver, Roles
 from entroray.train.failure_limits import Stagnation
 from entroray.wiring import (
@@ -216,20 +217,20 @@ async def drive(
     run: run_directory.RunDirectory,
 ) -> None:
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
-    heat = sampler.heat(config)
-    drawn = sampler.training_sampling(config, config.sampler.temperature, read_in.tokenizer)
-    generator, verifier = m.generator_role(drawn, heat), m.verifier_role()
+    verifier = m.verifier_role()
+    generator = tool.with_tool(config, read_in.tokenizer, m.generator_role(), verifier, journal.event)
     roles = Roles(
-        generator=tool.with_tool(config, read_in.tokenizer, generator, verifier, journal.event),
-        verifier=verifier,
-        learner=m.learner_role(objective),
-        sync=m.sync,
-        journal=journal,
-        evaluate=_evaluation(config, read_in, m),
+        generator,
+        verifier,
+        m.learner_role(),
+        m.sync,
+        journal,
+        evaluate=_evaluation(config, read_in, generator, verifier),
         waits=cluster.WAITS.lines,
     )
     journal.event("start", objective=config.objective, pace=asdict(loop_settings(config)), state=run.state)
-    driver = build_driver(config, objective, read_in, roles, heat)
+    draw = sampler.training_draw(config, read_in.tokenizer)
+    driver = build_driver(config, objective, read_in, roles, draw)
     journal.event("control", controllers=controllers.describe_controllers(config))
     if run.checkpoint:
         driver.restore(run.state)
@@ -238,8 +239,8 @@ async def drive(
     stagnation = Stagnation(config.learner.reset_after, **run.state.get("stagnation", {}))
 
     async def save(accuracy: float | None = None) -> Path:
-        told = {"best": stagnation.best, "since": stagnation.since}
-        state = {**driver.committed, "stagnation": told, "health": health.state()}
+        stagnated = {"best": stagnation.best, "since": stagnation.since}
+        state = {**driver.committed, "stagnation": stagnated, "health": health.state()}
         return await saves.save(driver.version, state, accuracy)
 
     async def after(step: int, metrics: Mapping[str, float]) -> None:
@@ -263,18 +264,16 @@ async def drive(
 
 
 def _evaluation(
-    config: Config, read_in: dataset.Dataset, m: actors.Actors
+    config: Config, read_in: dataset.Dataset, generator: Generator, verifier: Verifier
 ) -> Callable[[int], Awaitable[dict[str, float]]]:
     """Held-out accuracy on the training engines, every `evaluate.every` steps."""
-    e = config.evaluate
+    e, draw = config.evaluate, sampler.plain_draw(config)
     prompts = read_in.split.heldout[: e.prompts]
 
     async def evaluate(step: int) -> dict[str, float]:
         if not e.every or step % e.every:
             return {}
-        at, judge = actors.at_temperature(config, m, read_in.tokenizer), m.verifier_role()
-        temperature = config.sampler.temperature
-        found = await heldout_accuracy(at, judge, prompts, temperature=temperature, samples=e.samples)
+        found = await heldout_accuracy(generator, verifier, prompts, draw, e.samples)
         return {f"eval/{name}": value for name, value in found.items()}
 
     return evaluate

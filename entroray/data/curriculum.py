@@ -35,7 +35,7 @@ class Rule:
 class Curriculum:
     """The prompts of `inner`, `count` an epoch, some passed over; positions are those of `inner`.
 
-    What is drawn depends on `seed`, positions and the groups noted so far alone, and `at` on the position
+    What is drawn depends on `seed`, positions and the groups observed so far alone, and `at` on the position
     alone: a slot in flight finds its prompt again whatever has been learnt of it since.
     """
 
@@ -95,8 +95,8 @@ class Curriculum:
         rates = self.rates.get(prompt_id)
         return sum(rates) / len(rates) if rates else None
 
-    def note(self, group: Group) -> None:
-        """Hear how a group came out, in the order of issue; hotter second draws do not count."""
+    def observe(self, group: Group) -> None:
+        """Take in a finished group, in the order of issue; hotter second draws do not count."""
         first = group.earlier[0] if group.earlier else group
         known = self.rates.get(group.prompt.id, [])
         self.rates[group.prompt.id] = [*known, first.share_right][-self.rule.visits :]

@@ -8,7 +8,7 @@ from typing import Any
 from entroray.metrics.answer_confidence import NoGap, answer_span, probability_gap
 from entroray.roles import Generator, Verifier
 from entroray.rollout.splice import join, openings
-from entroray.types import Group, Prompt, Rollout, Status
+from entroray.types import Draw, Group, Prompt, Rollout, Status
 
 Text = Callable[[Sequence[int]], str]
 """Of a response's tokens, as it is read: special ones are not seen."""
@@ -43,42 +43,44 @@ class Decoding:
 
     paths: int
     """First tokens, the most probable first, which is the greedy answer."""
-    follow: Generator
-    """Greedy, and reports the two likeliest tokens at each position."""
+    draw: Draw
+    """Greedy, reporting the two most probable tokens at each position."""
     ends: Callable[[int], bool]
     """Whether a response is over after this first token."""
 
 
-async def decode_paths(groups: Sequence[Group], how: Decoding, verifier: Verifier, text: Text) -> list[Group]:
-    """Groups of one greedy answer, which knows its likeliest tokens, -> groups of `how.paths` answers each.
+async def decode_paths(
+    groups: Sequence[Group], how: Decoding, generator: Generator, verifier: Verifier, text: Text
+) -> list[Group]:
+    """Groups of one greedy answer that reports its top tokens -> groups of `how.paths` answers each.
 
-    Fewer where the greedy answer failed. Rollouts are in order of their first token's probability.
+    Fewer if the greedy answer failed. Rollouts are in order of their first token's probability.
     """
-    return list(await asyncio.gather(*(_fork(group, how, verifier, text) for group in groups)))
+    return list(await asyncio.gather(*(_fork(group, how, generator, verifier, text) for group in groups)))
 
 
-async def _fork(group: Group, how: Decoding, verifier: Verifier, text: Text) -> Group:
+async def _fork(group: Group, how: Decoding, generator: Generator, verifier: Verifier, text: Text) -> Group:
     greedy, prompt = group.rollouts[0], group.prompt
     if not greedy.status.usable or not greedy.length:
         return group
     others = [begun for begun in _beginnings(greedy, text) if begun.token_ids[0] != greedy.token_ids[0]]
     others = others[: how.paths - 1]
-    paths = await asyncio.gather(*(_followed(prompt, begun, how) for begun in others))
+    paths = await asyncio.gather(*(_follow(prompt, begun, how, generator) for begun in others))
     judged = await verifier.judge(prompt, paths)
     return Group(prompt, (greedy, *paths), (*group.verdicts, *judged))
 
 
 def _beginnings(greedy: Rollout, text: Text) -> list[Rollout]:
-    """One token each: those that were likeliest where `greedy` began, by falling probability."""
+    """One token each: the most probable ones where `greedy` began, by falling probability."""
     status = Status.TRUNCATED if greedy.limit == 1 else Status.OK
     return [replace(o, text=text(o.token_ids.tolist()), status=status) for o in openings(greedy)]
 
 
-async def _followed(prompt: Prompt, begun: Rollout, how: Decoding) -> Rollout:
+async def _follow(prompt: Prompt, begun: Rollout, how: Decoding, generator: Generator) -> Rollout:
     token = int(begun.token_ids[0])
     if begun.limit == 1 or how.ends(token):
         return begun
-    (rest,) = await how.follow.sample(prompt, (0,), after=(token,))
+    (rest,) = await generator.sample(prompt, (0,), how.draw, (token,))
     return join(begun, rest) if rest.status.usable else rest
 
 

@@ -1,64 +1,55 @@
 """Held-out evaluation: greedy, n samples a prompt at a temperature, and what they say of the policy."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from entroray.data.mixture import positions_by_domain
 from entroray.errors import ConfigError
 from entroray.evaluation import summary
-from entroray.evaluation.cot_decoding import Decoding, Words, decode_paths
-from entroray.metrics.pass_at_k import count_right, pass_at_k, powers_of_two
+from entroray.evaluation.cot_decoding import TWO, Decoding, Words, decode_paths
+from entroray.metrics.pass_at_k import pass_at_k, powers_of_two
 from entroray.roles import Generator, Verifier
 from entroray.seeds import seeds
-from entroray.types import Group, Prompt
-
-At = Callable[[float], Generator]
-"""The engines at one temperature."""
+from entroray.types import Draw, Group, Prompt
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
     """What is drawn for each prompt beside one greedy answer."""
 
-    temperature: float
+    draw: Draw
     samples: int
     ks: tuple[int, ...]
     """Of pass@k, pass^k and maj@k, the first 1 and the last `samples`."""
 
 
-def plan_evaluation(temperature: float, samples: int, more: Sequence[int] = ()) -> EvaluationPlan:
+def plan_evaluation(draw: Draw, samples: int, more: Sequence[int] = ()) -> EvaluationPlan:
     """k = 1, 2, 4, ..., `samples`, and `more` besides; at temperature 0 the greedy answer is the one sample.
 
     ConfigError for a k above the samples there are.
     """
-    drawn = samples if temperature > 0 else 1
+    drawn = samples if draw.temperature > 0 else 1
     if not all(1 <= k <= drawn for k in more):
-        heat = "" if temperature > 0 else " and sampler.temperature above 0, where one answer is all there is"
+        greedy = " and sampler.temperature above 0: a greedy answer is the same each time"
         raise ConfigError(
             f"evaluate.k={list(more)} needs k between 1 and {drawn}, the answers drawn for each "
-            f"prompt: raise evaluate.samples to {max(more)}{heat}"
+            f"prompt: raise evaluate.samples to {max(more)}{'' if draw.temperature > 0 else greedy}"
         )
-    return EvaluationPlan(temperature, drawn, tuple(sorted({*powers_of_two(drawn), *more, drawn})))
-
-
-async def count_right_answers(
-    generator: Generator, verifier: Verifier, prompts: Sequence[Prompt], *, samples: int, seed: int
-) -> list[int]:
-    """How many of `samples` answers are right, for each prompt; failures count as wrong answers."""
-    return list(
-        map(count_right, await sample_answers(generator, verifier, prompts, samples=samples, seed=seed))
-    )
+    return EvaluationPlan(draw, drawn, tuple(sorted({*powers_of_two(drawn), *more, drawn})))
 
 
 async def sample_answers(
-    generator: Generator, verifier: Verifier, prompts: Sequence[Prompt], *, samples: int, seed: int
+    generator: Generator, verifier: Verifier, prompts: Sequence[Prompt], draw: Draw, samples: int
 ) -> list[Group]:
-    """`samples` judged answers to each prompt, failures among them."""
+    """`samples` judged answers to each prompt, failures among them.
+
+    The seeds are always the same: two policies, or two steps of one run, differ in their weights alone.
+    """
 
     async def one(index: int, prompt: Prompt) -> Group:
-        rollouts = await generator.sample(prompt, seeds(seed, index, 0, samples))
+        rollouts = await generator.sample(prompt, seeds(0, index, 0, samples), draw)
         return Group(prompt, tuple(rollouts), tuple(await verifier.judge(prompt, rollouts)))
 
     return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
@@ -73,21 +64,19 @@ def pass_at_ks(counts: Sequence[int], samples: int) -> dict[str, float]:
 
 
 async def heldout_accuracy(
-    at: At, verifier: Verifier, prompts: Sequence[Prompt], *, temperature: float, samples: int
+    generator: Generator, verifier: Verifier, prompts: Sequence[Prompt], draw: Draw, samples: int
 ) -> dict[str, float]:
-    """Share of `prompts` right when greedy, and pass@1, 2, 4, ... at `temperature`; `at` samples at one.
-
-    The seeds are always the same, so that two models, or two steps of one run, are compared on one draw.
-    """
-    greedy = await count_right_answers(at(0.0), verifier, prompts, samples=1, seed=0)
-    sampled = await count_right_answers(at(temperature), verifier, prompts, samples=samples, seed=0)
+    """Share of `prompts` right when greedy, and pass@1, 2, 4, ... of what is drawn."""
+    one = await sample_answers(generator, verifier, prompts, draw.greedy(), 1)
+    many = await sample_answers(generator, verifier, prompts, draw, samples)
+    greedy, sampled = (list(map(summary.count_right, groups)) for groups in (one, many))
     return _scored(greedy, sampled, samples) | accuracy_by_domain(prompts, greedy, sampled, samples)
 
 
 def accuracy_by_domain(
     prompts: Sequence[Prompt], greedy: Sequence[int], sampled: Sequence[int], samples: int
 ) -> dict[str, float]:
-    """The scores of `heldout` for each part of a mixture, as `greedy:countdown`."""
+    """The scores of `heldout_accuracy` for each part of a mixture, as `greedy:countdown`."""
     found: dict[str, float] = {}
     for name, places in positions_by_domain(prompts).items():
         own = _scored([greedy[i] for i in places], [sampled[i] for i in places], samples)
@@ -100,25 +89,22 @@ def _scored(greedy: Sequence[int], sampled: Sequence[int], samples: int) -> dict
 
 
 async def evaluate_policy(
-    at: At,
+    generator: Generator,
     verifier: Verifier,
     prompts: Sequence[Prompt],
-    drawn: EvaluationPlan,
+    plan: EvaluationPlan,
     words: Words,
     decoding: Decoding | None = None,
 ) -> dict[str, Any]:
-    """Everything `entroray eval` finds, as JSON holds it; the draws are those of `heldout`.
-
-    Entropies are there where `at(drawn.temperature)` notes them (`Rollout.shaped`). With `decoding`, `at(0)`
-    must report as many likeliest tokens as there are paths, and at least two.
-    """
-    greedy = await sample_answers(at(0.0), verifier, prompts, samples=1, seed=0)
-    sampled = greedy
-    if drawn.temperature > 0:
-        heated = at(drawn.temperature)
-        sampled = await sample_answers(heated, verifier, prompts, samples=drawn.samples, seed=0)
-    paths = await decode_paths(greedy, decoding, verifier, words.text) if decoding else []
-    found = summary.summarise(greedy, sampled, paths, drawn.ks, words)
+    """Everything `entroray eval` finds, as JSON holds it; entropies are there if `plan.draw` notes them."""
+    depth = max(decoding.paths, TWO) if decoding else 0
+    greedy = await sample_answers(generator, verifier, prompts, plan.draw.greedy(depth), 1)
+    sampled, paths = greedy, list[Group]()
+    if plan.draw.temperature > 0:
+        sampled = await sample_answers(generator, verifier, prompts, plan.draw, plan.samples)
+    if decoding:
+        paths = await decode_paths(greedy, decoding, generator, verifier, words.text)
+    found = summary.summarise(greedy, sampled, paths, plan.ks, words)
     parts = positions_by_domain(prompts).items()
     mean = lambda places: {n: _mean(c, places) for n, c in found["each"].items() if n != "id"}
     return found | ({"domains": {name: mean(places) for name, places in parts}} if parts else {})

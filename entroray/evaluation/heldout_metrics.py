@@ -1,17 +1,17 @@
 """What a policy does on held-out prompts: how often right, how sure, how much its answers differ."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from entroray.evaluation.evaluate import count_right_answers, pass_at_ks, sample_answers
+from entroray.evaluation.evaluate import pass_at_ks, sample_answers
 from entroray.metrics.by_domain import judged_metrics
 from entroray.metrics.pass_at_k import count_right
 from entroray.metrics.step import step_metrics
 from entroray.metrics.step_detail import step_details
 from entroray.roles import Generator, Learner, Verifier
 from entroray.train.batching import assemble, group_index, tokens_of
-from entroray.types import Group, Prompt
+from entroray.types import Draw, Group, Prompt
 
 DRAWN = (
     "entropy/mean",
@@ -26,29 +26,28 @@ DRAWN = (
     "length/mean",
     "length/truncated",
 )
-"""Metrics of the catalogue (entroray/metrics/README.md) that a portrait has."""
+"""Metrics of the catalogue (entroray/metrics/README.md) that are measured here."""
 
 
 async def heldout_metrics(
-    at: Callable[[float], Generator],
+    generator: Generator,
     verifier: Verifier,
     learner: Learner,
     prompts: Sequence[Prompt],
-    *,
-    temperature: float,
+    draw: Draw,
     samples: int,
 ) -> dict[str, float]:
-    """Greedy accuracy, pass@k and `DRAWN` over `samples` answers to each prompt; `at` samples at one heat.
+    """Greedy accuracy, pass@k and `DRAWN` over `samples` answers to each prompt."""
+    greedy = await sample_answers(generator, verifier, prompts, draw.greedy(), 1)
+    groups = await sample_answers(generator, verifier, prompts, draw, samples)
+    found = {
+        "greedy": sum(map(count_right, greedy)) / len(greedy),
+        **pass_at_ks([count_right(g) for g in groups], samples),
+    }
+    return found | await _drawn([g for g in groups if _is_complete(g)], learner)
 
-    The draws are those of `heldout`, always the same, so that two policies differ in their weights alone.
-    """
-    greedy = await count_right_answers(at(0.0), verifier, prompts, samples=1, seed=0)
-    groups = await sample_answers(at(temperature), verifier, prompts, samples=samples, seed=0)
-    found = {"greedy": sum(greedy) / len(greedy), **pass_at_ks([count_right(g) for g in groups], samples)}
-    return found | await _drawn([g for g in groups if _whole(g)], learner)
 
-
-def _whole(group: Group) -> bool:
+def _is_complete(group: Group) -> bool:
     """Whether every answer was sampled and judged."""
     pairs = zip(group.rollouts, group.verdicts, strict=True)
     return all(r.status.usable and v.status.usable and r.length for r, v in pairs)

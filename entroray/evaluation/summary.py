@@ -32,7 +32,7 @@ def summarise(
     `sampled` are n answers to each prompt, `greedy` one; `paths` those of CoT-decoding, or none. A failed
     answer is wrong in every accuracy, is counted in `failed`, and has no say in anything else.
     """
-    known = [whole for group in sampled if (whole := _usable(group)).rollouts]
+    known = [usable for group in sampled if (usable := _usable(group)).rollouts]
     confident = _confidences(known)
     each = {"greedy": _column(greedy, lambda g: float(is_right(g.verdicts[0])))} | accuracies(sampled, ks)
     decoded: dict[str, Any] = {}
@@ -129,7 +129,7 @@ def _diagram(confidence: Column, correct: Column) -> dict[str, list[float | None
 
 def _entropies(groups: Sequence[Group], words: Words) -> dict[str, Any]:
     """Of the policy's whole distribution where each token was drawn, nats; nothing where it was not noted."""
-    noted = [r for g in groups for r in g.rollouts if r.shaped is not None and r.length]
+    noted = [r for g in groups for r in g.rollouts if r.notes is not None and r.length]
     if not noted:
         return {}
     by_response = [_entropy(r) for r in noted]
@@ -137,10 +137,10 @@ def _entropies(groups: Sequence[Group], words: Words) -> dict[str, Any]:
     drawn = ~np.isnan(flat)
     if not drawn.any():
         return {}
-    varentropy = np.concatenate([r.shaped.varentropy for r in noted if r.shaped]).astype(np.float64)
+    varentropy = np.concatenate([r.notes.varentropy for r in noted if r.notes]).astype(np.float64)
     ids = np.concatenate([r.token_ids for r in noted])
     entropy = flat[drawn]
-    threshold, most = uncertain_tokens(ids[drawn], entropy)
+    threshold, tokens = uncertain_tokens(ids[drawn], entropy)
     summary = {"entropy/mean": entropy.mean(), "varentropy/mean": varentropy[drawn].mean()}
     levels = np.quantile(entropy, list(QUANTILES.values()))
     summary |= {f"entropy/{name}": x for name, x in zip(QUANTILES, levels, strict=True)}
@@ -149,15 +149,15 @@ def _entropies(groups: Sequence[Group], words: Words) -> dict[str, Any]:
         "positions": [asdict(place) for place in entropy_by_position(by_response)],
         "uncertain": {
             "above": threshold,
-            "tokens": [{"text": words.name(u.token_id), **asdict(u)} for u in most],
+            "tokens": [{"text": words.name(u.token_id), **asdict(u)} for u in tokens],
         },
     }
 
 
 def _entropy(rollout: Rollout) -> Column:
     """[L] nats, NaN where nobody drew."""
-    assert rollout.shaped is not None
-    return np.where(rollout.observed < 0, rollout.shaped.entropy, np.nan).astype(np.float64)
+    assert rollout.notes is not None
+    return np.where(rollout.observed < 0, rollout.notes.entropy, np.nan).astype(np.float64)
 
 
 def _decoded(paths: Sequence[Group], found: Sequence[Sequence[float | NoGap]]) -> dict[str, Column]:
@@ -219,7 +219,7 @@ def _first_of_each(group: Group) -> list[tuple[Group, Rollout, Verdict]]:
 
 
 def _response(group: Group, rollout: Rollout, verdict: Verdict, words: Words) -> dict[str, Any]:
-    entropy = _entropy(rollout).tolist() if rollout.shaped is not None else [math.nan] * rollout.length
+    entropy = _entropy(rollout).tolist() if rollout.notes is not None else [math.nan] * rollout.length
     return {
         "prompt": group.prompt.text,
         "reference": group.prompt.reference,

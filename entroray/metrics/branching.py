@@ -24,7 +24,7 @@ def branch_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "branches/inherited": share(MaskReason.PREFIX),
         "branches/position": sum(r.inherited for r in grown) / len(grown),
     }
-    entropy = [r.shaped.entropy[r.inherited] for r in grown if r.shaped is not None]
+    entropy = [r.notes.entropy[r.inherited] for r in grown if r.notes is not None]
     if len(known := np.array(entropy)[np.isfinite(entropy)]):
         metrics["branches/entropy"] = float(known.mean(dtype=np.float64))
     return metrics | _answers(groups)

@@ -102,15 +102,15 @@ def _entropy_metrics(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float
 
 
 def _sampler_metrics(rollouts: Sequence[Rollout], tokens: Tokens) -> dict[str, float]:
-    """Tokens of shaped rollouts that the sampler drew or inserted; empty without them."""
+    """Tokens of rollouts with a sampler's notes, drawn or inserted; empty without them."""
     edges = np.cumsum([0, *(r.length for r in rollouts)])
     learner = array(tokens.entropy)
     rows = zip(rollouts, pairwise(edges), strict=True)
-    shaped = [(r.shaped, _by_sampler(r), learner[a:b]) for r, (a, b) in rows if r.shaped]
-    if not sum(here.sum() for _, here, _ in shaped):
+    noted = [(r.notes, _by_sampler(r), learner[a:b]) for r, (a, b) in rows if r.notes]
+    if not sum(here.sum() for _, here, _ in noted):
         return {}
-    temperature = np.concatenate([s.temperature[here] for s, here, _ in shaped])
-    gaps = np.concatenate([np.abs(s.entropy - h)[here] for s, here, h in shaped])
+    temperature = np.concatenate([s.temperature[here] for s, here, _ in noted])
+    gaps = np.concatenate([np.abs(s.entropy - h)[here] for s, here, h in noted])
     drawn = temperature[~np.isnan(temperature)]
     metrics = {"sampler/inserted": float(np.isnan(temperature).mean())}
     if len(known := gaps[~np.isnan(gaps)]):  # a piece without notes has none

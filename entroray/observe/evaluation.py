@@ -26,7 +26,7 @@ CONFIDENCE = {
 }
 SCORES = ("ece", "brier", "auroc")
 DECODED = {"cot/surest": "surest path", "cot/supported": "best supported answer"}
-SAMPLING = ("samples", "temperature", "sampler", "top_p", "top_k", "max_tokens")
+SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_tokens")
 """The settings that an evaluation drew its answers with."""
 COMPARED = (
     "95 % percentile bootstrap interval of the difference over prompts, both answering the same ones; "
@@ -66,8 +66,8 @@ def number(found: Found, name: str) -> str:
 
 def head(found: Found) -> str:
     """The prompts, samples and temperature, in one line."""
-    drawn = f"temperature {found['temperature']:g}, sampler {found['sampler']}"
-    return f"{found['prompts']} held-out prompts x {found['samples']} samples, {drawn}; 95 % over prompts"
+    drawn = f"{found['samples']} samples, temperature {found['temperature']:g}"
+    return f"{found['prompts']} held-out prompts x {drawn}; 95 % over prompts"
 
 
 def accuracy(found: Found) -> list[list[str]]:

@@ -122,7 +122,7 @@ def _drawn(rollouts: Sequence[Rollout]) -> dict[str, NDArray[np.float32]]:
 
     def column(name: str, otherwise: Callable[[Rollout], float]) -> NDArray[np.float32]:
         plain = lambda r: np.full(r.length, otherwise(r), np.float32)
-        pieces = [getattr(r.shaped, name) if r.shaped else plain(r) for r in rollouts]
+        pieces = [getattr(r.notes, name) if r.notes else plain(r) for r in rollouts]
         return np.concatenate(pieces or [[]]).astype(np.float32)
 
     unknown = lambda r: np.nan

@@ -24,10 +24,10 @@ def choose_positions(
     proportion to its entropy. Never the first token it drew itself, where a branch would be a sibling, nor
     the one that ended it, nor one that it did not draw. ConfigError where the sampler noted no entropies.
     """
-    if rollout.shaped is None:
+    if rollout.notes is None:
         raise ConfigError("a response without its sampler's notes cannot branch: nothing says its entropy")
     at = np.arange(rollout.inherited + 1, rollout.length - (rollout.status is Status.OK))
-    entropy = rollout.shaped.entropy[at].astype(np.float64)
+    entropy = rollout.notes.entropy[at].astype(np.float64)
     open_ = (rollout.observed[at] < 0) & (entropy > 0)
     at, entropy = at[open_], entropy[open_]
     highest = np.lexsort((at, -entropy))[:top]

@@ -1,7 +1,8 @@
 """How the members of a group are drawn: each alone, or some as branches of others.
 
-A plan takes a generator, a prompt and a seed for each member; what it cannot branch it draws alone. Members
-that failed are replaced by responses drawn alone, and a branch goes with its parent (`forks.parted`).
+A plan takes a generator, a prompt, a seed for each member and how to draw; what it cannot branch it draws
+alone. Members that failed are replaced by responses drawn alone, and a branch goes with its parent
+(`branch_points.sort_members`).
 """
 
 import asyncio
@@ -12,21 +13,23 @@ from typing import Literal
 from entroray.binding import Count, declare
 from entroray.roles import Generator
 from entroray.rollout import branch_points
-from entroray.rollout.splice import join
-from entroray.types import Prompt, Rollout
+from entroray.rollout.splice import join, openings
+from entroray.types import Draw, Prompt, Rollout
 
 SETTING = "rollout.plan"
-Plan = Callable[[Generator, Prompt, Sequence[int]], Awaitable[list[Rollout]]]
+Plan = Callable[[Generator, Prompt, Sequence[int], Draw], Awaitable[list[Rollout]]]
 Choose = Callable[[Rollout, int, int], list[int]]
 """Response, number of places, seed -> positions to branch at."""
 
 
-async def independent(generator: Generator, prompt: Prompt, seeds: Sequence[int]) -> list[Rollout]:
+async def independent(
+    generator: Generator, prompt: Prompt, seeds: Sequence[int], draw: Draw
+) -> list[Rollout]:
     """Every response on its own.
 
     `all from the prompt`
     """
-    return await generator.sample(prompt, seeds)
+    return await generator.sample(prompt, seeds, draw)
 
 
 @declare(needs=("entropy",), siblings=True)
@@ -34,6 +37,7 @@ async def branching(
     generator: Generator,
     prompt: Prompt,
     seeds: Sequence[int],
+    draw: Draw,
     *,
     roots: Count = 4,
     places: Count = 1,
@@ -49,8 +53,8 @@ async def branching(
     drawn alone in place of each branch.
     """
     choose = partial(branch_points.choose_positions, top=top, weight=weight)
-    members = await generator.sample(prompt, seeds[:roots])
-    return await _grow(generator, prompt, members, seeds[roots:], choose, places)
+    members = await generator.sample(prompt, seeds[:roots], draw)
+    return await _grow(generator, prompt, members, seeds[roots:], draw, choose, places)
 
 
 @declare(needs=("entropy",), siblings=True)
@@ -58,6 +62,7 @@ async def tree(
     generator: Generator,
     prompt: Prompt,
     seeds: Sequence[int],
+    draw: Draw,
     *,
     roots: Count = 2,
     depth: Count = 2,
@@ -74,26 +79,32 @@ async def tree(
     tree, here each response has its share. A branch branches beyond its own first token.
     """
     choose = partial(branch_points.choose_positions, top=top, weight=weight)
-    members = await generator.sample(prompt, seeds[:roots])
+    members = await generator.sample(prompt, seeds[:roots], draw)
     for _ in range(depth):
         there = len(members)
-        members = await _grow(generator, prompt, members, seeds[there : there * (1 + width)], choose, places)
+        own = seeds[there : there * (1 + width)]
+        members = await _grow(generator, prompt, members, own, draw, choose, places)
     return members
 
 
-async def first_token_forks(generator: Generator, prompt: Prompt, seeds: Sequence[int]) -> list[Rollout]:
-    """Distinct first tokens, the likeliest there are, each continued once (after CoT-decoding, 2402.10200).
+async def first_token_forks(
+    generator: Generator, prompt: Prompt, seeds: Sequence[int], draw: Draw
+) -> list[Rollout]:
+    """Distinct first tokens, the most probable ones, each continued once (after CoT-decoding, 2402.10200).
 
     `one from each of the G likeliest first tokens, which nothing is learnt from`
     Nobody drew those tokens, so they are masked. What follows is a draw given its first token, and each has
     the same weight in the group, however likely its first token was. Theirs goes on greedily.
     """
-    heads = await generator.first_tokens(prompt, len(seeds))
-    if len(heads) < len(seeds):  # past their deadline: nothing to go on from
-        return [*heads] * len(seeds)
-    asked = zip(heads, seeds, strict=True)
-    tails = await asyncio.gather(*(generator.sample(prompt, [s], h.token_ids.tolist()) for h, s in asked))
-    return [join(h, tail) for h, (tail,) in zip(heads, tails, strict=True)]
+    first = Draw(draw.temperature, max_tokens=1, top_tokens=len(seeds), min_tokens=1)
+    (begun,) = await generator.sample(prompt, (0,), first)
+    if not begun.status.usable:
+        return [begun] * len(seeds)
+    heads = openings(begun)
+    calls = (
+        generator.sample(prompt, [s], draw, h.token_ids.tolist()) for h, s in zip(heads, seeds, strict=True)
+    )
+    return [join(h, tail) for h, (tail,) in zip(heads, await asyncio.gather(*calls), strict=True)]
 
 
 async def _grow(
@@ -101,25 +112,26 @@ async def _grow(
     prompt: Prompt,
     members: list[Rollout],
     seeds: Sequence[int],
+    draw: Draw,
     choose: Choose,
     places: int,
 ) -> list[Rollout]:
     """`members`, and a branch of them, dealt in turn, for each of `seeds`."""
-    asked = _dealt(members, seeds, choose, places)
+    dealt = _deal_seeds(members, seeds, choose, places)
     after = lambda at: members[at[0]].token_ids[: at[1]].tolist() if at else ()
-    told = [generator.sample(prompt, drawn, after(at)) for at, drawn in asked.items()]
+    calls = [generator.sample(prompt, own, draw, after(at)) for at, own in dealt.items()]
     grown: list[Rollout] = []
-    for at, tails in zip(asked, await asyncio.gather(*told), strict=True):
+    for at, tails in zip(dealt, await asyncio.gather(*calls), strict=True):
         grown += [branch_points.branch_off(members[at[0]], *at, tail) if at else tail for tail in tails]
     return [*members, *grown]
 
 
-def _dealt(
+def _deal_seeds(
     members: Sequence[Rollout], seeds: Sequence[int], choose: Choose, places: int
 ) -> Mapping[tuple[int, int] | None, list[int]]:
     """Seeds by (parent, position); under None those whose parent has no place to branch at."""
     usable = [index for index, member in enumerate(members) if member.status.usable]
-    asked: dict[tuple[int, int] | None, list[int]] = {}
+    dealt: dict[tuple[int, int] | None, list[int]] = {}
     if not usable:
         return {None: list(seeds)}
     for turn, index in enumerate(usable):
@@ -127,5 +139,5 @@ def _dealt(
         positions = choose(members[index], places, own[0]) if own else []
         for number, seed in enumerate(own):
             at = (index, positions[number % len(positions)]) if positions else None
-            asked.setdefault(at, []).append(seed)
-    return asked
+            dealt.setdefault(at, []).append(seed)
+    return dealt

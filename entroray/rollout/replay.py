@@ -22,15 +22,15 @@ class Replay:
     """The newest right rollout of each prompt that is rarely answered, within `tokens` tokens in all.
 
     `rare` is the share of right answers, over all draws of a group, up to which they are rare. A prompt
-    answered more often leaves; where there is no room, those kept longest leave.
+    answered more often leaves; if there is no room, those kept longest leave.
     """
 
     tokens: int
     rare: float = 0.25
     kept: dict[str, tuple[Rollout, Verdict]] = field(default_factory=dict)
 
-    def mend(self, group: Group) -> Group:
-        """`group` with the success kept of its prompt as its last rollout, where none of its own is right.
+    def insert_success(self, group: Group) -> Group:
+        """`group` with the success kept of its prompt as its last rollout, if none of its own is right.
 
         A group whose rollouts share prefixes is left as it is.
         """
@@ -42,7 +42,7 @@ class Replay:
         lost = group.lost + group.rollouts[-1].drawn
         return replace(group, rollouts=rollouts, verdicts=verdicts, lost=lost)
 
-    def note(self, group: Group) -> None:
+    def observe(self, group: Group) -> None:
         """Keep a success of a group mostly wrong; forget those of one that is not."""
         draws = group.draws
         share = sum(g.share_right * len(g.rollouts) for g in draws) / sum(len(g.rollouts) for g in draws)
@@ -92,16 +92,16 @@ def _success(group: Group) -> tuple[Rollout, Verdict] | None:
 
 
 def _plain(rollout: Rollout) -> dict[str, Any]:
-    told = {name: getattr(rollout, name).tolist() for name in ARRAYS}
+    arrays = {name: getattr(rollout, name).tolist() for name in ARRAYS}
     scalars = {n: getattr(rollout, n) for n in ("prompt_id", "text", "temperature", "limit")}
     spans = [[s.start, s.stop, str(s.why)] for s in rollout.spans]
-    shaped = [getattr(rollout.shaped, name).tolist() for name in NOTES] if rollout.shaped else None
-    return told | scalars | {"status": str(rollout.status), "spans": spans, "shaped": shaped}
+    notes = [getattr(rollout.notes, name).tolist() for name in NOTES] if rollout.notes else None
+    return arrays | scalars | {"status": str(rollout.status), "spans": spans, "notes": notes}
 
 
-def _rollout(told: Mapping[str, Any]) -> Rollout:
-    arrays = {name: np.array(told[name], dtype=dtype) for name, dtype in ARRAYS.items()}
-    shaped = told["shaped"] and SamplerNotes(*(np.array(column, np.float32) for column in told["shaped"]))
-    spans = tuple(Span(start, stop, MaskReason(why)) for start, stop, why in told["spans"])
-    own: dict[str, Any] = {**told, **arrays, "shaped": shaped, "spans": spans, "replayed": True}
-    return Rollout(**own | {"status": Status(told["status"])})
+def _rollout(state: Mapping[str, Any]) -> Rollout:
+    arrays = {name: np.array(state[name], dtype=dtype) for name, dtype in ARRAYS.items()}
+    notes = state["notes"] and SamplerNotes(*(np.array(column, np.float32) for column in state["notes"]))
+    spans = tuple(Span(start, stop, MaskReason(why)) for start, stop, why in state["spans"])
+    own: dict[str, Any] = {**state, **arrays, "notes": notes, "spans": spans, "replayed": True}
+    return Rollout(**own | {"status": Status(state["status"])})

@@ -1,38 +1,60 @@
-"""A group without one right answer: drawn once more at once, hotter, or given a success of old."""
+"""A prompt without one right answer: drawn again, hotter, or given a success of earlier steps."""
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from entroray.rollout.replay import Replay
 from entroray.rollout.stream import Dropped
-from entroray.types import Group, Version
+from entroray.types import Draw, Group, Prompt, Version
 
-DrawAgain = Callable[[float], Awaitable[Group | Dropped]]
-"""Factor on the temperature -> the same prompt's group, drawn with other seeds."""
+DrawAgain = Callable[[Draw], Awaitable[Group | Dropped]]
+"""Draws the same prompt's group with other seeds."""
+MAXIMUM = 1.5
+"""Factor that failed groups multiply up to, with `next_time`."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class SecondDraw:
-    """The second draw comes first (UEC-RL, arXiv 2604.14646), and replay where that has nothing right either.
+    """A failed prompt is drawn hotter (UEC-RL, arXiv 2604.14646); replay follows if that fails too.
 
-    UEC-RL keeps the right answers of the second draw among those of the first. Here the second draw takes
-    the first one's place whole, whatever came of it: every member of a group is then from one distribution,
-    the advantages are compared within it, and the importance weights bring it back to the policy's.
+    `at_once` draws the group again in the same step. UEC-RL keeps the right answers of the second draw among
+    those of the first. Here the second draw replaces the first, whatever came of it: every member of a group
+    is then from one distribution, the advantages are compared within it, and the importance weights bring it
+    back to the policy's.
+
+    `next_time` draws the prompt hotter when it comes up again: each group without a right rollout multiplies
+    its factor, up to 1.5, and one right rollout resets it to 1.
     """
 
-    hotter: float = 1.0
-    """Factor on the temperature of the second draw; 1 is none."""
+    factor: float = 1.0
+    """On the temperature; 1 draws nothing hotter."""
+    when: str = "at_once"
+    """`at_once` | `next_time`."""
     replay: Replay | None = None
+    factors: dict[str, float] = field(default_factory=dict)
+    """Of the prompts whose last group failed, with `next_time`."""
 
-    async def __call__(self, group: Group | Dropped, again: DrawAgain) -> Group | Dropped:
-        if self.hotter != 1.0 and _failed(group):
-            group = _instead(group, await again(self.hotter))
-        return self.replay.mend(group) if self.replay and isinstance(group, Group) else group
+    def first(self, prompt: Prompt, draw: Draw) -> Draw:
+        """`draw` as the prompt's next group is drawn."""
+        return replace(draw, factor=self.factors.get(prompt.id, 1.0))
+
+    async def __call__(self, group: Group | Dropped, draw: Draw, again: DrawAgain) -> Group | Dropped:
+        if not isinstance(group, Group):
+            return group
+        if self.when == "at_once" and self.factor != 1.0 and group.share_right == 0:
+            group = _replace_first(group, await again(replace(draw, factor=self.factor)))
+        return self.replay.insert_success(group) if self.replay else group
+
+    def observe(self, group: Group) -> None:
+        """Remember whether the prompt failed."""
+        if group.share_right > 0:
+            self.factors.pop(group.prompt.id, None)
+        elif self.when == "next_time":
+            factor = self.factors.get(group.prompt.id, 1.0) * self.factor
+            self.factors[group.prompt.id] = min(factor, MAXIMUM)
 
     def metrics(self, groups: Sequence[Group], judged: Sequence[Group], version: Version) -> dict[str, float]:
         """Of the groups judged in the step; `judged` holds first draws and second ones."""
-        if self.hotter == 1.0:
-            return {}
         second = [g for g in judged if g.earlier]
         drawn = len(judged) - sum(len(g.earlier) for g in second)
         found = {"second/groups": len(second) / max(1, drawn)}
@@ -41,15 +63,17 @@ class SecondDraw:
             found["second/mended"] = sum(g.share_right > 0 for g in second) / len(second)
         return found
 
+    def state(self) -> dict[str, float]:
+        """Plain JSON."""
+        return dict(self.factors)
 
-def _failed(group: Group | Dropped) -> bool:
-    return isinstance(group, Group) and group.share_right == 0
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Go on from `state`."""
+        self.factors = dict(state)
 
 
-def _instead(first: Group | Dropped, second: Group | Dropped) -> Group | Dropped:
-    """The second draw, which knows of the first; the first where the second gave no group."""
-    if not isinstance(first, Group):
-        return first
+def _replace_first(first: Group, second: Group | Dropped) -> Group:
+    """The second draw, which holds the first; the first if the second gave no group."""
     if isinstance(second, Group):
         return replace(second, earlier=(first,))
     return replace(first, lost=first.lost + second.drawn)

@@ -1,4 +1,4 @@
-"""Responses made of pieces: what is cut off one, put before another, or said by somebody else."""
+"""Responses made of pieces: what is cut off one, put before another, or put in by a tool."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,14 +14,14 @@ def cut(rollout: Rollout, length: int) -> Rollout:
     """Its first `length` tokens; the text stays that of the whole. ValueError when it has fewer."""
     if not 0 <= length <= rollout.length:
         raise ValueError(f"{length} of {rollout.length} tokens cannot be kept")
-    shaped = rollout.shaped and SamplerNotes(*(column[:length] for column in _columns(rollout.shaped)))
+    notes = rollout.notes and SamplerNotes(*(column[:length] for column in _columns(rollout.notes)))
     spans = [Span(s.start, min(s.stop, length), s.why) for s in rollout.spans if s.start < length]
     per_token: dict[str, Any] = {
         name: getattr(rollout, name)[:length] for name in ("token_ids", "logprobs", "versions")
     }
     top = rollout.top_tokens
     top_tokens = top and TopTokens(top.token_ids[:length], top.probabilities[:length])
-    return replace(rollout, **per_token, shaped=shaped, spans=tuple(spans), top_tokens=top_tokens)
+    return replace(rollout, **per_token, notes=notes, spans=tuple(spans), top_tokens=top_tokens)
 
 
 def as_observation(rollout: Rollout, why: MaskReason) -> Rollout:
@@ -34,18 +34,13 @@ def join(head: Rollout, tail: Rollout) -> Rollout:
     moved = tuple(Span(s.start + head.length, s.stop + head.length, s.why) for s in tail.spans)
     both = lambda name: np.concatenate([getattr(head, name), getattr(tail, name)])
     per_token: dict[str, Any] = {name: both(name) for name in ("token_ids", "logprobs", "versions")}
-    spliced: dict[str, Any] = {"shaped": _shaped(head, tail), "top_tokens": _likeliest(head, tail)}
+    spliced: dict[str, Any] = {"notes": _join_notes(head, tail), "top_tokens": _join_top_tokens(head, tail)}
     return replace(tail, **per_token, **spliced, spans=(*head.spans, *moved))
 
 
 def openings(rollout: Rollout) -> list[Rollout]:
-    """One forced token each: those that were likeliest where `rollout` began, which reports them, in order.
-
-    A rollout without tokens, as one that failed, comes back alone.
-    """
-    if not rollout.length:
-        return [rollout]
-    assert rollout.top_tokens is not None, "it must report its likeliest tokens"
+    """One forced token each: the most probable ones where `rollout` began, which reports them, in order."""
+    assert rollout.top_tokens is not None, "it must report its most probable tokens"
     first = replace(cut(rollout, 1), status=Status.OK, spans=(Span(0, 1, MaskReason.FORCED),))
     pairs = zip(rollout.top_tokens.token_ids[0], rollout.top_tokens.probabilities[0], strict=True)
     one = lambda x, dtype: np.array([x], dtype)
@@ -61,12 +56,12 @@ def observation(like: Rollout, token_ids: Sequence[int], why: MaskReason) -> Rol
         "versions": np.repeat(version, len(ids)),
     }
     return as_observation(
-        replace(like, token_ids=ids, **per_token, shaped=None, top_tokens=None, spans=()), why
+        replace(like, token_ids=ids, **per_token, notes=None, top_tokens=None, spans=()), why
     )
 
 
-def _shaped(head: Rollout, tail: Rollout) -> SamplerNotes | None:
-    if head.shaped is None and tail.shaped is None:
+def _join_notes(head: Rollout, tail: Rollout) -> SamplerNotes | None:
+    if head.notes is None and tail.notes is None:
         return None
     pieces = zip(_notes(head), _notes(tail), strict=True)
     return SamplerNotes(*(np.concatenate(piece) for piece in pieces))
@@ -74,13 +69,13 @@ def _shaped(head: Rollout, tail: Rollout) -> SamplerNotes | None:
 
 def _notes(rollout: Rollout) -> Sequence[NDArray[np.float32]]:
     """Its sampler's notes; where it has none, drawn at the policy's temperature and nothing known of H."""
-    if rollout.shaped is not None:
-        return _columns(rollout.shaped)
+    if rollout.notes is not None:
+        return _columns(rollout.notes)
     unknown = np.full(rollout.length, np.nan, np.float32)
     return unknown, unknown, np.full(rollout.length, rollout.temperature, np.float32)
 
 
-def _likeliest(head: Rollout, tail: Rollout) -> TopTokens | None:
+def _join_top_tokens(head: Rollout, tail: Rollout) -> TopTokens | None:
     """Known of the whole where it is known of both pieces, as deep as both go."""
     a, b = head.top_tokens, tail.top_tokens
     if a is None or b is None:
@@ -90,5 +85,5 @@ def _likeliest(head: Rollout, tail: Rollout) -> TopTokens | None:
     return TopTokens(both(a.token_ids, b.token_ids), both(a.probabilities, b.probabilities))
 
 
-def _columns(shaped: SamplerNotes) -> Sequence[NDArray[np.float32]]:
-    return shaped.entropy, shaped.varentropy, shaped.temperature
+def _columns(notes: SamplerNotes) -> Sequence[NDArray[np.float32]]:
+    return notes.entropy, notes.varentropy, notes.temperature

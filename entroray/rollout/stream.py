@@ -73,8 +73,8 @@ class Stream:
     small wave costs the engine as many turns as a large one. A wave is finished before it is looked at,
     so neither lengths nor timing have a say in which groups are trained on; what is too many is surplus.
 
-    Surplus, finished and not among those a step takes, is held for the next one where the stream `keeps`,
-    which with `max_lag` 0 it must not: the weights that sampled it will be of the past by then.
+    Surplus, groups finished beyond a step's need, is held for the next step if the stream `keeps`. With
+    `max_lag` 0 it cannot: the surplus would be one step stale.
     """
 
     def __init__(self, prompts: Prompts, rollout: Rollouts, *, per_step: int, max_lag: int, keeps: bool):
@@ -228,7 +228,7 @@ class Stream:
         self.serial, self.kept_share = state["serial"], state["kept_share"]
         self.dropped = Counter(state["dropped"])
         self.refused, self.surplus = state["refused"], state["surplus"]
-        self.lost = state.get("lost", 0)  # a checkpoint of before it was counted has none
+        self.lost = state["lost"]
         for serial, position in state["in_flight"]:
             self._start(Slot(serial, position, self.prompts.at(position), version))
 

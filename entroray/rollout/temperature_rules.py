@@ -38,22 +38,22 @@ def by_entropy(
     entropy: Float[Tensor, " n"],
     varentropy: Float[Tensor, " n"],
     *,
-    least: Positive = 1.0,
-    most: Positive = 1.3,
+    minimum: Positive = 1.0,
+    maximum: Positive = 1.3,
     start: NonNegative = 0.3,
     full: Positive = 2.0,
 ) -> TemperatureChoice:
-    """Rises with H in a straight line from `least` at `start` nats to `most` at `full`, and stays there.
+    """Rises with H in a straight line from `minimum` at `start` nats to `maximum` at `full`, and stays there.
 
-    `least + (most - least) clip((H - start) / (full - start), 0, 1)`
+    `minimum + (maximum - minimum) clip((H - start) / (full - start), 0, 1)`
     After the per-token temperature of HAPO (arXiv 2509.16591), which heats by 5 % around a quantile of ln H;
     bounds and thresholds are ours. Never below 1, so that pi / b stays bounded: a cooler distribution has
-    thinner tails than the policy's. `least` above `most` cools where H is high.
+    thinner tails than the policy's. With `minimum` above `maximum` it cools where H is high.
     """
     if full <= start:
         raise ConfigError(f"{SETTING}: full={full:g} nats must be above start={start:g}")
     rise = ((entropy - start) / (full - start)).clamp(0.0, 1.0)
-    return TemperatureChoice(least + (most - least) * rise)
+    return TemperatureChoice(minimum + (maximum - minimum) * rise)
 
 
 def quadrants(

@@ -11,17 +11,14 @@ import torch
 
 from entroray.config import Config
 from entroray.errors import PreflightError
-from entroray.evaluation.evaluate import At
 from entroray.objective import Objective
-from entroray.roles import Generator as Role
-from entroray.rollout.heat import Heat
-from entroray.wiring import sampler, tool
+from entroray.wiring import sampler
 from entroray.workers import cluster
 from entroray.workers.checkpoint import Checkpoints
 from entroray.workers.cluster import Gang, Pool, Share
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.engine_pool import GRACE, EnginePool
-from entroray.workers.generator import Generator, Sampling
+from entroray.workers.generator import Generator
 from entroray.workers.learner_rank import LearnerRank, LearnerSettings
 from entroray.workers.roles import GeneratorRole, LearnerRole, VerifierRole
 from entroray.workers.sync import WeightSync
@@ -58,16 +55,16 @@ class Actors:
     sync: WeightSync
     facts: dict[str, Any]
 
-    def generator_role(self, drawn: Sampling, heat: Heat | None = None) -> GeneratorRole:
-        return GeneratorRole(self.engines, drawn, self.config.rollout.deadline, heat or Heat())
+    def generator_role(self) -> GeneratorRole:
+        return GeneratorRole(self.engines, self.config.rollout.deadline)
 
     def verifier_role(self) -> VerifierRole:
         return VerifierRole(self.verifiers, self.config.driver.call_deadline)
 
-    def learner_role(self, objective: Objective) -> LearnerRole:
-        n, deadline = self.config.learner, self.config.driver.call_deadline
+    def learner_role(self) -> LearnerRole:
         resting = self.engines if self.config.generator.sleep else None
-        return LearnerRole(self.learner, objective, n.updates_per_rollout, n.token_budget, deadline, resting)
+        budget, deadline = self.config.learner.token_budget, self.config.driver.call_deadline
+        return LearnerRole(self.learner, budget, deadline, resting)
 
     def checkpoints(self, run: Path) -> Checkpoints:
         """Where this run's checkpoints go."""
@@ -111,16 +108,6 @@ class Actors:
         """Every actor dies at once, whatever it is doing, and its place is free for another machine."""
         await self.engines.close()
         cluster.kill_actors([*self.engines.all_handles, *self.learner.handles, *self.verifiers.handles])
-
-
-def at_temperature(config: Config, m: Actors, tokenizer: Any) -> At:
-    """The policy's own distribution on these engines, with the settings' tool, at any one temperature."""
-
-    def at(temperature: float) -> Role:
-        drawn = m.generator_role(sampler.plain_sampling(config, temperature))
-        return tool.with_tool(config, tokenizer, drawn, m.verifier_role())
-
-    return at
 
 
 def lasting(config: Config) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def check_engine(options: dict[str, Any]) -> None:
 def check_evaluation(config: Config) -> None:
     """ConfigError where `evaluate` asks for what its samples cannot give."""
     e, engine = config.evaluate, config.generator.engine
-    plan_evaluation(config.sampler.temperature, e.samples, e.k)
+    plan_evaluation(sampler.plain_draw(config), e.samples, e.k)
     if e.cot and str(engine.get("logprobs_mode", "")).endswith("logits"):
         raise ConfigError(
             f"evaluate.cot={e.cot} reads probabilities and generator.engine.logprobs_mode="

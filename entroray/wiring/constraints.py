@@ -21,13 +21,12 @@ POSITIVE = Bound("above 0", lambda x: x > 0)
 SHARE = Bound("between 0 and 1", lambda x: 0 <= x <= 1)
 COUNT_OR_NULL = Bound("at least 1, or null", lambda x: x is None or x >= 1)
 NATURAL_OR_NULL = Bound("at least 0, or null", lambda x: x is None or x >= 0)
+BAND = Bound("two shares, the lower first, both in [0, 1]", lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1)
 
 NUMBERS = {
     "run.steps": COUNT,
     "run.tokens": NATURAL,
-    "model.warm_start.band": Bound(
-        "two accuracies, the lower first, both in [0, 1]", lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1
-    ),
+    "model.warm_start.band": BAND,
     "model.warm_start.max_steps": COUNT,
     "model.warm_start.rows_per_step": COUNT,
     "model.warm_start.check_every": COUNT,
@@ -36,10 +35,18 @@ NUMBERS = {
     "data.max_prompt": COUNT,
     "reward.deadline": POSITIVE,
     "reward.max_failed": SHARE,
+    "sampler.temperature": NATURAL,
     "sampler.top_p": Bound("above 0 and at most 1", lambda x: 0 < x <= 1),
     "sampler.top_k": Bound("at least 1, or 0 or -1 for all tokens", lambda x: x >= -1),
     "rollout.group_size": COUNT,
     "rollout.groups_per_step": COUNT,
+    "rollout.prompts.retire": SHARE,
+    "rollout.prompts.band": BAND,
+    "rollout.prompts.outside": SHARE,
+    "rollout.second.factor": COUNT,
+    "rollout.replay.tokens": NATURAL,
+    "rollout.early.extra": NATURAL,
+    "rollout.repetition.count": Bound("0 (off) or at least 2", lambda x: x == 0 or x >= 2),
     "rollout.max_tokens": COUNT,
     "rollout.deadline": POSITIVE,
     "rollout.turns": NATURAL,
@@ -83,11 +90,12 @@ NUMBERS = {
     "evaluate.cot": NATURAL,
     "evaluate.every": NATURAL,
 }
-"""What each must be; those of sampler, prompt choice and replay are told by the modules that know why."""
+"""What each must be; rules between several settings are in `check_config`."""
 
 NAMES: dict[str, tuple[object, ...]] = {
     "run.resume": ("never", "auto"),
     "model.dtype": ("float32", "bfloat16"),
+    "rollout.second.when": ("at_once", "next_time"),
     "rollout.surplus": ("by_lag", "keep", "drop"),
     "driver.stale": ("wait", "drop"),
     "learner.zero_stage": (0, 1, 2, 3),

@@ -1,9 +1,9 @@
-"""Settings that controllers move while a run goes on: found by their path, put in effect on the roles."""
+"""Settings that controllers move while a run goes on: found by their path, in effect in the next calls."""
 
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any, get_args, get_origin
 
@@ -11,17 +11,17 @@ from entroray.binding import bind, effective_settings, keyword_settings
 from entroray.config import Config
 from entroray.control import Control, Controller, build_controllers
 from entroray.errors import ConfigError
-from entroray.objective import Objective, build_objective
+from entroray.objective import build_objective
 from entroray.objective.objective import SLOTS
-from entroray.roles import tunable
 from entroray.rollout import reshape
-from entroray.train.driver import Roles
+from entroray.train.driver import Knobs, Tune
 from entroray.wiring import measured_metrics, rollout_plan, sampler, selection
 
 RULE, UPDATES, LONGEST = "sampler.rule.", "learner.updates_per_rollout", "rollout.max_tokens"
-LEAST = {"learner.lr": 0.0, UPDATES: 1, "sampler.temperature": sampler.LEAST, LONGEST: 1}
-"""Settings beside those of the objective and of the sampler's rule that can be moved; the least of each."""
-MOVED = f"numbers written out in objective.* and {RULE}*, {', '.join(LEAST)}"
+TEMPERATURE, LR = "sampler.temperature", "learner.lr"
+MINIMA = {LR: 0.0, UPDATES: 1, TEMPERATURE: sampler.MINIMUM, LONGEST: 1}
+"""Settings beside those of the objective and of the sampler's rule that can be moved; the minimum of each."""
+MOVED = f"numbers written out in objective.* and {RULE}*, {', '.join(MINIMA)}"
 WHY = {"learner.max_grad_norm": "DeepSpeed keeps it in a different place for each learner.zero_stage"}
 """Settings that one would like to move, and why they stay."""
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
@@ -44,7 +44,7 @@ def build_control(config: Config) -> Control:
 
 def current_value(config: Config, path: str) -> float:
     """The number at `path`; ConfigError when there is none, or none that can be moved."""
-    if not path.startswith(("objective.", RULE)) and path not in LEAST:
+    if not path.startswith(("objective.", RULE)) and path not in MINIMA:
         why = WHY.get(path, "it is built into engines, optimizer or the order of prompts when a run starts")
         raise ConfigError(f"control: `{path}` cannot be moved in a run, {why}; what can: {MOVED}")
     node: Any = asdict(config)
@@ -68,7 +68,7 @@ def describe_controllers(config: Config) -> list[str]:
 
 def _on_the_way(config: Config, path: str) -> str:
     lag = config.driver.max_lag
-    rounded = ", rounded" if is_whole(config, path) else ""
+    rounded = ", rounded" if is_integer(config, path) else ""
     if not lag or not path.startswith(("sampler.", "rollout.")):
         return rounded
     return f"{rounded}; for groups begun from then on, trained on up to {lag} step(s) later (driver.max_lag)"
@@ -82,8 +82,8 @@ def updates_range(config: Config) -> tuple[int, int]:
     return min(reached), max(reached)
 
 
-def is_whole(config: Config, path: str) -> bool:
-    """Whether the setting takes whole numbers alone: what moves it is rounded there."""
+def is_integer(config: Config, path: str) -> bool:
+    """Whether the setting takes whole numbers alone, to which a controller's value is rounded."""
     *way, last = path.split(".")
     if way[0] != "objective" or len(way) < 2:
         return path in (UPDATES, LONGEST)
@@ -109,24 +109,25 @@ def in_effect(spec: Mapping[str, Any], values: Mapping[str, float]) -> dict[str,
     return row
 
 
-def build_tuner(config: Config) -> Callable[[Mapping[str, float], Roles], tuple[Objective, Roles]]:
-    """Values by path, roles -> the objective and the roles with those values in effect."""
-    whole = {c.knob for c in build_controllers(config.control) if is_whole(config, c.knob)}
+def build_tuner(config: Config) -> Tune:
+    """Values by path, knobs -> the knobs with those values in effect."""
+    integers = {c.knob for c in build_controllers(config.control) if is_integer(config, c.knob)}
 
-    def tune(moved: Mapping[str, float], roles: Roles) -> tuple[Objective, Roles]:
-        values = {path: round(x) if path in whole else x for path, x in moved.items()}
-        objective = build_objective(in_effect(config.objective, values), config.objective_packages)
-        learner: Any = roles.learner
-        generator = roles.generator
-        learner = replace(learner, objective=objective, lr=values.get("learner.lr"))
-        if UPDATES in values:
-            learner = replace(learner, updates=values[UPDATES])
-        rule = {path.removeprefix(RULE): x for path, x in values.items() if path.startswith(RULE)}
-        if rule or LONGEST in values:
-            generator = tunable(generator).moved(rule, values.get(LONGEST))
-        if (temperature := values.get("sampler.temperature")) is not None:
-            generator = tunable(generator).at(temperature)
-        return objective, replace(roles, learner=learner, generator=generator)
+    def tune(values: Mapping[str, float], knobs: Knobs) -> Knobs:
+        moved: dict[str, Any] = {path: round(x) if path in integers else x for path, x in values.items()}
+        draw = knobs.draw
+        rule = {path.removeprefix(RULE): x for path, x in moved.items() if path.startswith(RULE)}
+        return Knobs(
+            build_objective(in_effect(config.objective, moved), config.objective_packages),
+            replace(
+                draw,
+                temperature=moved.get(TEMPERATURE, draw.temperature),
+                max_tokens=moved.get(LONGEST, draw.max_tokens),
+                rule={**draw.rule, **rule},
+            ),
+            moved.get(UPDATES, knobs.updates),
+            moved.get(LR),
+        )
 
     return tune
 
@@ -156,8 +157,8 @@ def _possible(config: Config, c: Controller, why: str, value: float) -> None:
             build_objective(in_effect(config.objective, {c.knob: put}), config.objective_packages)
         elif c.knob.startswith(RULE):
             reshape.build_rule(config.sampler.rule | {c.knob.removeprefix(RULE): put})
-        elif put < LEAST[c.knob]:
-            raise ConfigError(f"it is at least {LEAST[c.knob]:g}")
+        elif put < MINIMA[c.knob]:
+            raise ConfigError(f"it is at least {MINIMA[c.knob]:g}")
         elif c.knob == LONGEST:
             _fits(config, round(put))
         elif c.knob == UPDATES:
@@ -168,7 +169,7 @@ def _possible(config: Config, c: Controller, why: str, value: float) -> None:
 
 def _put(config: Config, path: str, value: float) -> float:
     """What a setting becomes when a controller has `value` for it."""
-    if not is_whole(config, path):
+    if not is_integer(config, path):
         return value
     if math.isinf(value):
         raise ConfigError("it is a whole number, and that is none: give a bound")

@@ -1,13 +1,13 @@
-"""Settings -> the driver of a run: its pace, its prompts, what it looks at, what may move."""
+"""Settings -> the driver of a run: its loop, its prompts, its diagnostics, what may move."""
 
 from entroray.config import Config
 from entroray.objective import Objective
 from entroray.objective.keep import always
 from entroray.policy.tokenizer import chat
-from entroray.rollout.heat import Heat
 from entroray.train.diagnostics import DiagnosticsSchedule
-from entroray.train.driver import Driver, LoopSettings, Roles
+from entroray.train.driver import Driver, Knobs, LoopSettings, Roles
 from entroray.train.prompt_entropy import build_prompt_entropy
+from entroray.types import Draw
 from entroray.wiring import controllers, dataset, rollout_plan, selection
 
 LAW_WINDOW = 50
@@ -15,23 +15,22 @@ LAW_WINDOW = 50
 
 
 def build_driver(
-    config: Config, objective: Objective, read_in: dataset.Dataset, roles: Roles, heat: Heat
+    config: Config, objective: Objective, read_in: dataset.Dataset, roles: Roles, draw: Draw
 ) -> Driver:
     """The driver of a run, at its first step."""
     training = read_in.split.training
-    prompts, choice = selection.build_selection(
+    prompts, chosen = selection.build_selection(
         config, dataset.prompt_order(config, training, config.seed), len(training)
     )
     return Driver(
         prompts,
         roles,
-        objective,
+        Knobs(objective, draw, config.learner.updates_per_rollout),
         loop_settings(config),
         seed=config.seed,
         plan=rollout_plan.bind_plan(config.rollout),
-        looks=_looks(config, objective, read_in),
-        heat=heat,
-        choice=choice,
+        diagnostics=_diagnostics(config, objective, read_in),
+        selection=chosen,
         control=controllers.build_control(config),
         tune=controllers.build_tuner(config),
     )
@@ -54,14 +53,14 @@ def loop_settings(config: Config) -> LoopSettings:
     )
 
 
-def _looks(config: Config, objective: Objective, read_in: dataset.Dataset) -> DiagnosticsSchedule:
+def _diagnostics(config: Config, objective: Objective, read_in: dataset.Dataset) -> DiagnosticsSchedule:
     o = config.observe
-    whole = objective.keep.func is always  # else R is of all groups and H of those kept
-    law = LAW_WINDOW if whole and not config.control else 0  # it was found on runs that nobody steers
-    asked = build_prompt_entropy(read_in.split.heldout, chat(read_in.tokenizer, config.model.system))
+    keeps_all = objective.keep.func is always  # else R is of all groups and H of those kept
+    law = LAW_WINDOW if keeps_all and not config.control else 0  # it was found on runs that nobody steers
+    probe = build_prompt_entropy(read_in.split.heldout, chat(read_in.tokenizer, config.model.system))
     return DiagnosticsSchedule(
         diagnosis=o.diagnosis.every,
         prediction=o.prediction.every,
         law=law,
-        probe=asked,
+        probe=probe,
     )

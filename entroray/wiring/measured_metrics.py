@@ -71,7 +71,10 @@ def _missing_families(config: Config) -> dict[str, str]:
             selection.reorders_prompts(rollout),
             "set rollout.prompts.retire or rollout.prompts.band",
         ),
-        "second": (rollout.second.factor != 1.0, "set rollout.second.factor above 1"),
+        "second": (
+            selection.draws_hotter(rollout, "at_once"),
+            "set rollout.second.factor above 1 and rollout.second.when=at_once",
+        ),
         "early": (rollout.early.extra, "set rollout.early.extra above 0"),
         "repetition": (rollout.repetition.count, "set rollout.repetition.count above 0"),
         "replay": (rollout.replay.tokens, "set rollout.replay.tokens above 0"),

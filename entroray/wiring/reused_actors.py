@@ -6,7 +6,7 @@ from entroray.config import Config
 from entroray.errors import InfrastructureError
 from entroray.evaluation.heldout_metrics import heldout_metrics
 from entroray.objective import Objective
-from entroray.wiring import actors, compose, dataset, preflight, warm_start
+from entroray.wiring import actors, compose, dataset, preflight, sampler, tool, warm_start
 from entroray.workers import cluster
 
 
@@ -26,7 +26,7 @@ class ReusedActors:
     async def ready(
         self, config: Config, overrides: list[str], objective: Objective
     ) -> tuple[actors.Actors, dataset.Dataset, dict[str, float]]:
-        """A machine at the first weights with `config` in effect, its material, and its first portrait."""
+        """A machine at the first weights with `config` in effect, its data, and what its first weights do."""
         if self.stands is None or self.made_of != compose.fingerprint(actors.lasting(config)):
             await self.clear()
             await self._make(config, overrides, objective)
@@ -49,17 +49,15 @@ class ReusedActors:
         judge = self.read_in.judge
         self.stands = await actors.start_actors(config, self.model, objective, judge, probe, total_updates=1)
         self.made_of = compose.fingerprint(actors.lasting(config))
-        self.before = await self.portrait(config, objective)
+        self.before = await self.measure_heldout(config)
 
-    async def portrait(self, config: Config, objective: Objective) -> dict[str, float]:
+    async def measure_heldout(self, config: Config) -> dict[str, float]:
         """What the weights served now do on the held-out prompts."""
         assert self.stands and self.read_in
-        m, s, e = self.stands, config.sampler, config.evaluate
-        prompts = self.read_in.split.heldout[: e.prompts]
-        at, verifier = actors.at_temperature(config, m, self.read_in.tokenizer), m.verifier_role()
-        return await heldout_metrics(
-            at, verifier, m.learner_role(objective), prompts, temperature=s.temperature, samples=e.samples
-        )
+        m, e, verifier = self.stands, config.evaluate, self.stands.verifier_role()
+        prompts, draw = self.read_in.split.heldout[: e.prompts], sampler.plain_draw(config)
+        generator = tool.with_tool(config, self.read_in.tokenizer, m.generator_role(), verifier)
+        return await heldout_metrics(generator, verifier, m.learner_role(), prompts, draw, e.samples)
 
     async def clear(self, *, broken: bool = False) -> None:
         """Take the machine down; a broken one without asking it to leave in order."""

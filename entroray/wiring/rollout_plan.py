@@ -109,7 +109,7 @@ def _check_alone(config: Config, name: str) -> None:
 def _check_notes(config: Config, name: str) -> None:
     if config.sampler.insert is not None:
         raise ConfigError(
-            f"rollout.plan {name} with sampler.insert={config.sampler.insert!r}: sampler.inserts is counted "
+            f"rollout.plan {name} with sampler.insert={config.sampler.insert!r}: a token is inserted once "
             "in each draw, so a branch could insert again; sampler.insert=null, or rollout=plain"
         )
     if config.generator.engine.get("speculative_config"):

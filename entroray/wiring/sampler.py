@@ -1,4 +1,4 @@
-"""`sampler` of the configuration -> how the engines are asked to draw, and what of it training refuses."""
+"""`sampler` of the configuration -> how the engines draw, and what of it training refuses."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,21 +6,18 @@ from typing import Any
 from entroray.config import Config, Sampler
 from entroray.errors import ConfigError, PreflightError
 from entroray.rollout import reshape
-from entroray.rollout.heat import Heat
+from entroray.types import Draw
 from entroray.wiring import rollout_plan, selection, tool
-from entroray.workers.generator import Sampling
 
 REPORTED = "processed_logprobs"
 """vLLM's name for log-probs of the distribution really sampled from."""
-
-
-LEAST = 0.01
-"""Lowest temperature above 0: vLLM draws at this one where a lower is asked, and would not say so."""
+MINIMUM = 0.01
+"""Lowest temperature above 0: vLLM draws at this one if a lower one is asked for, and does not say so."""
 
 
 def reshapes(config: Config) -> bool:
-    """Whether anything but the policy's own distribution may be drawn from."""
-    return bool(_reshapes(config.sampler) or own_rule(config))
+    """Whether a first draw may be from anything but the policy's own distribution."""
+    return _reshapes(config) or selection.draws_hotter(config.rollout, "next_time")
 
 
 def own_rule(config: Config) -> list[Any]:
@@ -28,67 +25,52 @@ def own_rule(config: Config) -> list[Any]:
     return list(config.generator.engine.get("logits_processors") or ())
 
 
-def _reshapes(sampler: Sampler) -> bool:
-    """Whether `sampler` changes the distribution that tokens are drawn from."""
-    return (sampler.rule or reshape.FIXED) != reshape.FIXED or sampler.failed.factor != 1.0
+def _reshapes(config: Config) -> bool:
+    return _has_rule(config.sampler) or bool(own_rule(config))
+
+
+def _has_rule(sampler: Sampler) -> bool:
+    """Whether `sampler.rule` changes the distribution that tokens are drawn from."""
+    return (sampler.rule or reshape.FIXED) != reshape.FIXED
 
 
 def notes_entropy(config: Config) -> bool:
-    """Whether the engines need the logits processor that notes and shapes."""
-    return _ruled(config) or config.rollout.second.factor != 1.0
+    """Whether the engines need the logits processor that notes and reshapes."""
+    return _notes_first(config) or config.rollout.second.factor != 1.0
 
 
-def _ruled(config: Config) -> bool:
-    """Whether first draws are under a rule, if only one that notes and changes nothing."""
-    return _reshapes(config.sampler) or rollout_plan.reads_entropy(config.rollout)
+def _notes_first(config: Config) -> bool:
+    """Whether first draws are noted, if only by a rule that changes nothing."""
+    return _has_rule(config.sampler) or rollout_plan.reads_entropy(config.rollout)
 
 
-def plain_sampling(config: Config, temperature: float) -> Sampling:
-    """The policy's own distribution at `temperature`; 0 is greedy."""
+def plain_draw(config: Config) -> Draw:
+    """The policy's own distribution at `sampler.temperature`; 0 is greedy."""
     s = config.sampler
-    return Sampling(temperature, config.rollout.max_tokens, tool.stop_strings(config), s.top_p, s.top_k)
+    return Draw(s.temperature, config.rollout.max_tokens, tool.stop_strings(config), s.top_p, s.top_k)
 
 
-def training_sampling(config: Config, temperature: float, tokenizer: Any) -> Sampling:
-    """As the sampler of the configuration draws; a greedy draw is never shaped."""
-    s, base = config.sampler, plain_sampling(config, temperature)
-    if config.rollout.repetition.count:
-        base = replace(base, loops=selection.loops(config.rollout))
-    if temperature == 0 or not _ruled(config):
-        return base
-    put = insert_token(s.insert, tokenizer)
-    return base.under(dict(s.rule or reshape.FIXED), insert=put, inserts=s.inserts)
+def training_draw(config: Config, tokenizer: Any) -> Draw:
+    """As the sampler of the configuration draws."""
+    s, plain = config.sampler, replace(plain_draw(config), repetitions=config.rollout.repetition.count)
+    if not _notes_first(config):
+        return plain
+    return replace(plain, rule=dict(s.rule or reshape.FIXED), insert=insert_token(s.insert, tokenizer))
 
 
-def measuring_sampling(config: Config, temperature: float, tokenizer: Any) -> Sampling:
-    """As an evaluation draws: the engine notes exact entropies, and shapes only where evaluate.shaped asks.
+def evaluation_draw(config: Config) -> Draw:
+    """The policy as it is, its exact entropies noted.
 
     A greedy draw notes nothing; nor does an engine that decodes speculatively, which takes no processors.
     """
-    if temperature == 0 or config.generator.engine.get("speculative_config"):
-        return plain_sampling(config, temperature)
-    drawn = (
-        training_sampling(config, temperature, tokenizer)
-        if config.evaluate.shaped
-        else plain_sampling(config, temperature)
-    )
-    return drawn if drawn.rule else drawn.under(reshape.FIXED)
-
-
-def measures_entropy(config: Config) -> str:
-    """How an evaluation draws, in words: it heats no prompt, whatever failed in training."""
-    greedy_or_plain = config.sampler.temperature == 0 or config.generator.engine.get("speculative_config")
-    fixed = (config.sampler.rule or reshape.FIXED) == reshape.FIXED
-    return "fixed" if fixed or greedy_or_plain or not config.evaluate.shaped else _ruled_by(config.sampler)
-
-
-def heat(config: Config) -> Heat:
-    """What becomes of prompts that failed."""
-    return Heat(config.sampler.failed.factor, config.sampler.failed.most)
+    plain = plain_draw(config)
+    if plain.temperature == 0 or config.generator.engine.get("speculative_config"):
+        return plain
+    return replace(plain, rule=reshape.FIXED)
 
 
 def insert_token(text: str | None, tokenizer: Any) -> int | None:
-    """The one token that `sampler.insert` is; PreflightError when the tokenizer has no such token."""
+    """The one token that `sampler.insert` is; PreflightError if the tokenizer has no such token."""
     if text is None:
         return None
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -103,36 +85,25 @@ def insert_token(text: str | None, tokenizer: Any) -> int | None:
 
 def describe_sampler(sampler: Sampler) -> str:
     """The sampler in words, for a run's header."""
-    if sampler.failed.factor == 1.0:
-        return _ruled_by(sampler)
-    heated = f"failed prompts x {sampler.failed.factor:g} each time, at most {sampler.failed.most:g}"
-    return f"{_ruled_by(sampler)}; {heated}"
-
-
-def _ruled_by(sampler: Sampler) -> str:
-    said = f"rule {(sampler.rule or reshape.FIXED)['fn']}, factor on T: {reshape.describe_rule(sampler.rule)}"
+    rule = f"rule {(sampler.rule or reshape.FIXED)['fn']}, factor on T: {reshape.describe_rule(sampler.rule)}"
     if sampler.insert is None:
-        return said
-    return f"{said}; insert {sampler.insert!r} where unsure, at most {sampler.inserts} a response"
+        return rule
+    return f"{rule}; insert {sampler.insert!r} where unsure, once a response"
 
 
 def check_sampler(config: Config) -> None:
     """What is wrong with a sampler whatever it is used for."""
     s = config.sampler
     reshape.build_rule(s.rule)
-    if s.temperature < 0:
-        raise ConfigError(f"sampler.temperature={s.temperature:g} must be at least 0")
-    if 0 < s.temperature < LEAST:
+    if 0 < s.temperature < MINIMUM:
         raise ConfigError(
-            f"sampler.temperature={s.temperature:g}: vLLM draws at {LEAST:g} instead, and log-probs and "
-            f"entropies would be of another distribution; say {LEAST:g} or more (an evaluation may say 0)"
+            f"sampler.temperature={s.temperature:g}: vLLM draws at {MINIMUM:g} instead, and log-probs and "
+            f"entropies would be of another distribution; say {MINIMUM:g} or more (an evaluation may say 0)"
         )
-    if s.failed.factor <= 0 or s.failed.most < 1:
-        raise ConfigError("sampler.failed.factor must be above 0 and sampler.failed.most at least 1")
-    if s.inserts < 1 or (s.insert is not None and (s.rule or {}).get("fn") != "quadrants"):
+    if s.insert is not None and (s.rule or {}).get("fn") != "quadrants":
         raise ConfigError(
-            f"sampler.insert={s.insert!r} needs a rule that says where it is unsure (sampler=quadrants), and "
-            f"sampler.inserts={s.inserts} must be at least 1; with sampler.insert=null nothing is inserted"
+            f"sampler.insert={s.insert!r} needs a rule that says where it is unsure: choose "
+            "sampler=quadrants, or sampler.insert=null"
         )
 
 
@@ -151,23 +122,18 @@ def check_training_sampler(config: Config) -> None:
             f"generator.engine.logprobs_mode={engine['logprobs_mode']}: an engine that does not report the "
             f"log-probs it sampled from cannot be trained on; drop it, {REPORTED} is what is used"
         )
-    if not reshapes(config):
+    if not _reshapes(config):
         return
-    what, instead = _shaper(config)
+    what, instead = f"generator.engine.logits_processors={own_rule(config)}", "drop them"
+    if _has_rule(config.sampler):
+        what, instead = "this sampler", "choose sampler=fixed"
     if engine.get("speculative_config"):
         raise ConfigError(
-            f"{what} shapes what vLLM draws, and with speculative decoding vLLM takes no logits processors: "
-            f"drop generator.engine.speculative_config, or {instead}"
+            f"{what} reshapes what vLLM draws from, and with speculative decoding vLLM takes no logits "
+            f"processors: drop generator.engine.speculative_config, or {instead}"
         )
     if not selection.corrected(config.objective):
         raise ConfigError(
             f"{what} draws from another distribution than the policy's and objective.correction is `none`: "
             f"say 'objective.correction={{fn: truncated_importance}}', or {instead}"
         )
-
-
-def _shaper(config: Config) -> tuple[str, str]:
-    """What shapes, and how to do without it, for an error."""
-    if _reshapes(config.sampler):
-        return "this sampler", "choose sampler=fixed"
-    return f"generator.engine.logits_processors={own_rule(config)}", "drop them"

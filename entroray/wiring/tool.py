@@ -66,8 +66,7 @@ def check_tool(config: Config) -> None:
         )
     if config.sampler.insert is not None:
         raise ConfigError(
-            "sampler.inserts counts the tokens put into one turn, so sampler.insert cannot be combined with "
-            "rollout.tool: drop one of them"
+            "sampler.insert puts a token into each turn and cannot be combined with rollout.tool: drop one"
         )
 
 
@@ -78,7 +77,7 @@ def with_tool(
     tool: Tool,
     report: Callable[..., None] = lambda kind, **fields: None,
 ) -> Generator:
-    """`generator` itself, or with the tool of these settings between its turns."""
+    """`generator`, with the tool of these settings between its turns if there is one."""
     if not uses_tool(config):
         return generator
     ids, decode = _encode(tokenizer), lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
@@ -88,7 +87,7 @@ def with_tool(
 def encode_answer(
     config: Config, tokenizer: Any, answer: str | WorkedAnswer
 ) -> tuple[list[int], tuple[Span, ...]]:
-    """The ids of a demonstration, and which of them the tool says; ConfigError where there is none to."""
+    """The ids of a demonstration, and which of them are the tool's; ConfigError for calls without a tool."""
     if isinstance(answer, str):
         return tokenizer.encode(answer, add_special_tokens=False), ()
     if not uses_tool(config):
@@ -108,5 +107,5 @@ def describe_tool(config: Config) -> str:
 
 
 def _encode(tokenizer: Any) -> Callable[[str], list[int]]:
-    """What a tool says is text, whatever it says: no special token is read out of it."""
+    """The answer of a tool is text: no special token is read out of it."""
     return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -16,13 +16,7 @@ from entroray.data.demonstrations import NAMES, WorkedAnswer, find_demonstration
 from entroray.data.sources import Row
 from entroray.errors import ConfigError
 from entroray.objective import build_objective
-from entroray.train.warm_start import (
-    WarmStart,
-    demonstration_group,
-    overshoot_remedy,
-    sampled_accuracy,
-    warm_start,
-)
+from entroray.train.warm_start import demonstration_group, overshoot_remedy, sampled_accuracy, warm_start
 from entroray.types import Group
 from entroray.wiring import actors, compose, dataset, sampler, tool
 from entroray.workers import cluster
@@ -141,18 +135,9 @@ def _supervised(config: Config) -> Config:
     return replace(config, learner=learner, driver=driver, generator=generator, seed=SEED)
 
 
-def _warmup(plan: WarmStartConfig) -> WarmStart:
-    return WarmStart(
-        band=(plan.band[0], plan.band[1]),
-        max_steps=plan.max_steps,
-        rows_per_step=plan.rows_per_step,
-        check_every=plan.check_every,
-    )
-
-
 def _ended(reached: float, whole: float, steps: float, plan: WarmStartConfig) -> str:
     """What a warm start came to, in words: the accuracy, and the seconds of all of it and of its steps."""
-    beyond = overshoot_remedy(reached, _warmup(plan))
+    beyond = overshoot_remedy(reached, plan)
     said = f"sampled accuracy {reached:.2f} after {whole:.0f} s ({steps:.0f} s of steps)"
     return f"{said}, {beyond}" if beyond else said
 
@@ -162,17 +147,17 @@ async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
     objective = build_objective(compose.objective_row("supervised"))
     probe = dataset.probe_ids(read.tokenizer)
     m = await actors.start_actors(config, start, objective, read.judge, probe, total_updates=plan.max_steps)
-    drawn = m.generator_role(sampler.plain_sampling(config, config.sampler.temperature))
-    generator = tool.with_tool(config, read.tokenizer, drawn, m.verifier_role())
+    generator = tool.with_tool(config, read.tokenizer, m.generator_role(), m.verifier_role())
+    draw = sampler.plain_draw(config)
     checks = read.split.training[: 2 * plan.rows_per_step]
     began = time.monotonic()
     reached = await warm_start(
         _demonstrations(config, read),
-        m.learner_role(objective),
+        m.learner_role(),
         m.sync,
         objective,
-        lambda: sampled_accuracy(generator, m.verifier_role(), checks, SEED),
-        _warmup(plan),
+        lambda: sampled_accuracy(generator, m.verifier_role(), checks, draw, SEED),
+        plan,
         _report,
     )
     await m.export(str(done))
@@ -182,10 +167,10 @@ async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
 
 def _demonstrations(config: Config, read: dataset.Dataset) -> Iterator[Group]:
     answers = {name: _answers(name, part) for name, part in dataset.tasks(config).items()}
-    end, most = read.tokenizer.eos_token_id, config.rollout.max_tokens
+    end, longest = read.tokenizer.eos_token_id, config.rollout.max_tokens
     for prompt in dataset.prompt_order(config, read.split.demonstrations, config.seed):
-        ids, said = tool.encode_answer(config, read.tokenizer, answers[prompt.domain](prompt.entry))
-        yield demonstration_group(prompt, [*ids, end][:most], said)
+        ids, spans = tool.encode_answer(config, read.tokenizer, answers[prompt.domain](prompt.entry))
+        yield demonstration_group(prompt, [*ids, end][:longest], spans)
 
 
 def _answers(name: str, part: Part) -> Callable[[Row], str | WorkedAnswer]:

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 
 from entroray.errors import InfrastructureError
-from entroray.types import Rollout, Status
+from entroray.types import Draw, Rollout, Status
 from entroray.workers.vllm_request import (
     Request,
-    Sampling,
     as_rollout,
     partial_completion,
     probe_params,
@@ -96,7 +95,7 @@ class Generator:
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-prob (nats, T=1) of every token but the first, under the weights served now."""
-        request = Request("probe", tuple(token_ids), (0,), Sampling(1.0, 1), deadline=60.0)
+        request = Request("probe", tuple(token_ids), (0,), Draw(1.0, 1), deadline=60.0)
         return await self._post(lambda future: self._admit(request, future, probe=True))
 
     async def stage(self, payload: np.ndarray) -> str:
@@ -169,7 +168,7 @@ class Generator:
 
     def _warm_up(self) -> None:
         done: Future = Future()
-        request = Request("warm-up", (1, 2, 3), (0, 1), Sampling(1.0, 4), deadline=600.0)
+        request = Request("warm-up", (1, 2, 3), (0, 1), Draw(1.0, 4), deadline=600.0)
         self._admit(request, done)
         while not done.done():
             self._collect(self.engine.step())
@@ -205,21 +204,21 @@ class Generator:
         for name, seed in zip(names, request.seeds, strict=True):
             self.owner[name] = key
             wanted = probe_params() if probe else sampling_params(request, seed, self._noted(name))
-            self.engine.add_request(name, {"prompt_token_ids": request.read}, wanted)
+            self.engine.add_request(name, {"prompt_token_ids": request.input_ids}, wanted)
 
     def _collect(self, outputs: list[Any]) -> None:
         finished = [output for output in outputs if output.finished]
         keys = [self.owner.pop(output.request_id) for output in finished]
         owners = [self.waiting[key] for key in keys]
-        shaped = [o.request_id for o, w in zip(finished, owners, strict=True) if w.request.sampling.rule]
-        notes = dict(zip(shaped, self._drain_notes(shaped), strict=True))
+        noted = [o.request_id for o, w in zip(finished, owners, strict=True) if w.request.draw.notes]
+        notes = dict(zip(noted, self._drain_notes(noted), strict=True))
         for output, waiting in zip(finished, owners, strict=True):
             self._deliver(waiting, output, notes.get(output.request_id))
         for key in dict.fromkeys(keys):  # once all that finished in this step are in
             self._settle(key)
 
     def _deliver(self, waiting: _Waiting, output: Any, notes: np.ndarray | None) -> None:
-        if output.prompt_token_ids != waiting.request.read:
+        if output.prompt_token_ids != waiting.request.input_ids:
             raise InfrastructureError(f"the engine read {output.prompt_token_ids}, not what it was given")
         if output.prompt_logprobs is not None:
             waiting.done[output.request_id] = prompt_logprobs(output)  # type: ignore[assignment]
@@ -246,9 +245,10 @@ class Generator:
     def _settle(self, key: str) -> None:
         """Answer when every sample is in, or enough of them are."""
         waiting = self.waiting[key]
-        if waiting.request.enough is not None and len(waiting.done) >= waiting.request.enough:
+        enough = waiting.request.draw.enough
+        if enough is not None and len(waiting.done) >= enough:
             self._give_up(waiting, Status.ABANDONED)
-            for name in list(waiting.done)[waiting.request.enough :]:  # as they finished
+            for name in list(waiting.done)[enough:]:  # as they finished
                 waiting.done[name] = replace(waiting.done[name], status=Status.ABANDONED)
         if waiting.left:
             return
@@ -269,7 +269,7 @@ class Generator:
         late = sorted(waiting.left)
         begun = [partial_completion(self.engine, name) for name in late]
         self.engine.abort_request(late)
-        if waiting.request.sampling.rule:
+        if waiting.request.draw.notes:
             self._drain_notes(late)
         for name, there in zip(late, begun, strict=True):
             self.owner.pop(name, None)

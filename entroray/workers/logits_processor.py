@@ -1,7 +1,7 @@
 """Samplers inside vLLM: one V1 logits processor that measures H and V, reshapes, and notes what it did.
 
-vLLM loads it by name (`request.PROCESSOR`) into the process that samples, and runs it after the temperature,
-on random rows only. It sees rows of a batch; a request brings its own name and its rule along in
+vLLM loads it by name (`vllm_request.PROCESSOR`) into the process that samples, and runs it after the
+temperature, on random rows only. It sees rows of a batch; a request brings its own name and its rule along in
 `SamplingParams.extra_args`, and notes are kept by that name and by position, the number of tokens already
 there. A request that is pre-empted comes back under the same name and goes on writing where it stopped; a
 position sampled twice (a chunk of a prompt, whose sample vLLM throws away) is overwritten.
@@ -42,9 +42,9 @@ class Notes:
         """The slot of a request: its own again when it comes back from pre-emption."""
         if name in self.slots:
             return self.slots[name]
-        slots, most, _ = self.values.shape
-        if not self.free or room > most:
-            self._grow(slots if self.free else 2 * slots, max(room, most))
+        slots, length, _ = self.values.shape
+        if not self.free or room > length:
+            self._grow(slots if self.free else 2 * slots, max(room, length))
         self.slots[name] = slot = self.free.pop()
         return slot
 
@@ -53,9 +53,9 @@ class Notes:
         self.values[: len(old), : old.shape[1]] = old
         self.free += range(len(old), slots)
 
-    def inserted(self, slot: int, position: int) -> int:
-        """Tokens put before `position`: those without a temperature."""
-        return int(np.isnan(self.values[slot, :position, 2]).sum())
+    def inserted(self, slot: int, position: int) -> bool:
+        """Whether a token was put before `position`: one without a temperature."""
+        return bool(np.isnan(self.values[slot, :position, 2]).any())
 
     def close(self, name: str) -> NDArray[np.float32] | None:
         """[room, 3] of a request that is over; its slot is free again."""
@@ -89,7 +89,6 @@ class Row:
     temperature: float
     factor: float
     insert: int | None
-    inserts: int
 
 
 @lru_cache(maxsize=64)  # of a rule that a controller moves, each step has its own
@@ -98,13 +97,12 @@ def _rule(spec: str) -> partial[temperature_rules.TemperatureChoice]:
 
 
 def _row(params: SamplingParams, _: list[int] | None, tokens: list[int]) -> Row | None:
-    """What a request asks for; None when it asks for nothing."""
+    """What a request asks for; None if it asks for nothing."""
     asked: Mapping[str, Any] | None = (params.extra_args or {}).get(KEY)
     if asked is None:
         return None
     slot = NOTES.open(asked["name"], params.max_tokens or 1)
-    settings = (asked["factor"], asked["insert"], asked["inserts"])
-    return Row(slot, tokens, asked["rule"], params.temperature, *settings)
+    return Row(slot, tokens, asked["rule"], params.temperature, asked["factor"], asked["insert"])
 
 
 @dataclass(frozen=True)
@@ -182,11 +180,11 @@ def _draw_from(logits: Tensor, bundle: Bundle) -> None:
 
 
 def _insert(logits: Tensor, bundle: Bundle, unsure: Tensor, values: NDArray[np.float32]) -> None:
-    """Put a request's own token where the rule is unsure, while it may; such a token has no temperature."""
+    """Put a request's own token where the rule is unsure, once; such a token has no temperature."""
     for place in unsure.nonzero().squeeze(-1).tolist():
         row = bundle.rows[place]
         position = len(row.tokens)
-        if row.insert is not None and NOTES.inserted(row.slot, position) < row.inserts:
+        if row.insert is not None and not NOTES.inserted(row.slot, position):
             at, token = torch.tensor([place]), torch.tensor([row.insert])
             reshape.keep_only(logits, at.to(logits.device), token.to(logits.device))
             values[place, 2] = np.nan

@@ -1,9 +1,10 @@
 """Pools and gangs of actors in the shape of the roles the driver knows."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,52 +14,31 @@ from entroray.metrics.update import update_metrics
 from entroray.objective import Objective, count_tokens
 from entroray.policy.microbatches import Rows, cut_by_groups, plan_microbatches
 from entroray.roles import Scores
-from entroray.rollout.heat import Heat
-from entroray.rollout.reshape import FIXED
-from entroray.rollout.splice import openings
-from entroray.types import Answer, Batch, Prompt, Rollout, Tokens, Verdict
+from entroray.types import Answer, Batch, Draw, Prompt, Rollout, Tokens, Verdict
 from entroray.workers.cluster import Gang, Pool
 from entroray.workers.engine_pool import EnginePool
-from entroray.workers.generator import Request, Sampling
-from entroray.workers.vllm_request import first_token_request
+from entroray.workers.vllm_request import Request
 
 
-@dataclass
+class Engine(Protocol):
+    async def sample(self, request: Request) -> list[Rollout]:
+        """One rollout per seed, in order."""
+        ...
+
+
+@dataclass(frozen=True)
 class GeneratorRole:
-    """The engines as a Generator; `sampling` may be changed between requests, those in flight keep theirs."""
+    """One engine, or a pool of them, as a Generator."""
 
-    engines: EnginePool
-    sampling: Sampling
+    engine: Engine
     deadline: float
-    heat: Heat = field(default_factory=Heat)
-    factor: float = 1.0
-    enough: int | None = None
+    """Seconds for each call."""
 
-    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
-        sampling = replace(self.sampling, factor=self.heat.of(prompt.id) * self.factor)
-        request = Request(prompt.id, prompt.token_ids, tuple(seeds), sampling, self.deadline, tuple(after))
-        return await self.engines.sample(replace(request, enough=self.enough))
-
-    def hotter(self, factor: float) -> "GeneratorRole":
-        """The same engines, drawing at `factor` times the temperature and noting it."""
-        sampling = self.sampling if self.sampling.rule else self.sampling.under(FIXED)
-        return replace(self, sampling=sampling, factor=factor)
-
-    def first(self, count: int) -> "GeneratorRole":
-        """The same engines, giving up what is left of a request when `count` of it have finished."""
-        return replace(self, enough=count)
-
-    def at(self, temperature: float) -> "GeneratorRole":
-        """The same at another temperature of the policy."""
-        return replace(self, sampling=replace(self.sampling, temperature=temperature))
-
-    def moved(self, rule: Mapping[str, float], max_tokens: float | None) -> "GeneratorRole":
-        """The same with numbers of the sampler's rule set, and a longest response; None leaves that."""
-        return replace(self, sampling=self.sampling.moved(rule, max_tokens))
-
-    async def first_tokens(self, prompt: Prompt, count: int) -> list[Rollout]:
-        (drawn,) = await self.engines.sample(first_token_request(prompt, count, self.sampling, self.deadline))
-        return openings(drawn)
+    async def sample(
+        self, prompt: Prompt, seeds: Sequence[int], draw: Draw, after: Sequence[int] = ()
+    ) -> list[Rollout]:
+        request = Request(prompt.id, prompt.token_ids, tuple(seeds), draw, self.deadline, tuple(after))
+        return await self.engine.sample(request)
 
 
 @dataclass(frozen=True)
@@ -81,21 +61,18 @@ class LearnerRole:
     """The gang of ranks as a Learner: cuts rows into updates and micro-batches, gathers columns."""
 
     gang: Gang
-    objective: Objective
-    updates: int
     token_budget: int
     deadline: float
     engines: EnginePool | None = None
     """Those that must leave the learner the card they share with it, until the next sync."""
-    lr: float | None = None
-    """Learning rate in place of the schedule's base; None leaves it."""
 
-    async def score(self, batch: Batch, group: NDArray[np.int64], extra: Sequence[str] = ()) -> Scores:
+    async def score(
+        self, batch: Batch, group: NDArray[np.int64], updates: int = 1, extra: Sequence[str] = ()
+    ) -> Scores:
         """Scored in the micro-batches it will be updated in, so that the first ratio is exactly 1."""
         if self.engines:
             await self.engines.call_all(lambda h: h.sleep.remote(), deadline=self.deadline, what="sleeping")
-        most = min(self.updates, len(np.unique(group)))  # what is only read may be fewer groups than a step
-        plans = replace(self, updates=most)._plans(batch, group)
+        plans = self._plans(batch, group, min(updates, len(np.unique(group))))
         per_rank = [[m for p in plans for m in p[rank]] for rank in range(len(self.gang.handles))]
         scored = await self.gang.all(
             lambda rank, h: h.score.remote([batch.rows(rows) for rows in per_rank[rank]], tuple(extra)),
@@ -103,10 +80,12 @@ class LearnerRole:
         )
         return _scatter(batch.response_lengths, per_rank, scored)
 
-    async def update(self, batch: Batch, tokens: Tokens) -> dict[str, float]:
+    async def update(
+        self, batch: Batch, tokens: Tokens, objective: Objective, updates: int = 1, lr: float | None = None
+    ) -> dict[str, float]:
         """`updates` optimizer updates, each over whole groups, with its own global counts."""
         sums: list[list[dict[str, float]]] = []
-        for micros in self._plans(batch, tokens.group.numpy()):
+        for micros in self._plans(batch, tokens.group.numpy(), updates):
             counts = count_tokens(tokens.take(torch.from_numpy(np.sort(np.concatenate(_flatten(micros))))))
             sums.append(
                 await self.gang.all(
@@ -115,19 +94,19 @@ class LearnerRole:
                             (batch.rows(r), replace(tokens.take(torch.from_numpy(r)), counts=c))
                             for r in m[rank]
                         ],
-                        self.objective,
-                        self.lr,
+                        objective,
+                        lr,
                     ),
                     deadline=self.deadline,
                 )
             )
         return _summary(sums)
 
-    def _plans(self, batch: Batch, group: NDArray[np.int64]) -> list[list[list[Rows]]]:
+    def _plans(self, batch: Batch, group: NDArray[np.int64], updates: int) -> list[list[list[Rows]]]:
         """[update][rank][micro-batch] -> rows."""
         lengths = batch.prompt_lengths + batch.response_lengths
         plans = []
-        for rows in cut_by_groups(group, self.updates):
+        for rows in cut_by_groups(group, updates):
             local = plan_microbatches(
                 lengths[rows], ranks=len(self.gang.handles), token_budget=self.token_budget
             )

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from entroray.config import ModelSize
+from entroray.config import WarmStartConfig
 from entroray.policy.tiny_model import build_tiny_model
+from entroray.types import Draw
 from entroray.wiring import actors, compose
 from entroray.workers import cluster
-from entroray.workers.generator import Generator, Request, Sampling
+from entroray.workers.generator import Generator, Request
 
 ENGINES: Mapping[str, Mapping[str, Any]] = {
     "no cache": {"enable_prefix_caching": False},
@@ -75,7 +76,7 @@ async def grow(engine: Counting, size: tuple[int, int], asked: argparse.Namespac
     prompt, response = size
     rng = np.random.default_rng(turn)
     prompts = [tuple(int(i) for i in rng.integers(3, 250, prompt)) for _ in range(asked.parents)]
-    whole = Sampling(1.0, response)
+    whole = Draw(1.0, response)
     heads = await wave(engine, [Request("q", p, (turn,), whole, 900.0) for p in prompts])
     afters = [tuple(head[: len(head) // 2]) for head in heads]
     engine.counts.clear()
@@ -91,9 +92,9 @@ async def grow(engine: Counting, size: tuple[int, int], asked: argparse.Namespac
     return Counter(engine.counts) + Counter({"ms": round(1000 * (time.perf_counter() - began))})
 
 
-def limited(whole: Sampling, there: int, only: int) -> Sampling:
+def limited(whole: Draw, there: int, only: int) -> Draw:
     """So that what follows `there` tokens is at most `only` more."""
-    return whole if not only else Sampling(whole.temperature, there + only)
+    return whole if not only else Draw(whole.temperature, there + only)
 
 
 async def measure(folder: str, asked: argparse.Namespace) -> None:
@@ -117,7 +118,8 @@ def main() -> None:
     asked = arguments()
     os.environ.update(cluster.environment() | cluster.CPU_ONLY)
     with tempfile.TemporaryDirectory() as folder:
-        build_tiny_model(Path(folder), ModelSize(context=1536), seed=0)
+        size = WarmStartConfig().size | {"max_position_embeddings": 1536}
+        build_tiny_model(Path(folder), size, seed=0)
         asyncio.run(measure(folder, asked))
 
 

@@ -12,15 +12,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from entroray.config import ModelSize
+from entroray.config import WarmStartConfig
 from entroray.policy.tiny_model import build_tiny_model
+from entroray.types import Draw
 from entroray.wiring import actors, compose
 from entroray.workers import cluster
-from entroray.workers.generator import Generator, Request, Sampling
+from entroray.workers.generator import Generator, Request
 
 PROMPTS = [tuple(int(i) for i in np.random.default_rng(n).integers(0, 250, 16)) for n in range(32)]
 RULES = {
@@ -38,10 +40,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def speed(engine: Generator, sampling: Sampling, group: int, seed: int) -> float:
+async def speed(engine: Generator, draw: Draw, group: int, seed: int) -> float:
     """Tokens a second of one wave, all of it asked for at once."""
     seeds = tuple(range(seed, seed + group))
-    wave = [Request("q", prompt, seeds, sampling, 600.0) for prompt in PROMPTS]
+    wave = [Request("q", prompt, seeds, draw, 600.0) for prompt in PROMPTS]
     began, tokens = time.perf_counter(), 0
     async for _, rollouts in engine.sample_all(wave):
         tokens += sum(r.length for r in rollouts)
@@ -56,13 +58,13 @@ async def measure(folder: str, rounds: int, tokens: int, group: int) -> Mapping[
     for name, config in configs.items():
         engines[name] = Generator(folder, **sizes, engine=actors.engine_options(config))
         await engines[name].start()
-    plain = Sampling(1.0, tokens)
+    plain = Draw(1.0, tokens)
     arms = {"fixed": (engines["fixed"], plain), "fixed, processor loaded": (engines["by_entropy"], plain)}
-    arms |= {name: (engines["by_entropy"], plain.under(rule)) for name, rule in RULES.items()}
+    arms |= {name: (engines["by_entropy"], replace(plain, rule=rule)) for name, rule in RULES.items()}
     found: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
-        for name, (engine, sampling) in random.Random(turn).sample(list(arms.items()), len(arms)):
-            found[name].append(await speed(engine, sampling, group, seed=turn * group))
+        for name, (engine, draw) in random.Random(turn).sample(list(arms.items()), len(arms)):
+            found[name].append(await speed(engine, draw, group, seed=turn * group))
     return {name: speeds[1:] for name, speeds in found.items()}  # the first round warms up
 
 
@@ -70,7 +72,7 @@ def main() -> None:
     asked = arguments()
     os.environ.update(cluster.environment() | cluster.CPU_ONLY)
     with tempfile.TemporaryDirectory() as folder:
-        build_tiny_model(Path(folder), ModelSize(), seed=0)
+        build_tiny_model(Path(folder), WarmStartConfig().size, seed=0)
         found = asyncio.run(measure(folder, asked.rounds, asked.tokens, asked.group))
     for name, speeds in found.items():
         cost = statistics.median(1 - s / f for s, f in zip(speeds, found["fixed"], strict=True))

@@ -14,10 +14,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLOORS = [  # each may import from those before it
-    *("ground", "objective", "metrics", "control", "reward", "policy", "data", "rollout", "train"),
-    *("evaluation", "observe", "workers", "wiring", "cli", "top"),
+    *("ground", "objective", "roles", "metrics", "control", "reward", "policy", "data", "rollout"),
+    *("train", "evaluation", "observe", "workers", "wiring", "cli", "top"),
 ]
-GROUND = {"types", "ops", "config", "errors", "roles", "seeds", "binding", "formula"}
+GROUND = {"types", "ops", "config", "errors", "seeds", "binding", "formula"}
 TOP = {"__init__", "__main__"}
 HOMES = {  # heavy library -> the only folders that may import it
     "ray": {"workers", "wiring", "cli"},

@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entroray.config import ModelSize
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.types import Batch
 
-TINY = ModelSize(layers=2, width=64, heads=2, kv_heads=1, mlp=128, context=512)
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 128,
+    "max_position_embeddings": 512,
+}
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from entroray.config import Config
 from entroray.data.prompts import PromptStream
 from entroray.metrics.diversity import Loops
 from entroray.objective import build_objective
-from entroray.train.driver import Driver, Roles
-from entroray.types import Group, Status
+from entroray.train.driver import Driver, Knobs, Roles
+from entroray.types import Draw, Group, Status
 from entroray.wiring import actors, compose, dataset, driver, sampler, selection
-from entroray.workers.generator import Request, Sampling
+from entroray.workers.generator import Request
 from tests.documented import CHOSEN, matches
 
 FILES = sorted((compose.conf_folder() / "rollout").glob("*.yaml"))
@@ -79,17 +80,17 @@ def steps(running: Machine, config: Config, count: int) -> Book:
     """`count` steps as `entroray train` takes them, on eight prompts that come again and again."""
     loop, m, read = running
     objective, book = build_objective(config.objective), Book()
-    role = m.generator_role(sampler.training_sampling(config, 1.0, read.tokenizer), sampler.heat(config))
-    roles = Roles(role, m.verifier_role(), m.learner_role(objective), m.sync, book)
+    roles = Roles(m.generator_role(), m.verifier_role(), m.learner_role(), m.sync, book)
+    draw = sampler.training_draw(config, read.tokenizer)
+    knobs = Knobs(objective, draw, config.learner.updates_per_rollout)
     few = read.split.training[:8]
-    prompts, choice = selection.build_selection(config, PromptStream(few, seed=0), len(few))
+    prompts, chosen = selection.build_selection(config, PromptStream(few, seed=0), len(few))
 
     async def go() -> None:
         await m.learner.all(lambda rank, h: h.adopt.remote(objective), deadline=60.0)
         await m.sync(0)
-        await Driver(prompts, roles, objective, driver.loop_settings(config), seed=0, choice=choice).train(
-            count
-        )
+        pace = driver.loop_settings(config)
+        await Driver(prompts, roles, knobs, pace, seed=0, selection=chosen).train(count)
 
     loop.run_until_complete(asyncio.wait_for(go(), 120.0))
     return book
@@ -103,7 +104,7 @@ def test_every_row_trains(running: Machine, model: str, folder: Path, name: str)
     chosen = {n for s in told for n in s if n.startswith(("prompts/", "replay/", "second/", "early/"))}
     chosen |= {n for s in told for n in s if n == "repetition/looped"}
     assert all(matches(n, CHOSEN) for n in chosen)
-    assert bool(chosen) == (name not in ("plain", "drop_surplus"))
+    assert bool(chosen) == (name not in ("plain", "drop_surplus", "hotter_next_time"))
     assert all(np.isfinite(s["update/loss"]) for s in told)
 
 
@@ -115,8 +116,8 @@ def test_a_second_draw_is_hotter_by_its_factor_and_its_log_probs_say_so(
     second = [g for g in book.groups if g.earlier]
     assert second and book.steps[0]["second/groups"] == len(second) / 6
     for g in second:
-        assert g.earlier[0].share_right == 0 and all(r.shaped is None for r in g.earlier[0].rollouts)
-        heat = np.concatenate([r.shaped.temperature for r in g.rollouts if r.shaped])
+        assert g.earlier[0].share_right == 0 and all(r.notes is None for r in g.earlier[0].rollouts)
+        heat = np.concatenate([r.notes.temperature for r in g.rollouts if r.notes])
         assert set(np.round(heat, 5)) == {1.5} and {r.temperature for r in g.rollouts} == {1.0}
     assert book.steps[0]["mismatch/max"] > 0.01, "drawn from another distribution, and corrected for"
 
@@ -124,7 +125,7 @@ def test_a_second_draw_is_hotter_by_its_factor_and_its_log_probs_say_so(
 def test_a_replayed_success_is_weighed_against_the_weights_of_now(
     running: Machine, model: str, folder: Path
 ) -> None:
-    config = configured(model, folder, "rollout=replay", "rollout.replay.rare=0.5", "learner.lr=1e-3")
+    config = configured(model, folder, "rollout=replay", "learner.lr=1e-3")
     book = steps(running, config, 6)
     used = [s for s in book.steps if s["replay/groups"]]
     assert used and all(s["lag/max"] == 0 and s["replay/age"] >= 1 for s in used)
@@ -138,10 +139,10 @@ def ask(running: Machine, request: Request) -> list[Any]:
 
 
 def test_the_engine_gives_up_the_slow_and_goes_on(running: Machine) -> None:
-    plain = Sampling(1.0, 24, stop=tuple("etaoinsrhl123 "))
-    for drawing in (plain, plain.under({"fn": "fixed"})):
+    plain = Draw(1.0, 24, stop=tuple("etaoinsrhl123 "))
+    for drawing in (plain, replace(plain, rule={"fn": "fixed"})):
         whole = ask(running, Request("q", (5, 6, 7), tuple(range(12)), drawing, 60.0))
-        early = ask(running, Request("q", (5, 6, 7), tuple(range(12)), drawing, 60.0, enough=4))
+        early = ask(running, Request("q", (5, 6, 7), tuple(range(12)), replace(drawing, enough=4), 60.0))
         taken = [i for i, r in enumerate(early) if r.status.usable]
         assert len(taken) == 4 and {str(r.status) for r in early} <= {"ok", "truncated", "abandoned"}
         assert all(early[i].token_ids.tolist() == whole[i].token_ids.tolist() for i in taken)
@@ -155,9 +156,9 @@ def test_the_engine_gives_up_the_slow_and_goes_on(running: Machine) -> None:
 
 def test_a_loop_is_stopped_where_it_closes_and_nowhere_else(running: Machine) -> None:
     """Twice the same token is rare enough in a random model, and frequent enough."""
-    loops, seeds = Loops(count=2, shortest=1, longest=2), tuple(range(64))
-    whole = ask(running, Request("q", (5, 6, 7), seeds, Sampling(1.0, 40), 60.0))
-    cut = ask(running, Request("q", (5, 6, 7), seeds, Sampling(1.0, 40, loops=loops), 60.0))
+    loops, seeds = Loops(count=2), tuple(range(64))
+    whole = ask(running, Request("q", (5, 6, 7), seeds, Draw(1.0, 40), 60.0))
+    cut = ask(running, Request("q", (5, 6, 7), seeds, Draw(1.0, 40, repetitions=2), 60.0))
     closes = [next((n for n in range(1, 41) if loops(r.token_ids[:n])), None) for r in whole]
     assert 3 < sum(n is not None and n < 40 for n in closes) < 60
     for r, long, at in zip(cut, whole, closes, strict=True):

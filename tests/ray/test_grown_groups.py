@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import torch
 
 from entroray.data.prompts import PromptStream
 from entroray.objective import build_objective
-from entroray.rollout.plans import branching
-from entroray.train.driver import Driver, Roles
-from entroray.types import Group, Prompt, Rollout
+from entroray.rollout.plans import branching, first_token_forks
+from entroray.rollout.splice import cut
+from entroray.train.driver import Driver, Knobs, Roles
+from entroray.types import REASONS, Draw, Group, MaskReason, Prompt, Rollout
 from entroray.wiring import actors, compose, dataset, rollout_plan, sampler
 from entroray.wiring.driver import loop_settings
 from entroray.workers import cluster
 from entroray.workers.cluster import Share
 from entroray.workers.engine_pool import EnginePool
-from entroray.workers.generator import Generator, Sampling
+from entroray.workers.generator import Generator
 from entroray.workers.roles import GeneratorRole
 
 IDS = tuple(int(i) for i in np.random.default_rng(1).integers(0, 250, 20))
@@ -45,13 +47,11 @@ def alone(engine: Any) -> EnginePool:
     return EnginePool([engine], lambda: None, sender, **settings)
 
 
-def ask(engine: Any, sampling: Sampling, method: str, *arguments: Any) -> list[Rollout]:
-    """What a role of the driver's answers, over this one engine."""
+def ask(engine: Any, plan: Any, seeds: list[int], draw: Draw) -> list[Rollout]:
+    """What a plan draws from this one engine."""
 
     async def asked() -> list[Rollout]:
-        engines = alone(engine)
-        role = GeneratorRole(engines, sampling, 100.0)
-        return await getattr(role, method)(PROMPT, *arguments)
+        return await plan(GeneratorRole(alone(engine), 100.0), PROMPT, seeds, draw)
 
     return asyncio.run(asked())
 
@@ -66,39 +66,35 @@ def logprobs(model: str, response: list[int], temperature: float = 1.0) -> torch
     return (logits.double() / temperature).log_softmax(-1)
 
 
-def test_the_first_tokens_are_the_likeliest_that_do_not_end_the_response(engine: Any, model: str) -> None:
+def test_forks_begin_with_the_top_tokens_that_do_not_end_the_response(engine: Any, model: str) -> None:
     from transformers import AutoTokenizer
 
-    firsts = ask(engine, Sampling(0.7, 9), "first_tokens", 10)
+    forks = ask(engine, first_token_forks, list(range(10)), Draw(0.7, 9))
+    firsts = [cut(r, 1) for r in forks]
     logp = logprobs(model, [], 0.7)[0]
     logp[AutoTokenizer.from_pretrained(model).eos_token_id] = -torch.inf
     best = logp.log_softmax(-1).topk(10)
     assert [r.token_ids.tolist() for r in firsts] == [[i] for i in best.indices.tolist()]
     stated = np.array([r.logprobs[0] for r in firsts])
     np.testing.assert_allclose(stated, best.values, atol=1e-4)
-    assert {(str(r.status), r.limit, r.length) for r in firsts} == {("ok", 1, 1)}
+    assert {(r.limit, int(r.observed[0])) for r in firsts} == {(9, REASONS.index(MaskReason.FORCED))}
+    assert all(r.length <= 9 and (r.observed[1:] < 0).all() for r in forks)
 
 
 def test_a_branch_has_read_what_it_inherited(engine: Any, model: str) -> None:
     """Its log-probs and entropies are the policy's after the prompt and its parent's tokens, at T = 1."""
-    noting = Sampling(1.0, 40).under({"fn": "fixed"})
-
-    async def grown() -> list[Rollout]:
-        engines = alone(engine)
-        return await branching(
-            GeneratorRole(engines, noting, 100.0), PROMPT, list(range(8)), roots=2, places=2
-        )
-
-    members = asyncio.run(grown())
+    noted = Draw(1.0, 40, rule={"fn": "fixed"})
+    grow = partial(branching, roots=2, places=2)
+    members = ask(engine, grow, list(range(8)), noted)
     assert [r.parent for r in members] == [None, None, 0, 0, 0, 1, 1, 1]
     for r in members:
         logp = logprobs(model, r.token_ids.tolist())[:-1]
         stated = logp.gather(-1, torch.tensor(r.token_ids).long()[:, None]).squeeze(-1)
         np.testing.assert_allclose(r.logprobs, stated, atol=1e-4)
-        assert r.shaped is not None and r.length <= 40
-        np.testing.assert_allclose(r.shaped.entropy, -(logp.exp() * logp).sum(-1), atol=1e-3)
+        assert r.notes is not None and r.length <= 40
+        np.testing.assert_allclose(r.notes.entropy, -(logp.exp() * logp).sum(-1), atol=1e-3)
         assert (r.observed >= 0).tolist() == [t < r.inherited for t in range(r.length)]
-    again = asyncio.run(grown())
+    again = ask(engine, grow, list(range(8)), noted)
     assert [r.token_ids.tolist() for r in again] == [r.token_ids.tolist() for r in members]
 
 
@@ -149,10 +145,11 @@ async def _every_plan(config: Any, model: str) -> dict[str, list[tuple[Mapping[s
     found, state = {}, None
     for name in ("branching", "tree", "first_token_forks"):
         config.rollout.plan = {"fn": name}
-        notes, role = Notes(), m.generator_role(sampler.training_sampling(config, 1.0, read.tokenizer))
-        roles = Roles(role, m.verifier_role(), m.learner_role(objective), m.sync, notes)  # type: ignore[arg-type]
+        notes, draw = Notes(), sampler.training_draw(config, read.tokenizer)
+        knobs = Knobs(objective, draw, config.learner.updates_per_rollout)
+        roles = Roles(m.generator_role(), m.verifier_role(), m.learner_role(), m.sync, notes)  # type: ignore[arg-type]
         stream, pace = PromptStream(read.split.training, seed=0), loop_settings(config)
-        driver = Driver(stream, roles, objective, pace, seed=0, plan=rollout_plan.bind_plan(config.rollout))
+        driver = Driver(stream, roles, knobs, pace, seed=0, plan=rollout_plan.bind_plan(config.rollout))
         if state:
             driver.restore(state)
         await driver.train(driver.version + 3)

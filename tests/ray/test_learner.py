@@ -61,7 +61,7 @@ async def a_gang(
     gang = Gang("learner", [cluster.spawn(LearnerRank, share, r, *arguments) for r in range(ranks)])
     host, port = await cluster.settle(gang.handles[0].address.remote(), deadline=120.0, what="rank 0")
     await gang.all(lambda r, h: h.start.remote(host, port, 120.0), deadline=180.0)
-    yield LearnerRole(gang, objective, 2, config.learner.token_budget, 120.0), objective
+    yield LearnerRole(gang, config.learner.token_budget, 120.0), objective
     await gang.all(lambda r, h: h.stop.remote(), deadline=60.0)
     for handle in gang.handles:
         ray.kill(handle)
@@ -73,10 +73,10 @@ async def two_steps(model: str, ranks: int, stage: int) -> tuple[list[dict[str, 
     async with a_gang(model, ranks, stage) as (learner, objective):
         for step, count in enumerate((6, 5)):
             batch = assemble(g := groups(count, seed=step))
-            scores = await learner.score(batch, group_index(g))
+            scores = await learner.score(batch, group_index(g), 2)
             tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, step))
-            metrics.append(await learner.update(batch, tokens))
-        final = (await learner.score(batch, group_index(g)))["logprobs"]
+            metrics.append(await learner.update(batch, tokens, objective, 2))
+        final = (await learner.score(batch, group_index(g), 2))["logprobs"]
     return metrics, np.asarray(final)
 
 
@@ -108,13 +108,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(
     async def run() -> tuple[list[dict[str, float]], list[Any]]:
         async with a_gang(model, ranks, stage) as (learner, objective):
             batch = assemble(g := groups(4, seed=0))
-            scores = await learner.score(batch, group_index(g))
+            scores = await learner.score(batch, group_index(g), 2)
             tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, 0))
             poisoned = torch.full_like(tokens.advantages, float("nan"))
             seen, metrics = [scores["logprobs"]], []
             for advantages in (poisoned, tokens.advantages):
-                metrics.append(await learner.update(batch, replace(tokens, advantages=advantages)))
-                seen.append((await learner.score(batch, group_index(g)))["logprobs"])
+                given = replace(tokens, advantages=advantages)
+                metrics.append(await learner.update(batch, given, objective, 2))
+                seen.append((await learner.score(batch, group_index(g), 2))["logprobs"])
             return metrics, seen
 
     metrics, (before, poisoned, after) = asyncio.run(run())
@@ -131,9 +132,9 @@ def test_empty_responses_and_equal_rewards_are_never_an_error(
         async with a_gang(model, 1, 1) as (learner, objective):
             batch = assemble(g := groups(4, seed=0, **odd))
             cut = [replace(x, rollouts=[replace(r, status=Status.TRUNCATED) for r in x.rollouts]) for x in g]
-            scores = await learner.score(batch, group_index(cut))
+            scores = await learner.score(batch, group_index(cut), 2)
             tokens = objective.credit(tokens_of(cut, [objective.estimate(x) for x in cut], scores, 0))
-            return await learner.update(batch, tokens)
+            return await learner.update(batch, tokens, objective, 2)
 
     metrics = asyncio.run(run())
     assert metrics["update/skipped"] == 0 and np.isfinite(metrics["update/loss"])
@@ -149,21 +150,21 @@ def test_an_anchored_learner_begins_anew_where_it_is(
     batch = assemble(g)
 
     async def step(learner: LearnerRole, objective: Objective) -> dict[str, np.ndarray]:
-        scores = await learner.score(batch, group_index(g))
+        scores = await learner.score(batch, group_index(g), 2)
         tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, 0))
-        await learner.update(batch, tokens)
-        return dict(await learner.score(batch, group_index(g)))
+        await learner.update(batch, tokens, objective, 2)
+        return dict(await learner.score(batch, group_index(g), 2))
 
     async def run() -> list[dict[str, np.ndarray]]:
         async with a_gang(model, ranks, stage, "prorl") as (learner, objective):
             seen = [await step(learner, objective)]
             await learner.gang.all(lambda r, h: h.export.remote(folder), deadline=60.0)
             await learner.gang.all(lambda r, h: h.anchor.remote(folder), deadline=120.0)
-            seen += [dict(await learner.score(batch, group_index(g))), await step(learner, objective)]
+            seen += [dict(await learner.score(batch, group_index(g), 2)), await step(learner, objective)]
             await learner.gang.all(lambda r, h: h.save.remote(saved), deadline=60.0)
         async with a_gang(model, ranks, stage, "prorl") as (learner, objective):
             await learner.gang.all(lambda r, h: h.load.remote(saved), deadline=60.0)
-            return [*seen, dict(await learner.score(batch, group_index(g)))]
+            return [*seen, dict(await learner.score(batch, group_index(g), 2))]
 
     before, anchored, after, resumed = asyncio.run(run())
     np.testing.assert_array_equal(before["logprobs"], anchored["logprobs"])

@@ -12,13 +12,12 @@ from entroray.config import Config
 from entroray.data.prompts import PromptStream
 from entroray.errors import PreflightError
 from entroray.objective import build_objective
-from entroray.train.driver import Driver, LoopSettings, Roles
-from entroray.types import Batch, Group, Tokens
+from entroray.train.driver import Driver, Knobs, LoopSettings, Roles
+from entroray.types import Batch, Draw, Group, Tokens
 from entroray.wiring import actors, compose, controllers
 from entroray.wiring.dataset import load_dataset
 from entroray.workers.checkpoint import driver_state
 from entroray.workers.deepspeed_backend import rebase_schedule
-from entroray.workers.generator import Sampling
 
 BONUS = "objective.penalties.0.coef"
 CONTROL = {
@@ -53,13 +52,11 @@ class Memory:
 
 def a_driver(config: Config, m: actors.Actors, read: Any, journal: Memory) -> Driver:
     """As `entroray train` makes it."""
-    objective = build_objective(config.objective)
-    roles = Roles(
-        m.generator_role(Sampling(1.0, 12)), m.verifier_role(), m.learner_role(objective), m.sync, journal
-    )
+    knobs = Knobs(build_objective(config.objective), Draw(1.0, 12), config.learner.updates_per_rollout)
+    roles = Roles(m.generator_role(), m.verifier_role(), m.learner_role(), m.sync, journal)
     control, tune = controllers.build_control(config), controllers.build_tuner(config)
     prompts = PromptStream(read.split.training, seed=0)
-    return Driver(prompts, roles, objective, PACE, seed=0, control=control, tune=tune)
+    return Driver(prompts, roles, knobs, PACE, seed=0, control=control, tune=tune)
 
 
 async def four_steps(config: Config, model: str, folder: Path) -> tuple[list[Driver], list[Memory]]:

@@ -12,14 +12,14 @@ import ray
 from entroray.data.prompts import PromptStream
 from entroray.objective import build_objective
 from entroray.train.batching import assemble, group_index, tokens_of
-from entroray.train.driver import Driver, Roles
+from entroray.train.driver import Driver, Knobs, Roles
+from entroray.types import Draw
 from entroray.wiring import actors, compose, dataset, warm_start
 from entroray.wiring.actors import learner_settings
 from entroray.wiring.driver import loop_settings
 from entroray.workers import cluster
 from entroray.workers.cluster import Gang, Share
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
-from entroray.workers.generator import Sampling
 from entroray.workers.learner_rank import LearnerRank
 from entroray.workers.roles import LearnerRole
 from tests.cases import ROWS
@@ -80,14 +80,15 @@ async def _all_rows(config: Any) -> None:
         tuple(read.tokenizer.encode("1+1=", add_special_tokens=False)),
     )
     m = await actors.start_actors(config, model, first, read.judge, probe, total_updates=10_000)
-    role = m.generator_role(Sampling(config.sampler.temperature, config.rollout.max_tokens, ()))
+    draw = Draw(config.sampler.temperature, config.rollout.max_tokens)
     state: Mapping[str, Any] | None = None
     for name, row in ROWS.items():
         objective, notes = build_objective(row), Notes()
         await m.learner.all(lambda rank, h, o=objective: h.adopt.remote(o), deadline=60.0)
-        roles = Roles(role, m.verifier_role(), m.learner_role(objective), m.sync, notes)  # type: ignore[arg-type]
+        roles = Roles(m.generator_role(), m.verifier_role(), m.learner_role(), m.sync, notes)  # type: ignore[arg-type]
+        knobs = Knobs(objective, draw, config.learner.updates_per_rollout)
         driver = Driver(
-            PromptStream(read.split.training, seed=0), roles, objective, loop_settings(config), seed=0
+            PromptStream(read.split.training, seed=0), roles, knobs, loop_settings(config), seed=0
         )
         if state:
             driver.restore(state)
@@ -124,13 +125,13 @@ async def _one_step(model: str, name: str, ranks: int) -> dict[str, float]:
     )
     host, port = await cluster.settle(gang.handles[0].address.remote(), deadline=120.0, what="rank 0")
     await gang.all(lambda r, h: h.start.remote(host, port, 120.0), deadline=180.0)
-    learner = LearnerRole(gang, objective, 1, 150, 120.0)
+    learner = LearnerRole(gang, 150, 120.0)
     batch = assemble(g := groups(6, seed=0))
     scores = await learner.score(batch, group_index(g))
     tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, 0))
     shift = 0.3 * np.sin(np.arange(len(tokens.row), dtype=np.float32))  # off-policy, so that every gate acts
     tokens = replace(tokens, old_logprobs=tokens.old_logprobs + tokens.old_logprobs.new_tensor(shift))
-    metrics = await learner.update(batch, tokens)
+    metrics = await learner.update(batch, tokens, objective)
     await gang.all(lambda r, h: h.stop.remote(), deadline=60.0)
     for handle in gang.handles:
         ray.kill(handle)

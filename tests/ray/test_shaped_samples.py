@@ -1,10 +1,10 @@
 """Samplers in a real engine: what is drawn, what is noted, also when requests are pre-empted."""
 
 import asyncio
-import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,25 @@ import torch
 from entroray.metrics import token_entropy
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.rollout import reshape
-from entroray.types import Rollout
+from entroray.types import Draw, Rollout
 from entroray.wiring import actors, compose
-from entroray.wiring.sampler import LEAST
+from entroray.wiring.sampler import MINIMUM
 from entroray.workers import cluster
 from entroray.workers.cluster import Share
-from entroray.workers.generator import Generator, Request, Sampling
+from entroray.workers.generator import Generator, Request
 from tests.composed import configured
 from tests.ray.conftest import TINY
 
 PROMPT = tuple(int(i) for i in np.random.default_rng(1).integers(0, 250, 20))
-RAMP = {"fn": "by_entropy", "least": 0.6, "most": 1.8, "start": 1.0, "full": 3.0}
+RAMP = {"fn": "by_entropy", "minimum": 0.6, "maximum": 1.8, "start": 1.0, "full": 3.0}
 CORNERS = {"fn": "quadrants", "low_entropy": 1.0, "high_entropy": 2.0, "low_varentropy": 5.0}
 CORNERS |= {"high_varentropy": 6.45}
 """Thresholds that the positions of the model below fall on both sides of: H 0.4 to 3.2 nats, V 2.8 to 7.1."""
 SAMPLERS = {
-    "ramp": Sampling(0.9, 4).under(RAMP),
-    "corners": Sampling(1.0, 4).under(CORNERS | {"certain": 0.9, "lost": 1.5}),
-    "hot": Sampling(1.0, 4, factor=1.4).under({"fn": "fixed"}),
-    "shipped": Sampling(1.0, 4).under(configured("sampler=by_entropy").sampler.rule),
+    "ramp": Draw(0.9, 4, rule=RAMP),
+    "corners": Draw(1.0, 4, rule=CORNERS | {"certain": 0.9, "lost": 1.5}),
+    "hot": Draw(1.0, 4, factor=1.4),
+    "shipped": Draw(1.0, 4, rule=configured("sampler=by_entropy").sampler.rule),
 }
 
 
@@ -90,9 +90,9 @@ def ask(reference: Any) -> Any:
     return asyncio.run(cluster.settle(reference, deadline=240.0, what="engine"))
 
 
-def draw(engine: Any, sampling: Sampling, count: int, first: int = 0) -> list[Rollout]:
+def sample(engine: Any, how: Draw, count: int, first: int = 0) -> list[Rollout]:
     seeds = tuple(range(first, first + count))
-    return ask(engine.sample.remote(Request("q", PROMPT, seeds, sampling, 200.0)))
+    return ask(engine.sample.remote(Request("q", PROMPT, seeds, how, 200.0)))
 
 
 def logits(model: str, responses: np.ndarray) -> torch.Tensor:
@@ -105,13 +105,13 @@ def logits(model: str, responses: np.ndarray) -> torch.Tensor:
         return policy(torch.from_numpy(whole).long()).logits[:, len(PROMPT) - 1 : -1].double()
 
 
-def expected(z: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+def expected(z: torch.Tensor, how: Draw) -> tuple[torch.Tensor, torch.Tensor]:
     """(log b, temperature) of the distribution a sampler says it draws from."""
-    flat = (z / sampling.temperature).flatten(0, -2)
-    rule = reshape.build_rule({} if sampling.rule is None else json.loads(sampling.rule))
-    factor = rule(*token_entropy(flat, 1.0)).factor * sampling.factor
+    flat = (z / how.temperature).flatten(0, -2)
+    rule = reshape.build_rule(how.rule)
+    factor = rule(*token_entropy(flat, 1.0)).factor * how.factor
     logb = reshape.reshape_logits(flat, factor).log_softmax(-1)
-    return logb.view_as(z), (factor * sampling.temperature).view(z.shape[:-1])
+    return logb.view_as(z), (factor * how.temperature).view(z.shape[:-1])
 
 
 def deviations(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -122,7 +122,7 @@ def deviations(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_what_is_drawn_is_what_is_stated(engine: Any, peaked: str, name: str) -> None:
     """Chi-square of 4000 first tokens over cells of at least five, by Wilson and Hilferty's normal form."""
-    drawn = draw(engine, SAMPLERS[name], 4000)
+    drawn = sample(engine, SAMPLERS[name], 4000)
     first = np.array([r.token_ids[0] for r in drawn])
     z = logits(peaked, np.array([drawn[0].token_ids[:1]]))
     logb, temperature = expected(z, SAMPLERS[name])
@@ -138,13 +138,13 @@ def test_what_is_drawn_is_what_is_stated(engine: Any, peaked: str, name: str) ->
 
 
 def test_every_note_is_of_its_own_position(engine: Any, peaked: str) -> None:
-    for sampling in (*SAMPLERS.values(), Sampling(1.0, 4).under(CORNERS)):
-        rollouts = draw(engine, sampling, 64)
+    for how in (*SAMPLERS.values(), Draw(1.0, 4, rule=CORNERS)):
+        rollouts = sample(engine, how, 64)
         ids = np.array([r.token_ids for r in rollouts])
         z = logits(peaked, ids)
-        entropy, varentropy = token_entropy((z / sampling.temperature).flatten(0, 1), 1.0)
-        logb, temperature = expected(z, sampling)
-        noted = [r.shaped for r in rollouts if r.shaped]
+        entropy, varentropy = token_entropy((z / how.temperature).flatten(0, 1), 1.0)
+        logb, temperature = expected(z, how)
+        noted = [r.notes for r in rollouts if r.notes]
         assert len(noted) == 64
         column = lambda name, of=noted: np.array([getattr(s, name) for s in of])
         np.testing.assert_allclose(column("entropy"), entropy.view(64, 4), atol=1e-4)
@@ -157,7 +157,7 @@ def test_every_note_is_of_its_own_position(engine: Any, peaked: str) -> None:
 @pytest.mark.slow
 def test_weighted_estimates_agree_with_plain_ones(engine: Any, peaked: str) -> None:
     """The mean of -ln pi over whole responses of four tokens, weighted by the product of pi / b."""
-    plain = draw(engine, Sampling(1.0, 4), 3000, first=10_000)
+    plain = sample(engine, Draw(1.0, 4), 3000, first=10_000)
 
     def logpi(rollouts: list[Rollout]) -> torch.Tensor:
         found = torch.zeros(len(rollouts), dtype=torch.float64)
@@ -170,7 +170,7 @@ def test_weighted_estimates_agree_with_plain_ones(engine: Any, peaked: str) -> N
 
     truth = -logpi(plain)
     for name in ("corners", "hot", "shipped"):
-        rollouts = draw(engine, SAMPLERS[name], 3000)
+        rollouts = sample(engine, SAMPLERS[name], 3000)
         pi = logpi(rollouts)
         logb = torch.tensor([r.logprobs.sum(dtype=np.float64) for r in rollouts])
         weighted = (pi - logb).exp() * -pi
@@ -180,46 +180,46 @@ def test_weighted_estimates_agree_with_plain_ones(engine: Any, peaked: str) -> N
 
 def test_notes_survive_pre_emption_and_are_drained_once(engine: Any, peaked: str) -> None:
     before, _ = ask(engine.watched.remote())
-    rollouts = draw(engine, Sampling(1.0, 240).under(RAMP), 8)
+    rollouts = sample(engine, Draw(1.0, 240, rule=RAMP), 8)
     after, held = ask(engine.watched.remote())
     assert after > before, "nothing was pre-empted, so this shows nothing"
     assert held == 0
     for r in rollouts:
         z = logits(peaked, r.token_ids[None])
         entropy, _ = token_entropy(z[0], 1.0)
-        logb, temperature = expected(z, Sampling(1.0, 240).under(RAMP))
-        assert r.shaped is not None and r.length == 240
-        np.testing.assert_allclose(r.shaped.entropy, entropy, atol=1e-3)
-        np.testing.assert_allclose(r.shaped.temperature, temperature[0], atol=1e-3)
+        logb, temperature = expected(z, Draw(1.0, 240, rule=RAMP))
+        assert r.notes is not None and r.length == 240
+        np.testing.assert_allclose(r.notes.entropy, entropy, atol=1e-3)
+        np.testing.assert_allclose(r.notes.temperature, temperature[0], atol=1e-3)
         stated = logb[0].gather(-1, torch.tensor(r.token_ids).long()[:, None]).squeeze(-1)
         np.testing.assert_allclose(r.logprobs, stated, atol=1e-3)
 
 
 def test_rows_of_one_batch_keep_to_their_own_sampler(engine: Any) -> None:
     """Fixed, greedy, shaped and inserting requests at once draw what they draw alone."""
-    greedy, fixed = Sampling(0.0, 12), Sampling(1.0, 12)
+    greedy, fixed = Draw(0.0, 12), Draw(1.0, 12)
     wide = CORNERS | {"low_varentropy": 6.6, "high_varentropy": 6.6}
-    put = Sampling(1.0, 12).under(wide, insert=33, inserts=2)
-    samplings = (greedy, fixed, fixed.under(RAMP), put)
-    alone = [draw(engine, s, 6) for s in samplings]
+    put = Draw(1.0, 12, rule=wide, insert=33)
+    draws = (greedy, fixed, replace(fixed, rule=RAMP), put)
+    alone = [sample(engine, s, 6) for s in draws]
 
     async def together() -> list[list[Rollout]]:
-        asked = [engine.sample.remote(Request("q", PROMPT, tuple(range(6)), s, 100.0)) for s in samplings]
+        asked = [engine.sample.remote(Request("q", PROMPT, tuple(range(6)), s, 100.0)) for s in draws]
         return await asyncio.gather(*(cluster.settle(a, deadline=120.0, what="engine") for a in asked))
 
     for apart, mixed in zip(alone, asyncio.run(together()), strict=True):
         assert [r.token_ids.tolist() for r in apart] == [r.token_ids.tolist() for r in mixed]
-    assert all(r.shaped is None for r in (*alone[0], *alone[1]))
+    assert all(r.notes is None for r in (*alone[0], *alone[1]))
     assert len({tuple(r.token_ids) for r in alone[0]}) == 1
     for r in alone[3]:
-        assert r.shaped is not None and 0 < r.shaped.inserted.sum() <= 2
-        assert set(r.token_ids[r.shaped.inserted]) == {33} and (r.logprobs[r.shaped.inserted] == 0).all()
+        assert r.notes is not None and 0 < r.notes.inserted.sum() <= 1
+        assert set(r.token_ids[r.notes.inserted]) == {33} and (r.logprobs[r.notes.inserted] == 0).all()
 
 
 def test_an_aborted_request_leaves_no_notes(engine: Any) -> None:
     late = ask(engine.sample.remote(Request("q", PROMPT, (1, 2), SAMPLERS["ramp"], 0.0)))
     assert {str(r.status) for r in late} == {"timeout"}
-    draw(engine, Sampling(1.0, 4), 1)
+    sample(engine, Draw(1.0, 4), 1)
     assert ask(engine.watched.remote())[1] == 0
 
 
@@ -254,7 +254,7 @@ def test_a_weighted_run_starts_at_ratio_one_and_the_engine_measures_what_the_lea
 
 
 def test_the_engine_draws_at_no_lower_temperature_than_we_allow() -> None:
-    from vllm.sampling_params import SamplingParams
+    from vllm.how_params import DrawParams
 
-    assert SamplingParams(temperature=LEAST).temperature == LEAST
-    assert SamplingParams(temperature=0.9 * LEAST).temperature == LEAST
+    assert DrawParams(temperature=MINIMUM).temperature == MINIMUM
+    assert DrawParams(temperature=0.9 * MINIMUM).temperature == MINIMUM

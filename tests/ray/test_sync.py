@@ -17,10 +17,10 @@ from entroray.objective import build_objective
 from entroray.policy.tokenizer import load_tokenizer
 from entroray.train.batching import assemble, tokens_of
 from entroray.train.warm_start import demonstration_group
-from entroray.types import Prompt, Status
+from entroray.types import Draw, Prompt, Status
 from entroray.wiring import actors, compose
 from entroray.workers import cluster, transfer
-from entroray.workers.generator import Request, Sampling
+from entroray.workers.generator import Request
 from entroray.workers.learner_rank import LearnerRank
 from entroray.workers.transfer import GatheredSource
 
@@ -88,7 +88,7 @@ def train_a_little(loop: Any, m: Any, seed: int) -> None:
 
 
 def sample(loop: Any, m: Any, **changes: Any) -> list[Any]:
-    request = Request("long", LONG, (1, 2), Sampling(1.0, 24), deadline=60.0)
+    request = Request("long", LONG, (1, 2), Draw(1.0, 24), deadline=60.0)
 
     async def asked() -> list[Any]:
         return await m.engines.sample(replace(request, **changes))
@@ -132,7 +132,7 @@ def test_requests_in_flight_go_on_with_the_new_weights_and_say_so(running: Any) 
     train_a_little(loop, m, seed=2)
 
     async def both() -> Any:
-        request = Request("flight", LONG[:20], tuple(range(32)), Sampling(1.0, 300), deadline=120.0)
+        request = Request("flight", LONG[:20], tuple(range(32)), Draw(1.0, 300), deadline=120.0)
         sampling = asyncio.create_task(m.engines.sample(request))
         await asyncio.sleep(0.4)
         await m.sync(2)
@@ -146,19 +146,19 @@ def test_requests_in_flight_go_on_with_the_new_weights_and_say_so(running: Any) 
 
 def test_greedy_stop_strings_and_truncation(running: Any) -> None:
     loop, m = running
-    cut = sample(loop, m, sampling=Sampling(1.0, 3))
+    cut = sample(loop, m, draw=Draw(1.0, 3))
     assert all(r.status is Status.TRUNCATED and r.length == 3 for r in cut)
-    greedy = sample(loop, m, sampling=Sampling(0.0, 8))
+    greedy = sample(loop, m, draw=Draw(0.0, 8))
     assert greedy[0].token_ids.tolist() == greedy[1].token_ids.tolist()
-    tokens = sample(loop, m, sampling=Sampling(1.0, 40))[0]
+    tokens = sample(loop, m, draw=Draw(1.0, 40))[0]
     stop = next(c for c in tokens.text[3:] if c.isascii() and c.isprintable())
-    stopped = sample(loop, m, sampling=Sampling(1.0, 40, stop=(stop,)))[0]
+    stopped = sample(loop, m, draw=Draw(1.0, 40, stop=(stop,)))[0]
     assert stop in stopped.text and stopped.length < tokens.length
 
 
 def test_a_sample_that_outlives_its_deadline_is_a_timeout_not_a_wait(running: Any) -> None:
     loop, m = running
-    late = sample(loop, m, deadline=0.0, sampling=Sampling(1.0, 60))
+    late = sample(loop, m, deadline=0.0, draw=Draw(1.0, 60))
     assert {r.status for r in late} == {Status.TIMEOUT}
     assert all(r.status.usable for r in sample(loop, m))
 

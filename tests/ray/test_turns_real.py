@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import ray
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.rollout.tool_turns import Syntax, ToolTurns
 from entroray.train.batching import assemble, group_index
-from entroray.types import Answer, Group, MaskReason, Prompt, Rollout, Status, Verdict
+from entroray.types import Answer, Draw, Group, MaskReason, Prompt, Rollout, Status, Verdict
 from entroray.wiring import actors, compose
 from entroray.workers import cluster
 from entroray.workers.cluster import Share
-from entroray.workers.generator import Generator, Request, Sampling
+from entroray.workers.generator import Generator, Request
 from entroray.workers.verifier import Verifier
 from tests.ray.conftest import run
 from tests.ray.test_learner import a_gang
@@ -26,19 +27,21 @@ from tests.ray.test_train import SMALL, entroray, metrics
 
 PROMPT = Prompt("q", "", tuple(int(i) for i in np.random.default_rng(1).integers(0, 250, 20)), "")
 LIMIT = 200
-RULE = {"fn": "by_entropy", "least": 0.6, "most": 1.8, "start": 1.0, "full": 3.0}
+RULE = {"fn": "by_entropy", "minimum": 0.6, "maximum": 1.8, "start": 1.0, "full": 3.0}
 
 
 class Engine:
     """One engine as a role, and a tool that answers every call with its length."""
 
-    def __init__(self, handle: Any, sampling: Sampling):
-        self.handle, self.sampling = handle, sampling
+    def __init__(self, handle: Any):
+        self.handle = handle
         self.read: list[tuple[int, ...]] = []
 
-    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
+    async def sample(
+        self, prompt: Prompt, seeds: Sequence[int], draw: Draw, after: Sequence[int] = ()
+    ) -> list[Rollout]:
         self.read.append(tuple(after))
-        asked = Request("q", prompt.token_ids, tuple(seeds), self.sampling, 100.0, tuple(after))
+        asked = Request("q", prompt.token_ids, tuple(seeds), draw, 100.0, tuple(after))
         return await cluster.settle(self.handle.sample.remote(asked), deadline=150.0, what="engine")
 
     async def answer(self, prompt: Prompt, calls: Sequence[str]) -> list[Answer]:
@@ -61,18 +64,18 @@ def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, mod
     tokenizer = byte_tokenizer()
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
-    plain = Sampling(1.0, LIMIT, stop=("]",))
+    plain = Draw(1.0, LIMIT, stop=("]",))
 
-    async def conversed(sampling: Sampling) -> tuple[list[Rollout], list[tuple[int, ...]]]:
-        one = Engine(engine, sampling)
+    async def conversed(draw: Draw) -> tuple[list[Rollout], list[tuple[int, ...]]]:
+        one = Engine(engine)
         turns = ToolTurns(one, one, Syntax("[", "]"), 3, encode, decode)
-        return await turns.sample(PROMPT, range(64)), one.read
+        return await turns.sample(PROMPT, range(64), draw), one.read
 
     async def scored() -> list[tuple[list[Rollout], list[tuple[int, ...]], Any]]:
         found = []
         async with a_gang(model, 1, 1) as (learner, _):
-            for sampling in (plain, plain.under(RULE)):
-                rollouts, read = await conversed(sampling)
+            for draw in (plain, replace(plain, rule=RULE)):
+                rollouts, read = await conversed(draw)
                 halves = (tuple(rollouts[:32]), tuple(rollouts[32:]))
                 groups = [Group(PROMPT, half, (Verdict(0.0, False),) * 32) for half in halves]
                 scores = await learner.score(assemble(groups), group_index(groups))
@@ -89,11 +92,11 @@ def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, mod
             tuple(r.token_ids[: s.stop].tolist()) for r, c in zip(rollouts, calls, strict=True) for s in c
         }
         assert set(read[1:]) <= whole, "each turn reads the ids of those before it"
-        if rollouts[0].shaped is None:
+        if rollouts[0].notes is None:
             behaviour = np.concatenate([r.logprobs for r in rollouts])
             np.testing.assert_allclose(behaviour[drawn], scores["logprobs"][drawn], atol=1e-4)
         else:
-            noted = np.concatenate([r.shaped.entropy for r in rollouts if r.shaped])
+            noted = np.concatenate([r.notes.entropy for r in rollouts if r.notes])
             np.testing.assert_allclose(noted[drawn], scores["entropy"][drawn], atol=1e-3)
             assert np.isnan(noted[~drawn]).all()
 

@@ -19,12 +19,13 @@ from entroray.rollout.branch_points import Attempt, branch_off, choose_positions
 from entroray.rollout.plans import branching, first_token_forks, independent, tree
 from entroray.rollout.splice import cut
 from entroray.train.batching import tokens_of
-from entroray.types import Group, MaskReason, Prompt, Rollout, SamplerNotes, Span, Status, Verdict
+from entroray.types import Draw, Group, MaskReason, Prompt, Rollout, SamplerNotes, Span, Status, Verdict
 from tests.documented import matches
 from tests.toy import VOCABULARY, ToyWorld, driver
 from tests.unit.test_driver import row
 
 LONG = 12
+DRAW = Draw(1.0, LONG)
 PROMPT = Prompt("q0", "q0", (0,), "3")
 
 
@@ -36,7 +37,12 @@ class Garden(ToyWorld):
         self.asked: list[tuple[int, tuple[int, ...]]] = []
         self.late: set[int] = set()
 
-    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
+    async def sample(
+        self, prompt: Prompt, seeds: Sequence[int], draw: Draw, after: Sequence[int] = ()
+    ) -> list[Rollout]:
+        if draw.top_tokens:
+            assert draw == Draw(1.0, 1, top_tokens=draw.top_tokens, min_tokens=1)
+            return await super().sample(prompt, seeds, draw, after)
         await asyncio.sleep(0)
         self.asked.append((len(seeds), tuple(after)))
         return [self._grown(prompt, seed, tuple(after)) for seed in seeds]
@@ -66,7 +72,7 @@ def noted(position: int) -> float:
 
 
 def drawn(plan, world: Garden | None = None, count: int = 8) -> list[Rollout]:
-    return asyncio.run(plan(world or Garden(), PROMPT, list(range(100, 100 + count))))
+    return asyncio.run(plan(world or Garden(), PROMPT, list(range(100, 100 + count)), DRAW))
 
 
 def one(**changes) -> Rollout:
@@ -107,14 +113,14 @@ def test_no_branch_at_the_first_token_the_end_or_what_nobody_drew() -> None:
     assert not {2, 3} & set(everywhere(tool))
     assert min(everywhere(one(spans=(Span(0, 4, MaskReason.PREFIX),)))) == 5
     holes = one()
-    assert holes.shaped
-    holes.shaped.entropy[5] = np.nan
+    assert holes.notes
+    holes.notes.entropy[5] = np.nan
     assert 5 not in everywhere(holes), "a piece that no sampler noted"
     assert len(set(everywhere(one()))) == len(everywhere(one())) and choose_positions(
         one(), 2, 3, top=9, weight="equal"
     )
     with pytest.raises(ConfigError, match="notes"):
-        everywhere(one(shaped=None))
+        everywhere(one(notes=None))
 
 
 def test_the_same_seed_chooses_the_same_places() -> None:
@@ -149,7 +155,7 @@ def test_a_branch_is_as_long_as_all_that_was_drawn_for_it() -> None:
 
 def test_what_nobody_drew_is_no_part_of_a_length_not_in_a_prefix_either() -> None:
     root = one(spans=(Span(2, 4, MaskReason.TOOL),))
-    root.shaped.temperature[5] = np.nan  # type: ignore[union-attr]
+    root.notes.temperature[5] = np.nan  # type: ignore[union-attr]
     child = branch_off(root, 0, 9, cut(one(), 3))
     assert child.drawn_before == 6 and child.inherited == 9
     alone, grown = weights(root, child)
@@ -219,7 +225,7 @@ def owner(members: list[Rollout], index: int, position: int) -> tuple[int, int]:
 
 def batch(groups: list[Group]):
     n = sum(r.length for g in groups for r in g.rollouts)
-    entropy = np.concatenate([r.shaped.entropy if r.shaped else [0.5] for g in groups for r in g.rollouts])
+    entropy = np.concatenate([r.notes.entropy if r.notes else [0.5] for g in groups for r in g.rollouts])
     columns = {"logprobs": np.full(n, -1, np.float32), "entropy": entropy.astype(np.float32)[:n]}
     advantages = [torch.ones(len(g.rollouts)) for g in groups]
     return tokens_of(groups, advantages, columns | {"varentropy": columns["entropy"]}, 0)
@@ -229,7 +235,7 @@ def test_forks_begin_with_distinct_likeliest_tokens_that_are_masked() -> None:
     members = drawn(first_token_forks, count=5)
     assert [int(r.token_ids[0]) for r in members] == [0, 1, 2, 3, 4]
     assert all(r.length == LONG and r.observed.tolist() == [REASON] + [-1] * 11 for r in members)
-    assert all(r.shaped is not None and np.isnan(r.shaped.entropy[0]) for r in members)
+    assert all(r.notes is not None and np.isnan(r.notes.entropy[0]) for r in members)
 
 
 REASON = list(MaskReason).index(MaskReason.FORCED)
@@ -238,10 +244,10 @@ REASON = list(MaskReason).index(MaskReason.FORCED)
 def test_first_tokens_that_come_too_late_are_a_group_that_failed() -> None:
     world = Garden()
 
-    async def late(prompt: Prompt, count: int) -> list[Rollout]:
-        return [replace(one(), status=Status.TIMEOUT)]
+    async def late(prompt: Prompt, seeds: Sequence[int], draw: Draw) -> list[Rollout]:
+        return [replace(cut(one(), 0), status=Status.TIMEOUT)]
 
-    world.first_tokens = late  # type: ignore[method-assign]
+    world.sample = late  # type: ignore[method-assign]
     assert [r.status for r in drawn(first_token_forks, world, 3)] == [Status.TIMEOUT] * 3
 
 
@@ -320,7 +326,7 @@ def test_what_failed_in_a_family_is_replaced_by_responses_drawn_alone() -> None:
     world.judge = judge  # type: ignore[method-assign]
     d = driver(world)
     d.plan = partial(branching, roots=2)
-    group = asyncio.run(d.rollout(PROMPT, 1))
+    group = asyncio.run(d.rollout(PROMPT, 1, DRAW))
     assert isinstance(group, Group) and judged == [8, 4], "a root and its three branches are missing"
     assert [r.parent for r in group.rollouts] == [None, 0, 0, 0, None, None, None, None]
 
@@ -353,8 +359,8 @@ def test_the_metrics_of_a_step_that_branched_are_those_documented() -> None:
 
 def test_what_a_sampler_did_to_inherited_tokens_is_counted_once() -> None:
     parent, tail = one(), Garden()._grown(PROMPT, 2, (0,) * 6)
-    assert parent.shaped
-    parent.shaped.temperature[:6] = 2.0
+    assert parent.notes
+    parent.notes.temperature[:6] = 2.0
     grown = branch_off(parent, 0, 6, tail)
     groups = [Group(PROMPT, (parent, grown), (Verdict(1.0, True), Verdict(0.0, False)))]
     assert step_metrics(groups, batch(groups))["sampler/temperature"] == pytest.approx((6 * 2 + 12) / 18)

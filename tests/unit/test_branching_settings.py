@@ -65,13 +65,13 @@ def test_a_group_has_as_many_places_as_a_response_has_branches() -> None:
 
 def test_a_plan_that_reads_entropies_has_them_noted_and_changes_nothing_else() -> None:
     config = configured("rollout=branching", "objective=dapo")
-    asked = sampler.training_sampling(config, 1.0, None)
-    assert asked.rule == '{"fn": "fixed"}' and asked.factor == 1.0
+    asked = sampler.training_draw(config, None)
+    assert asked.rule == {"fn": "fixed"} and asked.factor == 1.0
     assert actors.engine_options(config)["logits_processors"]
     assert "4 from the prompt; the rest from 1 position(s) of each" in rollout_plan.describe_plan(
         config.rollout
     )
     assert config.objective["estimator"]["fn"] == "zscore" and config.objective["correction"]["fn"] == "none"
     config.rollout.plan = {"fn": "first_token_forks"}
-    assert sampler.training_sampling(config, 1.0, None).rule is None
+    assert not sampler.training_draw(config, None).notes
     assert "logits_processors" not in actors.engine_options(config)

@@ -55,21 +55,21 @@ def taken(prompts: Any, count: int) -> str:
 
 def test_without_a_rule_nothing_is_passed_over() -> None:
     chosen = Curriculum(InOrder(), 6, Rule(), seed=0)
-    chosen.note(group("p1", 1, 1))
-    chosen.note(group("p2", 0, 0))
+    chosen.observe(group("p1", 1, 1))
+    chosen.observe(group("p2", 0, 0))
     assert taken(chosen, 8) == "p0 p1 p2 p3 p4 p5 p0 p1" and chosen.passed == 0
 
 
 def test_a_mastered_prompt_is_passed_over_and_positions_stay_those_of_the_data() -> None:
     chosen = Curriculum(InOrder(), 6, Rule(visits=2, retire=0.75), seed=0)
     assert taken(chosen, 3) == "p0 p1 p2"
-    chosen.note(group("p1", 1, 1, 1, 0))  # 0.75
-    chosen.note(group("p2", 1, 1, 0, 0))
-    chosen.note(group("p2", 1, 1, 1, 1))  # mean of the last two 0.75
+    chosen.observe(group("p1", 1, 1, 1, 0))  # 0.75
+    chosen.observe(group("p2", 1, 1, 0, 0))
+    chosen.observe(group("p2", 1, 1, 1, 1))  # mean of the last two 0.75
     assert taken(chosen, 7) == "p3 p4 p5 p0 p3 p4 p5"
     assert chosen.position == 12 and chosen.passed == 2
     assert chosen.at(1).id == "p1", "a slot in flight finds its prompt whatever was learnt of it"
-    chosen.note(group("p2", 0, 0, 0, 0))  # of 1 and 0: 0.5
+    chosen.observe(group("p2", 0, 0, 0, 0))  # of 1 and 0: 0.5
     assert chosen.pass_rate("p2") == 0.5
     assert taken(chosen, 2) == "p0 p2"
 
@@ -77,7 +77,7 @@ def test_a_mastered_prompt_is_passed_over_and_positions_stay_those_of_the_data()
 def test_a_band_passes_over_what_is_outside_but_for_a_share_of_its_turns() -> None:
     chosen = Curriculum(InOrder(), 6, Rule(low=0.25, high=0.75, outside=0.3), seed=0)
     for name, right in (("p0", 0), ("p1", 1), ("p2", 3), ("p3", 4)):
-        chosen.note(group(name, *[1] * right, *[0] * (4 - right)))
+        chosen.observe(group(name, *[1] * right, *[0] * (4 - right)))
     seen = [next(chosen).id for _ in range(2000)]
     counts = {name: seen.count(name) / seen.count("p5") for name in ("p0", "p1", "p2", "p3", "p4")}
     assert counts["p1"] == counts["p2"] == pytest.approx(1.0, abs=0.01) == counts["p4"]
@@ -88,16 +88,16 @@ def test_a_band_passes_over_what_is_outside_but_for_a_share_of_its_turns() -> No
 def test_nothing_starves_where_every_prompt_is_passed_over() -> None:
     chosen = Curriculum(InOrder(), 6, Rule(retire=0.9, low=0.4, high=0.6, outside=1e-9), seed=0)
     for i in range(6):
-        chosen.note(group(f"p{i}", float(i != 2), float(i != 2)))
+        chosen.observe(group(f"p{i}", float(i != 2), float(i != 2)))
     assert taken(chosen, 3) == "p2 p2 p2" and chosen.forced == 3, "the one that is not mastered"
-    chosen.note(group("p2", 1, 1))
-    chosen.note(group("p2", 1, 1))
+    chosen.observe(group("p2", 1, 1))
+    chosen.observe(group("p2", 1, 1))
     assert taken(chosen, 3) == "p3 p4 p5" and chosen.forced == 6
 
 
 def test_a_hotter_second_draw_says_nothing_of_the_pass_rate() -> None:
     chosen = Curriculum(InOrder(), 6, Rule(), seed=0)
-    chosen.note(replace(group("p1", 1, 1), earlier=(group("p1", 0, 0),)))
+    chosen.observe(replace(group("p1", 1, 1), earlier=(group("p1", 0, 0),)))
     assert chosen.rates["p1"] == [0.0]
 
 
@@ -113,8 +113,8 @@ def a_run(steps: int, state: dict | None = None, **changes: Any) -> tuple[ToyWor
     world.judge = judge  # type: ignore[method-assign]
     rule = Rule(visits=1, low=0.2, high=0.8, outside=0.3)
     chosen = Curriculum(PromptStream(data, seed=1), 12, rule, seed=1)
-    choice = Selection({"curriculum": chosen}, tell=(chosen.metrics,))
-    d = driver(world, prompts=chosen, choice=choice, **changes)
+    choice = Selection({"curriculum": chosen}, metrics=(chosen.metrics,))
+    d = driver(world, prompts=chosen, selection=choice, **changes)
     return world, trained(d, steps, state)
 
 
@@ -154,7 +154,10 @@ def test_every_row_is_described_and_only_the_plain_one_chooses_nothing(name: str
         (["rollout=replay", "objective.correction.fn=none"], "older weights drew"),
         (["rollout=hotter_again", "objective.correction.fn=none"], "another temperature"),
         (["rollout=hotter_again", "+generator.engine.speculative_config={method: ngram}"], "none: drop"),
+        (["rollout=hotter_next_time", "objective.correction.fn=none"], "another temperature"),
+        (["rollout=hotter_next_time", "+generator.engine.speculative_config={method: ngram}"], "none: drop"),
         (["rollout.second.factor=0.9"], "at least 1"),
+        (["rollout.second.when=later"], "at_once or next_time"),
         (["rollout.early.extra=-1"], "at least 0"),
         (["rollout.repetition.count=1"], "at least 2"),
         (["rollout=stop_loops", "rollout.repetition.count=1"], r"repetition\.count=1 .*at least 2"),
@@ -162,7 +165,7 @@ def test_every_row_is_described_and_only_the_plain_one_chooses_nothing(name: str
         (["rollout.surplus=keep"], "all training is on-policy"),
         (["rollout.surplus=lose"], "by_lag, keep or drop"),
         (["rollout=replay", "rollout.replay.tokens=10"], "no room for one response"),
-        (["rollout=replay", "rollout.group_size=1"], "the only rollout of its group"),
+        (["rollout=replay", "rollout.group_size=1"], r"rollout\.group_size=1 .*replay\.tokens=0"),
     ],
 )
 def test_a_choice_that_makes_no_sense_is_refused(overrides: list[str], said: str) -> None:

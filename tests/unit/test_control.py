@@ -3,7 +3,6 @@
 import asyncio
 import json
 import math
-from dataclasses import dataclass, replace
 
 import pytest
 
@@ -263,7 +262,7 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
             ["+control.c={knob: learner.max_grad_norm, fn: constant, value: 3}"],
             "what can: numbers written out",
         ),
-        (["+control.c={knob: sampler.rule.most, fn: constant, value: 3}"], "nothing at `most`"),
+        (["+control.c={knob: sampler.rule.maximum, fn: constant, value: 3}"], "nothing at `maximum`"),
         (
             ["sampler=by_entropy", "+control.c={knob: sampler.rule.full, fn: constant, value: 0.1}"],
             "must be above start",
@@ -329,27 +328,9 @@ def test_every_control_composes_and_says_what_it_does(name):
     assert bool(lines) == (name != "none") and all("<-" in line for line in lines)
 
 
-@dataclass(frozen=True)
-class Knobbed:
-    """The toy world as roles that can be replaced, as those of the real machine are."""
-
-    world: ToyWorld
-    objective: object
-    sampling: object = None
-    lr: float | None = None
-
-    def __getattr__(self, name):
-        return getattr(self.world, name)
-
-    async def update(self, batch, tokens):
-        self.world.objective = self.objective
-        return await self.world.update(batch, tokens)
-
-
 def steered(config, world):
     d = driver(world)
     d.control, d.tune = controllers.build_control(config), controllers.build_tuner(config)
-    d.roles = replace(d.roles, learner=Knobbed(world, world.objective))
     return d
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
@@ -10,58 +10,31 @@ from entroray.objective import build_objective
 from entroray.wiring import controllers
 from tests.composed import configured
 from tests.toy import ToyWorld, driver
-from tests.unit.test_control import BONUS, Knobbed
+from tests.unit.test_control import BONUS
 
 HOT = "+control.hot={knob: sampler.temperature, fn: linear, start: 1.0, end: 1.9, steps: 10}"
 COUNT = "+control.u={knob: learner.updates_per_rollout, fn: linear, start: 1, end: 2, steps: 10}"
 
 
-@dataclass(frozen=True)
-class Heated:
-    """The toy's generator; its rollouts carry the temperature they were asked at."""
-
-    world: ToyWorld
-    temperature: float = 0.0
-
-    def at(self, temperature):
-        return replace(self, temperature=temperature)
-
-    def hotter(self, factor):
-        return self.at(self.temperature * factor)
-
-    def moved(self, rule, max_tokens):
-        raise AssertionError("nothing here moves a rule or a length")
-
-    async def first_tokens(self, prompt, count):
-        raise AssertionError("no plan here forks")
-
-    async def sample(self, prompt, seeds, after=()):
-        drawn = await self.world.sample(prompt, seeds, after)
-        return [replace(r, temperature=self.temperature) for r in drawn]
-
-
-@dataclass(frozen=True)
-class Counted(Knobbed):
-    """Notes how many updates each step was asked for."""
-
-    updates: int = 0
-
-    async def update(self, batch, tokens):
-        return await super().update(batch, tokens) | {"asked": float(self.updates)}
-
-
 class Watched(ToyWorld):
-    """The toy world; notes the temperatures of the groups each step was trained on."""
+    """The toy world; its rollouts carry their temperature, its metrics what each step was asked for."""
+
+    async def sample(self, prompt, seeds, draw, after=()):
+        drawn = await super().sample(prompt, seeds, draw, after)
+        return [replace(r, temperature=draw.temperature) for r in drawn]
+
+    async def update(self, batch, tokens, objective, updates=1, lr=None):
+        return await super().update(batch, tokens, objective) | {"asked": float(updates)}
 
     def step(self, step, metrics, groups, tokens):
-        heats = {r.temperature for g in groups for r in g.rollouts}
-        super().step(step, metrics | {"coolest": min(heats), "hottest": max(heats)}, groups, tokens)
+        temperatures = {r.temperature for g in groups for r in g.rollouts}
+        found = {"coolest": min(temperatures), "hottest": max(temperatures)}
+        super().step(step, metrics | found, groups, tokens)
 
 
 def steered(config, world, max_lag):
     d = driver(world, max_lag=max_lag)
     d.control, d.tune = controllers.build_control(config), controllers.build_tuner(config)
-    d.roles = replace(d.roles, learner=Counted(world, world.objective), generator=Heated(world))
     return d
 
 
@@ -118,3 +91,22 @@ def test_a_controller_goes_on_from_what_it_remembers_under_lag(max_lag):
     took = [s["control/entropy"] for s in first.steps + second.steps]
     assert len(set(took[3:])) > 5 and len(took) == 14
     assert max(s["lag/max"] for s in first.steps) > 0
+
+
+def test_members_drawn_anew_are_drawn_as_their_group_was_begun():
+    """A member of q1 fails at 1.0, and the temperature moves before it is drawn again."""
+    config = configured(HOT, "rollout.groups_per_step=4")
+    world, asked = Watched(build_objective(config.objective), bad="q1"), []
+    d = steered(config, world, 1)
+
+    async def sample(prompt, seeds, draw, after=()):
+        if prompt.id == "q1":
+            asked.append(draw.temperature)
+            if len(asked) == 2:  # the first step is trained on the other groups meanwhile
+                while d.version < 1:
+                    await asyncio.sleep(0)
+        return await Watched.sample(world, prompt, seeds, draw, after)
+
+    world.sample = sample
+    asyncio.run(d.train(3))
+    assert asked == [1.0] * 3 and d.knobs.draw.temperature > 1.1

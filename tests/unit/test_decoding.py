@@ -17,7 +17,7 @@ from entroray.metrics.answer_confidence import (
 )
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.rollout.splice import cut, join
-from entroray.types import Group, Prompt, Rollout, Status, TopTokens, Verdict
+from entroray.types import Draw, Group, Prompt, Rollout, Status, TopTokens, Verdict
 
 TOKENIZER = byte_tokenizer()
 WORDS = words(TOKENIZER)
@@ -96,7 +96,10 @@ class Follower:
     def __init__(self, status: Status = Status.OK) -> None:
         self.status, self.asked = status, []
 
-    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
+    async def sample(
+        self, prompt: Prompt, seeds: Sequence[int], draw: Draw, after: Sequence[int] = ()
+    ) -> list[Rollout]:
+        assert (draw.temperature, draw.top_tokens) == (0.0, 2)
         self.asked.append(tuple(after))
         whole = WORDS.text([*after, *TOKENIZER.encode("=4")])
         return [replace(said("=4", self.status), text=whole)]
@@ -107,8 +110,8 @@ class Follower:
 
 def forked(greedy: Rollout, world: Follower, paths: int) -> Group:
     group = Group(PROMPT, (greedy,), (Verdict(1.0, True, "4"),))
-    how = Decoding(paths, world, lambda token: token in WORDS.special)
-    return asyncio.run(decode_paths([group], how, world, WORDS.text))[0]
+    how = Decoding(paths, Draw(1.0, 9).greedy(2), lambda token: token in WORDS.special)
+    return asyncio.run(decode_paths([group], how, world, world, WORDS.text))[0]
 
 
 def test_a_path_is_a_likely_first_token_and_what_follows_it_greedily() -> None:

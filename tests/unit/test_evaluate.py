@@ -15,6 +15,7 @@ from entroray.metrics.calibration import auroc, expected_error, reliability
 from entroray.metrics.confidence_interval import bootstrap_intervals, paired_difference
 from entroray.metrics.pass_at_k import EXACT, majority_at_k, pass_all_k, pass_at_k
 from entroray.metrics.positions import entropy_by_position, uncertain_tokens
+from entroray.types import Draw
 
 SOME = [(4, 0, 2), (4, 1, 2), (5, 2, 3), (8, 8, 1), (6, 3, 6), (8, 6, 4)]
 
@@ -92,15 +93,15 @@ def test_scores_are_means_over_prompts() -> None:
 
 
 def test_a_plan_has_the_powers_of_two_the_samples_and_what_was_asked() -> None:
-    assert plan_evaluation(1.0, 8).ks == (1, 2, 4, 8)
-    assert plan_evaluation(1.0, 6, [3]).ks == (1, 2, 3, 4, 6)
-    assert plan_evaluation(0.0, 8) == plan_evaluation(
-        0.0, 1
+    assert plan_evaluation(Draw(1.0, 9), 8).ks == (1, 2, 4, 8)
+    assert plan_evaluation(Draw(1.0, 9), 6, [3]).ks == (1, 2, 3, 4, 6)
+    assert plan_evaluation(Draw(0.0, 9), 8) == plan_evaluation(
+        Draw(0.0, 9), 1
     )  # a greedy answer drawn again is the same answer
     with pytest.raises(ConfigError, match=r"evaluate\.k=\[16\].*raise evaluate\.samples to 16"):
-        plan_evaluation(1.0, 8, [16])
+        plan_evaluation(Draw(1.0, 9), 8, [16])
     with pytest.raises(ConfigError, match=r"sampler\.temperature above 0"):
-        plan_evaluation(0.0, 8, [2])
+        plan_evaluation(Draw(0.0, 9), 8, [2])
 
 
 def test_an_interval_over_prompts_is_that_of_all_possible_draws() -> None:

@@ -19,7 +19,7 @@ from entroray.metrics.catalogue import family_metrics
 from entroray.observe import evaluation, evaluation_page
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.rollout.splice import cut, join, observation
-from entroray.types import MaskReason, Prompt, Rollout, SamplerNotes, Status, TopTokens, Verdict
+from entroray.types import Draw, MaskReason, Prompt, Rollout, SamplerNotes, Status, TopTokens, Verdict
 from entroray.wiring import sampler
 from tests.composed import composed, configured
 from tests.documented import matches
@@ -37,13 +37,15 @@ ANSWERS = {  # by prompt: what is sampled; the greedy answer is the first
 class World:
     """Answers as told, with an entropy of 0.5 nats at the first token and 0.1 at all others."""
 
-    def __init__(self, temperature: float = 1.0, failing: str = ""):
-        self.temperature, self.failing = temperature, failing
+    def __init__(self, failing: str = ""):
+        self.failing = failing
 
-    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
-        return [self.said(prompt, a) for a in ANSWERS[prompt.id][: len(seeds)]]
+    async def sample(
+        self, prompt: Prompt, seeds: Sequence[int], draw: Draw, after: Sequence[int] = ()
+    ) -> list[Rollout]:
+        return [self.respond(prompt, a, draw) for a in ANSWERS[prompt.id][: len(seeds)]]
 
-    def said(self, prompt: Prompt, answer: str | None) -> Rollout:
+    def respond(self, prompt: Prompt, answer: str | None, draw: Draw) -> Rollout:
         text = "no" if answer is None else f"so {answer}"
         ids = np.array([*TOKENIZER.encode(text), TOKENIZER.eos_token_id], np.int32)
         n = len(ids)
@@ -51,9 +53,9 @@ class World:
         ranked = np.tile(np.array([ids[0], TOKENIZER.eos_token_id], np.int32), (n, 1))
         logprobs, versions = np.full(n, -0.25, np.float32), np.zeros(n, np.int32)
         return Rollout(
-            prompt.id, ids, logprobs, versions, text, self.temperature, 9,
+            prompt.id, ids, logprobs, versions, text, draw.temperature, 9,
             Status.TIMEOUT if prompt.id == self.failing else Status.OK,
-            shaped=SamplerNotes(entropy, 2 * entropy, np.ones(n, np.float32)) if self.temperature else None,
+            notes=SamplerNotes(entropy, 2 * entropy, np.ones(n, np.float32)) if draw.notes else None,
             top_tokens=TopTokens(ranked, np.tile(np.array([0.8, 0.1], np.float32), (n, 1))),
         )  # fmt: skip
 
@@ -69,11 +71,11 @@ class World:
 
 
 def examined(failing: str = "", temperature: float = 1.0, cot: int = 0) -> dict[str, Any]:
-    at = lambda t: World(t, failing)
-    how = Decoding(cot, World(0.0), lambda token: token in WORDS.special) if cot else None
-    found = asyncio.run(evaluate_policy(at, World(), PROMPTS, plan_evaluation(temperature, 4), WORDS, how))
-    told = {"model": "runs/<x>/model", "prompts": 3, "samples": plan_evaluation(temperature, 4).samples}
-    return told | {"temperature": temperature, "sampler": "fixed", **found}
+    plan = plan_evaluation(Draw(temperature, 9, rule={"fn": "fixed"}), 4)
+    how = Decoding(cot, plan.draw.greedy(2), lambda token: token in WORDS.special) if cot else None
+    found = asyncio.run(evaluate_policy(World(failing), World(), PROMPTS, plan, WORDS, how))
+    asked = {"model": "runs/<x>/model", "prompts": 3, "samples": plan.samples, "temperature": temperature}
+    return asked | found
 
 
 FOUND = examined(cot=2)
@@ -108,13 +110,13 @@ def test_what_nobody_drew_has_no_say_in_confidence_or_entropy() -> None:
 
     class Tool(World):
         async def sample(
-            self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()
+            self, prompt: Prompt, seeds: Sequence[int], draw: Draw, after: Sequence[int] = ()
         ) -> list[Rollout]:
-            drawn = await super().sample(prompt, seeds)
+            drawn = await super().sample(prompt, seeds, draw)
             return [join(join(r, observation(r, [65, 66], MaskReason.TOOL)), cut(r, 0)) for r in drawn]
 
-    told = plan_evaluation(1.0, 4)
-    found = asyncio.run(evaluate_policy(lambda t: Tool(t), World(), PROMPTS, told, WORDS))
+    plan = plan_evaluation(Draw(1.0, 9, rule={"fn": "fixed"}), 4)
+    found = asyncio.run(evaluate_policy(Tool(), World(), PROMPTS, plan, WORDS))
     assert found["calibration"]["logprob"] == FOUND["calibration"]["logprob"]
     assert found["entropy"] == FOUND["entropy"] and found["positions"] == FOUND["positions"]
 
@@ -253,7 +255,7 @@ def test_what_two_evaluations_asked_otherwise_is_said_under_their_comparison(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     each = {"id": ["p0", "p1"], "greedy": [1.0, 0.0]}
-    one = {"model": "m", "temperature": 1.0, "sampler": "fixed", "samples": 8, "max_tokens": 64, "each": each}
+    one = {"model": "m", "temperature": 1.0, "samples": 8, "max_tokens": 64, "each": each}
     one |= {"top_p": 1.0, "top_k": 0}
     other = one | {"temperature": 0.8, "max_tokens": 32}
     assert evaluation.differing_settings(one, other) == ["temperature 1 and 0.8", "max_tokens 64 and 32"]
@@ -262,17 +264,6 @@ def test_what_two_evaluations_asked_otherwise_is_said_under_their_comparison(
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     assert command.main(["--compare", f"{tmp_path}/a.json", f"{tmp_path}/b.json"]) == 0
     assert "settings differ: temperature 1 and 0.8, max_tokens 64 and 32" in capsys.readouterr().out
-
-
-def test_an_evaluation_says_how_it_draws() -> None:
-    said = lambda *overrides: sampler.measures_entropy(configured(*overrides, training=False))
-    shaped = "evaluate.shaped=true"
-    assert said() == said(shaped) == said("sampler=by_entropy") == "fixed"
-    assert said(shaped, "sampler=by_entropy").startswith("rule by_entropy, factor on T: ")
-    assert said(shaped, "sampler=hotter_if_failed") == "fixed", "nothing is heated in an evaluation"
-    both = said(shaped, "sampler=by_entropy", "sampler.failed.factor=1.2")
-    assert both == said(shaped, "sampler=by_entropy")
-    assert said(shaped, "sampler=by_entropy", "sampler.temperature=0") == "fixed"
 
 
 @pytest.mark.parametrize(
@@ -314,9 +305,9 @@ def test_a_runs_settings_are_read_and_checked(tmp_path: Path) -> None:
 
 
 def test_entropies_are_noted_by_a_rule_that_changes_nothing() -> None:
-    config = configured()
-    noted = sampler.measuring_sampling(config, 0.7, TOKENIZER)
-    assert json.loads(str(noted.rule)) == {"fn": "fixed"} and noted.factor == 1.0 and noted.temperature == 0.7
-    assert sampler.measuring_sampling(config, 0.0, TOKENIZER).rule is None
+    config = configured("sampler=by_entropy", "rollout=hotter_next_time", training=False)
+    draw = sampler.evaluation_draw(config)
+    assert draw.rule == {"fn": "fixed"} and draw.factor == 1.0 and draw.notes
+    assert not draw.greedy().notes
     config.generator.engine["speculative_config"] = {"method": "ngram"}
-    assert sampler.measuring_sampling(config, 0.7, TOKENIZER).rule is None
+    assert not sampler.evaluation_draw(config).notes

@@ -1,8 +1,6 @@
 """Settings moved in a run reach the engines with the next requests."""
 
 import asyncio
-import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,35 +10,28 @@ from entroray.cli.objectives import objective_schedule
 from entroray.errors import ConfigError
 from entroray.objective import build_objective
 from entroray.objective.compatibility import remarks
-from entroray.rollout.tool_turns import ToolTurns
+from entroray.train.driver import Knobs
 from entroray.types import Batch
 from entroray.wiring import controllers, sampler
-from entroray.workers.roles import GeneratorRole, LearnerRole
+from entroray.workers.roles import LearnerRole
 from tests.composed import configured
-from tests.toy import ToyWorld, driver
-from tests.unit.test_control import Knobbed
+
+
+def knobs_of(config):
+    return Knobs(build_objective(config.objective), sampler.training_draw(config, None), 1)
 
 
 def test_a_number_of_the_rule_and_the_longest_response_travel_with_the_next_requests():
-    rule = "+control.hot={knob: sampler.rule.most, fn: linear, start: 1.3, end: 1.5, steps: 3}"
+    rule = "+control.hot={knob: sampler.rule.maximum, fn: linear, start: 1.3, end: 1.5, steps: 3}"
     longest = "+control.long={knob: rollout.max_tokens, fn: linear, start: 16, end: 31, steps: 3}"
     config = configured("sampler=by_entropy", rule, longest)
     control, tune = controllers.build_control(config), controllers.build_tuner(config)
-    world = ToyWorld(build_objective(config.objective))
-    drawn = sampler.training_sampling(config, config.sampler.temperature, None)
-    roles = replace(
-        driver(world).roles,
-        learner=Knobbed(world, world.objective),
-        generator=GeneratorRole(None, drawn, 1.0),
-    )
-    seen = []
-    for step in (1, 2, 3):
-        asked = tune(control.turn(step), roles)[1].generator.sampling
-        seen.append((json.loads(asked.rule), asked.max_tokens))
-    most = [1.3, pytest.approx(1.4), 1.5]
-    assert [rule for rule, _ in seen] == [config.sampler.rule | {"most": x} for x in most]
-    assert [tokens for _, tokens in seen] == [16, 24, 31]  # 23.5 is rounded
-    assert drawn.moved({"most": 1.2}, None).max_tokens == config.rollout.max_tokens
+    knobs = knobs_of(config)
+    draws = [tune(control.turn(step), knobs).draw for step in (1, 2, 3)]
+    maxima = [1.3, pytest.approx(1.4), 1.5]
+    assert [draw.rule for draw in draws] == [config.sampler.rule | {"maximum": x} for x in maxima]
+    assert [draw.max_tokens for draw in draws] == [16, 24, 31]  # 23.5 is rounded
+    assert {draw.temperature for draw in draws} == {knobs.draw.temperature}
 
 
 def test_two_numbers_of_the_rule_that_may_contradict_each_other_are_refused():
@@ -52,21 +43,13 @@ def test_two_numbers_of_the_rule_that_may_contradict_each_other_are_refused():
         configured("sampler=by_entropy", full, start)
 
 
-def test_a_tool_s_turns_are_drawn_with_what_was_moved():
-    drawn = sampler.plain_sampling(configured(), 1.0)
-    talking = ToolTurns(GeneratorRole(None, drawn, 1.0), None, None, 4, None, None).moved({}, 9.0)
-    assert talking.generator.sampling.max_tokens == 9 and talking.generator.sampling.rule is None
-
-
 UPDATES = "+control.u={knob: learner.updates_per_rollout, fn: linear, start: 1, end: 4, steps: 4}"
 
 
 def test_the_number_of_updates_moves_on_the_learner_and_is_said_with_the_most_it_reaches():
     config = configured(UPDATES, "rollout.groups_per_step=4")
     control, tune = controllers.build_control(config), controllers.build_tuner(config)
-    learner = LearnerRole(None, None, 1, 64, 1.0)
-    roles = replace(driver(ToyWorld(build_objective(config.objective))).roles, learner=learner)
-    assert [tune(control.turn(step), roles)[1].learner.updates for step in (1, 2, 4)] == [1, 2, 4]
+    assert [tune(control.turn(step), knobs_of(config)).updates for step in (1, 2, 4)] == [1, 2, 4]
     assert controllers.updates_range(config) == (1, 4) and controllers.updates_range(configured()) == (1, 1)
     said = [r.text for r in remarks(build_objective(config.objective), objective_schedule(config))]
     assert not [text for text in said if "r is 1 throughout" in text]
@@ -78,7 +61,7 @@ def test_the_number_of_updates_moves_on_the_learner_and_is_said_with_the_most_it
 
 
 def test_scoring_fewer_groups_than_updates_is_no_update():
-    two = LearnerRole(SimpleNamespace(handles=[None], all=None), None, 4, 64, 1.0)
+    two = LearnerRole(SimpleNamespace(handles=[None], all=None), 64, 1.0)
     seen = []
 
     async def scored(call, *, deadline):
@@ -88,7 +71,7 @@ def test_scoring_fewer_groups_than_updates_is_no_update():
     two.gang.all = scored
     one, ids = np.ones(2, np.int32), np.arange(2, dtype=np.int32)
     batch = Batch(ids, one, ids, one, np.ones(2, np.float32))
-    found = asyncio.run(two.score(batch, np.array([0, 1])))
+    found = asyncio.run(two.score(batch, np.array([0, 1]), 4))
     assert seen == [2] and found["entropy"].shape == (2,)
 
 
@@ -121,11 +104,9 @@ def test_a_whole_number_of_the_objective_is_rounded_and_the_rule_keeps_what_it_h
     rule = "fn: pi, signal: lag/max, target: 1.0, gain: 0.75, integral: 0.0, low: 1, high: 6"
     config = configured(TOP, f"+control.k={{knob: objective.penalties.0.k, {rule}}}")
     control, tune = controllers.build_control(config), controllers.build_tuner(config)
-    world = ToyWorld(build_objective(config.objective))
-    roles = replace(driver(world).roles, learner=Knobbed(world, world.objective))
     took = []
     for step in (1, 2):
-        took.append(tune(control.turn(step), roles)[0].penalties[0].keywords["k"])
+        took.append(tune(control.turn(step), knobs_of(config)).objective.penalties[0].keywords["k"])
         noted = control.note({"lag/max": 0.0})
     assert took == [2, 3] and noted == {"control/k": 2.75}
     assert controllers.describe_controllers(config)[0].endswith("of lag/max, 1 step(s) late, rounded")

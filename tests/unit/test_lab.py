@@ -29,6 +29,7 @@ from entroray.observe.comparison import (
 )
 from entroray.observe.lab_cells import Cell, moving_means, summarise_run, variant_name
 from entroray.observe.svg import Line, chart, frame, mean_line, ticks
+from entroray.types import Draw
 from entroray.wiring import compose, run_directory
 from entroray.wiring.actors import lasting
 from tests.composed import configured
@@ -274,10 +275,10 @@ def test_settings_taken_back_make_an_older_cell_a_finished_one_again() -> None:
     assert lab._kept(done, failed) == failed and lab._kept(done, None) == done
 
 
-def test_a_portrait_measures_answers_without_a_training_step() -> None:
+def test_heldout_metrics_measure_answers_without_a_training_step() -> None:
     world = ToyWorld(build_objective(compose.objective_row("grpo")))
     prompts = [next(prompt) for prompt in [ToyPrompts()] for _ in range(16)]
-    found = asyncio.run(heldout_metrics(lambda t: world, world, world, prompts, temperature=1.0, samples=4))
+    found = asyncio.run(heldout_metrics(world, world, world, prompts, Draw(1.0, 2), 4))
     assert found["entropy/mean"] == pytest.approx(np.log(8), abs=1e-5)
     assert 0 <= found["greedy"] <= 1 and found["pass@1"] <= found["pass@4"]
     assert found.keys() - {"greedy", "pass@1", "pass@2", "pass@4"} <= set(DRAWN)

@@ -30,7 +30,7 @@ from entroray.observe.evaluation import lines
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
 from entroray.reward import build_judge
 from entroray.train.batching import tokens_of
-from entroray.types import Group, Prompt, Rollout, Verdict
+from entroray.types import Draw, Group, Prompt, Rollout, Verdict
 from entroray.wiring import dataset, warm_start
 from tests.composed import configured
 from tests.documented import matches
@@ -135,7 +135,7 @@ def test_a_whole_evaluation_has_every_accuracy_of_each_domain() -> None:
         [[replace(p, reference="3") for p in prompts(name, count)] for name, count in WHOLE.items()]
     )
     words = Words(str, str, frozenset())
-    found = asyncio.run(evaluate_policy(lambda t: world, world, both, plan_evaluation(1.0, 4), words))
+    found = asyncio.run(evaluate_policy(world, world, both, plan_evaluation(Draw(1.0, 2), 4), words))
     assert found["domains"].keys() == {"a", "b"} and "id" not in found["domains"]["a"]
     for name in ("greedy", "pass@4", "pass^2", "avg@4"):
         mean = sum(found["domains"][d][name] * n for d, n in WHOLE.items()) / sum(WHOLE.values())
@@ -143,7 +143,7 @@ def test_a_whole_evaluation_has_every_accuracy_of_each_domain() -> None:
     assert any(line.startswith("b: greedy ") for line in lines(found))
     bare = asyncio.run(
         evaluate_policy(
-            lambda t: world, world, [replace(p, domain="") for p in both], plan_evaluation(1.0, 2), words
+            world, world, [replace(p, domain="") for p in both], plan_evaluation(Draw(1.0, 2), 2), words
         )
     )
     assert "domains" not in bare

@@ -168,7 +168,7 @@ def test_student_s_t_by_the_printed_table():
 
 def test_the_driver_predicts_diagnoses_and_fits_and_all_of_it_is_documented():
     world = ToyWorld(build_objective(yaml.safe_load(ROW.read_text())), lr=0.5)
-    d = driver(world, looks=DiagnosticsSchedule(diagnosis=3, prediction=1, window=8, law=10))
+    d = driver(world, diagnostics=DiagnosticsSchedule(diagnosis=3, prediction=1, window=8, law=10))
     asyncio.run(d.train(12))
     first, last = world.steps[0], world.steps[-1]
     assert "distinct/1" in first and "distinct/1" not in last  # steps 1, 4, 7, 10
@@ -201,7 +201,7 @@ def test_the_driver_reads_its_probe_with_every_diagnosis():
     heldout = [Prompt(f"h{i}", "", (0, 1), "") for i in range(20)]
     asked = build_prompt_entropy(heldout, lambda text: (0, 2, 3))
     assert len(asked.inside) == len(asked.outside) == len(set(OUTSIDE)) == 16
-    asyncio.run(driver(world, looks=DiagnosticsSchedule(diagnosis=2, probe=asked)).train(3))
+    asyncio.run(driver(world, diagnostics=DiagnosticsSchedule(diagnosis=2, probe=asked)).train(3))
     read = [{k for k in step if k.startswith("entropy/prompt_")} for step in world.steps]
     assert read[0] == read[2] == {"entropy/prompt_in", "entropy/prompt_out"} and not read[1]
     assert all(matches(name, family_metrics("prompt_entropy")) for name in read[0])
@@ -209,14 +209,16 @@ def test_the_driver_reads_its_probe_with_every_diagnosis():
 
 def test_what_the_driver_learnt_of_its_steps_outlives_it():
     world = ToyWorld(build_objective(yaml.safe_load(ROW.read_text())))
-    d = driver(world, looks=DiagnosticsSchedule(prediction=1, window=3, law=10))
+    d = driver(world, diagnostics=DiagnosticsSchedule(prediction=1, window=3, law=10))
     asyncio.run(d.train(5))
     state = json.loads(json.dumps(d.state()))
-    again = driver(ToyWorld(world.objective), looks=DiagnosticsSchedule(prediction=1, window=3, law=10))
+    again = driver(ToyWorld(world.objective), diagnostics=DiagnosticsSchedule(prediction=1, window=3, law=10))
 
     async def resume() -> None:
         again.restore(state)
         await again.stream.close()
 
     asyncio.run(resume())
-    assert again.state()["insight"] == state["insight"] and len(state["insight"]["predictions"]) == 3
+    assert (
+        again.state()["diagnostics"] == state["diagnostics"] and len(state["diagnostics"]["predictions"]) == 3
+    )

@@ -1,6 +1,5 @@
 """Samplers without an engine: rules by hand, weights exactly, what is refused, what the records say."""
 
-import asyncio
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +11,14 @@ import torch
 from entroray.errors import ConfigError, PreflightError
 from entroray.metrics import step_metrics, token_entropy
 from entroray.metrics.catalogue import family_metrics
-from entroray.objective import build_objective
 from entroray.observe import token_records
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.rollout import reshape, temperature_rules
-from entroray.rollout.heat import Heat
 from entroray.train.batching import assemble, tokens_of
 from entroray.types import Group, Prompt, Rollout, SamplerNotes, Verdict
 from entroray.wiring import compose, preflight, sampler
-from tests.cases import ROWS
 from tests.composed import configured
 from tests.documented import matches
-from tests.toy import ToyWorld, driver
 
 NAMES = sorted(path.stem for path in (compose.conf_folder() / "sampler").glob("*.yaml"))
 
@@ -43,9 +38,9 @@ def test_entropy_and_varentropy_in_few_passes_are_the_exact_ones() -> None:
 
 def test_temperature_by_entropy_is_a_bounded_ramp() -> None:
     h = torch.tensor([0.0, 0.5, 1.0, 1.5, 9.0])
-    factor = temperature_rules.by_entropy(h, h, least=0.8, most=1.4, start=0.5, full=1.5).factor
+    factor = temperature_rules.by_entropy(h, h, minimum=0.8, maximum=1.4, start=0.5, full=1.5).factor
     assert factor.tolist() == pytest.approx([0.8, 0.8, 1.1, 1.4, 1.4])
-    cooling = temperature_rules.by_entropy(h, h, least=1.4, most=0.8, start=0.5, full=1.5).factor
+    cooling = temperature_rules.by_entropy(h, h, minimum=1.4, maximum=0.8, start=0.5, full=1.5).factor
     assert cooling.tolist() == pytest.approx([1.4, 1.4, 1.1, 0.8, 0.8])
 
 
@@ -91,9 +86,8 @@ def test_every_sampler_says_what_it_does(name: str) -> None:
     assert config.sampler.rule["fn"] in said
     assert sampler.reshapes(config) == (name != "fixed")
     assert config.objective["correction"]["fn"] == ("none" if name == "fixed" else "truncated_importance")
-    drawn = sampler.training_sampling(config, 1.0, byte_tokenizer())
-    assert (drawn.rule is None) == (name == "fixed")
-    assert sampler.training_sampling(config, 0.0, byte_tokenizer()).rule is None
+    drawn = sampler.training_draw(config, byte_tokenizer())
+    assert drawn.notes == bool(drawn.rule) == (name != "fixed") and not drawn.greedy().notes
 
 
 @pytest.mark.parametrize(
@@ -121,12 +115,10 @@ def test_a_row_that_weighs_by_the_sampler_needs_no_correction() -> None:
     ("overrides", "said"),
     [
         (["sampler.rule.fn=quadrant"], "did you mean `quadrants`"),
-        (["sampler=by_entropy", "sampler.rule.most=-1"], "by_entropy.most` must be above 0"),
+        (["sampler=by_entropy", "sampler.rule.maximum=-1"], "by_entropy.maximum` must be above 0"),
         (["sampler=by_entropy", "sampler.rule.full=0.2"], "full=0.2 nats"),
         (["sampler=quadrants", "sampler.rule.low_entropy=4.0"], "corners overlap"),
         (["sampler=by_entropy", "sampler.insert='?'"], "says where it is unsure"),
-        (["sampler=quadrants", "sampler.inserts=0"], "inserts=0 must be at least 1"),
-        (["sampler=hotter_if_failed", "sampler.failed.most=0.5"], "failed.most at least 1"),
         (["sampler.temperature=-1"], "at least 0"),
         (["sampler.temperature=0.009"], "vLLM draws at 0.01 instead"),
     ],
@@ -163,13 +155,13 @@ def test_an_inserted_text_must_be_one_token(text: str, tmp_path: Path) -> None:
 
 
 def drawn(correct: list[float]) -> Group:
-    """A group whose first rollout was shaped, with its second token inserted."""
+    """A group whose first rollout was reshaped, with its second token inserted."""
     ids, logp = np.array([5, 6, 7], np.int32), np.array([-1.0, 0.0, -0.5], np.float32)
     column = lambda *x: np.array(x, np.float32)
-    shaped = SamplerNotes(column(0.5, 2.75, 0.25), column(1, 0.5, 2), column(1.25, np.nan, 0.0))
+    notes = SamplerNotes(column(0.5, 2.75, 0.25), column(1, 0.5, 2), column(1.25, np.nan, 0.0))
     zero = np.zeros(3, np.int32)
     plain = Rollout("q", ids, logp, zero, "", 1.0, 3)
-    rollouts = (replace(plain, shaped=shaped), plain)
+    rollouts = (replace(plain, notes=notes), plain)
     return Group(Prompt("q", "", (1,), ""), rollouts, tuple(Verdict(c, bool(c)) for c in correct))
 
 
@@ -195,32 +187,3 @@ def test_an_inserted_token_is_an_observation_and_the_records_say_how_each_was_dr
         }
     )
     assert all(matches(name, family_metrics("sampler")) for name in said) and len(said) == 4
-
-
-def test_a_failed_prompt_is_heated_up_to_a_bound_and_cooled_by_one_right_answer() -> None:
-    heat = Heat(1.2, 1.5)
-    wrong, right = drawn([0.0, 0.0]), drawn([0.0, 1.0])
-    found = []
-    for group in (wrong, wrong, wrong, right, wrong):
-        heat.note(group)
-        found.append(heat.of("q"))
-    assert found == pytest.approx([1.2, 1.44, 1.5, 1.0, 1.2]) and heat.of("another") == 1.0
-    off = Heat()
-    off.note(wrong)
-    assert off.state() == {}
-
-
-def test_the_driver_hears_of_failed_groups_and_remembers_them() -> None:
-    world = ToyWorld(build_objective(ROWS["grpo"]))
-    d = driver(world, group_size=2)
-    d.heat.factor, d.heat.most = 1.2, 1.5
-    asyncio.run(d.train(3))
-    assert d.heat.factors and set(d.heat.factors.values()) == {1.2}
-    again = driver(world, group_size=2)
-
-    async def restored() -> None:
-        again.restore(d.committed)
-        await again.stream.close()
-
-    asyncio.run(restored())
-    assert again.heat.factors == d.heat.factors

@@ -45,11 +45,11 @@ def test_what_a_tool_says_stands_between_two_turns_as_an_observation() -> None:
 
 def test_notes_of_a_sampler_survive_cutting_and_joining() -> None:
     notes = SamplerNotes(*(np.array(x, np.float32) for x in ([1, 2], [3, 4], [0.5, np.nan])))
-    first = drawn([1, 2], shaped=notes)
+    first = drawn([1, 2], notes=notes)
     whole = join(cut(first, 2), drawn([3]))
-    assert whole.shaped is not None
-    assert whole.shaped.entropy[:2].tolist() == [1, 2] and np.isnan(whole.shaped.entropy[2])
-    assert whole.shaped.temperature[2] == np.float32(0.5)
+    assert whole.notes is not None
+    assert whole.notes.entropy[:2].tolist() == [1, 2] and np.isnan(whole.notes.entropy[2])
+    assert whole.notes.temperature[2] == np.float32(0.5)
     assert why(whole) == ["", "inserted", ""]
 
 

@@ -21,13 +21,25 @@ from entroray.rollout.splice import cut
 from entroray.rollout.tool_turns import Syntax, ToolTurns, encode_demonstration, turn_seed
 from entroray.train.batching import tokens_of
 from entroray.train.warm_start import demonstration_group
-from entroray.types import Answer, Group, MaskReason, Prompt, Rollout, SamplerNotes, Span, Status, Verdict
+from entroray.types import (
+    Answer,
+    Draw,
+    Group,
+    MaskReason,
+    Prompt,
+    Rollout,
+    SamplerNotes,
+    Span,
+    Status,
+    Verdict,
+)
 from tests.documented import matches
 from tests.toy import ToyWorld, driver
 
 PROMPT = Prompt("p", "2+3=", tuple(b"2+3="), "5")
 SYNTAX = Syntax("[", "]")
 LIMIT = 20
+DRAW = Draw(1.0, LIMIT)
 GRPO = Path(__file__).parents[2] / "conf" / "objective" / "grpo.yaml"
 
 
@@ -47,7 +59,10 @@ class Script:
         self.read: list[tuple[str, int]] = []
         self.asked: list[list[str]] = []
 
-    async def sample(self, prompt: Prompt, seeds: Sequence[int], after: Sequence[int] = ()) -> list[Rollout]:
+    async def sample(
+        self, prompt: Prompt, seeds: Sequence[int], draw: Draw, after: Sequence[int] = ()
+    ) -> list[Rollout]:
+        assert draw is DRAW, "every turn is drawn as the first"
         self.read += [(decode(after), seed) for seed in seeds]
         return [self._say(tuple(after), len(self.read)) for _ in seeds]
 
@@ -66,7 +81,7 @@ class Script:
 
 def talk(script: Script, seeds: Sequence[int] = (7,), calls: int = 3, after: str = "") -> list[Rollout]:
     turns = ToolTurns(script, script, SYNTAX, calls, encode, decode)
-    return asyncio.run(turns.sample(PROMPT, seeds, encode(after)))
+    return asyncio.run(turns.sample(PROMPT, seeds, DRAW, encode(after)))
 
 
 def why(rollout: Rollout) -> str:
@@ -91,7 +106,7 @@ def test_ids_are_never_made_from_text_again() -> None:
     read = []
 
     class Pairs(Script):
-        async def sample(self, prompt, seeds, after=()):
+        async def sample(self, prompt, seeds, draw, after=()):
             read.append(tuple(after))
             ids = [[0, 1, 2, 3], [6, 5]][len(read) - 1]
             columns = np.array(ids, np.int32), np.zeros(len(ids), np.float32), np.ones(len(ids), np.int32)
@@ -101,7 +116,7 @@ def test_ids_are_never_made_from_text_again() -> None:
     script = Pairs(answers=[Answer("2")])
     joined = lambda ids: "".join(names[i] for i in ids)
     turns = ToolTurns(script, script, SYNTAX, 2, lambda text: [words[text]], joined)
-    (whole,) = asyncio.run(turns.sample(PROMPT, [1]))
+    (whole,) = asyncio.run(turns.sample(PROMPT, [1], DRAW))
     assert read == [(), (0, 1, 2, 3, 5)]  # "]" and "2" stay apart, though "]2" is a token
     assert whole.token_ids.tolist() == [0, 1, 2, 3, 5, 6, 5] and whole.text == "[1+1]2=2"
 
@@ -134,7 +149,7 @@ def test_a_tool_that_failed_is_read_as_an_error_and_one_that_gave_no_answer_fail
     turns = ToolTurns(
         script, script, SYNTAX, 3, encode, decode, lambda kind, **said: heard.append((kind, said))
     )
-    (whole,) = asyncio.run(turns.sample(PROMPT, [1]))
+    (whole,) = asyncio.run(turns.sample(PROMPT, [1], DRAW))
     assert whole.text == "[1/0]error=0" and why(whole) == ".....eeeee.." and whole.status is Status.OK
     assert heard == [("tool_error", {"detail": "ZeroDivisionError: by zero"})]
     for status in (Status.TIMEOUT, Status.INFRA_FAILED):
@@ -160,8 +175,8 @@ def test_calls_are_found_between_their_marks() -> None:
     assert wide.call("so <calc>1+<calc>2</calc>") == "2"
     assert wide.call("no call") is None and wide.call("2</calc>") == ""
     assert SYNTAX.call("[1]=") == "1", "a token may reach beyond the mark that ended the turn"
-    assert wide.said("{7}") == "={7};"
-    assert Syntax("[", "]", '{"v": {answer}} {} {0}').said("{7}") == '{"v": {7}} {} {0}'
+    assert wide.render("{7}") == "={7};"
+    assert Syntax("[", "]", '{"v": {answer}} {} {0}').render("{7}") == '{"v": {7}} {} {0}'
 
 
 def test_seeds_of_turns_are_fixed_and_apart() -> None:
@@ -232,9 +247,9 @@ def test_worked_sums_say_what_the_calculator_says() -> None:
 def test_tools_are_counted_and_their_tokens_are_in_no_entropy() -> None:
     script = Script("[1]", "=1", answers=[Answer("1")])
     (called,), n = talk(script), 6
-    shaped = SamplerNotes(*(np.array(x, np.float32) for x in ([1, 1, 1, np.nan, 1, 1], [1] * 6, [0.5] * 6)))
-    called = replace(called, shaped=shaped, spans=(*called.spans, Span(5, 6, MaskReason.TOOL_ERROR)))
-    plain = replace(called, shaped=None, spans=())
+    notes = SamplerNotes(*(np.array(x, np.float32) for x in ([1, 1, 1, np.nan, 1, 1], [1] * 6, [0.5] * 6)))
+    called = replace(called, notes=notes, spans=(*called.spans, Span(5, 6, MaskReason.TOOL_ERROR)))
+    plain = replace(called, notes=None, spans=())
     group = Group(PROMPT, (called, plain), (Verdict(1.0, True), Verdict(0.0, False)))
     columns = {k: np.ones(2 * n, np.float32) for k in ("logprobs", "entropy", "varentropy")}
     columns["entropy"][[3, 5]] = 99.0

@@ -3,22 +3,22 @@
 import asyncio
 from itertools import repeat
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from entroray.config import WarmStartConfig
 from entroray.errors import PreflightError
 from entroray.objective import build_objective
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.reward.verdicts import failed
 from entroray.train import warm_start as loop
-from entroray.train.warm_start import WarmStart, demonstration_group, overshoot_remedy, sampled_accuracy
+from entroray.train.warm_start import demonstration_group, overshoot_remedy, sampled_accuracy
 from entroray.types import Prompt, Rollout, Status, Verdict
-from entroray.wiring import actors, compose, dataset, warm_start
+from entroray.wiring import compose, dataset, sampler, warm_start
 from tests.composed import configured
 
-PLAN = WarmStart(band=(0.3, 0.4), max_steps=8, rows_per_step=2, check_every=2)
+PLAN = WarmStartConfig(band=[0.3, 0.4], max_steps=8, rows_per_step=2, check_every=2)
 
 
 class Taught:
@@ -26,7 +26,7 @@ class Taught:
 
     updates = 0
 
-    async def update(self, batch: object, tokens: object) -> dict[str, float]:
+    async def update(self, batch: object, tokens: object, objective: object) -> dict[str, float]:
         self.updates += 1
         return {"update/loss": 1.0}
 
@@ -87,14 +87,10 @@ def test_the_embedded_model_is_missing_until_its_folder_is_there(tmp_path: Path)
     assert not warm_start.is_missing(config)
 
 
-def test_an_evaluation_draws_from_the_policy_as_it_is_at_each_temperature() -> None:
-    tokenizer, drawn = byte_tokenizer(), list[Any]()
-    engines: Any = SimpleNamespace(generator_role=lambda how: drawn.append(how) or "role", verifier_role=str)
-    at = actors.at_temperature(configured("sampler=by_entropy"), engines, tokenizer)
-    assert at(0.0) == at(0.7) == "role"
-    assert [how.temperature for how in drawn] == [0.0, 0.7] and {how.rule for how in drawn} == {None}
-    calling = actors.at_temperature(configured("rollout.tool.fn=calculator"), engines, tokenizer)(1.0)
-    assert type(calling).__name__ == "ToolTurns"
+def test_an_evaluation_draws_from_the_policy_as_it_is() -> None:
+    draw = sampler.plain_draw(configured("sampler=by_entropy", "sampler.temperature=0.7"))
+    assert draw.temperature == 0.7 and not draw.notes
+    assert draw.greedy(3).temperature == 0.0 and draw.greedy(3).top_tokens == 3
 
 
 def test_the_probe_is_its_text_without_special_tokens() -> None:
