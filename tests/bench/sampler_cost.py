@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from entroray.config import Shape
+from entroray.config import ModelSize
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.wiring import actors, compose
 from entroray.workers import cluster

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entroray.config import Shape
+from entroray.config import ModelSize
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.types import Batch
 
-TINY = Shape(layers=2, width=64, heads=2, kv_heads=1, mlp=128, context=512)
+TINY = ModelSize(layers=2, width=64, heads=2, kv_heads=1, mlp=128, context=512)
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
