@@ -117,7 +117,7 @@ def main() -> None:
     asked = arguments()
     os.environ.update(cluster.environment() | cluster.CPU_ONLY)
     with tempfile.TemporaryDirectory() as folder:
-        build_tiny_model(Path(folder), Shape(context=1536), seed=0)
+        build_tiny_model(Path(folder), ModelSize(context=1536), seed=0)
         asyncio.run(measure(folder, asked))
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     asked = arguments()
     os.environ.update(cluster.environment() | cluster.CPU_ONLY)
     with tempfile.TemporaryDirectory() as folder:
-        build_tiny_model(Path(folder), Shape(), seed=0)
+        build_tiny_model(Path(folder), ModelSize(), seed=0)
         found = asyncio.run(measure(folder, asked.rounds, asked.tokens, asked.group))
     for name, speeds in found.items():
         cost = statistics.median(1 - s / f for s, f in zip(speeds, found["fixed"], strict=True))
