@@ -20,11 +20,13 @@ def start(*arguments: str, first: Callable[[], object] | None = None) -> subproc
 
 
 def until(process: subprocess.Popen, true: Callable[[], object], seconds: float = 120.0) -> None:
-    """Returns when `true()` is; fails where the process ends before, or the time is up."""
+    """Returns when `true()` is; fails if the process ends before or the time is up, which kills it."""
     end = time.monotonic() + seconds
     while not true():
         assert process.poll() is None, process.communicate(timeout=30)[0][-3000:]
-        assert time.monotonic() < end, f"not within {seconds} s"
+        if time.monotonic() > end:
+            process.kill()
+            raise AssertionError(f"not within {seconds} s: {process.communicate(timeout=30)[0][-3000:]}")
         time.sleep(0.02)
 
 
