@@ -1,7 +1,24 @@
 #!/usr/bin/env bash
-# Sets up, then every check there is, cheapest first; the first that fails ends it with its exit code.
-# Arguments go to every pytest call, as in: launch/test.sh -k sync -x. `launch/test.sh slow` runs the long tests alone.
+# Sets up, then runs one lane of the checks; the first that fails ends it with its exit code.
 set -euo pipefail
+
+lanes() {
+    cat <<'END'
+usage: launch/test.sh [LANE] [pytest arguments, as in: launch/test.sh -k sync -x]
+
+  (no lane)  every push: ruff, conf and launch, unit tests, mypy, the real stack on the CPU
+  slow       long tests, and assertions that the default lane makes on a smaller run
+  families   models of other families than Llama
+  faults     processes killed on purpose, beyond the deaths of the default lane
+  bench      speed and memory against a limit
+  cluster    more nodes than this one, or what starts them
+END
+}
+case ${1:-} in
+-h | --help) lanes && exit ;;
+slow | families | faults | bench | cluster) lane=$1 && shift ;;
+*) lane="" ;;
+esac
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 exec </dev/null
@@ -17,12 +34,16 @@ check() { # NAME COMMAND...
     took+="$name $((SECONDS - from)) s, "
 }
 
+one_lane() { # PYTEST ARGUMENTS...
+    local rc=0
+    printf '\n== lane %s\n' "$lane"
+    pytest tests -m "$lane" --durations=0 "$@" || rc=$?
+    ((rc != 5)) || echo "lane $lane: no such test yet"
+    exit $((rc == 5 ? 0 : rc))
+}
+
 took="" both=(--numprocesses 2 --dist worksteal)
-if [[ ${1:-} == slow ]]; then
-    shift
-    check "slow tests" pytest tests -m slow --durations=0 "$@"
-    exit
-fi
+[[ -z $lane ]] || one_lane "$@"
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "conf, launch and docker" pytest tests/files "${both[@]}" "$@"

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -237,18 +238,43 @@ def test_the_tests_run_cheapest_first(machine):
     ]
 
 
+LANES = ("slow", "families", "faults", "bench", "cluster")
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_lane_runs_its_own_tests_alone(machine, lane):
+    machine.tools(ruff=0, mypy=0, pytest=1)
+    assert machine.run("test.sh", lane, "-x", "tests/ray").returncode == 1
+    assert machine.told().split(" /")[0] == f"pytest tests -m {lane} --durations=0 -x tests/ray"
+
+
+def test_a_lane_without_tests_says_so(machine):
+    machine.tools(pytest=5)
+    done = machine.run("test.sh", "families")
+    assert done.returncode == 0 and "lane families: no such test yet" in done.stdout
+
+
+def test_help_lists_every_lane_and_sets_nothing_up(machine):
+    done = machine.run("test.sh", "--help")
+    listed = re.findall(r"^  (\w+)  +\w", done.stdout, re.MULTILINE)
+    assert (done.returncode, tuple(listed), machine.told()) == (0, LANES, "")
+
+
+def test_every_lane_is_a_marker_that_the_default_run_leaves_out_and_the_readme_explains():
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert set(LANES) <= {line.partition(":")[0] for line in asked["markers"]}
+    assert f"not ({' or '.join(LANES)})" in asked["addopts"]
+    section = (ROOT / "tests" / "README.md").read_text().partition("## Lanes\n")[2].partition("\n## ")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == LANES
+
+
 @pytest.mark.parametrize(
     ("codes", "arguments", "code", "calls"),
     [
         ({"ruff": 0, "mypy": 2, "pytest": 0}, [], 2, 5),
         ({"ruff": 0, "mypy": 0, "pytest": 1}, [], 1, 3),
         ({"ruff": 0, "mypy": 0, "pytest": 5}, [], 5, 3),  # an empty folder of tests is a mistake
-        (
-            {"ruff": 0, "mypy": 0, "pytest": 5},
-            ["-k", "sync"],
-            0,
-            6,
-        ),  # arguments that choose nothing in one are not
+        ({"ruff": 0, "mypy": 0, "pytest": 5}, ["-k", "sync"], 0, 6),  # arguments that choose nothing are not
     ],
 )
 def test_a_failing_stage_ends_the_tests_with_its_code(machine, codes, arguments, code, calls):

@@ -1,15 +1,13 @@
-"""One local Ray for the whole folder, and one tiny model."""
+"""One local Ray, one tiny model, one warm-started model and one finished run for the whole folder."""
 
-import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from entroray.policy.tiny_model import build_tiny_model
-from entroray.types import Batch
+from tests.ray.stack import FinishedRun, Stack, entroray
 
 TINY = {
     "num_hidden_layers": 2,
@@ -19,12 +17,35 @@ TINY = {
     "intermediate_size": 128,
     "max_position_embeddings": 512,
 }
+FEATURES = (
+    *("experiment=quickstart", "objective=grpo", "run.steps=6", "rollout.groups_per_step=8"),
+    *("generator.replicas=1", "learner.threads=1", "learner.updates_per_rollout=2", "observe.tokens.every=1"),
+    *("observe.diagnosis.every=2", "checkpoint.every=2", "++data.settings.size=3000"),
+    *("evaluate.every=2", "evaluate.prompts=32", "evaluate.samples=2", "evaluate.final=false"),
+    *("model.warm_start.band=[0.0,1.0]", "model.warm_start.check_every=40"),
+    "+control.high={knob: objective.surrogate.high, fn: band, signal: entropy/mean, at_least: 9, at_most: 9, "
+    "step: 0.1, low: 0.2, high: 1}",
+)
+"""Of a run that evaluates, saves, diagnoses, keeps every token and moves a knob."""
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.ray)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where every process of the session looks for a warm-started model before it makes one.
+
+    Threads of OpenMP wait asleep: those that spin take a busy machine's cores from what they wait for.
+    """
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENTRORAY_CACHE", str(folder))
+        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +56,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def peaked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A fixed random model whose distributions differ in entropy: its last norm is turned up."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("peaked")
+    build_tiny_model(folder, TINY, seed=3)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 8
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     from entroray.workers import cluster
 
@@ -44,13 +78,16 @@ def local_ray() -> Iterator[None]:
     cluster.stop()
 
 
-def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(coroutine)
+@pytest.fixture(scope="session")
+def stack(local_ray: None, model: str) -> Iterator[Stack]:
+    """Engine, ranks and verifiers for tests that leave them alive."""
+    shared = Stack(model)
+    yield shared
+    shared.end()
 
 
-def random_batch(rows: int, seed: int = 0) -> Batch:
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(3, 24, (2, rows)).astype(np.int32)
-    ids = lambda n: rng.integers(0, 250, n).astype(np.int32)
-    ones = np.ones(rows, dtype=np.float32)
-    return Batch(ids(lengths[0].sum()), lengths[0], ids(lengths[1].sum()), lengths[1], ones)
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run of `FEATURES` in a process of its own, warm start included, for tests that only read."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return FinishedRun(folder, FEATURES, entroray("train", *FEATURES, f"run.dir={folder}"))

@@ -1,6 +1,7 @@
 """`entroray eval` on a real engine: exact entropies, CoT-decoding by transformers too, a comparison."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,55 +10,51 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from entroray.cli.eval import of_run
 from entroray.evaluation.cot_decoding import words
 from entroray.metrics import token_entropy
 from entroray.metrics.answer_confidence import answer_span
 from entroray.policy.tokenizer import load_tokenizer
-from entroray.wiring import compose, dataset
-from tests.ray.test_train import entroray
+from entroray.types import Prompt
+from entroray.wiring import dataset
+from tests.ray.stack import FinishedRun, entroray
 
 SETTINGS = [
-    "experiment=quickstart",
-    "++data.settings.size=2000",
-    "data.max_prompt=64",
-    "rollout.max_tokens=12",
-    "sampler.temperature=0.8",
-    "evaluate.prompts=6",
-    "evaluate.samples=3",
-    "generator.threads=1",
-    "reward.judge.extract=whole",
+    *("rollout.max_tokens=12", "sampler.temperature=0.8", "evaluate.prompts=6", "evaluate.samples=8"),
+    *("generator.threads=1", "reward.judge.extract=whole"),
 ]
-"""The whole response is the answer, so that a random model has answers too."""
+"""The whole response is the answer, so that a model that has hardly learnt has answers too."""
 PATHS = 4
 
 
 @pytest.fixture(scope="module")
-def peaked(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The random model with its last norm turned up: its distributions differ in entropy."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path_factory.mktemp("peaked") / "model"
-    shutil.copytree(model, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"] *= 8
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
+def trained(finished_run: FinishedRun) -> list[str]:
+    """What makes `eval` read the exported model of the run, with the run's own settings."""
+    folder = finished_run.folder
+    return [f"--config={folder}/config.yaml", f"model.path={folder}/model", *SETTINGS]
 
 
 @pytest.fixture(scope="module")
-def found(peaked: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+def found(trained: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
     folder = tmp_path_factory.mktemp("eval")
-    told = [*SETTINGS, f"model.path={peaked}", f"evaluate.cot={PATHS}", "evaluate.k=[3]"]
-    said = entroray("eval", f"--out={folder}/found.json", *told, cache=folder)
+    said = entroray("eval", f"--out={folder}/found.json", *trained, f"evaluate.cot={PATHS}", "evaluate.k=[3]")
     return json.loads((folder / "found.json").read_text()), folder, said
+
+
+@pytest.fixture(scope="module")
+def heldout(finished_run: FinishedRun) -> tuple[Any, Any, Sequence[Prompt]]:
+    """(model, tokenizer, held-out prompts) as transformers and the data's own code read them."""
+    folder = str(finished_run.folder / "model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+    config = of_run(finished_run.folder / "config.yaml", SETTINGS)
+    return model, tokenizer, dataset.read_dataset(config, tokenizer).split.heldout
 
 
 def test_an_evaluation_says_all_it_should(found: tuple[dict[str, Any], Path, str]) -> None:
     result, folder, said = found
-    assert result["prompts"] == 6 and result["samples"] == 3 and result["failed"] == {}
-    assert {"greedy", "pass@1", "pass@3", "pass^3", "maj@2", "avg@3", "cot/surest"} <= result.keys()
+    assert result["prompts"] == 6 and result["samples"] == 8 and result["failed"] == {}
+    assert {"greedy", "pass@1", "pass@3", "pass^3", "maj@2", "avg@8", "cot/surest"} <= result.keys()
+    assert 0 <= result["greedy"] <= 1 and result["pass@1"] <= result["pass@2"] <= result["pass@8"]
     assert set(result["calibration"]) == {"consistency", "logprob", "gap"}
     assert len(result["each"]["id"]) == len(set(result["each"]["id"])) == 6
     assert result["cot"]["paths"] == 6 * PATHS and sum(result["cot"]["lost"].values()) < 6 * PATHS
@@ -67,13 +64,10 @@ def test_an_evaluation_says_all_it_should(found: tuple[dict[str, Any], Path, str
 
 
 def test_entropies_are_those_of_the_whole_distribution_at_the_temperature(
-    found: tuple[dict[str, Any], Path, str], peaked: str
+    found: tuple[dict[str, Any], Path, str], heldout: tuple[Any, Any, Sequence[Prompt]]
 ) -> None:
-    result, _, _ = found
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(peaked), load_tokenizer(peaked)
-    prompts = {
-        p.text: p for p in dataset.read_dataset(compose.load_config(SETTINGS)[0], tokenizer).split.heldout
-    }
+    result, (model, tokenizer, read) = found[0], heldout
+    prompts = {p.text: p for p in read}
     names = {words(tokenizer).name(i): i for i in range(len(tokenizer))}
     assert result["responses"]
     for response in result["responses"]:
@@ -85,15 +79,12 @@ def test_entropies_are_those_of_the_whole_distribution_at_the_temperature(
 
 
 def test_gaps_are_those_of_the_model_on_each_greedy_path(
-    found: tuple[dict[str, Any], Path, str], peaked: str
+    found: tuple[dict[str, Any], Path, str], heldout: tuple[Any, Any, Sequence[Prompt]]
 ) -> None:
     """CoT-decoding once more, by transformers: top tokens, greedy, p(1) - p(2) over the answer."""
-    result, _, _ = found
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(peaked), load_tokenizer(peaked)
-    text = words(tokenizer).text
-    prompts = dataset.read_dataset(compose.load_config(SETTINGS)[0], tokenizer).split.heldout[:6]
-    expected = []
-    for prompt in prompts:
+    result, (model, tokenizer, prompts) = found[0], heldout
+    text, expected = words(tokenizer).text, []
+    for prompt in prompts[:6]:
         first = logits(model, prompt.token_ids, [0])[0].topk(PATHS).indices.tolist()
         for token in first:
             ids = followed(model, prompt.token_ids, token, set(tokenizer.all_special_ids), 12)
@@ -126,14 +117,14 @@ def followed(model: Any, before: tuple[int, ...], token: int, special: set[int],
 
 @pytest.mark.slow
 def test_two_evaluations_of_one_model_tie_and_greedy_alone_is_allowed(
-    found: tuple[dict[str, Any], Path, str], peaked: str
+    found: tuple[dict[str, Any], Path, str], trained: list[str]
 ) -> None:
     result, folder, _ = found
-    greedy = [*SETTINGS, f"model.path={peaked}", "sampler.temperature=0"]
+    greedy = [*trained, "sampler.temperature=0"]
     greedy += ["+generator.engine.logprobs_mode=raw_logprobs"]
-    entroray("eval", f"--out={folder}/greedy.json", f"--html={folder}/page.html", *greedy, cache=folder)
+    entroray("eval", f"--out={folder}/greedy.json", f"--html={folder}/page.html", *greedy)
     other = json.loads((folder / "greedy.json").read_text())
     assert other["samples"] == 1 and other["pass@1"] == other["greedy"] == result["greedy"]
     assert "entropy" not in other and (folder / "page.html").exists()
-    said = entroray("eval", "--compare", f"{folder}/found.json", f"{folder}/greedy.json", cache=folder)
+    said = entroray("eval", "--compare", f"{folder}/found.json", f"{folder}/greedy.json")
     assert "+0.000 [+0.000 +0.000]" in said and "6 prompts" in said

@@ -1,15 +1,13 @@
 """Branches and forks on the real stack: what the engine continues is what the learner scores."""
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pytest
-import ray
 import torch
 
 from entroray.data.prompts import PromptStream
@@ -18,26 +16,20 @@ from entroray.rollout.plans import branching, first_token_forks
 from entroray.rollout.splice import cut
 from entroray.train.driver import Driver, Knobs, Roles
 from entroray.types import REASONS, Draw, Group, MaskReason, Prompt, Rollout
-from entroray.wiring import actors, compose, dataset, rollout_plan, sampler
+from entroray.wiring import compose, dataset, rollout_plan, sampler
 from entroray.wiring.driver import loop_settings
-from entroray.workers import cluster
-from entroray.workers.cluster import Share
 from entroray.workers.engine_pool import EnginePool
-from entroray.workers.generator import Generator
 from entroray.workers.roles import GeneratorRole
+from tests.ray.stack import Stack, entroray, metrics
+from tests.records import query
 
 IDS = tuple(int(i) for i in np.random.default_rng(1).integers(0, 250, 20))
 PROMPT = Prompt("q", "q", IDS, "")
 
 
-@pytest.fixture(scope="module")
-def engine(local_ray: None, model: str) -> Iterator[Any]:
-    config, _ = compose.load_config(["rollout=branching"])
-    sizes = {"dtype": "float32", "max_length": 512, "seed": 0, "engine": actors.engine_options(config)}
-    handle = cluster.spawn(Generator, Share(0.4, 0.0, 2), model, **sizes)
-    asyncio.run(cluster.settle(handle.start.remote(), deadline=240.0, what="engine"))
-    yield handle
-    ray.kill(handle)
+@pytest.fixture
+def engine(stack: Stack) -> Any:
+    return stack.wait(stack.engine())
 
 
 def alone(engine: Any) -> EnginePool:
@@ -118,30 +110,29 @@ QUICK = ["experiment=quickstart", "rollout.groups_per_step=16", "generator.repli
 QUICK += ["objective=grpo", "objective.estimator.fn=subtree", "++data.settings.size=3000"]
 
 
-def test_every_plan_trains(model: str, local_ray: None) -> None:
+def test_every_plan_trains(stack: Stack) -> None:
     """Three steps of each on one set of machines; what the engines read is what the learner scores."""
     config, _ = compose.load_config(
-        [*QUICK, f"model.path={model}", "data.max_prompt=64", "rollout=branching"]
+        [*QUICK, f"model.path={stack.model}", "data.max_prompt=64", "rollout=branching"]
     )
-    for name, steps in asyncio.run(_every_plan(config, model)).items():
+    for name, steps in stack.wait(_every_plan(config, stack)).items():
         assert len(steps) == 3, name
-        for metrics, groups in steps:
-            assert metrics["mismatch/max"] < 1e-4 and metrics["lag/max"] == 0, name
-            assert np.isfinite(list(metrics.values())).all() and metrics["update/skipped"] == 0, name
+        for row, groups in steps:
+            assert row["mismatch/max"] < 1e-4 and row["lag/max"] == 0, name
+            assert np.isfinite(list(row.values())).all() and row["update/skipped"] == 0, name
             assert all(len(g.rollouts) == 8 for g in groups), name
             if name == "first_token_forks":
                 assert all(len({int(r.token_ids[0]) for r in g.rollouts}) == 8 for g in groups)
-                assert metrics["branches/forced"] > 0 and "branches/share" not in metrics
+                assert row["branches/forced"] > 0 and "branches/share" not in row
             else:
                 most = {"branching": 0.5, "tree": 0.75}[name]  # less where a response is too short
-                assert 0.9 * most < metrics["branches/share"] <= most
-                assert 0 < metrics["branches/inherited"] < 1 and metrics["sampler/gap"] < 1e-4
+                assert 0.9 * most < row["branches/share"] <= most
+                assert 0 < row["branches/inherited"] < 1 and row["sampler/gap"] < 1e-4
 
 
-async def _every_plan(config: Any, model: str) -> dict[str, list[tuple[Mapping[str, float], list[Group]]]]:
-    read = dataset.load_dataset(config, model)
-    objective, probe = build_objective(config.objective), tuple(read.tokenizer.encode("1+1="))
-    m = await actors.start_actors(config, model, objective, read.judge, probe, total_updates=100)
+async def _every_plan(config: Any, stack: Stack) -> dict[str, list[tuple[Mapping[str, float], list[Group]]]]:
+    read, objective = dataset.load_dataset(config, stack.model), build_objective(config.objective)
+    m = await stack.actors(config, objective, read.judge, updates=100)
     found, state = {}, None
     for name in ("branching", "tree", "first_token_forks"):
         config.rollout.plan = {"fn": name}
@@ -154,14 +145,11 @@ async def _every_plan(config: Any, model: str) -> dict[str, list[tuple[Mapping[s
             driver.restore(state)
         await driver.train(driver.version + 3)
         found[name], state = notes.steps, driver.committed
-    await m.stop()
     return found
 
 
 @pytest.mark.slow
 def test_the_command_line_grows_groups_and_says_so(model: str, tmp_path: Path) -> None:
-    from tests.ray.test_train import entroray, metrics
-
     small = ["run.steps=2", "rollout.groups_per_step=8", "observe.tokens.every=1", "observe.report=false"]
     small += [
         "evaluate.final=false",
@@ -171,12 +159,10 @@ def test_the_command_line_grows_groups_and_says_so(model: str, tmp_path: Path) -
     ]
     said = entroray(
         "train", "experiment=quickstart", "generator.replicas=1", "rollout=branching",
-        "objective.keep.fn=always", *small, f"run.dir={tmp_path}/run", cache=tmp_path,
+        "objective.keep.fn=always", *small, f"run.dir={tmp_path}/run",
     )  # fmt: skip
     assert "groups     branching: 4 from the prompt; the rest from 1 position(s) of each" in said
     assert "advantage A  mean R of it and its branches" in said
     assert all(0.45 < row["branches/share"] <= 0.5 for row in metrics(tmp_path / "run"))
-    table = f"'{tmp_path}/run/tokens/*.parquet'"
-    query = f"select count(*), sum((mask_reason = 'prefix')::int) from {table} where mask_reason is not null"
-    masked, prefix = duckdb.connect().execute(query).fetchone()  # type: ignore[misc]
-    assert masked == prefix > 0
+    reasons = query(f"select distinct mask_reason from '{tmp_path}/run/tokens/*.parquet'")
+    assert {row["mask_reason"] for row in reasons} == {None, "prefix"}

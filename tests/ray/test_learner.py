@@ -1,6 +1,8 @@
-"""DeepSpeed on 1 and 2 ranks, ZeRO 0 to 3: the same data gives the same losses, norms and weights."""
+"""DeepSpeed on 1 and 2 ranks, ZeRO 0 to 3: the same data gives the same losses, norms and weights.
 
-import asyncio
+The ranks are processes of the session; what they train is built anew for every test.
+"""
+
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -9,21 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from entroray.objective import Objective, build_objective
 from entroray.train.batching import assemble, group_index, tokens_of
 from entroray.types import Group, Prompt, Rollout, Status, Verdict
-from entroray.wiring import compose
-from entroray.wiring.actors import learner_settings
-from entroray.workers import cluster
-from entroray.workers.cluster import Gang, Share
-from entroray.workers.deepspeed_backend import DeepSpeedBackend
-from entroray.workers.learner_rank import LearnerRank
+from entroray.wiring import actors, compose
 from entroray.workers.roles import LearnerRole
-
-pytestmark = pytest.mark.usefixtures("local_ray")
+from tests.ray.stack import Stack
 
 
 def groups(count: int, seed: int, *, shortest: int = 1, reward: float | None = None) -> list[Group]:
@@ -48,29 +43,22 @@ def groups(count: int, seed: int, *, shortest: int = 1, reward: float | None = N
 
 @asynccontextmanager
 async def a_gang(
-    model: str, ranks: int, stage: int, row: str = "grpo"
+    stack: Stack, ranks: int, stage: int, row: str = "grpo"
 ) -> AsyncIterator[tuple[LearnerRole, Objective]]:
-    """A learner of its own processes, two updates a step."""
+    """A learner at the first weights, two updates a step."""
     overrides = [f"learner.ranks={ranks}", f"learner.zero_stage={stage}", "learner.updates_per_rollout=2"]
     overrides.append(f"objective={row}")
     config, _ = compose.load_config([*overrides, "learner.token_budget=150", "learner.max_grad_norm=0.5"])
     objective = build_objective(config.objective)
-    rank_settings = learner_settings(config, model, 10)
-    share = Share(0.4, 0.0, 1)
-    arguments = rank_settings, objective, DeepSpeedBackend
-    gang = Gang("learner", [cluster.spawn(LearnerRank, share, r, *arguments) for r in range(ranks)])
-    host, port = await cluster.settle(gang.handles[0].address.remote(), deadline=120.0, what="rank 0")
-    await gang.all(lambda r, h: h.start.remote(host, port, 120.0), deadline=180.0)
+    settings, gang = actors.learner_settings(config, stack.model, 10), await stack.gang(ranks)
+    await gang.all(lambda r, h: h.reset.remote(settings, objective), deadline=180.0)
     yield LearnerRole(gang, config.learner.token_budget, 120.0), objective
-    await gang.all(lambda r, h: h.stop.remote(), deadline=60.0)
-    for handle in gang.handles:
-        ray.kill(handle)
 
 
-async def two_steps(model: str, ranks: int, stage: int) -> tuple[list[dict[str, float]], np.ndarray]:
+async def two_steps(stack: Stack, ranks: int, stage: int) -> tuple[list[dict[str, float]], np.ndarray]:
     """Two consecutive steps of different token counts, two updates each; metrics and final log-probs."""
     metrics: list[dict[str, float]] = []
-    async with a_gang(model, ranks, stage) as (learner, objective):
+    async with a_gang(stack, ranks, stage) as (learner, objective):
         for step, count in enumerate((6, 5)):
             batch = assemble(g := groups(count, seed=step))
             scores = await learner.score(batch, group_index(g), 2)
@@ -81,14 +69,14 @@ async def two_steps(model: str, ranks: int, stage: int) -> tuple[list[dict[str, 
 
 
 @pytest.fixture(scope="module")
-def reference(local_ray: None, model: str) -> Any:
-    return asyncio.run(two_steps(model, 1, 1))
+def reference(stack: Stack) -> Any:
+    return stack.wait(two_steps(stack, 1, 1))
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_ranks_and_stages_change_nothing(reference: Any, model: str, ranks: int, stage: int) -> None:
+def test_ranks_and_stages_change_nothing(reference: Any, stack: Stack, ranks: int, stage: int) -> None:
     expected, final = reference
-    metrics, logprobs = asyncio.run(two_steps(model, ranks, stage))
+    metrics, logprobs = stack.wait(two_steps(stack, ranks, stage))
     for ours, theirs in zip(metrics, expected, strict=True):
         for key in ("update/loss", "update/grad_norm", "update/entropy", "objective/silent_tokens"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
@@ -103,10 +91,10 @@ def test_the_first_ratio_of_a_step_is_one(reference: Any) -> None:
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (1, 3)])
 def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(
-    local_ray: None, model: str, ranks: int, stage: int
+    stack: Stack, ranks: int, stage: int
 ) -> None:
     async def run() -> tuple[list[dict[str, float]], list[Any]]:
-        async with a_gang(model, ranks, stage) as (learner, objective):
+        async with a_gang(stack, ranks, stage) as (learner, objective):
             batch = assemble(g := groups(4, seed=0))
             scores = await learner.score(batch, group_index(g), 2)
             tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, 0))
@@ -118,32 +106,30 @@ def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(
                 seen.append((await learner.score(batch, group_index(g), 2))["logprobs"])
             return metrics, seen
 
-    metrics, (before, poisoned, after) = asyncio.run(run())
+    metrics, (before, poisoned, after) = stack.wait(run())
     assert [m["update/skipped"] for m in metrics] == [2.0, 0.0]
     np.testing.assert_array_equal(before, poisoned)
     assert np.isfinite(after).all() and np.abs(after - before).max() > 1e-5
 
 
 @pytest.mark.parametrize("odd", [{"shortest": 0}, {"reward": 1.0}, {"reward": 0.0, "shortest": 0}])
-def test_empty_responses_and_equal_rewards_are_never_an_error(
-    local_ray: None, model: str, odd: dict[str, Any]
-) -> None:
+def test_empty_responses_and_equal_rewards_are_never_an_error(stack: Stack, odd: dict[str, Any]) -> None:
     async def run() -> dict[str, float]:
-        async with a_gang(model, 1, 1) as (learner, objective):
+        async with a_gang(stack, 1, 1) as (learner, objective):
             batch = assemble(g := groups(4, seed=0, **odd))
             cut = [replace(x, rollouts=[replace(r, status=Status.TRUNCATED) for r in x.rollouts]) for x in g]
             scores = await learner.score(batch, group_index(cut), 2)
             tokens = objective.credit(tokens_of(cut, [objective.estimate(x) for x in cut], scores, 0))
             return await learner.update(batch, tokens, objective, 2)
 
-    metrics = asyncio.run(run())
+    metrics = stack.wait(run())
     assert metrics["update/skipped"] == 0 and np.isfinite(metrics["update/loss"])
     assert (metrics["update/grad_norm"] > 0) == ("reward" not in odd)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 3)])
 def test_an_anchored_learner_begins_anew_where_it_is(
-    local_ray: None, model: str, ranks: int, stage: int, tmp_path: Path
+    stack: Stack, ranks: int, stage: int, tmp_path: Path
 ) -> None:
     """The reference becomes the policy, moments are gone, and a checkpoint brings that reference back."""
     folder, saved, g = str(tmp_path / "anchor"), str(tmp_path / "saved"), groups(4, seed=0)
@@ -156,17 +142,17 @@ def test_an_anchored_learner_begins_anew_where_it_is(
         return dict(await learner.score(batch, group_index(g), 2))
 
     async def run() -> list[dict[str, np.ndarray]]:
-        async with a_gang(model, ranks, stage, "prorl") as (learner, objective):
+        async with a_gang(stack, ranks, stage, "prorl") as (learner, objective):
             seen = [await step(learner, objective)]
             await learner.gang.all(lambda r, h: h.export.remote(folder), deadline=60.0)
             await learner.gang.all(lambda r, h: h.anchor.remote(folder), deadline=120.0)
             seen += [dict(await learner.score(batch, group_index(g), 2)), await step(learner, objective)]
             await learner.gang.all(lambda r, h: h.save.remote(saved), deadline=60.0)
-        async with a_gang(model, ranks, stage, "prorl") as (learner, objective):
+        async with a_gang(stack, ranks, stage, "prorl") as (learner, objective):
             await learner.gang.all(lambda r, h: h.load.remote(saved), deadline=60.0)
             return [*seen, dict(await learner.score(batch, group_index(g), 2))]
 
-    before, anchored, after, resumed = asyncio.run(run())
+    before, anchored, after, resumed = stack.wait(run())
     np.testing.assert_array_equal(before["logprobs"], anchored["logprobs"])
     np.testing.assert_allclose(anchored["ref_logprobs"], anchored["logprobs"], atol=1e-6)
     assert np.abs(before["ref_logprobs"] - before["logprobs"]).max() > 1e-3

@@ -1,6 +1,5 @@
 """Settings moved while real engines run: each reaches the role it is for, and a resume goes on with them."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from entroray.wiring import actors, compose, controllers
 from entroray.wiring.dataset import load_dataset
 from entroray.workers.checkpoint import driver_state
 from entroray.workers.deepspeed_backend import rebase_schedule
+from tests.ray.stack import Stack
 
 BONUS = "objective.penalties.0.coef"
 CONTROL = {
@@ -59,12 +59,10 @@ def a_driver(config: Config, m: actors.Actors, read: Any, journal: Memory) -> Dr
     return Driver(prompts, roles, knobs, PACE, seed=0, control=control, tune=tune)
 
 
-async def four_steps(config: Config, model: str, folder: Path) -> tuple[list[Driver], list[Memory]]:
+async def four_steps(config: Config, stack: Stack, folder: Path) -> tuple[list[Driver], list[Memory]]:
     """Four steps; then steps 3 and 4 again, from what was saved after step 2, by another driver."""
-    read = load_dataset(config, model)
-    m = await actors.start_actors(
-        config, model, build_objective(config.objective), read.judge, (1, 2, 3), total_updates=8
-    )
+    read = load_dataset(config, stack.model)
+    m = await stack.actors(config, build_objective(config.objective), read.judge, updates=8)
     saves, books = m.checkpoints(folder), [Memory(), Memory()]
     whole = a_driver(config, m, read, books[0])
 
@@ -79,16 +77,13 @@ async def four_steps(config: Config, model: str, folder: Path) -> tuple[list[Dri
     resumed = a_driver(config, m, read, books[1])
     resumed.restore(driver_state(saved))
     await resumed.train(4)
-    await m.stop()
     return [whole, resumed], books
 
 
-def test_moved_settings_act_and_a_resume_goes_on_with_them(
-    local_ray: None, model: str, tmp_path: Path
-) -> None:
+def test_moved_settings_act_and_a_resume_goes_on_with_them(stack: Stack, tmp_path: Path) -> None:
     moved = [f"+control.{name}={spec}" for name, spec in CONTROL.items()]
-    config, _ = compose.load_config([*BASE, *moved, f"model.path={model}"])
-    (whole, resumed), (first, second) = asyncio.run(four_steps(config, model, tmp_path))
+    config, _ = compose.load_config([*BASE, *moved, f"model.path={stack.model}"])
+    (whole, resumed), (first, second) = stack.wait(four_steps(config, stack, tmp_path))
     rows = list(first.rows.values())
     coefs = [row["control/bonus"] for row in rows]
     assert coefs[0] == 0.0 < coefs[1] and len(set(coefs)) == 4

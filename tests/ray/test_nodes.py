@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 NODES = range(3)
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.cluster,
     pytest.mark.skipif(
         os.geteuid() != 0 or not shutil.which("ip") or not (ROOT / ".venv").is_dir(),
         reason="needs root, iproute2 and the .venv of launch/setup.sh",

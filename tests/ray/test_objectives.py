@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from entroray.data.prompts import PromptStream
 from entroray.objective import build_objective
@@ -15,14 +14,10 @@ from entroray.train.batching import assemble, group_index, tokens_of
 from entroray.train.driver import Driver, Knobs, Roles
 from entroray.types import Draw
 from entroray.wiring import actors, compose, dataset, warm_start
-from entroray.wiring.actors import learner_settings
 from entroray.wiring.driver import loop_settings
-from entroray.workers import cluster
-from entroray.workers.cluster import Gang, Share
-from entroray.workers.deepspeed_backend import DeepSpeedBackend
-from entroray.workers.learner_rank import LearnerRank
 from entroray.workers.roles import LearnerRole
 from tests.cases import ROWS
+from tests.ray.stack import Stack
 from tests.ray.test_learner import groups
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(1500)]
@@ -100,39 +95,30 @@ async def _all_rows(config: Any) -> None:
             assert any(k.startswith("objective/") for k in metrics), name
         assert any(metrics["update/grad_norm"] > 0 for metrics in notes.steps), f"{name} never moved"
     await m.stop()
+    await m.end()
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_ranks_change_nothing(model: str, name: str) -> None:
-    one, two = (asyncio.run(_one_step(model, name, ranks)) for ranks in (1, 2))
+def test_ranks_change_nothing(stack: Stack, name: str) -> None:
+    one, two = (stack.wait(_one_step(stack, name, ranks)) for ranks in (1, 2))
     for key in ("update/loss", "update/grad_norm", "objective/silent_tokens"):
         assert two[key] == pytest.approx(one[key], rel=2e-6, abs=1e-6), key
     counts = [{k: v for k, v in m.items() if k.endswith("_tokens") and "silent" not in k} for m in (one, two)]
     assert counts[0] == counts[1]
 
 
-async def _one_step(model: str, name: str, ranks: int) -> dict[str, float]:
+async def _one_step(stack: Stack, name: str, ranks: int) -> dict[str, float]:
     """The first update of a step of 6 groups, on as many ranks."""
     config, _ = compose.load_config(
         [f"learner.ranks={ranks}", "learner.reference=true", "learner.max_grad_norm=0.5"]
     )
     objective = build_objective(ROWS[name])
-    spec = learner_settings(config, model, 10)
-    share = Share(0.4, 0.0, 1)
-    gang = Gang(
-        "learner",
-        [cluster.spawn(LearnerRank, share, r, spec, objective, DeepSpeedBackend) for r in range(ranks)],
-    )
-    host, port = await cluster.settle(gang.handles[0].address.remote(), deadline=120.0, what="rank 0")
-    await gang.all(lambda r, h: h.start.remote(host, port, 120.0), deadline=180.0)
+    settings, gang = actors.learner_settings(config, stack.model, 10), await stack.gang(ranks)
+    await gang.all(lambda r, h: h.reset.remote(settings, objective), deadline=180.0)
     learner = LearnerRole(gang, 150, 120.0)
     batch = assemble(g := groups(6, seed=0))
     scores = await learner.score(batch, group_index(g))
     tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, 0))
     shift = 0.3 * np.sin(np.arange(len(tokens.row), dtype=np.float32))  # off-policy, so that every gate acts
     tokens = replace(tokens, old_logprobs=tokens.old_logprobs + tokens.old_logprobs.new_tensor(shift))
-    metrics = await learner.update(batch, tokens, objective)
-    await gang.all(lambda r, h: h.stop.remote(), deadline=60.0)
-    for handle in gang.handles:
-        ray.kill(handle)
-    return metrics
+    return await learner.update(batch, tokens, objective)

@@ -1,12 +1,11 @@
 """Killed and stopped runs go on: every step once, the prompts they would have had, and what they printed."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,18 @@ import psutil
 import pytest
 
 from entroray.observe.trackers import TensorBoard
+from tests.ray.processes import (
+    beyond_loopback,
+    descendants,
+    left_over,
+    printed_at_end,
+    start,
+    step_reached,
+    steps,
+    until,
+)
+from tests.ray.stack import FinishedRun, lines, metrics
+from tests.records import query
 
 BASE = [
     *("train", "experiment=quickstart", "objective=grpo", "run.steps=6", "rollout.groups_per_step=4"),
@@ -25,75 +36,69 @@ BASE = [
 ]
 
 
-def start(
-    folder: Path, model: str, *more: str, first: Callable[[], object] | None = None
-) -> subprocess.Popen:
-    command = [sys.executable, "-m", "entroray", *BASE, f"run.dir={folder}", f"model.path={model}", *more]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, preexec_fn=first)
-
-
-def steps(folder: Path) -> list[int]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def until(folder: Path, step: int, process: subprocess.Popen, deadline: float = 120.0) -> None:
-    end = time.monotonic() + deadline
-    while step not in steps(folder):
-        assert process.poll() is None, process.communicate(timeout=30)[0][-3000:]
-        assert time.monotonic() < end, f"step {step} did not come within {deadline} s"
-        time.sleep(0.02)
-
-
 def prompts(folder: Path) -> dict[int, set[str]]:
-    import duckdb
+    """Step -> the prompts it was trained on."""
+    rows = query(f"select distinct step, prompt_id from '{folder}/tokens/*.parquet'")
+    return {step: {r["prompt_id"] for r in rows if r["step"] == step} for step in {r["step"] for r in rows}}
 
-    files = f"{folder}/tokens/*.parquet"
-    rows = duckdb.sql(f"select distinct step, prompt_id from '{files}'").fetchall()
-    return {step: {p for s, p in rows if s == step} for step, _ in rows}
+
+def steady(row: dict[str, Any]) -> dict[str, Any]:
+    """What the clock and an evaluation have no part in."""
+    return {k: v for k, v in row.items() if not k.startswith(("seconds/", "tokens/", "eval/"))}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run killed and started again: where it is, what it was caught at, what it printed the second time."""
+
+    folder: Path
+    listening: set[str]
+    left_over: list[str]
+    printed: str
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    process = start(folder, model)
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said[-3000:]
-    return folder
-
-
-def test_a_killed_run_goes_on_after_its_last_checkpoint(whole: Path, tmp_path: Path, model: str) -> None:
-    folder = tmp_path / "run"
-    process = start(folder, model)
-    until(folder, 3, process)
+def resumed(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Resumed:
+    """The finished run once more, not evaluated, and killed after step 3."""
+    folder, shared = tmp_path_factory.mktemp("runs") / "killed", set(os.listdir("/dev/shm"))
+    again = ["train", *finished_run.overrides, "evaluate.every=0", "run.resume=auto", f"run.dir={folder}"]
+    process = start(*again)
+    until(process, step_reached(folder, 3))
+    ours = descendants(process)
+    listening = beyond_loopback(ours)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
-    again = start(folder, model)
-    said, _ = again.communicate(timeout=200)
-    assert again.returncode == 0, said[-3000:]
-    assert "going on after step" in said
-    assert steps(folder) == [1, 2, 3, 4, 5, 6]
-    assert prompts(folder) == prompts(whole)
-    assert "high: objective.surrogate.high <- band(" in said
-    assert [r["control/high"] for r in rows(folder)] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    left = left_over(ours, shared)
+    return Resumed(folder, listening, left, printed_at_end(start(*again), 0))
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def test_a_run_listens_on_loopback(resumed: Resumed) -> None:
+    """The rendezvous of torch.distributed cannot be told where to listen."""
+    assert {name for name in resumed.listening if "LearnerRank" not in name} == set()
 
 
-def test_held_out_accuracy_is_measured_and_changes_nothing(whole: Path, tmp_path: Path, model: str) -> None:
-    measured = [row["step"] for row in rows(whole) if "eval/greedy" in row]
-    assert measured == [2, 4, 6]
-    assert {"eval/greedy", "eval/pass@1", "eval/pass@2"} <= rows(whole)[-1].keys()
-    events = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
+def test_a_killed_driver_leaves_nothing(resumed: Resumed) -> None:
+    assert resumed.left_over == []
+
+
+def test_a_killed_run_goes_on_after_its_last_checkpoint(finished_run: FinishedRun, resumed: Resumed) -> None:
+    assert "going on after step" in resumed.printed
+    assert steps(resumed.folder) == [1, 2, 3, 4, 5, 6]
+    assert prompts(resumed.folder) == prompts(finished_run.folder)
+    assert "high: objective.surrogate.high <- band(" in resumed.printed
+    high = [row["control/high"] for row in metrics(resumed.folder)]
+    assert high == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+
+
+def test_held_out_accuracy_is_measured_and_changes_nothing(
+    finished_run: FinishedRun, resumed: Resumed
+) -> None:
+    rows = metrics(finished_run.folder)
+    assert [row["step"] for row in rows if "eval/greedy" in row] == [2, 4, 6]
+    assert {"eval/greedy", "eval/pass@1", "eval/pass@2"} <= rows[-1].keys()
+    events = lines(finished_run.folder / "events.jsonl")
     assert [e["fields"]["step"] for e in events if e["kind"] == "evaluation"] == [0]
-    process = start(tmp_path / "run", model, "evaluate.every=0")
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said[-3000:]
-    steady = lambda row: {k: v for k, v in row.items() if not k.startswith(("seconds/", "tokens/", "eval/"))}
-    assert [steady(r) for r in rows(tmp_path / "run")] == [steady(r) for r in rows(whole)]
+    assert [steady(row) for row in metrics(resumed.folder)] == [steady(row) for row in rows]
 
 
 @pytest.mark.slow
@@ -110,12 +115,11 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_its_code(
     tmp_path: Path, model: str, number: signal.Signals
 ) -> None:
     folder = tmp_path / "run"
-    process = start(folder, model)
-    until(folder, 1, process)
+    process = start(*BASE, f"run.dir={folder}", f"model.path={model}")
+    until(process, step_reached(folder, 1))
     os.kill(process.pid, number)
     began = time.monotonic()
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, said[-3000:]
+    said = printed_at_end(process, 128 + number, 60)
     assert time.monotonic() - began < 30
     last = steps(folder)[-1]
     saved = folder / "checkpoints" / f"step-{last:06d}"
@@ -127,14 +131,13 @@ def test_a_signal_before_the_first_step_ends_with_its_code_too(
     tmp_path: Path, model: str, number: signal.Signals
 ) -> None:
     deaf = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts `... &`
-    process = start(tmp_path / "run", model, first=deaf)
+    process = start(*BASE, f"run.dir={tmp_path}/run", f"model.path={model}", first=deaf)
     while not any("raylet" in p.name() for p in psutil.Process(process.pid).children(recursive=True)):
         assert process.poll() is None
         time.sleep(0.05)
     ours, began = psutil.Process(process.pid).children(recursive=True), time.monotonic()
     os.kill(process.pid, number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, said[-3000:]
+    printed_at_end(process, 128 + number, 60)
     psutil.wait_procs(ours, timeout=30)
     assert time.monotonic() - began < 30
 

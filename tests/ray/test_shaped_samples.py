@@ -14,7 +14,6 @@ import ray
 import torch
 
 from entroray.metrics import token_entropy
-from entroray.policy.tiny_model import build_tiny_model
 from entroray.rollout import reshape
 from entroray.types import Draw, Rollout
 from entroray.wiring import actors, compose
@@ -23,7 +22,7 @@ from entroray.workers import cluster
 from entroray.workers.cluster import Share
 from entroray.workers.generator import Generator, Request
 from tests.composed import configured
-from tests.ray.conftest import TINY
+from tests.ray.stack import Stack
 
 PROMPT = tuple(int(i) for i in np.random.default_rng(1).integers(0, 250, 20))
 RAMP = {"fn": "by_entropy", "minimum": 0.6, "maximum": 1.8, "start": 1.0, "full": 3.0}
@@ -61,21 +60,8 @@ class Watched(Generator):
 
 
 @pytest.fixture(scope="module")
-def peaked(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A fixed random model whose distributions differ in entropy: its last norm is turned up."""
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path_factory.mktemp("peaked")
-    build_tiny_model(folder, TINY, seed=3)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"] *= 8
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def engine(local_ray: None, peaked: str) -> Iterator[Any]:
-    """Room for ten blocks of 128 tokens: four long requests do not fit at once."""
+    """This module's own, with room for ten blocks of 128 tokens: four long requests do not fit at once."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     config, _ = compose.load_config(["sampler=by_entropy"])
     options = actors.engine_options(config) | {"kv_cache_memory_bytes": 10 * 65536, "max_num_seqs": 64}
@@ -223,34 +209,24 @@ def test_an_aborted_request_leaves_no_notes(engine: Any) -> None:
     assert ask(engine.watched.remote())[1] == 0
 
 
+@pytest.mark.parametrize("name", ["fixed", "quadrants"])
 def test_a_weighted_run_starts_at_ratio_one_and_the_engine_measures_what_the_learner_does(
-    peaked: str, tmp_path: Path
+    stack: Stack, peaked: str, tmp_path: Path, name: str
 ) -> None:
-    from tests.ray.test_train import entroray, metrics
-
-    common = ["experiment=quickstart", f"model.path={peaked}", "run.steps=1", "objective.keep.fn=always"]
-    common += [
+    settings = ["experiment=quickstart", f"model.path={peaked}", "run.steps=1", "objective.keep.fn=always"]
+    settings += [
         "rollout.groups_per_step=8",
         "rollout.max_tokens=12",
         "++data.settings.size=2000",
-        "generator.replicas=1",
-    ]
-    common += [
         "data.max_prompt=64",
-        "learner.updates_per_rollout=1",
-        "observe.report=false",
-        "evaluate.final=false",
     ]
-    for name in ("fixed", "quadrants"):
-        folder = tmp_path / name
-        said = entroray("train", *common, f"sampler={name}", f"run.dir={folder}", cache=tmp_path)
-        (row,) = metrics(folder)
-        assert f"sampler    rule {name}" in said
-        assert row["update/ratio_max"] == pytest.approx(1.0, abs=1e-6)
-        if name == "fixed":
-            assert row["mismatch/max"] < 1e-3 and row["importance/mean"] == pytest.approx(1, abs=1e-5)
-        else:
-            assert row["sampler/gap"] < 1e-3 and row["mismatch/max"] > 0.01
+    settings += ["generator.replicas=1", "learner.updates_per_rollout=1", f"sampler={name}"]
+    (row,) = stack.wait(stack.drive(tmp_path / name, *settings))
+    assert row["update/ratio_max"] == pytest.approx(1.0, abs=1e-6)
+    if name == "fixed":
+        assert row["mismatch/max"] < 1e-3 and row["importance/mean"] == pytest.approx(1, abs=1e-5)
+    else:
+        assert row["sampler/gap"] < 1e-3 and row["mismatch/max"] > 0.01
 
 
 def test_the_engine_draws_at_no_lower_temperature_than_we_allow() -> None:

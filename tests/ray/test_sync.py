@@ -55,7 +55,7 @@ def config() -> Config:
 
 @pytest.fixture(scope="module")
 def running(local_ray: None, model: str, config: Config) -> Iterator[tuple[Any, Any]]:
-    """(event loop, machine): one loop for the module, since futures belong to theirs."""
+    """(event loop, machine of this module's own): one loop for all, since futures belong to theirs."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     actors.LearnerRank = Saboteur  # type: ignore[misc]
     loop = asyncio.new_event_loop()
@@ -66,6 +66,7 @@ def running(local_ray: None, model: str, config: Config) -> Iterator[tuple[Any, 
     m = loop.run_until_complete(made)
     yield loop, m
     actors.LearnerRank = LearnerRank  # type: ignore[misc]
+    loop.run_until_complete(m.end())
     loop.close()
 
 
@@ -84,7 +85,7 @@ def train_a_little(loop: Any, m: Any, seed: int) -> None:
     scores = {k: zero for k in ("logprobs", "entropy", "varentropy")}
     tokens = objective.credit(tokens_of(groups, [objective.estimate(g) for g in groups], scores, 0))
     for _ in range(3):
-        loop.run_until_complete(m.learner_role(objective).update(batch, tokens))
+        loop.run_until_complete(m.learner_role().update(batch, tokens, objective))
 
 
 def sample(loop: Any, m: Any, **changes: Any) -> list[Any]:

@@ -2,31 +2,33 @@
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pytest
-import ray
 
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.rollout.tool_turns import Syntax, ToolTurns
 from entroray.train.batching import assemble, group_index
 from entroray.types import Answer, Draw, Group, MaskReason, Prompt, Rollout, Status, Verdict
-from entroray.wiring import actors, compose
 from entroray.workers import cluster
-from entroray.workers.cluster import Share
-from entroray.workers.generator import Generator, Request
+from entroray.workers.generator import Request
 from entroray.workers.verifier import Verifier
-from tests.ray.conftest import run
+from tests.ray.stack import Stack, entroray, metrics
 from tests.ray.test_learner import a_gang
-from tests.ray.test_train import SMALL, entroray, metrics
+from tests.records import query
 
 PROMPT = Prompt("q", "", tuple(int(i) for i in np.random.default_rng(1).integers(0, 250, 20)), "")
 LIMIT = 200
+SMALL = [
+    *("objective=grpo", "run.steps=3", "rollout.groups_per_step=8", "generator.replicas=1"),
+    *("learner.updates_per_rollout=2", "observe.tokens.every=1"),
+    *("evaluate.prompts=32", "evaluate.final=false"),
+    *("model.warm_start.band=[0.0,1.0]", "model.warm_start.check_every=40"),
+]
 RULE = {"fn": "by_entropy", "minimum": 0.6, "maximum": 1.8, "start": 1.0, "full": 3.0}
 
 
@@ -48,23 +50,12 @@ class Engine:
         return [Answer(f"={len(call)};") for call in calls]
 
 
-@pytest.fixture(scope="module")
-def engine(local_ray: None, model: str) -> Iterator[Any]:
-    config, _ = compose.load_config(["sampler=by_entropy"])
-    options = actors.engine_options(config)
-    share = Share(0.4, 0.0, 1)
-    handle = cluster.spawn(Generator, share, model, dtype="float32", max_length=512, seed=0, engine=options)
-    asyncio.run(cluster.settle(handle.start.remote(), deadline=240.0, what="engine"))
-    yield handle
-    ray.kill(handle)
-
-
-def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, model: str) -> None:
+def test_the_learner_scores_what_the_engine_drew_over_all_turns(stack: Stack) -> None:
     """Of a random model, for which a call ends by chance: `]`, one token in 260."""
     tokenizer = byte_tokenizer()
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
-    plain = Draw(1.0, LIMIT, stop=("]",))
+    plain, engine = Draw(1.0, LIMIT, stop=("]",)), stack.wait(stack.engine())
 
     async def conversed(draw: Draw) -> tuple[list[Rollout], list[tuple[int, ...]]]:
         one = Engine(engine)
@@ -73,7 +64,7 @@ def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, mod
 
     async def scored() -> list[tuple[list[Rollout], list[tuple[int, ...]], Any]]:
         found = []
-        async with a_gang(model, 1, 1) as (learner, _):
+        async with a_gang(stack, 1, 1) as (learner, _):
             for draw in (plain, replace(plain, rule=RULE)):
                 rollouts, read = await conversed(draw)
                 halves = (tuple(rollouts[:32]), tuple(rollouts[32:]))
@@ -82,7 +73,7 @@ def test_the_learner_scores_what_the_engine_drew_over_all_turns(engine: Any, mod
                 found.append((rollouts, read, scores))
         return found
 
-    fixed, shaped = run(scored())
+    fixed, shaped = stack.wait(scored())
     for rollouts, read, scores in (fixed, shaped):
         drawn = np.concatenate([r.observed for r in rollouts]) < 0
         calls = [[s for s in r.spans if s.why is MaskReason.TOOL] for r in rollouts]
@@ -125,7 +116,7 @@ def test_a_slow_tool_times_out_alone_and_one_that_raises_says_so(tmp_path: Path)
         finally:
             verifier.close()
 
-    a, late, raised, b = run(answered())
+    a, late, raised, b = asyncio.run(answered())
     assert (a, b) == (Answer("A!"), Answer("B!"))
     assert late.status is Status.TIMEOUT and not late.text
     assert (raised.text, raised.failed, raised.status) == ("error", True, Status.OK)
@@ -142,20 +133,20 @@ def test_a_run_with_a_calculator(tmp_path: Path) -> None:
         "driver=async",
         f"run.dir={folder}",
         *SMALL,
-        cache=tmp_path / "cache",
     )
     assert "tool       calculator, called as [...]" in said
     rows = metrics(folder)
     assert [r["step"] for r in rows] == [1, 2, 3] and all(r["tool/calls"] > 0.2 for r in rows)
     assert rows[0]["mismatch/max"] < 1e-4 and max(r["lag/max"] for r in rows) <= 1
-    ask = lambda query: duckdb.connect().execute(query).fetchall()
     table = f"'{folder}/tokens/*.parquet'"
-    by_reason = dict(ask(f"select mask_reason, count(*) from {table} group by 1"))
+    counted = query(f"select mask_reason, count(*) as n from {table} group by 1")
+    by_reason = {row["mask_reason"]: row["n"] for row in counted}
     assert by_reason["tool"] > 50 and by_reason[None] > by_reason["tool"]
-    assert ask(f"select max(abs(logprob_behavior)) from {table} where mask_reason = 'tool'") == [(0.0,)]
+    largest = query(f"select max(abs(logprob_behavior)) as x from {table} where mask_reason = 'tool'")
+    assert largest == [{"x": 0.0}]
     words = json.loads((folder / "tokens" / "vocabulary.json").read_text())
-    ids = ask(f"select distinct token_id from {table} where mask_reason = 'tool'")
-    assert {words[str(i)] for (i,) in ids} <= set("-.0123456789e+")
+    ids = query(f"select distinct token_id from {table} where mask_reason = 'tool'")
+    assert {words[str(row["token_id"])] for row in ids} <= set("-.0123456789e+")
 
 
 @pytest.mark.slow
@@ -168,9 +159,7 @@ def test_a_run_of_a_mixture(tmp_path: Path) -> None:
     ]
     sizes += ["evaluate.every=1", "evaluate.samples=2"]
     given = [x for x in SMALL if not x.startswith("run.steps")]
-    entroray(
-        "train", "data=mixture", "run.steps=2", f"run.dir={folder}", *given, *sizes, cache=tmp_path / "c"
-    )
+    entroray("train", "data=mixture", "run.steps=2", f"run.dir={folder}", *given, *sizes)
     rows = metrics(folder)
     assert len(rows) == 2
     for row in rows:

@@ -18,8 +18,6 @@ from entroray.types import Prompt, Rollout, Status, Verdict
 from entroray.workers.verifier import Verifier
 from tests.composed import configured
 
-pytestmark = pytest.mark.ray
-
 DEADLINE = 1.0
 PROMPT = Prompt("0" * 16, "?", (1,), "8", {"answer": "8", "metadata": {"numbers": [3, 5], "target": 8}})
 
@@ -108,17 +106,8 @@ def judge_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    root = str(Path(__file__).parents[2])
-    variables = {"PYTHONPATH": root, "RAY_USAGE_STATS_ENABLED": "0"}
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", runtime_env={"env_vars": variables})
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def verdicts(cluster: None, judge_file: str) -> Iterator[Callable[..., list[Verdict]]]:
-    actor = ray.remote(num_cpus=0.5)(Verifier).remote(
+def verdicts(local_ray: None, judge_file: str) -> Iterator[Callable[..., list[Verdict]]]:
+    actor = ray.remote(num_cpus=0.1)(Verifier).remote(
         {"fn": "custom", "path": judge_file}, slots=2, deadline=DEADLINE, memory_mb=256
     )
     ray.get(actor.warm_up.remote(), timeout=60)
@@ -200,17 +189,17 @@ def test_truncated_responses_are_judged_and_failed_ones_are_not(verdicts):
     assert failed.status is Status.INFRA_FAILED and math.isnan(failed.reward)
 
 
-def test_a_judge_that_cannot_be_built_is_a_config_error_of_the_warm_up(cluster):
-    actor = ray.remote(num_cpus=0.5)(Verifier).remote({"fn": "maths"})
+def test_a_judge_that_cannot_be_built_is_a_config_error_of_the_warm_up(local_ray):
+    actor = ray.remote(num_cpus=0.1)(Verifier).remote({"fn": "maths"})
     with pytest.raises(ConfigError, match="did you mean `math`"):
         ray.get(actor.warm_up.remote(), timeout=60)
     ray.kill(actor)
 
 
-def test_a_killed_actor_leaves_no_process(cluster, tmp_path):
+def test_a_killed_actor_leaves_no_process(local_ray, tmp_path):
     spec = {"fn": "custom", "path": f"{tmp_path / 'mine.py'}:judge"}
     (tmp_path / "mine.py").write_text(JUDGE)
-    actor = ray.remote(num_cpus=0.5)(Verifier).remote(spec, slots=2)
+    actor = ray.remote(num_cpus=0.1)(Verifier).remote(spec, slots=2)
     ray.get(actor.warm_up.remote(), timeout=60)
     actor.judge.remote(PROMPT, [rollout("python loop"), rollout("crowd")])
     assert until(lambda: (tmp_path / "pid").exists())

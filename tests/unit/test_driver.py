@@ -27,8 +27,7 @@ def row(name: str, **changes: object) -> object:
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce", "dapo", "cispo"])
 def test_every_reinforcing_row_learns_the_toy(name: str) -> None:
-    changes = {"denominator": {"fn": "constant", "length": 2}} if name == "dr_grpo" else {}
-    world = ToyWorld(row(name, **changes), lr=0.5)
+    world = ToyWorld(row(name), lr=0.5)
     asyncio.run(driver(world, groups_per_step=8).train(25))
     first, last = world.steps[0], world.steps[-1]
     assert last["correct/mean"] > first["correct/mean"] + 0.15

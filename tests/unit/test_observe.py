@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +17,7 @@ from entroray.observe import console, report, token_records
 from entroray.observe.journal import Journal, read_metrics
 from entroray.observe.trackers import TensorBoard
 from entroray.types import Counts, Group, Prompt, Rollout, Status, Tokens, Verdict
+from tests.records import query
 
 COLUMNS = token_records.SCHEMA.names
 WORDS = {0: "<b>", 1: " so", 2: "\n"}
@@ -98,15 +98,15 @@ def test_every_metric_can_be_derived_from_the_token_records(tmp_path):
     metrics = step_metrics(groups, tokens)
     journal(tmp_path, tokens_every=1).step(3, metrics, groups, tokens)
     file = tmp_path / "tokens" / "step-000003.parquet"
-    query = f"""
+    sql = f"""
         select avg(entropy::double) as "entropy/mean", quantile_cont(entropy::double, 0.8) as "entropy/p80",
         avg(abs(logprob_old::double - logprob_behavior)) as "mismatch/mean_abs",
         avg(entropy::double) filter (advantage > 0) as "entropy/positive",
         avg(step - 1 - version) as "lag/mean"
         from '{file}' where mask_reason is null"""
-    derived = duckdb.connect(config={"threads": 1}).execute(query)
-    names = [column[0] for column in derived.description]
-    for name, value in zip(names, derived.fetchone(), strict=True):
+    (derived,) = query(sql)
+    assert len(derived) == 5
+    for name, value in derived.items():
         assert value == pytest.approx(metrics[name], abs=1e-9), name
     assert metrics["entropy/mean"] == pytest.approx((0.1 + 0.2 + 0.7 + 0.3 + 0.4 + 0.6) / 6, abs=1e-6)
     assert metrics["lag/mean"] == 1.0
