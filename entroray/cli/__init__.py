@@ -5,35 +5,11 @@ import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 from entroray.errors import EntrorayError
 
-USAGE = """usage: entroray <command> [flags] [hydra overrides]
-
-  train       run reinforcement learning: entroray train experiment=quickstart [seed=1 ...]
-              [--cfg job] [--config-dir FOLDER] [--multirun]
-  warm-start  build the tiny model and train it on solved examples
-              [--config-dir FOLDER]
-  eval        held-out accuracy of a model folder: entroray eval model.path=runs/latest/model --out=a.json
-              [--config FILE] [--out FILE] [--html FILE] [--config-dir FOLDER]
-              and two of them compared, prompt by prompt: entroray eval --compare a.json b.json
-  verify-resume  n steps, a checkpoint and n more against 2n: equal bit for bit, or exit code 6
-              [--steps N] [--dir FOLDER]
-  doctor      everything wrong with this machine and these settings, at once, with remedies
-              [--config-dir FOLDER]
-  lab         rows compared over seeds: entroray lab experiment=quickstart objective=grpo,dapo seed=1,2,3
-              [--dir FOLDER] [--baseline VARIANT] [--config-dir FOLDER]
-  submit      train as a job of a Ray cluster: entroray submit --address=http://HEAD:8265 overrides
-              [--address URL] [--config-dir FOLDER]
-  reference   print conf/README.md: every choice and setting
-  objectives  every row and slot; the equation of some settings: entroray objectives show objective=dapo
-              [--config-dir FOLDER]
-  report      write report.html of a run directory: entroray report runs/latest
-
-  --cfg job, -c job         print the composed settings and stop
-  --multirun, -m            run every combination of comma-separated values
-  --config-dir FOLDER, -cd  add your own YAML folder to the search path
-"""
+USAGE = Path(__file__).with_name("usage.txt").read_text()
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+import yaml
 from plotly.offline import get_plotlyjs
 
 from entroray.observe import token_records, token_view
@@ -16,8 +17,9 @@ from entroray.observe.css import render_html
 from entroray.observe.journal import first_and_last, read_metrics, replace_text, series
 
 Metrics = Sequence[Mapping[str, Any]]
-TEAL, INDIGO, PURPLE, ORANGE, RED = "#0d9488", "#4f46e5", "#a855f7", "#f59e0b", "#e11d48"
 GREY, FAINT, CLEAR = "#94a3b8", "rgba(148,163,184,0.25)", "rgba(0,0,0,0)"
+COLOUR = {"teal": "#0d9488", "indigo": "#4f46e5", "purple": "#a855f7", "orange": "#f59e0b", "red": "#e11d48"}
+COLOUR |= {"grey": GREY}
 
 
 @dataclass(frozen=True)
@@ -55,110 +57,11 @@ class Plot:
     stacked: bool = False
 
 
-PREDICTED = "entropy/predicted_change_exact"
-PLOTS = (
-    Plot(
-        "Reward",
-        "Share right: mean of <code>correct</code> (0 or 1) over a step's judged rollouts. Shaped reward: "
-        "mean, over the rollouts trained on, of what the advantages are computed from, in its own scale.",
-        "share of rollouts",
-        (
-            Curve("reward/shaped_mean", "shaped reward", GREY, "dot", 1.5),
-            Curve("correct/mean", "share right", TEAL),
-        ),
-    ),
-    Plot(
-        "Entropy",
-        "H = −Σ p ln p of each response token at its sampling temperature, before the update: "
-        "mean, median, and the band from the 20th to the 80th percentile.",
-        "nats per token",
-        (
-            Curve("entropy/p20", "p20", INDIGO, width=0.0),
-            Curve("entropy/p80", "p20 to p80", INDIGO, width=0.0, fill=True),
-            Curve("entropy/p50", "median", INDIGO, "dot", 1.5),
-            Curve("entropy/mean", "mean", INDIGO),
-        ),
-    ),
-    Plot(
-        "Varentropy",
-        "V = Σ p (−ln p − H)² over the vocabulary, mean over response tokens: high between a few unequal "
-        "choices, 0 both for a certain and for a uniform one.",
-        "nats² per token",
-        (Curve("varentropy/mean", "mean", PURPLE),),
-    ),
-    Plot(
-        "Entropy by sign of advantage",
-        "Mean H over the tokens that the update makes more likely, and over those it makes less likely.",
-        "nats per token",
-        (
-            Curve("entropy/positive", "advantage &gt; 0", TEAL),
-            Curve("entropy/negative", "advantage &lt; 0", RED),
-        ),
-    ),
-    Plot(
-        "Change of entropy, predicted and realised",
-        "Mean change of H over the trained tokens by the update, where they were scored again; predicted: "
-        "the exact first-order form times its slope, which is fitted to these same steps.",
-        "nats per token and step",
-        (
-            Curve(PREDICTED, "predicted x slope", GREY, "dot", 1.5, times="entropy/prediction_slope_exact"),
-            Curve("entropy/realised_change", "realised", INDIGO),
-        ),
-    ),
-    Plot(
-        "Clipped tokens",
-        "Share of tokens of all updates whose loss is flat: ratio r of present to scored policy too high or "
-        "too low, by the sign of the advantage A.",
-        "share of tokens",
-        (
-            Curve("update/clip_high_positive", "r &gt; 1, A &gt; 0", TEAL),
-            Curve("update/clip_high_negative", "r &gt; 1, A &lt; 0", ORANGE, "dot", 1.5),
-            Curve("update/clip_low_positive", "r &lt; 1, A &gt; 0", INDIGO, "dot", 1.5),
-            Curve("update/clip_low_negative", "r &lt; 1, A &lt; 0", RED),
-        ),
-    ),
-    Plot(
-        "Mismatch of sampler and learner",
-        "|ln π<sub>learner</sub> − ln π<sub>sampler</sub>| of the sampled tokens, staleness included: mean, "
-        "largest, and the k3 estimate of KL(sampler, learner).",
-        "nats",
-        (
-            Curve("mismatch/max", "largest", GREY, "dot", 1.5),
-            Curve("mismatch/mean_abs", "mean", RED),
-            Curve("mismatch/kl", "KL (k3)", ORANGE),
-        ),
-        log=True,
-    ),
-    Plot(
-        "Length",
-        "Response tokens per rollout: mean and longest.",
-        "tokens",
-        (Curve("length/max", "longest", GREY, "dot", 1.5), Curve("length/mean", "mean", ORANGE)),
-    ),
-    Plot(
-        "Where the signal is lost",
-        "Share of groups whose rollouts are all right or all wrong (no advantage), and of rollouts cut at "
-        "their token limit.",
-        "share",
-        (
-            Curve("groups/all_right", "all right", TEAL),
-            Curve("groups/all_wrong", "all wrong", RED),
-            Curve("length/truncated", "truncated", GREY, "dot", 1.5),
-        ),
-    ),
-    Plot(
-        "Time",
-        "Wall-clock time of each phase; phases that overlap can add up to more than the step.",
-        "seconds per step",
-        (
-            Curve("seconds/sample", "sample", INDIGO),
-            Curve("seconds/score", "score", TEAL),
-            Curve("seconds/update", "update", ORANGE),
-            Curve("seconds/sync", "sync", RED),
-        ),
-        stacked=True,
-    ),
+PLOTS = tuple(
+    Plot(**{**plot, "curves": tuple(Curve(**{**c, "colour": COLOUR[c["colour"]]}) for c in plot["curves"])})
+    for plot in yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text(encoding="utf-8"))
 )
+"""The sections of the page, in order."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -221,7 +124,7 @@ def _moved(metrics: Metrics) -> list[Plot]:
             f"Setting moved by {escape(key.removeprefix('control/'))}",
             meaning,
             "its own unit",
-            (Curve(key, "value", ORANGE),),
+            (Curve(key, "value", COLOUR["orange"]),),
         )
         for key in names
     ]

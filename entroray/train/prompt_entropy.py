@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
@@ -11,24 +12,7 @@ from entroray.types import Batch, Prompt
 
 NUMBER = 16
 """Prompts of each side."""
-OUTSIDE = (
-    "Why does the moon show us one face only?",
-    "Describe a market street on a rainy morning.",
-    "What is the difference between a violin and a viola?",
-    "Give me a recipe for soup with what grows in autumn.",
-    "Who wrote the first dictionary of your language?",
-    "Explain to a child how a lock on a canal works.",
-    "Which of these words is a verb: green, carry, below?",
-    "Translate into French: the train leaves at noon.",
-    "Write a letter that asks a neighbour for less noise.",
-    "What should I pack for three days in the mountains?",
-    "How do bees find their way back to the hive?",
-    "Summarise the plot of a story about a lost dog.",
-    "What are the rules of chess for castling?",
-    "Is a tomato a fruit? Say why people disagree.",
-    "Suggest a name for a small bakery near a harbour.",
-    "When is it better to rent a house than to buy one?",
-)
+OUTSIDE = Path(__file__).with_name("outside_prompts.txt").read_text().splitlines()
 """Of no task that is trained here, and the same in every run."""
 
 
