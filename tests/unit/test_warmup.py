@@ -68,7 +68,7 @@ def test_failed_samples_and_verdicts_count_as_wrong() -> None:
 
     world: Any = Judge()
     prompts = [Prompt(name, "", (1,), "") for name in ("right", "wrong", "failed", "right")]
-    assert asyncio.run(sampled_accuracy(world, world, prompts, seed=0)) == 0.5
+    assert asyncio.run(sampled_accuracy(world, world, prompts, 0, Draw(1.0, 8))) == 0.5
 
 
 def test_one_that_ended_above_the_band_says_what_to_do() -> None:
