@@ -4,16 +4,18 @@ It multiplies the surrogate, never the penalties; correct once, so a row has one
 denominator keeps the tokens a weight of 0 drops.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.binding import RatioBound
-from entroray.objective.masking import BOUND, log_ratio
-from entroray.ops import segment_mean, segment_sum
+from entroray.binding import RatioBound, declare
+from entroray.ops import BOUND, log_ratio, segment_mean, segment_sum
 from entroray.types import Tokens
 
 
+@declare(neutral=True)
 def none(t: Tokens) -> Float[Tensor, " N"]:
     """Trust the sampler's log-probs to be the learner's.
 
@@ -57,6 +59,7 @@ def icepop(t: Tokens, *, low: RatioBound = 0.5, high: RatioBound = 5.0) -> Float
     return weight.masked_fill((weight < low) | (weight > high), 0.0)
 
 
+@declare(rollout_tolerance=lambda low, high: max(abs(math.log(low)), abs(math.log(high))))
 def sequence_mask(t: Tokens, *, low: RatioBound = 0.999, high: RatioBound = 1.002) -> Float[Tensor, " N"]:
     """Drop responses on which sampler and learner disagree too much; ρ per token elsewhere (NeMo-RL).
 

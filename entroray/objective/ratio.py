@@ -5,8 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entroray.binding import LogRatioBound, declare
-from entroray.objective.masking import log_ratio
-from entroray.ops import segment_mean
+from entroray.ops import log_ratio, segment_mean
 from entroray.types import Tokens
 
 
@@ -18,6 +17,7 @@ def token(t: Tokens) -> Float[Tensor, " N"]:
     return _moved(t).exp()
 
 
+@declare(anchor="sampler")
 def sampler(t: Tokens) -> Float[Tensor, " N"]:
     """Each token's ratio to the sampler itself, so that no correction may stand beside it (DPPO, SkyRL).
 
@@ -26,6 +26,7 @@ def sampler(t: Tokens) -> Float[Tensor, " N"]:
     return log_ratio(t.logprobs, t.behavior_logprobs).exp()
 
 
+@declare(per_rollout=True, shares_gradient=True)
 def sequence(t: Tokens) -> Float[Tensor, " N"]:
     """The rollout's geometric mean of ratios, on each of its tokens (GSPO, arXiv 2507.18071).
 
@@ -36,6 +37,7 @@ def sequence(t: Tokens) -> Float[Tensor, " N"]:
     return _mean(_moved(t), t).exp()
 
 
+@declare(per_rollout=True)
 def sequence_token(t: Tokens) -> Float[Tensor, " N"]:
     """The rollout's mean ratio with each token's own gradient (GSPO-token, arXiv 2507.18071).
 
@@ -45,7 +47,7 @@ def sequence_token(t: Tokens) -> Float[Tensor, " N"]:
     return _mean(moved.detach(), t).exp() * (t.logprobs - t.logprobs.detach()).exp()
 
 
-@declare(idle_at_one=True)
+@declare(per_rollout=True, shares_gradient=True, idle_at_one=True)
 def clipped_geometric(
     t: Tokens, *, low: LogRatioBound = 0.4, high: LogRatioBound = 0.4
 ) -> Float[Tensor, " N"]:

@@ -283,7 +283,7 @@ class Driver:
             self.roles.journal.event("rule_untouched", rule=rule, steps=self.idle.patience)
         with clock("evaluate", self):
             metrics |= await self.roles.evaluate(self.version)
-        metrics |= self.control.note(metrics)
+        metrics |= self.control.observe(metrics)
         self.roles.journal.step(self.version, metrics, groups, tokens)
         return metrics
 

@@ -1,8 +1,8 @@
 """Settings -> the driver of a run: its pace, its prompts, what it looks at, what may move."""
 
+from entroray.binding import holds
 from entroray.config import Config
 from entroray.objective import Objective
-from entroray.objective.keep import always
 from entroray.policy.tokenizer import chat
 from entroray.rollout.heat import Heat
 from entroray.train.diagnostics import DiagnosticsSchedule
@@ -28,7 +28,7 @@ def build_driver(
         objective,
         loop_settings(config),
         seed=config.seed,
-        plan=rollout_plan.bind_plan(config.rollout),
+        plan=rollout_plan.bind_plan(config),
         looks=_looks(config, objective, read_in),
         heat=heat,
         choice=choice,
@@ -56,8 +56,8 @@ def loop_settings(config: Config) -> LoopSettings:
 
 def _looks(config: Config, objective: Objective, read_in: dataset.Dataset) -> DiagnosticsSchedule:
     o = config.observe
-    whole = objective.keep.func is always  # else R is of all groups and H of those kept
-    law = LAW_WINDOW if whole and not config.control else 0  # it was found on runs that nobody steers
+    keeps_all = holds(objective.keep, "neutral")  # else R is of all groups and H of those kept
+    law = LAW_WINDOW if keeps_all and not config.control else 0  # it was found on runs that nobody steers
     asked = build_prompt_entropy(read_in.split.heldout, chat(read_in.tokenizer, config.model.system))
     return DiagnosticsSchedule(
         diagnosis=o.diagnosis.every,

@@ -56,7 +56,7 @@ def _names(config: Config, rows: Sequence[Metric], lacks: str) -> Iterator[str]:
     fills = {
         "<n>": [str(k) for k in powers_of_two(samples)],
         "<d>": list(config.data.parts),
-        "<rule>": counted_functions(build_objective(config.objective, config.objective_packages)),
+        "<rule>": counted_functions(build_objective(config.objective, config.packages)),
     }
     for metric in rows:
         if metric.name not in NOT_READ:
@@ -77,7 +77,7 @@ def _families(config: Config) -> Iterator[tuple[Sequence[Metric], str]]:
         (HELDOUT, 0 < config.evaluate.every <= config.run.steps, "set evaluate.every within 1..run.steps"),
         (SAMPLER, sampler.notes_entropy(config), "choose a sampler that shapes, such as sampler=by_entropy"),
         (TOOLS, tool.uses_tool(config), "give the rollouts a tool (rollout.tool)"),
-        (BRANCHES, rollout_plan.branches(rollout), "choose a plan that forks (rollout.plan)"),
+        (BRANCHES, rollout_plan.branches(config), "choose a plan that forks (rollout.plan)"),
         (
             _of("prompts/"),
             selection.reorders_prompts(rollout),

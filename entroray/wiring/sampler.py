@@ -3,8 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
-from entroray.config import Config, Sampler
+import torch
+
+from entroray.binding import function_name, holds
+from entroray.config import Config
 from entroray.errors import ConfigError, PreflightError
+from entroray.formula import describe_formula
 from entroray.rollout import reshape
 from entroray.rollout.heat import Heat
 from entroray.wiring import rollout_plan, selection, tool
@@ -20,7 +24,7 @@ LEAST = 0.01
 
 def reshapes(config: Config) -> bool:
     """Whether anything but the policy's own distribution may be drawn from."""
-    return bool(_reshapes(config.sampler) or own_rule(config))
+    return bool(_reshapes(config) or own_rule(config))
 
 
 def own_rule(config: Config) -> list[Any]:
@@ -28,9 +32,13 @@ def own_rule(config: Config) -> list[Any]:
     return list(config.generator.engine.get("logits_processors") or ())
 
 
-def _reshapes(sampler: Sampler) -> bool:
-    """Whether `sampler` changes the distribution that tokens are drawn from."""
-    return (sampler.rule or reshape.FIXED) != reshape.FIXED or sampler.failed.factor != 1.0
+def _reshapes(config: Config) -> bool:
+    """Whether the sampler changes the distribution that tokens are drawn from."""
+    return _reshapes_by_rule(config) or config.sampler.failed.factor != 1.0
+
+
+def _reshapes_by_rule(config: Config) -> bool:
+    return not holds(reshape.build_rule(config.sampler.rule, config.packages), "neutral")
 
 
 def notes_entropy(config: Config) -> bool:
@@ -40,7 +48,7 @@ def notes_entropy(config: Config) -> bool:
 
 def _ruled(config: Config) -> bool:
     """Whether first draws are under a rule, if only one that notes and changes nothing."""
-    return _reshapes(config.sampler) or rollout_plan.reads_entropy(config.rollout)
+    return _reshapes(config) or rollout_plan.reads_entropy(config)
 
 
 def plain_sampling(config: Config, temperature: float) -> Sampling:
@@ -78,8 +86,8 @@ def measuring_sampling(config: Config, temperature: float, tokenizer: Any) -> Sa
 def measures_entropy(config: Config) -> str:
     """How an evaluation draws, in words: it heats no prompt, whatever failed in training."""
     greedy_or_plain = config.sampler.temperature == 0 or config.generator.engine.get("speculative_config")
-    fixed = (config.sampler.rule or reshape.FIXED) == reshape.FIXED
-    return "fixed" if fixed or greedy_or_plain or not config.evaluate.shaped else _ruled_by(config.sampler)
+    fixed = not _reshapes_by_rule(config)
+    return "fixed" if fixed or greedy_or_plain or not config.evaluate.shaped else _describe_rule(config)
 
 
 def heat(config: Config) -> Heat:
@@ -101,25 +109,27 @@ def insert_token(text: str | None, tokenizer: Any) -> int | None:
     return int(ids[0])
 
 
-def describe_sampler(sampler: Sampler) -> str:
+def describe_sampler(config: Config) -> str:
     """The sampler in words, for a run's header."""
-    if sampler.failed.factor == 1.0:
-        return _ruled_by(sampler)
-    heated = f"failed prompts x {sampler.failed.factor:g} each time, at most {sampler.failed.most:g}"
-    return f"{_ruled_by(sampler)}; {heated}"
+    failed = config.sampler.failed
+    if failed.factor == 1.0:
+        return _describe_rule(config)
+    return f"{_describe_rule(config)}; failed prompts x {failed.factor:g} each time, at most {failed.most:g}"
 
 
-def _ruled_by(sampler: Sampler) -> str:
-    said = f"rule {(sampler.rule or reshape.FIXED)['fn']}, factor on T: {reshape.describe_rule(sampler.rule)}"
-    if sampler.insert is None:
-        return said
-    return f"{said}; insert {sampler.insert!r} where unsure, at most {sampler.inserts} a response"
+def _describe_rule(config: Config) -> str:
+    s = config.sampler
+    rule = reshape.build_rule(s.rule, config.packages)
+    described = f"rule {function_name(rule)}, factor on T: {describe_formula(rule)}"
+    if s.insert is None:
+        return described
+    return f"{described}; insert {s.insert!r} where unsure, at most {s.inserts} a response"
 
 
 def check_sampler(config: Config) -> None:
     """What is wrong with a sampler whatever it is used for."""
     s = config.sampler
-    reshape.build_rule(s.rule)
+    marks_unsure = reshape.build_rule(s.rule, config.packages)(*torch.zeros(2, 0)).unsure is not None
     if s.temperature < 0:
         raise ConfigError(f"sampler.temperature={s.temperature:g} must be at least 0")
     if 0 < s.temperature < LEAST:
@@ -129,7 +139,7 @@ def check_sampler(config: Config) -> None:
         )
     if s.failed.factor <= 0 or s.failed.most < 1:
         raise ConfigError("sampler.failed.factor must be above 0 and sampler.failed.most at least 1")
-    if s.inserts < 1 or (s.insert is not None and (s.rule or {}).get("fn") != "quadrants"):
+    if s.inserts < 1 or (s.insert is not None and not marks_unsure):
         raise ConfigError(
             f"sampler.insert={s.insert!r} needs a rule that says where it is unsure (sampler=quadrants), and "
             f"sampler.inserts={s.inserts} must be at least 1; with sampler.insert=null nothing is inserted"
@@ -159,7 +169,7 @@ def check_training_sampler(config: Config) -> None:
             f"{what} shapes what vLLM draws, and with speculative decoding vLLM takes no logits processors: "
             f"drop generator.engine.speculative_config, or {instead}"
         )
-    if not selection.corrected(config.objective):
+    if not selection.corrected(config):
         raise ConfigError(
             f"{what} draws from another distribution than the policy's and objective.correction is `none`: "
             f"say 'objective.correction={{fn: truncated_importance}}', or {instead}"
@@ -168,6 +178,6 @@ def check_training_sampler(config: Config) -> None:
 
 def _shaper(config: Config) -> tuple[str, str]:
     """What shapes, and how to do without it, for an error."""
-    if _reshapes(config.sampler):
+    if _reshapes(config):
         return "this sampler", "choose sampler=fixed"
     return f"generator.engine.logits_processors={own_rule(config)}", "drop them"

@@ -25,7 +25,7 @@ SETTINGS = [
     "evaluate.prompts=6",
     "evaluate.samples=3",
     "generator.threads=1",
-    "reward.judge.extract=whole",
+    "reward.judge.extract=response",
 ]
 """The whole response is the answer, so that a random model has answers too."""
 PATHS = 4

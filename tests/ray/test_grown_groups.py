@@ -149,7 +149,7 @@ async def _every_plan(config: Any, model: str) -> dict[str, list[tuple[Mapping[s
         notes, role = Notes(), m.generator_role(sampler.training_sampling(config, 1.0, read.tokenizer))
         roles = Roles(role, m.verifier_role(), m.learner_role(objective), m.sync, notes)  # type: ignore[arg-type]
         stream, pace = PromptStream(read.split.training, seed=0), loop_settings(config)
-        driver = Driver(stream, roles, objective, pace, seed=0, plan=rollout_plan.bind_plan(config.rollout))
+        driver = Driver(stream, roles, objective, pace, seed=0, plan=rollout_plan.bind_plan(config))
         if state:
             driver.restore(state)
         await driver.train(driver.version + 3)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from entroray import rows
 from entroray.errors import PreflightError
 from entroray.objective import build_objective
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.train import warm_start as loop
 from entroray.train.warm_start import WarmStart, demonstration_group, overshoot_remedy
 from entroray.types import Prompt
-from entroray.wiring import actors, compose, dataset, warm_start
+from entroray.wiring import actors, dataset, warm_start
 from tests.composed import configured
 
 PLAN = WarmStart(band=(0.3, 0.4), max_steps=8, rows_per_step=2, check_every=2)
@@ -41,7 +42,7 @@ def reached(*accuracies: float) -> tuple[float, int]:
         return next(looks)
 
     answer = demonstration_group(Prompt("p", "1+0=", (1,), "1"), [2, 3])
-    row: Any = build_objective(compose.objective_row("supervised"))
+    row: Any = build_objective(rows.objective_row("supervised"))
     said = loop.warm_start(repeat(answer), world, world, row, check, PLAN, lambda *told: None)  # type: ignore[arg-type]
     return asyncio.run(said), world.updates
 
