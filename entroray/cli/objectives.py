@@ -49,9 +49,9 @@ def main(arguments: list[str]) -> int:
 
 def objective_schedule(config: Config) -> Schedule:
     """What the settings say of when a row is used."""
-    r, (_, most) = config.rollout, controllers.updates_range(config)
+    r, (_, updates) = config.rollout, controllers.updates_range(config)
     return Schedule(
-        most,
+        updates,
         config.driver.max_lag,
         second=r.second.factor != 1.0,
         replay=bool(r.replay.tokens),
@@ -122,8 +122,8 @@ def head(name: str) -> tuple[str, str]:
     text = Path(conf_folder(), "objective", f"{name}.yaml").read_text()
     lines = [x.lstrip("# ") for x in itertools.takewhile(lambda x: x.startswith("#"), text.splitlines())]
     lines = [x for x in lines if not x.startswith("@package")]
-    said, _, entropy = " ".join(lines).partition("Entropy: ")
-    first = re.split(r"(?<!et al)(?<!Dr)\. ", said)[0]
+    summary, _, entropy = " ".join(lines).partition("Entropy: ")
+    first = re.split(r"(?<!et al)(?<!Dr)\. ", summary)[0]
     return first.rstrip(". "), entropy
 
 

@@ -30,15 +30,15 @@ def active_tokens(objective: Objective, t: Tokens) -> Counter[str]:
     seen, counts = masked_in(t), Counter[str]()
     for shape in objective.shapes:
         after = shape(seen)
-        counts[function_name(shape)] += _number(after != seen.advantages)
+        counts[function_name(shape)] += int((after != seen.advantages).sum())
         seen = replace(seen, advantages=after)
     if _acts(objective.select):
         seen = replace(seen, selected=objective.select(seen))
-        counts[function_name(objective.select)] += _number(seen.selected)
+        counts[function_name(objective.select)] += int(seen.selected.sum())
     for scale in objective.scales:
-        counts[function_name(scale)] += _number(scale(seen) != 1)
+        counts[function_name(scale)] += int((scale(seen) != 1).sum())
     if _acts(objective.correction):
-        counts[function_name(objective.correction)] += _number(objective.correction(seen) != 1)
+        counts[function_name(objective.correction)] += int((objective.correction(seen) != 1).sum())
     return counts
 
 
@@ -56,9 +56,10 @@ def active_tokens_inside(objective: Objective, t: Tokens) -> Counter[str]:
         plain = _slopes((-objective.ratio(seen) * seen.advantages).sum(), seen)
         gated = _slopes(objective.surrogate(seen, objective.ratio(seen)).sum(), seen)
         differs = [~torch.isclose(a, b, rtol=1e-4) for a, b in zip(gated, plain, strict=True)]
-        counts[function_name(objective.surrogate)] = _number(_any(differs))
+        counts[function_name(objective.surrogate)] = int(torch.stack(differs).any(0).sum())
     for penalty in objective.penalties:
-        counts[function_name(penalty)] += _number(_any([s != 0 for s in _slopes(penalty(seen).sum(), seen)]))
+        pulls = [slope != 0 for slope in _slopes(penalty(seen).sum(), seen)]
+        counts[function_name(penalty)] += int(torch.stack(pulls).any(0).sum())
     return counts
 
 
@@ -98,14 +99,6 @@ def _slopes(total: Tensor, t: Tokens) -> list[Tensor]:
     if not total.requires_grad:
         return [torch.zeros_like(x) for x in leaves]
     return list(torch.autograd.grad(total, leaves, materialize_grads=True))
-
-
-def _any(flags: list[Tensor]) -> Tensor:
-    return torch.stack(flags).any(0)
-
-
-def _number(flags: Tensor) -> int:
-    return int(flags.sum())
 
 
 def _acts(choice: partial) -> bool:

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entroray.binding import RatioBound, declare
-from entroray.ops import BOUND, log_ratio, segment_mean, segment_sum
+from entroray.objective.masking import row_mean
+from entroray.ops import BOUND, log_ratio, segment_sum
 from entroray.types import Tokens
 
 
@@ -46,7 +47,7 @@ def sequence_geometric(t: Tokens, *, cap: RatioBound = 2.0) -> Float[Tensor, " N
 
     `min(exp(mean_t log(π_old / π_sampler)), cap) on every token of the rollout`
     """
-    return _mean(_log_weight(t), t).exp().clamp(max=cap)[t.row]
+    return row_mean(_log_weight(t), t).exp().clamp(max=cap)[t.row]
 
 
 def icepop(t: Tokens, *, low: RatioBound = 0.5, high: RatioBound = 5.0) -> Float[Tensor, " N"]:
@@ -66,13 +67,9 @@ def sequence_mask(t: Tokens, *, low: RatioBound = 0.999, high: RatioBound = 1.00
     `ρ = π_old / π_sampler where low <= exp(mean_t log ρ) <= high, else 0`
     Bounds are ratios; TRL instead drops where the product of ρ is above 3.
     """
-    mean = _mean(_log_weight(t), t).exp()[t.row]
+    mean = row_mean(_log_weight(t), t).exp()[t.row]
     return _log_weight(t).exp().masked_fill((mean < low) | (mean > high), 0.0)
 
 
 def _log_weight(t: Tokens) -> Float[Tensor, " N"]:
     return log_ratio(t.old_logprobs, t.behavior_logprobs)
-
-
-def _mean(x: Float[Tensor, " N"], t: Tokens) -> Float[Tensor, " B"]:
-    return segment_mean(x, t.row, t.mask, len(t.length))

@@ -3,10 +3,10 @@
 from dataclasses import fields, replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entroray.ops import FLOOR
+from entroray.ops import FLOOR, segment_mean
 from entroray.types import PER_ROW, Counts, Tokens
 
 
@@ -28,6 +28,11 @@ def masked_in(t: Tokens) -> Tokens:
 def scatter_masked(x: Tensor, mask: Bool[Tensor, " N"]) -> Tensor:
     """Undo `masked_in` for one column: 0 or False outside the mask."""
     return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+
+
+def row_mean(x: Float[Tensor, " N"], t: Tokens) -> Float[Tensor, " B"]:
+    """Mean of a column over each row's shown tokens."""
+    return segment_mean(x, t.row, t.mask, len(t.length))
 
 
 def count_tokens(t: Tokens) -> Counts:

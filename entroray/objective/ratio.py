@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entroray.binding import LogRatioBound, declare
-from entroray.ops import log_ratio, segment_mean
+from entroray.objective.masking import row_mean
+from entroray.ops import log_ratio
 from entroray.types import Tokens
 
 
@@ -34,7 +35,7 @@ def sequence(t: Tokens) -> Float[Tensor, " N"]:
     All tokens of a rollout share its gradient, so advantages must not differ inside it; verl holds the mean
     within 10 nats, here each log-ratio is within 20.
     """
-    return _mean(_moved(t), t).exp()
+    return row_mean(_moved(t), t)[t.row].exp()
 
 
 @declare(per_rollout=True)
@@ -44,7 +45,7 @@ def sequence_token(t: Tokens) -> Float[Tensor, " N"]:
     `s = sg[exp(mean_t log π / π_old)] π / sg[π]`
     """
     moved = _moved(t)
-    return _mean(moved.detach(), t).exp() * (t.logprobs - t.logprobs.detach()).exp()
+    return row_mean(moved.detach(), t)[t.row].exp() * (t.logprobs - t.logprobs.detach()).exp()
 
 
 @declare(per_rollout=True, shares_gradient=True, idle_at_one=True)
@@ -58,13 +59,8 @@ def clipped_geometric(
     """
     moved = _moved(t)
     held = torch.where(t.advantages > 0, moved.clamp(max=high), moved.clamp(min=-low))
-    return _mean(held, t).exp()
+    return row_mean(held, t)[t.row].exp()
 
 
 def _moved(t: Tokens) -> Float[Tensor, " N"]:
     return log_ratio(t.logprobs, t.old_logprobs)
-
-
-def _mean(x: Float[Tensor, " N"], t: Tokens) -> Float[Tensor, " N"]:
-    """Each row's mean over its shown tokens, on each of them."""
-    return segment_mean(x, t.row, t.mask, len(t.length))[t.row]

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entroray.binding import AboveOne, Fraction, Nats, NonNegative, Positive, Probability, declare
-from entroray.ops import segment_mean, segment_sum
+from entroray.objective.masking import row_mean
+from entroray.ops import segment_sum
 from entroray.types import Tokens
 
 
@@ -126,7 +127,7 @@ def self_certainty(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     `(c - mean(c)) / (std(c) + eps) over the group, c = -mean_t mean_v log p_v, whatever the reward`
     KL(uniform, p) less log V, which standardising takes away. It lowers entropy.
     """
-    return _standardised(-_per_row(t.extra["mean_logprob"], t), t, eps)
+    return _standardised(-row_mean(t.extra["mean_logprob"], t), t, eps)
 
 
 @declare(needs=["whole_step"], min_group=2, uniform_advantage=lambda **_: (-1.0, 1.0))
@@ -135,7 +136,7 @@ def low_entropy(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
 
     `(c - mean(c)) / (std(c) + eps) over the group, c = -mean_t H, whatever the reward`
     """
-    return _standardised(-_per_row(t.entropy, t), t, eps)
+    return _standardised(-row_mean(t.entropy, t), t, eps)
 
 
 @declare(needs=["whole_step"], min_group=2, uniform_advantage=lambda **_: (-1.0, 1.0))
@@ -145,10 +146,6 @@ def trajectory_likelihood(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, "
     `(c - mean(c)) / (std(c) + eps) over the group, c = Σ_t log π_old, whatever the reward`
     """
     return _standardised(segment_sum(t.old_logprobs, t.row, len(t.length)), t, eps)
-
-
-def _per_row(x: Float[Tensor, " N"], t: Tokens) -> Float[Tensor, " B"]:
-    return segment_mean(x, t.row, t.mask, len(t.length))
 
 
 def _standardised(score: Float[Tensor, " B"], t: Tokens, eps: float) -> Float[Tensor, " N"]:
