@@ -1,1 +1,36 @@
 """entroray: distributed RL for language models that measures, predicts and steers entropy."""
+
+from importlib import import_module
+from typing import Any
+
+PUBLIC = {
+    "Answer": "entroray.types",
+    "Batch": "entroray.types",
+    "ConfigError": "entroray.errors",
+    "Counts": "entroray.types",
+    "EntrorayError": "entroray.errors",
+    "Group": "entroray.types",
+    "Objective": "entroray.objective",
+    "Prompt": "entroray.types",
+    "Rollout": "entroray.types",
+    "Status": "entroray.types",
+    "Tokens": "entroray.types",
+    "Verdict": "entroray.types",
+    "build_judge": "entroray.reward",
+    "build_objective": "entroray.objective",
+    "declare": "entroray.binding",
+    "step_details": "entroray.metrics",
+    "step_metrics": "entroray.metrics",
+    "token_entropy": "entroray.metrics",
+}
+"""Every public name and the module it is of, which is imported when the name is first asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'entroray' has no attribute '{name}'")
+    return getattr(import_module(PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *PUBLIC])

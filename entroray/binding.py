@@ -1,10 +1,14 @@
-"""`{fn: name, **settings}` -> a function of a slot, checked before anything starts."""
+"""`{fn: name, setting: value, ...}` -> a function of a slot, checked before anything starts.
+
+A slot is a module of functions that take the same positional arguments and their settings by keyword. `fn`
+names one of them, or by dotted path a function in one of the user's own `packages`: the same in every slot.
+"""
 
 import importlib
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -48,19 +52,76 @@ RatioAboveOne = Annotated[float, Limit("a ratio above 1", lambda x: x > 1, "rati
 LogRatioBound = Annotated[float, Limit("a log-ratio in nats, above 0", lambda x: x > 0, "log-ratio bound")]
 
 
+Condition = bool | Callable[..., bool]
+"""True or False, or a function of the settings, by keyword, that says which."""
+
+
 @dataclass(frozen=True)
 class Traits:
-    """What a function cannot do without and how it behaves, as `declare` explains; by default nothing."""
+    """What a function needs and how it behaves; `declare` writes them on it, and every guard reads them.
+
+    Of any function:
+    needs: `ref_logprobs`, `entropy_grad` (the gradient of the live entropy), `whole_step` (statistics over
+        all tokens of a step), or a key of `Tokens.extra`; `{setting}` in it stands for that setting's value.
+        Of a rollout plan: `entropy` (noted at every token), `top_tokens` (the likeliest first tokens).
+    min_group: fewest rollouts per prompt that it makes sense for.
+    neutral: changes nothing, or drops nothing (Condition); a surrogate: it clips nothing.
+    caveat: a sentence to be told whenever it is chosen.
+    Of keep rules and what makes advantages:
+    drops_uniform_groups: leaves out the groups whose answers are all wrong or all right.
+    uniform_advantage: its settings -> (A of a group all wrong, of one all right), with rewards 0 and 1 unless
+        a setting says otherwise; None: it leaves both as they were, and an estimator gives 0.
+    weighs: (A, its settings) -> A of such groups, weighed.
+    needs_uniform_groups: pointless without such groups.
+    in_deviations: its advantages are in standard deviations of the group (Condition).
+    compares_siblings: made for responses that share tokens.
+    live: a shape of the current policy, applied again, detached, inside the update.
+    by_token: a shape that tells the tokens of one rollout apart (Condition); live ones do.
+    steers_entropy: a shape that drives the entropy by itself (Condition).
+    Of selections and what reads them:
+    reads_selected: uses what `select` chose.
+    wants_deviations: its thresholds are for advantages in standard deviations.
+    Of corrections and ratios:
+    rollout_tolerance: its settings -> mean log-ratio (nats a token) beyond which it drops a whole response.
+    anchor: `old`, or `sampler` for a ratio to the sampler's own log-probs, which needs no correction.
+    per_rollout: a ratio that is one number a rollout; an aggregate that gives rollouts equal shares.
+    shares_gradient: a ratio whose tokens share one gradient.
+    idle_at_one: does nothing while r = 1.
+    Of penalties and denominators:
+    restrains: holds the policy in place of a clip.
+    counts_kept: leaves out of the count what the scales drop.
+    before: step statistics that it reads in `Tokens.extra`, by name: functions of the step's tokens and its
+        own settings, computed before the update.
+    Of rollout plans:
+    siblings: responses of a group share tokens.
+    misfit: (group size, its settings) -> what is wrong with that size and the remedy; empty if nothing is.
+    """
 
     needs: frozenset[str] = frozenset()
     min_group: int = 1
-    live: bool = False
-    idle_at_one: bool = False
-    reads_selected: bool = False
-    siblings: bool = False
+    neutral: Condition = False
+    caveat: str = ""
+    drops_uniform_groups: bool = False
     uniform_advantage: Callable[..., tuple[float, float]] | None = None
+    weighs: Callable[..., float] | None = None
     needs_uniform_groups: bool = False
+    in_deviations: Condition = False
+    compares_siblings: bool = False
+    live: bool = False
+    by_token: Condition = False
+    steers_entropy: Condition = False
+    reads_selected: bool = False
+    wants_deviations: bool = False
+    rollout_tolerance: Callable[..., float] | None = None
+    anchor: Literal["old", "sampler"] = "old"
+    per_rollout: bool = False
+    shares_gradient: bool = False
+    idle_at_one: bool = False
+    restrains: bool = False
+    counts_kept: bool = False
     before: Mapping[str, Callable] = field(default_factory=dict)
+    siblings: bool = False
+    misfit: Callable[..., str] | None = None
 
 
 def traits(choice: Callable) -> Traits:
@@ -69,41 +130,15 @@ def traits(choice: Callable) -> Traits:
     return vars(fn).get("traits", Traits())
 
 
-def declare(
-    *,
-    needs: Iterable[str] = (),
-    min_group: int = 1,
-    live: bool = False,
-    idle_at_one: bool = False,
-    reads_selected: bool = False,
-    siblings: bool = False,
-    uniform_advantage: Callable[..., tuple[float, float]] | None = None,
-    needs_uniform_groups: bool = False,
-    before: Mapping[str, Callable] = types.MappingProxyType({}),
-) -> Callable[[F], F]:
-    """Write on a function its `Traits`: what it cannot do without and how it behaves.
+def holds(choice: partial, trait: str) -> bool:
+    """Whether a bound function has a trait that may depend on its settings."""
+    condition: Condition = getattr(traits(choice), trait)
+    return condition if isinstance(condition, bool) else bool(condition(**effective_settings(choice)))
 
-    `needs`: `ref_logprobs`, `entropy_grad` (the live entropy's gradient), `whole_step` (statistics over all
-    tokens of a step), or a key of `Tokens.extra`; `{setting}` in it stands for that setting's value.
-    `min_group`: fewest rollouts per prompt it makes sense for. `live`: a shape of the current policy, applied
-    again, detached, inside the update. `idle_at_one`: does nothing while r = 1. `reads_selected`: uses what
-    `select` chose. `siblings`: a plan whose responses share tokens. `alike`: its settings -> A in a group of
-    answers all wrong, and in one all right (rewards 0 and 1 where nothing else is said); undeclared it gives
-    none. `lives_on_alike`: pointless without such groups. `before`: step statistics it reads in
-    `Tokens.extra`, each a function of the step's tokens and the same settings, computed before the update.
-    """
 
-    declared = Traits(
-        needs=frozenset(needs),
-        min_group=min_group,
-        live=live,
-        idle_at_one=idle_at_one,
-        reads_selected=reads_selected,
-        siblings=siblings,
-        uniform_advantage=uniform_advantage,
-        needs_uniform_groups=needs_uniform_groups,
-        before=before,
-    )
+def declare(**given: Any) -> Callable[[F], F]:
+    """Write `Traits` on a function; `needs` may be any iterable. TypeError for a trait that there is not."""
+    declared = replace(Traits(), **given | {"needs": frozenset(given.get("needs", ()))})
 
     def mark(fn: F) -> F:
         vars(fn)["traits"] = declared
@@ -122,13 +157,29 @@ def effective_settings(bound: partial) -> dict[str, Any]:
     return {name: p.default for name, p in keyword_settings(bound.func).items()} | bound.keywords
 
 
-def bind(slot: types.ModuleType, spec: object, packages: Iterable[str] = ()) -> partial:
-    """The slot's function `spec["fn"]`, or a dotted path inside an allowed package, settings applied."""
-    place = slot_setting(slot)
+def bind(
+    slot: types.ModuleType | Sequence[types.ModuleType],
+    spec: object,
+    packages: Iterable[str] = (),
+    place: str | None = None,
+) -> partial:
+    """The function `spec["fn"]` of a slot, one module or several, with its settings applied.
+
+    ConfigError names the setting (`place`, by default the slot's own), the nearest right name, the remedy.
+    """
+    slots = [slot] if isinstance(slot, types.ModuleType) else list(slot)
+    place = place or slot_setting(slots[0])
     if not isinstance(spec, Mapping) or not isinstance(spec.get("fn"), str):
         raise ConfigError(f"{place} must read {{fn: name, setting: value, ...}}, got {spec!r}")
     name, settings = spec["fn"], {k: v for k, v in spec.items() if k != "fn"}
-    fn = _imported(slot, name, packages) if "." in name else _listed(slot, name)
+    functions = {fn: function for module in slots for fn, function in slot_functions(module).items()}
+    if "." in name:
+        fn = _import_function(place, name, packages)
+        _check_signature(place, name, fn, list(functions.values()))
+    elif name in functions:
+        fn = functions[name]
+    else:
+        raise ConfigError(f"{place} has no `{name}`: {nearest(name, functions)}")
     check_settings(place, fn.__name__, fn, settings)
     return partial(fn, **settings)
 
@@ -151,42 +202,55 @@ def slot_setting(slot: types.ModuleType) -> str:
     return getattr(slot, "SETTING", f"objective.{slot_name(slot)}")
 
 
-def _listed(slot: types.ModuleType, name: str) -> Callable:
-    functions = slot_functions(slot)
-    if name not in functions:
-        raise ConfigError(f"{slot_setting(slot)} has no `{name}`: {nearest(name, functions)}")
-    return functions[name]
-
-
-def _imported(slot: types.ModuleType, path: str, packages: Iterable[str]) -> Callable:
-    """A function that the module in `path` itself defines, and that takes what the slot's own take."""
-    place, (module_name, _, attribute) = slot_setting(slot), path.rpartition(".")
+def _import_function(place: str, path: str, packages: Iterable[str]) -> Callable:
+    """The function that the module in `path`, of an allowed package, itself defines."""
+    module_name, _, attribute = path.rpartition(".")
     allowed = ("entroray", *packages)
     if not any(module_name == p or module_name.startswith(f"{p}.") for p in allowed):
-        raise ConfigError(f"{place}: `{path}` is outside the allowed packages {', '.join(allowed)}")
+        raise ConfigError(
+            f"{place}: `{path}` is outside the allowed packages {', '.join(allowed)}: say "
+            f"packages=[{path.partition('.')[0]}] if it is yours"
+        )
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{place}: `{path}` cannot be imported: {error}") from error
-    fn = vars(module).get(attribute)
-    if not inspect.isfunction(fn) or fn.__module__ != module.__name__:
-        raise ConfigError(f"{place}: `{module_name}` defines no function `{attribute}`")
-    arity = _positional(next(iter(slot_functions(slot).values())))
-    if _positional(fn) != arity:
-        raise ConfigError(f"{place}: `{path}` must take {arity} positional argument(s); the rest by keyword")
-    return fn
+    except (Exception, SystemExit) as error:  # boundary: user code; whatever it raises, it cannot be used
+        raise ConfigError(
+            f"{place}: `{path}` cannot be imported: {error!r}; its folder must be on PYTHONPATH of every node"
+        ) from error
+    functions = slot_functions(module)
+    if attribute not in functions:
+        raise ConfigError(
+            f"{place}: `{module_name}` defines no function `{attribute}`: {nearest(attribute, functions)}"
+        )
+    return functions[attribute]
 
 
-def _positional(fn: Callable) -> int:
+def _check_signature(place: str, path: str, fn: Callable, slot: Sequence[Callable]) -> None:
+    """ConfigError if `fn` is not called as the functions of the slot are."""
+    alike = [own for own in slot if len(positional_arguments(own)) == len(positional_arguments(fn))]
+    if not alike:
+        expected = " or ".join(sorted({f"({', '.join(positional_arguments(own))})" for own in slot}, key=len))
+        raise ConfigError(
+            f"{place}: `{path}` takes ({', '.join(positional_arguments(fn))}) by position and must take "
+            f"{expected}, as `{slot[0].__name__}` does; its settings come by keyword, behind a `*`"
+        )
+    if inspect.iscoroutinefunction(fn) != inspect.iscoroutinefunction(alike[0]):
+        kind = "async def" if inspect.iscoroutinefunction(alike[0]) else "a plain def"
+        raise ConfigError(f"{place}: `{path}` must be {kind}, as `{alike[0].__name__}` is")
+
+
+def positional_arguments(fn: Callable) -> list[str]:
+    """Names of what a function takes by position."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds for p in inspect.signature(fn).parameters.values())
+    return [p.name for p in inspect.signature(fn).parameters.values() if p.kind in kinds]
 
 
 def check_settings(place: str, name: str, fn: Callable, settings: Mapping[str, Any]) -> None:
-    """ConfigError where `fn`, which is chosen as `name`, does not take `settings` or needs others."""
+    """ConfigError if `fn`, which is chosen as `name`, does not take `settings` or needs others."""
     takes = keyword_settings(fn)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(fn).parameters.values())
     for key, value in settings.items():
-        if key not in takes and _takes_any(fn):
+        if key not in takes and takes_any:
             continue
         if key not in takes:
             raise ConfigError(f"{place}: `{name}` has no setting `{key}`: {nearest(key, takes)}")
@@ -197,11 +261,6 @@ def check_settings(place: str, name: str, fn: Callable, settings: Mapping[str, A
             raise ConfigError(f"{place}: `{name}` needs `{key}`, which has no default")
 
 
-def _takes_any(fn: Callable) -> bool:
-    """Whether `fn` has `**settings` of its own, which it checks itself."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(fn).parameters.values())
-
-
 def keyword_settings(fn: Callable) -> dict[str, inspect.Parameter]:
     """A function's settings: its keyword-only parameters."""
     parameters = inspect.signature(fn, eval_str=True).parameters.values()
@@ -209,7 +268,7 @@ def keyword_settings(fn: Callable) -> dict[str, inspect.Parameter]:
 
 
 def _complaint(value: object, hint: Any) -> str:
-    """What `value` should have been to satisfy `hint`; empty when it does."""
+    """What `value` should have been to satisfy `hint`; empty if it does."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         limits = (x for x in inner[1:] if isinstance(x, Limit))
@@ -220,7 +279,12 @@ def _complaint(value: object, hint: Any) -> str:
     if origin in (Union, types.UnionType):
         wrongs = [_complaint(value, option) for option in inner]
         return "" if "" in wrongs else " or ".join(wrongs)
+    if origin is Sequence:
+        if not isinstance(value, list | tuple):
+            return "a list"
+        return next((f"a list, each {wrong}" for x in value if (wrong := _complaint(x, inner[0]))), "")
     if hint not in KINDS:
         return ""
     accepted, name = KINDS[hint]
-    return "" if isinstance(value, accepted) and isinstance(value, bool) == (hint is bool) else name
+    fits = isinstance(value, accepted) and isinstance(value, bool) == (hint is bool) and value == value
+    return "" if fits else name  # NaN, which differs from itself, is no number

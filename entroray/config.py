@@ -252,7 +252,9 @@ class Observe:
     tokens: TokensConfig = field(default_factory=TokensConfig)
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
-    tensorboard: bool = True  # write TensorBoard files
+    trackers: list[dict[str, Any]] = field(
+        default_factory=lambda: [{"fn": "tensorboard"}]
+    )  # [{fn: ..., settings}, ...]: where metrics are copied to, beside metrics.jsonl
     report: bool = True  # write report.html at the end
 
 
@@ -280,7 +282,7 @@ class Config:
     data: Data = field(default_factory=Data)
     reward: Reward = field(default_factory=Reward)
     objective: dict[str, Any] = field(default_factory=dict)  # one function per slot; see objective=
-    objective_packages: list[str] = field(default_factory=list)  # your own, whose functions a row may name
+    packages: list[str] = field(default_factory=list)  # your own; any `fn` may name a function of theirs
     control: dict[str, Any] = field(default_factory=dict)  # settings moved in the run; see control=
     sampler: Sampler = field(default_factory=Sampler)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

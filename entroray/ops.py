@@ -1,4 +1,7 @@
-"""Segment arithmetic on the flat token axis, and its floor; knows nothing of RL beyond a mask."""
+"""Arithmetic on the flat token axis: segments of it, and what several formulas take of each token."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -6,6 +9,8 @@ from torch import Tensor
 
 FLOOR = -1e4
 """Log-prob that stands for -inf, in nats; no gradient passes below it."""
+BOUND = 20.0
+"""Largest log-ratio in nats before `exp`, as in verl; no gradient passes beyond it."""
 
 
 def segment_sum(x: Float[Tensor, " N"], row: Int[Tensor, " N"], num_rows: int) -> Float[Tensor, " B"]:
@@ -24,3 +29,71 @@ def segment_mean(
     """Mean over each row's masked-in tokens; 0 for a row with none."""
     count = segment_sum(mask.to(x.dtype), row, num_rows)
     return segment_sum(masked(x, mask), row, num_rows) / count.clamp(min=1)
+
+
+def log_ratio(above: Float[Tensor, " N"], below: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Difference of two log-probs in nats, within `BOUND`, so that `exp` of it stays finite."""
+    return (above - below).clamp(-BOUND, BOUND)
+
+
+def covariance(logprobs: Float[Tensor, " N"], advantages: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """(log π - mean)(A - mean) of each token, means over all: the proxy of arXiv 2505.22617, in nats.
+
+    Across positions and rollouts, not within one state, so it ranks tokens and forecasts nothing.
+    """
+    if not len(logprobs):
+        return torch.zeros_like(logprobs)
+    return (logprobs - logprobs.mean()) * (advantages - advantages.mean())
+
+
+def discriminator(logprobs: Float[Tensor, " N"], entropy: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """D = π (log π + H) of each token, in nats: its sign says which way reinforcing it moves the entropy.
+
+    The first-order change is -η A (D - E_p D) (arXiv 2602.03392, 2602.09782).
+    """
+    return logprobs.exp() * (logprobs + entropy)
+
+
+def fill_columns(
+    *,
+    logprobs: Float[Tensor, " N"],
+    old_logprobs: Float[Tensor, " N"],
+    entropy: Float[Tensor, " N"],
+    lengths: Sequence[int],
+    advantages: Sequence[float],
+    groups: Sequence[int] | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """Every field of `Tokens` but its counts, for rows of `lengths` tokens, one behind the other.
+
+    One advantage a row; log-probs and entropy in nats. Without `groups`, which says of what prompt each row
+    is, each is of its own. Unless `others` gives the field: every token is trained on, and was drawn by the
+    old policy at temperature 1; what nobody knows is NaN.
+    """
+    length = torch.tensor(lengths)
+    row = torch.repeat_interleave(torch.arange(len(lengths)), length)
+    one, unknown = torch.ones_like(old_logprobs), old_logprobs.new_full((len(lengths),), torch.nan)
+    columns: dict[str, Any] = {
+        "row": row,
+        "position": torch.cat([torch.arange(n) for n in lengths]),
+        "uid": torch.arange(len(row)),
+        "mask": one.bool(),
+        "logprobs": logprobs,
+        "entropy": entropy,
+        "varentropy": one * torch.nan,
+        "old_logprobs": old_logprobs,
+        "behavior_logprobs": old_logprobs,
+        "ref_logprobs": None,
+        "temperature": one,
+        "advantages": one.new_tensor(advantages)[row],
+        "scale": one,
+        "correction": one,
+        "selected": one.bool(),
+        "group": torch.arange(len(lengths)) if groups is None else torch.tensor(groups),
+        "length": length,
+        "reward": unknown,
+        "correct": unknown,
+        "version": torch.zeros_like(length),
+        "step": 1,
+    }
+    return columns | others

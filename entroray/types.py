@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from entroray.ops import fill_columns
+
 Version = int
 """Committed steps a set of weights has been through; 0 is the model the run started from."""
 
@@ -362,6 +364,13 @@ class Tokens:
     """Further full-vocabulary statistics, by the name an objective asked for in `needs`."""
     drawn_before: Int[Tensor, " B"] | None = None
     """Tokens before a branch that the policy drew, outside the mask here; None where nothing branched."""
+
+    @classmethod
+    def from_columns(cls, **columns: Any) -> "Tokens":
+        """Tokens of one update from the columns that `ops.fill_columns` takes, which fills in the others."""
+        filled = fill_columns(**columns)
+        tokens, rollouts, prompts = len(filled["row"]), len(filled["length"]), len(filled["group"].unique())
+        return cls(**{"counts": Counts(tokens, tokens, rollouts, prompts)} | filled)
 
     def take(self, rows: Int[Tensor, " b"]) -> "Tokens":
         """The tokens of `rows`, in that order, re-indexed; `counts` stay those of the whole update."""

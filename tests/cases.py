@@ -2,14 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from entroray.control import build_controllers
 from entroray.objective import Objective, build_objective, count_tokens
 from entroray.types import Counts, Group, Prompt, Rollout, Tokens, Verdict
+from entroray.wiring.controllers import in_effect
 
 CONF = Path(__file__).parents[1] / "conf/objective"
 FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
@@ -21,7 +25,9 @@ LENGTHS, GROUPS, ADVANTAGES = (5, 1, 7, 3, 4, 8), (0, 0, 1, 1, 2, 2), (1.5, -0.5
 N = sum(LENGTHS)
 
 
-def tokens(*, drift: float = 3.0, masked_out=(0, 9, 10, 27), hole: float = torch.nan) -> Tokens:
+def tokens(
+    *, drift: float = 3.0, masked_out=(0, 9, 10, 27), hole: float = torch.nan, step: int = 3
+) -> Tokens:
     """Six rows of three prompts; log-ratios spread over [-drift, drift]; `hole` outside the mask."""
     g = torch.Generator().manual_seed(0)
     mask = torch.ones(N, dtype=torch.bool)
@@ -55,11 +61,18 @@ def tokens(*, drift: float = 3.0, masked_out=(0, 9, 10, 27), hole: float = torch
         reward=torch.tensor([1.0, 0, 1, 0, 0, 1]),
         correct=torch.tensor([1.0, 0, 1, 0, 0, 1]),
         version=torch.zeros(len(LENGTHS), dtype=torch.long),
-        step=3,
+        step=step,
         counts=Counts(0, 0, 0, 0),
         extra={name: column(-0.3 - torch.rand(N, generator=g, dtype=torch.float64)) for name in STATISTICS},
     )
     return replace(t, counts=count_tokens(t))
+
+
+def row_in_step(name: str, step: int) -> Objective:
+    """A row with the settings that its own schedules give it in a step; what reads a signal is as shipped."""
+    file: Any = OmegaConf.to_container(OmegaConf.create({"run": {"steps": 100}} | FILES[name]), resolve=True)
+    schedules = [c for c in build_controllers(file.get("control", {})) if c.signal is None]
+    return build_objective(in_effect(ROWS[name], {c.knob: c.rule(step) for c in schedules}))
 
 
 def group(rewards=(1, 0, 0, 1), correct=(1, 0, 0, 1), lengths=(50, 85, 90, 100)) -> Group:

@@ -5,15 +5,16 @@ from functools import cache
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from entroray.config import Config
+from entroray.rows import conf_folder
 from entroray.wiring import compose
 
-GROUPS = {p.name for p in compose.conf_folder().iterdir() if p.is_dir()}
+GROUPS = {p.name for p in conf_folder().iterdir() if p.is_dir()}
 
 
 @cache
 def rows() -> dict[str, str | None]:
     """Group -> the row of it that `conf/train.yaml` takes, in the order they are merged in."""
-    listed = OmegaConf.load(compose.conf_folder() / "train.yaml").defaults
+    listed = OmegaConf.load(conf_folder() / "train.yaml").defaults
     return {str(group): name for one in listed if not isinstance(one, str) for group, name in one.items()}
 
 
@@ -24,7 +25,7 @@ def schema() -> DictConfig:
 
 @cache
 def row(group: str, name: str) -> DictConfig | ListConfig:
-    file = compose.conf_folder() / group / f"{name}.yaml"
+    file = conf_folder() / group / f"{name}.yaml"
     values = OmegaConf.load(file)
     return values if "@package _global_" in file.read_text() else OmegaConf.create({group: values})
 

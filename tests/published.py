@@ -180,6 +180,16 @@ def mean_of(column: str) -> Callable[[Case], Tensor]:
     return lambda c: -c.rows(pick(c)) / c.rows(torch.ones(N).double())
 
 
+def by_stage(step: int, steps: int = 100, hold: float = 0.5) -> float:
+    """Weight of reinforced tokens: 0 for half of the run, then in a straight line to 1 (arXiv 2511.05993)."""
+    return min(1.0, max(0.0, (step - hold * steps) / (steps - hold * steps)))
+
+
+def by_epoch(step: int, epoch: int = 25, epochs: int = 4) -> float:
+    """(e - 1) / (E - 1) in epoch e of E, with epochs of 25 steps (arXiv 2511.05993)."""
+    return min(1.0, (step // epoch) / (epochs - 1))
+
+
 PUBLISHED = {
     "grpo": lambda c: ppo(c) / c.n / 6,
     "dr_grpo": lambda c: ppo(c) / 3000 / 6,
@@ -209,8 +219,8 @@ PUBLISHED = {
     "aspo": aspo,
     "entropy_advantage": lifted,
     "positive_reweighting": lambda c: ppo(c, 0.2, 0.28) * (c.a < 0) / 24,
-    "positive_reweighting_stage": lambda c: ppo(c) * (c.a < 0) / 24,
-    "positive_reweighting_epoch": lambda c: ppo(c) * (c.a < 0) / 24,
+    "positive_reweighting_stage": lambda c: ppo(c) * either(c.a > 0, by_stage(c.t.step), 1.0) / 24,
+    "positive_reweighting_epoch": lambda c: ppo(c) * either(c.a > 0, by_epoch(c.t.step), 1.0) / 24,
     "adaptive_entropy": lambda c: ppo(c) / 24,
     "entropic_pi": lean,
     "entrocraft_band": banded,

@@ -148,7 +148,8 @@ def judge(config: Config) -> str:
         raise DataError(
             f"the judge finds the right answer {answer!r} wrong: make reward.judge and data.demonstration fit"
         )
-    return f"{read.judge['fn']} gives {verdict.reward:g} for {answer[:40]!r}"
+    name = read.judge["judges"][prompt.domain]["fn"]
+    return f"{name} gives {verdict.reward:g} for {answer[:40]!r}"
 
 
 def _right(config: Config, read: dataset.Dataset, answer: str | WorkedAnswer) -> str:

@@ -17,6 +17,7 @@ from entroray.errors import ConfigError
 from entroray.objective import Objective, build_objective, check_group_size
 from entroray.objective.compatibility import Schedule, remarks
 from entroray.objective.objective import MANY, SLOTS
+from entroray.rows import conf_folder, objective_names, objective_row
 from entroray.wiring import compose, controllers, rollout_plan, sampler, selection
 
 BASE = "grpo"
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"objectives takes nothing, `table`, or `show objective=NAME ...`, got {arguments}")
     given, overrides = flags.parse_flags("objectives show", arguments[1:], FLAGS)
     config, _ = compose.load_config(overrides, given.get("config-dir"))
-    objective = build_objective(config.objective, config.objective_packages)
+    objective = build_objective(config.objective, config.packages)
     check_group_size(objective, config.rollout.group_size)
     print(
         "\n".join(
@@ -48,10 +49,9 @@ def main(arguments: list[str]) -> int:
 
 def objective_schedule(config: Config) -> Schedule:
     """What the settings say of when a row is used."""
-    r, (_, most) = config.rollout, controllers.updates_range(config)
+    r, (_, updates) = config.rollout, controllers.updates_range(config)
     return Schedule(
-        most,
-        config.run.steps,
+        updates,
         config.driver.max_lag,
         second=selection.draws_hotter(r, "at_once"),
         replay=bool(r.replay.tokens),
@@ -59,9 +59,11 @@ def objective_schedule(config: Config) -> Schedule:
         highest=r.prompts.band[1],
         retire=r.prompts.retire,
         shaped=sampler.reshapes(config),
-        siblings=rollout_plan.makes_siblings(r),
+        siblings=rollout_plan.makes_siblings(config),
         by_entropy=tuple(
-            (c.name, c.knob) for c in control.build_controllers(config.control) if _of_entropy(c.signal)
+            (c.name, c.knob)
+            for c in control.build_controllers(config.control, config.packages)
+            if _of_entropy(c.signal)
         ),
     )
 
@@ -105,7 +107,7 @@ def _units(objective: Objective) -> str:
 
 def _listing() -> Iterator[str]:
     yield "rows (objective=NAME), each a YAML of conf/objective:"
-    for name in rows():
+    for name in objective_names():
         yield f"  {name:<28}{head(name)[0]}"
     yield "\nslots, each a file of entroray/objective:"
     for slot, module in SLOTS.items():
@@ -115,18 +117,13 @@ def _listing() -> Iterator[str]:
             yield f"    {fn:<26}{(inspect.getdoc(function) or '').splitlines()[0]}"
 
 
-def rows() -> list[str]:
-    """Every row of conf/objective."""
-    return sorted(path.stem for path in (compose.conf_folder() / "objective").glob("*.yaml"))
-
-
 def head(name: str) -> tuple[str, str]:
     """(first sentence, what it does to entropy) of the comment at the head of a row."""
-    text = Path(compose.conf_folder(), "objective", f"{name}.yaml").read_text()
+    text = Path(conf_folder(), "objective", f"{name}.yaml").read_text()
     lines = [x.lstrip("# ") for x in itertools.takewhile(lambda x: x.startswith("#"), text.splitlines())]
     lines = [x for x in lines if not x.startswith("@package")]
-    said, _, entropy = " ".join(lines).partition("Entropy: ")
-    first = re.split(r"(?<!et al)(?<!Dr)\. ", said)[0]
+    summary, _, entropy = " ".join(lines).partition("Entropy: ")
+    first = re.split(r"(?<!et al)(?<!Dr)\. ", summary)[0]
     return first.rstrip(". "), entropy
 
 
@@ -136,14 +133,14 @@ def table() -> str:
         "| row | what it is | otherwise than `grpo` | units | entropy | without effect |",
         "|---|---|---|---|---|---|",
     ]
-    return "\n".join(lines + [_line(name) for name in rows()])
+    return "\n".join(lines + [_line(name) for name in objective_names()])
 
 
 def _line(name: str) -> str:
-    spec, base = compose.objective_row(name), compose.objective_row(BASE)
+    spec, base = objective_row(name), objective_row(BASE)
     changed = [f"{slot}: {_brief(given)}" for slot, given in spec.items() if given != base[slot]]
     objective = build_objective(spec)
-    idle = [r.text for r in remarks(objective, Schedule(1, 100, 0)) if r.kind == "inert"]
+    idle = [r.text for r in remarks(objective, Schedule(1, 0)) if r.kind == "inert"]
     what, entropy = head(name)
     cells = (f"`{name}`", what, "; ".join(changed), _units(objective), entropy, "; ".join(idle))
     return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
@@ -171,4 +168,8 @@ def advised(config: Config) -> dict[str, Any]:
 
 
 def _knobs(config: Config) -> list[str]:
-    return [c.knob for c in control.build_controllers(config.control)]
+    return [c.knob for c in _controllers(config)]
+
+
+def _controllers(config: Config) -> tuple[control.Controller, ...]:
+    return control.build_controllers(config.control, config.packages)

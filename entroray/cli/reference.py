@@ -15,7 +15,7 @@ from entroray.binding import keyword_settings, slot_functions
 from entroray.config import Config
 from entroray.control import feedback, schedules
 from entroray.errors import ConfigError
-from entroray.wiring.compose import conf_folder
+from entroray.rows import conf_folder
 
 HEAD = """# Settings
 
@@ -26,6 +26,9 @@ conf/README.md`, and a test compares it.
 
 - A setting of the objective: `objective=dapo objective.surrogate.high=0.3`. A list is given whole:
   `'objective.scales=[{fn: selected}]'`.
+- Functions of your own: `'packages=[my_lab]' objective.surrogate.fn=my_lab.gates.window`. Every slot takes
+  them: each `fn` of objective, sampler.rule, rollout.plan, rollout.tool, control, reward.judge and
+  observe.trackers, and data.source. The package must be importable on every node.
 - vLLM's options pass through `generator.engine`, DeepSpeed's through `learner.deepspeed`, untouched:
   `+generator.engine.max_num_seqs=64`.
 - Your own folder with the same groups: `entroray train --config-dir my_conf experiment=mine`.
@@ -78,9 +81,10 @@ A schedule reads the step. A controller reads `signal`, any metric that the run 
 (entroray/metrics/README.md; not `law/*`, which is off while anything is moved), as it was `delay` steps
 before (default and least 1: a step's metrics are known after it), averaged over `mean` steps (default 1),
 and begins at `start` (default: the setting's own value), which lies within `low` and `high`. Where raising
-the setting lowers the signal, `gain` or `step` is negative. Two controllers of one knob are refused; two
-that read one signal need each its `priority`: the lowest acts first, the next while it stands at its limit
-and would go past it. `control/<name>` in metrics.jsonl is the value in that step, not rounded. State is in
+the setting lowers the signal, `gain` or `step` is negative. Two controllers of one knob are refused, and
+two that read one signal: they would fight over it. A rule of your own is a function in one of your
+`packages`, of the step or of (signal, state); the latter needs settings `low` and `high`. `control/<name>`
+in metrics.jsonl is the value in that step, not rounded. State is in
 the checkpoint.
 """
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from entroray import rows
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
@@ -45,9 +46,9 @@ def main(arguments: list[str]) -> int:
 
 def pack(folder: Path, config: Config, overrides: list[str], config_dir: str | None) -> list[str]:
     """Code, conf and the files the settings name, copied into `folder`; returns the command to run there."""
-    shutil.copytree(compose.PACKAGE, folder / "entroray", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(rows.PACKAGE, folder / "entroray", ignore=shutil.ignore_patterns("__pycache__"))
     if not (folder / "entroray" / "conf").is_dir():
-        shutil.copytree(compose.conf_folder(), folder / "conf")
+        shutil.copytree(rows.conf_folder(), folder / "conf")
     command = ["python", "-m", "entroray", "train", *overrides, "cluster.address=auto"]
     if config_dir:
         shutil.copytree(config_dir, folder / "submitted-conf")

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
+from entroray.binding import bind
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.cli.objectives import advised, objective_schedule, remark_lines
@@ -20,9 +21,11 @@ from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, Stopped
 from entroray.evaluation.evaluate import heldout_accuracy
 from entroray.objective import Objective, build_objective, check_group_size, compatibility
+from entroray.observe import trackers
 from entroray.observe.console import Console, summary
 from entroray.observe.health_tracker import HealthTracker, health_lines, moved_settings
 from entroray.observe.journal import Journal, read_metrics
+from entroray.observe.trackers import TrackedRun
 from entroray.policy.tokenizer import fingerprint
 from entroray.roles import Generator, Verifier
 from entroray.train.driver import Driver, Roles
@@ -70,7 +73,7 @@ def main(arguments: list[str]) -> int:
 
 def objective_of(config: Config) -> Objective:
     """The objective as configured; ConfigError where it cannot be trained with these settings."""
-    objective = build_objective(config.objective, config.objective_packages)
+    objective = build_objective(config.objective, config.packages)
     check_group_size(objective, config.rollout.group_size)
     compatibility.check_combinations(objective, objective_schedule(config))
     return objective
@@ -160,14 +163,19 @@ def open_journal(
     What trackers hold of `first_step` and beyond, from before a resumption, is hidden.
     """
     console = Console(file=file)
-    trackers: list[Any] = [console]
-    if config.observe.tensorboard:
-        from entroray.observe.trackers import TensorBoard
-
-        trackers.append(TensorBoard(folder / "tensorboard", first_step=first_step))
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     every = config.observe.tokens.every
-    journal = Journal(folder, tokens_every=every, trackers=trackers, vocabulary=words)
+    journal = Journal(folder, tokens_every=every, trackers=[console], vocabulary=words)
+    run = TrackedRun(folder, config.run.name, asdict(config), first_step)
+    for spec in config.observe.trackers:
+        open_tracker = bind(trackers, spec, config.packages)
+        try:
+            journal.trackers.append(open_tracker(run))
+        except (Exception, SystemExit) as error:  # boundary: a copy of the metrics must not end the run
+            journal.event("tracker_lost", tracker=spec["fn"], step=first_step - 1, reason=repr(error))
+            console.say(
+                f"observe.trackers: {spec['fn']} cannot be opened: {error!r}; the run goes on without"
+            )
     history = read_metrics(folder / "metrics.jsonl")
     health = HealthTracker(journal.event, console.say, history, advised(config))
     journal.trackers.append(health)
@@ -186,8 +194,8 @@ def _header(
         "",
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
-        f"sampler    {sampler.describe_sampler(s)}",
-        f"groups     {rollout_plan.describe_plan(r)}",
+        f"sampler    {sampler.describe_sampler(config)}",
+        f"groups     {rollout_plan.describe_plan(config)}",
         f"choice     {selection.describe_selection(r)}",
         *called,
         f"schedule   {config.run.steps} steps, {_updates(config)} updates a step, "
@@ -244,7 +252,7 @@ async def drive(
         return await saves.save(driver.version, state, accuracy)
 
     async def after(step: int, metrics: Mapping[str, float]) -> None:
-        if stagnation.note(metrics.get("eval/greedy")):
+        if stagnation.observe(metrics.get("eval/greedy")):
             await m.anchor(str(run.folder / "anchors" / f"step-{step:06d}"))
             journal.event("reference_reset", step=step, best=stagnation.best)
         if config.checkpoint.every and step % config.checkpoint.every == 0:

@@ -1,20 +1,25 @@
 """Which settings are moved, by what rule, from which metric; what they remember between two steps."""
 
-import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any
 
-from entroray.binding import Count, Limit, effective_settings, keyword_settings, slot_functions
+from entroray.binding import (
+    Count,
+    Limit,
+    bind,
+    check_settings,
+    effective_settings,
+    keyword_settings,
+    positional_arguments,
+)
 from entroray.control import feedback, schedules
-from entroray.errors import ConfigError, nearest
+from entroray.errors import ConfigError
 
-OWN = ("knob", "fn", "signal", "delay", "mean", "priority", "start")
 Delay = Annotated[int, Limit("at least 1: a step's metrics are known after it", lambda x: x >= 1)]
-WORDS: Mapping[Any, str] = {int: "whole number", float: "number", str: "name"}
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,6 @@ class Controller:
     """Steps between the one whose metric is read and the one it acts on; at least 1."""
     mean: int
     """Steps the signal is averaged over, the newest `delay` steps old."""
-    priority: int
-    """Among controllers of one signal: the lowest acts first, the next where it would go past its limit."""
     start: float | None
     """First value; None is the setting's own."""
 
@@ -43,111 +46,68 @@ class Controller:
         return f"{self.name}: {self.knob} <- {self.rule.func.__name__}({given}){reads}{over}"
 
 
-def build_controllers(specs: Mapping[str, Any]) -> tuple[Controller, ...]:
+def build_controllers(specs: Mapping[str, Any], packages: Iterable[str] = ()) -> tuple[Controller, ...]:
     """Controllers from `{name: {knob, fn, signal, settings}}`; ConfigError for one that cannot be.
 
-    No two may move one knob. Two that read one signal need different priorities.
+    No two may move one knob or read one signal.
     """
-    made = tuple(_controller(name, spec) for name, spec in specs.items())
-    for knob, count in Counter(c.knob for c in made).items():
+    built = tuple(_controller(name, spec, tuple(packages)) for name, spec in specs.items())
+    for knob, count in Counter(c.knob for c in built).items():
         if count > 1:
-            names = ", ".join(c.name for c in made if c.knob == knob)
+            names = ", ".join(c.name for c in built if c.knob == knob)
             raise ConfigError(f"control: {names} all move `{knob}`: leave one of them")
-    for (signal, priority), count in Counter((c.signal, c.priority) for c in made if c.signal).items():
+    for signal, count in Counter(c.signal for c in built if c.signal).items():
         if count > 1:
-            names = ", ".join(c.name for c in made if (c.signal, c.priority) == (signal, priority))
+            names = ", ".join(c.name for c in built if c.signal == signal)
             raise ConfigError(
-                f"control: {names} read `{signal}` and would fight over it: give each its own `priority` "
-                "(the lowest acts first, the next while it stands at its limit and would go past it), or "
-                "leave one of them"
+                f"control: {names} read `{signal}` and would fight over it: leave one of them, or let each "
+                "read a metric of its own"
             )
-    return made
+    return built
 
 
-def _controller(name: str, spec: Any) -> Controller:
+def _reading(
+    *, knob: str, signal: str, delay: Delay = 1, mean: Count = 1, start: float | None = None
+) -> dict[str, Any]:
+    """What a controller that reads a signal has beside the settings of its rule."""
+    return {"knob": knob, "signal": signal, "delay": delay, "mean": mean, "start": start}
+
+
+def _moving(*, knob: str) -> None:
+    """What a schedule has beside the settings of its rule."""
+
+
+def _controller(name: str, spec: Any, packages: tuple[str, ...]) -> Controller:
     place = f"control.{name}"
-    named = isinstance(spec, Mapping) and all(_is_name(spec.get(key)) for key in ("fn", "knob"))
-    if not named:
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("knob"), str):
         raise ConfigError(f"{place} must read {{knob: path, fn: name, setting: value, ...}}, got {spec!r}")
-    rules = slot_functions(schedules) | slot_functions(feedback)
-    if spec["fn"] not in rules:
-        raise ConfigError(f"{place} has no `{spec['fn']}`: {nearest(spec['fn'], rules)}")
-    reads = spec["fn"] in slot_functions(feedback)
-    if reads != bool(spec.get("signal")):
+    frame = _reading if {"signal", "delay", "mean"} & spec.keys() else _moving
+    own = {key: value for key, value in spec.items() if key in keyword_settings(frame)}
+    check_settings(place, name, frame, own)
+    rule = bind((schedules, feedback), {k: v for k, v in spec.items() if k not in own}, packages, place)
+    given = rule.keywords
+    for low, high in (("low", "high"), ("at_least", "at_most")):
+        if given.get(low, -math.inf) > given.get(high, math.inf):
+            raise ConfigError(f"{place}: {low}={given[low]} is above {high}={given[high]}: swap them")
+    reads = len(positional_arguments(rule.func)) == 2
+    if reads != bool(own.get("signal")):
         lacks = "needs a `signal`, the name of a metric" if reads else "is a schedule and reads no `signal`"
         raise ConfigError(f"{place}: `{spec['fn']}` {lacks}")
-    own = OWN if reads else ("knob", "fn", "signal")
-    rule = _bound(place, rules[spec["fn"]], {k: v for k, v in spec.items() if k not in own})
+    if reads and not {"low", "high"} <= effective_settings(rule).keys():
+        raise ConfigError(
+            f"{place}: `{spec['fn']}` must have settings `low` and `high`, and stay within them"
+        )
     if not reads:
-        return Controller(name, spec["knob"], rule, None, 1, 1, 0, rule(1))
-    own_of = partial(_own, place, spec)
-    start = own_of("start", float | None, None)
-    return Controller(
-        name,
-        spec["knob"],
-        rule,
-        own_of("signal", str, None),
-        own_of("delay", Delay, 1),
-        own_of("mean", Count, 1),
-        own_of("priority", int, 0),
-        None if start is None else float(start),
-    )
+        return Controller(name, spec["knob"], rule, None, 1, 1, _start(place, rule))
+    return Controller(name=name, rule=rule, **_reading(**own))
 
 
-def _own(place: str, spec: Mapping[str, Any], key: str, hint: Any, default: Any) -> Any:
-    """What a controller says of itself, not of its rule."""
-    value = spec.get(key, default)
-    if wanted := _complaint(value, hint):
-        raise ConfigError(f"{place}: `{key}` must be {wanted}, got {value!r}")
-    return value
-
-
-def _bound(place: str, fn: Callable, settings: Mapping[str, Any]) -> partial:
-    takes = keyword_settings(fn)
-    for key, value in settings.items():
-        if key not in takes:
-            raise ConfigError(f"{place}: `{fn.__name__}` has no setting `{key}`: {nearest(key, takes)}")
-        if wanted := _complaint(value, takes[key].annotation):
-            raise ConfigError(f"{place}: `{key}` must be {wanted}, got {value!r}")
-    for key, parameter in takes.items():
-        if parameter.default is inspect.Parameter.empty and key not in settings:
-            raise ConfigError(f"{place}: `{fn.__name__}` needs `{key}`, which has no default")
-    for low, high in (("low", "high"), ("at_least", "at_most")):
-        if settings.get(low, -math.inf) > settings.get(high, math.inf):
-            raise ConfigError(f"{place}: {low}={settings[low]} is above {high}={settings[high]}: swap them")
-    bound = partial(fn, **settings)
-    if fn.__module__ == schedules.__name__:
-        try:
-            bound(1)
-        except ValueError as error:
-            raise ConfigError(f"{place}: {error}") from error
-    return bound
-
-
-def _complaint(value: Any, hint: Any) -> str:
-    """What `value` should have been to be a `hint`; empty where it is one."""
-    kind, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    if get_origin(kind) is Sequence:
-        (each,) = get_args(kind)
-        fits = isinstance(value, list | tuple) and not any(_complaint(x, each) for x in value)
-        return "" if fits else f"a list of {WORDS[each]}s"
-    if type(None) in get_args(kind):
-        return "" if value is None else _complaint(value, get_args(kind)[0])
-    if not {int: _is_whole, float: _is_number, str: _is_name}[kind](value):
-        return f"a {WORDS[kind]}" + (f", {more[0].text}" if more else "")
-    return "" if not more or more[0].holds(value) else more[0].text
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+def _start(place: str, schedule: partial) -> float:
+    """The value at step 1; ConfigError for a schedule whose settings contradict each other."""
+    try:
+        return schedule(1)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from error
 
 
 class Control:
@@ -157,7 +117,7 @@ class Control:
     """
 
     def __init__(self, controllers: Sequence[Controller] = (), own: Mapping[str, float] | None = None):
-        self.controllers = sorted(controllers, key=lambda c: c.priority)
+        self.controllers = list(controllers)
         first = {c.name: _first(c, own or {}) for c in self.controllers}
         gated = {
             c.name: x for c in self.controllers if (x := effective_settings(c.rule).get("gate")) is not None
@@ -165,27 +125,16 @@ class Control:
         self.values: dict[str, float] = first | gated  # before a signal is known, none is below its target
         self.memory: dict[str, dict[str, float]] = {name: {"level": x} for name, x in first.items()}
         self.seen: dict[str, list[float | None]] = {c.name: [] for c in self.controllers}
-        self.spent = dict.fromkeys(first, False)
-        """Whether each, when it last acted, stood at its limit and would have gone past it."""
 
     def turn(self, step: int) -> dict[str, float]:
         """The value of every knob in `step`; once per step, in order."""
-        taken: set[str] = set()
         for c in self.controllers:
             if c.signal is None:
                 self.values[c.name] = c.rule(step)
-            elif c.signal not in taken:
-                self._act(c)
-                taken |= set() if self.spent[c.name] else {c.signal}
+            elif (signal := self._signal(c)) is not None:
+                self.values[c.name], memory = c.rule(signal, self.memory[c.name])
+                self.memory[c.name] = dict(memory)
         return {c.knob: self.values[c.name] for c in self.controllers}
-
-    def _act(self, c: Controller) -> None:
-        """Move one setting by its signal, if there is one."""
-        if (signal := self._signal(c)) is None:
-            return
-        value, memory = c.rule(signal, self.memory[c.name])
-        self.spent[c.name] = value == self.values[c.name] and _outward(c.rule, signal, self.memory[c.name])
-        self.values[c.name], self.memory[c.name] = value, dict(memory)
 
     def _signal(self, c: Controller) -> float | None:
         """Mean of what was measured in the `mean` steps that are `delay` steps old or older.
@@ -194,13 +143,13 @@ class Control:
         steps is acted upon once each time.
         """
         seen = self.seen[c.name]
-        window = seen[: len(seen) - c.delay + 1][-c.mean :]
+        window = seen[: max(0, len(seen) - c.delay + 1)][-c.mean :]
         if len(window) < c.mean or window[-1] is None:
             return None
         known = [x for x in window if x is not None]
         return sum(known) / len(known)
 
-    def note(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def observe(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Remember what the step measured; returns the value each controller had in it."""
         for c in self.controllers:
             if c.signal is not None:
@@ -217,7 +166,6 @@ class Control:
             "values": dict(self.values),
             "memory": memory,
             "seen": {name: list(x) for name, x in self.seen.items()},
-            "spent": dict(self.spent),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -227,13 +175,12 @@ class Control:
                 self.values[name] = state["values"][name]
                 self.memory[name] = dict(state["memory"][name])
                 self.seen[name] = list(state["seen"][name])
-                self.spent[name] = state.get("spent", {}).get(name, False)  # older checkpoints have none
 
 
 def _first(c: Controller, own: Mapping[str, float]) -> float:
     """The level a controller begins at; ConfigError for one that its bounds exclude."""
     level = own[c.knob] if c.start is None else c.start
-    given = c.rule.keywords
+    given = effective_settings(c.rule)
     if c.signal and not given["low"] <= level <= given["high"]:
         whose = "the setting's own value" if c.start is None else "its `start`"
         raise ConfigError(
@@ -242,10 +189,3 @@ def _first(c: Controller, own: Mapping[str, float]) -> float:
             "or widen them"
         )
     return level
-
-
-def _outward(rule: partial, signal: float, memory: Mapping[str, float]) -> bool:
-    """Whether without its bounds the rule would go past them; of a level that moves, wherever its gate is."""
-    value, after = rule(signal, memory, low=-math.inf, high=math.inf)
-    wish = value if after["level"] == memory["level"] else after["level"]
-    return not rule.keywords["low"] <= wish <= rule.keywords["high"]

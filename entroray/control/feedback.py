@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from entroray.binding import AboveOne, Positive
 
+SETTING = "control"
 State = Mapping[str, float]
 
 

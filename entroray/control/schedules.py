@@ -5,20 +5,22 @@ from collections.abc import Sequence
 
 from entroray.binding import Count
 
+SETTING = "control"
+
 
 def constant(step: int, *, value: float) -> float:
     """The same at every step."""
     return value
 
 
-def linear(step: int, *, start: float, end: float, steps: Count) -> float:
-    """From `start` at step 1 straight to `end` at step `steps`, then there."""
-    return start + (end - start) * _part(step, steps)
+def linear(step: int, *, start: float, end: float, steps: Count, first: Count = 1) -> float:
+    """`start` up to step `first`, from there straight to `end` at step `steps`, then there."""
+    return start + (end - start) * _part(step, first, steps)
 
 
-def cosine(step: int, *, start: float, end: float, steps: Count) -> float:
-    """From `start` at step 1 along half a cosine to `end` at step `steps`, then there."""
-    return end + (start - end) * (1 + math.cos(math.pi * _part(step, steps))) / 2
+def cosine(step: int, *, start: float, end: float, steps: Count, first: Count = 1) -> float:
+    """`start` up to step `first`, from there along half a cosine to `end` at step `steps`, then there."""
+    return end + (start - end) * (1 + math.cos(math.pi * _part(step, first, steps))) / 2
 
 
 def stage(step: int, *, values: Sequence[float], until: Sequence[int]) -> float:
@@ -30,5 +32,5 @@ def stage(step: int, *, values: Sequence[float], until: Sequence[int]) -> float:
     return values[sum(step > end for end in until)]
 
 
-def _part(step: int, steps: int) -> float:
-    return min(1.0, max(0.0, (step - 1) / max(1, steps - 1)))
+def _part(step: int, first: int, last: int) -> float:
+    return min(1.0, max(0.0, (step - first) / max(1, last - first)))

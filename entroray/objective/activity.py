@@ -1,4 +1,4 @@
-"""How many tokens each rule of a row touched: a rule that touches none is a setting without effect."""
+"""How many tokens each rule of a row acts on: a rule that acts on none is a setting without effect."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,41 +8,37 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entroray.binding import function_name
-from entroray.objective import correction, select, surrogate
+from entroray.binding import function_name, traits
 from entroray.objective.masking import masked_in
 from entroray.objective.objective import Objective, apply_shapes, live_shapes
 from entroray.types import Tokens
 
-UNCOUNTED = (select.everything, correction.none, surrogate.reinforce)
-"""Choices that touch nothing."""
-
 
 def counted_functions(objective: Objective) -> list[str]:
-    """Names of what `touched` and `touched_inside` count the tokens of."""
+    """Names of what `active_tokens` and `active_tokens_inside` count the tokens of."""
     o = objective
     chosen = [*o.shapes, o.select, *o.scales, o.correction, o.surrogate, *o.penalties]
-    return sorted({function_name(choice) for choice in chosen if _counts(choice)})
+    return sorted({function_name(choice) for choice in chosen if _acts(choice)})
 
 
 @torch.no_grad()
 def active_tokens(objective: Objective, t: Tokens) -> Counter[str]:
     """Tokens changed by each shape, chosen by select, weighted by each scale and the correction, by rule.
 
-    `t` is the step before `credit`. `everything` and `none` are no rules.
+    `t` is the step before `credit`. Neutral choices (`everything`, `none`) are no rules.
     """
     seen, counts = masked_in(t), Counter[str]()
     for shape in objective.shapes:
         after = shape(seen)
-        counts[function_name(shape)] += _number(after != seen.advantages)
+        counts[function_name(shape)] += int((after != seen.advantages).sum())
         seen = replace(seen, advantages=after)
-    if _counts(objective.select):
+    if _acts(objective.select):
         seen = replace(seen, selected=objective.select(seen))
-        counts[function_name(objective.select)] += _number(seen.selected)
+        counts[function_name(objective.select)] += int(seen.selected.sum())
     for scale in objective.scales:
-        counts[function_name(scale)] += _number(scale(seen) != 1)
-    if _counts(objective.correction):
-        counts[function_name(objective.correction)] += _number(objective.correction(seen) != 1)
+        counts[function_name(scale)] += int((scale(seen) != 1).sum())
+    if _acts(objective.correction):
+        counts[function_name(objective.correction)] += int((objective.correction(seen) != 1).sum())
     return counts
 
 
@@ -56,13 +52,14 @@ def active_tokens_inside(objective: Objective, t: Tokens) -> Counter[str]:
     with torch.no_grad():
         seen = apply_shapes(leaves, live_shapes(objective.shapes))
     counts = Counter[str]()
-    if _counts(objective.surrogate):
+    if _acts(objective.surrogate):
         plain = _slopes((-objective.ratio(seen) * seen.advantages).sum(), seen)
         gated = _slopes(objective.surrogate(seen, objective.ratio(seen)).sum(), seen)
         differs = [~torch.isclose(a, b, rtol=1e-4) for a, b in zip(gated, plain, strict=True)]
-        counts[function_name(objective.surrogate)] = _number(_any(differs))
+        counts[function_name(objective.surrogate)] = int(torch.stack(differs).any(0).sum())
     for penalty in objective.penalties:
-        counts[function_name(penalty)] += _number(_any([s != 0 for s in _slopes(penalty(seen).sum(), seen)]))
+        pulls = [slope != 0 for slope in _slopes(penalty(seen).sum(), seen)]
+        counts[function_name(penalty)] += int(torch.stack(pulls).any(0).sum())
     return counts
 
 
@@ -104,13 +101,6 @@ def _slopes(total: Tensor, t: Tokens) -> list[Tensor]:
     return list(torch.autograd.grad(total, leaves, materialize_grads=True))
 
 
-def _any(flags: list[Tensor]) -> Tensor:
-    return torch.stack(flags).any(0)
-
-
-def _number(flags: Tensor) -> int:
-    return int(flags.sum())
-
-
-def _counts(choice: partial) -> bool:
-    return choice.func not in UNCOUNTED
+def _acts(choice: partial) -> bool:
+    """Whether it is a rule at all: one that may have no effect with these settings is."""
+    return traits(choice).neutral is not True

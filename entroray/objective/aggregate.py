@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from entroray.binding import declare
 from entroray.ops import segment_sum
 from entroray.types import Tokens
 
@@ -16,6 +17,7 @@ def token(t: Tokens) -> Float[Tensor, " N"]:
     return torch.ones_like(t.logprobs)
 
 
+@declare(per_rollout=True)
 def rollout_mean(t: Tokens) -> Float[Tensor, " N"]:
     """Every rollout counts the same, however long (GRPO, arXiv 2402.03300); observations are no part of it.
 
@@ -23,5 +25,5 @@ def rollout_mean(t: Tokens) -> Float[Tensor, " N"]:
     A branch is as long as its parent's tokens and its own: it counts by the part that it drew itself.
     """
     length = segment_sum(torch.ones_like(t.logprobs), t.row, len(t.length))
-    whole = length if t.drawn_before is None else length + t.drawn_before
-    return 1 / whole[t.row]
+    total = length if t.drawn_before is None else length + t.drawn_before
+    return 1 / total[t.row]

@@ -4,16 +4,19 @@ It multiplies the surrogate, never the penalties; correct once, so a row has one
 denominator keeps the tokens a weight of 0 drops.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.binding import RatioBound
-from entroray.objective.masking import BOUND, log_ratio
-from entroray.ops import segment_mean, segment_sum
+from entroray.binding import RatioBound, declare
+from entroray.objective.masking import row_mean
+from entroray.ops import BOUND, log_ratio, segment_sum
 from entroray.types import Tokens
 
 
+@declare(neutral=True)
 def none(t: Tokens) -> Float[Tensor, " N"]:
     """Trust the sampler's log-probs to be the learner's.
 
@@ -44,7 +47,7 @@ def sequence_geometric(t: Tokens, *, cap: RatioBound = 2.0) -> Float[Tensor, " N
 
     `min(exp(mean_t log(π_old / π_sampler)), cap) on every token of the rollout`
     """
-    return _mean(_log_weight(t), t).exp().clamp(max=cap)[t.row]
+    return row_mean(_log_weight(t), t).exp().clamp(max=cap)[t.row]
 
 
 def icepop(t: Tokens, *, low: RatioBound = 0.5, high: RatioBound = 5.0) -> Float[Tensor, " N"]:
@@ -57,19 +60,16 @@ def icepop(t: Tokens, *, low: RatioBound = 0.5, high: RatioBound = 5.0) -> Float
     return weight.masked_fill((weight < low) | (weight > high), 0.0)
 
 
+@declare(rollout_tolerance=lambda low, high: max(abs(math.log(low)), abs(math.log(high))))
 def sequence_mask(t: Tokens, *, low: RatioBound = 0.999, high: RatioBound = 1.002) -> Float[Tensor, " N"]:
     """Drop responses on which sampler and learner disagree too much; ρ per token elsewhere (NeMo-RL).
 
     `ρ = π_old / π_sampler where low <= exp(mean_t log ρ) <= high, else 0`
     Bounds are ratios; TRL instead drops where the product of ρ is above 3.
     """
-    mean = _mean(_log_weight(t), t).exp()[t.row]
+    mean = row_mean(_log_weight(t), t).exp()[t.row]
     return _log_weight(t).exp().masked_fill((mean < low) | (mean > high), 0.0)
 
 
 def _log_weight(t: Tokens) -> Float[Tensor, " N"]:
     return log_ratio(t.old_logprobs, t.behavior_logprobs)
-
-
-def _mean(x: Float[Tensor, " N"], t: Tokens) -> Float[Tensor, " B"]:
-    return segment_mean(x, t.row, t.mask, len(t.length))

@@ -1,6 +1,6 @@
 """Counts of one optimizer update, all ranks together -> what the loss's numerator is divided by."""
 
-from entroray.binding import Count
+from entroray.binding import Count, declare
 from entroray.types import Counts
 
 
@@ -12,6 +12,7 @@ def all_response_tokens(counts: Counts) -> float:
     return float(counts.tokens)
 
 
+@declare(counts_kept=True)
 def kept_tokens(counts: Counts) -> float:
     """Dropping tokens by `scales` enlarges the others' step (80/20, arXiv 2506.01939).
 

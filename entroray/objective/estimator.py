@@ -27,7 +27,7 @@ def center(group: Group) -> Float[Tensor, " G"]:
     return torch.where(uniform_advantage, torch.zeros_like(rewards), rewards - rewards.mean())
 
 
-@declare(min_group=2)
+@declare(min_group=2, in_deviations=True)
 def zscore(group: Group, *, eps: Positive = 1e-6) -> Float[Tensor, " G"]:
     """Centred, in units of the group's standard deviation (GRPO, arXiv 2402.03300; eps and Bessel of verl).
 
@@ -61,7 +61,7 @@ def length_weighted(group: Group) -> Float[Tensor, " G"]:
     return torch.where(uniform_advantage, torch.zeros_like(group.rewards), group.rewards - baseline)
 
 
-@declare(min_group=2)
+@declare(min_group=2, in_deviations=True)
 def quantile(group: Group, *, k: Fraction = 0.4, eps: Positive = 1e-6) -> Float[Tensor, " G"]:
     """Reward minus a quantile of the group's, in standard deviations (QAE, "quantile advantage estimation").
 
@@ -75,7 +75,7 @@ def quantile(group: Group, *, k: Fraction = 0.4, eps: Positive = 1e-6) -> Float[
     return (rewards - baseline) / (deviation + eps)
 
 
-@declare(min_group=2)
+@declare(min_group=2, compares_siblings=True, in_deviations=lambda eps: eps is not None)
 def subtree(group: Group, *, eps: Positive | None = 1e-6) -> Float[Tensor, " G"]:
     """What a response and its branches are worth beyond the place where it began (TreeRL, arXiv 2506.11902).
 
@@ -103,8 +103,8 @@ def _mean(rewards: Float[Tensor, " G"], kin: Bool[Tensor, "G G"]) -> Float[Tenso
 
 def _spread(rewards: Float[Tensor, " G"], kin: Bool[Tensor, "G G"]) -> Float[Tensor, " G"]:
     """Range of the rewards that each row of `kin` marks."""
-    most = torch.where(kin, rewards, -math.inf).amax(-1)
-    return most - torch.where(kin, rewards, math.inf).amin(-1)
+    highest = torch.where(kin, rewards, -math.inf).amax(-1)
+    return highest - torch.where(kin, rewards, math.inf).amin(-1)
 
 
 def _kin(group: Group) -> tuple[Bool[Tensor, "G G"], Bool[Tensor, "G G"]]:
@@ -134,11 +134,12 @@ def _common(rollouts: Sequence[Rollout], a: list[int], b: list[int]) -> int:
     return min(parted, default=rollouts[a[-1]].length)
 
 
-def _alike(*, baseline: float, span: str) -> tuple[float, float]:
+def _uniform(*, baseline: float, span: str) -> tuple[float, float]:
+    """A of a group all wrong and of one all right."""
     return (-1.0 if span == "-1..1" else 0.0) - baseline, 1.0 - baseline
 
 
-@declare(uniform_advantage=_alike)
+@declare(uniform_advantage=_uniform)
 def raw(
     group: Group, *, baseline: float = 0.0, span: Literal["0..1", "-1..1", "any"] = "any"
 ) -> Float[Tensor, " G"]:
@@ -151,7 +152,7 @@ def raw(
     low, high = SPANS[span]
     if ((group.rewards < low) | (group.rewards > high)).any():
         raise ConfigError(
-            f"estimator `raw` was told rewards in {span} and got {group.rewards.tolist()}: "
+            f"estimator `raw` expects rewards in {span} and got {group.rewards.tolist()}: "
             "set objective.estimator.span to what your judge and `rewards` give, and the baseline with it"
         )
     return group.rewards - baseline

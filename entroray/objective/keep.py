@@ -4,6 +4,7 @@ from entroray.binding import declare
 from entroray.types import Group
 
 
+@declare(neutral=True)
 def always(group: Group) -> bool:
     """Train on every group.
 
@@ -12,7 +13,7 @@ def always(group: Group) -> bool:
     return True
 
 
-@declare(min_group=2)
+@declare(min_group=2, drops_uniform_groups=True)
 def informative(group: Group) -> bool:
     """Some rollouts right, some wrong: dynamic sampling (DAPO, arXiv 2503.14476).
 

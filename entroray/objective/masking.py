@@ -1,4 +1,4 @@
-"""What a row's functions are shown of `Tokens`, and the little arithmetic several slots share."""
+"""What a row's functions are shown of `Tokens`: the tokens inside the mask alone; and how many those are."""
 
 from dataclasses import fields, replace
 
@@ -6,11 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entroray.ops import FLOOR
+from entroray.ops import FLOOR, segment_mean
 from entroray.types import PER_ROW, Counts, Tokens
-
-BOUND = 20.0
-"""Largest log-ratio in nats before `exp`, as in verl; no gradient passes beyond it."""
 
 
 def masked_in(t: Tokens) -> Tokens:
@@ -29,8 +26,13 @@ def masked_in(t: Tokens) -> Tokens:
 
 
 def scatter_masked(x: Tensor, mask: Bool[Tensor, " N"]) -> Tensor:
-    """Undo `visible` for one column: 0 or False outside the mask."""
+    """Undo `masked_in` for one column: 0 or False outside the mask."""
     return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+
+
+def row_mean(x: Float[Tensor, " N"], t: Tokens) -> Float[Tensor, " B"]:
+    """Mean of a column over each row's shown tokens."""
+    return segment_mean(x, t.row, t.mask, len(t.length))
 
 
 def count_tokens(t: Tokens) -> Counts:
@@ -41,26 +43,3 @@ def count_tokens(t: Tokens) -> Counts:
         rollouts=len(t.group),
         prompts=len(t.group.unique()),
     )
-
-
-def covariance(t: Tokens) -> Float[Tensor, " N"]:
-    """(log π - mean)(A - mean) of each token, means over all: the proxy of arXiv 2505.22617, in nats.
-
-    Across positions and rollouts, not within one state, so it ranks tokens and forecasts nothing.
-    """
-    if not len(t.logprobs):
-        return torch.zeros_like(t.logprobs)
-    return (t.logprobs - t.logprobs.mean()) * (t.advantages - t.advantages.mean())
-
-
-def log_ratio(above: Float[Tensor, " N"], below: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Difference of two log-probs in nats, within `BOUND`, so that `exp` of it stays finite."""
-    return (above - below).clamp(-BOUND, BOUND)
-
-
-def discriminator(t: Tokens) -> Float[Tensor, " N"]:
-    """D = π (log π + H) of each token, in nats: its sign says which way reinforcing it moves the entropy.
-
-    The first-order change is -η A (D - E_p D) (arXiv 2602.03392, 2602.09782).
-    """
-    return t.logprobs.exp() * (t.logprobs + t.entropy)

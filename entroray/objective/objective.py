@@ -28,6 +28,7 @@ from entroray.objective import (
     surrogate,
 )
 from entroray.objective.masking import count_tokens, masked_in, scatter_masked
+from entroray.rows import objective_row
 from entroray.types import Counts, Group, Tokens
 
 MANY = (rewards, shapes, scales, penalties)
@@ -123,7 +124,7 @@ class Objective:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be provided beyond the plain fields of `Tokens`: see `bind.declare`."""
+        """What must be provided beyond the plain fields of `Tokens`: see `binding.Traits`."""
         return frozenset().union(*map(_needs, self.choices()))
 
     def choices(self) -> Iterator[partial]:
@@ -173,7 +174,7 @@ def apply_shapes(t: Tokens, shapes: Iterable[partial]) -> Tokens:
 
 
 def _shown(t: Tokens, choices: Iterable[partial]) -> Tokens:
-    """What `choices` are given to read, after a look that all they need is there."""
+    """What `choices` are given to read; ConfigError if something they need is not there."""
     for choice in choices:
         for name in _needs(choice) - PROMISES:
             if getattr(t, name, t.extra.get(name)) is None:
@@ -184,11 +185,14 @@ def _shown(t: Tokens, choices: Iterable[partial]) -> Tokens:
     return masked_in(t)
 
 
-def build_objective(spec: Mapping[str, Any], packages: Iterable[str] = ()) -> Objective:
-    """An objective from its config: `{fn: name, **settings}` per slot, a list of them where several may be.
+def build_objective(spec: str | Mapping[str, Any], packages: Iterable[str] = ()) -> Objective:
+    """An objective from its row: the name of one in conf/objective, or `{slot: {fn: name, setting: value}}`.
 
-    Functions come from the slot's own module, or by dotted path from `entroray` or one of `packages`.
+    A slot that may hold several functions has a list. Functions come from the slot's own module, or by
+    dotted path from `entroray` or one of `packages`. ConfigError names what is wrong and the nearest right.
     """
+    if isinstance(spec, str):
+        spec = objective_row(spec)
     for name in spec:
         if name not in SLOTS:
             raise ConfigError(f"objective has no slot `{name}`: {nearest(name, SLOTS)}")
@@ -221,9 +225,9 @@ def _single(name: str, spec: Mapping[str, Any], packages: tuple[str, ...]) -> pa
 def check_group_size(objective: Objective, group_size: int) -> None:
     """Refuse a row that compares the rollouts of a prompt when there are too few of them."""
     for choice in objective.choices():
-        least = traits(choice).min_group
-        if group_size < least:
+        minimum = traits(choice).min_group
+        if group_size < minimum:
             raise ConfigError(
-                f"`{function_name(choice)}` compares rollouts of one prompt and needs at least {least} per "
+                f"`{function_name(choice)}` compares rollouts of one prompt and needs at least {minimum} per "
                 f"prompt, got {group_size}: sample more, or choose estimator `raw` and keep `always`"
             )

@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entroray.binding import Count, Fraction, Nats, NonNegative, declare
-from entroray.objective.masking import log_ratio
 from entroray.objective.step_statistics import mean_entropy
+from entroray.ops import log_ratio
 from entroray.types import Tokens
 
 
@@ -33,7 +33,7 @@ def kl_k3(t: Tokens, *, coef: NonNegative = 0.04) -> Float[Tensor, " N"]:
     return coef * (torch.exp(-x) + x - 1)
 
 
-@declare(needs=["ref_logprobs"])
+@declare(needs=["ref_logprobs"], caveat="has the same gradient whatever the reference: choose `kl`")
 def kl_k1(t: Tokens, *, coef: NonNegative = 0.04) -> Float[Tensor, " N"]:
     """The log-ratio to the reference itself: its value estimates the KL, its gradient is coef everywhere.
 
@@ -98,7 +98,7 @@ def plausible_kl(t: Tokens, *, coef: NonNegative = 1.0, kappa: Fraction = 0.02) 
     return torch.where(t.selected, coef * kl, torch.zeros_like(kl))
 
 
-@declare(idle_at_one=True, reads_selected=True)
+@declare(idle_at_one=True, reads_selected=True, restrains=True)
 def kl_cov(t: Tokens, *, coef: NonNegative = 1.0) -> Float[Tensor, " N"]:
     """Hold the selected tokens where they were when the step began (KL-Cov, arXiv 2505.22617).
 

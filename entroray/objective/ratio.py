@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entroray.binding import LogRatioBound, declare
-from entroray.objective.masking import log_ratio
-from entroray.ops import segment_mean
+from entroray.objective.masking import row_mean
+from entroray.ops import log_ratio
 from entroray.types import Tokens
 
 
@@ -18,6 +18,7 @@ def token(t: Tokens) -> Float[Tensor, " N"]:
     return _moved(t).exp()
 
 
+@declare(anchor="sampler")
 def sampler(t: Tokens) -> Float[Tensor, " N"]:
     """Each token's ratio to the sampler itself, so that no correction may stand beside it (DPPO, SkyRL).
 
@@ -26,6 +27,7 @@ def sampler(t: Tokens) -> Float[Tensor, " N"]:
     return log_ratio(t.logprobs, t.behavior_logprobs).exp()
 
 
+@declare(per_rollout=True, shares_gradient=True)
 def sequence(t: Tokens) -> Float[Tensor, " N"]:
     """The rollout's geometric mean of ratios, on each of its tokens (GSPO, arXiv 2507.18071).
 
@@ -33,19 +35,20 @@ def sequence(t: Tokens) -> Float[Tensor, " N"]:
     All tokens of a rollout share its gradient, so advantages must not differ inside it; verl holds the mean
     within 10 nats, here each log-ratio is within 20.
     """
-    return _mean(_moved(t), t).exp()
+    return row_mean(_moved(t), t)[t.row].exp()
 
 
+@declare(per_rollout=True)
 def sequence_token(t: Tokens) -> Float[Tensor, " N"]:
     """The rollout's mean ratio with each token's own gradient (GSPO-token, arXiv 2507.18071).
 
     `s = sg[exp(mean_t log π / π_old)] π / sg[π]`
     """
     moved = _moved(t)
-    return _mean(moved.detach(), t).exp() * (t.logprobs - t.logprobs.detach()).exp()
+    return row_mean(moved.detach(), t)[t.row].exp() * (t.logprobs - t.logprobs.detach()).exp()
 
 
-@declare(idle_at_one=True)
+@declare(per_rollout=True, shares_gradient=True, idle_at_one=True)
 def clipped_geometric(
     t: Tokens, *, low: LogRatioBound = 0.4, high: LogRatioBound = 0.4
 ) -> Float[Tensor, " N"]:
@@ -56,13 +59,8 @@ def clipped_geometric(
     """
     moved = _moved(t)
     held = torch.where(t.advantages > 0, moved.clamp(max=high), moved.clamp(min=-low))
-    return _mean(held, t).exp()
+    return row_mean(held, t)[t.row].exp()
 
 
 def _moved(t: Tokens) -> Float[Tensor, " N"]:
     return log_ratio(t.logprobs, t.old_logprobs)
-
-
-def _mean(x: Float[Tensor, " N"], t: Tokens) -> Float[Tensor, " N"]:
-    """Each row's mean over its shown tokens, on each of them."""
-    return segment_mean(x, t.row, t.mask, len(t.length))[t.row]

@@ -10,7 +10,7 @@ from entroray.binding import Fraction, NonNegative, declare
 from entroray.types import Tokens
 
 
-@declare(reads_selected=True)
+@declare(reads_selected=True, neutral=lambda inside, outside: inside == outside == 1)
 def selected(t: Tokens, *, inside: float = 1.0, outside: float = 0.0) -> Float[Tensor, " N"]:
     """Keep the selected tokens and drop the rest, or the other way round (80/20, arXiv 2506.01939).
 
@@ -21,13 +21,15 @@ def selected(t: Tokens, *, inside: float = 1.0, outside: float = 0.0) -> Float[T
 
 
 @declare(needs=["whole_step"])
-def steady(t: Tokens, *, least: Fraction = 0.8, floor: NonNegative = 0.02) -> Float[Tensor, " N"]:
+def steady(t: Tokens, *, minimum: Fraction = 0.8, floor: NonNegative = 0.02) -> Float[Tensor, " N"]:
     """Damp tokens by how much they would move the entropy, whichever way (STEER, arXiv 2510.10150).
 
-    `max(least, exp(-k |Ω|)), k = -ln(least) / max(max |Ω|, floor), Ω = A (1 - π) (log π + H)`
+    `max(minimum, exp(-k |Ω|)), k = -ln(minimum) / max(max |Ω|, floor), Ω = A (1 - π) (log π + H)`
     Over the step and at its start, where r = 1; theirs is over a micro-batch, with r in Ω. Ω lacks a factor π
     and a baseline against the true change, so rare tokens are damped too much: as published.
     """
     moved = (t.advantages * (1 - t.logprobs.exp()) * (t.logprobs + t.entropy)).abs()
-    most = max(float(moved.max()) if len(moved) else 0.0, floor)
-    return torch.exp(math.log(least) / most * moved).clamp(min=least) if most else torch.ones_like(moved)
+    largest = max(float(moved.max()) if len(moved) else 0.0, floor)
+    if not largest:
+        return torch.ones_like(moved)
+    return torch.exp(math.log(minimum) / largest * moved).clamp(min=minimum)

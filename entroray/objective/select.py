@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from entroray.binding import Deviations, Fraction, declare
-from entroray.objective.masking import covariance, discriminator
+from entroray.ops import covariance, discriminator
 from entroray.types import Tokens
 
 
+@declare(neutral=True)
 def everything(t: Tokens) -> Bool[Tensor, " N"]:
     """No token is special.
 
@@ -41,10 +42,10 @@ def top_covariance(t: Tokens, *, share: Fraction = 2e-3) -> Bool[Tensor, " N"]:
     `the top share of tokens by (log π - mean)(A - mean)`
     2e-3 is the paper's for 7B, 2e-4 for 32B; its repository writes 0.2 and means percent.
     """
-    return _lowest(-covariance(t), t.mask, share, t)
+    return _lowest(-covariance(t.logprobs, t.advantages), t.mask, share, t)
 
 
-@declare(needs=["whole_step"])
+@declare(needs=["whole_step"], wants_deviations=True)
 def covariance_band(
     t: Tokens, *, share: Fraction = 2e-4, low: float = 1.0, high: float = 5.0
 ) -> Bool[Tensor, " N"]:
@@ -53,7 +54,7 @@ def covariance_band(
     `share of tokens, drawn among low < (log π - mean)(A - mean) < high`
     The bounds are absolute, so they fit advantages in standard deviations and no others.
     """
-    c = covariance(t)
+    c = covariance(t.logprobs, t.advantages)
     return _lowest(_draw(t), (c > low) & (c < high), share, t)
 
 
@@ -89,7 +90,7 @@ def low_discriminator(t: Tokens, *, mu: Deviations = 2.5) -> Bool[Tensor, " N"]:
     `A < 0 and D - mean(D) < -mu std(D), D = π (log π + H)`
     Their code takes π from the sampler and H from the learner; here both are the learner's.
     """
-    d = discriminator(t)
+    d = discriminator(t.logprobs, t.entropy)
     return (t.advantages < 0) & (d - _mean(d) < -mu * _deviation(d))
 
 
@@ -100,7 +101,7 @@ def below_expected(t: Tokens, *, mu: Deviations = 8.5, share: Fraction = 1e-4) -
     `at most share of tokens, among A < 0 and E_p D - D > mu std(D - E_p D); D = π (log π + H)`
     mu is Trinity-RFT's registered default; its constructor has 2.
     """
-    gap = t.extra["mean_discriminator"] - discriminator(t)
+    gap = t.extra["mean_discriminator"] - discriminator(t.logprobs, t.entropy)
     return _lowest(-gap, (t.advantages < 0) & (gap > mu * _deviation(gap)), share, t)
 
 

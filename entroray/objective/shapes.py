@@ -10,11 +10,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from entroray.binding import AboveOne, Count, Fraction, Nats, NonNegative, Positive, Probability, declare
-from entroray.ops import segment_mean, segment_sum
+from entroray.binding import AboveOne, Fraction, Nats, NonNegative, Positive, Probability, declare
+from entroray.objective.masking import row_mean
+from entroray.ops import segment_sum
 from entroray.types import Tokens
 
 
+def _weigh(advantage: float, *, positive: float, negative: float) -> float:
+    return advantage * (positive if advantage > 0 else negative)
+
+
+@declare(weighs=_weigh, neutral=lambda positive, negative: positive == negative == 1)
 def by_sign(t: Tokens, *, positive: NonNegative = 0.1, negative: NonNegative = 1.0) -> Float[Tensor, " N"]:
     """Weigh reinforced and punished tokens apart (W-REINFORCE, arXiv 2506.01347; NSR at positive 0).
 
@@ -22,27 +28,6 @@ def by_sign(t: Tokens, *, positive: NonNegative = 0.1, negative: NonNegative = 1
     The authors' code drops the other half of the batch in PSR and NSR; here it stays in the denominator.
     """
     return torch.where(t.advantages > 0, positive * t.advantages, negative * t.advantages)
-
-
-def positive_by_stage(t: Tokens, *, steps: Count = 100, hold: Fraction = 0.5) -> Float[Tensor, " N"]:
-    """Punished tokens alone at first, reinforced ones blended in linearly (Jin et al., arXiv 2511.05993).
-
-    `A (λ where A > 0), λ = (step - hold steps) / (steps - hold steps) within [0, 1]`
-    `steps` is the run's length in steps, `hold` the fraction of it at λ = 0: theirs is half.
-    """
-    start = hold * steps
-    weight = min(1.0, max(0.0, (t.step - start) / max(steps - start, 1.0)))
-    return by_sign(t, positive=weight)
-
-
-def positive_by_epoch(t: Tokens, *, epoch: Count = 25, epochs: Count = 4) -> Float[Tensor, " N"]:
-    """Reinforced tokens a notch heavier every epoch (Jin et al., arXiv 2511.05993).
-
-    `A (λ where A > 0), λ = (e - 1) / (E - 1), e = 1 + step // epoch, E = epochs`
-    `epoch` is in steps.
-    """
-    weight = min(1.0, (t.step // epoch) / max(epochs - 1, 1))
-    return by_sign(t, positive=weight)
 
 
 @declare(needs=["whole_step"], uniform_advantage=lambda **_: (-1.0, 1.0))
@@ -82,7 +67,12 @@ def surprise_weighted(t: Tokens, *, zeta: NonNegative = 0.01) -> Float[Tensor, "
     return t.advantages * torch.where(t.advantages > 0, up, down)
 
 
-@declare(needs=["whole_step"], uniform_advantage=lambda **_: (-1.0, 1.0), needs_uniform_groups=True)
+@declare(
+    needs=["whole_step"],
+    uniform_advantage=lambda **_: (-1.0, 1.0),
+    needs_uniform_groups=True,
+    steers_entropy=True,
+)
 def entropy_band(t: Tokens, *, low: Nats = 0.6, high: Nats = 0.7) -> Float[Tensor, " N"]:
     """Reject what would push the entropy further out of a band (Entrocraft, arXiv 2604.26326).
 
@@ -97,7 +87,11 @@ def entropy_band(t: Tokens, *, low: Nats = 0.6, high: Nats = 0.7) -> Float[Tenso
     return t.advantages.masked_fill(wrong, 0.0)
 
 
-@declare(needs=["whole_step"])
+@declare(
+    needs=["whole_step"],
+    by_token=lambda above, **_: above > 0,
+    steers_entropy=lambda gain, **_: gain > 0,
+)
 def lean(
     t: Tokens,
     *,
@@ -133,7 +127,7 @@ def self_certainty(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     `(c - mean(c)) / (std(c) + eps) over the group, c = -mean_t mean_v log p_v, whatever the reward`
     KL(uniform, p) less log V, which standardising takes away. It lowers entropy.
     """
-    return _standardised(-_per_row(t.extra["mean_logprob"], t), t, eps)
+    return _standardised(-row_mean(t.extra["mean_logprob"], t), t, eps)
 
 
 @declare(needs=["whole_step"], min_group=2, uniform_advantage=lambda **_: (-1.0, 1.0))
@@ -142,7 +136,7 @@ def low_entropy(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
 
     `(c - mean(c)) / (std(c) + eps) over the group, c = -mean_t H, whatever the reward`
     """
-    return _standardised(-_per_row(t.entropy, t), t, eps)
+    return _standardised(-row_mean(t.entropy, t), t, eps)
 
 
 @declare(needs=["whole_step"], min_group=2, uniform_advantage=lambda **_: (-1.0, 1.0))
@@ -152,10 +146,6 @@ def trajectory_likelihood(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, "
     `(c - mean(c)) / (std(c) + eps) over the group, c = Σ_t log π_old, whatever the reward`
     """
     return _standardised(segment_sum(t.old_logprobs, t.row, len(t.length)), t, eps)
-
-
-def _per_row(x: Float[Tensor, " N"], t: Tokens) -> Float[Tensor, " B"]:
-    return segment_mean(x, t.row, t.mask, len(t.length))
 
 
 def _standardised(score: Float[Tensor, " B"], t: Tokens, eps: float) -> Float[Tensor, " N"]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.objective.masking import log_ratio
+from entroray.ops import log_ratio
 from entroray.types import Tokens
 
 

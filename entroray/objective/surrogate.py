@@ -64,6 +64,7 @@ def cispo(
     return -ratio.detach().clamp(bottom, top) * t.advantages * t.logprobs
 
 
+@declare(neutral=True)
 def reinforce(t: Tokens, ratio: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """The policy gradient, importance-weighted and unclipped: REINFORCE wherever r = 1 (Williams 1992).
 

@@ -3,8 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TextIO
@@ -83,9 +84,9 @@ class Journal:
             self.event("journal_cut", step=step, metrics=len(lines) - len(kept), token_files=len(beyond))
 
     def close(self) -> None:
-        """Close the files and every tracker."""
-        for tracker in self.trackers:
-            tracker.close()
+        """Close the files and every tracker still held."""
+        for tracker in tuple(self.trackers):
+            self._ask(tracker, self.last_step, tracker.close)
         self._metrics.close()
         self._events.close()
 
@@ -98,11 +99,15 @@ class Journal:
 
     def _track(self, step: int, metrics: Mapping[str, float]) -> None:
         for tracker in tuple(self.trackers):
-            try:
-                tracker.log(step, metrics)
-            except OSError as error:
-                self.trackers.remove(tracker)
-                self.event("tracker_lost", tracker=type(tracker).__name__, step=step, reason=str(error))
+            self._ask(tracker, step, partial(tracker.log, step, metrics))
+
+    def _ask(self, tracker: Tracker, step: int, call: Callable[[], None]) -> None:
+        """Have a tracker do something; one that cannot is let go."""
+        try:
+            call()
+        except (Exception, SystemExit) as error:  # boundary: a copy of the metrics must not end the run
+            self.trackers.remove(tracker)
+            self.event("tracker_lost", tracker=type(tracker).__name__, step=step, reason=repr(error))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,28 +1,56 @@
-"""Where metrics are copied to, beside the journal; the journal alone is the truth."""
+"""Where metrics are copied to, beside the journal; the journal alone is the truth.
+
+A tracker is a function of `TrackedRun`, with settings by keyword, that returns a `Tracker`. One of your own
+is one function in one file, here or in one of your `packages`:
+`observe.trackers=[{fn: tensorboard}, {fn: my_lab.wandb, project: x}]`. One that raises is let go with the
+event `tracker_lost`, and the run goes on.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+SETTING = "observe.trackers"
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """The run that a tracker is opened for, at its start or at its resumption."""
+
+    folder: Path
+    """The run directory; a tracker's own files go into a folder of it."""
+    name: str
+    """`run.name`, for people; the folder is what tells two runs apart."""
+    settings: Mapping[str, Any]
+    """The whole configuration, of plain lists and dictionaries."""
+    first_step: int
+    """1, or the first step after a resumption: what the tracker holds of it and later ones is outdated."""
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Anything that takes the finite metrics of a step; one that fails with an OSError is let go."""
+    """Takes the finite metrics of every step, in order."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
+def tensorboard(run: TrackedRun) -> Tracker:
+    """Event files in the folder `tensorboard` of the run: one scalar per metric, under its own name."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoard(SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.first_step))
+
+
+@dataclass(frozen=True)
 class TensorBoard:
-    """Event files for TensorBoard in `folder`; what older ones there hold from `first_step` on is hidden."""
+    """A writer of event files as a tracker."""
 
-    def __init__(self, folder: Path, *, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder), purge_step=first_step)
+    writer: Any
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One scalar per metric, under its own name."""
+        """One scalar per metric."""
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
 

@@ -1,43 +1,57 @@
-"""Verifiers: plain functions (response text, prompt) -> Verdict, chosen by name."""
+"""Verifiers: functions (response text, prompt) -> Verdict, built from `{fn: name, setting: value, ...}`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from entroray.reward import choice, custom, gym, math, tools
-from entroray.reward.verdicts import Judge, failed, guarded
+from entroray.binding import bind
+from entroray.reward import judges, tools
+from entroray.reward.verdicts import Judge, failed, guarded, last_line
 from entroray.types import Prompt, Verdict
 
 
-def build_judge(spec: Mapping[str, Any]) -> Judge:
-    """The judge that `spec` ({fn: name, setting: value, ...}) describes; imports whatever it needs now.
+def build_judge(spec: Mapping[str, Any], packages: Iterable[str] = ()) -> Judge:
+    """The judge that `spec` describes, which cannot raise; imports whatever it needs now.
 
-    Raises ConfigError for an unknown name, an unknown or missing setting, or one of the wrong type.
+    ConfigError for an unknown name, and for a setting that is unknown, missing or of the wrong type.
     """
-    return guarded(choice.build_choice(spec, _CHOICES, "reward"), f"reward.{spec['fn']}")
+    return guarded(bind(judges, spec, packages)(), f"{judges.SETTING} {spec['fn']}")
 
 
-def by_domain(*, judges: dict) -> Judge:
-    """The judge of the part of the mixture that the prompt is of."""
-    built = {name: build_judge(spec) for name, spec in judges.items()}
+def build_tool(spec: Mapping[str, Any], packages: Iterable[str] = ()) -> Judge:
+    """The tool that `spec` describes, in the shape of a judge; ConfigError as for one.
 
-    def judge(response: str, prompt: Prompt) -> Verdict:
-        if prompt.domain not in built:
-            return failed(f"no judge of domain {prompt.domain!r}, of {', '.join(built)} only")
-        return built[prompt.domain](response, prompt)
+    Its verdict's `answer` is the tool's, `correct` whether there is one; a tool that raises answers ERROR.
+    """
+    tool = bind(tools, spec, packages)()
 
-    return judge
+    def answer(call: str, prompt: Prompt) -> Verdict:
+        try:
+            return Verdict(1.0, True, str(tool(str(call), prompt))[: tools.LONGEST])
+        except (Exception, SystemExit) as error:  # boundary: user code; the policy is told and goes on
+            return Verdict(0.0, False, tools.ERROR, detail=last_line(error))
 
-
-def judge_with_tool(*, judge: dict, tool: dict) -> Judge:
-    """`judge`, and for what is a `Call` the tool: both in the same processes, under the same deadline."""
-    judged, answered = build_judge(judge), tools.build_tool(tool)
-    return lambda text, prompt: (answered if isinstance(text, tools.Call) else judged)(text, prompt)
+    return answer
 
 
-_CHOICES: Mapping[str, Callable[..., Judge]] = {
-    "math": math.judge,
-    "gym": gym.judge,
-    "custom": custom.judge,
-    "by_domain": by_domain,
-    "with_tool": judge_with_tool,
-}
+def build_verification(
+    *,
+    judges: Mapping[str, Mapping[str, Any]],
+    tool: Mapping[str, Any] | None = None,
+    packages: Iterable[str] = (),
+) -> Judge:
+    """What a verifier's processes run: the judge of the prompt's domain ("" without domains), and the tool.
+
+    A `Call` is answered by the tool, in the same processes and under the same deadline.
+    """
+    packages = tuple(packages)
+    by_domain = {domain: build_judge(spec, packages) for domain, spec in judges.items()}
+    answer = build_tool(tool, packages) if tool else None
+
+    def verify(text: str, prompt: Prompt) -> Verdict:
+        if answer and isinstance(text, tools.Call):
+            return answer(text, prompt)
+        if prompt.domain not in by_domain:
+            return failed(f"no judge of domain {prompt.domain!r}, of {', '.join(by_domain)} only")
+        return by_domain[prompt.domain](text, prompt)
+
+    return verify

@@ -7,7 +7,7 @@ from entroray.errors import ConfigError, nearest
 Rule = Callable[[str], str | None]
 
 
-def whole(text: str) -> str | None:
+def response(text: str) -> str | None:
     """The response itself, stripped."""
     return text.strip() or None
 
@@ -55,7 +55,7 @@ def rule(name: str, marker: str) -> Rule:
         if not marker:
             raise ConfigError("reward.extract=after needs reward.marker, for example '####'")
         return lambda text: after(text, marker=marker)
-    rules: dict[str, Rule] = {"whole": whole, "last_line": last_line, "boxed": boxed}
+    rules: dict[str, Rule] = {"response": response, "last_line": last_line, "boxed": boxed}
     if name not in rules:
         raise ConfigError(f"reward.extract={name!r} is unknown; {nearest(name, [*rules, 'after'])}")
     return rules[name]

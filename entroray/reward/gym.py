@@ -13,9 +13,6 @@ from types import ModuleType
 from typing import Any
 
 from entroray.errors import ConfigError, nearest
-from entroray.reward.extract import rule
-from entroray.reward.verdicts import CORRECT_FROM, Judge, graded, scored
-from entroray.types import Prompt, Verdict
 
 ARITHMETIC = re.compile(r"(?!.*(?:\*\*|//))[0-9+\-*/() ]+")
 FORMULA = re.compile(r"(?:[0-9+\-*/() .]|\b(?:[A-Za-z]|sin|cos|tan|asin|acos|atan|exp|log|sqrt)\b)+")
@@ -29,20 +26,6 @@ SAFE_ANSWERS: Mapping[str, re.Pattern[str]] = {
 
 Without it `__import__('os').system(...)` runs, and `0x77+(x-x)*(8+65+75)` is full marks in countdown.
 """
-
-
-def judge(*, task: str, extract: str = "whole", marker: str = "=", partial: bool = False) -> Judge:
-    """The task's own scorer on `prompt.entry`; reward is correct (score >= 0.99) unless `partial`."""
-    find, score = rule(extract, marker), scorer(task)
-
-    def by_score(response: str, prompt: Prompt) -> Verdict:
-        answer = find(response)
-        if answer is None:
-            return graded(False, None, f"no answer by rule {extract!r}")
-        value = score(answer, prompt.entry)
-        return scored(value, answer) if partial else graded(value >= CORRECT_FROM, answer)
-
-    return by_score
 
 
 def scorer(task: str) -> Callable[[str, Mapping[str, Any]], float]:

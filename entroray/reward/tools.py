@@ -1,4 +1,7 @@
-"""Tools: plain functions (call, prompt) -> what is said, chosen by name; they run where judges run."""
+"""Tools by name: settings -> a function (call, prompt) -> the answer; built and run where judges are.
+
+One of your own is a function in one of your `packages`: settings by keyword, and it returns the tool.
+"""
 
 import ast
 import operator
@@ -7,10 +10,10 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from entroray.reward import choice, custom
-from entroray.reward.verdicts import Judge, last_line
-from entroray.types import Prompt, Verdict
+from entroray.reward.user_file import load_function
+from entroray.types import Prompt
 
+SETTING = "rollout.tool"
 Tool = Callable[[str, Prompt], Any]
 """(what stands between the marks of a call, prompt) -> the answer; plain, synchronous, free to raise."""
 
@@ -22,22 +25,6 @@ LONGEST = 4000
 
 class Call(str):
     """What is asked of a tool, where a judge is given a response."""
-
-
-def build_tool(spec: Mapping[str, Any]) -> Judge:
-    """The tool that `spec` ({fn: name, setting: value, ...}) describes, in the shape of a judge.
-
-    Its verdict's `answer` is what it said, `correct` whether it could; what it raises is answered with ERROR.
-    """
-    tool = choice.build_choice(spec, _CHOICES, "rollout.tool")
-
-    def answered(call: str, prompt: Prompt) -> Verdict:
-        try:
-            return Verdict(1.0, True, str(tool(str(call), prompt))[:LONGEST])
-        except (Exception, SystemExit) as error:  # boundary: user code; the policy is told and goes on
-            return Verdict(0.0, False, ERROR, detail=last_line(error))
-
-    return answered
 
 
 def calculator(*, digits: int = 6) -> Tool:
@@ -53,12 +40,10 @@ def calculator(*, digits: int = 6) -> Tool:
     return calculate
 
 
-def custom_tool(*, path: str) -> Tool:
-    """`my_file.py:my_function`, called with (call, prompt); what it returns is said as text."""
-    return custom.load_function(path, "rollout.tool.path")
+def custom(*, path: str) -> Tool:
+    """`my_file.py:my_function`, called with (call, prompt); what it returns is the answer, as text."""
+    return load_function(path, "rollout.tool.path")
 
-
-_CHOICES: Mapping[str, Callable[..., Tool]] = {"calculator": calculator, "custom": custom_tool}
 
 _ARITHMETIC = re.compile(r"(?!.*(?:\*\*|//))[0-9.+\-*/() ]{1,100}")
 _BINARY: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {

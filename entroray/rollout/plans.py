@@ -22,6 +22,29 @@ Choose = Callable[[Rollout, int, int], list[int]]
 """Response, number of places, seed -> positions to branch at."""
 
 
+def _unused_places(places: int, branches: int) -> str:
+    """What is wrong with more places than a response has branches to begin at them."""
+    if places <= branches:
+        return ""
+    return (
+        f"rollout.plan.places={places}: a response has {branches} branch{'es' if branches > 1 else ''} here, "
+        f"so further places are never used; say {branches}, or ask for more branches"
+    )
+
+
+def _branching_misfit(size: int, *, roots: int, places: int, **_: object) -> str:
+    if roots >= size:
+        return f"rollout.plan.roots={roots} leaves no branches; fewer roots, a larger group, or rollout=plain"
+    return _unused_places(places, -(-(size - roots) // roots))
+
+
+def _tree_misfit(size: int, *, roots: int, depth: int, width: int, places: int, **_: object) -> str:
+    if (total := roots * (1 + width) ** depth) != size:
+        return f"roots={roots} (1 + width={width})^depth={depth} makes {total} responses; make them equal"
+    return _unused_places(places, width)
+
+
+@declare(neutral=True)
 async def independent(
     generator: Generator, prompt: Prompt, seeds: Sequence[int], draw: Draw
 ) -> list[Rollout]:
@@ -32,7 +55,7 @@ async def independent(
     return await generator.sample(prompt, seeds, draw)
 
 
-@declare(needs=("entropy",), siblings=True)
+@declare(needs=("entropy",), siblings=True, misfit=_branching_misfit)
 async def branching(
     generator: Generator,
     prompt: Prompt,
@@ -57,7 +80,7 @@ async def branching(
     return await _grow(generator, prompt, members, seeds[roots:], draw, choose, places)
 
 
-@declare(needs=("entropy",), siblings=True)
+@declare(needs=("entropy",), siblings=True, misfit=_tree_misfit)
 async def tree(
     generator: Generator,
     prompt: Prompt,
@@ -87,6 +110,7 @@ async def tree(
     return members
 
 
+@declare(needs=("top_tokens",))
 async def first_token_forks(
     generator: Generator, prompt: Prompt, seeds: Sequence[int], draw: Draw
 ) -> list[Rollout]:

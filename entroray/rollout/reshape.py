@@ -12,7 +12,7 @@ Its weight is then pi(likeliest) <= 1, and what is estimated leaves out the mass
 An inserted token was drawn by nobody: it is masked as an observation and trains nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,24 +21,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entroray.binding import bind
-from entroray.formula import describe_formula
 from entroray.ops import FLOOR
 from entroray.rollout import temperature_rules
 
 FIXED = {"fn": "fixed"}
 
 
-def build_rule(spec: Mapping[str, Any]) -> partial[temperature_rules.TemperatureChoice]:
+def build_rule(
+    spec: Mapping[str, Any], packages: Iterable[str] = ()
+) -> partial[temperature_rules.TemperatureChoice]:
     """The rule `{fn: name, setting: value, ...}`; ConfigError names what is unknown, mistyped or overlaps."""
-    rule = bind(temperature_rules, spec or FIXED)
+    rule = bind(temperature_rules, spec or FIXED, packages)
     nothing = torch.zeros(0)
     rule(nothing, nothing)  # what contradicts itself says so now, not in an engine
     return rule
-
-
-def describe_rule(spec: Mapping[str, Any]) -> str:
-    """The rule's formula with its numbers."""
-    return describe_formula(build_rule(spec))
 
 
 def measure_entropy(

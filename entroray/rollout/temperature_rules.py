@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entroray.binding import NonNegative, Positive
+from entroray.binding import NonNegative, Positive, declare
 from entroray.errors import ConfigError
 
 SETTING = "sampler.rule"
@@ -26,6 +26,7 @@ class TemperatureChoice(NamedTuple):
     """Where a token may be inserted instead of one being drawn."""
 
 
+@declare(neutral=True)
 def fixed(entropy: Float[Tensor, " n"], varentropy: Float[Tensor, " n"]) -> TemperatureChoice:
     """The policy's own distribution, untouched.
 

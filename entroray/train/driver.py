@@ -244,7 +244,7 @@ class Driver:
         rollouts = await plan(self.roles.generator, prompt, drawn, draw)
         usable = [r for r in rollouts if r.status.usable]
         judged = await self.roles.verifier.judge(prompt, usable) if usable else []
-        self.failures.note(judged, len(usable))
+        self.failures.observe(judged, len(usable))
         verdicts = iter(judged)
         blank = lambda r: Verdict(float("nan"), False, status=r.status, detail="not sampled")
         return [(r, next(verdicts) if r.status.usable else blank(r)) for r in rollouts]
@@ -269,7 +269,7 @@ class Driver:
             updated = await learner.update(batch, tokens, objective, knobs.updates, knobs.lr)
         if skipped := bool(updated.get("update/skipped")):
             self.roles.journal.skipped(self.version + 1, batch, tokens)
-        self.skipped.note(skipped)
+        self.skipped.observe(skipped)
         if wants and not skipped:
             with clock("rescore"):
                 after = await learner.score(batch, index, knobs.updates)
@@ -283,7 +283,7 @@ class Driver:
         self._report_idle(metrics)
         with clock("evaluate"):
             metrics |= await self.roles.evaluate(self.version)
-        metrics |= self.control.note(metrics)
+        metrics |= self.control.observe(metrics)
         self.roles.journal.step(self.version, metrics, groups, tokens)
         return metrics
 
@@ -322,7 +322,7 @@ class Driver:
 
     def _report_idle(self, metrics: Mapping[str, float]) -> None:
         counts = [f"objective/{name}_tokens" for name in counted_functions(self.knobs.objective)]
-        for rule in self.idle.note({name: metrics[name] for name in counts if name in metrics}):
+        for rule in self.idle.observe({name: metrics[name] for name in counts if name in metrics}):
             self.roles.journal.event("rule_untouched", rule=rule, steps=self.idle.patience)
 
     # What a checkpoint holds.

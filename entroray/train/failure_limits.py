@@ -31,7 +31,7 @@ class VerdictFailures:
     """Verdicts to have seen before the share is judged."""
     recent: deque[str] = field(default_factory=deque)
 
-    def note(self, verdicts: Sequence[Verdict], asked: int) -> None:
+    def observe(self, verdicts: Sequence[Verdict], asked: int) -> None:
         """Count the verdicts on `asked` responses; DataError when some are missing or too many failed."""
         if len(verdicts) != asked:
             raise DataError(f"the verifier gave {len(verdicts)} verdicts on {asked} responses")
@@ -67,7 +67,7 @@ class SkippedUpdates:
     most: int
     in_a_row: int = 0
 
-    def note(self, skipped: bool) -> None:
+    def observe(self, skipped: bool) -> None:
         """Whether this step left an update out; NumericsError at the `most`th in a row that did."""
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if self.in_a_row >= self.most:
@@ -94,7 +94,7 @@ class Stagnation:
     best: float = -1.0
     since: int = 0
 
-    def note(self, accuracy: float | None) -> bool:
+    def observe(self, accuracy: float | None) -> bool:
         """Whether the `patience`th in a row has brought nothing better; then the count begins anew."""
         if accuracy is None or not self.patience:
             return False
@@ -113,7 +113,7 @@ class IdleFunctions:
     """Steps."""
     idle: Counter[str] = field(default_factory=Counter)
 
-    def note(self, touched: Mapping[str, float]) -> list[str]:
+    def observe(self, touched: Mapping[str, float]) -> list[str]:
         """The rules, of the tokens `touched` by each, that now touched none for `patience` steps.
 
         Each is named once until it acts.

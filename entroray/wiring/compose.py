@@ -4,7 +4,6 @@ import difflib
 import itertools
 import json
 from dataclasses import fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from entroray.binding import bind
 from entroray.config import Config
-from entroray.errors import ConfigError, PreflightError
+from entroray.errors import ConfigError
 from entroray.evaluation.evaluate import plan_evaluation
+from entroray.objective import build_objective
+from entroray.observe import trackers
+from entroray.rows import conf_folder
 from entroray.wiring import constraints, controllers, dataset, rollout_plan, sampler, selection, tool
-
-PACKAGE = Path(__file__).parent.parent
 
 TAKEN = {
     "model": "model.path says it",
@@ -38,17 +39,6 @@ RENAMED = {
     "model.path=bootstrap": "model.path=tiny",
 }
 """Settings that older pages showed, and their names now."""
-
-
-@cache
-def conf_folder() -> Path:
-    """The folder of YAML: in the package of a wheel, beside it in a checkout; PreflightError without one."""
-    for folder in (PACKAGE / "conf", PACKAGE.parent / "conf"):
-        if folder.is_dir():
-            return folder
-    raise PreflightError(
-        f"there is no conf/ in or beside {PACKAGE}: reinstall entroray, or run it from a checkout"
-    )
 
 
 def load_config(
@@ -129,7 +119,10 @@ def check_config(config: Config) -> None:
     sampler.check_sampler(config)
     tool.check_tool(config)
     dataset.check_mixture(config)
+    dataset.check_tasks(config)
     rollout_plan.check_plan(config)
+    for spec in config.observe.trackers:
+        bind(trackers, spec, config.packages)
     check_evaluation(config)
     check_engine(config.generator.engine)
     selection.check_selection(config)
@@ -151,6 +144,7 @@ def check_config(config: Config) -> None:
     check_cards(config)
     if not config.objective:
         raise ConfigError("no objective: say objective=<name>, see conf/objective")
+    build_objective(config.objective, config.packages)
     controllers.build_control(config)
 
 
@@ -213,10 +207,3 @@ def fingerprint(tree: Any) -> str:
     """Canonical text of a settings tree, for content hashes."""
     plain = OmegaConf.to_container(tree) if isinstance(tree, DictConfig) else tree
     return json.dumps(plain, sort_keys=True, default=str)
-
-
-def objective_row(name: str) -> dict[str, Any]:
-    """The row called `name` of conf/objective, without the control that may come with it."""
-    row = OmegaConf.to_container(OmegaConf.load(conf_folder() / "objective" / f"{name}.yaml"))
-    assert isinstance(row, dict)
-    return {str(k): v for k, v in row.get("objective", row).items()}

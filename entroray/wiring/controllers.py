@@ -30,7 +30,7 @@ ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 def build_control(config: Config) -> Control:
     """The controllers of these settings; ConfigError for one that moves what cannot be moved."""
-    controllers = build_controllers(config.control)
+    controllers = build_controllers(config.control, config.packages)
     for c in controllers:
         if c.signal is not None:
             measured_metrics.check_signal(config, f"control.{c.name}", c.signal)
@@ -77,7 +77,7 @@ def _on_the_way(config: Config, path: str) -> str:
 def updates_range(config: Config) -> tuple[int, int]:
     """Fewest and most optimizer updates that a step may have, a controller of them included."""
     own = config.learner.updates_per_rollout
-    moved = [c for c in build_controllers(config.control) if c.knob == UPDATES]
+    moved = [c for c in build_controllers(config.control, config.packages) if c.knob == UPDATES]
     reached = [round(value) for c in moved for _, value in _extremes(c, own)] or [own]
     return min(reached), max(reached)
 
@@ -92,7 +92,7 @@ def is_integer(config: Config, path: str) -> bool:
         node = node[int(part)] if isinstance(node, list) else node[part]
     if not isinstance(node, Mapping):
         return False
-    hint = keyword_settings(bind(SLOTS[way[1]], node, config.objective_packages).func)[last].annotation
+    hint = keyword_settings(bind(SLOTS[way[1]], node, config.packages).func)[last].annotation
     return (get_args(hint)[0] if get_origin(hint) is Annotated else hint) is int
 
 
@@ -111,14 +111,15 @@ def in_effect(spec: Mapping[str, Any], values: Mapping[str, float]) -> dict[str,
 
 def build_tuner(config: Config) -> Tune:
     """Values by path, knobs -> the knobs with those values in effect."""
-    integers = {c.knob for c in build_controllers(config.control) if is_integer(config, c.knob)}
+    controllers = build_controllers(config.control, config.packages)
+    integers = {c.knob for c in controllers if is_integer(config, c.knob)}
 
     def tune(values: Mapping[str, float], knobs: Knobs) -> Knobs:
         moved: dict[str, Any] = {path: round(x) if path in integers else x for path, x in values.items()}
         draw = knobs.draw
         rule = {path.removeprefix(RULE): x for path, x in moved.items() if path.startswith(RULE)}
         return Knobs(
-            build_objective(in_effect(config.objective, moved), config.objective_packages),
+            build_objective(in_effect(config.objective, moved), config.packages),
             replace(
                 draw,
                 temperature=moved.get(TEMPERATURE, draw.temperature),
@@ -154,9 +155,9 @@ def _possible(config: Config, c: Controller, why: str, value: float) -> None:
     try:
         put = _put(config, c.knob, value)
         if c.knob.startswith("objective."):
-            build_objective(in_effect(config.objective, {c.knob: put}), config.objective_packages)
+            build_objective(in_effect(config.objective, {c.knob: put}), config.packages)
         elif c.knob.startswith(RULE):
-            reshape.build_rule(config.sampler.rule | {c.knob.removeprefix(RULE): put})
+            reshape.build_rule(config.sampler.rule | {c.knob.removeprefix(RULE): put}, config.packages)
         elif put < MINIMA[c.knob]:
             raise ConfigError(f"it is at least {MINIMA[c.knob]:g}")
         elif c.knob == LONGEST:
@@ -182,7 +183,7 @@ def _agree(config: Config, controllers: Sequence[Controller], own: Mapping[str, 
     reached = [{value for _, value in _extremes(c, own[c.knob])} for c in controllers]
     for values in itertools.product(*reached):
         try:
-            reshape.build_rule(config.sampler.rule | dict(zip(keys, values, strict=True)))
+            reshape.build_rule(config.sampler.rule | dict(zip(keys, values, strict=True)), config.packages)
         except ConfigError as error:
             named = ", ".join(c.name for c in controllers)
             raise ConfigError(f"control: {named} may together set what cannot be: {error}") from error

@@ -1,6 +1,6 @@
 """Configuration -> tokenizer, prompts in three disjoint parts, and the judge's spec."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from entroray.config import Config, Part
 from entroray.data import mixture, prompts, sources
 from entroray.errors import ConfigError, PreflightError
 from entroray.policy.tokenizer import chat, load_tokenizer
+from entroray.reward import judges
 from entroray.types import Prompt
 from entroray.wiring import tool
 
@@ -53,9 +54,22 @@ def check_mixture(config: Config) -> None:
             raise ConfigError(f"data.parts: {name!r} is no name for a metric; use letters, digits, _ - .")
 
 
+def check_tasks(config: Config) -> None:
+    """ConfigError for a source or a judge that there is not, or whose settings are wrong."""
+    for name, part in tasks(config).items():
+        _bind_source(part, config.packages)
+        if spec := part.judge or config.reward.judge:
+            place = f"data.parts.{name}.judge" if part.judge else judges.SETTING
+            bind(judges, spec, config.packages, place)
+
+
 def read_questions(part: Part, packages: Sequence[str]) -> tuple[list[sources.Question], int]:
     """All rows of a part's source, and how many bad ones were left out."""
-    return bind(sources, {**part.settings, "fn": part.source}, packages)(part.task)
+    return _bind_source(part, packages)(part.task)
+
+
+def _bind_source(part: Part, packages: Sequence[str]) -> Callable[[str], tuple[list[sources.Question], int]]:
+    return bind(sources, {**part.settings, "fn": part.source}, packages)
 
 
 def load_dataset(config: Config, model: str) -> Dataset:
@@ -86,7 +100,7 @@ SPLITS = ("heldout", "demonstrations", "training")
 
 
 def _made(config: Config, tokenizer: Any, name: str, part: Part) -> tuple[prompts.PromptSet, int]:
-    rows, bad = read_questions(part, config.objective_packages)
+    rows, bad = read_questions(part, config.packages)
     return prompts.make_prompts(
         rows,
         tokenize=chat(tokenizer, part.system or config.model.system),
@@ -111,24 +125,22 @@ def prompt_order(config: Config, of: tuple[Prompt, ...], seed: int) -> prompts.P
 
 
 def judge_spec(config: Config) -> Mapping[str, Any]:
-    """The reward spec: a user's own function when `reward.path` is set, else the tasks'; and the tool's."""
-    judged = _judge(config)
-    return (
-        {"fn": "with_tool", "judge": judged, "tool": tool.tool_spec(config)}
-        if tool.uses_tool(config)
-        else judged
-    )
+    """What a verifier builds: a user's function if `reward.path` is set, else the tasks' judges; the tool."""
+    spec = tool.tool_spec(config) if tool.uses_tool(config) else None
+    return {"judges": _judges(config), "tool": spec, "packages": config.packages}
 
 
-def _judge(config: Config) -> Mapping[str, Any]:
+def _judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
+    """The judge of each part of the mixture; "" is the one task without parts."""
     if config.reward.path:
         file, _, function = config.reward.path.rpartition(":")
-        return {"fn": "custom", "path": f"{Path(file).resolve()}:{function}"}
-    of = {name: part.judge or config.reward.judge for name, part in tasks(config).items()}
-    if not all(of.values()):
-        where = next(f"data.parts.{n}.judge" if n else "reward.judge" for n in of if not of[n])
+        path = f"{Path(file).resolve()}:{function}"
+        return {name: {"fn": "custom", "path": path} for name in tasks(config)}
+    specs = {name: part.judge or config.reward.judge for name, part in tasks(config).items()}
+    if not all(specs.values()):
+        where = next(f"data.parts.{n}.judge" if n else "reward.judge" for n in specs if not specs[n])
         raise ConfigError(f"no judge: set {where} (as conf/data does), or reward.path=my_file.py:my_function")
-    return {"fn": "by_domain", "judges": of} if config.data.parts else of[""]
+    return specs
 
 
 def describe_tasks(config: Config) -> list[str]:

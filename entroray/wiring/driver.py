@@ -1,8 +1,8 @@
 """Settings -> the driver of a run: its loop, its prompts, its diagnostics, what may move."""
 
+from entroray.binding import holds
 from entroray.config import Config
 from entroray.objective import Objective
-from entroray.objective.keep import always
 from entroray.policy.tokenizer import chat
 from entroray.train.diagnostics import DiagnosticsSchedule
 from entroray.train.driver import Driver, Knobs, LoopSettings, Roles
@@ -28,7 +28,7 @@ def build_driver(
         Knobs(objective, draw, config.learner.updates_per_rollout),
         loop_settings(config),
         seed=config.seed,
-        plan=rollout_plan.bind_plan(config.rollout),
+        plan=rollout_plan.bind_plan(config),
         diagnostics=_diagnostics(config, objective, read_in),
         selection=chosen,
         control=controllers.build_control(config),
@@ -55,7 +55,7 @@ def loop_settings(config: Config) -> LoopSettings:
 
 def _diagnostics(config: Config, objective: Objective, read_in: dataset.Dataset) -> DiagnosticsSchedule:
     o = config.observe
-    keeps_all = objective.keep.func is always  # else R is of all groups and H of those kept
+    keeps_all = holds(objective.keep, "neutral")  # else R is of all groups and H of those kept
     law = LAW_WINDOW if keeps_all and not config.control else 0  # it was found on runs that nobody steers
     probe = build_prompt_entropy(read_in.split.heldout, chat(read_in.tokenizer, config.model.system))
     return DiagnosticsSchedule(

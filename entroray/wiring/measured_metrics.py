@@ -39,7 +39,7 @@ def _known_signals(config: Config) -> dict[str, str]:
     missing = _missing_families(config)
     fills = {
         "<d>": list(config.data.parts),
-        "<rule>": counted_functions(build_objective(config.objective, config.objective_packages)),
+        "<rule>": counted_functions(build_objective(config.objective, config.packages)),
     }
     remedies: dict[str, str] = {}
     for metric in read_catalogue():
@@ -66,7 +66,7 @@ def _missing_families(config: Config) -> dict[str, str]:
             "choose a sampler that shapes, such as sampler=by_entropy",
         ),
         "tool": (tool.uses_tool(config), "give the rollouts a tool (rollout.tool)"),
-        "branching": (rollout_plan.branches(rollout), "choose a plan that forks (rollout.plan)"),
+        "branching": (rollout_plan.branches(config), "choose a plan that forks (rollout.plan)"),
         "prompts": (
             selection.reorders_prompts(rollout),
             "set rollout.prompts.retire or rollout.prompts.band",

@@ -3,8 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
-from entroray.config import Config, Sampler
+import torch
+
+from entroray.binding import function_name, holds
+from entroray.config import Config
 from entroray.errors import ConfigError, PreflightError
+from entroray.formula import describe_formula
 from entroray.rollout import reshape
 from entroray.types import Draw
 from entroray.wiring import rollout_plan, selection, tool
@@ -26,12 +30,12 @@ def own_rule(config: Config) -> list[Any]:
 
 
 def _reshapes(config: Config) -> bool:
-    return _has_rule(config.sampler) or bool(own_rule(config))
+    return _has_rule(config) or bool(own_rule(config))
 
 
-def _has_rule(sampler: Sampler) -> bool:
+def _has_rule(config: Config) -> bool:
     """Whether `sampler.rule` changes the distribution that tokens are drawn from."""
-    return (sampler.rule or reshape.FIXED) != reshape.FIXED
+    return not holds(reshape.build_rule(config.sampler.rule, config.packages), "neutral")
 
 
 def notes_entropy(config: Config) -> bool:
@@ -41,7 +45,7 @@ def notes_entropy(config: Config) -> bool:
 
 def _notes_first(config: Config) -> bool:
     """Whether first draws are noted, if only by a rule that changes nothing."""
-    return _has_rule(config.sampler) or rollout_plan.reads_entropy(config.rollout)
+    return _has_rule(config) or rollout_plan.reads_entropy(config)
 
 
 def plain_draw(config: Config) -> Draw:
@@ -83,24 +87,28 @@ def insert_token(text: str | None, tokenizer: Any) -> int | None:
     return int(ids[0])
 
 
-def describe_sampler(sampler: Sampler) -> str:
+def describe_sampler(config: Config) -> str:
     """The sampler in words, for a run's header."""
-    rule = f"rule {(sampler.rule or reshape.FIXED)['fn']}, factor on T: {reshape.describe_rule(sampler.rule)}"
-    if sampler.insert is None:
-        return rule
-    return f"{rule}; insert {sampler.insert!r} where unsure, once a response"
+    s = config.sampler
+    rule = reshape.build_rule(s.rule, config.packages)
+    described = f"rule {function_name(rule)}, factor on T: {describe_formula(rule)}"
+    return (
+        described if s.insert is None else f"{described}; insert {s.insert!r} where unsure, once a response"
+    )
 
 
 def check_sampler(config: Config) -> None:
     """What is wrong with a sampler whatever it is used for."""
     s = config.sampler
-    reshape.build_rule(s.rule)
+    marks_unsure = reshape.build_rule(s.rule, config.packages)(*torch.zeros(2, 0)).unsure is not None
+    if s.temperature < 0:
+        raise ConfigError(f"sampler.temperature={s.temperature:g} must be at least 0")
     if 0 < s.temperature < MINIMUM:
         raise ConfigError(
             f"sampler.temperature={s.temperature:g}: vLLM draws at {MINIMUM:g} instead, and log-probs and "
             f"entropies would be of another distribution; say {MINIMUM:g} or more (an evaluation may say 0)"
         )
-    if s.insert is not None and (s.rule or {}).get("fn") != "quadrants":
+    if s.insert is not None and not marks_unsure:
         raise ConfigError(
             f"sampler.insert={s.insert!r} needs a rule that says where it is unsure: choose "
             "sampler=quadrants, or sampler.insert=null"
@@ -125,14 +133,14 @@ def check_training_sampler(config: Config) -> None:
     if not _reshapes(config):
         return
     what, instead = f"generator.engine.logits_processors={own_rule(config)}", "drop them"
-    if _has_rule(config.sampler):
+    if _has_rule(config):
         what, instead = "this sampler", "choose sampler=fixed"
     if engine.get("speculative_config"):
         raise ConfigError(
             f"{what} reshapes what vLLM draws from, and with speculative decoding vLLM takes no logits "
             f"processors: drop generator.engine.speculative_config, or {instead}"
         )
-    if not selection.corrected(config.objective):
+    if not selection.corrected(config):
         raise ConfigError(
             f"{what} draws from another distribution than the policy's and objective.correction is `none`: "
             f"say 'objective.correction={{fn: truncated_importance}}', or {instead}"

@@ -1,12 +1,12 @@
 """`rollout` of the configuration -> how prompts and groups are chosen, and what of it is refused."""
 
-from typing import Any
-
 from entroray.config import Config, RolloutConfig
 from entroray.data.curriculum import Curriculum, Rule
 from entroray.errors import ConfigError
 from entroray.metrics import early_stop
 from entroray.metrics.diversity import Loops
+from entroray.objective import build_objective
+from entroray.objective.compatibility import corrects_sampler
 from entroray.roles import GroupObserver, Prompts, StepMetrics
 from entroray.rollout.replay import Replay
 from entroray.rollout.second_draw import MAXIMUM, SecondDraw
@@ -117,13 +117,13 @@ def check_training_selection(config: Config) -> None:
             "rollout.second draws hotter in a logits processor, and with speculative decoding vLLM takes "
             "none: drop generator.engine.speculative_config, or choose rollout.second.factor=1"
         )
-    if hotter and not corrected(config.objective):
+    if hotter and not corrected(config):
         raise ConfigError(
             "rollout.second draws at another temperature than the policy's and objective.correction is "
             "`none`: say 'objective.correction={fn: truncated_importance}', as rollout=hotter_again does, or "
             "choose rollout.second.factor=1"
         )
-    if config.rollout.replay.tokens and not corrected(config.objective):
+    if config.rollout.replay.tokens and not corrected(config):
         raise ConfigError(
             "rollout.replay trains on answers that older weights drew and objective.correction is `none`: "
             "say 'objective.correction={fn: truncated_importance}', as rollout=replay does, or choose "
@@ -131,7 +131,6 @@ def check_training_selection(config: Config) -> None:
         )
 
 
-def corrected(objective: dict[str, Any]) -> bool:
+def corrected(config: Config) -> bool:
     """Whether the row weighs what another distribution drew."""
-    chosen = lambda slot: (objective.get(slot) or {}).get("fn")
-    return chosen("correction") not in (None, "none") or chosen("ratio") == "sampler"
+    return corrects_sampler(build_objective(config.objective, config.packages))

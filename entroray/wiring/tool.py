@@ -7,7 +7,7 @@ from typing import Any
 from entroray.config import Config
 from entroray.data.demonstrations import WorkedAnswer
 from entroray.errors import ConfigError
-from entroray.reward import tools
+from entroray.reward import build_tool
 from entroray.roles import Generator, Tool
 from entroray.rollout.tool_turns import Syntax, ToolTurns, encode_demonstration
 from entroray.types import Span
@@ -25,7 +25,7 @@ def stop_strings(config: Config) -> tuple[str, ...]:
 
 
 def tool_spec(config: Config) -> dict[str, Any]:
-    """What `entroray.reward.tools.build` takes."""
+    """What `entroray.reward.build_tool` takes."""
     t = config.rollout.tool
     if t.path:
         file, _, function = t.path.rpartition(":")
@@ -47,7 +47,7 @@ def check_tool(config: Config) -> None:
     if t.fn and t.path:
         raise ConfigError(f"rollout.tool.fn={t.fn} and rollout.tool.path={t.path}: a response has one tool")
     if t.fn:
-        tools.build_tool(tool_spec(config))
+        build_tool(tool_spec(config), config.packages)
     if not t.open or not t.close or "{answer}" not in t.answer:
         raise ConfigError(
             f"rollout.tool: open={t.open!r} and close={t.close!r} must not be empty, and answer={t.answer!r} "

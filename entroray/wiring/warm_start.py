@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from entroray import rows
 from entroray.config import TINY, Config, Part, WarmStartConfig
 from entroray.data.demonstrations import NAMES, WorkedAnswer, find_demonstration
 from entroray.data.sources import Row
@@ -144,7 +145,7 @@ def _ended(reached: float, whole: float, steps: float, plan: WarmStartConfig) ->
 
 async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
     plan, read = config.model.warm_start, dataset.load_dataset(config, start)
-    objective = build_objective(compose.objective_row("supervised"))
+    objective = build_objective(rows.objective_row("supervised"))
     probe = dataset.probe_ids(read.tokenizer)
     m = await actors.start_actors(config, start, objective, read.judge, probe, total_updates=plan.max_steps)
     generator = tool.with_tool(config, read.tokenizer, m.generator_role(), m.verifier_role())

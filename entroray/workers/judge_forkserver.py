@@ -40,10 +40,10 @@ def main(fd: int, reward: str, memory_mb: str) -> None:
         send(control, str(pid).encode())
         os._exit(0)
     from entroray.errors import ConfigError
-    from entroray.reward import build_judge
+    from entroray.reward import build_verification
 
     try:
-        judge = build_judge(json.loads(reward))
+        judge = build_verification(**json.loads(reward))
     except ConfigError as error:
         send(control, str(error).encode())
         return

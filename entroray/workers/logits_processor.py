@@ -93,7 +93,8 @@ class Row:
 
 @lru_cache(maxsize=64)  # of a rule that a controller moves, each step has its own
 def _rule(spec: str) -> partial[temperature_rules.TemperatureChoice]:
-    return reshape.build_rule(json.loads(spec))
+    rule = json.loads(spec)
+    return reshape.build_rule(rule, [rule["fn"].partition(".")[0]])  # the driver has bound it: it is allowed
 
 
 def _row(params: SamplingParams, _: list[int] | None, tokens: list[int]) -> Row | None:

@@ -42,8 +42,9 @@ _ENVIRONMENT = {
 class Verifier:
     """`slots` judge processes; one verdict per rollout, each within `deadline` seconds of its own start.
 
-    `reward` is what `entroray.reward.build` takes. `memory_mb` bounds what one worker may allocate beyond
-    what it starts with. The constructor does not wait for the judge. An instance serves one event loop.
+    `reward` is what `entroray.reward.build_verification` takes by keyword. `memory_mb` bounds what one
+    worker may allocate beyond what it starts with. The constructor does not wait for the judge; serves one
+    event loop.
     """
 
     def __init__(

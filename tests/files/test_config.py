@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from entroray import rows
 from entroray.cli import reference
 from entroray.config import Config
 from entroray.errors import ConfigError
@@ -27,7 +28,7 @@ def test_every_experiment_composes(name: str) -> None:
 
 def test_every_objective_builds() -> None:
     """A row alone composes as it stands in its file; the others are composed below."""
-    assert all(build_objective(compose.objective_row(name)).describe() for name in names("objective"))
+    assert all(build_objective(rows.objective_row(name)).describe() for name in names("objective"))
 
 
 BEYOND = [name for name in names("objective") if "_global_" in (CONF / f"objective/{name}.yaml").read_text()]
@@ -37,7 +38,7 @@ BEYOND = [name for name in names("objective") if "_global_" in (CONF / f"objecti
 @pytest.mark.parametrize("name", ["dapo", *BEYOND])
 def test_an_objective_composes_with_what_it_brings(name: str) -> None:
     config, tree = compose.load_config([f"objective={name}"])
-    assert config.objective == compose.objective_row(name) and tree == composed(f"objective={name}")
+    assert config.objective == rows.objective_row(name) and tree == composed(f"objective={name}")
     assert config.control or config.learner.reset_after or name == "dapo"
 
 
@@ -104,7 +105,7 @@ def test_a_folder_of_ones_own_adds_choices(tmp_path: Path) -> None:
 
 
 def test_the_reference_is_what_the_schema_says_and_says_it_of_every_setting() -> None:
-    assert (compose.conf_folder() / "README.md").read_text() == reference.reference_text(), (
+    assert (rows.conf_folder() / "README.md").read_text() == reference.reference_text(), (
         "entroray reference > conf/README.md"
     )
     assert [path for path, _, meaning in reference.settings(Config) if not meaning] == []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from entroray import cli
+from entroray import cli, rows
 from entroray.cli import doctor, flags, lab, objectives, submit, train, verify_resume
 from entroray.cli import warm_start as command
 from entroray.cli.flags import Flag
@@ -153,13 +153,13 @@ def test_the_warm_start_of_a_run_reads_the_same_folder(mine: Path, monkeypatch: 
 
 
 def test_an_installation_without_conf_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compose, "PACKAGE", tmp_path / "entroray")
-    compose.conf_folder.cache_clear()
+    monkeypatch.setattr(rows, "PACKAGE", tmp_path / "entroray")
+    rows.conf_folder.cache_clear()
     with pytest.raises(
         PreflightError, match=r"no conf/ .*entroray: reinstall entroray, or run it from a check"
     ):
         compose.load_config([])
-    compose.conf_folder.cache_clear()
+    rows.conf_folder.cache_clear()
 
 
 def test_verify_resume_deletes_nothing_but_its_own_two_runs(tmp_path):

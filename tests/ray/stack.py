@@ -116,7 +116,7 @@ class Stack:
     async def _gang(self, ranks: int) -> Gang:
         config, _ = compose.load_config([*ROOM, f"learner.ranks={ranks}"])
         settings = actors.learner_settings(config, self.model, 10)
-        objective = build_objective(compose.objective_row("grpo"))
+        objective = build_objective("grpo")
         share = actors.resource_shares(config)["learner ranks"][1]
         handles = [
             cluster.spawn(LearnerRank, share, rank, settings, objective, DeepSpeedBackend)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from entroray import rows
 from entroray.config import Config
 from entroray.data.prompts import PromptStream
 from entroray.metrics.diversity import Loops
@@ -21,7 +22,7 @@ from entroray.workers.generator import Request
 from tests.documented import CHOSEN, matches
 from tests.ray.stack import Stack
 
-FILES = sorted((compose.conf_folder() / "rollout").glob("*.yaml"))
+FILES = sorted((rows.conf_folder() / "rollout").glob("*.yaml"))
 ROWS = [file.stem for file in FILES if "plan:" not in file.read_text()]  # test_grown_groups.py has the plans
 QUICK = [
     *("experiment=quickstart", "objective=grpo", "++data.settings.size=300", "data.max_prompt=128"),

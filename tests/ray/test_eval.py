@@ -21,7 +21,7 @@ from tests.ray.stack import FinishedRun, entroray
 
 SETTINGS = [
     *("rollout.max_tokens=12", "sampler.temperature=0.8", "evaluate.prompts=6", "evaluate.samples=8"),
-    *("generator.threads=1", "reward.judge.extract=whole"),
+    *("generator.threads=1", "reward.judge.extract=response"),
 ]
 """The whole response is the answer, so that a model that has hardly learnt has answers too."""
 PATHS = 4

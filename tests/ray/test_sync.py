@@ -11,6 +11,7 @@ import pytest
 import ray
 import torch
 
+from entroray import rows
 from entroray.config import Config
 from entroray.errors import SyncError
 from entroray.objective import build_objective
@@ -59,7 +60,7 @@ def running(local_ray: None, model: str, config: Config) -> Iterator[tuple[Any, 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     actors.LearnerRank = Saboteur  # type: ignore[misc]
     loop = asyncio.new_event_loop()
-    objective = build_objective(compose.objective_row("supervised"))
+    objective = build_objective(rows.objective_row("supervised"))
     probe = tuple(load_tokenizer(model).encode("a fixed probe text, 123"))
     judge = config.reward.judge
     made = actors.start_actors(config, model, objective, judge, probe, total_updates=100)
@@ -72,7 +73,7 @@ def running(local_ray: None, model: str, config: Config) -> Iterator[tuple[Any, 
 
 def train_a_little(loop: Any, m: Any, seed: int) -> None:
     """A few supervised updates on noise: the weights move by a lot."""
-    objective = build_objective(compose.objective_row("supervised"))
+    objective = build_objective(rows.objective_row("supervised"))
     rng = np.random.default_rng(seed)
     groups = [
         demonstration_group(

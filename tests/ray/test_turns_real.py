@@ -106,7 +106,7 @@ def slow(call, prompt):
 def test_a_slow_tool_times_out_alone_and_one_that_raises_says_so(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(TOOL)
     tool = {"fn": "custom", "path": f"{tmp_path}/mine.py:slow"}
-    spec = {"fn": "with_tool", "judge": {"fn": "gym", "task": "chain_sum"}, "tool": tool}
+    spec = {"judges": {"": {"fn": "gym", "task": "chain_sum"}}, "tool": tool}
 
     async def answered() -> list[Answer]:
         verifier = Verifier(spec, slots=2, deadline=1.0)

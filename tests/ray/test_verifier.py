@@ -21,6 +21,12 @@ from tests.composed import configured
 DEADLINE = 1.0
 PROMPT = Prompt("0" * 16, "?", (1,), "8", {"answer": "8", "metadata": {"numbers": [3, 5], "target": 8}})
 
+
+def custom(path: str) -> dict[str, object]:
+    """What a verifier is given for a judge of the user's own file."""
+    return {"judges": {"": {"fn": "custom", "path": path}}}
+
+
 JUDGE = """
 import os, re, signal, subprocess, sys, time
 from entroray.types import Verdict
@@ -108,7 +114,7 @@ def judge_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def verdicts(local_ray: None, judge_file: str) -> Iterator[Callable[..., list[Verdict]]]:
     actor = ray.remote(num_cpus=0.1)(Verifier).remote(
-        {"fn": "custom", "path": judge_file}, slots=2, deadline=DEADLINE, memory_mb=256
+        custom(judge_file), slots=2, deadline=DEADLINE, memory_mb=256
     )
     ray.get(actor.warm_up.remote(), timeout=60)
 
@@ -190,14 +196,14 @@ def test_truncated_responses_are_judged_and_failed_ones_are_not(verdicts):
 
 
 def test_a_judge_that_cannot_be_built_is_a_config_error_of_the_warm_up(local_ray):
-    actor = ray.remote(num_cpus=0.1)(Verifier).remote({"fn": "maths"})
+    actor = ray.remote(num_cpus=0.1)(Verifier).remote({"judges": {"": {"fn": "maths"}}})
     with pytest.raises(ConfigError, match="did you mean `math`"):
         ray.get(actor.warm_up.remote(), timeout=60)
     ray.kill(actor)
 
 
 def test_a_killed_actor_leaves_no_process(local_ray, tmp_path):
-    spec = {"fn": "custom", "path": f"{tmp_path / 'mine.py'}:judge"}
+    spec = custom(f"{tmp_path / 'mine.py'}:judge")
     (tmp_path / "mine.py").write_text(JUDGE)
     actor = ray.remote(num_cpus=0.1)(Verifier).remote(spec, slots=2)
     ray.get(actor.warm_up.remote(), timeout=60)
@@ -214,7 +220,7 @@ def test_closing_ends_every_process_and_what_is_still_judged(tmp_path):
     (tmp_path / "mine.py").write_text(JUDGE)
 
     async def use() -> set[int]:
-        verifier = Verifier({"fn": "custom", "path": f"{tmp_path / 'mine.py'}:judge"}, slots=2, deadline=30)
+        verifier = Verifier(custom(f"{tmp_path / 'mine.py'}:judge"), slots=2, deadline=30)
         await verifier.warm_up()
         judging = asyncio.create_task(verifier.judge(PROMPT, [rollout("crowd")]))
         while not (tmp_path / "pid").exists():
@@ -235,7 +241,7 @@ def test_a_lost_fork_server_is_replaced(tmp_path):
     (tmp_path / "mine.py").write_text(JUDGE)
 
     async def use() -> list[Verdict]:
-        verifier = Verifier({"fn": "custom", "path": f"{tmp_path / 'mine.py'}:judge"}, slots=1)
+        verifier = Verifier(custom(f"{tmp_path / 'mine.py'}:judge"), slots=1)
         await verifier.warm_up()
         for pid in processes(str(tmp_path)):
             os.kill(pid, signal.SIGKILL)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from entroray import rows
 from entroray.data.curriculum import Curriculum, Rule
 from entroray.data.prompts import PromptStream
 from entroray.errors import ConfigError
@@ -13,7 +14,7 @@ from entroray.objective import build_objective
 from entroray.rollout.second_draw import SecondDraw
 from entroray.rollout.selection import Selection
 from entroray.types import Group, Prompt, Rollout, Verdict
-from entroray.wiring import compose, selection
+from entroray.wiring import selection
 from tests.cases import ROWS
 from tests.composed import configured
 from tests.documented import CHOSEN, matches
@@ -135,7 +136,7 @@ def test_the_driver_draws_the_same_prompts_after_a_resume(max_lag: int) -> None:
 
 # The configuration.
 
-FILES = sorted((compose.conf_folder() / "rollout").glob("*.yaml"))
+FILES = sorted((rows.conf_folder() / "rollout").glob("*.yaml"))
 NAMES = [file.stem for file in FILES if "plan:" not in file.read_text()]  # plans have tests of their own
 
 

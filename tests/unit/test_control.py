@@ -6,10 +6,11 @@ import math
 
 import pytest
 
+from entroray import rows
 from entroray.control import Control, build_controllers, feedback, schedules
 from entroray.errors import ConfigError
 from entroray.objective import build_objective
-from entroray.wiring import compose, controllers
+from entroray.wiring import controllers
 from tests.composed import configured
 from tests.toy import ToyWorld, driver
 
@@ -67,7 +68,7 @@ def plant(control, steps, *, drift=0.0, pull=0.3, entropy=0.4, ceiling=math.inf)
     for step in range(1, steps + 1):
         knob = control.turn(step)[KNOB]
         entropy = min(ceiling, entropy + pull * (0.4 + knob - drift - entropy))
-        control.note({"entropy/mean": entropy})
+        control.observe({"entropy/mean": entropy})
         path.append((entropy, knob))
     return path
 
@@ -127,7 +128,7 @@ def test_a_signal_is_read_with_its_delay_and_averaged():
     values = []
     for step, x in enumerate([4.0, 5.0, 9.0, 9.0, 9.0, 9.0], start=1):
         values.append(control.turn(step)[KNOB])
-        control.note({"x": x})
+        control.observe({"x": x})
     # step 4 is the first with two measurements of step 2 or before: their mean is 4.5
     assert values == [0, 0, 0, 1, 0, -1]
 
@@ -138,7 +139,7 @@ def test_a_metric_of_every_few_steps_is_acted_upon_once_each_time():
     values = []
     for step in range(1, 9):
         values.append(control.turn(step)[KNOB])
-        control.note({"x": 1.0} if step % 3 == 0 else {})
+        control.observe({"x": 1.0} if step % 3 == 0 else {})
     assert values == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
@@ -146,7 +147,7 @@ def test_a_metric_that_is_missing_or_not_finite_holds_the_setting():
     control = controller()
     for step, metrics in enumerate([{}, {"entropy/mean": math.nan}, {"entropy/mean": 0.5}], start=1):
         assert control.turn(step)[KNOB] == 0.0
-        assert control.note(metrics) == {"control/c": 0.0}
+        assert control.observe(metrics) == {"control/c": 0.0}
     assert control.turn(4)[KNOB] > 0
 
 
@@ -161,7 +162,7 @@ def test_state_goes_through_json_and_the_run_is_the_same_after_it():
     for step in range(18, 41):
         knob = second.turn(step)[KNOB]
         entropy += 0.3 * (0.4 + knob - entropy)
-        second.note({"entropy/mean": entropy})
+        second.observe({"entropy/mean": entropy})
         rest.append((entropy, knob))
     assert begun + rest == path and second.state() == whole.state()
 
@@ -321,7 +322,7 @@ def test_a_signal_that_these_settings_bring_is_read(signal, more):
     assert [c.signal for c in controllers.build_control(config).controllers] == [signal]
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (compose.conf_folder() / "control").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in (rows.conf_folder() / "control").glob("*.yaml")))
 def test_every_control_composes_and_says_what_it_does(name):
     config = configured(f"control={name}")
     lines = [c.describe() for c in controllers.build_control(config).controllers]

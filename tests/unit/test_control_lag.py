@@ -86,7 +86,7 @@ def test_a_controller_goes_on_from_what_it_remembers_under_lag(max_lag):
     alone.restore(state["control"])
     for s in second.steps:  # its own arithmetic on the measured entropies, no driver between
         (value,) = alone.turn(int(s["step"])).values()
-        alone.note(s)
+        alone.observe(s)
         assert s["control/entropy"] == value
     took = [s["control/entropy"] for s in first.steps + second.steps]
     assert len(set(took[3:])) > 5 and len(took) == 14

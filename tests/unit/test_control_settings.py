@@ -18,27 +18,27 @@ LINEAR = {"knob": KNOB, "fn": "linear", "start": 1.0, "end": 0.0, "steps": 9}
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        (DOUBLING | {"low": 0.0}, "`low` must be above 0, got 0"),
-        (DOUBLING | {"factor": 0}, "`factor` must be above 1, got 0"),
-        (DOUBLING | {"factor": 1.0}, "`factor` must be above 1, got 1"),
-        (DOUBLING | {"target": "low"}, "`target` must be a number, got 'low'"),
-        (PI | {"delay": 1.5}, "`delay` must be a whole number, at least 1: .* got 1.5"),
-        (PI | {"delay": "2"}, "`delay` must be a whole number, at least 1: .* got '2'"),
-        (PI | {"delay": 0}, "`delay` must be at least 1: a step's metrics are known after it, got 0"),
-        (PI | {"mean": 2.5}, "`mean` must be a whole number, above 0, got 2.5"),
-        (PI | {"mean": 0}, "`mean` must be above 0, got 0"),
-        (PI | {"priority": "x"}, "`priority` must be a whole number, got 'x'"),
-        (PI | {"start": "low"}, "`start` must be a number, got 'low'"),
-        (PI | {"signal": 3}, "`signal` must be a name, got 3"),
+        (DOUBLING | {"low": 0.0}, "`doubling.low` must be above 0, got 0"),
+        (DOUBLING | {"factor": 0}, "`doubling.factor` must be above 1, got 0"),
+        (DOUBLING | {"factor": 1.0}, "`doubling.factor` must be above 1, got 1"),
+        (DOUBLING | {"target": "low"}, "`doubling.target` must be a number or null, got 'low'"),
+        (PI | {"delay": 1.5}, "`c.delay` must be a whole number, got 1.5"),
+        (PI | {"delay": "2"}, "`c.delay` must be a whole number, got '2'"),
+        (PI | {"delay": 0}, "`c.delay` must be at least 1: a step's metrics are known after it, got 0"),
+        (PI | {"mean": 2.5}, "`c.mean` must be a whole number, got 2.5"),
+        (PI | {"mean": 0}, "`c.mean` must be above 0, got 0"),
+        (PI | {"priority": 1}, "`pi` has no setting `priority`"),
+        (PI | {"start": "low"}, "`c.start` must be a number or null, got 'low'"),
+        (PI | {"signal": 3}, "`c.signal` must be text, got 3"),
         (PI | {"knob": 3}, "must read {knob: path"),
-        (PI | {"target": [1.0, 2.0]}, "`target` must be a number"),
-        (PI | {"gain": float("nan")}, "`gain` must be a number"),
+        (PI | {"target": [1.0, 2.0]}, "`pi.target` must be a number"),
+        (PI | {"gain": float("nan")}, "`pi.gain` must be a number"),
         (PI | {"low": 2.0}, "low=2.0 is above high=1.0"),
         (BAND | {"at_least": 1.0}, "at_least=1.0 is above at_most=0.2"),
-        (STAGE | {"values": 3}, "`values` must be a list of numbers"),
-        (STAGE | {"until": [1.5]}, "`until` must be a list of whole numbers"),
-        (LINEAR | {"steps": 1.5}, "`steps` must be a whole number"),
-        (LINEAR | {"steps": 0}, "`steps` must be above 0"),
+        (STAGE | {"values": 3}, "`stage.values` must be a list, got 3"),
+        (STAGE | {"until": [1.5]}, "`stage.until` must be a list, each a whole number"),
+        (LINEAR | {"steps": 1.5}, "`linear.steps` must be a whole number"),
+        (LINEAR | {"steps": 0}, "`linear.steps` must be above 0"),
     ],
 )
 def test_a_number_that_cannot_be_is_refused_by_its_key(spec, said):
@@ -62,6 +62,18 @@ def test_a_gated_rule_is_at_its_gate_until_a_signal_says_otherwise():
     values = []
     for step, x in enumerate([0.1, 0.1, 0.1], start=1):
         values.append(control.turn(step)[KNOB])
-        control.note({"x": x})
+        control.observe({"x": x})
     assert values == [0.0, 0.0, 0.6] and control.memory["c"] == {"level": 0.6}
     assert controller(start=0.5).turn(1) == {KNOB: 0.5}  # no other rule has one
+
+
+@pytest.mark.parametrize("delay", [1, 3, 4, 6])
+def test_a_signal_is_as_old_as_its_delay_from_the_first_step_on(delay):
+    rule = {"fn": "band", "at_least": 5.0, "at_most": 5.0, "step": 1.0, "low": -99.0, "high": 99.0}
+    spec = {"knob": KNOB, "signal": "x", "delay": delay} | rule
+    control, values = Control(build_controllers({"c": spec}), {KNOB: 0.0}), []
+    for step in range(1, 11):
+        values.append(control.turn(step)[KNOB])
+        control.observe({"x": 0.0 if step == 1 else 9.0})
+    # step 1, the only one below 5, is acted upon `delay` steps later; later ones push the other way
+    assert values == [0.0] * delay + [1.0 - i for i in range(10 - delay)]

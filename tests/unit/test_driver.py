@@ -194,8 +194,8 @@ def test_a_run_that_always_skips_its_update_ends_however_often_it_is_resumed() -
 
 def test_limits_count_on_after_a_resume() -> None:
     d = driver(ToyWorld(row("grpo")))
-    d.failures.note([Verdict(0.0, False, status=Status.TIMEOUT, detail="slow"), Verdict(0.0, False)], 2)
-    d.idle.note({"objective/cap_tokens": 0.0})
+    d.failures.observe([Verdict(0.0, False, status=Status.TIMEOUT, detail="slow"), Verdict(0.0, False)], 2)
+    d.idle.observe({"objective/cap_tokens": 0.0})
 
     async def restored(state: dict) -> Driver:
         rest = driver(ToyWorld(row("grpo")))

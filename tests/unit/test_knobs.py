@@ -107,7 +107,7 @@ def test_a_whole_number_of_the_objective_is_rounded_and_the_rule_keeps_what_it_h
     took = []
     for step in (1, 2):
         took.append(tune(control.turn(step), knobs_of(config)).objective.penalties[0].keywords["k"])
-        noted = control.note({"lag/max": 0.0})
+        noted = control.observe({"lag/max": 0.0})
     assert took == [2, 3] and noted == {"control/k": 2.75}
     assert controllers.describe_controllers(config)[0].endswith("of lag/max, 1 step(s) late, rounded")
     configured(TOP, "+control.k={knob: objective.penalties.0.k, fn: cosine, start: 2, end: 5, steps: 9}")

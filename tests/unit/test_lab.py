@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from entroray import rows
 from entroray.cli import lab
 from entroray.errors import ConfigError
 from entroray.evaluation.heldout_metrics import DRAWN, heldout_metrics
@@ -30,7 +31,7 @@ from entroray.observe.comparison import (
 from entroray.observe.lab_cells import Cell, moving_means, summarise_run, variant_name
 from entroray.observe.svg import Line, chart, frame, mean_line, ticks
 from entroray.types import Draw
-from entroray.wiring import compose, run_directory
+from entroray.wiring import run_directory
 from entroray.wiring.actors import lasting
 from tests.composed import configured
 from tests.toy import ToyPrompts, ToyWorld
@@ -250,7 +251,7 @@ def test_finished_results_stay_until_their_own_run_begins(
 ) -> None:
     row = tmp_path / "mine" / "experiment" / "quick.yaml"
     row.parent.mkdir(parents=True)
-    row.write_text(told := (compose.conf_folder() / "experiment" / "quickstart.yaml").read_text())
+    row.write_text(told := (rows.conf_folder() / "experiment" / "quickstart.yaml").read_text())
     first = ran(monkeypatch, tmp_path, runs=2)
     assert [c.status for c in first.values()] == ["done", "done"]
 
@@ -276,7 +277,7 @@ def test_settings_taken_back_make_an_older_cell_a_finished_one_again() -> None:
 
 
 def test_heldout_metrics_measure_answers_without_a_training_step() -> None:
-    world = ToyWorld(build_objective(compose.objective_row("grpo")))
+    world = ToyWorld(build_objective(rows.objective_row("grpo")))
     prompts = [next(prompt) for prompt in [ToyPrompts()] for _ in range(16)]
     found = asyncio.run(heldout_metrics(world, world, world, prompts, Draw(1.0, 2), 4))
     assert found["entropy/mean"] == pytest.approx(np.log(8), abs=1e-5)

@@ -28,7 +28,7 @@ from entroray.metrics.by_domain import domain_metrics
 from entroray.metrics.catalogue import family_metrics
 from entroray.observe.evaluation import lines
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
-from entroray.reward import build_judge
+from entroray.reward import build_verification
 from entroray.train.batching import tokens_of
 from entroray.types import Draw, Group, Prompt, Rollout, Verdict
 from entroray.wiring import dataset, warm_start
@@ -151,9 +151,7 @@ def test_a_whole_evaluation_has_every_accuracy_of_each_domain() -> None:
 
 def test_a_judge_for_each_domain() -> None:
     gym = lambda task, extract: {"fn": "gym", "task": task, "extract": extract}
-    judge = build_judge(
-        {"fn": "by_domain", "judges": {"a": gym("chain_sum", "after"), "b": gym("chain_sum", "whole")}}
-    )
+    judge = build_verification(judges={"a": gym("chain_sum", "after"), "b": gym("chain_sum", "response")})
     one = lambda domain: Prompt("p", "", (1,), "5", {"answer": "5"}, domain)
     assert [judge("=5", one(d)).correct for d in "ab"] == [1, 0]
     assert "no judge of domain 'c'" in judge("=5", one("c")).detail
@@ -178,7 +176,7 @@ def test_a_mixture_is_read_part_by_part(mixed: Config) -> None:
         p.id for part in (read.split.heldout, read.split.demonstrations, read.split.training) for p in part
     ]
     assert len(set(every)) == len(every)
-    judge = build_judge(read.judge)
+    judge = build_verification(**read.judge)
     for group in islice(warm_start._demonstrations(mixed, read), 20):
         text = byte_tokenizer().decode(group.rollouts[0].token_ids.tolist(), skip_special_tokens=True)
         assert judge(text, group.prompt).correct == 1, group.prompt.domain

@@ -15,7 +15,7 @@ from entroray.objective import build_objective, count_tokens, flat_tokens, shape
 from entroray.objective.masking import masked_in
 from entroray.objective.objective import SLOTS
 from entroray.types import Counts, Tokens
-from tests.cases import BUILT, ROWS, STATISTICS, WHOLE, N, close, live, outcome, tokens, update
+from tests.cases import BUILT, ROWS, STATISTICS, WHOLE, N, close, live, outcome, row_in_step, tokens, update
 from tests.published import PUBLISHED, Case, gate
 
 torch.set_num_threads(1)  # these tensors are tiny
@@ -46,6 +46,14 @@ def test_the_gradient_is_the_published_one(name, drift):
     _, gradient, _ = update(objective, objective.credit(t), WHOLE)
     expected = torch.where(t.mask, -PUBLISHED[name](Case(name, t)), 0.0)
     assert close(gradient, expected)
+
+
+@pytest.mark.parametrize("step", [1, 24, 25, 50, 51, 74, 75, 99, 100, 130])
+@pytest.mark.parametrize("name", ["positive_reweighting_epoch", "positive_reweighting_stage"])
+def test_the_gradient_of_a_scheduled_row_is_the_published_one_in_every_step(name, step):
+    objective, t = row_in_step(name, step), tokens(step=step)
+    _, gradient, _ = update(objective, objective.credit(t), WHOLE)
+    assert close(gradient, torch.where(t.mask, -PUBLISHED[name](Case(name, t)), 0.0))
 
 
 @every_row

@@ -1,5 +1,6 @@
 """Names and settings are checked at the start; a run's header tells the numbers in effect."""
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +57,7 @@ HERE = f"{__name__}.flat"
         ({"surrogate": {"fn": "clip", "low": None}}, "`clip.low` must be a number, got None"),
         ({"surrogate": {"fn": "clip", "dual": 0.5}}, "`clip.dual` must be a ratio above 1 or null"),
         ({"surrogate": {"fn": "cispo", "cap_mode": "eps"}}, "must be one of absolute, one_plus_eps"),
-        ({"surrogate": {"fn": "cispo", "cap": float("nan")}}, "must be above 0"),
+        ({"surrogate": {"fn": "cispo", "cap": float("nan")}}, "`cispo.cap` must be a number, got nan"),
         ({"surrogate": "clip"}, "objective.surrogate must read {fn: name"),
         ({"surrogate": {"low": 0.2}}, "objective.surrogate must read {fn: name"),
         ({"surrogate": None}, "objective.surrogate must be given: choose from balanced_clip"),
@@ -69,7 +70,7 @@ HERE = f"{__name__}.flat"
         ({"surrogate": {"fn": "entroray.objective.shutil.rmtree"}}, "cannot be imported"),
         ({"surrogate": {"fn": "entroray.binding.partial"}}, "defines no function `partial`"),
         ({"surrogate": {"fn": "entroray.objective.surrogate.clap"}}, "defines no function `clap`"),
-        ({"surrogate": {"fn": "entroray.objective.ratio.token"}}, "must take 2 positional"),
+        ({"surrogate": {"fn": "entroray.objective.ratio.token"}}, r"must take \(t, ratio\), as `clip` does"),
         ({"surrogate": {"fn": HERE, "steepness": 1.0}}, "outside the allowed packages"),
     ],
 )
@@ -100,7 +101,7 @@ def test_a_dotted_path_reaches_an_allowed_package():
     assert own.func is surrogate.reinforce
     with pytest.raises(ConfigError, match="`flat` needs `steepness`"):
         bind(surrogate, {"fn": HERE}, packages=[MINE])
-    with pytest.raises(ConfigError, match="must take 2 positional"):
+    with pytest.raises(ConfigError, match=r"must take \(t, ratio\), as `clip` does"):
         bind(surrogate, {"fn": f"{__name__}.of_tokens_alone"}, packages=[MINE])
 
 
@@ -175,6 +176,11 @@ def test_every_formula_shows_every_setting(slot, fn):
     assert not text.startswith(f"{fn}("), "its docstring has a line in backticks with the formula"
     for value in floats.values():
         assert any(f"{x:g}" in text for x in (value, 1 - value, 1 + value))
+
+
+def test_every_trait_is_explained():
+    explained = [line.strip().partition(":")[0] for line in (Traits.__doc__ or "").splitlines()]
+    assert [f.name for f in fields(Traits) if f.name not in explained] == []
 
 
 def test_a_function_says_what_it_is_and_one_that_says_nothing_has_the_defaults():

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from entroray.binding import declare
 from entroray.cli import objectives, train
 from entroray.errors import ConfigError
-from entroray.objective import active_tokens, active_tokens_inside, build_objective
+from entroray.objective import active_tokens, active_tokens_inside, build_objective, penalties, ratio
 from entroray.objective.activity import counted_functions
 from entroray.objective.compatibility import Schedule, check_combinations, remarks
 from entroray.train.failure_limits import IdleFunctions
@@ -17,10 +18,12 @@ from entroray.wiring.compose import load_config
 from tests.cases import ROWS, tokens
 from tests.composed import configured
 
-PLAIN = Schedule(updates=2, steps=100, max_lag=0)
+PLAIN = Schedule(updates=2, max_lag=0)
 BONUS = ("pi", "objective.penalties.0.coef")
 SEQUENCE = ROWS["gspo"]
 RAW, FILTERED = ROWS["reinforce"], {"keep": {"fn": "informative"}}
+BY_TOKEN = SEQUENCE | {"shapes": [{"fn": "add_entropy"}]}
+CLIPPED = ROWS["kl_cov"] | {"surrogate": {"fn": "clip"}}
 MASKED = {"correction": {"fn": "sequence_mask"}}
 
 
@@ -32,6 +35,61 @@ def informative(group: Group) -> bool:
 def reinforce(t: Tokens, ratio: Tensor) -> Tensor:
     """A surrogate of a user's own, called as one of ours."""
     return -ratio.clamp(max=1.0) * t.advantages
+
+
+@declare(per_rollout=True, shares_gradient=True)
+def own_sequence(t: Tokens) -> Tensor:
+    """A rollout-level ratio of a user's own."""
+    return ratio.sequence(t)
+
+
+@declare(anchor="sampler")
+def own_anchor(t: Tokens) -> Tensor:
+    return ratio.sampler(t)
+
+
+@declare(restrains=True, reads_selected=True)
+def own_restraint(t: Tokens) -> Tensor:
+    return penalties.kl_cov(t)
+
+
+@declare(by_token=lambda share: share > 0, steers_entropy=lambda share: share > 0)
+def own_shape(t: Tokens, *, share: float = 0.5) -> Tensor:
+    return t.advantages
+
+
+@declare(drops_uniform_groups=True)
+def own_keep(group: Group) -> bool:
+    return True
+
+
+def own(name: str, **settings: float) -> dict:
+    return {"fn": f"{__name__}.{name}", **settings}
+
+
+@pytest.mark.parametrize(
+    ("ours", "change", "remedy"),
+    [
+        (BY_TOKEN, {"ratio": own("own_sequence")}, "choose ratio `sequence_token`"),
+        (BY_TOKEN, {"shapes": [own("own_shape")]}, "choose ratio `sequence_token`"),
+        (SEQUENCE | {"aggregate": {"fn": "token"}}, {"ratio": own("own_sequence")}, "`rollout_mean`"),
+        (CLIPPED, {"surrogate": own("reinforce")}, "choose surrogate `reinforce`"),
+        (CLIPPED, {"penalties": [own("own_restraint")]}, "choose surrogate `reinforce`"),
+        (ROWS["dppo"] | {"correction": {"fn": "icepop"}}, {"ratio": own("own_anchor")}, "correction `none`"),
+        (ROWS["nsr"] | {"keep": {"fn": "informative"}}, {"keep": own("own_keep")}, "keep `always`"),
+        (ROWS["entropic_pi"], {"shapes": [own("own_shape")]}, "leave out control.pi"),
+    ],
+)
+def test_a_function_of_ones_own_is_guarded_as_ours_is(ours, change, remedy):
+    """By what it declares; each `ours` is refused, and with the user's function in its place too."""
+    for row in (ours, ours | change):
+        with pytest.raises(ConfigError, match=remedy):
+            check_combinations(build_objective(row, [__name__]), replace(PLAIN, by_entropy=(BONUS,)))
+
+
+def test_a_trait_may_depend_on_the_settings():
+    row = SEQUENCE | {"shapes": [own("own_shape", share=0.0)]}
+    check_combinations(build_objective(row, [__name__]), replace(PLAIN, by_entropy=(BONUS,)))
 
 
 def said(row, kind, **schedule) -> str:
@@ -117,10 +175,14 @@ def test_two_faults_are_told_at_once():
         (ROWS["kl_cov"], {}, "inert", "`kl_cov` in the first update of each step"),
         (ROWS["gmpo"], {"updates": 1}, "inert", "`clipped_geometric` with one update"),
         (ROWS["adaptive_entropy"], {}, "inert", "coef is 0"),
-        (ROWS["w_reinforce"] | {"shapes": [{"fn": "by_sign", "positive": 1.0}]}, {}, "inert", "weights 1"),
+        (
+            ROWS["w_reinforce"] | {"shapes": [{"fn": "by_sign", "positive": 1.0}]},
+            {},
+            "inert",
+            "`by_sign` with positive=1.0, negative=1.0",
+        ),
         (ROWS["clip_cov"] | {"estimator": {"fn": "center"}}, {}, "beware", "standard deviations"),
         (ROWS["forking_tokens"], {}, "beware", "kept_tokens"),
-        (ROWS["positive_reweighting_stage"], {"steps": 90}, "beware", "is 100, run.steps 90"),
         (ROWS["grpo"], {"max_lag": 1}, "beware", "correction `none`"),
         (ROWS["grpo"] | MASKED, {"shaped": True}, "beware", "drops nearly every response"),
         (ROWS["grpo"] | MASKED, {"second": True}, "beware", "drops nearly every response"),
@@ -198,9 +260,9 @@ def test_rules_inside_the_update_count_too():
 
 def test_a_rule_that_touches_nothing_is_named_once_until_it_acts():
     idle = IdleFunctions(patience=3)
-    step = lambda n: idle.note({"objective/clip_tokens": n})
+    step = lambda n: idle.observe({"objective/clip_tokens": n})
     assert [step(n) for n in (0, 0, 0, 0)] == [[], [], ["objective/clip_tokens"], []]
-    silent = lambda: idle.note({"objective/silent_half_tokens": 0})
+    silent = lambda: idle.observe({"objective/silent_half_tokens": 0})
     assert [silent() for _ in range(3)][-1] == ["objective/silent_half_tokens"], "whatever its name"
     assert [step(n) for n in (5, 0, 0, 0)] == [[], [], [], ["objective/clip_tokens"]]
 
@@ -228,8 +290,8 @@ def test_the_command_lists_every_row_and_function(capsys):
 
 
 def test_settings_name_packages_of_ones_own():
-    config, _ = load_config(["objective_packages=[my_lab]"])
-    assert config.objective_packages == ["my_lab"]
+    config, _ = load_config(["packages=[my_lab]"])
+    assert config.packages == ["my_lab"]
 
 
 def test_a_function_of_a_user_is_not_taken_for_ours_of_the_same_name():

@@ -11,12 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from entroray.cli import train
 from entroray.metrics import step_metrics
 from entroray.metrics.by_domain import judged_metrics
 from entroray.observe import console, report, token_records
 from entroray.observe.journal import Journal, read_metrics
-from entroray.observe.trackers import TensorBoard
+from entroray.observe.trackers import TrackedRun, tensorboard
+from entroray.policy.tokenizer import byte_tokenizer
 from entroray.types import Counts, Group, Prompt, Rollout, Status, Tokens, Verdict
+from tests.composed import configured
 from tests.records import query
 
 COLUMNS = token_records.SCHEMA.names
@@ -245,20 +248,21 @@ def test_events_hold_whatever_they_are_given(tmp_path):
 class Shelf:
     """A tracker that keeps what it is given and fails after `good` steps."""
 
-    def __init__(self, good):
-        self.good, self.seen = good, []
+    def __init__(self, good, error=ConnectionError):
+        self.good, self.seen, self.error = good, [], error
 
     def log(self, step, metrics):
         if step > self.good:
-            raise ConnectionError("no route")
+            raise self.error("no route")
         self.seen.append((step, metrics))
 
     def close(self):
         self.seen.append("closed")
 
 
-def test_a_tracker_that_fails_is_let_go_and_the_journal_goes_on(tmp_path):
-    broken, sound = Shelf(1), Shelf(9)
+@pytest.mark.parametrize("error", [ConnectionError, ZeroDivisionError, KeyError, SystemExit])
+def test_a_tracker_that_fails_is_let_go_and_the_journal_goes_on(tmp_path, error):
+    broken, sound = Shelf(1, error), Shelf(9)
     book = journal(tmp_path, trackers=[broken, sound])
     write(book, 1, 2, 3, loss=math.nan)
     book.close()
@@ -268,6 +272,23 @@ def test_a_tracker_that_fails_is_let_go_and_the_journal_goes_on(tmp_path):
         ("tracker_lost", 2)
     ]
     assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_tracker_that_cannot_be_closed_or_opened_ends_no_run(tmp_path, monkeypatch):
+    shelf = Shelf(9)
+    monkeypatch.setattr(shelf, "close", lambda: 1 / 0)
+    book = journal(tmp_path, trackers=[shelf])
+    write(book, 1)
+    book.close()
+    (tmp_path / "lab_of_mine.py").write_text("def tracker(run): raise OSError('no login')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = configured("observe.trackers=[{fn: lab_of_mine.tracker}]", "packages=[lab_of_mine]")
+    book, _ = train.open_journal(config, tmp_path / "run", byte_tokenizer(), (tmp_path / "log").open("w"))
+    write(book, 1)
+    book.close()
+    for folder, why in ((tmp_path, "ZeroDivisionError"), (tmp_path / "run", "no login")):
+        (event,) = read_metrics(folder / "events.jsonl")
+        assert event["kind"] == "tracker_lost" and why in event["fields"]["reason"]
 
 
 def test_token_records_the_disk_refuses_do_not_end_the_run(tmp_path):
@@ -280,10 +301,10 @@ def test_token_records_the_disk_refuses_do_not_end_the_run(tmp_path):
 def test_tensorboard_holds_the_metrics(tmp_path):
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    tracker = TensorBoard(tmp_path, first_step=1)
+    tracker = tensorboard(TrackedRun(tmp_path, "train", {}, first_step=1))
     tracker.log(7, {"entropy/mean": 1.5})
     tracker.close()
-    (file,) = tmp_path.iterdir()
+    (file,) = (tmp_path / "tensorboard").iterdir()
     values = [
         (e.step, v.tag, v.tensor.float_val[0])
         for e in EventFileLoader(str(file)).Load()

@@ -187,34 +187,34 @@ def test_a_doctor_says_what_is_wrong_and_exits_with_3(capsys: pytest.CaptureFixt
 
 def test_failed_verdicts_end_the_run_above_their_share() -> None:
     failures, good, bad = VerdictFailures(most=0.2), Verdict(1.0, True), failed("reward.custom raised")
-    failures.note([good] * 79 + [bad] * 20, 99)
+    failures.observe([good] * 79 + [bad] * 20, 99)
     with pytest.raises(
         DataError, match=r"21% of the last 100 .*reward\.max_failed.*21 x data_failed: reward"
     ):
-        failures.note([bad], 1)
+        failures.observe([bad], 1)
 
 
 def test_the_window_forgets() -> None:
     failures = VerdictFailures(most=0.2, window=100)
-    failures.note([Verdict(1.0, True)] * 90 + [failed("x")] * 10, 100)
-    failures.note([Verdict(1.0, True)] * 100, 100)
+    failures.observe([Verdict(1.0, True)] * 90 + [failed("x")] * 10, 100)
+    failures.observe([Verdict(1.0, True)] * 100, 100)
     assert failures.share == 0
 
 
 def test_evaluations_without_a_better_one_are_counted() -> None:
     stagnation = Stagnation(patience=2)
     accuracies = [0.3, None, 0.2, 0.4, 0.4, 0.1, 0.0, 0.3, 0.5]
-    assert [stagnation.note(a) for a in accuracies] == [False] * 5 + [True, False, True, False]
+    assert [stagnation.observe(a) for a in accuracies] == [False] * 5 + [True, False, True, False]
     assert (stagnation.best, stagnation.since) == (0.5, 0)
-    assert not any(Stagnation(patience=0).note(0.0) for _ in range(9))
+    assert not any(Stagnation(patience=0).observe(0.0) for _ in range(9))
 
 
 def test_skipped_updates_end_the_run_in_a_row_only() -> None:
     skipped = SkippedUpdates(most=2)
     for left_out in (True, False, True):
-        skipped.note(left_out)
+        skipped.observe(left_out)
     with pytest.raises(NumericsError, match=r"2 steps in a row.*learner\.lr"):
-        skipped.note(True)
+        skipped.observe(True)
 
 
 def test_an_unfinished_run_may_be_gone_on_with(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_an_unfinished_run_may_be_gone_on_with(tmp_path: Path) -> None:
 
 def test_missing_verdicts_end_the_run() -> None:
     with pytest.raises(DataError, match="7 verdicts on 8 responses"):
-        VerdictFailures(most=0.2).note([Verdict(1.0, True)] * 7, 8)
+        VerdictFailures(most=0.2).observe([Verdict(1.0, True)] * 7, 8)
 
 
 def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:

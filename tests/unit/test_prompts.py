@@ -265,7 +265,7 @@ COUNT = {"min_numbers": 3, "max_numbers": 4, "max_value": 20, "min_target": 1, "
 
 @pytest.mark.parametrize(
     ("task", "settings", "extract"),
-    [("chain_sum", CHAIN, "after"), ("countdown", COUNT, "whole")],
+    [("chain_sum", CHAIN, "after"), ("countdown", COUNT, "response")],
 )
 def test_demonstrations_of_the_gym_are_right(task, settings, extract):
     judge = build_judge({"fn": "gym", "task": task, "extract": extract, "marker": "="})

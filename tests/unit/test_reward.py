@@ -30,8 +30,8 @@ def user_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("rule", "marker", "text", "answer"),
     [
-        ("whole", "", "  3+5 \n", "3+5"),
-        ("whole", "", " \n ", None),
+        ("response", "", "  3+5 \n", "3+5"),
+        ("response", "", " \n ", None),
         ("last_line", "", "think\n\n 42 \n\n", "42"),
         ("last_line", "", "", None),
         ("after", "=", "12+34=46,46-5=41", "41"),
@@ -227,13 +227,12 @@ def test_a_broken_row_is_a_failure_of_the_data():
     ("spec", "says"),
     [
         ({"fn": "maths"}, "did you mean `math`"),
-        ({}, "reward.fn=None"),
+        ({}, "reward.judge must read {fn: name"),
         ({"fn": "math", "extrakt": "boxed"}, "`math` has no setting `extrakt`: did you mean `extract`"),
         ({"fn": "math", "extract": "box"}, "did you mean `boxed`"),
         ({"fn": "math", "extract": "after", "marker": ""}, "needs reward.marker"),
-        ({"fn": "gym"}, "reward: `gym` needs `task`"),
+        ({"fn": "gym"}, "reward.judge: `gym` needs `task`"),
         ({"fn": "gym", "task": "chain_sum", "partial": "false"}, "`gym.partial` must be true or false"),
-        ({"fn": "by_domain", "judges": "math"}, "`by_domain.judges` must be a mapping"),
         ({"fn": "math", "marker": 3}, "`math.marker` must be text"),
         ({"fn": "custom", "path": "mine.py"}, "my_file.py:my_function"),
         ({"fn": "custom", "path": "nowhere.py:judge"}, "there is no file"),

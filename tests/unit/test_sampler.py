@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from entroray import rows
 from entroray.errors import ConfigError, PreflightError
 from entroray.metrics import step_metrics, token_entropy
 from entroray.metrics.catalogue import family_metrics
@@ -16,11 +17,11 @@ from entroray.policy.tokenizer import byte_tokenizer
 from entroray.rollout import reshape, temperature_rules
 from entroray.train.batching import assemble, tokens_of
 from entroray.types import Group, Prompt, Rollout, SamplerNotes, Verdict
-from entroray.wiring import compose, preflight, sampler
+from entroray.wiring import preflight, sampler
 from tests.composed import configured
 from tests.documented import matches
 
-NAMES = sorted(path.stem for path in (compose.conf_folder() / "sampler").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (rows.conf_folder() / "sampler").glob("*.yaml"))
 
 
 def logits(rows: int = 40, words: int = 300) -> torch.Tensor:
@@ -82,7 +83,7 @@ def test_the_weighted_estimate_is_the_plain_one_but_for_what_cannot_be_drawn(nam
 @pytest.mark.parametrize("name", NAMES)
 def test_every_sampler_says_what_it_does(name: str) -> None:
     config = configured(f"sampler={name}", "objective=dapo")
-    said = sampler.describe_sampler(config.sampler)
+    said = sampler.describe_sampler(config)
     assert config.sampler.rule["fn"] in said
     assert sampler.reshapes(config) == (name != "fixed")
     assert config.objective["correction"]["fn"] == ("none" if name == "fixed" else "truncated_importance")

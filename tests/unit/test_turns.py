@@ -15,7 +15,7 @@ from entroray.data.sources import reasoning_gym
 from entroray.metrics.catalogue import family_metrics
 from entroray.metrics.step import step_metrics
 from entroray.objective import build_objective
-from entroray.reward import build_judge
+from entroray.reward import build_verification
 from entroray.reward.tools import Call, calculator
 from entroray.rollout.splice import cut
 from entroray.rollout.tool_turns import Syntax, ToolTurns, encode_demonstration, turn_seed
@@ -207,14 +207,14 @@ def test_the_calculator_calculates(call: str, said: str) -> None:
     "call", ["", "1/0", "2**9999999", "1+", "x", "__import__('os')", "1//2", "1" * 101, "(1)(2)"]
 )
 def test_the_calculator_refuses_the_rest_with_an_error_text(call: str) -> None:
-    judge = build_judge({"fn": "with_tool", "judge": {"fn": "math"}, "tool": {"fn": "calculator"}})
+    judge = build_verification(judges={"": {"fn": "math"}}, tool={"fn": "calculator"})
     verdict = judge(Call(call), PROMPT)
     assert (verdict.answer, verdict.correct, verdict.status) == ("error", 0, Status.OK) and verdict.detail
 
 
 def test_judge_and_tool_are_told_apart() -> None:
     spec = {"fn": "gym", "task": "chain_sum", "extract": "after"}
-    judge = build_judge({"fn": "with_tool", "judge": spec, "tool": {"fn": "calculator", "digits": 3}})
+    judge = build_verification(judges={"": spec}, tool={"fn": "calculator", "digits": 3})
     prompt = replace(PROMPT, entry={"answer": "5"})
     assert judge("=5", prompt).correct == 1 and judge("5", prompt).correct == 0
     assert judge(Call("2/3"), prompt).answer == "0.667"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from entroray import rows
 from entroray.config import WarmStartConfig
 from entroray.errors import PreflightError
 from entroray.objective import build_objective
@@ -14,8 +15,8 @@ from entroray.policy.tokenizer import byte_tokenizer
 from entroray.reward.verdicts import failed
 from entroray.train import warm_start as loop
 from entroray.train.warm_start import demonstration_group, overshoot_remedy, sampled_accuracy
-from entroray.types import Prompt, Rollout, Status, Verdict
-from entroray.wiring import compose, dataset, sampler, warm_start
+from entroray.types import Draw, Prompt, Rollout, Status, Verdict
+from entroray.wiring import dataset, sampler, warm_start
 from tests.composed import configured
 
 PLAN = WarmStartConfig(band=[0.3, 0.4], max_steps=8, rows_per_step=2, check_every=2)
@@ -42,7 +43,7 @@ def reached(*accuracies: float) -> tuple[float, int]:
         return next(looks)
 
     answer = demonstration_group(Prompt("p", "1+0=", (1,), "1"), [2, 3])
-    row: Any = build_objective(compose.objective_row("supervised"))
+    row: Any = build_objective(rows.objective_row("supervised"))
     said = loop.warm_start(repeat(answer), world, world, row, check, PLAN, lambda *told: None)  # type: ignore[arg-type]
     return asyncio.run(said), world.updates
 

@@ -1,4 +1,4 @@
-"""A judge from a user's own file."""
+"""A function from a user's own file: a judge, or a tool."""
 
 import importlib.util
 import inspect
@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from entroray.errors import ConfigError
-from entroray.reward.verdicts import Judge, guarded
 from entroray.types import Prompt
-
-
-def judge(*, path: str) -> Judge:
-    """`my_file.py:my_function`, called with (response, prompt); may return a number, a bool or a Verdict.
-
-    A number is the reward, and right from 0.99 on. The file is found from the working directory.
-    """
-    return guarded(load_function(path, "reward.path"), path)
 
 
 def load_function(path: str, setting: str) -> Callable[[str, Prompt], Any]:
