@@ -230,7 +230,7 @@ def test_a_weighted_run_starts_at_ratio_one_and_the_engine_measures_what_the_lea
 
 
 def test_the_engine_draws_at_no_lower_temperature_than_we_allow() -> None:
-    from vllm.how_params import DrawParams
+    from vllm.sampling_params import SamplingParams
 
-    assert DrawParams(temperature=MINIMUM).temperature == MINIMUM
-    assert DrawParams(temperature=0.9 * MINIMUM).temperature == MINIMUM
+    assert SamplingParams(temperature=MINIMUM).temperature == MINIMUM
+    assert SamplingParams(temperature=0.9 * MINIMUM).temperature == MINIMUM
