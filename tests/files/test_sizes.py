@@ -1,0 +1,32 @@
+"""How large the package may become: one table."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from entroray.cli.reference import settings
+from entroray.config import Config, Part
+from tests.files.test_layers import ROOT, tracked
+
+SIZES = {  # what is counted: the most there may be
+    "lines of *.py in entroray/": 17_500,
+    "settings, counted by their leaves": 120,
+    "modules in one folder of entroray/": 20,
+}
+
+
+def counted() -> dict[str, int]:
+    """Each size as it is now."""
+    modules = [Path(path) for path in tracked() if path.startswith("entroray/") and path.endswith(".py")]
+    folders = Counter(path.parent for path in modules if path.name != "__init__.py")
+    return {
+        "lines of *.py in entroray/": sum((ROOT / path).read_text().count("\n") for path in modules),
+        "settings, counted by their leaves": len([*settings(Config), *settings(Part)]),
+        "modules in one folder of entroray/": max(folders.values()),
+    }
+
+
+@pytest.mark.parametrize("what", SIZES)
+def test_the_package_stays_small(what):
+    assert counted()[what] <= SIZES[what]
