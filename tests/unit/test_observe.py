@@ -283,7 +283,7 @@ def test_a_tracker_that_cannot_be_closed_or_opened_ends_no_run(tmp_path, monkeyp
     (tmp_path / "lab_of_mine.py").write_text("def tracker(run): raise OSError('no login')\n")
     monkeypatch.syspath_prepend(tmp_path)
     config = configured("observe.trackers=[{fn: lab_of_mine.tracker}]", "packages=[lab_of_mine]")
-    book, _ = train.open_journal(config, tmp_path / "run", byte_tokenizer(), (tmp_path / "log").open("w"))
+    book, *_ = train.open_journal(config, tmp_path / "run", byte_tokenizer(), (tmp_path / "log").open("w"))
     write(book, 1)
     book.close()
     for folder, why in ((tmp_path, "ZeroDivisionError"), (tmp_path / "run", "no login")):

@@ -38,7 +38,8 @@ def penalty(t, *, strength: float): return strength * t.logprobs
 def aggregate(t, *, strength: float): return strength + 0 * t.advantages
 def denominator(counts, *, strength: float): return strength * counts.tokens
 def rule(entropy, varentropy, *, strength: float): return TemperatureChoice(strength + 0 * entropy)
-async def plan(generator, prompt, seeds, *, strength: float): return await generator.sample(prompt, seeds)
+async def plan(generator, prompt, seeds, draw, *, strength: float):
+    return await generator.sample(prompt, seeds, draw)
 def schedule(step, *, strength: float): return strength * step
 def feedback(signal, state, *, strength: float, low: float, high: float):
     return min(high, max(low, state["level"] + strength * signal)), state
@@ -154,7 +155,8 @@ def test_a_package_that_raises_when_it_is_imported_is_a_config_error(tmp_path):
 
 def test_a_plan_that_is_not_async_and_a_rule_without_bounds_are_refused(tmp_path):
     (tmp_path / "my_lab" / "wrong.py").write_text(
-        "def plan(generator, prompt, seeds): return []\ndef feedback(signal, state): return 0.0, state\n"
+        "def plan(generator, prompt, seeds, draw): return []\n"
+        "def feedback(signal, state): return 0.0, state\n"
     )
     with pytest.raises(ConfigError, match=r"rollout.plan: .*must be async def"):
         with_own("plan", fn="my_lab.wrong.plan")
