@@ -58,43 +58,9 @@ Condition = bool | Callable[..., bool]
 
 @dataclass(frozen=True)
 class Traits:
-    """What a function needs and how it behaves; `declare` writes them on it, and every guard reads them.
+    """What a function needs and how it behaves: the table of traits is in entroray/objective/README.md.
 
-    Of any function:
-    needs: `ref_logprobs`, `entropy_grad` (the gradient of the live entropy), `whole_step` (statistics over
-        all tokens of a step), or a key of `Tokens.extra`; `{setting}` in it stands for that setting's value.
-        Of a rollout plan: `entropy` (noted at every token), `top_tokens` (the likeliest first tokens).
-    min_group: fewest rollouts per prompt that it makes sense for.
-    neutral: changes nothing, or drops nothing (Condition); a surrogate: it clips nothing.
-    caveat: a sentence to be told whenever it is chosen.
-    Of keep rules and what makes advantages:
-    drops_uniform_groups: leaves out the groups whose answers are all wrong or all right.
-    uniform_advantage: its settings -> (A of a group all wrong, of one all right), with rewards 0 and 1 unless
-        a setting says otherwise; None: it leaves both as they were, and an estimator gives 0.
-    weighs: (A, its settings) -> A of such groups, weighed.
-    needs_uniform_groups: pointless without such groups.
-    in_deviations: its advantages are in standard deviations of the group (Condition).
-    compares_siblings: made for responses that share tokens.
-    live: a shape of the current policy, applied again, detached, inside the update.
-    by_token: a shape that tells the tokens of one rollout apart (Condition); live ones do.
-    steers_entropy: a shape that drives the entropy by itself (Condition).
-    Of selections and what reads them:
-    reads_selected: uses what `select` chose.
-    wants_deviations: its thresholds are for advantages in standard deviations.
-    Of corrections and ratios:
-    rollout_tolerance: its settings -> mean log-ratio (nats a token) beyond which it drops a whole response.
-    anchor: `old`, or `sampler` for a ratio to the sampler's own log-probs, which needs no correction.
-    per_rollout: a ratio that is one number a rollout; an aggregate that gives rollouts equal shares.
-    shares_gradient: a ratio whose tokens share one gradient.
-    idle_at_one: does nothing while r = 1.
-    Of penalties and denominators:
-    restrains: holds the policy in place of a clip.
-    counts_kept: leaves out of the count what the scales drop.
-    before: step statistics that it reads in `Tokens.extra`, by name: functions of the step's tokens and its
-        own settings, computed before the update.
-    Of rollout plans:
-    siblings: responses of a group share tokens.
-    misfit: (group size, its settings) -> what is wrong with that size and the remedy; empty if nothing is.
+    `declare` writes them on a function, and every guard reads them; `Condition`s may depend on its settings.
     """
 
     needs: frozenset[str] = frozenset()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from entroray.config import Config
@@ -15,82 +16,28 @@ class Bound(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-COUNT = Bound("at least 1", lambda x: x >= 1)
-NATURAL = Bound("at least 0", lambda x: x >= 0)
-POSITIVE = Bound("above 0", lambda x: x > 0)
-SHARE = Bound("between 0 and 1", lambda x: 0 <= x <= 1)
-COUNT_OR_NULL = Bound("at least 1, or null", lambda x: x is None or x >= 1)
-NATURAL_OR_NULL = Bound("at least 0, or null", lambda x: x is None or x >= 0)
-BAND = Bound("two shares, the lower first, both in [0, 1]", lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1)
-
-NUMBERS = {
-    "run.steps": COUNT,
-    "run.tokens": NATURAL,
-    "model.warm_start.band": BAND,
-    "model.warm_start.max_steps": COUNT,
-    "model.warm_start.rows_per_step": COUNT,
-    "model.warm_start.check_every": COUNT,
-    "data.heldout": SHARE,
-    "data.demonstrations": SHARE,
-    "data.max_prompt": COUNT,
-    "reward.deadline": POSITIVE,
-    "reward.max_failed": SHARE,
-    "sampler.temperature": NATURAL,
-    "sampler.top_p": Bound("above 0 and at most 1", lambda x: 0 < x <= 1),
-    "sampler.top_k": Bound("at least 1, or 0 or -1 for all tokens", lambda x: x >= -1),
-    "rollout.group_size": COUNT,
-    "rollout.groups_per_step": COUNT,
-    "rollout.prompts.retire": SHARE,
-    "rollout.prompts.band": BAND,
-    "rollout.prompts.outside": SHARE,
-    "rollout.second.factor": COUNT,
-    "rollout.replay.tokens": NATURAL,
-    "rollout.early.extra": NATURAL,
-    "rollout.repetition.count": Bound("0 (off) or at least 2", lambda x: x == 0 or x >= 2),
-    "rollout.max_tokens": COUNT,
-    "rollout.deadline": POSITIVE,
-    "rollout.turns": NATURAL,
-    "driver.max_lag": NATURAL,
-    "driver.refill_limit": NATURAL,
-    "driver.stall": POSITIVE,
-    "driver.call_deadline": POSITIVE,
-    "driver.probe.every": NATURAL,
-    "driver.probe.tolerance": NATURAL,
-    "learner.ranks": COUNT,
-    "learner.updates_per_rollout": COUNT,
-    "learner.token_budget": COUNT,
-    "learner.lr": NATURAL,
-    "learner.weight_decay": NATURAL,
-    "learner.betas": Bound(
+BOUNDS = {
+    "count": Bound("at least 1", lambda x: x >= 1),
+    "natural": Bound("at least 0", lambda x: x >= 0),
+    "positive": Bound("above 0", lambda x: x > 0),
+    "share": Bound("between 0 and 1", lambda x: 0 <= x <= 1),
+    "positive_share": Bound("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "count_or_null": Bound("at least 1, or null", lambda x: x is None or x >= 1),
+    "natural_or_null": Bound("at least 0, or null", lambda x: x is None or x >= 0),
+    "repeats": Bound("0 (off) or at least 2", lambda x: x == 0 or x >= 2),
+    "top_k": Bound("at least 1, or 0 or -1 for all tokens", lambda x: x >= -1),
+    "band": Bound(
+        "two shares, the lower first, both in [0, 1]", lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1
+    ),
+    "betas": Bound(
         "two numbers from 0 to below 1", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x)
     ),
-    "learner.max_grad_norm": NATURAL,
-    "learner.warmup_updates": NATURAL,
-    "learner.reset_after": NATURAL,
-    "learner.threads": NATURAL_OR_NULL,
-    "generator.replicas": COUNT,
-    "generator.tensor_parallel": COUNT,
-    "generator.restarts": NATURAL,
-    "generator.threads": NATURAL_OR_NULL,
-    "verifier.replicas": COUNT,
-    "verifier.slots": COUNT,
-    "verifier.memory_mb": COUNT_OR_NULL,
-    "cluster.cpus.generator": NATURAL,
-    "cluster.cpus.learner": NATURAL,
-    "cluster.cpus.verifier": NATURAL,
-    "cluster.gpus_per_generator": NATURAL,
-    "cluster.gpus_per_learner": NATURAL,
-    "observe.tokens.every": NATURAL,
-    "observe.diagnosis.every": NATURAL,
-    "observe.prediction.every": NATURAL,
-    "checkpoint.every": NATURAL,
-    "checkpoint.keep": COUNT,
-    "evaluate.prompts": COUNT,
-    "evaluate.samples": COUNT,
-    "evaluate.cot": NATURAL,
-    "evaluate.every": NATURAL,
 }
-"""What each must be; rules between several settings are in `check_config`."""
+NUMBERS = {
+    path: BOUNDS[name]
+    for path, name in map(str.split, Path(__file__).with_name("bounds.tsv").read_text().splitlines())
+}
+"""What each number must be; rules between several settings are in `check_config`."""
 
 NAMES: dict[str, tuple[object, ...]] = {
     "run.resume": ("never", "auto"),
