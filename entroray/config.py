@@ -135,7 +135,7 @@ class ReplayConfig:
 
 
 @dataclass
-class Tool:
+class ToolConfig:
     fn: str | None = None  # calculator, which answers calls within a response; null: none
     settings: dict[str, Any] = field(default_factory=dict)  # of that function
     path: str | None = None  # my_file.py:my_function instead, called with (call, prompt)
@@ -157,7 +157,7 @@ class RolloutConfig:
     max_tokens: int = 64  # longest response, tools' answers included; longer ones are cut, marked truncated
     deadline: float = 300.0  # seconds for each group of samples, and for each turn of them
     turns: int = 4  # most tool calls in one response; it is truncated at one more
-    tool: Tool = field(default_factory=Tool)
+    tool: ToolConfig = field(default_factory=ToolConfig)
     plan: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}: how a group's members are drawn
 
 

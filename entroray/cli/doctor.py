@@ -132,14 +132,19 @@ def data(config: Config) -> str:
     """Rows are read, rendered, tokenised and split; of a generated task the first `ROWS`."""
     read = _material(config)
     parts = f"{len(read.split.training)} training, {len(read.split.heldout)} held out"
-    return f"{', '.join(part.task for part in dataset.tasks(config).values())}: {parts}; {read.dropped}"
+    tasks = ", ".join(part.task for part in dataset.tasks(config.data, config.model.system).values())
+    return f"{tasks}: {parts}; {read.dropped}"
 
 
 def judge(config: Config) -> str:
     """The judge gives a verdict on a right answer where one is known, else on the bare reference."""
     read = _material(config)
     prompt = (read.split.demonstrations or read.split.training)[0]
-    known = None if config.reward.path else dataset.tasks(config)[prompt.domain].demonstration
+    known = (
+        None
+        if config.reward.path
+        else dataset.tasks(config.data, config.model.system)[prompt.domain].demonstration
+    )
     answer = _right(config, read, find_demonstration(known)(prompt.entry)) if known else prompt.reference
     verdict = asyncio.run(_judged(config, read, prompt, answer))
     if not verdict.status.usable:
@@ -154,7 +159,7 @@ def judge(config: Config) -> str:
 
 def _right(config: Config, read: dataset.Dataset, answer: str | WorkedAnswer) -> str:
     """The text of a response that is right, with what a tool says in it."""
-    ids, _ = tool.encode_answer(config, read.tokenizer, answer)
+    ids, _ = tool.encode_answer(config.rollout.tool, read.tokenizer, answer)
     return read.tokenizer.decode(ids)
 
 

@@ -82,7 +82,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
     known = words(read.tokenizer)
 
     role = GeneratorRole(engine, config.rollout.deadline)
-    generator = tool.with_tool(config, read.tokenizer, role, verifier)
+    generator = tool.with_tool(config.rollout, read.tokenizer, role, verifier)
     plan = plan_evaluation(sampler.evaluation_draw(config), e.samples, e.k)
 
     def ends(token: int) -> bool:

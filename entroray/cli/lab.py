@@ -35,6 +35,7 @@ from entroray.observe.journal import read_metrics, replace_text
 from entroray.observe.lab_cells import Cell, variant_name
 from entroray.wiring import compose, run_directory
 from entroray.wiring.actors import cpu_only, lasting
+from entroray.wiring.objective import build_checked_objective
 from entroray.wiring.reused_actors import ReusedActors
 from entroray.workers import cluster
 
@@ -172,7 +173,7 @@ async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
     """One run from first weights to last, as `entroray train` makes it, and what it came to."""
     config, folder = job.config, Path(str(job.config.run.dir))
     _fresh(folder)
-    objective = train.objective_of(config)
+    objective = build_checked_objective(config)
     m, read_in, before = await bench.ready(config, list(job.cell.overrides), objective)
     run_directory.write_manifest(folder, job.tree, {**m.facts, "seed": config.seed, "model": bench.model})
     began = time.monotonic()

@@ -4,21 +4,19 @@ import inspect
 import itertools
 import re
 from collections.abc import Iterator
-from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, get_args, get_origin
 
-from entroray import control
 from entroray.binding import Limit, effective_settings, function_name, keyword_settings, slot_functions
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR
-from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.objective import Objective, build_objective, check_group_size
 from entroray.objective.compatibility import Schedule, remarks
 from entroray.objective.objective import MANY, SLOTS
 from entroray.rows import conf_folder, objective_names, objective_row
-from entroray.wiring import compose, controllers, rollout_plan, sampler, selection
+from entroray.wiring import compose
+from entroray.wiring.objective import objective_schedule, remark_lines
 
 BASE = "grpo"
 """The row that the others are told apart from."""
@@ -45,36 +43,6 @@ def main(arguments: list[str]) -> int:
         )
     )
     return 2 if any(r.kind == "refused" for r in remarks(objective, objective_schedule(config))) else 0
-
-
-def objective_schedule(config: Config) -> Schedule:
-    """What the settings say of when a row is used."""
-    r, (_, updates) = config.rollout, controllers.updates_range(config)
-    return Schedule(
-        updates,
-        config.driver.max_lag,
-        second=selection.draws_hotter(r, "at_once"),
-        replay=bool(r.replay.tokens),
-        lowest=r.prompts.band[0],
-        highest=r.prompts.band[1],
-        retire=r.prompts.retire,
-        shaped=sampler.reshapes(config),
-        siblings=rollout_plan.makes_siblings(config),
-        by_entropy=tuple(
-            (c.name, c.knob)
-            for c in control.build_controllers(config.control, config.packages)
-            if _of_entropy(c.signal)
-        ),
-    )
-
-
-def _of_entropy(signal: str | None) -> bool:
-    return (signal or "").startswith(("entropy/", "update/entropy"))
-
-
-def remark_lines(config: Config, objective: Objective) -> list[str]:
-    """What is refused, inert, or to beware of, one a line."""
-    return [f"  {r.kind:<12} {r.text}" for r in remarks(objective, objective_schedule(config))]
 
 
 def _numbers(objective: Objective) -> Iterator[str]:
@@ -152,24 +120,3 @@ def _brief(given: object) -> str:
     assert isinstance(given, dict)
     numbers = [f"{k} {v}" for k, v in given.items() if k != "fn"]
     return f"{given['fn']}" + (f" ({', '.join(numbers)})" if numbers else "")
-
-
-ADVISED = (
-    *("learner.lr", "learner.updates_per_rollout", "driver.max_lag", "model.dtype", "sampler.temperature"),
-    *("rollout.max_tokens",),
-)
-"""Settings that the words on a run are about, beside its objective."""
-
-
-def advised(config: Config) -> dict[str, Any]:
-    """The run's settings by dotted name, as `metrics.remedies` reads them."""
-    steered = {"objective": dict(config.objective), "control": _knobs(config)}
-    return {name: attrgetter(name)(config) for name in ADVISED} | steered
-
-
-def _knobs(config: Config) -> list[str]:
-    return [c.knob for c in _controllers(config)]
-
-
-def _controllers(config: Config) -> tuple[control.Controller, ...]:
-    return control.build_controllers(config.control, config.packages)

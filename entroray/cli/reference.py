@@ -41,7 +41,8 @@ def reference_text(page: str) -> str:
     for head, rows in zip(TABLES, (_groups(), _rules(), _settings()), strict=True):
         columns = "|---" * (head.count("|") - 1) + "|"
         table = "\n".join([head, columns, *rows, ""])
-        page = re.sub(rf"^{re.escape(head)}\n(\|.*\n)*", lambda _, t=table: t, page, flags=re.MULTILINE)
+        old = re.search(rf"^{re.escape(head)}\n(\|.*\n)*", page, re.MULTILINE)
+        page = page.replace(old[0], table) if old else page
     return page
 
 

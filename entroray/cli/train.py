@@ -16,11 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from entroray.binding import bind
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
-from entroray.cli.objectives import advised, objective_schedule, remark_lines
 from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, Stopped
 from entroray.evaluation.evaluate import heldout_accuracy
-from entroray.objective import Objective, build_objective, check_group_size, compatibility
+from entroray.objective import Objective
 from entroray.observe import trackers
 from entroray.observe.console import Console, summary
 from entroray.observe.health_tracker import HealthTracker, health_lines, moved_settings
@@ -45,6 +44,7 @@ from entroray.wiring import (
     warm_start,
 )
 from entroray.wiring.driver import build_driver, loop_settings
+from entroray.wiring.objective import advised_settings, build_checked_objective, remark_lines
 from entroray.workers import cluster
 
 FLAGS = (Flag("cfg", "job", short="-c"), CONFIG_DIR, Flag("multirun", short="-m"))
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     if "cfg" in given:
         print(OmegaConf.to_yaml(tree, resolve=True), end="")
         return 0
-    objective = objective_of(config)
+    objective = build_checked_objective(config)
     if config.run.dry:
         print(_dry(config, objective))
         return 0
@@ -69,14 +69,6 @@ def main(arguments: list[str]) -> int:
     facts = warm_start.ensure_model(config, overrides, config_dir)
     asyncio.run(_train(config, tree, objective, run_directory.open_run(config, tree), facts))
     return 0
-
-
-def objective_of(config: Config) -> Objective:
-    """The objective as configured; ConfigError where it cannot be trained with these settings."""
-    objective = build_objective(config.objective, config.packages)
-    check_group_size(objective, config.rollout.group_size)
-    compatibility.check_combinations(objective, objective_schedule(config))
-    return objective
 
 
 def _multirun(overrides: list[str], config_dir: str | None, *, show: bool) -> int:
@@ -97,7 +89,7 @@ def _dry(config: Config, objective: Objective) -> str:
     """What would run: the equation, each role's share, memory by role."""
     lines = [objective.describe(), *remark_lines(config, objective), ""]
     lines += [f"prompts: {line}" for line in dataset.describe_tasks(config)]
-    lines += [f"tool: {tool.describe_tool(config)}"] if tool.uses_tool(config) else []
+    lines += [f"tool: {tool.describe_tool(config.rollout)}"] if tool.uses_tool(config.rollout.tool) else []
     lines += [f"control: {line}" for line in controllers.describe_controllers(config)]
     for role, (count, share) in actors.resource_shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
@@ -177,7 +169,7 @@ def open_journal(
                 f"observe.trackers: {spec['fn']} cannot be opened: {error!r}; the run goes on without"
             )
     history = read_metrics(folder / "metrics.jsonl")
-    health = HealthTracker(journal.event, console.say, history, advised(config))
+    health = HealthTracker(journal.event, console.say, history, advised_settings(config))
     journal.trackers.append(health)
     return journal, console, health
 
@@ -186,8 +178,13 @@ def _header(
     config: Config, objective: Objective, read_in: dataset.Dataset, folder: Path, facts: dict[str, Any]
 ) -> list[str]:
     r, s, split = config.rollout, config.sampler, read_in.split
-    stops = [repr(x) for x in (read_in.tokenizer.eos_token, *tool.stop_strings(config))]
-    called = [f"tool       {tool.describe_tool(config)}"] if tool.uses_tool(config) else []
+    stops = [
+        repr(x)
+        for x in (read_in.tokenizer.eos_token, *tool.stop_strings(config.sampler.stop, config.rollout.tool))
+    ]
+    called = (
+        [f"tool       {tool.describe_tool(config.rollout)}"] if tool.uses_tool(config.rollout.tool) else []
+    )
     return [
         *objective.describe().splitlines(),
         *remark_lines(config, objective),
@@ -195,7 +192,7 @@ def _header(
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
         f"sampler    {sampler.describe_sampler(config)}",
-        f"groups     {rollout_plan.describe_plan(config)}",
+        f"groups     {rollout_plan.describe_plan(config.rollout.plan, config.packages)}",
         f"choice     {selection.describe_selection(r)}",
         *called,
         f"schedule   {config.run.steps} steps, {_updates(config)} updates a step, "
@@ -226,7 +223,7 @@ async def drive(
 ) -> None:
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
     verifier = m.verifier_role()
-    generator = tool.with_tool(config, read_in.tokenizer, m.generator_role(), verifier, journal.event)
+    generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
     roles = Roles(
         generator,
         verifier,
@@ -313,7 +310,7 @@ def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
     take_signals()  # the event loop took them with it
     metrics = read_metrics(folder / "metrics.jsonl")
     words = [
-        *health_lines(metrics, advised(config)),
+        *health_lines(metrics, advised_settings(config)),
         *moved_settings(controllers.build_control(config).controllers, metrics),
     ]
     print("\n".join([summary(metrics), "", *words]))

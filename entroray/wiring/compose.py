@@ -118,7 +118,7 @@ def check_config(config: Config) -> None:
     constraints.check_bounds(config)
     sampler.check_sampler(config)
     tool.check_tool(config)
-    dataset.check_mixture(config)
+    dataset.check_mixture(config.data)
     dataset.check_tasks(config)
     rollout_plan.check_plan(config)
     for spec in config.observe.trackers:

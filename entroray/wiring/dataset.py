@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from entroray.binding import bind
-from entroray.config import Config, Part
+from entroray.config import Config, Data, Part
 from entroray.data import mixture, prompts, sources
 from entroray.errors import ConfigError, PreflightError
 from entroray.policy.tokenizer import chat, load_tokenizer
@@ -26,28 +26,27 @@ class Dataset:
     """What was left out, in words."""
 
 
-def tasks(config: Config) -> dict[str, Part]:
+def tasks(d: Data, system: str | None) -> dict[str, Part]:
     """The parts of the mixture by name; of one task alone, itself, called ""."""
-    d = config.data
     alone = Part(
         source=d.source,
         task=d.task,
         settings=d.settings,
         template=d.template,
-        system=config.model.system,
+        system=system,
         demonstration=d.demonstration,
     )
     return d.parts or {"": alone}
 
 
-def weights(config: Config) -> dict[str, float]:
+def weights(d: Data) -> dict[str, float]:
     """Of the parts of a mixture; nothing for one task alone."""
-    return {name: part.weight for name, part in config.data.parts.items()}
+    return {name: part.weight for name, part in d.parts.items()}
 
 
-def check_mixture(config: Config) -> None:
+def check_mixture(d: Data) -> None:
     """ConfigError for a mixture that cannot be drawn from."""
-    for name, weight in weights(config).items():
+    for name, weight in weights(d).items():
         if weight <= 0:
             raise ConfigError(f"data.parts.{name}.weight={weight:g} must be above 0, or leave the part out")
         if not name or set(name) & set(":/|` "):
@@ -56,7 +55,7 @@ def check_mixture(config: Config) -> None:
 
 def check_tasks(config: Config) -> None:
     """ConfigError for a source or a judge that there is not, or whose settings are wrong."""
-    for name, part in tasks(config).items():
+    for name, part in tasks(config.data, config.model.system).items():
         _bind_source(part, config.packages)
         if spec := part.judge or config.reward.judge:
             place = f"data.parts.{name}.judge" if part.judge else judges.SETTING
@@ -83,7 +82,10 @@ def read_dataset(config: Config, tokenizer: Any) -> Dataset:
     What two parts have in common stays in the first. Held-out prompts come by turns, so that the first
     few of them are of every part.
     """
-    made, bad = zip(*(_made(config, tokenizer, *each) for each in tasks(config).items()), strict=True)
+    made, bad = zip(
+        *(_made(config, tokenizer, *each) for each in tasks(config.data, config.model.system).items()),
+        strict=True,
+    )
     parts, shared = mixture.without_shared([m.prompts for m in made])
     data = config.data
     cut = [prompts.split(part, heldout=data.heldout, demonstrations=data.demonstrations) for part in parts]
@@ -119,14 +121,14 @@ def probe_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(tokenizer.encode(PROBE, add_special_tokens=False))
 
 
-def prompt_order(config: Config, of: tuple[Prompt, ...], seed: int) -> prompts.PromptStream | mixture.Mixture:
+def prompt_order(d: Data, of: tuple[Prompt, ...], seed: int) -> prompts.PromptStream | mixture.Mixture:
     """These prompts without end, as a run draws them."""
-    return mixture.prompt_stream(of, weights(config), seed=seed)
+    return mixture.prompt_stream(of, weights(d), seed=seed)
 
 
 def judge_spec(config: Config) -> Mapping[str, Any]:
     """What a verifier builds: a user's function if `reward.path` is set, else the tasks' judges; the tool."""
-    spec = tool.tool_spec(config) if tool.uses_tool(config) else None
+    spec = tool.tool_spec(config.rollout.tool) if tool.uses_tool(config.rollout.tool) else None
     return {"judges": _judges(config), "tool": spec, "packages": config.packages}
 
 
@@ -135,8 +137,11 @@ def _judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
     if config.reward.path:
         file, _, function = config.reward.path.rpartition(":")
         path = f"{Path(file).resolve()}:{function}"
-        return {name: {"fn": "custom", "path": path} for name in tasks(config)}
-    specs = {name: part.judge or config.reward.judge for name, part in tasks(config).items()}
+        return {name: {"fn": "custom", "path": path} for name in tasks(config.data, config.model.system)}
+    specs = {
+        name: part.judge or config.reward.judge
+        for name, part in tasks(config.data, config.model.system).items()
+    }
     if not all(specs.values()):
         where = next(f"data.parts.{n}.judge" if n else "reward.judge" for n in specs if not specs[n])
         raise ConfigError(f"no judge: set {where} (as conf/data does), or reward.path=my_file.py:my_function")
@@ -146,7 +151,7 @@ def _judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
 def describe_tasks(config: Config) -> list[str]:
     """How questions are put and judged, in words: a line for each part."""
     lines = []
-    for name, part in tasks(config).items():
+    for name, part in tasks(config.data, config.model.system).items():
         system = part.system or config.model.system
         said = f"{part.task}, template {part.template!r}, system {system!r}"
         judged = "" if config.reward.path else f", judged by {(part.judge or config.reward.judge).get('fn')}"

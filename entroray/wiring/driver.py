@@ -20,7 +20,7 @@ def build_driver(
     """The driver of a run, at its first step."""
     training = read_in.split.training
     prompts, chosen = selection.build_selection(
-        config, dataset.prompt_order(config, training, config.seed), len(training)
+        config, dataset.prompt_order(config.data, training, config.seed), len(training)
     )
     return Driver(
         prompts,
@@ -28,7 +28,7 @@ def build_driver(
         Knobs(objective, draw, config.learner.updates_per_rollout),
         loop_settings(config),
         seed=config.seed,
-        plan=rollout_plan.bind_plan(config),
+        plan=rollout_plan.bind_plan(config.rollout.plan, config.packages),
         diagnostics=_diagnostics(config, objective, read_in),
         selection=chosen,
         control=controllers.build_control(config),

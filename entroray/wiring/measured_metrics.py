@@ -65,8 +65,11 @@ def _missing_families(config: Config) -> dict[str, str]:
             sampler.notes_entropy(config),
             "choose a sampler that shapes, such as sampler=by_entropy",
         ),
-        "tool": (tool.uses_tool(config), "give the rollouts a tool (rollout.tool)"),
-        "branching": (rollout_plan.branches(config), "choose a plan that forks (rollout.plan)"),
+        "tool": (tool.uses_tool(config.rollout.tool), "give the rollouts a tool (rollout.tool)"),
+        "branching": (
+            rollout_plan.branches(config.rollout.plan, config.packages),
+            "choose a plan that forks (rollout.plan)",
+        ),
         "prompts": (
             selection.reorders_prompts(rollout),
             "set rollout.prompts.retire or rollout.prompts.band",

@@ -56,7 +56,7 @@ class ReusedActors:
         assert self.stands and self.read_in
         m, e, verifier = self.stands, config.evaluate, self.stands.verifier_role()
         prompts, draw = self.read_in.split.heldout[: e.prompts], sampler.plain_draw(config)
-        generator = tool.with_tool(config, self.read_in.tokenizer, m.generator_role(), verifier)
+        generator = tool.with_tool(config.rollout, self.read_in.tokenizer, m.generator_role(), verifier)
         return await heldout_metrics(generator, verifier, m.learner_role(), prompts, draw, e.samples)
 
     async def clear(self, *, broken: bool = False) -> None:

@@ -1,6 +1,8 @@
 """`rollout.plan` of the configuration -> how the members of a group are drawn, and what of it is refused."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from entroray.binding import bind, effective_settings, function_name, holds, traits
 from entroray.config import Config
@@ -14,39 +16,39 @@ LISTED = 20
 """vLLM's own limit on how many likeliest tokens it lists."""
 
 
-def bind_plan(config: Config) -> partial:
+def bind_plan(plan: Mapping[str, Any], packages: Sequence[str]) -> partial:
     """The plan as configured; ConfigError names what is unknown or mistyped."""
-    return bind(plans, config.rollout.plan or INDEPENDENT, config.packages)
+    return bind(plans, plan or INDEPENDENT, packages)
 
 
-def reads_entropy(config: Config) -> bool:
+def reads_entropy(plan: Mapping[str, Any], packages: Sequence[str]) -> bool:
     """Whether the engines must note the entropy of every distribution they draw from."""
-    return "entropy" in traits(bind_plan(config)).needs
+    return "entropy" in traits(bind_plan(plan, packages)).needs
 
 
-def makes_siblings(config: Config) -> bool:
+def makes_siblings(plan: Mapping[str, Any], packages: Sequence[str]) -> bool:
     """Whether responses of a group share tokens."""
-    return traits(bind_plan(config)).siblings
+    return traits(bind_plan(plan, packages)).siblings
 
 
-def branches(config: Config) -> bool:
+def branches(plan: Mapping[str, Any], packages: Sequence[str]) -> bool:
     """Whether members of a group may begin otherwise than at the prompt."""
-    return not holds(bind_plan(config), "neutral")
+    return not holds(bind_plan(plan, packages), "neutral")
 
 
-def describe_plan(config: Config) -> str:
+def describe_plan(plan: Mapping[str, Any], packages: Sequence[str]) -> str:
     """The plan in words, for a run's header."""
-    bound = bind_plan(config)
+    bound = bind_plan(plan, packages)
     return f"{function_name(bound)}: {describe_formula(bound)}"
 
 
 def check_plan(config: Config) -> None:
     """ConfigError for a plan that does not fill a group, or that the sampler or the engine rules out."""
-    bound = bind_plan(config)
+    bound = bind_plan(config.rollout.plan, config.packages)
     size, name, declared = config.rollout.group_size, function_name(bound), traits(bound)
     if declared.misfit and (problem := declared.misfit(size, **effective_settings(bound))):
         raise ConfigError(f"rollout.plan {name} with rollout.group_size={size}: {problem}")
-    if branches(config):
+    if not holds(bound, "neutral"):
         _check_alone(config, name)
     if "entropy" in declared.needs:
         _check_notes(config, name)
@@ -76,7 +78,7 @@ def _check_alone(config: Config, name: str) -> None:
             f"rollout.plan {name} with rollout.early.extra={config.rollout.early.extra}: the last to finish "
             "are given up, and branches on their parents; drop one of them"
         )
-    if tool.uses_tool(config):
+    if tool.uses_tool(config.rollout.tool):
         raise ConfigError(
             f"rollout.plan {name} with rollout.tool: a branch may begin within a call or its answer; drop one"
         )

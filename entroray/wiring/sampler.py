@@ -45,13 +45,19 @@ def notes_entropy(config: Config) -> bool:
 
 def _notes_first(config: Config) -> bool:
     """Whether first draws are noted, if only by a rule that changes nothing."""
-    return _has_rule(config) or rollout_plan.reads_entropy(config)
+    return _has_rule(config) or rollout_plan.reads_entropy(config.rollout.plan, config.packages)
 
 
 def plain_draw(config: Config) -> Draw:
     """The policy's own distribution at `sampler.temperature`; 0 is greedy."""
     s = config.sampler
-    return Draw(s.temperature, config.rollout.max_tokens, tool.stop_strings(config), s.top_p, s.top_k)
+    return Draw(
+        s.temperature,
+        config.rollout.max_tokens,
+        tool.stop_strings(config.sampler.stop, config.rollout.tool),
+        s.top_p,
+        s.top_k,
+    )
 
 
 def training_draw(config: Config, tokenizer: Any) -> Draw:

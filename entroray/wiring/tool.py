@@ -1,10 +1,10 @@
 """`rollout.tool` of the configuration -> what runs where judges run, and a generator that talks with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from entroray.config import Config
+from entroray.config import Config, RolloutConfig, ToolConfig
 from entroray.data.demonstrations import WorkedAnswer
 from entroray.errors import ConfigError
 from entroray.reward import build_tool
@@ -13,41 +13,38 @@ from entroray.rollout.tool_turns import Syntax, ToolTurns, encode_demonstration
 from entroray.types import Span
 
 
-def uses_tool(config: Config) -> bool:
+def uses_tool(t: ToolConfig) -> bool:
     """Whether responses may call a tool."""
-    return bool(config.rollout.tool.fn or config.rollout.tool.path)
+    return bool(t.fn or t.path)
 
 
-def stop_strings(config: Config) -> tuple[str, ...]:
-    """Strings that end a turn: those that end a response, and the end of a call."""
-    close = (config.rollout.tool.close,) if uses_tool(config) else ()
-    return (*config.sampler.stop, *close)
+def stop_strings(stop: Sequence[str], t: ToolConfig) -> tuple[str, ...]:
+    """Strings that end a turn: `stop`, which end a response, and the end of a call."""
+    return (*stop, *((t.close,) if uses_tool(t) else ()))
 
 
-def tool_spec(config: Config) -> dict[str, Any]:
+def tool_spec(t: ToolConfig) -> dict[str, Any]:
     """What `entroray.reward.build_tool` takes."""
-    t = config.rollout.tool
     if t.path:
         file, _, function = t.path.rpartition(":")
         return {"fn": "custom", "path": f"{Path(file).expanduser().resolve()}:{function}"}
     return {**t.settings, "fn": t.fn}
 
 
-def syntax(config: Config) -> Syntax:
+def syntax(t: ToolConfig) -> Syntax:
     """How calls are written."""
-    t = config.rollout.tool
     return Syntax(t.open, t.close, t.answer)
 
 
 def check_tool(config: Config) -> None:
     """ConfigError for a tool that there is not, or whose calls and answers could not be told apart."""
     t = config.rollout.tool
-    if not uses_tool(config):
+    if not uses_tool(t):
         return
     if t.fn and t.path:
         raise ConfigError(f"rollout.tool.fn={t.fn} and rollout.tool.path={t.path}: a response has one tool")
     if t.fn:
-        build_tool(tool_spec(config), config.packages)
+        build_tool(tool_spec(t), config.packages)
     if not t.open or not t.close or "{answer}" not in t.answer:
         raise ConfigError(
             f"rollout.tool: open={t.open!r} and close={t.close!r} must not be empty, and answer={t.answer!r} "
@@ -71,38 +68,38 @@ def check_tool(config: Config) -> None:
 
 
 def with_tool(
-    config: Config,
+    r: RolloutConfig,
     tokenizer: Any,
     generator: Generator,
     tool: Tool,
     report: Callable[..., None] = lambda kind, **fields: None,
 ) -> Generator:
     """`generator`, with the tool of these settings between its turns if there is one."""
-    if not uses_tool(config):
+    if not uses_tool(r.tool):
         return generator
     ids, decode = _encode(tokenizer), lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    return ToolTurns(generator, tool, syntax(config), config.rollout.turns, ids, decode, report)
+    return ToolTurns(generator, tool, syntax(r.tool), r.turns, ids, decode, report)
 
 
 def encode_answer(
-    config: Config, tokenizer: Any, answer: str | WorkedAnswer
+    t: ToolConfig, tokenizer: Any, answer: str | WorkedAnswer
 ) -> tuple[list[int], tuple[Span, ...]]:
     """The ids of a demonstration, and which of them are the tool's; ConfigError for calls without a tool."""
     if isinstance(answer, str):
         return tokenizer.encode(answer, add_special_tokens=False), ()
-    if not uses_tool(config):
+    if not uses_tool(t):
         raise ConfigError("demonstrations with calls need a tool: rollout.tool.fn=calculator")
-    return encode_demonstration(answer, syntax(config), _encode(tokenizer))
+    return encode_demonstration(answer, syntax(t), _encode(tokenizer))
 
 
-def describe_tool(config: Config) -> str:
+def describe_tool(r: RolloutConfig) -> str:
     """The tool in words."""
-    t = config.rollout.tool
-    if not uses_tool(config):
+    t = r.tool
+    if not uses_tool(t):
         return "none"
     return (
         f"{t.path or t.fn}, called as {t.open}...{t.close}, answers {t.answer}, masked; at most "
-        f"{config.rollout.turns} calls"
+        f"{r.turns} calls"
     )
 
 

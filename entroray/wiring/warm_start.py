@@ -56,7 +56,7 @@ def _besides(config: Config) -> list[dict[str, Any]]:
     """What else shapes prompts and responses, where it is set: what is not leaves the older names valid."""
     system = {"system": config.model.system} if config.model.system else {}
     r = config.rollout
-    called = {"tool": asdict(r.tool), "turns": r.turns} if tool.uses_tool(config) else {}
+    called = {"tool": asdict(r.tool), "turns": r.turns} if tool.uses_tool(config.rollout.tool) else {}
     found = system | called | _trained(config) | _judged(config.reward.path)
     return [found] if found else []
 
@@ -148,7 +148,7 @@ async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
     objective = build_objective(rows.objective_row("supervised"))
     probe = dataset.probe_ids(read.tokenizer)
     m = await actors.start_actors(config, start, objective, read.judge, probe, total_updates=plan.max_steps)
-    generator = tool.with_tool(config, read.tokenizer, m.generator_role(), m.verifier_role())
+    generator = tool.with_tool(config.rollout, read.tokenizer, m.generator_role(), m.verifier_role())
     draw = sampler.plain_draw(config)
     checks = read.split.training[: 2 * plan.rows_per_step]
     began = time.monotonic()
@@ -167,10 +167,14 @@ async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
 
 
 def _demonstrations(config: Config, read: dataset.Dataset) -> Iterator[Group]:
-    answers = {name: _answers(name, part) for name, part in dataset.tasks(config).items()}
+    answers = {
+        name: _answers(name, part) for name, part in dataset.tasks(config.data, config.model.system).items()
+    }
     end, longest = read.tokenizer.eos_token_id, config.rollout.max_tokens
-    for prompt in dataset.prompt_order(config, read.split.demonstrations, config.seed):
-        ids, spans = tool.encode_answer(config, read.tokenizer, answers[prompt.domain](prompt.entry))
+    for prompt in dataset.prompt_order(config.data, read.split.demonstrations, config.seed):
+        ids, spans = tool.encode_answer(
+            config.rollout.tool, read.tokenizer, answers[prompt.domain](prompt.entry)
+        )
         yield demonstration_group(prompt, [*ids, end][:longest], spans)
 
 

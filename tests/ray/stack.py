@@ -19,6 +19,7 @@ from entroray.cli import train
 from entroray.config import Config
 from entroray.objective import Objective, build_objective
 from entroray.wiring import actors, compose, dataset
+from entroray.wiring.objective import build_checked_objective
 from entroray.wiring.run_directory import RunDirectory
 from entroray.workers import cluster
 from entroray.workers.cluster import Gang, Pool
@@ -157,7 +158,7 @@ class Stack:
     async def drive(self, folder: Path, *overrides: str) -> list[dict[str, Any]]:
         """The metrics of a run of every step, in this process, as `entroray train` drives it."""
         config, _ = compose.load_config([*overrides, f"run.dir={folder}"])
-        objective, data = train.objective_of(config), dataset.load_dataset(config, config.model.path)
+        objective, data = build_checked_objective(config), dataset.load_dataset(config, config.model.path)
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await self.actors(config, objective, data.judge, updates)
         folder.mkdir(parents=True, exist_ok=True)

@@ -140,7 +140,14 @@ async def _every_plan(config: Any, stack: Stack) -> dict[str, list[tuple[Mapping
         knobs = Knobs(objective, draw, config.learner.updates_per_rollout)
         roles = Roles(m.generator_role(), m.verifier_role(), m.learner_role(), m.sync, notes)  # type: ignore[arg-type]
         stream, pace = PromptStream(read.split.training, seed=0), loop_settings(config)
-        driver = Driver(stream, roles, knobs, pace, seed=0, plan=rollout_plan.bind_plan(config))
+        driver = Driver(
+            stream,
+            roles,
+            knobs,
+            pace,
+            seed=0,
+            plan=rollout_plan.bind_plan(config.rollout.plan, config.packages),
+        )
         if state:
             driver.restore(state)
         await driver.train(driver.version + 3)

@@ -68,7 +68,9 @@ def test_a_plan_that_reads_entropies_has_them_noted_and_changes_nothing_else() -
     asked = sampler.training_draw(config, None)
     assert asked.rule == {"fn": "fixed"} and asked.factor == 1.0
     assert actors.engine_options(config)["logits_processors"]
-    assert "4 from the prompt; the rest from 1 position(s) of each" in rollout_plan.describe_plan(config)
+    assert "4 from the prompt; the rest from 1 position(s) of each" in rollout_plan.describe_plan(
+        config.rollout.plan, config.packages
+    )
     assert config.objective["estimator"]["fn"] == "zscore" and config.objective["correction"]["fn"] == "none"
     config.rollout.plan = {"fn": "first_token_forks"}
     assert not sampler.training_draw(config, None).notes

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from entroray.cli.objectives import objective_schedule
 from entroray.errors import ConfigError
 from entroray.objective import build_objective
 from entroray.objective.compatibility import remarks
 from entroray.train.driver import Knobs
 from entroray.types import Batch
 from entroray.wiring import controllers, sampler
+from entroray.wiring.objective import objective_schedule
 from entroray.workers.roles import LearnerRole
 from tests.composed import configured
 

@@ -32,6 +32,7 @@ from entroray.reward import build_verification
 from entroray.train.batching import tokens_of
 from entroray.types import Draw, Group, Prompt, Rollout, Verdict
 from entroray.wiring import dataset, warm_start
+from entroray.wiring.objective import build_checked_objective
 from tests.composed import configured
 from tests.documented import matches
 from tests.toy import ToyWorld
@@ -219,7 +220,7 @@ def test_system_message_and_template_in_a_model_folder_with_its_own_chat_templat
         "<|im_start|>assistant\n"
     )
     assert tokenizer.decode(first.token_ids) == rendered and first.text.endswith("=")
-    said = train._dry(config, train.objective_of(config))
+    said = train._dry(config, build_checked_objective(config))
     assert "prompts: chain_sum, template '{expression:compact}=', system 'Add up.', judged by gym" in said
 
 
@@ -265,4 +266,4 @@ def test_wrong_parts_are_refused_by_name(mixed: Config) -> None:
     with pytest.raises(ConfigError, match=r"no judge: set data\.parts\.one\.judge"):
         dataset.judge_spec(bare)
     with pytest.raises(ConfigError, match="no name for a metric"):
-        dataset.check_mixture(replace(mixed, data=replace(mixed.data, parts={"a:b": Part()})))
+        dataset.check_mixture(replace(mixed.data, parts={"a:b": Part()}))

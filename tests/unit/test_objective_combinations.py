@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from entroray.binding import declare
-from entroray.cli import objectives, train
+from entroray.cli import objectives
 from entroray.errors import ConfigError
 from entroray.objective import active_tokens, active_tokens_inside, build_objective, penalties, ratio
 from entroray.objective.activity import counted_functions
@@ -15,6 +15,7 @@ from entroray.objective.compatibility import Schedule, check_combinations, remar
 from entroray.train.failure_limits import IdleFunctions
 from entroray.types import Group, Tokens
 from entroray.wiring.compose import load_config
+from entroray.wiring.objective import build_checked_objective
 from tests.cases import ROWS, tokens
 from tests.composed import configured
 
@@ -146,8 +147,8 @@ def test_a_controller_of_the_entropy_may_move_the_law_of_the_row_itself(row):
 def test_two_laws_of_entropy_are_refused_before_the_run(control):
     config = configured("objective=entrocraft_band", f"control={control}")
     with pytest.raises(ConfigError, match="leave out control"):
-        train.objective_of(config)
-    train.objective_of(configured("objective=entrocraft_band"))
+        build_checked_objective(config)
+    build_checked_objective(configured("objective=entrocraft_band"))
 
 
 def test_two_faults_are_told_at_once():

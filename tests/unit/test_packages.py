@@ -176,7 +176,8 @@ def test_what_is_bound_is_what_runs():
     row = configured("objective=grpo").objective | {"shapes": [own("shape")]}
     assert outcome(build_objective(row, ["my_lab"])) != outcome(build_objective("grpo"))
     assert float(reshape.build_rule(own("rule"), ["my_lab"])(*torch.zeros(2, 1)).factor) == 0.5
-    assert rollout_plan.describe_plan(with_own("plan", **own("plan"))).startswith("plan: ")
+    config = with_own("plan", **own("plan"))
+    assert rollout_plan.describe_plan(config.rollout.plan, config.packages).startswith("plan: ")
     specs = {"a": own("schedule", knob="x"), "b": own("feedback", knob="y", signal="m", low=0.0, high=9.0)}
     control = Control(build_controllers(specs, ["my_lab"]), {"x": 0.0, "y": 1.0})
     assert control.turn(1) == {"x": 0.5, "y": 1.0}
