@@ -48,6 +48,6 @@ check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "conf, launch and docker" pytest tests/files "${both[@]}" "$@"
 check "unit tests" pytest tests/unit "${both[@]}" "$@"
-check "mypy" mypy --num-workers 2
+check "mypy" mypy
 printf '\n== took: %snow the real stack\n' "$took"
 check "real stack" pytest tests/ray --durations=15 "$@"

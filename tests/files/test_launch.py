@@ -233,7 +233,7 @@ def test_the_tests_run_cheapest_first(machine):
         "ruff format --check .",
         "pytest tests/files --numprocesses 2 --dist worksteal -x",
         "pytest tests/unit --numprocesses 2 --dist worksteal -x",
-        "mypy --num-workers 2",
+        "mypy",
         "pytest tests/ray --durations=15 -x",
     ]
 

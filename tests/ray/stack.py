@@ -100,7 +100,7 @@ class Stack:
         """The engine and the rank, whatever weights they hold."""
         if self._machine is None:
             config, _ = compose.load_config([*ROOM, f"model.path={self.model}"])
-            objective, judge = build_objective(config.objective), config.reward.judge
+            objective, judge = build_objective(config.objective), dataset.judge_spec(config)
             self._machine = await actors.start_actors(
                 config, self.model, objective, judge, (1, 2, 3), total_updates=1
             )
@@ -152,7 +152,7 @@ class Stack:
     async def engine(self) -> Any:
         """The shared engine alone, serving the random model."""
         config, _ = compose.load_config([*ROOM, f"model.path={self.model}"])
-        m = await self.actors(config, build_objective(config.objective), config.reward.judge)
+        m = await self.actors(config, build_objective(config.objective), dataset.judge_spec(config))
         return m.engines.handles[0]
 
     async def drive(self, folder: Path, *overrides: str) -> list[dict[str, Any]]:

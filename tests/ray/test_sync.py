@@ -19,7 +19,7 @@ from entroray.policy.tokenizer import load_tokenizer
 from entroray.train.batching import assemble, tokens_of
 from entroray.train.warm_start import demonstration_group
 from entroray.types import Draw, Prompt, Status
-from entroray.wiring import actors, compose
+from entroray.wiring import actors, compose, dataset
 from entroray.workers import cluster, transfer
 from entroray.workers.generator import Request
 from entroray.workers.learner_rank import LearnerRank
@@ -62,7 +62,7 @@ def running(local_ray: None, model: str, config: Config) -> Iterator[tuple[Any, 
     loop = asyncio.new_event_loop()
     objective = build_objective(rows.objective_row("supervised"))
     probe = tuple(load_tokenizer(model).encode("a fixed probe text, 123"))
-    judge = config.reward.judge
+    judge = dataset.judge_spec(config)
     made = actors.start_actors(config, model, objective, judge, probe, total_updates=100)
     m = loop.run_until_complete(made)
     yield loop, m
