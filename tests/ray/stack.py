@@ -134,8 +134,8 @@ class Stack:
             share = actors.resource_shares((await self.machine()).config)["verifiers"][1]
             limits = {"slots": config.verifier.slots, "memory_mb": config.verifier.memory_mb}
             handle = cluster.spawn(Verifier, share, judge, deadline=config.reward.deadline, **limits)
+            await Gang("verifier", [handle]).all(lambda _, h: h.warm_up.remote(), deadline=120.0)
             self.judges[key] = Pool("verifier", [handle])
-            await self.judges[key].all(lambda h: h.warm_up.remote(), deadline=120.0)
         return self.judges[key]
 
     async def actors(
