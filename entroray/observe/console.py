@@ -4,9 +4,11 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import rich.console
+import yaml
 from rich.panel import Panel
 from rich.text import Text
 
@@ -23,17 +25,9 @@ class Column(NamedTuple):
     form: str
 
 
-COLUMNS = (
-    Column("correct", "", "correct/mean", 7, ".3f"),
-    Column("entropy", "nats", "entropy/mean", 8, ".4f"),
-    Column("p80", "nats", "entropy/p80", 8, ".4f"),
-    Column("lag", "max", "lag/max", 4, ".0f"),
-    Column("tokens", "per s", "tokens/per_second", 10, ",.0f"),
-    Column("sample", "s", "seconds/sample", 8, ".2f"),
-    Column("score", "s", "seconds/score", 7, ".2f"),
-    Column("update", "s", "seconds/update", 8, ".2f"),
-    Column("sync", "s", "seconds/sync", 7, ".2f"),
-    Column("step", "s", "seconds/step", 8, ".2f"),
+COLUMNS = tuple(
+    Column(**column)
+    for column in yaml.safe_load(Path(__file__).with_name("console.yaml").read_text(encoding="utf-8"))
 )
 
 

@@ -17,9 +17,8 @@ from entroray.observe.css import render_html
 from entroray.observe.journal import first_and_last, read_metrics, replace_text, series
 
 Metrics = Sequence[Mapping[str, Any]]
-GREY, FAINT, CLEAR = "#94a3b8", "rgba(148,163,184,0.25)", "rgba(0,0,0,0)"
-COLOUR = {"teal": "#0d9488", "indigo": "#4f46e5", "purple": "#a855f7", "orange": "#f59e0b", "red": "#e11d48"}
-COLOUR |= {"grey": GREY}
+PAGE = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text(encoding="utf-8"))
+COLOUR: Mapping[str, str] = PAGE["colours"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Plot:
 
 PLOTS = tuple(
     Plot(**{**plot, "curves": tuple(Curve(**{**c, "colour": COLOUR[c["colour"]]}) for c in plot["curves"])})
-    for plot in yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text(encoding="utf-8"))
+    for plot in PAGE["plots"]
 )
 """The sections of the page, in order."""
 
@@ -142,26 +141,9 @@ def _figure(plot: Plot, curves: Sequence[Curve], metrics: Metrics) -> str:
     figure = go.Figure([_trace(plot, curve, metrics) for curve in curves])
     values = [value for curve in curves for value in curve.drawn(metrics)[1]]
     log = plot.log and 0 < 10 * min(values) < max(values)
-    figure.update_layout(
-        height=280,
-        margin={"l": 56, "r": 16, "t": 8, "b": 36},
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        font={"family": "system-ui, sans-serif", "size": 12, "color": GREY},
-        hovermode="x unified",
-        barmode="stack",
-        bargap=0.1,
-        legend={"orientation": "h", "y": 1.02, "x": 1, "xanchor": "right", "yanchor": "bottom"},
-        xaxis={"title": {"text": "step", "standoff": 4}, "gridcolor": FAINT, "zeroline": False},
-        yaxis={
-            "type": "log" if log else "linear",
-            "dtick": 1 if log else None,
-            "rangemode": "tozero",
-            "gridcolor": FAINT,
-            "zerolinecolor": GREY,
-            "exponentformat": "power",
-        },
-    )
+    figure.update_layout(PAGE["layout"])
+    if log:
+        figure.update_yaxes(type="log", dtick=1)
     options = {"displayModeBar": False, "responsive": True}
     return figure.to_html(full_html=False, include_plotlyjs=False, config=options)
 
