@@ -171,9 +171,14 @@ def _with_largest_k(column: Column, cells: Sequence[Cell]) -> Column:
     return column._replace(key=f"after/pass@{k}", title=f"pass@{k}")
 
 
+def name_run(cell: Cell, of_task: Mapping[str, Sequence[Cell]]) -> str:
+    """Task, variant and seed of a cell; `of_task` are the cells by task."""
+    return f"{cell.task}, {variant_name(cell, of_task[cell.task])}, seed {cell.seed}"
+
+
 def missing_lines(cells: Sequence[Cell]) -> list[str]:
     """A line for each cell that is missing, failed, or measured with older settings."""
-    name = lambda c: f"{c.task}, {variant_name(c, tasks(cells)[c.task])}, seed {c.seed}"
+    name = lambda c: name_run(c, tasks(cells))
     lines = [f"missing: {name(c)}" for c in cells if c.status == "missing"]
     lines += [f"failed: {name(c)}: {c.reason}" for c in cells if c.status == "failed"]
     return lines + [f"{c.reason}: {name(c)}" for c in cells if c.status == "done" and c.reason]

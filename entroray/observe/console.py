@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TextIO
 import rich.console
 import yaml
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from entroray.observe.journal import first_and_last, series
@@ -38,6 +39,25 @@ class Terminal(rich.console.Console):
         """Called by rich instead of raising BrokenPipeError."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+def wide_terminal() -> Terminal:
+    """A terminal for tables: 160 characters wide if the output is none."""
+    terminal = Terminal(highlight=False)
+    if not terminal.is_terminal:
+        terminal.width = 160
+    return terminal
+
+
+def plain_table(rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """`rows` without rules, the first one being their head; the first column is a name."""
+    head, *body = rows
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for row in body:
+        table.add_row(*row)
+    return table
 
 
 class Console:

@@ -1,17 +1,16 @@
 """An evaluation as JSON, on the terminal, and against another one."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from rich.table import Table
 
 from entroray.errors import ConfigError
 from entroray.metrics.confidence_interval import Difference, paired_difference
-from entroray.observe.console import Terminal
+from entroray.observe.console import plain_table, wide_terminal
 
 Found = Mapping[str, Any]
 """The JSON that `entroray eval` writes (entroray/evaluation/summary.py)."""
@@ -99,13 +98,13 @@ def lines(found: Found) -> list[str]:
 
 def show_evaluation(found: Found) -> None:
     """The evaluation on the terminal."""
-    terminal = _terminal()
+    terminal = wide_terminal()
     terminal.print(f"{found['model']}\n{head(found)}", highlight=False, markup=False, soft_wrap=True)
-    terminal.print(_table(accuracy(found)))
+    terminal.print(plain_table(accuracy(found)))
     for line in lines(found):
         terminal.print(line, markup=False, soft_wrap=True)
     if found["calibration"]:
-        terminal.print(_table(calibration(found)))
+        terminal.print(plain_table(calibration(found)))
 
 
 def compare(first: Found, second: Found) -> dict[str, Difference]:
@@ -135,26 +134,9 @@ def show_comparison(first: Found, second: Found) -> None:
         [name, f"{d.first:.3f}", f"{d.second:.3f}", f"{d.mean:+.3f} [{d.low:+.3f} {d.high:+.3f}]", d.sign]
         for name, d in found.items()
     ]
-    terminal = _terminal()
+    terminal = wide_terminal()
     terminal.print(f"first      {first['model']}\nsecond     {second['model']}", markup=False, soft_wrap=True)
-    terminal.print(_table([["", "first", "second", "difference", ""], *rows]))
+    terminal.print(plain_table([["", "first", "second", "difference", ""], *rows]))
     terminal.print(f"{shared} prompts; {TEXTS['compared']}", markup=False, soft_wrap=True)
     if different := differing_settings(first, second):
         terminal.print(f"settings differ: {', '.join(different)}", markup=False, soft_wrap=True)
-
-
-def _terminal() -> Terminal:
-    terminal = Terminal(highlight=False)
-    if not terminal.is_terminal:
-        terminal.width = 160
-    return terminal
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Table:
-    titles, *body = rows
-    table = Table(box=None, pad_edge=False)
-    for index, title in enumerate(titles):
-        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in body:
-        table.add_row(*row)
-    return table

@@ -69,7 +69,9 @@ def write_report(run_dir: Path) -> Path:
     metrics = read_metrics(path) if path.exists() else []
     body = [
         _head(run_dir, metrics),
-        _cards(metrics) if metrics else _missing("metrics.jsonl", "there are no curves"),
+        f'<main class="cards">{"".join(_card(p, metrics) for p in (*PLOTS, *_moved(metrics)))}</main>'
+        if metrics
+        else _missing("metrics.jsonl", "there are no curves"),
         _tokens(run_dir),
         _events(run_dir / "events.jsonl"),
         _text(run_dir / "config.yaml", "Configuration"),
@@ -108,10 +110,6 @@ def _tiles(metrics: Metrics) -> list[tuple[str, str]]:
         if values:
             tiles.append((name, format(sorted(values)[len(values) // 2], form)))
     return tiles
-
-
-def _cards(metrics: Metrics) -> str:
-    return f'<main class="cards">{"".join(_card(p, metrics) for p in (*PLOTS, *_moved(metrics)))}</main>'
 
 
 def _moved(metrics: Metrics) -> list[Plot]:
