@@ -136,13 +136,8 @@ def _plot(curves: Mapping[str, tuple[list[int], list[float]]]) -> str:
         panel.draw(panel.signal(steps, values, marker="braille").lines())
         panel.title(title)
         panel.ruler(1, 0).lim(min(0.0, *values), max(0.0, *values) or 1.0)
-        panel.ruler(0, 0).ticks(_ticks(steps))
+        panel.ruler(0, 0).ticks(sorted({steps[0] + round((steps[-1] - steps[0]) * i / 4) for i in range(5)}))
     return figure.build().string(colorless=True).rstrip("\n")
-
-
-def _ticks(steps: Sequence[int]) -> list[int]:
-    span = steps[-1] - steps[0]
-    return sorted({steps[0] + round(span * i / 4) for i in range(5)})
 
 
 def _change(title: str, curve: tuple[list[int], list[float]]) -> str:

@@ -8,7 +8,6 @@ from entroray.observe import lab_cells
 from entroray.observe.comparison import (
     LEGEND,
     PARTS,
-    Column,
     Row,
     Table,
     code_lines,
@@ -131,12 +130,8 @@ def _missing(lines: Sequence[str]) -> str:
 
 def _meanings() -> str:
     """The meaning of every column."""
+    meaning = lambda c: f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>"
     parts = [
-        f"<h3>{escape(part)}</h3><dl>{''.join(_meaning(c) for c in columns)}</dl>"
-        for part, columns in PARTS.items()
+        f"<h3>{escape(part)}</h3><dl>{''.join(map(meaning, columns))}</dl>" for part, columns in PARTS.items()
     ]
     return f"<section><h2>The columns</h2>{''.join(parts)}</section>"
-
-
-def _meaning(column: Column) -> str:
-    return f"<dt>{escape(column.title)}</dt><dd>{escape(column.meaning)}</dd>"

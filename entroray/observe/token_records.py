@@ -13,7 +13,7 @@ from torch import Tensor
 
 from entroray.metrics.step import aligned
 from entroray.train.batching import observed_tokens
-from entroray.types import REASONS, Group, Rollout, Status, Tokens, Verdict
+from entroray.types import REASONS, Group, Rollout, Status, Tokens
 
 WORD = pa.dictionary(pa.int32(), pa.string())
 TYPES = {"text": WORD, "int32": pa.int32(), "float": pa.float32(), "bool": pa.bool_()}
@@ -54,7 +54,8 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
     rollouts = aligned(groups, tokens)
     judged = [(g.prompt.id, v) for g in groups for v in g.verdicts]
     row, mask = tokens.row.cpu().numpy(), tokens.mask.cpu().numpy()
-    status = [_status(r.status, v) for r, (_, v) in zip(rollouts, judged, strict=True)]
+    pairs = zip(rollouts, judged, strict=True)
+    status = [str(r.status if v.status is Status.OK else v.status) for r, (_, v) in pairs]
     reason = [s if s != Status.OK else "masked" for s in status]
     drawn = _drawn(rollouts)
 
@@ -123,10 +124,6 @@ def _reasons(
     """Why a token is masked: the kind of observation that it is, else its rollout's status."""
     words = [*map(str, REASONS), *per_row]
     return _words(words, np.where(observed < 0, row + len(REASONS), observed), null=mask)
-
-
-def _status(sampled: Status, verdict: Verdict) -> str:
-    return str(sampled if verdict.status is Status.OK else verdict.status)
 
 
 def _words(per_row: Sequence[str], row: NDArray, null: NDArray[np.bool_] | None = None) -> pa.Array:
