@@ -149,7 +149,7 @@ class StreamedHead(nn.Module):
 
     def __init__(self, lm_head: nn.Linear):
         super().__init__()
-        self.weight: nn.Parameter = lm_head.weight
+        self.weight = lm_head.weight
 
     def forward(
         self, hidden: Tensor, token_ids: Tensor, temperature: Tensor, more: Sequence[str] = ()
