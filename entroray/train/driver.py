@@ -55,7 +55,6 @@ class LoopSettings:
 
 
 async def no_evaluation(step: int) -> dict[str, float]:
-    """No evaluation."""
     return {}
 
 
@@ -225,8 +224,6 @@ class Driver:
         verdicts = iter(judged)
         blank = lambda r: Verdict(float("nan"), False, status=r.status, detail="not sampled")
         return [(r, next(verdicts) if r.status.usable else blank(r)) for r in rollouts]
-
-    # A step.
 
     async def step(self) -> dict[str, float]:
         """One committed step; returns its metrics."""
