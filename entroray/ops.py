@@ -18,17 +18,12 @@ def segment_sum(x: Float[Tensor, " N"], row: Int[Tensor, " N"], num_rows: int) -
     return torch.zeros(num_rows, dtype=x.dtype, device=x.device).index_add(0, row, x)
 
 
-def masked(x: Float[Tensor, " N"], mask: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """`x` where `mask`, else 0; whatever stands outside the mask, NaN included, leaves no trace."""
-    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
-
-
 def segment_mean(
     x: Float[Tensor, " N"], row: Int[Tensor, " N"], mask: Bool[Tensor, " N"], num_rows: int
 ) -> Float[Tensor, " B"]:
-    """Mean over each row's masked-in tokens; 0 for a row with none."""
+    """Mean over each row's masked-in tokens; 0 for a row with none. NaN outside the mask leaves no trace."""
     count = segment_sum(mask.to(x.dtype), row, num_rows)
-    return segment_sum(masked(x, mask), row, num_rows) / count.clamp(min=1)
+    return segment_sum(x.masked_fill(~mask, 0), row, num_rows) / count.clamp(min=1)
 
 
 def log_ratio(above: Float[Tensor, " N"], below: Float[Tensor, " N"]) -> Float[Tensor, " N"]:

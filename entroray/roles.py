@@ -29,17 +29,21 @@ class Prompts(Protocol):
         """The prompt at `position`, without moving."""
 
 
-class GroupObserver(Protocol):
-    """What is remembered of prompts from step to step; it is in the checkpoint."""
-
-    def observe(self, group: Group) -> None:
-        """Take in a finished group; called after the step, in order of issue."""
+class Resumable(Protocol):
+    """What is remembered from step to step; it is in the checkpoint."""
 
     def state(self) -> Any:
         """Plain JSON."""
 
     def restore(self, state: Any) -> None:
         """Go on from `state`."""
+
+
+class GroupObserver(Resumable, Protocol):
+    """What is remembered of prompts."""
+
+    def observe(self, group: Group) -> None:
+        """Take in a finished group; called after the step, in order of issue."""
 
 
 class Generator(Protocol):

@@ -248,10 +248,7 @@ class Group:
 
     @property
     def drawn(self) -> int:
-        """Response tokens that the policy was asked for, whatever became of them.
-
-        Not known, and so not in it: what an engine that died had drawn, and what a stopped run had in flight.
-        """
+        """Response tokens that the policy was asked for, whatever became of them (`tokens/drawn`)."""
         here = sum(r.drawn for r in (*self.rollouts, *self.abandoned))
         return here + sum(g.drawn for g in self.earlier) + self.lost
 

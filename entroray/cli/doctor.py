@@ -15,7 +15,7 @@ import psutil
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config
-from entroray.data.demonstrations import WorkedAnswer, find_demonstration
+from entroray.data.demonstrations import find_demonstration
 from entroray.errors import DataError, PreflightError
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
 from entroray.types import Prompt, Rollout, Verdict
@@ -145,7 +145,12 @@ def judge(config: Config) -> str:
         if config.reward.path
         else dataset.tasks(config.data, config.model.system)[prompt.domain].demonstration
     )
-    answer = _right(config, read, find_demonstration(known)(prompt.entry)) if known else prompt.reference
+    answer = prompt.reference
+    if known:  # as a response reads, with what a tool says in it
+        ids, _ = tool.encode_answer(
+            config.rollout.tool, read.tokenizer, find_demonstration(known)(prompt.entry)
+        )
+        answer = read.tokenizer.decode(ids)
     verdict = asyncio.run(_judged(config, read, prompt, answer))
     if not verdict.status.usable:
         raise DataError(f"the judge gave no verdict on {answer!r}: {verdict.status}: {verdict.detail}")
@@ -155,12 +160,6 @@ def judge(config: Config) -> str:
         )
     name = read.judge["judges"][prompt.domain]["fn"]
     return f"{name} gives {verdict.reward:g} for {answer[:40]!r}"
-
-
-def _right(config: Config, read: dataset.Dataset, answer: str | WorkedAnswer) -> str:
-    """The text of a response that is right, with what a tool says in it."""
-    ids, _ = tool.encode_answer(config.rollout.tool, read.tokenizer, answer)
-    return read.tokenizer.decode(ids)
 
 
 async def _judged(config: Config, read: dataset.Dataset, prompt: Prompt, answer: str) -> Verdict:

@@ -6,14 +6,13 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.table import Table as Grid
 
 from entroray.cli import flags, train
 from entroray.cli.flags import CONFIG_DIR, Flag
@@ -27,10 +26,11 @@ from entroray.observe.comparison import (
     grid,
     markdown,
     missing_lines,
+    name_run,
     tables,
     tasks,
 )
-from entroray.observe.console import Terminal
+from entroray.observe.console import plain_table, wide_terminal
 from entroray.observe.journal import read_metrics, replace_text
 from entroray.observe.lab_cells import Cell, variant_name
 from entroray.wiring import compose, run_directory
@@ -138,8 +138,7 @@ async def _work(
     code = run_directory.code_version()
     of_task = tasks([job.cell for job in jobs])
     for number, job in enumerate(jobs, start=1):
-        name = f"{job.cell.task}, {variant_name(job.cell, of_task[job.cell.task])}, seed {job.cell.seed}"
-        print(f"[{number}/{len(jobs)}] {name}", flush=True)
+        print(f"[{number}/{len(jobs)}] {name_run(job.cell, of_task)}", flush=True)
         lab_cells.save_cell(folder, job.cell)  # its files are about to go, and what they came to with them
         cell = replace(await _attempt(bench, job), code=code)
         lab_cells.save_cell(folder, cell)
@@ -190,7 +189,8 @@ async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
     read_in.tokenizer.save_pretrained(folder / "model")
     after = await bench.measure_heldout(config)
     found = lab_cells.summarise_run(read_metrics(folder / "metrics.jsonl")) | {"seconds/train": seconds}
-    return found | _named("before", before) | _named("after", after)
+    named = {"before": before, "after": after}
+    return found | {f"{when}/{name}": x for when, each in named.items() for name, x in each.items()}
 
 
 def _fresh(folder: Path) -> None:
@@ -198,10 +198,6 @@ def _fresh(folder: Path) -> None:
     for each in folder.iterdir():
         if each.name != "cell.json":
             shutil.rmtree(each) if each.is_dir() else each.unlink()
-
-
-def _named(when: str, found: Mapping[str, float]) -> dict[str, float]:
-    return {f"{when}/{name}": value for name, value in found.items()}
 
 
 def _take_signals_back() -> None:
@@ -248,17 +244,9 @@ def _report(folder: Path, baseline: str | None) -> tuple[list[Cell], str]:
 
 def _print(folder: Path, reported: tuple[list[Cell], str]) -> None:
     cells, baseline = reported
-    terminal = Terminal(highlight=False)
-    if not terminal.is_terminal:
-        terminal.width = 160
+    terminal = wide_terminal()
     for table in tables(cells, baseline):
-        head, *rows = grid(table)
-        shown = Grid(title=table.title, title_justify="left", box=None, pad_edge=False)
-        for index, name in enumerate(head):
-            shown.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
-        for row in rows:
-            shown.add_row(*row)
-        terminal.print(shown)
+        terminal.print(plain_table(grid(table), table.title))
     print("\n".join([*missing_lines(cells), *code_lines(cells), "", f"baseline {baseline}. {LEGEND}", ""]))
     print("\n".join(f"{name:10} {folder / file}" for name, file in FILES.items()), flush=True)
 

@@ -160,7 +160,6 @@ class Control:
         return {f"control/{name}": value for name, value in self.values.items()}
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON."""
         memory = {name: dict(m) for name, m in self.memory.items()}
         return {
             "values": dict(self.values),

@@ -1,13 +1,4 @@
-"""Which prompts come up: none that is mastered, and rarely one whose pass rate lies outside a band.
-
-The rule, in the order of `inner`: a prompt never judged is drawn. One whose running pass rate, the mean share
-of right answers of its last `visits` groups, is at least `retire` is passed over from then on
-(ScaleRL's no-positive-resampling at 0.9, arXiv 2510.13786). One whose rate lies outside
-[`low`, `high`] is drawn at a share `outside` of its turns: prompts of middling difficulty carry the most
-signal (balanced difficulty filtering, arXiv 2504.03380; there groups are thrown away after they were drawn),
-and the rest must be looked at now and then, since the policy changes. Where a whole epoch holds none to draw,
-the next prompt that is not mastered is drawn all the same, else the next: nothing ever starves.
-"""
+"""Prompts by pass rate: none that is mastered, rarely one outside a band (rollout/README.md)."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -33,11 +24,7 @@ class Rule:
 
 
 class Curriculum:
-    """The prompts of `inner`, `count` an epoch, some passed over; positions are those of `inner`.
-
-    What is drawn depends on `seed`, positions and the groups observed so far alone, and `at` on the position
-    alone: a slot in flight finds its prompt again whatever has been learnt of it since.
-    """
+    """The prompts of `inner`, `count` an epoch, some passed over; positions are those of `inner`."""
 
     def __init__(self, inner: Prompts, count: int, rule: Rule, *, seed: int):
         self.inner, self.count, self.rule, self.seed = inner, count, rule, seed
@@ -117,7 +104,6 @@ class Curriculum:
         return {"rates": dict(self.rates), "passed": self.passed, "forced": self.forced}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
         self.rates = {name: list(rates) for name, rates in state["rates"].items()}
         self.passed, self.forced = state["passed"], state["forced"]
 

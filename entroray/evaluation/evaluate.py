@@ -55,12 +55,11 @@ async def sample_answers(
     return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
 
 
-def pass_at_ks(counts: Sequence[int], samples: int) -> dict[str, float]:
-    """pass@1, 2, 4, ... up to `samples`, averaged over prompts."""
-    return {
-        f"pass@{k}": sum(pass_at_k(samples, c, k) for c in counts) / len(counts)
-        for k in powers_of_two(samples)
-    }
+def score_counts(greedy: Sequence[int], sampled: Sequence[int], samples: int) -> dict[str, float]:
+    """Share of prompts right when greedy, and pass@1, 2, 4, ... up to `samples`, averaged over prompts."""
+    ks = powers_of_two(samples)
+    passed = {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in sampled) / len(sampled) for k in ks}
+    return {"greedy": sum(greedy) / len(greedy)} | passed
 
 
 async def heldout_accuracy(
@@ -70,7 +69,7 @@ async def heldout_accuracy(
     one = await sample_answers(generator, verifier, prompts, draw.greedy(), 1)
     many = await sample_answers(generator, verifier, prompts, draw, samples)
     greedy, sampled = (list(map(summary.count_right, groups)) for groups in (one, many))
-    return _scored(greedy, sampled, samples) | accuracy_by_domain(prompts, greedy, sampled, samples)
+    return score_counts(greedy, sampled, samples) | accuracy_by_domain(prompts, greedy, sampled, samples)
 
 
 def accuracy_by_domain(
@@ -79,13 +78,9 @@ def accuracy_by_domain(
     """The scores of `heldout_accuracy` for each part of a mixture, as `greedy:countdown`."""
     found: dict[str, float] = {}
     for name, places in positions_by_domain(prompts).items():
-        own = _scored([greedy[i] for i in places], [sampled[i] for i in places], samples)
+        own = score_counts([greedy[i] for i in places], [sampled[i] for i in places], samples)
         found |= {f"{score}:{name}": value for score, value in own.items()}
     return found
-
-
-def _scored(greedy: Sequence[int], sampled: Sequence[int], samples: int) -> dict[str, float]:
-    return {"greedy": sum(greedy) / len(greedy), **pass_at_ks(sampled, samples)}
 
 
 async def evaluate_policy(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from entroray.evaluation.evaluate import pass_at_ks, sample_answers
+from entroray.evaluation.evaluate import sample_answers, score_counts
 from entroray.metrics.by_domain import judged_metrics
 from entroray.metrics.pass_at_k import count_right
 from entroray.metrics.step import step_metrics
@@ -40,10 +40,7 @@ async def heldout_metrics(
     """Greedy accuracy, pass@k and `DRAWN` over `samples` answers to each prompt."""
     greedy = await sample_answers(generator, verifier, prompts, draw.greedy(), 1)
     groups = await sample_answers(generator, verifier, prompts, draw, samples)
-    found = {
-        "greedy": sum(map(count_right, greedy)) / len(greedy),
-        **pass_at_ks([count_right(g) for g in groups], samples),
-    }
+    found = score_counts(list(map(count_right, greedy)), list(map(count_right, groups)), samples)
     return found | await _drawn([g for g in groups if _is_complete(g)], learner)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 
 from entroray.evaluation.cot_decoding import Words, path_gaps
 from entroray.metrics.answer_confidence import NoGap, most_confident, most_supported
-from entroray.metrics.calibration import auroc, brier, consistency, expected_error, known, reliability
+from entroray.metrics.calibration import (
+    auroc,
+    brier,
+    consistency,
+    expected_error,
+    keep_pairs,
+    known,
+    reliability,
+)
 from entroray.metrics.confidence_interval import bootstrap_intervals
 from entroray.metrics.diversity import answers, distinct
 from entroray.metrics.pass_at_k import count_right, is_right, majority_at_k, pass_all_k, pass_at_k
@@ -32,15 +40,17 @@ def summarise(
     `sampled` are n answers to each prompt, `greedy` one; `paths` those of CoT-decoding, or none. A failed
     answer is wrong in every accuracy, is counted in `failed`, and has no say in anything else.
     """
-    known = [usable for group in sampled if (usable := _usable(group)).rollouts]
+    usable = [keep_pairs(g, lambda r, v: r.status.usable and v.status.usable) for g in sampled]
+    known = [group for group in usable if group.rollouts]
     confident = _confidences(known)
     each = {"greedy": _column(greedy, lambda g: float(is_right(g.verdicts[0])))} | accuracies(sampled, ks)
     decoded: dict[str, Any] = {}
     if paths:
         found = [path_gaps(group, words.text) for group in paths]
         each |= _decoded(paths, found)
-        decoded = {"cot": _paths(paths, found)}
-        confident |= _gap_confidence(paths, found)
+        located = _located(paths, found)
+        decoded = {"cot": _paths(found, *located)}
+        confident |= {"gap": located} if len(located[0]) else {}
     table = np.stack(list(each.values()), axis=1)
     bounds = zip(each, bootstrap_intervals(table).tolist(), strict=True)
     return {
@@ -76,16 +86,6 @@ def _column(groups: Sequence[Group], score: Any) -> Column:
 
 def _majority(group: Group, k: int) -> float:
     return majority_at_k([v.answer for v in group.verdicts], [float(is_right(v)) for v in group.verdicts], k)
-
-
-def _usable(group: Group) -> Group:
-    """Only what was sampled and judged."""
-    pairs = [
-        (r, v)
-        for r, v in zip(group.rollouts, group.verdicts, strict=True)
-        if r.status.usable and v.status.usable
-    ]
-    return replace(group, rollouts=tuple(r for r, _ in pairs), verdicts=tuple(v for _, v in pairs))
 
 
 def _failed(groups: Sequence[Group]) -> dict[str, int]:
@@ -173,22 +173,14 @@ def _decoded(paths: Sequence[Group], found: Sequence[Sequence[float | NoGap]]) -
     return {name: np.array([hit(*p) for p in zip(paths, at, strict=True)]) for name, at in chosen.items()}
 
 
-def _paths(paths: Sequence[Group], found: Sequence[Sequence[float | NoGap]]) -> dict[str, Any]:
+def _paths(found: Sequence[Sequence[float | NoGap]], confidence: Column, correct: Column) -> dict[str, Any]:
     """How many paths have a gap, why the others have none, and the mean gap of right and wrong ones."""
-    confidence, correct = _located(paths, found)
     lost = Counter(str(g) for each in found for g in each if isinstance(g, NoGap))
     sides = {"gap_right": confidence[correct >= 1], "gap_wrong": confidence[correct < 1]}
     means = {name: float(side.mean()) for name, side in sides.items() if len(side)}
     without = sum(all(isinstance(g, NoGap) for g in each) for each in found)
     counts = {"paths": sum(map(len, found)), "located": len(confidence), "prompts_without": without}
     return {**counts, "lost": dict(lost), **means}
-
-
-def _gap_confidence(
-    paths: Sequence[Group], found: Sequence[Sequence[float | NoGap]]
-) -> dict[str, tuple[Column, Column]]:
-    confidence, correct = _located(paths, found)
-    return {"gap": (confidence, correct)} if len(confidence) else {}
 
 
 def _located(paths: Sequence[Group], found: Sequence[Sequence[float | NoGap]]) -> tuple[Column, Column]:

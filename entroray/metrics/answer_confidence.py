@@ -4,6 +4,7 @@ The gap of a path is the mean of p(1) - p(2) over the tokens of its answer alone
 largest probabilities at that token, whichever token was drawn or forced there.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from itertools import takewhile
@@ -36,18 +37,10 @@ def answer_span(
     if start < 0:
         return NoGap.NOT_IN_TEXT
     reach = lambda n: _common(decode(token_ids[:n]), text)
-    first = _first_true(len(token_ids), lambda n: reach(n) >= start)
+    lengths = range(len(token_ids))
+    first = bisect_left(lengths, start, key=reach)
     first -= reach(first) > start  # one token may hold the end of the text before, too
-    return range(first, _first_true(len(token_ids), lambda n: reach(n) >= start + len(answer)))
-
-
-def _first_true(maximum: int, enough: Callable[[int], bool]) -> int:
-    """The first n of 0..maximum that is enough, by bisection."""
-    low, high = 0, maximum
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return low
+    return range(first, bisect_left(lengths, start + len(answer), key=reach))
 
 
 def _common(beginning: str, text: str) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from entroray.types import REASONS, Group, MaskReason, Rollout
+from entroray.types import REASONS, Group, MaskReason
 
 
 def branch_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -47,9 +47,8 @@ def _given(group: Group, grown: bool) -> set[str]:
 
 def _changed(group: Group) -> list[bool]:
     """For each branch: whether its answer differs from its parent's, if both have one."""
-
-    def answers(r: Rollout, own: str | None) -> tuple[str | None, str | None]:
-        return own, None if r.parent is None else group.verdicts[r.parent].answer
-
-    pairs = [answers(r, v.answer) for r, v in zip(group.rollouts, group.verdicts, strict=True)]
+    given = [v.answer for v in group.verdicts]
+    pairs = [
+        (own, given[r.parent]) for r, own in zip(group.rollouts, given, strict=True) if r.parent is not None
+    ]
     return [own != parents for own, parents in pairs if own is not None and parents is not None]

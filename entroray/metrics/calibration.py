@@ -2,13 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from entroray.types import Group
+from entroray.types import Group, Rollout, Verdict
 
 BINS = 15
 
@@ -85,7 +85,8 @@ def calibration(groups: Sequence[Group], mean_logprob: NDArray) -> dict[str, flo
 
     Replayed rollouts are left out, and rollouts whose confidence is NaN.
     """
-    groups, fresh = [_fresh(g) for g in groups], [not r.replayed for g in groups for r in g.rollouts]
+    fresh = [not r.replayed for g in groups for r in g.rollouts]
+    groups = [keep_pairs(g, lambda r, _: not r.replayed) for g in groups]
     mean_logprob = mean_logprob[np.array(fresh, bool)]
     correct = np.array([v.correct for g in groups for v in g.verdicts], np.float64)
     share = np.array([c for g in groups for c in consistency(g)], np.float64)
@@ -102,7 +103,7 @@ def known(confidences: Mapping[str, NDArray], correct: NDArray) -> dict[str, tup
     return {name: (confidences[name][at], correct[at]) for name, at in there.items() if at.any()}
 
 
-def _fresh(group: Group) -> Group:
-    """The group without its replayed rollouts."""
-    kept = [(r, v) for r, v in zip(group.rollouts, group.verdicts, strict=True) if not r.replayed]
+def keep_pairs(group: Group, keep: Callable[[Rollout, Verdict], bool]) -> Group:
+    """The group without the rollouts that are not to be kept."""
+    kept = [pair for pair in zip(group.rollouts, group.verdicts, strict=True) if keep(*pair)]
     return replace(group, rollouts=tuple(r for r, _ in kept), verdicts=tuple(v for _, v in kept))

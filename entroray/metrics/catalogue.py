@@ -5,6 +5,7 @@
 
 import csv
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -12,24 +13,7 @@ from functools import cache
 from pathlib import Path
 
 PAGE, FILE = Path(__file__).with_name("README.md"), Path(__file__).with_name("catalogue.tsv")
-CHOSEN = "How prompts and groups are chosen"
-FAMILIES = {
-    "step": "A step",
-    "details": "A step, every `observe.diagnosis.every`",
-    "run": "The run",
-    "update": "An update",
-    "prediction": "Prediction",
-    "law": "The law",
-    "prompt_entropy": "Prompts",
-    "sampler": "A sampler that shapes",
-    "tool": "A tool",
-    "branching": "A plan that branches",
-    **dict.fromkeys(("prompts", "second", "early", "repetition", "replay"), CHOSEN),
-    "parts": "A judge whose verdicts have parts",
-    "domain": "A mixture",
-    "heldout": "Held-out accuracy in a run",
-    "evaluation": "`entroray eval`",
-}
+FAMILIES: dict[str, str] = json.loads(FILE.with_name("families.json").read_text(encoding="utf-8"))
 """Titles of the page; a run writes every family but the last to metrics.jsonl."""
 
 

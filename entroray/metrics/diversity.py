@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entroray.metrics.pass_at_k import pass_at_k, powers_of_two
-from entroray.types import Group, MaskReason, Rollout, Verdict
+from entroray.types import Group, MaskReason, Verdict
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 REPEAT = 4
@@ -44,16 +44,13 @@ def distinct(groups: Sequence[Group]) -> dict[str, float]:
     rollouts = [r for g in groups for r in g.rollouts]
     own = np.concatenate([np.empty(0, bool), *(r.observed < 0 for r in rollouts)])
     ids = np.concatenate([np.empty(0, np.int32), *(r.token_ids for r in rollouts)])[own]
-    row = np.repeat(*_numbered([r.length for r in rollouts]))[own]
-    group = np.repeat(*_numbered([sum(r.length for r in g.rollouts) for g in groups]))[own]
+    number = lambda counts: np.repeat(np.arange(len(counts)), counts)[own]
+    row = number([r.length for r in rollouts])
+    group = number([sum(r.length for r in g.rollouts) for g in groups])
     stretch = row + np.cumsum(~own)[own]  # rises from row to row, and at every observation
     metrics = {f"distinct/{n}": _share_distinct(ids, stretch, group, n) for n in (1, 2, 3)}
     metrics["repetition/share"] = 1 - _share_distinct(ids, stretch, row, REPEAT)
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-def _numbered(counts: Sequence[int]) -> tuple[NDArray[np.int64], list[int]]:
-    return np.arange(len(counts)), list(counts)
 
 
 def _share_distinct(ids: NDArray, stretch: NDArray, within: NDArray, n: int) -> float:
@@ -112,8 +109,5 @@ def _independent(group: Group) -> list[Verdict]:
     if group.earlier or group.abandoned:
         return []
     pairs = zip(group.rollouts, group.verdicts, strict=True)
-    return [v for r, v in pairs if not r.replayed and r.parent is None and not _forced(r)]
-
-
-def _forced(rollout: Rollout) -> bool:
-    return any(span.why is MaskReason.FORCED for span in rollout.spans)
+    forced = lambda r: any(span.why is MaskReason.FORCED for span in r.spans)
+    return [v for r, v in pairs if not r.replayed and r.parent is None and not forced(r)]

@@ -94,7 +94,7 @@ def _exploding(steps: History, settings: remedies.Settings) -> Health | None:
         return None
     words = f"entropy is {now:.3f} nats, {now / start:.1f} times its start; {_correct_text(steps)}"
     rule = f"entropy above {RISEN:g} times the first {FIRST} steps and rising, or above {2 * RISEN:g} times"
-    return Health("exploding", words, rule, *_change_cause(steps, remedies.EXPLODING, settings))
+    return Health("exploding", words, rule, *_change_cause(steps, "exploding", settings))
 
 
 def _solved(steps: History, settings: remedies.Settings) -> Health | None:
@@ -102,7 +102,7 @@ def _solved(steps: History, settings: remedies.Settings) -> Health | None:
     if not right >= SOLVED:
         return None
     words = f"{right:.0%} of groups are all right; {_correct_text(steps)}"
-    cause = "most prompts are solved", remedies.harder(settings)
+    cause = "most prompts are solved", remedies.REMEDIES["harder"](settings)
     return Health("saturated", words, f"all-right groups at {SOLVED:.0%} or more", *cause)
 
 
@@ -136,7 +136,7 @@ def _declining(steps: History, settings: remedies.Settings) -> Health | None:
         return None
     words = f"correct has fallen by {loss:.3f} from its best {max(means):.3f}; {_correct_text(steps)}"
     rule = f"correct falls over {TREND} steps and by more than {limit:.3f}, {DECLINE:g} times its noise"
-    return Health("declining", words, rule, *_change_cause(steps, remedies.DECLINING, settings))
+    return Health("declining", words, rule, *_change_cause(steps, "declining", settings))
 
 
 def _noise(values: Sequence[float]) -> float:
@@ -157,7 +157,7 @@ def _collapsing(steps: History, settings: remedies.Settings) -> Health | None:
     rule = (
         f"entropy below {FALLEN:.0%} of the first {FIRST} steps, and {EXHAUSTED:.0%} within {HORIZON} steps"
     )
-    return Health("collapsing", words, rule, *_change_cause(steps, remedies.COLLAPSING, settings))
+    return Health("collapsing", words, rule, *_change_cause(steps, "collapsing", settings))
 
 
 def _saturated(steps: History, settings: remedies.Settings) -> Health | None:
@@ -180,29 +180,26 @@ def _exhausted(steps: History, settings: remedies.Settings) -> Health | None:
 
 
 def _low_entropy(settings: remedies.Settings) -> remedies.Cause:
-    hotter = remedies.find_remedy((remedies.hotter,), settings)
+    hotter = remedies.find_remedy(("hotter",), settings)
     return remedies.Cause("little entropy is left to explore with", hotter)
 
 
-def _change_cause(
-    steps: History, signs: Sequence[remedies.Sign], settings: remedies.Settings
-) -> remedies.Cause:
+def _change_cause(steps: History, group: str, settings: remedies.Settings) -> remedies.Cause:
     """The cause of a change; smaller steps are the remedy if no sign has one."""
-    cause = _cause(steps, (signs,), settings)
-    return cause._replace(remedy=cause.remedy or remedies.find_remedy((remedies.half_lr,), settings))
+    cause = _cause(steps, (group,), settings)
+    return cause._replace(remedy=cause.remedy or remedies.find_remedy(("half_lr",), settings))
 
 
 def _flat_cause(steps: History, settings: remedies.Settings) -> remedies.Cause:
-    return _cause(steps, (remedies.WITHOUT_SIGNAL, remedies.TOO_HARD), settings)
+    """`too_hard` counts only if no sign without a signal does: truncated responses are wrong ones too."""
+    return _cause(steps, ("without_signal", "too_hard"), settings)
 
 
-def _cause(
-    steps: History, signs: Sequence[Sequence[remedies.Sign]], settings: remedies.Settings
-) -> remedies.Cause:
+def _cause(steps: History, groups: Sequence[str], settings: remedies.Settings) -> remedies.Cause:
     """A step that destroyed the policy, else the strongest sign of the first group that has any."""
     means = {name: _mean(steps[-RECENT:], name) for name in {name for m in steps[-RECENT:] for name in m}}
     causes = [remedies.destructive_step(steps, first_and_recent(steps, CORRECT), settings)]
-    causes += [remedies.strongest_cause(means, group, settings) for group in signs]
+    causes += [remedies.strongest_cause(means, remedies.read_signs(group), settings) for group in groups]
     return next((cause for cause in causes if cause), remedies.Cause("no single sign"))
 
 

@@ -1,23 +1,7 @@
 """The change of entropy by a step, predicted to first order and realised.
 
-One softmax with logits z, sampled token a, advantage A, step size eta. For any small change of the logits
-
-    dH = -Cov_{v~p}(ln p_v, dz_v)                                    (arXiv 2505.22617, lemma 1)
-
-- `exact`, one policy-gradient step on a: dz_v = eta A (1[v=a] - p_v), so
-  dH = -eta A (S_a - E_p S) with S_v = p_v (ln p_v + H) and E_p S = sum p_v^2 (ln p_v + H).
-- `natural`, one natural-gradient step, dz_v = eta A_v, where the sample stands for the whole advantage
-  function, A_v = A 1[v=a] / p_a (unbiased): dH = -eta A (ln p_a + H), the covariance form of theorem 2.
-  Its sign is the token's quadrant.
-- `proxy`, Clip-Cov's statistic: minus the covariance of ln p and A over tokens of different states. It has
-  no derivation for one state; it is here to be compared.
-
-Every form takes `weight` [N], the factor of grad log p of each token in the update
-(`objective.activity.gradient_weight`): A by scale and correction, times its share of the loss in units of the
-mean share. Penalties are left out: the forms predict what the rest of the objective does.
-
-A network moves all its states together through Adam, so eta is not known: predictions are per unit of eta
-(nats), and the slope of realised on predicted over a window of steps estimates it. Use them as rankings.
+README.md of this folder derives the forms. Every form takes `weight` [N], the factor of grad log p of each
+token in the update (`objective.activity.gradient_weight`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,10 +1,4 @@
-"""The reward-entropy law R = -a exp(H) + b (arXiv 2505.22617): an early warning, never a stop rule.
-
-R is `correct/mean` and H `entropy/mean` of a training step; the paper's R is held-out accuracy.
-
-It was found in runs without intervention, and its authors deny that it is universal. Fitted to recent steps
-it gives R at H = 0, b - a, if entropy goes on falling as it did.
-"""
+"""The reward-entropy law R = -a exp(H) + b (arXiv 2505.22617): an early warning, never a stop rule."""
 
 import math
 from collections.abc import Sequence

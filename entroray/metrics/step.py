@@ -18,9 +18,8 @@ QUANTILES = {"p20": 0.20, "p50": 0.50, "p80": 0.80, "p95": 0.95}
 def step_metrics(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
     """Metrics of the tokens trained on in one step; a metric over nothing is left out.
 
-    Token metrics (nats) are over response tokens whose mask is set, each once, in float64 after rounding to
-    float32, the type of the token records. `lag` is per token, in committed steps. `judged_metrics` has those
-    of verdicts. ValueError if `tokens` are not the rollouts of `groups`, in their order.
+    `lag` is per token, in committed steps. `judged_metrics` has those of verdicts. ValueError if `tokens` are
+    not the rollouts of `groups`, in their order.
     """
     rollouts = aligned(groups, tokens)
     if not rollouts:

@@ -1,8 +1,4 @@
-"""Details of a step, every `observe.diagnosis.every` steps: the spread of entropy, what moves it, answers.
-
-Token metrics are over response tokens whose mask is set, each once, before the update, in float64 after
-rounding to float32.
-"""
+"""Details of a step, every `observe.diagnosis.every` steps: the spread of entropy, what moves it, answers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -86,7 +82,8 @@ def _spread(column: Mapping[str, Column], decile: NDArray[np.int64]) -> dict[str
 
 def _covariance(column: Mapping[str, Column]) -> dict[str, float]:
     """(log p - mean)(A - mean) of each token: Clip-Cov's statistic, not the covariance within a state."""
-    c = _centred(column["old_logprobs"]) * _centred(column["advantages"])
+    logp, a = column["old_logprobs"], column["advantages"]
+    c = (logp - logp.mean()) * (a - a.mean())
     low, high = CLIPPABLE
     metrics = {"covariance/mean": c.mean(), "covariance/clippable": ((c > low) & (c < high)).mean()}
     quantiles = np.quantile(c, list(COVARIANCE.values()))
@@ -138,7 +135,3 @@ def _mean_logprob(rollout: Rollout) -> float:
     """Mean ln p of the tokens drawn in the rollout, as drawn; NaN without any."""
     drawn = rollout.logprobs[rollout.observed < 0]
     return float(drawn.mean(dtype=np.float64)) if len(drawn) else math.nan
-
-
-def _centred(x: Column) -> Column:
-    return x - x.mean()

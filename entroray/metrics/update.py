@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from entroray.types import Tokens
@@ -26,8 +26,8 @@ def update_sums(live: Tokens, silent: Bool[Tensor, " N"]) -> dict[str, float]:
     count = lambda where: float((flat & weighed & where).sum())
     high, low = log_ratio > 0, log_ratio < 0
     return {
-        "kl": _total(torch.expm1(log_ratio) - log_ratio),
-        "kl_k1": _total(-log_ratio),
+        "kl": float((torch.expm1(log_ratio) - log_ratio).sum()),
+        "kl_k1": float((-log_ratio).sum()),
         "silent": float(flat.sum()),
         "clip_high_positive": count(high & up),
         "clip_high_negative": count(high & ~up),
@@ -41,7 +41,3 @@ def update_metrics(sums: Sequence[Mapping[str, float]], tokens: float) -> dict[s
     total = {name: sum(part[name] for part in sums) / max(1.0, tokens) for name in SUMS}
     silent = total.pop("silent")
     return {"objective/silent_tokens": silent} | {f"update/{name}": x for name, x in total.items()}
-
-
-def _total(x: Float[Tensor, " n"]) -> float:
-    return float(x.sum())

@@ -1,6 +1,5 @@
 """The equation, as one choice per slot; a slot is a module of small pure functions (README.md here)."""
 
-from entroray.binding import bind
 from entroray.objective.activity import active_tokens, active_tokens_inside, flat_tokens, gradient_weight
 from entroray.objective.masking import count_tokens
 from entroray.objective.objective import Objective, build_objective, check_group_size
@@ -9,7 +8,6 @@ __all__ = [
     "Objective",
     "active_tokens",
     "active_tokens_inside",
-    "bind",
     "build_objective",
     "check_group_size",
     "count_tokens",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from entroray.binding import effective_settings, function_name, holds, keyword_settings, traits
@@ -44,6 +45,9 @@ class Remark:
 
     kind: Literal["refused", "inert", "beware"]
     text: str
+
+
+_refuse, _inert, _beware = (partial(Remark, kind) for kind in ("refused", "inert", "beware"))
 
 
 def remarks(objective: Objective, schedule: Schedule) -> list[Remark]:
@@ -111,39 +115,27 @@ def _wrong_groups_are_not_rescued(o: Objective, s: Schedule) -> Iterator[Remark]
             f"from{': choose rollout.second.factor=1' if uniform.purpose else ' too'}",
         )
     if s.replay and uniform.purpose and not uniform.right:
-        yield Remark(
-            "refused",
+        yield _refuse(
             "rollout.replay puts right answers in the place of wrong ones, and this objective learns "
             "from wrong ones alone: choose rollout.replay.tokens=0",
         )
     elif s.replay:
-        yield Remark(
-            "beware",
+        yield _beware(
             "rollout.replay takes a wrong answer, which this objective learns from, for each it puts",
         )
-    if s.lowest > 0:
-        yield Remark(
-            "beware",
-            f"rollout.prompts.band rarely draws prompts of pass rate below {s.lowest:g}, whose wrong answers "
-            "this objective learns from",
-        )
 
 
-def _mastered_prompts_come_up(o: Objective, s: Schedule) -> Iterator[Remark]:
-    if not _uniform_groups(o).right:
-        return
-    if s.retire:
-        yield Remark(
-            "beware",
-            f"rollout.prompts.retire passes over prompts of pass rate {s.retire:g} and more, whose right "
-            "answers this objective learns from",
-        )
-    if s.highest < 1:
-        yield Remark(
-            "beware",
-            f"rollout.prompts.band rarely draws prompts of pass rate above {s.highest:g}, whose right "
-            "answers this objective learns from",
-        )
+def _prompts_come_up(o: Objective, s: Schedule) -> Iterator[Remark]:
+    uniform = _uniform_groups(o)
+    rules = (
+        (uniform.wrong and s.lowest > 0, f"band rarely draws {{}} below {s.lowest:g}", "wrong"),
+        (uniform.right and s.retire > 0, f"retire passes over {{}} {s.retire:g} and more", "right"),
+        (uniform.right and s.highest < 1, f"band rarely draws {{}} above {s.highest:g}", "right"),
+    )
+    for applies, rule, answers in rules:
+        if applies:
+            effect = rule.format("prompts of pass rate")
+            yield _beware(f"rollout.prompts.{effect}, whose {answers} answers this objective learns from")
 
 
 def _siblings_are_compared(o: Objective, s: Schedule) -> Iterator[Remark]:
@@ -152,8 +144,7 @@ def _siblings_are_compared(o: Objective, s: Schedule) -> Iterator[Remark]:
         return
     takes = keyword_settings(subtree)
     left = [f" ~objective.estimator.{name}" for name in o.estimator.keywords if name not in takes]
-    yield Remark(
-        "beware",
+    yield _beware(
         f"estimator `{function_name(o.estimator)}` compares responses that share tokens as if each were "
         f"drawn alone: say 'objective.estimator={{fn: subtree}}'{''.join(left)} to compare each with what "
         "began where it began",
@@ -162,8 +153,7 @@ def _siblings_are_compared(o: Objective, s: Schedule) -> Iterator[Remark]:
 
 def _corrected_once(o: Objective, s: Schedule) -> Iterator[Remark]:
     if traits(o.ratio).anchor == "sampler" and not holds(o.correction, "neutral"):
-        yield Remark(
-            "refused",
+        yield _refuse(
             f"ratio `{function_name(o.ratio)}` already weighs by the sampler, correction "
             f"`{function_name(o.correction)}` would do it twice: choose correction `none` or ratio `token`",
         )
@@ -172,8 +162,7 @@ def _corrected_once(o: Objective, s: Schedule) -> Iterator[Remark]:
 def _one_restraint(o: Objective, s: Schedule) -> Iterator[Remark]:
     restraints = [p for p in o.penalties if traits(p).restrains]
     if restraints and not holds(o.surrogate, "neutral"):
-        yield Remark(
-            "refused",
+        yield _refuse(
             f"penalty `{function_name(restraints[0])}` replaces the clip and surrogate "
             f"`{function_name(o.surrogate)}` has one: choose surrogate `reinforce`, or select with "
             "`covariance_band` and drop",
@@ -183,14 +172,12 @@ def _one_restraint(o: Objective, s: Schedule) -> Iterator[Remark]:
 def _a_rollout_has_one_advantage(o: Objective, s: Schedule) -> Iterator[Remark]:
     by_token = [x for x in o.shapes if traits(x).live or holds(x, "by_token")]
     if traits(o.ratio).shares_gradient and by_token:
-        yield Remark(
-            "refused",
+        yield _refuse(
             f"ratio `{function_name(o.ratio)}` shares one gradient among a rollout's tokens, and shape "
             f"`{function_name(by_token[0])}` tells them apart: choose ratio `sequence_token`",
         )
     if traits(o.ratio).per_rollout and not traits(o.aggregate).per_rollout:
-        yield Remark(
-            "refused",
+        yield _refuse(
             f"ratio `{function_name(o.ratio)}` is a rollout's, aggregate `{function_name(o.aggregate)}` a "
             "token's: choose aggregate `rollout_mean` with denominator `rollouts`",
         )
@@ -200,14 +187,12 @@ def _selection_is_read(o: Objective, s: Schedule) -> Iterator[Remark]:
     readers = [c for c in o.choices() if traits(c).reads_selected]
     selects = not holds(o.select, "neutral")
     if selects and not readers:
-        yield Remark(
-            "refused",
+        yield _refuse(
             f"select `{function_name(o.select)}` is read by nothing: add scale `selected`, or another that "
             "reads it",
         )
     if readers and not selects:
-        yield Remark(
-            "beware",
+        yield _beware(
             f"`{function_name(readers[0])}` reads the selection, and select `{function_name(o.select)}` "
             "makes none",
         )
@@ -219,8 +204,7 @@ def _one_law_of_entropy(o: Objective, s: Schedule) -> Iterator[Remark]:
         others = [c for c in s.by_entropy if not c[1].startswith(f"objective.shapes.{place}.")]
         if by_itself and others:
             name, knob = others[0]
-            yield Remark(
-                "refused",
+            yield _refuse(
                 f"shape `{function_name(shape)}` steers the entropy by itself and control.{name} steers it, "
                 f"through {knob}: they would fight; leave out control.{name}, or choose an objective "
                 "without the shape",
@@ -234,40 +218,37 @@ def _idle_at_one(o: Objective, s: Schedule) -> Iterator[Remark]:
         if not traits(choice).idle_at_one:
             continue
         if s.updates == 1:
-            yield Remark("inert", f"`{function_name(choice)}` with one update per rollout: r is 1 throughout")
+            yield _inert(f"`{function_name(choice)}` with one update per rollout: r is 1 throughout")
         elif choice in o.penalties:
-            yield Remark("inert", f"`{function_name(choice)}` in the first update of each step: r is 1")
+            yield _inert(f"`{function_name(choice)}` in the first update of each step: r is 1")
 
 
 def _neutral_settings(o: Objective, s: Schedule) -> Iterator[Remark]:
     for penalty in o.penalties:
         if effective_settings(penalty).get("coef") == 0:
-            yield Remark(
-                "inert",
+            yield _inert(
                 f"penalty `{function_name(penalty)}` while its coef is 0, unless a controller moves it",
             )
     for slot, choices in (("shape", o.shapes), ("scale", o.scales)):
         for choice in choices:
             if holds(choice, "neutral"):
                 given = ", ".join(f"{name}={value}" for name, value in effective_settings(choice).items())
-                yield Remark("inert", f"{slot} `{function_name(choice)}` with {given} changes nothing")
+                yield _inert(f"{slot} `{function_name(choice)}` with {given} changes nothing")
 
 
 def _thresholds_fit(o: Objective, s: Schedule) -> Iterator[Remark]:
     if traits(o.select).wants_deviations and not holds(o.estimator, "in_deviations"):
-        yield Remark(
-            "beware",
+        yield _beware(
             f"the bounds of `{function_name(o.select)}` are for advantages in standard deviations, estimator "
             f"`{function_name(o.estimator)}` gives others",
         )
     if traits(o.divisor).counts_kept and o.scales:
-        yield Remark(
-            "beware",
+        yield _beware(
             f"denominator `{function_name(o.divisor)}`: what the scales drop enlarges the step of the rest",
         )
     for choice in o.choices():
         if traits(choice).caveat:
-            yield Remark("beware", f"`{function_name(choice)}` {traits(choice).caveat}")
+            yield _beware(f"`{function_name(choice)}` {traits(choice).caveat}")
 
 
 def corrects_sampler(o: Objective) -> bool:
@@ -277,9 +258,7 @@ def corrects_sampler(o: Objective) -> bool:
 
 def _mismatch_is_corrected(o: Objective, s: Schedule) -> Iterator[Remark]:
     if s.max_lag and not corrects_sampler(o):
-        yield Remark(
-            "beware", f"driver.max_lag={s.max_lag} and correction `none`: older weights sampled some tokens"
-        )
+        yield _beware(f"driver.max_lag={s.max_lag} and correction `none`: older weights sampled some tokens")
 
 
 def _mask_lets_shaped_responses_pass(o: Objective, s: Schedule) -> Iterator[Remark]:
@@ -289,8 +268,7 @@ def _mask_lets_shaped_responses_pass(o: Objective, s: Schedule) -> Iterator[Rema
         return
     if tolerance(**effective_settings(o.correction)) < MISMATCH:
         bounds = " and ".join(f"{x:g}" for x in effective_settings(o.correction).values())
-        yield Remark(
-            "beware",
+        yield _beware(
             f"correction `{function_name(o.correction)}` within {bounds} drops nearly every response drawn "
             "from another distribution than the policy's: choose `truncated_importance`, or wider bounds",
         )
@@ -299,7 +277,7 @@ def _mask_lets_shaped_responses_pass(o: Objective, s: Schedule) -> Iterator[Rema
 RULES: tuple[Rule, ...] = (
     _uniform_groups_are_kept,
     _wrong_groups_are_not_rescued,
-    _mastered_prompts_come_up,
+    _prompts_come_up,
     _siblings_are_compared,
     _corrected_once,
     _one_restraint,

@@ -73,7 +73,7 @@ class Objective:
         Once per step. Live shapes are in what the others see here, and left out of the advantages given back.
         """
         seen = _shown(t, (*self.shapes, self.select, *self.scales, self.correction))
-        settled = apply_shapes(seen, settled_shapes(self.shapes))
+        settled = apply_shapes(seen, [s for s in self.shapes if not traits(s).live])
         seen = apply_shapes(settled, live_shapes(self.shapes))
         seen = replace(seen, selected=self.select(seen))
         scale = math.prod((s(seen) for s in self.scales), start=torch.ones_like(seen.advantages))
@@ -159,11 +159,6 @@ def _needs(choice: partial) -> frozenset[str]:
 def live_shapes(shapes: Iterable[partial]) -> list[partial]:
     """Those of the current policy, applied again in every update."""
     return [s for s in shapes if traits(s).live]
-
-
-def settled_shapes(shapes: Iterable[partial]) -> list[partial]:
-    """Those that are applied once, before the update."""
-    return [s for s in shapes if not traits(s).live]
 
 
 def apply_shapes(t: Tokens, shapes: Iterable[partial]) -> Tokens:

@@ -106,7 +106,7 @@ def trust_probability(
     `-sg[min(r, cap)] A log π; 0 where A > 0 and π - μ > high, or A <= 0 and π - μ < -low; μ = π / r`
     Bounds are probabilities, so rare tokens may move far; μ is whatever the ratio is anchored on.
     """
-    moved = _anchored(t, ratio, "moved")
+    moved = t.logprobs.detach().exp() - _anchored(t, ratio)
     outside = torch.where(t.advantages > 0, moved > high, moved < -low)
     weight = ratio.detach().clamp(max=cap).masked_fill(outside, 0.0)
     return -weight * t.advantages * t.logprobs
@@ -178,7 +178,7 @@ def clip_by_probability(
     h = 1/2 + sqrt(1 + (4 high / q)) / 2, at most cap, q = π / r`
     `low` and `high` bound (r - 1) r q, neither a ratio nor a distance. The README has 0.2, the script 0.28.
     """
-    q = _anchored(t, ratio, "old").clamp(min=1e-12)
+    q = _anchored(t, ratio).clamp(min=1e-12)
     bottom = 0.5 + 0.5 * (1 - 4 * low / q).clamp(min=0).sqrt()
     top = (0.5 + 0.5 * (1 + 4 * high / q).sqrt()).clamp(max=cap)
     held = torch.minimum(torch.maximum(ratio, bottom), top)
@@ -208,8 +208,6 @@ def mirrored_clip(
     return -weight * a * t.logprobs
 
 
-def _anchored(t: Tokens, ratio: Float[Tensor, " N"], what: Literal["old", "moved"]) -> Float[Tensor, " N"]:
-    """Probability under the ratio's anchor, or how far the policy has moved from it; detached."""
-    now = t.logprobs.detach().exp()
-    old = now / ratio.detach()
-    return old if what == "old" else now - old
+def _anchored(t: Tokens, ratio: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Probability under the ratio's anchor, detached."""
+    return t.logprobs.detach().exp() / ratio.detach()

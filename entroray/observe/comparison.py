@@ -3,9 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import yaml
 
 from entroray.metrics.confidence_interval import bootstrap_interval
 from entroray.observe.lab_cells import Cell, shared_overrides, variant_name
@@ -26,36 +28,9 @@ class Column(NamedTuple):
     meaning: str
 
 
-REACHED = (
-    Column("correct/final", "correct", ".3f", "share of all judged training answers right, last 5 steps"),
-    Column("after/greedy", "greedy", ".3f", "share of held-out prompts right at temperature 0"),
-    Column("after/pass@1", "pass@1", ".3f", "share of held-out samples right at the configured temperature"),
-    Column("after/pass@k", "pass@k", ".3f", "share of held-out prompts that one of k such samples solves"),
-    Column("entropy/final", "entropy", ".4f", "nats per trained response token, last 5 steps"),
-)
-ANSWERED = (
-    Column("after/entropy/mean", "entropy", ".4f", "nats per token of held-out samples, drawn as pass@1's"),
-    Column("after/varentropy/mean", "varentropy", ".4f", "nats² per token of the same"),
-    Column("after/distinct/2", "distinct-2", ".3f", "distinct bigrams / bigrams of one prompt's samples"),
-    Column("after/answers/distinct", "answers", ".2f", "different answers among one prompt's samples"),
-    Column("after/calibration/ece_consistency", "ECE", ".3f", "of self-consistency as confidence, held out"),
-)
-COURSE = (
-    Column("correct/first", "first correct", ".3f", "as correct, first 5 steps"),
-    Column("correct/best", "best correct", ".3f", "as correct, the best 5 steps in a row"),
-    Column("varentropy/final", "varentropy", ".4f", "nats² per trained response token, last 5 steps"),
-    Column("tokens/per_second", "tokens/s", ",.0f", "response tokens trained a second, median over steps"),
-    Column("tokens/drawn", "drawn", ",.0f", "response tokens drawn in the whole run, trained on or not"),
-    Column("seconds/train", "seconds", ",.0f", "of all steps together"),
-)
-PARTS = {"what it reached": REACHED, "how it answers held-out prompts": ANSWERED, "how it got there": COURSE}
-LEGEND = (
-    "95 % percentile bootstrap intervals of the mean over seeds. With few seeds they are too narrow: of "
-    "normal data they hold the true mean 75 times in 100 with 3 seeds, 84 with 5, 90 with 10, and those of "
-    "two equal variants with 3 seeds lie apart 1 time in 10. Against the baseline's interval: + above, "
-    "- below, = overlapping (a tie), ? fewer than 3 seeds on either side; n: seeds with the value, if not "
-    "all. All seeds share prompts and first weights, so their chance is left out."
-)
+TEXTS = yaml.safe_load(Path(__file__).with_name("comparison.yaml").read_text(encoding="utf-8"))
+PARTS = {part: tuple(Column(**column) for column in columns) for part, columns in TEXTS["parts"].items()}
+LEGEND: str = TEXTS["legend"]
 
 
 @dataclass(frozen=True)
@@ -196,9 +171,14 @@ def _with_largest_k(column: Column, cells: Sequence[Cell]) -> Column:
     return column._replace(key=f"after/pass@{k}", title=f"pass@{k}")
 
 
+def name_run(cell: Cell, of_task: Mapping[str, Sequence[Cell]]) -> str:
+    """Task, variant and seed of a cell; `of_task` are the cells by task."""
+    return f"{cell.task}, {variant_name(cell, of_task[cell.task])}, seed {cell.seed}"
+
+
 def missing_lines(cells: Sequence[Cell]) -> list[str]:
     """A line for each cell that is missing, failed, or measured with older settings."""
-    name = lambda c: f"{c.task}, {variant_name(c, tasks(cells)[c.task])}, seed {c.seed}"
+    name = lambda c: name_run(c, tasks(cells))
     lines = [f"missing: {name(c)}" for c in cells if c.status == "missing"]
     lines += [f"failed: {name(c)}: {c.reason}" for c in cells if c.status == "failed"]
     return lines + [f"{c.reason}: {name(c)}" for c in cells if c.status == "done" and c.reason]

@@ -4,10 +4,13 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import rich.console
+import yaml
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from entroray.observe.journal import first_and_last, series
@@ -23,17 +26,9 @@ class Column(NamedTuple):
     form: str
 
 
-COLUMNS = (
-    Column("correct", "", "correct/mean", 7, ".3f"),
-    Column("entropy", "nats", "entropy/mean", 8, ".4f"),
-    Column("p80", "nats", "entropy/p80", 8, ".4f"),
-    Column("lag", "max", "lag/max", 4, ".0f"),
-    Column("tokens", "per s", "tokens/per_second", 10, ",.0f"),
-    Column("sample", "s", "seconds/sample", 8, ".2f"),
-    Column("score", "s", "seconds/score", 7, ".2f"),
-    Column("update", "s", "seconds/update", 8, ".2f"),
-    Column("sync", "s", "seconds/sync", 7, ".2f"),
-    Column("step", "s", "seconds/step", 8, ".2f"),
+COLUMNS = tuple(
+    Column(**column)
+    for column in yaml.safe_load(Path(__file__).with_name("console.yaml").read_text(encoding="utf-8"))
 )
 
 
@@ -44,6 +39,25 @@ class Terminal(rich.console.Console):
         """Called by rich instead of raising BrokenPipeError."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+def wide_terminal() -> Terminal:
+    """A terminal for tables: 160 characters wide if the output is none."""
+    terminal = Terminal(highlight=False)
+    if not terminal.is_terminal:
+        terminal.width = 160
+    return terminal
+
+
+def plain_table(rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """`rows` without rules, the first one being their head; the first column is a name."""
+    head, *body = rows
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for row in body:
+        table.add_row(*row)
+    return table
 
 
 class Console:
@@ -122,13 +136,8 @@ def _plot(curves: Mapping[str, tuple[list[int], list[float]]]) -> str:
         panel.draw(panel.signal(steps, values, marker="braille").lines())
         panel.title(title)
         panel.ruler(1, 0).lim(min(0.0, *values), max(0.0, *values) or 1.0)
-        panel.ruler(0, 0).ticks(_ticks(steps))
+        panel.ruler(0, 0).ticks(sorted({steps[0] + round((steps[-1] - steps[0]) * i / 4) for i in range(5)}))
     return figure.build().string(colorless=True).rstrip("\n")
-
-
-def _ticks(steps: Sequence[int]) -> list[int]:
-    span = steps[-1] - steps[0]
-    return sorted({steps[0] + round(span * i / 4) for i in range(5)})
 
 
 def _change(title: str, curve: tuple[list[int], list[float]]) -> str:

@@ -1,37 +1,23 @@
 """An evaluation as JSON, on the terminal, and against another one."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+import yaml
 
 from entroray.errors import ConfigError
 from entroray.metrics.confidence_interval import Difference, paired_difference
-from entroray.observe.console import Terminal
+from entroray.observe.console import plain_table, wide_terminal
 
 Found = Mapping[str, Any]
 """The JSON that `entroray eval` writes (entroray/evaluation/summary.py)."""
-CURVES = {
-    "pass@": "one of k samples is right",
-    "pass^": "all of k samples are right",
-    "maj@": "the most frequent answer of k samples is right",
-}
-CONFIDENCE = {
-    "consistency": "share of the prompt's samples with the same answer",
-    "logprob": "mean probability of its tokens, exp(mean ln p)",
-    "gap": "CoT-decoding's mean of p(1) - p(2) over the answer's tokens",
-}
+TEXTS = yaml.safe_load(Path(__file__).with_name("evaluation.yaml").read_text(encoding="utf-8"))
 SCORES = ("ece", "brier", "auroc")
-DECODED = {"cot/surest": "surest path", "cot/supported": "best supported answer"}
 SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_tokens")
 """The settings that an evaluation drew its answers with."""
-COMPARED = (
-    "95 % percentile bootstrap interval of the difference over prompts, both answering the same ones; "
-    "+ above, - below, = 0 lies within: a tie"
-)
 
 
 def evaluation_json(found: Found) -> str:
@@ -73,7 +59,7 @@ def head(found: Found) -> str:
 def accuracy(found: Found) -> list[list[str]]:
     """Rows of pass@k, pass^k and maj@k, under a head of their k."""
     columns = ks(found, "pass@")
-    rows = [[f"{curve}k", *(number(found, f"{curve}{k}") for k in columns)] for curve in CURVES]
+    rows = [[f"{curve}k", *(number(found, f"{curve}{k}") for k in columns)] for curve in TEXTS["curves"]]
     return [["", *(f"k={k}" for k in columns)], *(row for row in rows if set(row[1:]) != {"-"})]
 
 
@@ -92,7 +78,7 @@ def lines(found: Found) -> list[str]:
     for name, part in found.get("domains", {}).items():
         text.append(f"{name}: greedy {part['greedy']:.3f}, {mean} {part[mean]:.3f}")
     if cot := found.get("cot"):
-        chosen = ", ".join(f"{name} {number(found, key)}" for key, name in DECODED.items())
+        chosen = ", ".join(f"{name} {number(found, key)}" for key, name in TEXTS["decoded"].items())
         lost = ", ".join(f"{n} {why}" for why, n in cot["lost"].items())
         counted = f"{cot['located']} of {cot['paths']} paths have a gap"
         text.append(f"CoT-decoding {chosen}; {counted}" + (f" ({lost})" if lost else ""))
@@ -112,13 +98,13 @@ def lines(found: Found) -> list[str]:
 
 def show_evaluation(found: Found) -> None:
     """The evaluation on the terminal."""
-    terminal = _terminal()
+    terminal = wide_terminal()
     terminal.print(f"{found['model']}\n{head(found)}", highlight=False, markup=False, soft_wrap=True)
-    terminal.print(_table(accuracy(found)))
+    terminal.print(plain_table(accuracy(found)))
     for line in lines(found):
         terminal.print(line, markup=False, soft_wrap=True)
     if found["calibration"]:
-        terminal.print(_table(calibration(found)))
+        terminal.print(plain_table(calibration(found)))
 
 
 def compare(first: Found, second: Found) -> dict[str, Difference]:
@@ -148,26 +134,9 @@ def show_comparison(first: Found, second: Found) -> None:
         [name, f"{d.first:.3f}", f"{d.second:.3f}", f"{d.mean:+.3f} [{d.low:+.3f} {d.high:+.3f}]", d.sign]
         for name, d in found.items()
     ]
-    terminal = _terminal()
+    terminal = wide_terminal()
     terminal.print(f"first      {first['model']}\nsecond     {second['model']}", markup=False, soft_wrap=True)
-    terminal.print(_table([["", "first", "second", "difference", ""], *rows]))
-    terminal.print(f"{shared} prompts; {COMPARED}", markup=False, soft_wrap=True)
+    terminal.print(plain_table([["", "first", "second", "difference", ""], *rows]))
+    terminal.print(f"{shared} prompts; {TEXTS['compared']}", markup=False, soft_wrap=True)
     if different := differing_settings(first, second):
         terminal.print(f"settings differ: {', '.join(different)}", markup=False, soft_wrap=True)
-
-
-def _terminal() -> Terminal:
-    terminal = Terminal(highlight=False)
-    if not terminal.is_terminal:
-        terminal.width = 160
-    return terminal
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Table:
-    titles, *body = rows
-    table = Table(box=None, pad_edge=False)
-    for index, title in enumerate(titles):
-        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in body:
-        table.add_row(*row)
-    return table

@@ -7,18 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from entroray.observe.css import render_html
-from entroray.observe.evaluation import (
-    CONFIDENCE,
-    CURVES,
-    DECODED,
-    Found,
-    accuracy,
-    calibration,
-    head,
-    ks,
-    lines,
-    number,
-)
+from entroray.observe.evaluation import TEXTS, Found, accuracy, calibration, head, ks, lines, number
 from entroray.observe.journal import replace_text
 from entroray.observe.svg import Area, Frame, Line, chart, frame, legend_entry
 from entroray.observe.token_view import ShadedToken, shade_response
@@ -51,8 +40,8 @@ def _section(title: str, inner: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{inner}</section>"
 
 
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
+def _note(name: str, numbers: str = "") -> str:
+    return f'<p class="note">{escape(TEXTS["notes"][name] + numbers)}</p>'
 
 
 def _rows(rows: Sequence[Sequence[str]]) -> str:
@@ -72,7 +61,7 @@ def _accuracy(found: Found) -> str:
     drawn: list[Line] = []
     areas: list[Area] = []
     keys = []
-    for index, (curve, meaning) in enumerate(CURVES.items()):
+    for index, (curve, meaning) in enumerate(TEXTS["curves"].items()):
         names = [f"{curve}{k}" for k in columns if f"{curve}{k}" in found]
         at = [place[k] for k in columns if f"{curve}{k}" in found]
         means = [found[name] for name in names]
@@ -87,8 +76,7 @@ def _accuracy(found: Found) -> str:
     shown = Frame(0.0, max(1.0, float(len(columns) - 1)), 0.0, 1.0)
     below = {x: f"k={k}" for k, x in place.items()}
     figure = chart(drawn, shown, label="accuracy over k", width=920, height=300, areas=areas, below=below)
-    note = "Shaded: 95 % percentile bootstrap over prompts. Answers that tie in a vote share it evenly."
-    return f'<p class="keys">{"".join(keys)}</p>{figure}{_note(note)}{_rows(accuracy(found))}'
+    return f'<p class="keys">{"".join(keys)}</p>{figure}{_note("accuracy")}{_rows(accuracy(found))}'
 
 
 def _cot(cot: Mapping[str, Any], found: Found) -> str:
@@ -97,28 +85,21 @@ def _cot(cot: Mapping[str, Any], found: Found) -> str:
     rows = [
         ["", "accuracy"],
         ["greedy", number(found, "greedy")],
-        *([f"{name}", number(found, key)] for key, name in DECODED.items()),
+        *([f"{name}", number(found, key)] for key, name in TEXTS["decoded"].items()),
         ["mean gap of right paths", form("gap_right")],
         ["mean gap of wrong paths", form("gap_wrong")],
         ["paths with a gap", f"{cot['located']} of {cot['paths']}"],
         ["paths without", lost],
         ["prompts without any gap, counted as wrong", str(cot["prompts_without"])],
     ]
-    note = (
-        "Each of the likeliest first tokens is followed greedily. The gap of a path is the mean of "
-        "p(1) - p(2) over the tokens of its answer, both at temperature 1."
-    )
-    return _note(note) + _rows(rows)
+    return _note("cot") + _rows(rows)
 
 
 def _calibration(found: Found) -> str:
     if not found["calibration"]:
-        return _note("No answer was sampled and judged.")
+        return _note("unmeasured")
     figures = "".join(_diagram(name, bins) for name, bins in found["calibration"].items())
-    note = (
-        "Bars: share right in 15 equal bins of confidence, darker where more answers are. Line: calibrated."
-    )
-    return f'{_note(note)}<div class="small">{figures}</div>{_rows(calibration(found))}'
+    return f'{_note("calibration")}<div class="small">{figures}</div>{_rows(calibration(found))}'
 
 
 def _diagram(name: str, bins: Mapping[str, Any]) -> str:
@@ -137,7 +118,8 @@ def _diagram(name: str, bins: Mapping[str, Any]) -> str:
         [diagonal], Frame(0, 1, 0, 1), label=f"reliability of {name}", width=300, height=220,
         areas=bars, below=below,
     )  # fmt: skip
-    return f"<figure><figcaption>{escape(name)}: {escape(CONFIDENCE[name])}</figcaption>{figure}</figure>"
+    caption = escape(f"{name}: {TEXTS['confidence'][name]}")
+    return f"<figure><figcaption>{caption}</figcaption>{figure}</figure>"
 
 
 def _positions(places: Sequence[Mapping[str, Any]], found: Found) -> str:
@@ -150,18 +132,13 @@ def _positions(places: Sequence[Mapping[str, Any]], found: Found) -> str:
     drawn += [Line([x], [y], "c0", s) for x, y, s in zip(middle, values, tooltips, strict=True)]
     figure = chart(drawn, frame(drawn), label="entropy by position", width=920, height=240)
     summary = ", ".join(f"{name} {x:.4f}" for name, x in found["entropy"].items())
-    note = (
-        "Mean H, nats, of the whole distribution at each token, before any shaping or truncation, by the "
-        f"token's place in the response. Over all of them: {summary}."
-    )
-    return figure + _note(note)
+    return figure + _note("positions", f" {summary}.")
 
 
 def _uncertain(uncertain: Mapping[str, Any], found: Found) -> str:
     rows = [["token", "count", "mean entropy, nats"]]
     rows += [[visible(t["text"]), str(t["count"]), f"{t['entropy']:.3f}"] for t in uncertain["tokens"]]
-    note = f"Tokens drawn where H is above its 80th percentile, {uncertain['above']:.4f} nats."
-    return _note(note) + _rows(rows)
+    return _note("uncertain", f" {uncertain['above']:.4f} nats.") + _rows(rows)
 
 
 def visible(token: str) -> str:

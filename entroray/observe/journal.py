@@ -51,7 +51,8 @@ class Journal:
             )
         if self.tokens_every and (step - 1) % self.tokens_every == 0:
             self._record(step, groups, tokens)
-        finite = {name: v if math.isfinite(v) else None for name, v in _floats(metrics).items()}
+        values = {name: float(value) for name, value in metrics.items() if name != "step"}
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         _line(self._metrics, {"step": step} | finite)
         self.last_step = step
         self._track(step, {name: v for name, v in finite.items() if v is not None})
@@ -147,10 +148,6 @@ def _append_to(path: Path) -> TextIO:
 def _line(file: TextIO, entry: Mapping[str, Any]) -> None:
     file.write(json.dumps(entry, allow_nan=False) + "\n")
     file.flush()
-
-
-def _floats(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if name != "step"}
 
 
 def _plain(value: Any) -> Any:

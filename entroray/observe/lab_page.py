@@ -3,13 +3,11 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 from entroray.observe import lab_cells
 from entroray.observe.comparison import (
     LEGEND,
     PARTS,
-    Column,
     Row,
     Table,
     code_lines,
@@ -22,18 +20,12 @@ from entroray.observe.comparison import (
 from entroray.observe.css import COLOURS, render_html
 from entroray.observe.journal import read_metrics, replace_text, series
 from entroray.observe.lab_cells import WINDOW, Cell, moving_means
-from entroray.observe.svg import Frame, Line, chart, frame, legend_entry, mean_line
+from entroray.observe.svg import Line, chart, frame, legend_entry, mean_line
 
-
-class Curve(NamedTuple):
-    key: str
-    title: str
-
-
-CURVES = (
-    Curve("correct/mean", "correct, share of judged training answers right"),
-    Curve("entropy/mean", "entropy, nats per trained response token"),
-)
+CURVES = {
+    "correct/mean": "correct, share of judged training answers right",
+    "entropy/mean": "entropy, nats per trained response token",
+}
 Measured = tuple[Sequence[int], Sequence[float]]
 
 
@@ -52,7 +44,7 @@ def write_lab_page(lab: Path, cells: Sequence[Cell], baseline: str) -> Path:
 
 def _task(lab: Path, task: str, cells: Sequence[Cell], baseline: str) -> str:
     of_task = tables(cells, baseline)
-    charts = "".join(_charts(lab, cells, baseline, curve) for curve in CURVES)
+    charts = "".join(_charts(lab, cells, baseline, key) for key in CURVES)
     shown = "".join(map(_table, of_task))
     settings = escape(of_task[0].settings)
     return f"<section><h2>{escape(task)} <small>{settings}</small></h2>{shown}{charts}</section>"
@@ -82,16 +74,16 @@ def _number(text: str) -> str:
     return f"<td>{escape(value)} {between} {mark}</td>"
 
 
-def _charts(lab: Path, cells: Sequence[Cell], baseline: str, curve: Curve) -> str:
+def _charts(lab: Path, cells: Sequence[Cell], baseline: str, key: str) -> str:
     """All means in one chart, then each variant's seeds beside the baseline's mean, on one scale."""
-    measured = {name: _measured(lab, runs, curve.key) for name, runs in variants(cells).items()}
+    measured = {name: _measured(lab, runs, key) for name, runs in variants(cells).items()}
     measured = {name: runs for name, runs in measured.items() if runs}
     means = {name: mean_line(runs) for name, runs in measured.items()}
     if not means:
-        return f"<p>No step of {escape(curve.key)} was measured yet.</p>"
+        return f"<p>No step of {escape(key)} was measured yet.</p>"
     lines = [_smooth(means[name], style(i), name) for i, name in enumerate(means)]
     keys = "".join(legend_entry(style(i), name) for i, name in enumerate(means))
-    title = f"{curve.title}; mean over seeds and {WINDOW} steps"
+    title = f"{CURVES[key]}; mean over seeds and {WINDOW} steps"
     all_ = chart(lines, frame(lines), label=title, width=920, height=300)
     small = "".join(_small(measured, means, name, baseline, style(i)) for i, name in enumerate(means))
     return f'<h3>{escape(title)}</h3><p class="keys">{keys}</p>{all_}<div class="small">{small}</div>'
@@ -107,12 +99,9 @@ def _small(
     seeds = [Line(*run, f"{colour} thin") for run in measured[name]]
     beside = [Line(*means[baseline], "base", baseline)] if baseline in means and name != baseline else []
     lines = [*beside, *seeds, Line(*means[name], colour, name)]
-    drawn = chart(lines, _scale(measured), label=name, width=300, height=150)
+    scale = frame([Line(*run, "") for runs in measured.values() for run in runs])
+    drawn = chart(lines, scale, label=name, width=300, height=150)
     return f"<figure><figcaption>{escape(name)}</figcaption>{drawn}</figure>"
-
-
-def _scale(measured: Mapping[str, Sequence[Measured]]) -> Frame:
-    return frame([Line(*run, "") for runs in measured.values() for run in runs])
 
 
 def _measured(lab: Path, cells: Sequence[Cell], key: str) -> list[Measured]:
@@ -141,12 +130,8 @@ def _missing(lines: Sequence[str]) -> str:
 
 def _meanings() -> str:
     """The meaning of every column."""
+    meaning = lambda c: f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>"
     parts = [
-        f"<h3>{escape(part)}</h3><dl>{''.join(_meaning(c) for c in columns)}</dl>"
-        for part, columns in PARTS.items()
+        f"<h3>{escape(part)}</h3><dl>{''.join(map(meaning, columns))}</dl>" for part, columns in PARTS.items()
     ]
     return f"<section><h2>The columns</h2>{''.join(parts)}</section>"
-
-
-def _meaning(column: Column) -> str:
-    return f"<dt>{escape(column.title)}</dt><dd>{escape(column.meaning)}</dd>"

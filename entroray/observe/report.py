@@ -17,9 +17,8 @@ from entroray.observe.css import render_html
 from entroray.observe.journal import first_and_last, read_metrics, replace_text, series
 
 Metrics = Sequence[Mapping[str, Any]]
-GREY, FAINT, CLEAR = "#94a3b8", "rgba(148,163,184,0.25)", "rgba(0,0,0,0)"
-COLOUR = {"teal": "#0d9488", "indigo": "#4f46e5", "purple": "#a855f7", "orange": "#f59e0b", "red": "#e11d48"}
-COLOUR |= {"grey": GREY}
+PAGE = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text(encoding="utf-8"))
+COLOUR: Mapping[str, str] = PAGE["colours"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Plot:
 
 PLOTS = tuple(
     Plot(**{**plot, "curves": tuple(Curve(**{**c, "colour": COLOUR[c["colour"]]}) for c in plot["curves"])})
-    for plot in yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text(encoding="utf-8"))
+    for plot in PAGE["plots"]
 )
 """The sections of the page, in order."""
 
@@ -70,7 +69,9 @@ def write_report(run_dir: Path) -> Path:
     metrics = read_metrics(path) if path.exists() else []
     body = [
         _head(run_dir, metrics),
-        _cards(metrics) if metrics else _missing("metrics.jsonl", "there are no curves"),
+        f'<main class="cards">{"".join(_card(p, metrics) for p in (*PLOTS, *_moved(metrics)))}</main>'
+        if metrics
+        else _missing("metrics.jsonl", "there are no curves"),
         _tokens(run_dir),
         _events(run_dir / "events.jsonl"),
         _text(run_dir / "config.yaml", "Configuration"),
@@ -111,10 +112,6 @@ def _tiles(metrics: Metrics) -> list[tuple[str, str]]:
     return tiles
 
 
-def _cards(metrics: Metrics) -> str:
-    return f'<main class="cards">{"".join(_card(p, metrics) for p in (*PLOTS, *_moved(metrics)))}</main>'
-
-
 def _moved(metrics: Metrics) -> list[Plot]:
     """A plot for each setting that a schedule or a controller moved."""
     names = dict.fromkeys(key for m in metrics for key in m if key.startswith("control/"))
@@ -142,26 +139,9 @@ def _figure(plot: Plot, curves: Sequence[Curve], metrics: Metrics) -> str:
     figure = go.Figure([_trace(plot, curve, metrics) for curve in curves])
     values = [value for curve in curves for value in curve.drawn(metrics)[1]]
     log = plot.log and 0 < 10 * min(values) < max(values)
-    figure.update_layout(
-        height=280,
-        margin={"l": 56, "r": 16, "t": 8, "b": 36},
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        font={"family": "system-ui, sans-serif", "size": 12, "color": GREY},
-        hovermode="x unified",
-        barmode="stack",
-        bargap=0.1,
-        legend={"orientation": "h", "y": 1.02, "x": 1, "xanchor": "right", "yanchor": "bottom"},
-        xaxis={"title": {"text": "step", "standoff": 4}, "gridcolor": FAINT, "zeroline": False},
-        yaxis={
-            "type": "log" if log else "linear",
-            "dtick": 1 if log else None,
-            "rangemode": "tozero",
-            "gridcolor": FAINT,
-            "zerolinecolor": GREY,
-            "exponentformat": "power",
-        },
-    )
+    figure.update_layout(PAGE["layout"])
+    if log:
+        figure.update_yaxes(type="log", dtick=1)
     options = {"displayModeBar": False, "responsive": True}
     return figure.to_html(full_html=False, include_plotlyjs=False, config=options)
 

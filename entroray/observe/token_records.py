@@ -1,5 +1,6 @@
 """Token records: one Parquet row per response token, from which every entropy metric can be derived again."""
 
+import csv
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,38 +13,21 @@ from torch import Tensor
 
 from entroray.metrics.step import aligned
 from entroray.train.batching import observed_tokens
-from entroray.types import REASONS, Group, Rollout, Status, Tokens, Verdict
+from entroray.types import REASONS, Group, Rollout, Status, Tokens
 
 WORD = pa.dictionary(pa.int32(), pa.string())
-INT, FLOAT, BOOL = pa.int32(), pa.float32(), pa.bool_()
-_column = lambda name, kind, unit, meaning: pa.field(name, kind, metadata={"unit": unit, "meaning": meaning})
-SCHEMA = pa.schema(
-    (
-        _column("step", INT, "", "step that trained the token"),
-        _column("version", INT, "steps", "of the weights that sampled it; the learner was at step - 1"),
-        _column("prompt_id", WORD, "", "the prompt"),
-        _column("rollout", INT, "", "row of the rollout within the step"),
-        _column("position", INT, "tokens", "place in the response, 0 is the first"),
-        _column("token_id", INT, "", "the sampled token; vocabulary.json beside has its text"),
-        _column("logprob_behavior", FLOAT, "nats", "ln p of the token under the sampler, as drawn"),
-        _column("logprob_old", FLOAT, "nats", "ln p of the token under the learner before the update"),
-        _column("entropy", FLOAT, "nats", "entropy of the learner's distribution before the update"),
-        _column("varentropy", FLOAT, "nats^2", "variance of -ln p under that distribution"),
-        _column("temperature", FLOAT, "", "temperature of the policy, in the learner too"),
-        _column("sampler_entropy", FLOAT, "nats", "the sampler's, before shaping; null without notes"),
-        _column("sampler_varentropy", FLOAT, "nats^2", "the sampler's, before shaping; null without notes"),
-        _column("sampler_temperature", FLOAT, "", "as drawn; 0 for the likeliest, null if inserted"),
-        _column("advantage", FLOAT, "", "advantage after credit"),
-        _column("scale", FLOAT, "", "factor of the advantage (objective.scales)"),
-        _column("selected", BOOL, "", "chosen by objective.select"),
-        _column("mask_reason", WORD, "", "why the token is in no aggregate; null if it counts"),
-        _column("reward", FLOAT, "", "the verifier's reward of the rollout, unshaped"),
-        _column("correct", FLOAT, "", "1 if the rollout's answer is right, else 0"),
-        _column("status", WORD, "", "ok, truncated, or why sampling or judging failed"),
-        _column("replayed", BOOL, "", "the rollout is a success of an earlier step; `version` says which"),
-    )
-)
-"""Every column of the records with its type, unit and meaning; README.md shows them."""
+TYPES = {"text": WORD, "int32": pa.int32(), "float": pa.float32(), "bool": pa.bool_()}
+
+
+def _schema() -> pa.Schema:
+    """Every column of token_records.tsv with its type, unit and meaning; README.md shows them."""
+    with Path(__file__).with_name("token_records.tsv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    meta = lambda row: {name: row[name] for name in ("unit", "meaning")}
+    return pa.schema([pa.field(row["column"], TYPES[row["type"]], metadata=meta(row)) for row in rows])
+
+
+SCHEMA = _schema()
 
 
 def record_path(run_dir: Path, step: int) -> Path:
@@ -70,7 +54,8 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
     rollouts = aligned(groups, tokens)
     judged = [(g.prompt.id, v) for g in groups for v in g.verdicts]
     row, mask = tokens.row.cpu().numpy(), tokens.mask.cpu().numpy()
-    status = [_status(r.status, v) for r, (_, v) in zip(rollouts, judged, strict=True)]
+    pairs = zip(rollouts, judged, strict=True)
+    status = [str(r.status if v.status is Status.OK else v.status) for r, (_, v) in pairs]
     reason = [s if s != Status.OK else "masked" for s in status]
     drawn = _drawn(rollouts)
 
@@ -139,10 +124,6 @@ def _reasons(
     """Why a token is masked: the kind of observation that it is, else its rollout's status."""
     words = [*map(str, REASONS), *per_row]
     return _words(words, np.where(observed < 0, row + len(REASONS), observed), null=mask)
-
-
-def _status(sampled: Status, verdict: Verdict) -> str:
-    return str(sampled if verdict.status is Status.OK else verdict.status)
 
 
 def _words(per_row: Sequence[str], row: NDArray, null: NDArray[np.bool_] | None = None) -> pa.Array:

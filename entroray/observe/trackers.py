@@ -1,9 +1,6 @@
 """Where metrics are copied to, beside the journal; the journal alone is the truth.
 
-A tracker is a function of `TrackedRun`, with settings by keyword, that returns a `Tracker`. One of your own
-is one function in one file, here or in one of your `packages`:
-`observe.trackers=[{fn: tensorboard}, {fn: my_lab.wandb, project: x}]`. One that raises is let go with the
-event `tracker_lost`, and the run goes on.
+A tracker is a function of `TrackedRun`, with settings by keyword, that returns a `Tracker`.
 """
 
 from collections.abc import Mapping

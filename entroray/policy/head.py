@@ -31,28 +31,15 @@ def token_stats(
     weight: Float[Tensor, "V D"],
     token_ids: Int[Tensor, " N"],
     temperature: Float[Tensor, " N"],
-    *,
-    tile_elements: int | None = None,
-) -> TokenStats:
-    """Exact log-prob, entropy and varentropy (nats, FP32 or wider) of softmax(hidden weight^T / temperature).
-
-    Gradients flow through log-probs and entropy to `hidden` and `weight`; varentropy carries none.
-    `hidden[t]` is the state that predicts `token_ids[t]`. Logits of -inf are outcomes of probability 0.
-    """
-    tile = tile_elements or _tile_on(hidden.device)
-    return TokenStats(*_TiledStats.apply(hidden, weight, token_ids, temperature, tile, ()))
-
-
-def more_stats(
-    hidden: Float[Tensor, "N D"],
-    weight: Float[Tensor, "V D"],
-    token_ids: Int[Tensor, " N"],
-    temperature: Float[Tensor, " N"],
-    names: tuple[str, ...],
+    names: tuple[str, ...] = (),
     *,
     tile_elements: int | None = None,
 ) -> dict[str, Float[Tensor, " N"]]:
-    """`token_stats` by name, and further statistics from the same pass, with gradients of their own."""
+    """Exact `TokenStats` and further `names` (FP32 or wider) of softmax(hidden weight^T / temperature).
+
+    Gradients flow to `hidden` and `weight`, save through varentropy. `hidden[t]` is the state that predicts
+    `token_ids[t]`. Logits of -inf are outcomes of probability 0.
+    """
     tile = tile_elements or _tile_on(hidden.device)
     out = _TiledStats.apply(hidden, weight, token_ids, temperature, tile, names)
     return dict(zip((*TokenStats._fields, *names), out, strict=True))
@@ -162,13 +149,9 @@ class StreamedHead(nn.Module):
 
     def __init__(self, lm_head: nn.Linear):
         super().__init__()
-        if lm_head.bias is not None:
-            raise ValueError(
-                "an output head with a bias is not supported: its bias would be dropped silently"
-            )
-        self.weight: nn.Parameter = lm_head.weight
+        self.weight = lm_head.weight
 
     def forward(
         self, hidden: Tensor, token_ids: Tensor, temperature: Tensor, more: Sequence[str] = ()
     ) -> dict[str, Tensor]:
-        return more_stats(hidden, self.weight, token_ids, temperature, tuple(more))
+        return token_stats(hidden, self.weight, token_ids, temperature, tuple(more))

@@ -1,9 +1,4 @@
-"""How the members of a group are drawn: each alone, or some as branches of others.
-
-A plan takes a generator, a prompt, a seed for each member and how to draw; what it cannot branch it draws
-alone. Members that failed are replaced by responses drawn alone, and a branch goes with its parent
-(`branch_points.sort_members`).
-"""
+"""How the members of a group are drawn: each alone, or some as branches of others."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence

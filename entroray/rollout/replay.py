@@ -1,9 +1,4 @@
-"""Rare successes, kept and put before the policy again (RLEP, arXiv 2507.07451; UEC-RL, arXiv 2604.14646).
-
-A replayed rollout is off-policy on purpose: its log-probs and versions are those it was sampled with, so the
-objective's correction weighs it, and `driver.max_lag` does not bound its age. It comes from groups that were
-mostly wrong, and enters a group that is all wrong: what it replaces is one of several equal failures.
-"""
+"""Rare successes, kept and put before the policy again (RLEP, arXiv 2507.07451; UEC-RL, arXiv 2604.14646)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -73,7 +68,6 @@ class Replay:
         return found
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON."""
         return {name: [_plain(r), asdict(v)] for name, (r, v) in self.kept.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -1,16 +1,4 @@
-"""How a sampler that looks at entropy reshapes logits; the engine's side is workers/logits_processor.py.
-
-The distribution drawn from is b = softmax(z / (T f)) with the rule's factor f, where the policy's is
-pi = softmax(z / T). The learner keeps pi: its old log-probs, its ratio pi_now / pi_old (exactly 1 at the
-first update) and its entropies are all at T, and the tokens' own log-probs under b are the behaviour
-log-probs. The difference is made up for in the `correction` slot by pi_old / b, once, detached (methods: TIS,
-decoupled PPO), which is why a sampler that shapes needs a row with a correction. A weight per token makes up
-for the draw of that token given what stands before it, not for how likely what stands before it was.
-
-Where f = 0 the likeliest token is taken: b = 1 for it and 0 for all others, which no weight brings back.
-Its weight is then pi(likeliest) <= 1, and what is estimated leaves out the mass 1 - pi(likeliest) there.
-An inserted token was drawn by nobody: it is masked as an observation and trains nothing.
-"""
+"""How a sampler that looks at entropy reshapes logits (README.md here); the engine's side is in `workers`."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial

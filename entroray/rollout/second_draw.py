@@ -15,16 +15,7 @@ MAXIMUM = 1.5
 
 @dataclass
 class SecondDraw:
-    """A failed prompt is drawn hotter (UEC-RL, arXiv 2604.14646); replay follows if that fails too.
-
-    `at_once` draws the group again in the same step. UEC-RL keeps the right answers of the second draw among
-    those of the first. Here the second draw replaces the first, whatever came of it: every member of a group
-    is then from one distribution, the advantages are compared within it, and the importance weights bring it
-    back to the policy's.
-
-    `next_time` draws the prompt hotter when it comes up again: each group without a right rollout multiplies
-    its factor, up to 1.5, and one right rollout resets it to 1.
-    """
+    """A failed prompt is drawn hotter (UEC-RL, arXiv 2604.14646); replay follows if that fails too."""
 
     factor: float = 1.0
     """On the temperature; 1 draws nothing hotter."""
@@ -64,11 +55,9 @@ class SecondDraw:
         return found
 
     def state(self) -> dict[str, float]:
-        """Plain JSON."""
         return dict(self.factors)
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Go on from `state`."""
         self.factors = dict(state)
 
 

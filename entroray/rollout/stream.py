@@ -62,20 +62,7 @@ Rollouts = Callable[[Prompt, int], Awaitable[Group | Dropped]]
 
 
 class Stream:
-    """A bounded window of `per_step * (max_lag + 1)` groups in flight.
-
-    A slot is held from the moment its prompt is drawn until the step it fed has reached the
-    generators, so sampling runs ahead of training by `max_lag` steps and no further. That alone does
-    not bound staleness (a straggler may finish many steps late), so `take` waits until what it would
-    leave behind can still be trained in time.
-
-    With `max_lag` 0 groups come in waves, each as large as the share kept last step says it must be: a
-    small wave costs the engine as many turns as a large one. A wave is finished before it is looked at,
-    so neither lengths nor timing have a say in which groups are trained on; what is too many is surplus.
-
-    Surplus, groups finished beyond a step's need, is held for the next step if the stream `keeps`. With
-    `max_lag` 0 it cannot: the surplus would be one step stale.
-    """
+    """A bounded window of `per_step * (max_lag + 1)` groups in flight (README.md here)."""
 
     def __init__(self, prompts: Prompts, rollout: Rollouts, *, per_step: int, max_lag: int, keeps: bool):
         if keeps and max_lag == 0:

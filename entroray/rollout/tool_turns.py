@@ -46,13 +46,7 @@ class Dialogue(NamedTuple):
 
 @dataclass(frozen=True)
 class ToolTurns:
-    """A Generator whose responses go on behind the answers of a tool, which are observations in them.
-
-    A response is never tokenised again: each turn reads the prompt's ids and every id that came since. It
-    ends as the policy ends it, or truncated: at the token limit, which the answers count against,
-    or at one call more than `calls`. If the tool gave no answer in time, or died, the response has
-    its status, and is sampled anew. The members of a group take their turns together.
-    """
+    """A Generator whose responses go on behind the answers of a tool, observations in them (README.md)."""
 
     generator: Generator
     tool: Tool

@@ -48,29 +48,24 @@ def tokens_of(
     """A scored batch as the policy that is about to be updated sees it; not yet credited."""
     rollouts = rollouts_of(groups)
     verdicts = [v for g in groups for v in g.verdicts]
-    length = torch.tensor([r.length for r in rollouts])
-    row = torch.repeat_interleave(torch.arange(len(rollouts)), length)
     column = {k: torch.from_numpy(np.asarray(v)) for k, v in scores.items()}
     mask = torch.from_numpy(observed_tokens(rollouts) < 0)
     known = ("logprobs", "entropy", "varentropy", "ref_logprobs")
-    return Tokens(
-        row=row,
-        position=_flat([np.arange(r.length) for r in rollouts]),
-        uid=torch.arange(len(row)),
+    lengths = [r.length for r in rollouts]
+    temperatures = torch.tensor([r.temperature for r in rollouts])
+    return Tokens.from_columns(
+        lengths=lengths,
+        groups=group_index(groups).tolist(),
+        advantages=torch.cat(list(advantages)).tolist(),
         mask=mask,
         logprobs=column["logprobs"],
         entropy=column["entropy"],
         varentropy=column["varentropy"],
         old_logprobs=column["logprobs"],
-        behavior_logprobs=_flat([r.logprobs for r in rollouts]),
+        behavior_logprobs=torch.from_numpy(np.concatenate([r.logprobs for r in rollouts])),
         ref_logprobs=column.get("ref_logprobs"),
-        temperature=torch.tensor([r.temperature for r in rollouts])[row],
-        advantages=torch.cat(list(advantages)).float()[row],
-        scale=torch.ones(len(row)),
-        correction=torch.ones(len(row)),
-        selected=mask.clone(),
-        group=torch.from_numpy(group_index(groups)),
-        length=length,
+        temperature=temperatures.repeat_interleave(torch.tensor(lengths)),
+        selected=mask,
         reward=torch.tensor([v.reward for v in verdicts]),
         correct=torch.tensor([float(v.correct) for v in verdicts]),
         version=torch.tensor([r.version for r in rollouts]),
@@ -84,7 +79,3 @@ def tokens_of(
 def _drawn_before(rollouts: Sequence[Rollout]) -> Tensor | None:
     branched = any(r.parent is not None for r in rollouts)
     return torch.tensor([r.drawn_before for r in rollouts]) if branched else None
-
-
-def _flat(pieces: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate(pieces))

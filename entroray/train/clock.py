@@ -1,7 +1,8 @@
 """Seconds of each phase of a step."""
 
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Clock:
@@ -10,15 +11,13 @@ class Clock:
     def __init__(self, phase: str = "start") -> None:
         self.phase, self.began, self.seconds = phase, time.monotonic(), dict[str, float]()
 
-    def __call__(self, phase: str) -> "Clock":
-        self.phase = phase
-        return self
-
-    def __enter__(self) -> None:
-        self.entered = time.monotonic()
-
-    def __exit__(self, *_: Any) -> None:
-        self.seconds[self.phase] = time.monotonic() - self.entered
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self.phase, entered = phase, time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = time.monotonic() - entered
 
     def metrics(self, tokens: int) -> dict[str, float]:
         """Seconds by phase and response tokens trained a second."""

@@ -75,11 +75,9 @@ class Diagnostics:
         return found.metrics() if found else {}
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON."""
         return {"predictions": list(self.predictions), "points": list(map(list, self.points))}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
         self.predictions.extend(state["predictions"])
         self.points.extend((h, r) for h, r in state["points"])
 

@@ -1,22 +1,4 @@
-"""The one process that sees the whole loop; it knows roles, never Ray, vLLM or DeepSpeed.
-
-Two loops share one thread and one event loop. Groups in flight, up to `max_lag + 1` steps' worth of them:
-
-    next prompt -> Draw in effect -> generator.sample -> verifier.judge -> group whole? -> stream
-                                            ^                                   |
-                                            +-- members that failed, anew ------+
-
-Steps, one after the other:
-
-    knobs -> stream.take -> learner.score -> credit -> learner.update -> sync -> evaluate -> journal
-      ^                                                                                         |
-      +------------------ metrics, a checkpoint if one is due, the next step -------------------+
-
-Who waits for whom: a step waits in `take` for enough groups, and with `wait` for those about to grow older
-than `max_lag`. A group waits for generator and verifier alone, and goes on while the learner scores and
-updates and while the new weights are served. A new group waits until the step that its slot fed is synced,
-so with `max_lag` 0 groups and steps take turns. A knob that moves is read by groups begun from then on.
-"""
+"""The one process that sees the whole loop; it knows roles, never Ray or an engine (rollout/README.md)."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -30,7 +12,7 @@ from entroray.metrics.by_domain import domain_metrics, judged_metrics
 from entroray.metrics.step import step_metrics
 from entroray.objective import Objective, active_tokens, gradient_weight
 from entroray.objective.activity import counted_functions
-from entroray.roles import Generator, Journal, Learner, Prompts, Sync, Verifier
+from entroray.roles import Generator, Journal, Learner, Prompts, Resumable, Sync, Verifier
 from entroray.rollout.branch_points import Attempt, sort_members
 from entroray.rollout.plans import Plan, independent
 from entroray.rollout.selection import Selection
@@ -39,7 +21,7 @@ from entroray.seeds import seeds
 from entroray.train.batching import assemble, group_index, tokens_of
 from entroray.train.clock import Clock
 from entroray.train.diagnostics import NO_DIAGNOSTICS, Diagnostics, DiagnosticsSchedule
-from entroray.train.failure_limits import IdleFunctions, Limit, SkippedUpdates, VerdictFailures
+from entroray.train.failure_limits import IdleFunctions, SkippedUpdates, VerdictFailures
 from entroray.types import Draw, Group, Prompt, Rollout, Status, Tokens, Verdict, Version
 
 UNTOUCHED = 20
@@ -48,29 +30,24 @@ UNTOUCHED = 20
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How the loop runs: sizes, staleness, patience."""
+    """How the loop runs; what a field does not say is with the setting of its name in `config`."""
 
     group_size: int
     groups_per_step: int
     max_lag: int
     wait: bool
-    """True: the learner waits for groups about to grow too old; False: they are refused and re-issued."""
+    """For groups about to grow too old; False refuses and re-issues them."""
     refill_limit: int
-    """Most groups a step may drop, in steps' worth, before the run ends for want of signal."""
     max_failed: float
-    """Share of recent responses that may lack a verdict."""
     stall: float
-    """Seconds without a finished step after which the run ends, naming the phase it stood in."""
     resamples: int = 2
     """Times that the failed members of a group are sampled anew before the group is dropped."""
     max_skipped: int = 3
     """Steps in a row that may leave an update out."""
     extra: int = 0
-    """Rollouts of a prompt drawn beyond `group_size`; the first to finish are taken, the others given up."""
     tokens: int | None = None
     """Response tokens drawn after which no further step is begun."""
     surplus: str = "by_lag"
-    """`keep` | `drop` groups finished beyond a step's; `by_lag` keeps them where `max_lag` is above 0."""
 
     @property
     def keeps_surplus(self) -> bool:
@@ -78,7 +55,6 @@ class LoopSettings:
 
 
 async def no_evaluation(step: int) -> dict[str, float]:
-    """No evaluation."""
     return {}
 
 
@@ -137,7 +113,7 @@ class Driver:
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)
         self.idle = IdleFunctions(UNTOUCHED)
-        self.limits: Mapping[str, Limit] = {
+        self.limits: Mapping[str, Resumable] = {
             "failures": self.failures,
             "skipped": self.skipped,
             "idle": self.idle,
@@ -248,8 +224,6 @@ class Driver:
         verdicts = iter(judged)
         blank = lambda r: Verdict(float("nan"), False, status=r.status, detail="not sampled")
         return [(r, next(verdicts) if r.status.usable else blank(r)) for r in rollouts]
-
-    # A step.
 
     async def step(self) -> dict[str, float]:
         """One committed step; returns its metrics."""

@@ -3,22 +3,9 @@
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from entroray.errors import DataError, NumericsError
 from entroray.types import Verdict
-
-
-class Limit(Protocol):
-    """A count that goes on where a resumed run goes on."""
-
-    def state(self) -> Any:
-        """Plain JSON."""
-        ...
-
-    def restore(self, state: Any) -> None:
-        """Go on from `state`."""
-        ...
 
 
 @dataclass
@@ -52,11 +39,9 @@ class VerdictFailures:
         return sum(map(bool, self.recent)) / max(1, len(self.recent))
 
     def state(self) -> list[str]:
-        """Plain JSON."""
         return list(self.recent)
 
     def restore(self, state: Sequence[str]) -> None:
-        """Go on from `state`."""
         self.recent = deque(state)
 
 
@@ -77,11 +62,9 @@ class SkippedUpdates:
             )
 
     def state(self) -> int:
-        """Plain JSON."""
         return self.in_a_row
 
     def restore(self, state: int) -> None:
-        """Go on from `state`."""
         self.in_a_row = state
 
 
@@ -123,9 +106,7 @@ class IdleFunctions:
         return [name for name in touched if self.idle[name] == self.patience]
 
     def state(self) -> dict[str, int]:
-        """Plain JSON."""
         return dict(self.idle)
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on from `state`."""
         self.idle = Counter(state)

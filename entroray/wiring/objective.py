@@ -33,14 +33,10 @@ def objective_schedule(config: Config) -> Schedule:
         siblings=rollout_plan.makes_siblings(config.rollout.plan, config.packages),
         by_entropy=tuple(
             (c.name, c.knob)
-            for c in build_controllers(config.control, config.packages)
-            if _of_entropy(c.signal)
+            for c in _controllers(config)
+            if (c.signal or "").startswith(("entropy/", "update/entropy"))
         ),
     )
-
-
-def _of_entropy(signal: str | None) -> bool:
-    return (signal or "").startswith(("entropy/", "update/entropy"))
 
 
 def remark_lines(config: Config, objective: Objective) -> list[str]:
@@ -57,12 +53,8 @@ ADVISED = (
 
 def advised_settings(config: Config) -> dict[str, Any]:
     """The run's settings by dotted name, as `metrics.remedies` reads them."""
-    steered = {"objective": dict(config.objective), "control": _knobs(config)}
+    steered = {"objective": dict(config.objective), "control": [c.knob for c in _controllers(config)]}
     return {name: attrgetter(name)(config) for name in ADVISED} | steered
-
-
-def _knobs(config: Config) -> list[str]:
-    return [c.knob for c in _controllers(config)]
 
 
 def _controllers(config: Config) -> tuple[Controller, ...]:

@@ -36,15 +36,12 @@ class Engine:
 
 @dataclass
 class PrefixAffinity:
-    """Routes a prompt to the engine that served it last, to reuse its prefix cache.
-
-    If that engine has more than `slack` samples in flight more than the idlest, the idlest takes the prompt
-    over. The `capacity` prompts served last are remembered. Seeds make a sample the same on any engine, so
-    this moves work, not results.
-    """
+    """Routes a prompt to the engine that served it last, to reuse its prefix cache (rollout/README.md)."""
 
     slack: int = 16
+    """Samples that engine may have in flight beyond the idlest, which otherwise takes the prompt over."""
     capacity: int = 4096
+    """Prompts remembered, those served last."""
     engines: dict[str, Engine] = field(default_factory=dict)
     """By prompt; the prompt served longest ago first."""
 

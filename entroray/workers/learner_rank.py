@@ -122,10 +122,6 @@ class LearnerRank:
     def policy(self) -> Policy:
         return self.backend.policy
 
-    def adopt(self, objective: Objective) -> None:
-        """Train by `objective` from now on; weights, moments and schedule go on."""
-        self.objective = objective
-
     # --- one step ---
 
     def score(
@@ -158,7 +154,7 @@ class LearnerRank:
         An update whose gradient is not finite on any rank changes nothing on all of them: `skipped` is 1.
         """
         if objective is not None:
-            self.adopt(objective)
+            self.objective = objective
         if lr is not None:
             self.backend.set_base_lr(lr)
         self.backend.train(True)

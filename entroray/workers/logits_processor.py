@@ -1,10 +1,7 @@
 """Samplers inside vLLM: one V1 logits processor that measures H and V, reshapes, and notes what it did.
 
-vLLM loads it by name (`vllm_request.PROCESSOR`) into the process that samples, and runs it after the
-temperature, on random rows only. It sees rows of a batch; a request brings its own name and its rule along in
-`SamplingParams.extra_args`, and notes are kept by that name and by position, the number of tokens already
-there. A request that is pre-empted comes back under the same name and goes on writing where it stopped; a
-position sampled twice (a chunk of a prompt, whose sample vLLM throws away) is overwritten.
+A request brings its name and its rule in `SamplingParams.extra_args`. Notes are kept by name and position, so
+a pre-empted request goes on where it stopped, and a position sampled twice is overwritten.
 """
 
 import json

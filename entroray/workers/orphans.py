@@ -9,6 +9,7 @@ import os
 import select
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 
 import psutil
@@ -36,7 +37,8 @@ def main(fd: int, pid: int) -> None:
     _, alive = psutil.wait_procs(known, timeout=GRACE)
     for process in alive:
         for each in (*_children(process.pid), process):
-            _kill(each)
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def _children(pid: int) -> list[psutil.Process]:
@@ -44,13 +46,6 @@ def _children(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def _kill(process: psutil.Process) -> None:
-    try:
-        process.kill()
-    except psutil.NoSuchProcess:
-        return
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Protocol
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -17,20 +16,15 @@ from entroray.roles import Scores
 from entroray.types import Answer, Batch, Draw, Prompt, Rollout, Tokens, Verdict
 from entroray.workers.cluster import Gang, Pool
 from entroray.workers.engine_pool import EnginePool
+from entroray.workers.generator import Generator
 from entroray.workers.vllm_request import Request
-
-
-class Engine(Protocol):
-    async def sample(self, request: Request) -> list[Rollout]:
-        """One rollout per seed, in order."""
-        ...
 
 
 @dataclass(frozen=True)
 class GeneratorRole:
     """One engine, or a pool of them, as a Generator."""
 
-    engine: Engine
+    engine: EnginePool | Generator
     deadline: float
     """Seconds for each call."""
 
@@ -86,7 +80,8 @@ class LearnerRole:
         """`updates` optimizer updates, each over whole groups, with its own global counts."""
         sums: list[list[dict[str, float]]] = []
         for micros in self._plans(batch, tokens.group.numpy(), updates):
-            counts = count_tokens(tokens.take(torch.from_numpy(np.sort(np.concatenate(_flatten(micros))))))
+            rows = np.sort(np.concatenate([*chain.from_iterable(micros)]))
+            counts = count_tokens(tokens.take(torch.from_numpy(rows)))
             sums.append(
                 await self.gang.all(
                     lambda rank, h, m=micros, c=counts: h.update.remote(  # type: ignore[misc]
@@ -112,10 +107,6 @@ class LearnerRole:
             )
             plans.append([[rows[m] for m in micros] for micros in local])
         return plans
-
-
-def _flatten(plans: list[list[Rows]]) -> list[Rows]:
-    return [rows for micros in plans for rows in micros]
 
 
 def _scatter(

@@ -2,8 +2,7 @@
 
 Every judge process (forked by `judge_forkserver`, in milliseconds) has its own process group, memory limit
 and socket, serves one item at a time, and is killed with its group at the item's deadline. Contained, not
-sandboxed: files and network are open. (pebble.ProcessPool was measured and left: SIGKILL of one worker
-broke the whole pool and left futures that never ended, and an item deaf to SIGTERM held all others 3 s.)
+sandboxed: files and network are open.
 """
 
 import asyncio
@@ -31,6 +30,8 @@ ITEMS_PER_WORKER = 1000
 """A worker is replaced after so many items, so that a leak in a judge cannot grow into its memory limit."""
 
 _MAX_MESSAGE = 1 << 28
+_START_DEADLINE = 120.0
+"""Seconds for a fork server or a worker to start, the judge built."""
 _CLOSE_DEADLINE = 10.0
 """Seconds the fork server has to end itself and its workers."""
 
@@ -54,15 +55,14 @@ class Verifier:
         slots: int = 2,
         deadline: float = 10.0,
         memory_mb: int | None = 2048,
-        start_limit: float = 120.0,
     ):
         if slots < 1 or deadline <= 0:
             raise ConfigError(f"verifier.slots={slots} and verifier.deadline={deadline} must be above 0")
-        self._reward, self._memory_mb, self._start_limit = dict(reward), memory_mb, start_limit
+        self._reward, self._memory_mb = dict(reward), memory_mb
         self._deadline, self._width, self._slots = deadline, slots, asyncio.Semaphore(slots)
         self._idle: deque[_Worker] = deque()
         self._forking, self._closed = asyncio.Lock(), False
-        self._server = _ForkServer(self._reward, memory_mb, start_limit)
+        self._server = _ForkServer(self._reward, memory_mb)
 
     async def warm_up(self) -> None:
         """Return once every slot has its worker; raises ConfigError when the judge cannot be built."""
@@ -130,9 +130,9 @@ class Verifier:
                     raise InfrastructureError("this verifier is closed")
                 if not self._server.healthy:
                     self._server.close()
-                    self._server = _ForkServer(self._reward, self._memory_mb, self._start_limit)
+                    self._server = _ForkServer(self._reward, self._memory_mb)
                 try:
-                    async with asyncio.timeout(self._start_limit):
+                    async with asyncio.timeout(_START_DEADLINE):
                         return await self._server.fork()
                 except (OSError, EOFError) as error:  # TimeoutError is an OSError
                     if last:
@@ -159,11 +159,11 @@ class _Worker:
 class _ForkServer:
     """The verifier's end of the fork server; `healthy` until it fails to answer."""
 
-    def __init__(self, reward: Mapping[str, Any], memory_mb: int | None, start_limit: float):
+    def __init__(self, reward: Mapping[str, Any], memory_mb: int | None):
         self._control, theirs = socket.socketpair()
-        self._control.settimeout(start_limit)
+        self._control.settimeout(_START_DEADLINE)
         with theirs:
-            self._launch(theirs.fileno(), [json.dumps(reward), json.dumps(memory_mb)], start_limit)
+            self._launch(theirs.fileno(), [json.dumps(reward), json.dumps(memory_mb)])
         try:
             (length,) = HEADER.unpack(self._control.recv(HEADER.size, socket.MSG_WAITALL))
             self._pid = int(self._control.recv(length, socket.MSG_WAITALL))
@@ -172,7 +172,7 @@ class _ForkServer:
         self._control.setblocking(False)
         self._ready, self.healthy = False, True
 
-    def _launch(self, fd: int, settings: list[str], limit: float) -> None:
+    def _launch(self, fd: int, settings: list[str]) -> None:
         """Return as soon as the fork server has detached itself, long before it has built its judge."""
         path = os.pathsep.join(filter(None, sys.path))
         subprocess.run(
@@ -181,7 +181,7 @@ class _ForkServer:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             env=os.environ | _ENVIRONMENT | {"PYTHONPATH": path},
-            timeout=limit,
+            timeout=_START_DEADLINE,
         )
 
     async def fork(self) -> _Worker:

@@ -79,7 +79,10 @@ async def _all_rows(config: Any) -> None:
     state: Mapping[str, Any] | None = None
     for name, row in ROWS.items():
         objective, notes = build_objective(row), Notes()
-        await m.learner.all(lambda rank, h, o=objective: h.adopt.remote(o), deadline=60.0)
+        await m.learner.all(
+            lambda rank, h, o=objective: h.__ray_call__.remote(lambda own: setattr(own, "objective", o)),
+            deadline=60.0,
+        )
         roles = Roles(m.generator_role(), m.verifier_role(), m.learner_role(), m.sync, notes)  # type: ignore[arg-type]
         knobs = Knobs(objective, draw, config.learner.updates_per_rollout)
         driver = Driver(

@@ -17,7 +17,7 @@ def snippets(text: str) -> list[tuple[str, str]]:
 
 
 def test_the_snippets_of_the_readme_run(tmp_path: Path, model: str) -> None:
-    """Python is written to the file that its first line names; shell is run; `my_model` is a small one."""
+    """Python is run from the file that its first line names, shell as it stands; `my_model` is small."""
     found = snippets(README.read_text())
     assert {language for language, _ in found} == {"sh", "python"}, "README.md lost its marks"
     shutil.copytree(model, tmp_path / "my_model")
@@ -26,11 +26,13 @@ def test_the_snippets_of_the_readme_run(tmp_path: Path, model: str) -> None:
     (tools / "entroray").write_text(f'#!/bin/sh\nexec {sys.executable} -m entroray "$@"\n')
     (tools / "entroray").chmod(0o755)
     for language, content in found:
+        command = ["bash", "-euo", "pipefail", "-c", content]
         if language == "python":
-            (tmp_path / content.splitlines()[0].removeprefix("# ")).write_text(content)
-            continue
+            file = tmp_path / content.splitlines()[0].removeprefix("# ")
+            file.write_text(content)
+            command = [sys.executable, str(file)]
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", content],
+            command,
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(README.parent)},
             capture_output=True,

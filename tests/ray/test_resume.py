@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from entroray.observe.trackers import TensorBoard
+from entroray.observe.trackers import TrackedRun, tensorboard
 from tests.ray.processes import (
     beyond_loopback,
     descendants,
@@ -147,11 +147,11 @@ def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path: Path) -> No
 
     for first, last, value in ((1, 5, 1.0), (4, 6, 2.0)):  # killed after 5, resumed after 3
         time.sleep(1.1 * (first > 1))  # files are read in the order of their names, which have seconds
-        tracker = TensorBoard(tmp_path, first_step=first)
+        tracker = tensorboard(TrackedRun(tmp_path, "run", {}, first))
         for step in range(first, last + 1):
             tracker.log(step, {"entropy/mean": value})
         tracker.close()
-    shown = EventAccumulator(str(tmp_path))
+    shown = EventAccumulator(str(tmp_path / "tensorboard"))
     shown.Reload()
     points = [(e.step, e.value) for e in shown.Scalars("entropy/mean")]
     assert points == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]

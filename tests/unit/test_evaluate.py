@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entroray.errors import ConfigError
-from entroray.evaluation.evaluate import pass_at_ks, plan_evaluation
+from entroray.evaluation.evaluate import plan_evaluation, score_counts
 from entroray.metrics.calibration import auroc, expected_error, reliability
 from entroray.metrics.confidence_interval import bootstrap_intervals, paired_difference
 from entroray.metrics.pass_at_k import EXACT, majority_at_k, pass_all_k, pass_at_k
@@ -85,7 +85,8 @@ def test_a_majority_of_very_many_samples_is_the_mean_over_fixed_subsets() -> Non
 
 
 def test_scores_are_means_over_prompts() -> None:
-    assert pass_at_ks([0, 2, 4], 4) == {
+    assert score_counts([1, 0, 0, 1], [0, 2, 4], 4) == {
+        "greedy": 0.5,
         "pass@1": pytest.approx(0.5),
         "pass@2": pytest.approx((0 + 5 / 6 + 1) / 3),
         "pass@4": pytest.approx(2 / 3),

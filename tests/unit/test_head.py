@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from entroray.errors import ConfigError
-from entroray.policy.head import more_stats, token_stats
+from entroray.policy import head
 from entroray.policy.vocabulary_statistics import named
+
+
+def token_stats(*inputs, **options):
+    return head.TokenStats(**head.token_stats(*inputs, **options))
 
 
 def brute(hidden, weight, ids, temperature):
@@ -77,7 +81,7 @@ def literal(p: torch.Tensor) -> dict[str, float]:
 
 def test_further_statistics_equal_their_definitions_whatever_the_tile():
     hidden, weight, ids, temperature = case(n=9, d=4, v=11)
-    got = more_stats(hidden, weight, ids, temperature, NAMES, tile_elements=22)
+    got = head.token_stats(hidden, weight, ids, temperature, NAMES, tile_elements=22)
     for row, p in enumerate(((hidden @ weight.T) / temperature[:, None]).softmax(-1)):
         for name, value in literal(p).items():
             assert got[name][row].item() == pytest.approx(value, rel=1e-12, abs=1e-14), name
@@ -88,7 +92,7 @@ def test_further_statistics_have_their_own_gradients():
     hidden.requires_grad_(), weight.requires_grad_()
 
     def f(h, w):
-        return tuple(more_stats(h, w, ids, temperature, NAMES, tile_elements=14).values())
+        return tuple(head.token_stats(h, w, ids, temperature, NAMES, tile_elements=14).values())
 
     outputs = lambda h, w: (*f(h, w)[:2], *f(h, w)[3:])  # varentropy carries none
     assert torch.autograd.gradcheck(outputs, (hidden, weight), atol=1e-7)
@@ -111,7 +115,7 @@ def test_the_mass_kept_is_the_kl_of_the_renormalised():
 def test_impossible_tokens_leave_further_statistics_finite():
     hidden = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([[0.5], [0.1], [-torch.inf]], dtype=torch.float64)
-    got = more_stats(hidden, weight, torch.tensor([0]), torch.ones(1), NAMES)
+    got = head.token_stats(hidden, weight, torch.tensor([0]), torch.ones(1), NAMES)
     assert all(x.isfinite().all() for x in got.values())
 
 

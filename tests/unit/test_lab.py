@@ -19,10 +19,9 @@ from entroray.metrics.confidence_interval import bootstrap_interval, bootstrap_i
 from entroray.objective import build_objective
 from entroray.observe import lab_cells, lab_page
 from entroray.observe.comparison import (
-    ANSWERED,
     LEGEND,
     OLDER,
-    REACHED,
+    PARTS,
     code_lines,
     compare_means,
     markdown,
@@ -135,7 +134,7 @@ def test_first_weights_that_answer_differently_have_a_row_each_with_their_varian
 def test_what_an_evaluation_draws_at_is_said_to_be_the_configured_temperature() -> None:
     sampled = [m for m in family_metrics("heldout") if m.temperature != "0"]
     assert sampled and all("configured" in m.temperature for m in sampled)
-    by_key = {c.key: c.meaning for c in (*REACHED, *ANSWERED)}
+    by_key = {c.key: c.meaning for c in itertools.chain(*PARTS.values())}
     assert "configured temperature" in by_key["after/pass@1"] and "pass@1" in by_key["after/entropy/mean"]
 
 

@@ -68,7 +68,7 @@ def test_logits_of_a_right_and_of_a_wrong_sample(name, sign):
     hidden = Z[None].clone().requires_grad_()
     whole, token = tokens(masked_out=()).take(torch.tensor([1])), torch.tensor([7])
     stats = token_stats(hidden, torch.eye(V, dtype=torch.float64), token, torch.ones(1, dtype=torch.float64))
-    row = {"logprobs": stats.logprobs, "entropy": stats.entropy, "old_logprobs": stats.logprobs.detach()}
+    row = {key: stats[key] for key in ("logprobs", "entropy")} | {"old_logprobs": stats["logprobs"].detach()}
     t = whole.__class__(**vars(whole) | row | {"advantages": torch.tensor([sign], dtype=torch.float64)})
     objective = build_objective(ROWS[name])
     credited = objective.credit(t)
