@@ -66,5 +66,5 @@ NAMES = tuple(_DEMONSTRATIONS)
 def find_demonstration(name: str) -> Callable[[Row], str | WorkedAnswer]:
     """The function row -> right response called `name`; give it `Prompt.entry`."""
     if name not in _DEMONSTRATIONS:
-        raise ConfigError(f"demonstrations={name!r} is unknown; {nearest(name, _DEMONSTRATIONS)}")
+        raise ConfigError(f"data.demonstration={name!r} is unknown; {nearest(name, _DEMONSTRATIONS)}")
     return _DEMONSTRATIONS[name]

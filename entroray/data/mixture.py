@@ -27,7 +27,7 @@ class Mixture(Iterator[Prompt]):
         self.domains = sorted(weights)
         of = {name: [p for p in prompts if p.domain == name] for name in self.domains}
         if empty := [name for name in self.domains if not of[name]]:
-            raise PreflightError(f"no prompts of {', '.join(empty)} to train on")
+            raise PreflightError(f"data.parts: no prompt of {', '.join(empty)} is left: lower data.heldout")
         self._streams = [PromptStream(of[name], seed=seed) for name in self.domains]
         shares = np.array([weights[name] for name in self.domains])
         self._edges = np.cumsum(shares / shares.sum())[:-1]

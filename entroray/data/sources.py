@@ -155,7 +155,7 @@ def _problem(row: Row, column: str, *, numbers: bool) -> str | None:
     if not isinstance(value, str):
         return f"{column!r} is {value!r}, not a string"
     if not value.strip():
-        return f"{column!r} is empty"
+        return f"{column!r} is {value!r}, which is empty"
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -197,9 +197,8 @@ def build_objective(spec: str | Mapping[str, Any], packages: Iterable[str] = ())
     divisor = bound.pop("denominator")
     live = [traits(s).live for s in bound["shapes"]]
     if live != sorted(live):
-        raise ConfigError(
-            "objective.shapes: a shape of the current policy must stand after those of the step"
-        )
+        first = function_name(bound["shapes"][live.index(True)])
+        raise ConfigError(f"objective.shapes: `{first}` is of the current policy: move it behind the others")
     return Objective(**bound, divisor=divisor)
 
 
@@ -223,6 +222,6 @@ def check_group_size(objective: Objective, group_size: int) -> None:
         minimum = traits(choice).min_group
         if group_size < minimum:
             raise ConfigError(
-                f"`{function_name(choice)}` compares rollouts of one prompt and needs at least {minimum} per "
-                f"prompt, got {group_size}: sample more, or choose estimator `raw` and keep `always`"
+                f"`{function_name(choice)}` compares rollouts of one prompt and needs rollout.group_size="
+                f"{minimum} or more, got {group_size}: raise it, or choose estimator `raw` and keep `always`"
             )

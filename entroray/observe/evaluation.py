@@ -113,7 +113,7 @@ def compare(first: Found, second: Found) -> dict[str, Difference]:
     at = {prompt: i for i, prompt in enumerate(b["id"])}
     pairs = [(i, at[prompt]) for i, prompt in enumerate(a["id"]) if prompt in at]
     if not pairs:
-        raise ConfigError("the two evaluations share no prompt: evaluate both with the same data settings")
+        raise ConfigError("the two share no prompt: give both one data.task, data.settings and data.heldout")
     one, other = np.array(pairs).T
     column = lambda each, name, rows: np.array(each[name], np.float64)[rows]
     return {n: paired_difference(column(a, n, one), column(b, n, other)) for n in a if n in b and n != "id"}

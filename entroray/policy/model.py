@@ -83,7 +83,7 @@ def load_policy(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Polic
         )
     if model.lm_head.bias is not None:
         raise PreflightError(
-            f"model.path={path} ({type(model).__name__}) has an output head with a bias, which would be left "
+            f"model.path={path} ({type(model).__name__}) has an `lm_head.bias`, which would be left "
             "out of every log-prob and entropy: take a model whose `lm_head` is a weight alone"
         )
     _check_names(path, model)

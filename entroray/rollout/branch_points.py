@@ -25,7 +25,7 @@ def choose_positions(
     the one that ended it, nor one that it did not draw. ConfigError where the sampler noted no entropies.
     """
     if rollout.notes is None:
-        raise ConfigError("a response without its sampler's notes cannot branch: nothing says its entropy")
+        raise ConfigError("rollout.plan cannot branch a response without `notes`: take rollout=plain")
     at = np.arange(rollout.inherited + 1, rollout.length - (rollout.status is Status.OK))
     entropy = rollout.notes.entropy[at].astype(np.float64)
     open_ = (rollout.observed[at] < 0) & (entropy > 0)

@@ -66,7 +66,7 @@ class Stream:
 
     def __init__(self, prompts: Prompts, rollout: Rollouts, *, per_step: int, max_lag: int, keeps: bool):
         if keeps and max_lag == 0:
-            raise ValueError("what is kept for the next step is a step old, and max_lag is 0")
+            raise ValueError("rollout.surplus=keep lets groups grow a step old: raise driver.max_lag above 0")
         self.prompts, self.rollout = prompts, rollout
         self.per_step, self.max_lag = per_step, max_lag
         self.version: Version = 0

@@ -119,7 +119,7 @@ def test_no_branch_at_the_first_token_the_end_or_what_nobody_drew() -> None:
     assert len(set(everywhere(one()))) == len(everywhere(one())) and choose_positions(
         one(), 2, 3, top=9, weight="equal"
     )
-    with pytest.raises(ConfigError, match="notes"):
+    with pytest.raises(ConfigError, match=r"rollout\.plan .*`notes`.*rollout=plain"):
         everywhere(one(notes=None))
 
 

@@ -41,21 +41,27 @@ def test_threads_are_of_the_cores_this_process_may_use(monkeypatch: pytest.Monke
     [
         (
             ["cluster=one_gpu", "generator.replicas=2"],
-            r"transfer=ipc .* generator.replicas=2",
+            r"generator\.transfer=ipc .*generator\.replicas=2.*cluster=gpu",
         ),
         (
             ["cluster=one_gpu", "generator.transfer=plasma", "learner.ranks=2"],
-            r"sleep=true .* learner.ranks=2",
+            r"generator\.sleep=true .*learner\.ranks=2.*cluster=gpu",
         ),
         (
             ["cluster=one_gpu", "generator.tensor_parallel=2"],
-            r"generator.tensor_parallel=2: set all three to 1",
+            r"generator\.transfer=ipc .*generator\.tensor_parallel=2: .* 1, .*cluster=gpu",
         ),
-        (["generator.transfer=nccl"], r"nccl needs a whole GPU .* cluster.gpus_per_generator=0 "),
-        (["cluster=gpu", "cluster.gpus_per_learner=0.5"], r"nccl needs a whole GPU"),
+        (
+            ["generator.transfer=nccl"],
+            r"generator\.transfer=nccl .*cluster\.gpus_per_generator=0 .*generator\.transfer=plasma",
+        ),
+        (
+            ["cluster=gpu", "cluster.gpus_per_learner=0.5"],
+            r"generator\.transfer=nccl .*cluster\.gpus_per_learner=0\.5: .*generator\.transfer=plasma",
+        ),
         (
             ["cluster.gpus_per_generator=0.5", "generator.tensor_parallel=2"],
-            r"generator.tensor_parallel=2 needs whole GPUs, not cluster.gpus_per_generator=0.5",
+            r"generator\.tensor_parallel=2 .*cluster\.gpus_per_generator=0\.5 .* 1 .*cluster=gpu",
         ),
     ],
 )
@@ -76,10 +82,10 @@ def test_an_actor_larger_than_every_node_is_refused_by_name() -> None:
     assert "6 of 6" in cluster.check_resources(shares, nodes)
     with pytest.raises(
         PreflightError,
-        match=r"one actor of generators: 1 CPU, 4 GPU each.*generator\.tensor_parallel",
+        match=r" generators: 1 CPU, 4 GPU .*generator\.tensor_parallel.*cluster\.cpus",
     ):
         cluster.check_resources(shares, [*nodes[:2], nodes[1], nodes[1]])
-    with pytest.raises(PreflightError, match=r"too small: GPU: 1 generators x 4 \+ 2 .* = 6 of 4"):
+    with pytest.raises(PreflightError, match=r" GPU: 1 generators x 4 \+ 2 .* = 6 of 4\. .*learner\.ranks"):
         cluster.check_resources(shares, [nodes[2]])
 
 

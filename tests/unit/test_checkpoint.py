@@ -62,7 +62,7 @@ def settings(folder: Path, **run: object) -> tuple[Config, object]:
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(PreflightError, match=r"already holds a run.*run\.resume=auto"):
+    with pytest.raises(PreflightError, match=r"run\.dir=.*run\.resume=auto"):
         run_directory.open_run(*settings(tmp_path))
 
 

@@ -18,42 +18,42 @@ LINEAR = {"knob": KNOB, "fn": "linear", "start": 1.0, "end": 0.0, "steps": 9}
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        (DOUBLING | {"low": 0.0}, "`doubling.low` must be above 0, got 0"),
-        (DOUBLING | {"factor": 0}, "`doubling.factor` must be above 1, got 0"),
-        (DOUBLING | {"factor": 1.0}, "`doubling.factor` must be above 1, got 1"),
-        (DOUBLING | {"target": "low"}, "`doubling.target` must be a number or null, got 'low'"),
-        (PI | {"delay": 1.5}, "`c.delay` must be a whole number, got 1.5"),
-        (PI | {"delay": "2"}, "`c.delay` must be a whole number, got '2'"),
-        (PI | {"delay": 0}, "`c.delay` must be at least 1: a step's metrics are known after it, got 0"),
-        (PI | {"mean": 2.5}, "`c.mean` must be a whole number, got 2.5"),
-        (PI | {"mean": 0}, "`c.mean` must be above 0, got 0"),
-        (PI | {"priority": 1}, "`pi` has no setting `priority`"),
-        (PI | {"start": "low"}, "`c.start` must be a number or null, got 'low'"),
-        (PI | {"signal": 3}, "`c.signal` must be text, got 3"),
-        (PI | {"knob": 3}, "must read {knob: path"),
-        (PI | {"target": [1.0, 2.0]}, "`pi.target` must be a number"),
-        (PI | {"gain": float("nan")}, "`pi.gain` must be a number"),
-        (PI | {"low": 2.0}, "low=2.0 is above high=1.0"),
-        (BAND | {"at_least": 1.0}, "at_least=1.0 is above at_most=0.2"),
-        (STAGE | {"values": 3}, "`stage.values` must be a list, got 3"),
-        (STAGE | {"until": [1.5]}, "`stage.until` must be a list, each a whole number"),
-        (LINEAR | {"steps": 1.5}, "`linear.steps` must be a whole number"),
-        (LINEAR | {"steps": 0}, "`linear.steps` must be above 0"),
+        (DOUBLING | {"low": 0.0}, r"`doubling\.low` .* 0\.0$"),
+        (DOUBLING | {"factor": 0}, r"`doubling\.factor` .* 1, .* 0$"),
+        (DOUBLING | {"factor": 1.0}, r"`doubling\.factor` .* 1, .* 1\.0$"),
+        (DOUBLING | {"target": "low"}, r"`doubling\.target` .* null, .* 'low'$"),
+        (PI | {"delay": 1.5}, r"`c\.delay` .* 1\.5$"),
+        (PI | {"delay": "2"}, r"`c\.delay` .* '2'$"),
+        (PI | {"delay": 0}, r"`c\.delay` .* 1: .* 0$"),
+        (PI | {"mean": 2.5}, r"`c\.mean` .* 2\.5$"),
+        (PI | {"mean": 0}, r"`c\.mean` .* 0$"),
+        (PI | {"priority": 1}, "`pi` .*`priority`"),
+        (PI | {"start": "low"}, r"`c\.start` .* null, .* 'low'$"),
+        (PI | {"signal": 3}, r"`c\.signal` .* 3$"),
+        (PI | {"knob": 3}, r"\{knob: path, fn: name, setting: value, "),
+        (PI | {"target": [1.0, 2.0]}, r"`pi\.target` .* \[1\.0, 2\.0\]$"),
+        (PI | {"gain": float("nan")}, r"`pi\.gain` .* nan$"),
+        (PI | {"low": 2.0}, r"low=2\.0 .*high=1\.0"),
+        (BAND | {"at_least": 1.0}, r"at_least=1\.0 .*at_most=0\.2"),
+        (STAGE | {"values": 3}, r"`stage\.values` .* 3$"),
+        (STAGE | {"until": [1.5]}, r"`stage\.until` .* \[1\.5\]$"),
+        (LINEAR | {"steps": 1.5}, r"`linear\.steps` .* 1\.5$"),
+        (LINEAR | {"steps": 0}, r"`linear\.steps` .* 0$"),
     ],
 )
 def test_a_number_that_cannot_be_is_refused_by_its_key(spec, said):
-    with pytest.raises(ConfigError, match=f"control.c.*{said}"):
+    with pytest.raises(ConfigError, match=rf"control\.c.*{said}"):
         build_controllers({"c": spec})
 
 
 def test_a_controller_begins_within_its_bounds_or_not_at_all():
     outside = build_controllers({"c": PI | {"low": 0.0, "high": 0.3, "mean": 3, "start": 5.0}})
-    with pytest.raises(ConfigError, match=r"begin at 5, its `start`, .*low=0..high=0.3 .*give a `start`"):
+    with pytest.raises(ConfigError, match=r"control\.c: .* 5, .*`start`, .*low=0\.\.high=0\.3 .*`start`"):
         Control(outside, {KNOB: 0.0})
-    with pytest.raises(ConfigError, match="begin at 0, the setting's own value"):
+    with pytest.raises(ConfigError, match=r"control\.c: .*coef .* 0, .*low=0\.1\.\.high=8 .*`start`"):
         Control(build_controllers({"c": DOUBLING}), {KNOB: 0.0})  # 0 doubled is 0
     assert Control(build_controllers({"c": DOUBLING | {"start": 0.1}}), {KNOB: 0.0}).turn(1) == {KNOB: 0.1}
-    with pytest.raises(ConfigError, match=r"sampler\.temperature would begin at 0\.5"):
+    with pytest.raises(ConfigError, match=r"sampler\.temperature .* 0\.5, .*low=.*high=.*`start`"):
         configured("control=temperature_band", "sampler.temperature=0.5")
 
 

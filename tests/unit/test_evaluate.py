@@ -39,9 +39,9 @@ def test_three_of_four_right_by_hand() -> None:
 
 @pytest.mark.parametrize("score", [pass_at_k, pass_all_k])
 def test_more_than_was_sampled_is_refused(score) -> None:
-    with pytest.raises(ValueError, match=r"between 1 and 4; raise evaluate\.samples"):
+    with pytest.raises(ValueError, match=r"^pass.5 .* 4 .*evaluate\.samples"):
         score(4, 1, 5)
-    with pytest.raises(ValueError, match=r"maj@3 of 2 samples.*evaluate\.samples"):
+    with pytest.raises(ValueError, match=r"^maj@3 .* 2 .*evaluate\.samples"):
         majority_at_k(["1", "2"], [1, 0], 3)
 
 
@@ -99,9 +99,9 @@ def test_a_plan_has_the_powers_of_two_the_samples_and_what_was_asked() -> None:
     assert plan_evaluation(Draw(0.0, 9), 8) == plan_evaluation(
         Draw(0.0, 9), 1
     )  # a greedy answer drawn again is the same answer
-    with pytest.raises(ConfigError, match=r"evaluate\.k=\[16\].*raise evaluate\.samples to 16"):
+    with pytest.raises(ConfigError, match=r"evaluate\.k=\[16\] .*evaluate\.samples .*16$"):
         plan_evaluation(Draw(1.0, 9), 8, [16])
-    with pytest.raises(ConfigError, match=r"sampler\.temperature above 0"):
+    with pytest.raises(ConfigError, match=r"evaluate\.k=\[2\] .*evaluate\.samples .*sampler\.temperature "):
         plan_evaluation(Draw(0.0, 9), 8, [2])
 
 

@@ -244,10 +244,10 @@ def test_two_evaluations_are_compared_prompt_by_prompt(
     said = capsys.readouterr().out
     assert "+0.020 [+0.020 +0.020]" in said and "199 prompts" in said
     assert "settings differ" not in said
-    with pytest.raises(ConfigError, match="share no prompt"):
+    with pytest.raises(ConfigError, match=r"data\.task.*data\.settings.*data\.heldout"):
         evaluation.compare(one, {"each": {"id": ["q"]}})
     (tmp_path / "old.json").write_text('{"greedy": 1.0}')
-    with pytest.raises(ConfigError, match="entroray eval --out"):
+    with pytest.raises(ConfigError, match=r"old\.json .*entroray eval --out="):
         evaluation.load_evaluation(tmp_path / "old.json")
 
 
@@ -269,10 +269,10 @@ def test_what_two_evaluations_asked_otherwise_is_said_under_their_comparison(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--hmtl=x"], "does not take --hmtl x: it takes --config FILE, --out FILE, --html"),
-        (["--out"], "does not take --out: it takes"),
-        (["--compare", "a.json"], "takes two files"),
-        (["--config=a.yaml", "--config-dir=mine"], "leave out --config-dir"),
+        (["--hmtl=x"], "^eval .* --hmtl x: .*--config FILE, --out FILE, --html FILE"),
+        (["--out"], "^eval .* --out: .*--config FILE, --out FILE"),
+        (["--compare", "a.json"], r"^eval --compare .*eval --out .*\['a\.json'\]"),
+        (["--config=a.yaml", "--config-dir=mine"], "^eval --config .*: .*--config-dir"),
     ],
 )
 def test_what_the_command_does_not_know_is_refused(arguments: list[str], said: str) -> None:
@@ -283,10 +283,13 @@ def test_what_the_command_does_not_know_is_refused(arguments: list[str], said: s
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (["evaluate.k=[1,16]"], "raise evaluate.samples to 16"),
-        (["evaluate.samples=0"], "at least 1"),
-        (["evaluate.prompts=0"], "at least 1"),
-        (["evaluate.cot=5", "+generator.engine.logprobs_mode=raw_logits"], "reports logits"),
+        (["evaluate.k=[1,16]"], r"evaluate\.k=\[1, 16\] .*evaluate\.samples .*16"),
+        (["evaluate.samples=0"], r"^evaluate\.samples=0 .*1$"),
+        (["evaluate.prompts=0"], r"^evaluate\.prompts=0 .*1$"),
+        (
+            ["evaluate.cot=5", "+generator.engine.logprobs_mode=raw_logits"],
+            r"evaluate\.cot=5 .*generator\.engine\.logprobs_mode=raw_logits .*evaluate\.cot=0",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(values: list[str], said: str) -> None:

@@ -189,11 +189,11 @@ def test_every_combination_is_planned_seeds_first_on_a_machine(tmp_path: Path) -
 
 
 def test_a_lab_keeps_runs_for_itself(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a lab places its runs itself"):
+    with pytest.raises(ConfigError, match=r"run\.dir, run\.resume .*checkpoint\.every"):
         lab.plan(tmp_path, ["experiment=quickstart", "run.dir=mine"])
-    with pytest.raises(ConfigError, match="one Ray cluster"):
+    with pytest.raises(ConfigError, match=r" cluster .*cluster\.address"):
         lab.plan(tmp_path, ["experiment=quickstart", "cluster=cpu,gpu"])
-    with pytest.raises(ConfigError, match="lab does not take --dri mine: it takes --dir FOLDER, --baseline"):
+    with pytest.raises(ConfigError, match=r"^lab .*--dri mine: .*--dir FOLDER, --baseline"):
         lab.main(["--dri=mine", "experiment=quickstart"])
 
 

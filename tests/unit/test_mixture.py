@@ -74,7 +74,7 @@ def test_the_order_of_domains_is_that_of_every_machine() -> None:
 def test_one_task_has_no_mixture_and_a_part_without_prompts_is_refused() -> None:
     assert isinstance(prompt_stream(prompts("", 3), {}, seed=0), PromptStream)
     assert isinstance(prompt_stream(BOTH, WEIGHTS, seed=0), Mixture)
-    with pytest.raises(PreflightError, match="no prompts of c"):
+    with pytest.raises(PreflightError, match=r"data\.parts: .* c .*data\.heldout"):
         Mixture(BOTH, WEIGHTS | {"c": 1.0}, seed=0)
 
 
@@ -263,7 +263,7 @@ def test_wrong_parts_are_refused_by_name(mixed: Config) -> None:
     bare = replace(
         mixed, data=replace(mixed.data, parts={"one": Part()}), reward=replace(mixed.reward, judge={})
     )
-    with pytest.raises(ConfigError, match=r"no judge: set data\.parts\.one\.judge"):
+    with pytest.raises(ConfigError, match=r"data\.parts\.one\.judge.*reward\.path="):
         dataset.judge_spec(bare)
-    with pytest.raises(ConfigError, match="no name for a metric"):
+    with pytest.raises(ConfigError, match=r"data\.parts: 'a:b' "):
         dataset.check_mixture(replace(mixed.data, parts={"a:b": Part()}))

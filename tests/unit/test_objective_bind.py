@@ -37,42 +37,51 @@ HERE = f"{__name__}.flat"
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"surogate": {"fn": "clip"}}, "no slot `surogate`: did you mean `surrogate`"),
+        ({"surogate": {"fn": "clip"}}, "^objective .*`surogate`: .*`surrogate`"),
         (
             {"surrogate": {"fn": "clipp"}},
-            "surrogate has no `clipp`: did you mean `clip`.*cispo, clip, clip_by",
+            r"objective\.surrogate .*`clipp`: .*`clip`.*cispo, clip, clip_by",
         ),
-        ({"surrogate": {"fn": "torch"}}, "surrogate has no `torch`"),
-        ({"surrogate": {"fn": "AboveOne"}}, "surrogate has no `AboveOne`"),
-        ({"surrogate": {"fn": "clip", "hihg": 0.3}}, "`clip` has no setting `hihg`: did you mean `high`"),
+        ({"surrogate": {"fn": "torch"}}, r"objective\.surrogate .*`torch`: .*cispo"),
+        ({"surrogate": {"fn": "AboveOne"}}, r"objective\.surrogate .*`AboveOne`: .*cispo"),
         (
-            {"surrogate": {"fn": "reinforce", "low": 0.3}},
-            "`reinforce` has no setting `low`: choose from nothing",
+            {"surrogate": {"fn": "clip", "hihg": 0.3}},
+            r"objective\.surrogate: `clip` .*`hihg`: .*`high`",
         ),
-        ({"surrogate": {"fn": "clip", "high": "0.3"}}, "`clip.high` must be a number, got '0.3'"),
-        ({"surrogate": {"fn": "clip", "high": True}}, "`clip.high` must be a number, got True"),
+        ({"surrogate": {"fn": "reinforce", "low": 0.3}}, r"objective\.surrogate: `reinforce` .*`low`: "),
+        ({"surrogate": {"fn": "clip", "high": "0.3"}}, r"`clip\.high` .*'0\.3'$"),
+        ({"surrogate": {"fn": "clip", "high": True}}, r"`clip\.high` .*True$"),
+        ({"surrogate": {"fn": "clip", "low": 20}}, r"`clip\.low` .*\(0, 1\].*20$"),
+        ({"surrogate": {"fn": "clip", "low": None}}, r"`clip\.low` .*None$"),
+        ({"surrogate": {"fn": "clip", "dual": 0.5}}, r"`clip\.dual` .*1 .*null.*0\.5$"),
         (
-            {"surrogate": {"fn": "clip", "low": 20}},
-            r"`clip.low` must be a distance of the ratio below 1, in \(0, 1\]",
+            {"surrogate": {"fn": "cispo", "cap_mode": "eps"}},
+            r"`cispo\.cap_mode` .*absolute, one_plus_eps.*'eps'$",
         ),
-        ({"surrogate": {"fn": "clip", "low": None}}, "`clip.low` must be a number, got None"),
-        ({"surrogate": {"fn": "clip", "dual": 0.5}}, "`clip.dual` must be a ratio above 1 or null"),
-        ({"surrogate": {"fn": "cispo", "cap_mode": "eps"}}, "must be one of absolute, one_plus_eps"),
-        ({"surrogate": {"fn": "cispo", "cap": float("nan")}}, "`cispo.cap` must be a number, got nan"),
-        ({"surrogate": "clip"}, "objective.surrogate must read {fn: name"),
-        ({"surrogate": {"low": 0.2}}, "objective.surrogate must read {fn: name"),
-        ({"surrogate": None}, "objective.surrogate must be given: choose from balanced_clip"),
-        ({"denominator": {"fn": "constant"}}, "`constant` needs `length`"),
-        ({"penalties": {"fn": "kl"}}, "objective.penalties is a list"),
-        ({"penalties": [{"fn": "entropy"}]}, "did you mean `entropy_bonus`"),
-        ({"correction": [{"fn": "none"}]}, "objective.correction must read {fn: name"),
-        ({"surrogate": {"fn": "os.system"}}, "`os.system` is outside the allowed packages entroray"),
-        ({"surrogate": {"fn": "entroray_evil.f"}}, "outside the allowed packages"),
-        ({"surrogate": {"fn": "entroray.objective.shutil.rmtree"}}, "cannot be imported"),
-        ({"surrogate": {"fn": "entroray.binding.partial"}}, "defines no function `partial`"),
-        ({"surrogate": {"fn": "entroray.objective.surrogate.clap"}}, "defines no function `clap`"),
-        ({"surrogate": {"fn": "entroray.objective.ratio.token"}}, r"must take \(t, ratio\), as `clip` does"),
-        ({"surrogate": {"fn": HERE, "steepness": 1.0}}, "outside the allowed packages"),
+        ({"surrogate": {"fn": "cispo", "cap": float("nan")}}, r"`cispo\.cap` .*nan$"),
+        ({"surrogate": "clip"}, r"objective\.surrogate .*\{fn: name.*'clip'$"),
+        ({"surrogate": {"low": 0.2}}, r"objective\.surrogate .*\{fn: name.*\{'low': 0\.2\}$"),
+        ({"surrogate": None}, r"^objective\.surrogate [^`{]*: .*balanced_clip"),
+        ({"denominator": {"fn": "constant"}}, r"objective\.denominator: `constant` .*`length`,"),
+        ({"penalties": {"fn": "kl"}}, r"objective\.penalties .*\{fn: \.\.\.\}.*\{'fn': 'kl'\}$"),
+        ({"penalties": [{"fn": "entropy"}]}, r"objective\.penalties .*`entropy`: .*`entropy_bonus`"),
+        ({"correction": [{"fn": "none"}]}, r"objective\.correction .*\{fn: name.*\[\{'fn': 'none'\}\]$"),
+        ({"surrogate": {"fn": "os.system"}}, r"`os\.system` .* entroray: .*packages=\[os\]"),
+        ({"surrogate": {"fn": "entroray_evil.f"}}, r"`entroray_evil\.f` .*packages=\[entroray_evil\]"),
+        (
+            {"surrogate": {"fn": "entroray.objective.shutil.rmtree"}},
+            r"`entroray\.objective\.shutil\.rmtree` .*PYTHONPATH",
+        ),
+        ({"surrogate": {"fn": "entroray.binding.partial"}}, r"`entroray\.binding` .*`partial`: "),
+        (
+            {"surrogate": {"fn": "entroray.objective.surrogate.clap"}},
+            r"`entroray\.objective\.surrogate` .*`clap`: .*clip",
+        ),
+        (
+            {"surrogate": {"fn": "entroray.objective.ratio.token"}},
+            r"`entroray\.objective\.ratio\.token` .*\(t, ratio\).*`clip`",
+        ),
+        ({"surrogate": {"fn": HERE, "steepness": 1.0}}, rf"`{HERE}` .*packages=\[{MINE}\]"),
     ],
 )
 def test_what_is_wrong_is_named(change, message):
@@ -87,7 +96,7 @@ def test_missing_slots_and_defaults():
         build_objective(GRPO | {"keep": None, "rewards": None}).describe() == build_objective(GRPO).describe()
     )
     for slot in least:
-        with pytest.raises(ConfigError, match=f"objective.{slot} must be given"):
+        with pytest.raises(ConfigError, match=rf"^objective\.{slot} [^`{{]*: "):
             build_objective({k: v for k, v in least.items() if k != slot})
 
 
@@ -100,9 +109,9 @@ def test_a_dotted_path_reaches_an_allowed_package():
     )
     own = bind(surrogate, {"fn": "entroray.objective.surrogate.reinforce"})
     assert own.func is surrogate.reinforce
-    with pytest.raises(ConfigError, match="`flat` needs `steepness`"):
+    with pytest.raises(ConfigError, match=r"objective\.surrogate: `flat` .*`steepness`,"):
         bind(surrogate, {"fn": HERE}, packages=[MINE])
-    with pytest.raises(ConfigError, match=r"must take \(t, ratio\), as `clip` does"):
+    with pytest.raises(ConfigError, match=r"of_tokens_alone` .*\(t, ratio\).*`clip`"):
         bind(surrogate, {"fn": f"{__name__}.of_tokens_alone"}, packages=[MINE])
 
 
@@ -149,7 +158,7 @@ def test_the_two_files_of_the_readme_work(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     shown = build_objective(yaml.safe_load(row), packages=["my_lab"]).describe()
     assert "-r A where |r - 1| <= 0.2, else 0" in shown
-    with pytest.raises(ConfigError, match="hard_window` is outside the allowed packages"):
+    with pytest.raises(ConfigError, match=r"hard_window` .*packages=\[my_lab\]"):
         build_objective(yaml.safe_load(row))
 
 

@@ -1,5 +1,6 @@
 """What a row cannot do is said before a run: refused, inert or to beware of; and how often a rule acted."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -71,14 +72,14 @@ def own(name: str, **settings: float) -> dict:
 @pytest.mark.parametrize(
     ("ours", "change", "remedy"),
     [
-        (BY_TOKEN, {"ratio": own("own_sequence")}, "choose ratio `sequence_token`"),
-        (BY_TOKEN, {"shapes": [own("own_shape")]}, "choose ratio `sequence_token`"),
+        (BY_TOKEN, {"ratio": own("own_sequence")}, "shape .*: .*ratio `sequence_token`"),
+        (BY_TOKEN, {"shapes": [own("own_shape")]}, "shape .*: .*ratio `sequence_token`"),
         (SEQUENCE | {"aggregate": {"fn": "token"}}, {"ratio": own("own_sequence")}, "`rollout_mean`"),
-        (CLIPPED, {"surrogate": own("reinforce")}, "choose surrogate `reinforce`"),
-        (CLIPPED, {"penalties": [own("own_restraint")]}, "choose surrogate `reinforce`"),
+        (CLIPPED, {"surrogate": own("reinforce")}, "penalty .*: .*surrogate `reinforce`"),
+        (CLIPPED, {"penalties": [own("own_restraint")]}, "penalty .*: .*surrogate `reinforce`"),
         (ROWS["dppo"] | {"correction": {"fn": "icepop"}}, {"ratio": own("own_anchor")}, "correction `none`"),
         (ROWS["nsr"] | {"keep": {"fn": "informative"}}, {"keep": own("own_keep")}, "keep `always`"),
-        (ROWS["entropic_pi"], {"shapes": [own("own_shape")]}, "leave out control.pi"),
+        (ROWS["entropic_pi"], {"shapes": [own("own_shape")]}, r"shape .*control\.pi .*: .*control\.pi"),
     ],
 )
 def test_a_function_of_ones_own_is_guarded_as_ours_is(ours, change, remedy):
@@ -107,28 +108,48 @@ def test_every_row_is_allowed_as_it_is_shipped(name):
 @pytest.mark.parametrize(
     "row, schedule, message",
     [
-        (ROWS["nsr"] | {"keep": {"fn": "informative"}}, {}, "answers are all wrong"),
-        (ROWS["entrocraft_band"] | {"keep": {"fn": "informative"}}, {}, "answers are all wrong"),
-        (ROWS["psr"] | {"keep": {"fn": "informative"}}, {}, "answers are all right"),
-        (ROWS["nsr"], {"second": True}, "rollout.second.factor=1"),
-        (ROWS["w_reinforce"], {"second": True}, "groups that are all wrong, which this objective"),
-        (ROWS["nsr"], {"replay": True}, "learns from wrong ones alone"),
-        (RAW | {"shapes": [{"fn": "by_sign", "positive": 0.0}]}, {"second": True}, "factor=1"),  # NSR
-        (RAW | {"shapes": [{"fn": "by_sign", "positive": 0.0}]}, {"replay": True}, "wrong ones alone"),
-        (RAW | {"shapes": [{"fn": "by_sign", "positive": 0.1}]} | FILTERED, {}, "choose keep `always`"),
-        (RAW | {"estimator": {"fn": "raw", "baseline": 1.0}} | FILTERED, {}, "choose keep `always`"),
-        (ROWS["dppo"] | {"correction": {"fn": "icepop"}}, {}, "twice: choose correction `none`"),
-        (ROWS["kl_cov"] | {"surrogate": {"fn": "clip"}}, {}, "choose surrogate `reinforce`"),
-        (SEQUENCE | {"shapes": [{"fn": "add_entropy"}]}, {}, "choose ratio `sequence_token`"),
-        (SEQUENCE | {"shapes": [{"fn": "lean", "above": 0.5}]}, {}, "choose ratio `sequence_token`"),
+        (ROWS["nsr"] | {"keep": {"fn": "informative"}}, {}, r"keep `informative` .*\bwrong\b.*keep `always`"),
+        (
+            ROWS["entrocraft_band"] | {"keep": {"fn": "informative"}},
+            {},
+            r"keep `informative` .*\bwrong\b.*keep `always`",
+        ),
+        (ROWS["psr"] | {"keep": {"fn": "informative"}}, {}, r"keep `informative` .*\bright\b.*keep `always`"),
+        (ROWS["nsr"], {"second": True}, r"rollout\.second .*rollout\.second\.factor=1"),
+        (ROWS["w_reinforce"], {"second": True}, r"rollout\.second .*rollout\.second\.factor=1"),
+        (ROWS["nsr"], {"replay": True}, r"rollout\.replay .*rollout\.replay\.tokens=0"),
+        (
+            RAW | {"shapes": [{"fn": "by_sign", "positive": 0.0}]},
+            {"second": True},
+            r"rollout\.second\.factor=1",
+        ),  # NSR
+        (
+            RAW | {"shapes": [{"fn": "by_sign", "positive": 0.0}]},
+            {"replay": True},
+            r"rollout\.replay\.tokens=0",
+        ),
+        (RAW | {"shapes": [{"fn": "by_sign", "positive": 0.1}]} | FILTERED, {}, "keep `always`"),
+        (RAW | {"estimator": {"fn": "raw", "baseline": 1.0}} | FILTERED, {}, "keep `always`"),
+        (
+            ROWS["dppo"] | {"correction": {"fn": "icepop"}},
+            {},
+            "ratio `sampler` .*correction `icepop` .*correction `none`",
+        ),
+        (ROWS["kl_cov"] | {"surrogate": {"fn": "clip"}}, {}, "surrogate `clip` .*surrogate `reinforce`"),
+        (SEQUENCE | {"shapes": [{"fn": "add_entropy"}]}, {}, "shape `add_entropy` .*ratio `sequence_token`"),
+        (
+            SEQUENCE | {"shapes": [{"fn": "lean", "above": 0.5}]},
+            {},
+            "shape `lean` .*ratio `sequence_token`",
+        ),
         (
             ROWS["entrocraft_band"],
             {"by_entropy": (BONUS,)},
-            "`entropy_band` steers.*control.pi steers it",
+            r"shape `entropy_band` .*control\.pi .*objective\.penalties\.0\.coef",
         ),
-        (ROWS["entropic_pi"], {"by_entropy": (BONUS,)}, "`lean` steers the entropy by itself"),
-        (SEQUENCE | {"aggregate": {"fn": "token"}}, {}, "choose aggregate `rollout_mean`"),
-        (ROWS["grpo"] | {"select": {"fn": "top_entropy"}}, {}, "add scale `selected`"),
+        (ROWS["entropic_pi"], {"by_entropy": (BONUS,)}, r"shape `lean` .*control\.pi\b"),
+        (SEQUENCE | {"aggregate": {"fn": "token"}}, {}, "aggregate `token` .*aggregate `rollout_mean`"),
+        (ROWS["grpo"] | {"select": {"fn": "top_entropy"}}, {}, "select `top_entropy` .*scale `selected`"),
     ],
 )
 def test_what_is_wrong_is_refused_with_a_way_out(row, schedule, message):
@@ -139,20 +160,20 @@ def test_what_is_wrong_is_refused_with_a_way_out(row, schedule, message):
 @pytest.mark.parametrize("row", ["entrocraft_band", "entropic_pi"])
 def test_a_controller_of_the_entropy_may_move_the_law_of_the_row_itself(row):
     inside = ("outer", "objective.shapes.0.low")
-    assert "steers" not in said(ROWS[row], "refused", by_entropy=(inside,))
-    assert "steers" in said(ROWS[row], "refused", by_entropy=(inside, BONUS))
+    assert "control." not in said(ROWS[row], "refused", by_entropy=(inside,))
+    assert "control.pi" in said(ROWS[row], "refused", by_entropy=(inside, BONUS))
 
 
 @pytest.mark.parametrize("control", ["entropy_pi", "temperature_band"])
 def test_two_laws_of_entropy_are_refused_before_the_run(control):
     config = configured("objective=entrocraft_band", f"control={control}")
-    with pytest.raises(ConfigError, match="leave out control"):
+    with pytest.raises(ConfigError, match=r"shape `entropy_band` .*control\.(entropy|temperature)\b"):
         build_checked_objective(config)
     build_checked_objective(configured("objective=entrocraft_band"))
 
 
 def test_two_faults_are_told_at_once():
-    with pytest.raises(ConfigError, match=r"all wrong.*add scale `selected`"):
+    with pytest.raises(ConfigError, match="keep `always`.*select `top_entropy`.*scale `selected`"):
         check_combinations(
             build_objective(ROWS["nsr"] | {"keep": {"fn": "informative"}, "select": {"fn": "top_entropy"}}),
             PLAIN,
@@ -162,39 +183,39 @@ def test_two_faults_are_told_at_once():
 @pytest.mark.parametrize(
     "row, schedule, kind, text",
     [
-        (ROWS["w_reinforce"], {"replay": True}, "beware", "takes a wrong answer"),
-        (RAW | FILTERED, {}, "beware", "all wrong, which this objective learns from too"),
-        (RAW, {"second": True}, "beware", "which this objective learns from too"),
-        (RAW, {"replay": True}, "beware", "takes a wrong answer"),
-        (ROWS["reinforce_pp"], {"second": True}, "beware", "which this objective learns from too"),
-        (ROWS["self_certainty"], {"second": True}, "beware", "which this objective learns from too"),
-        (ROWS["psr"], {"retire": 0.9}, "beware", "prompts of pass rate 0.9 and more, whose right"),
-        (ROWS["psr"], {"highest": 0.8}, "beware", "pass rate above 0.8, whose right answers"),
-        (ROWS["nsr"], {"lowest": 0.2}, "beware", "pass rate below 0.2"),
-        (ROWS["dapo"], {"updates": 1}, "inert", "`clip` with one update per rollout"),
-        (ROWS["kl_cov"], {"updates": 1}, "inert", "`kl_cov` with one update per rollout"),
-        (ROWS["kl_cov"], {}, "inert", "`kl_cov` in the first update of each step"),
-        (ROWS["gmpo"], {"updates": 1}, "inert", "`clipped_geometric` with one update"),
-        (ROWS["adaptive_entropy"], {}, "inert", "coef is 0"),
+        (ROWS["w_reinforce"], {"replay": True}, "beware", r"rollout\.replay "),
+        (RAW | FILTERED, {}, "beware", r"keep `informative` .*\bwrong\b"),
+        (RAW, {"second": True}, "beware", r"rollout\.second "),
+        (RAW, {"replay": True}, "beware", r"rollout\.replay "),
+        (ROWS["reinforce_pp"], {"second": True}, "beware", r"rollout\.second "),
+        (ROWS["self_certainty"], {"second": True}, "beware", r"rollout\.second "),
+        (ROWS["psr"], {"retire": 0.9}, "beware", r"rollout\.prompts\.retire .*0\.9\b.*\bright\b"),
+        (ROWS["psr"], {"highest": 0.8}, "beware", r"rollout\.prompts\.band .*0\.8\b.*\bright\b"),
+        (ROWS["nsr"], {"lowest": 0.2}, "beware", r"rollout\.prompts\.band .*0\.2\b.*\bwrong\b"),
+        (ROWS["dapo"], {"updates": 1}, "inert", r"`clip` .*\bone\b.*r is 1"),
+        (ROWS["kl_cov"], {"updates": 1}, "inert", r"`kl_cov` .*\bone\b.*r is 1"),
+        (ROWS["kl_cov"], {}, "inert", r"`kl_cov` .*\bfirst\b.*r is 1"),
+        (ROWS["gmpo"], {"updates": 1}, "inert", r"`clipped_geometric` .*\bone\b.*r is 1"),
+        (ROWS["adaptive_entropy"], {}, "inert", r"penalty .*\bcoef\b.*\b0\b"),
         (
             ROWS["w_reinforce"] | {"shapes": [{"fn": "by_sign", "positive": 1.0}]},
             {},
             "inert",
-            "`by_sign` with positive=1.0, negative=1.0",
+            r"`by_sign` .*positive=1\.0, negative=1\.0",
         ),
-        (ROWS["clip_cov"] | {"estimator": {"fn": "center"}}, {}, "beware", "standard deviations"),
+        (ROWS["clip_cov"] | {"estimator": {"fn": "center"}}, {}, "beware", "band` .*estimator `center`"),
         (ROWS["forking_tokens"], {}, "beware", "kept_tokens"),
-        (ROWS["grpo"], {"max_lag": 1}, "beware", "correction `none`"),
-        (ROWS["grpo"] | MASKED, {"shaped": True}, "beware", "drops nearly every response"),
-        (ROWS["grpo"] | MASKED, {"second": True}, "beware", "drops nearly every response"),
-        (ROWS["grpo"] | MASKED, {"replay": True}, "beware", "drops nearly every response"),
-        (ROWS["grpo"], {"siblings": True}, "beware", "'objective.estimator={fn: subtree}' to compare each"),
-        (ROWS["qae"], {"siblings": True}, "beware", "subtree}' ~objective.estimator.k to compare"),
-        (ROWS["aspo"] | {"select": {"fn": "everything"}}, {}, "beware", "select `everything` makes none"),
+        (ROWS["grpo"], {"max_lag": 1}, "beware", r"driver\.max_lag=1 .*correction `none`"),
+        (ROWS["grpo"] | MASKED, {"shaped": True}, "beware", "`sequence_mask` .*`truncated_importance`"),
+        (ROWS["grpo"] | MASKED, {"second": True}, "beware", "`sequence_mask` .*`truncated_importance`"),
+        (ROWS["grpo"] | MASKED, {"replay": True}, "beware", "`sequence_mask` .*`truncated_importance`"),
+        (ROWS["grpo"], {"siblings": True}, "beware", r"'objective\.estimator=\{fn: subtree\}' [^~]*$"),
+        (ROWS["qae"], {"siblings": True}, "beware", r"subtree\}' ~objective\.estimator\.k "),
+        (ROWS["aspo"] | {"select": {"fn": "everything"}}, {}, "beware", "select `everything`"),
     ],
 )
 def test_what_has_no_effect_is_told(row, schedule, kind, text):
-    assert text in said(row, kind, **schedule)
+    assert re.search(text, said(row, kind, **schedule))
 
 
 @pytest.mark.parametrize("name", ["nsr", "reinforce", "reinforce_pp"])
@@ -230,7 +251,7 @@ def test_what_acts_is_not_called_inert():
 
 
 def test_a_live_shape_stands_last():
-    with pytest.raises(ConfigError, match="must stand after"):
+    with pytest.raises(ConfigError, match=r"^objective\.shapes: `add_entropy` [^`]*$"):
         build_objective(ROWS["grpo"] | {"shapes": [{"fn": "add_entropy"}, {"fn": "by_sign"}]})
 
 
@@ -275,12 +296,12 @@ def test_the_command_shows_the_equation_and_refuses(capsys):
     for part in (
         "clip(r, 0.8, 1.3)",
         "clip.high = 0.3 (a distance of the ratio from 1, above 0)",
-        "inert        `clip` with one update",
+        "inert        `clip` ",
     ):
         assert part in text
     assert objectives.main(["show", "objective=nsr", "objective.keep.fn=informative"]) == 2
-    assert "refused      keep `informative` drops the groups" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="objectives takes nothing"):
+    assert "refused      keep `informative` " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"^objectives .*`table`.*`show .*\['shwo'\]"):
         objectives.main(["shwo"])
 
 

@@ -125,13 +125,13 @@ def test_a_function_of_ones_own_is_bound_in_every_slot(fn):
 @pytest.mark.parametrize(
     ("change", "remedy"),
     [
-        ({"packages": ()}, r"say packages=\[my_lab\]"),
-        ({"fn": "my_lab.slots.trackre"}, "defines no function `trackre`: did you mean `tracker`"),
-        ({"fn": "my_lab.slot.keep"}, "cannot be imported: .*PYTHONPATH"),
-        ({"fn": "my_lab.slots.no_slot"}, "must take "),
-        ({"strenght": 1.0}, "`{fn}` has no setting `strenght`: did you mean `strength`"),
-        ({"strength": "much"}, "`{fn}.strength` must be a number"),
-        ({"strength": None}, "must be a number|needs `strength`"),
+        ({"packages": ()}, r"packages=\[my_lab\]"),
+        ({"fn": "my_lab.slots.trackre"}, "`my_lab.slots` .*`trackre`: .*`tracker`"),
+        ({"fn": "my_lab.slot.keep"}, "`my_lab.slot.keep` .*PYTHONPATH"),
+        ({"fn": "my_lab.slots.no_slot"}, r"`my_lab.slots.no_slot` .*\(a, b, c, d, e, f\).*\(.*`\w+`"),
+        ({"strenght": 1.0}, "`{fn}` .*`strenght`: .*`strength`"),
+        ({"strength": "much"}, "`{fn}.strength` .*'much'$"),
+        ({"strength": None}, "`{fn}.strength` .*None$|`{fn}` .*`strength`,"),
     ],
     ids=lambda x: str(next(iter(x))) if isinstance(x, dict) else "",
 )
@@ -143,13 +143,14 @@ def test_what_cannot_be_bound_is_refused_by_its_setting(fn, change, remedy):
 
 @every_slot
 def test_a_setting_that_is_lacking_is_named(fn):
-    with pytest.raises(ConfigError, match=f"^{SLOTS[fn][0]}: `{fn}` needs `strength`"):
+    with pytest.raises(ConfigError, match=f"^{SLOTS[fn][0]}: `{fn}` .*`strength`,"):
         with_own(fn, fn=f"my_lab.slots.{fn}")
 
 
 def test_a_package_that_raises_when_it_is_imported_is_a_config_error(tmp_path):
     (tmp_path / "my_lab" / "broken.py").write_text("1 / 0")
-    with pytest.raises(ConfigError, match=r"observe.trackers: .*cannot be imported: ZeroDivisionError"):
+    said = r"^observe\.trackers: `my_lab\.broken\.tracker` .*ZeroDivisionError.*PYTHONPATH"
+    with pytest.raises(ConfigError, match=said):
         with_own("tracker", fn="my_lab.broken.tracker")
 
 
@@ -158,16 +159,16 @@ def test_a_plan_that_is_not_async_and_a_rule_without_bounds_are_refused(tmp_path
         "def plan(generator, prompt, seeds, draw): return []\n"
         "def feedback(signal, state): return 0.0, state\n"
     )
-    with pytest.raises(ConfigError, match=r"rollout.plan: .*must be async def"):
+    with pytest.raises(ConfigError, match=r"^rollout\.plan: `my_lab\.wrong\.plan` .*async def"):
         with_own("plan", fn="my_lab.wrong.plan")
-    with pytest.raises(ConfigError, match=r"control.c: `feedback` has no setting `(low|high)`"):
+    with pytest.raises(ConfigError, match=r"^control\.c: `feedback` .*`(low|high)`: "):
         with_own("feedback", fn="my_lab.wrong.feedback")
 
 
 def test_a_judge_of_a_part_is_named_by_its_part():
     config = deepcopy(configured())
     config.data.parts = {"a": Part(judge={"fn": "gim", "task": "x"})}
-    with pytest.raises(ConfigError, match=r"data.parts.a.judge has no `gim`: did you mean `gym`"):
+    with pytest.raises(ConfigError, match=r"^data\.parts\.a\.judge .*`gim`: .*`gym`"):
         compose.check_config(config)
 
 

@@ -51,12 +51,12 @@ def test_a_tokenizer_without_template_is_refused(folder, tmp_path):
     tokenizer = load_tokenizer(str(folder))
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(PreflightError, match="no chat template"):
+    with pytest.raises(PreflightError, match=rf"model\.path={tmp_path} .*tokenizer\.chat_template"):
         load_tokenizer(str(tmp_path))
 
 
 def test_a_folder_without_model_is_refused(tmp_path):
-    with pytest.raises(PreflightError, match=r"config\.json"):
+    with pytest.raises(PreflightError, match=rf"model\.path={tmp_path} .*config\.json"):
         load_policy(str(tmp_path), torch.float32)
 
 
@@ -65,7 +65,7 @@ def test_a_head_with_a_bias_is_refused_by_the_models_path(tmp_path):
 
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     PhiForCausalLM(PhiConfig(vocab_size=32, **small)).save_pretrained(tmp_path)
-    said = rf"model\.path={tmp_path} \(PhiForCausalLM\) has an output head with a bias.*take a model"
+    said = rf"model\.path={tmp_path} \(PhiForCausalLM\) .*`lm_head\.bias`.*: .*`lm_head`"
     with pytest.raises(PreflightError, match=said):
         load_policy(str(tmp_path), torch.float32)
 
@@ -76,9 +76,7 @@ def test_a_model_whose_files_have_other_names_is_refused(folder, tmp_path):
     file = tmp_path / "model" / "model.safetensors"
     renamed = {name.replace("mlp.up_proj", "mlp.experts.0.up_proj"): t for name, t in load_file(file).items()}
     save_file(renamed, file, metadata={"format": "pt"})
-    with pytest.raises(
-        PreflightError, match=r"2 parameters under names .* first model\.layers\.0\.mlp\.up_proj"
-    ):
+    with pytest.raises(PreflightError, match=r"model\.path=.* 2 .*safetensors.*layers\.0\.mlp\.up_proj"):
         load_policy(str(tmp_path / "model"), torch.float32)
     file.unlink()
     save_file(load_file(folder / "model.safetensors"), file, metadata={"format": "pt"})
@@ -131,5 +129,5 @@ def test_updates_are_cut_by_whole_groups():
     group = np.repeat([7, 3, 9, 1, 4], 2)
     cut = cut_by_groups(group, 2)
     assert [sorted(set(group[rows])) for rows in cut] == [[3, 7, 9], [1, 4]]
-    with pytest.raises(ValueError, match="updates_per_rollout"):
+    with pytest.raises(ValueError, match=r"learner\.updates_per_rollout"):
         cut_by_groups(np.array([0, 0, 1, 1]), 3)

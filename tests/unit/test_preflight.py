@@ -1,6 +1,7 @@
 """What is refused before any actor starts, and what it says."""
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -51,9 +52,8 @@ def changed(folder: Path, to: Path, name: str, **values: Any) -> Path:
     "told", [["--cfg", "hydra"], ["--cfg"], ["-c", "all"], ["--cfg=defaults"], ["--config-dir"], ["--dry"]]
 )
 def test_a_flag_that_train_does_not_have_trains_nothing(told: list[str]) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"not take {told[0].partition('=')[0]}.*it takes --cfg job"
-    ) as said:
+    flag = told[0].partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"^train .* {flag}\b.*: .*--cfg job") as said:
         train.main(
             [*told, "experiment=quickstart"] if told[-1] != told[0] else ["experiment=quickstart", *told]
         )
@@ -64,7 +64,7 @@ def test_settings_are_shown_in_either_spelling_and_never_of_many_runs(capsys: py
     for told in (["--cfg", "job"], ["-c", "job"], ["--cfg=job"]):
         assert train.main([*told, "experiment=quickstart", "seed=7"]) == 0
         assert "seed: 7" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="of one run"):
+    with pytest.raises(ConfigError, match=r"^--cfg job .*: .*--multirun"):
         train.main(["--multirun", "--cfg", "job", "experiment=quickstart"])
 
 
@@ -73,7 +73,7 @@ def test_a_whole_model_is_described(folder: Path) -> None:
 
 
 def test_a_model_folder_that_is_not_there() -> None:
-    with pytest.raises(PreflightError, match=r"model\.path=/nowhere is no model.*config\.json"):
+    with pytest.raises(PreflightError, match=r"^model\.path=/nowhere .*config\.json"):
         preflight.model(config("model.path=/nowhere"))
 
 
@@ -84,13 +84,13 @@ def test_a_tokenizer_without_a_template(folder: Path, tmp_path: Path) -> None:
     described = json.loads((bare / "tokenizer_config.json").read_text())
     described.pop("chat_template", None)
     (bare / "tokenizer_config.json").write_text(json.dumps(described))
-    with pytest.raises(PreflightError, match="no chat template"):
+    with pytest.raises(PreflightError, match=rf"model\.path={bare} .*tokenizer\.chat_template"):
         preflight.model(config(f"model.path={bare}"))
 
 
 def test_a_tokenizer_larger_than_the_model(folder: Path, tmp_path: Path) -> None:
     small = changed(folder, tmp_path / "small", "config.json", vocab_size=100)
-    with pytest.raises(PreflightError, match=r"knows 260 tokens and the model 100"):
+    with pytest.raises(PreflightError, match=rf"model\.path={small} .*260.*100"):
         preflight.model(config(f"model.path={small}"))
 
 
@@ -99,25 +99,25 @@ def test_more_tokens_than_the_context(folder: Path, path: str | None) -> None:
     long = config(
         f"model.path={path or folder}", "rollout.max_tokens=2000", "model.warm_start.cache=/nowhere"
     )
-    with pytest.raises(PreflightError, match=r"= 2032 tokens, and .* reads at most"):
+    with pytest.raises(PreflightError, match=r"data\.max_prompt \+ rollout\.max_tokens = 2032\b"):
         preflight.model(long)
 
 
 def test_more_cpus_than_there_are_is_refused_with_the_arithmetic() -> None:
-    with pytest.raises(PreflightError, match=r"9000 learner ranks x 0.4.* of "):
+    with pytest.raises(PreflightError, match=r"CPU: .*9000 .* x 0\.4 .*= 3600.*learner\.ranks"):
         preflight.resources(config("learner.ranks=9000"))
 
 
 def test_gpus_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(PreflightError, match="torch sees none"):
+    with pytest.raises(PreflightError, match=r"cluster=cpu.*cluster\.address"):
         preflight.resources(config("cluster=gpu"))
 
 
 def test_a_disk_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")(1000)
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
-    with pytest.raises(PreflightError, match=r"checkpoint\.keep=2 \+ 2 of"):
+    with pytest.raises(PreflightError, match=r"checkpoint\.keep=2 \+ 2 .*checkpoint\.keep.*run\.dir"):
         preflight.disk(config(f"model.path={folder}"))
 
 
@@ -131,7 +131,7 @@ def test_a_disk_too_small_for_a_model_in_shards_or_not_made_yet(
     index = {"weight_map": {"any": "one.safetensors"}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     for told in (f"model.path={sharded}", "model.warm_start.cache=/nowhere"):
-        with pytest.raises(PreflightError, match=r"checkpoint\.keep=2 \+ 2 of"):
+        with pytest.raises(PreflightError, match=r"checkpoint\.keep=2 \+ 2 .*checkpoint\.keep.*run\.dir"):
             preflight.disk(config(told))
 
 
@@ -153,13 +153,13 @@ def test_a_folder_that_is_no_model_has_no_size_and_a_damaged_file_is_named(
     assert "size is unknown" in preflight.disk(told)
     for text in ("version https://git-lfs.github.com/spec/v1\n", "", "\0" * 8):
         (tmp_path / "model.safetensors").write_text(text)
-        with pytest.raises(PreflightError, match=r"model\.safetensors is no safetensors file.*again"):
+        with pytest.raises(PreflightError, match=rf"^{tmp_path}/model\.safetensors "):
             preflight.disk(told)
 
 
 def test_a_folder_in_use(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(PreflightError, match="already holds a run"):
+    with pytest.raises(PreflightError, match=r"run\.dir=/.*run\.resume=auto"):
         preflight.directory(config(f"run.dir={tmp_path}"))
     assert str(tmp_path) in preflight.directory(config(f"run.dir={tmp_path}", "run.resume=auto"))
 
@@ -167,7 +167,7 @@ def test_a_folder_in_use(tmp_path: Path) -> None:
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     both = config("model.path=/nowhere", f"run.dir={tmp_path}")
-    with pytest.raises(PreflightError, match=r"2 things are wrong:\s+model\.path[\s\S]*already holds a run"):
+    with pytest.raises(PreflightError, match=r"(?s)^2 .*model\.path=/nowhere.*run\.dir=/.*run\.resume=auto"):
         preflight.refuse_wrong(both)
     preflight.refuse_wrong(config("model.warm_start.cache=/nowhere"))
 
@@ -175,7 +175,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 def test_other_versions_than_the_tested_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "at the tested versions" in doctor.packages(Config())
     monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "ray" else "2.13.0")
-    with pytest.raises(PreflightError, match=r"ray 0\.1 where 2\.60\.0 was tested.*setup\.sh"):
+    with pytest.raises(PreflightError, match=r"ray 0\.1 [^;]*2\.60\.0.*launch/setup\.sh"):
         doctor.packages(Config())
 
 
@@ -188,9 +188,7 @@ def test_a_doctor_says_what_is_wrong_and_exits_with_3(capsys: pytest.CaptureFixt
 def test_failed_verdicts_end_the_run_above_their_share() -> None:
     failures, good, bad = VerdictFailures(most=0.2), Verdict(1.0, True), failed("reward.custom raised")
     failures.observe([good] * 79 + [bad] * 20, 99)
-    with pytest.raises(
-        DataError, match=r"21% of the last 100 .*reward\.max_failed.*21 x data_failed: reward"
-    ):
+    with pytest.raises(DataError, match=r"21%.* 100 .*reward\.max_failed.*21 x data_failed: reward"):
         failures.observe([bad], 1)
 
 
@@ -213,7 +211,7 @@ def test_skipped_updates_end_the_run_in_a_row_only() -> None:
     skipped = SkippedUpdates(most=2)
     for left_out in (True, False, True):
         skipped.observe(left_out)
-    with pytest.raises(NumericsError, match=r"2 steps in a row.*learner\.lr"):
+    with pytest.raises(NumericsError, match=r" 2 .*learner\.lr.*learner\.max_grad_norm.*skipped/"):
         skipped.observe(True)
 
 
@@ -224,7 +222,7 @@ def test_an_unfinished_run_may_be_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_missing_verdicts_end_the_run() -> None:
-    with pytest.raises(DataError, match="7 verdicts on 8 responses"):
+    with pytest.raises(DataError, match=r"\b7\b.*\b8\b"):
         VerdictFailures(most=0.2).observe([Verdict(1.0, True)] * 7, 8)
 
 
@@ -233,7 +231,7 @@ def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:
     tree = compose.load_config([f"run.dir={tmp_path}"])[1]
     first = run_directory.open_run(mine, tree)
     for attempt in (preflight.directory, lambda c: run_directory.open_run(c, tree)):
-        with pytest.raises(PreflightError, match=r"written by another run \(process \d+.*another run\.dir"):
+        with pytest.raises(PreflightError, match=rf"run\.dir=/.*\b{os.getpid()}\b.*: .*run\.dir"):
             attempt(mine)
     first.lock.close()
     assert (
@@ -243,15 +241,15 @@ def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:
 
 def test_a_container_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda place: namedtuple("usage", "free")(64 << 20))
-    with pytest.raises(PreflightError, match=r"64 MiB free .* --shm-size=2g"):
+    with pytest.raises(PreflightError, match=r"/dev/shm .*\b64 MiB.* --shm-size=2g"):
         preflight.shared_memory(Config())
 
 
 def test_a_cluster_that_cannot_be_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    with pytest.raises(PreflightError, match=r"no token for 127\.0\.0\.1:9.*RAY_AUTH_TOKEN"):
+    with pytest.raises(PreflightError, match=rf"127\.0\.0\.1:9: .*{tmp_path}/token .*RAY_AUTH_TOKEN"):
         doctor.ray_clusters(config("cluster.address=127.0.0.1:9"))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
-    with pytest.raises(PreflightError, match=r"cannot be joined .*refused.*ray-head\.sh"):
+    with pytest.raises(PreflightError, match=r"cluster\.address=127\.0\.0\.1:9 .*Errno.*launch/ray-head\.sh"):
         doctor.ray_clusters(config("cluster.address=127.0.0.1:9"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -67,20 +68,20 @@ def test_every_bad_row_is_listed_with_its_line(tmp_path):
     with pytest.raises(PreflightError) as caught:
         table(source)
     said = {
-        2: "no 'question' (columns: answer)",
-        3: "7, not a string",
-        4: "empty",
-        5: "not UTF-8 at byte",
-        6: "surrogate",
-        7: "not JSON",
-        8: "a list",
-        10: "None, not a string",
-        11: "nothing behind '####'",
+        2: r"'question'.*answer\)",
+        3: r"'question'.*\b7\b",
+        4: r"'question'.*' \\n'",
+        5: r"UTF-8.*\b17\b",
+        6: r"'question'.*UTF-8",
+        7: r"JSON",
+        8: r"\blist\b",
+        10: r"'answer'.*None",
+        11: r"'answer'.*'####'",
     }
     first, *lines, remedy = str(caught.value).splitlines()
-    assert "data.settings.bad_rows" in remedy and "9 of 11 rows are bad" in first
+    assert "data.settings.bad_rows" in remedy and re.search(r"rows\.jsonl: 9 .*\b11\b", first)
     for line, (number, says) in zip(lines, said.items(), strict=True):
-        assert line.strip().startswith(f"line {number}:") and says in line
+        assert line.strip().startswith(f"line {number}:") and re.search(says, line)
 
 
 def test_a_long_list_of_bad_rows_is_cut_and_counted(tmp_path):
@@ -88,7 +89,7 @@ def test_a_long_list_of_bad_rows_is_cut_and_counted(tmp_path):
     with pytest.raises(PreflightError) as caught:
         table(source)
     *lines, _ = str(caught.value).splitlines()
-    assert len(lines) == 22 and lines[-2].strip().startswith("line 20") and lines[-1].strip() == "and 37 more"
+    assert len(lines) == 22 and lines[-2].strip().startswith("line 20") and "37" in lines[-1]
 
 
 def test_a_share_of_bad_rows_may_be_left_out(tmp_path):
@@ -96,9 +97,7 @@ def test_a_share_of_bad_rows_may_be_left_out(tmp_path):
     source.write_text('{"question": "q", "answer": "1"}\n' * 9 + "{}\n")
     rows, left_out = table(str(source), bad_rows=0.1)
     assert (len(rows), left_out) == (9, 1)
-    with pytest.raises(
-        PreflightError, match=r"1 of 10 rows are bad[\s\S]*line 10[\s\S]*data.settings.bad_rows"
-    ):
+    with pytest.raises(PreflightError, match=r"(?s): 1 .*10 .*line 10: .*data\.settings\.bad_rows"):
         table(str(source), bad_rows=0.09)
 
 
@@ -123,10 +122,10 @@ def test_parquet_rows_and_what_is_not_utf8_in_them(tmp_path):
     assert (first.text, first.answer, first.row["image"]) == ("a", "1", b"\xff")
     raw = pa.array([b"fine", b"caf\xe9"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"question": raw, "answer": ["1", "2"]}), bad)
-    with pytest.raises(PreflightError, match="line 2: not UTF-8 at byte 3"):
+    with pytest.raises(PreflightError, match=r"line 2: .*UTF-8.*\b3\b"):
         table(str(bad))
     bad.write_bytes(b"not parquet")
-    with pytest.raises(PreflightError, match="cannot be read as Parquet"):
+    with pytest.raises(PreflightError, match=r"bad\.parquet .*Parquet"):
         table(str(bad))
 
 
@@ -140,15 +139,15 @@ def test_other_sources_are_data_sets_of_the_hub(monkeypatch, tmp_path):
         return [{"question": "a", "answer": "1"}, {"question": None, "answer": "1"}]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(PreflightError, match="line 2"):
+    with pytest.raises(PreflightError, match=r"line 2: 'question'.*None"):
         table("openai/gsm8k", subset="main", split="test")
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
-    with pytest.raises(PreflightError, match="no such data set"):
+    with pytest.raises(PreflightError, match=r"'gone'.*subset None.*split train.*no such data set"):
         table("gone")
     (tmp_path / "rows.csv").touch()
-    with pytest.raises(ConfigError, match=r"neither \.jsonl nor \.parquet"):
+    with pytest.raises(ConfigError, match=r"rows\.csv: .*\.jsonl.*\.parquet"):
         table(str(tmp_path / "rows.csv"))
-    with pytest.raises(PreflightError, match="there is no file"):
+    with pytest.raises(PreflightError, match=r"/absent\.jsonl$"):
         table(str(tmp_path / "absent.jsonl"))
 
 
@@ -168,9 +167,9 @@ def test_compact_questions_from_metadata():
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{expresion}", "did you mean `expression`. choose from expression, metadata, question"),
-        ("{", "cannot be filled"),
-        ("{}", "cannot be filled"),
+        ("{expresion}", r"^template '\{expresion\}': .*`expression`.* expression, metadata, question"),
+        ("{", r"^template '\{' "),
+        ("{}", r"^template '\{\}' "),
     ],
 )
 def test_a_wrong_template_is_refused_by_name(template, says):
@@ -193,9 +192,9 @@ def test_duplicates_and_long_prompts_are_dropped_and_counted():
     made = make_prompts(questions("a", "bbbb", "a", "cc", "bbbb"), tokenize=characters, max_tokens=2)
     assert {p.text for p in made.prompts} == {"a", "cc"}
     assert (made.duplicates, made.too_long) == (2, 1)
-    with pytest.raises(PreflightError, match="shortest has 4 tokens, the limit is 3"):
+    with pytest.raises(PreflightError, match=r"^2 .*\b4\b.*data\.max_prompt=3"):
         make_prompts(questions("bbbb", "ccccc"), tokenize=characters, max_tokens=3)
-    with pytest.raises(PreflightError, match="no tokens"):
+    with pytest.raises(PreflightError, match="'a'"):
         make_prompts(questions("a"), tokenize=lambda _: ())
 
 
@@ -221,7 +220,8 @@ def test_parts_of_nothing_and_too_much():
     parts = split(numbered(50), heldout=0.0)
     assert (len(parts.heldout), len(parts.demonstrations), len(parts.training)) == (0, 0, 50)
     for heldout, demonstrations in ((-0.1, 0.2), (0.5, 0.5), (0.1, -0.1)):
-        with pytest.raises(ConfigError, match="sum is below 1"):
+        said = rf"data\.heldout={heldout} .*data\.demonstrations={demonstrations} "
+        with pytest.raises(ConfigError, match=said):
             split(numbered(5), heldout=heldout, demonstrations=demonstrations)
 
 
@@ -282,20 +282,20 @@ def test_running_sums():
     assert steps("12 + 34 - 5", "41") == "12+34=46,46-5=41"
     assert steps("5 - 9 + -3", "-7") == "5-9=-4,-4+-3=-7"
     assert steps("46", "46") == "46=46"
-    with pytest.raises(DataError, match="gives 41"):
+    with pytest.raises(DataError, match=r"chain_sum .*\b40\b.*\b41\b"):
         steps("12 + 34 - 5", "40")
 
 
 def test_a_wrong_countdown_row_is_no_demonstration():
     row = {"answer": "3 + 5", "metadata": {"numbers": [3, 5], "target": 9}}
-    with pytest.raises(DataError, match="own answer '3\\+5' is not right"):
+    with pytest.raises(DataError, match=r"countdown .*'3\+5'"):
         find_demonstration("countdown")(row)
-    with pytest.raises(ConfigError, match="did you mean `countdown`"):
+    with pytest.raises(ConfigError, match=r"data\.demonstration='countdwon' .*`countdown`"):
         find_demonstration("countdwon")
 
 
 def test_impossible_settings_are_named():
-    with pytest.raises(ConfigError, match="countdown"):
+    with pytest.raises(ConfigError, match="'countdown' .*'settings'"):
         impossible = {"min_numbers": 2, "max_numbers": 2, "max_value": 2, "min_target": 900}
         reasoning_gym("countdown", size=1, seed=1, settings=impossible)
 

@@ -57,7 +57,7 @@ def test_cutting_keeps_the_part_of_a_span_that_is_left() -> None:
     piece = cut(replace(drawn([1, 2, 3]), spans=(Span(1, 3, MaskReason.TOOL),)), 2)
     assert piece.spans == (Span(1, 2, MaskReason.TOOL),)
     assert cut(drawn([1, 2]), 0).length == 0
-    with pytest.raises(ValueError, match="3 of 2 tokens"):
+    with pytest.raises(ValueError, match=r"^3 .* 2 "):
         cut(drawn([1, 2]), 3)
 
 
