@@ -88,7 +88,7 @@ def make_prompts(
             found[key] = Prompt(key, text, tokens, question.answer, question.row, domain)
     if not found:
         raise PreflightError(
-            f"{seen} rows, no prompt left: the shortest has {shortest} tokens, raise data.max_prompt={max_tokens}"
+            f"{seen} rows, no prompt: the shortest has {shortest} tokens, raise data.max_prompt={max_tokens}"
         )
     prompts = tuple(found[key] for key in sorted(found))
     return PromptSet(prompts, seen - len(found) - len(too_long), len(too_long))
@@ -110,7 +110,7 @@ def split(prompts: Iterable[Prompt], *, heldout: float, demonstrations: float = 
     """Fractions in [0, 1), decided by each id alone: more rows never move a prompt to another part."""
     if min(heldout, demonstrations) < 0 or heldout + demonstrations >= 1:
         raise ConfigError(
-            f"data.heldout={heldout} and data.demonstrations={demonstrations} are fractions of a sum below 1"
+            f"data.heldout={heldout} and data.demonstrations={demonstrations} are shares with a sum below 1"
         )
     parts: tuple[list[Prompt], ...] = ([], [], [])
     for prompt in sorted(prompts, key=lambda p: p.id):

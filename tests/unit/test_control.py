@@ -209,6 +209,10 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
     assert row["penalties"][0]["coef"] == 0.3 and config.objective["penalties"][0]["coef"] == 0.0
 
 
+def steered_by(signal: str) -> list[str]:
+    return ["control=temperature_band", f"control.temperature.signal={signal}"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -224,26 +228,11 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
             [BONUS, f"+control.c={{knob: {KNOB.replace('0', '-1')}, fn: constant, value: 3}}"],
             r"`objective\.penalties\.-1\.coef` .*`-1`.*'objective\.penalties=\[",
         ),
-        (
-            ["control=temperature_band", "control.temperature.signal=entropy/meen"],
-            r"control\.temperature: .*`entropy/meen`: .*`entropy/mean`",
-        ),
-        (
-            ["control=temperature_band", "control.temperature.signal=correct/meen"],
-            r"control\.temperature: .*`correct/meen`: .*`correct/mean`",
-        ),
-        (
-            ["control=temperature_band", "control.temperature.signal=entropy/p33"],
-            r"`entropy/p33`: .*entroray/metrics/README\.md",
-        ),
-        (
-            ["control=temperature_band", "control.temperature.signal=law/a"],
-            r"`law/a`: .*`control` .*entropy/mean .*correct/mean",
-        ),
-        (
-            ["control=temperature_band", "control.temperature.signal=eval/greedy"],
-            r"`eval/greedy`: .*evaluate\.every .*1\.\.run\.steps",
-        ),
+        (steered_by("entropy/meen"), r"control\.temperature: .*`entropy/meen`: .*`entropy/mean`"),
+        (steered_by("correct/meen"), r"control\.temperature: .*`correct/meen`: .*`correct/mean`"),
+        (steered_by("entropy/p33"), r"`entropy/p33`: .*entroray/metrics/README\.md"),
+        (steered_by("law/a"), r"`law/a`: .*`control` .*entropy/mean .*correct/mean"),
+        (steered_by("eval/greedy"), r"`eval/greedy`: .*evaluate\.every .*1\.\.run\.steps"),
         (
             [
                 "control=temperature_band",
@@ -253,22 +242,10 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
             ],
             r"`eval/greedy`: .*evaluate\.every .*1\.\.run\.steps",
         ),
-        (
-            ["control=temperature_band", "control.temperature.signal=control/temperature"],
-            r"`control/temperature`: .*entroray/metrics/README\.md",
-        ),
-        (
-            ["control=temperature_band", "control.temperature.signal=step"],
-            r"`step`: .*entroray/metrics/README\.md",
-        ),
-        (
-            ["control=temperature_band", "control.temperature.signal=reward/part_form"],
-            r"`reward/part_form`: .*reward\.path",
-        ),
-        (
-            ["control=temperature_band", "control.temperature.signal=replay/share"],
-            r"`replay/share`: .*rollout\.replay\.tokens",
-        ),
+        (steered_by("control/temperature"), r"`control/temperature`: .*entroray/metrics/README\.md"),
+        (steered_by("step"), r"`step`: .*entroray/metrics/README\.md"),
+        (steered_by("reward/part_form"), r"`reward/part_form`: .*reward\.path"),
+        (steered_by("replay/share"), r"`replay/share`: .*rollout\.replay\.tokens"),
         (
             [
                 "control=temperature_band",
@@ -285,7 +262,7 @@ def test_a_knob_is_found_by_its_path_and_put_into_a_copy_of_the_row():
             ],
             r"`entropy/realised_change`: .*observe\.prediction\.every",
         ),
-        (["control=temperature_band", "control.temperature.signal=objective/clap_tokens"], "clip_tokens"),
+        (steered_by("objective/clap_tokens"), "clip_tokens"),
         (
             ["+control.c={knob: learner.max_grad_norm, fn: constant, value: 3}"],
             r"`learner\.max_grad_norm` .*learner\.zero_stage; .*objective\.\* .*learner\.lr",

@@ -173,7 +173,7 @@ def test_two_laws_of_entropy_are_refused_before_the_run(control):
 
 
 def test_two_faults_are_told_at_once():
-    with pytest.raises(ConfigError, match="keep `always`.*select `top_entropy`.*scale `selected`"):
+    with pytest.raises(ConfigError, match=r"keep `always`.*select `top_entropy`.*scale `selected`"):
         check_combinations(
             build_objective(ROWS["nsr"] | {"keep": {"fn": "informative"}, "select": {"fn": "top_entropy"}}),
             PLAIN,

@@ -324,7 +324,7 @@ def test_console_prints_aligned_lines_and_repeats_the_header(tmp_path):
     assert "loss = [bold]x[/bold]" in printed[1] and "r" * 150 in printed[2]
     table = printed[4:]
     assert [i for i, line in enumerate(table) if "correct" in line] == [0, 22]
-    first = "    1   0.250  1.2345  2.5000   1     1,234    3.21   0.55    2.00   0.07    6.00"
+    first = "    1   0.250  1.2345  2.5000   1    1,234    3.21   0.55    2.00   0.07    6.00"
     assert table[2] == first
     assert {len(line) for line in table} == {80}
     assert not any("\x1b" in line for line in printed)

@@ -295,9 +295,9 @@ def test_a_wrong_countdown_row_is_no_demonstration():
 
 
 def test_impossible_settings_are_named():
-    with pytest.raises(ConfigError, match="'countdown' .*'settings'"):
+    with pytest.raises(ConfigError, match=r"'countdown' .*'min_target': 900"):
         impossible = {"min_numbers": 2, "max_numbers": 2, "max_value": 2, "min_target": 900}
-        reasoning_gym("countdown", size=1, seed=1, settings=impossible)
+        reasoning_gym("countdown", size=1, seed=1, **impossible)
 
 
 def test_calculator_notes_are_removed():
