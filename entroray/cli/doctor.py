@@ -17,7 +17,6 @@ from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config
 from entroray.data.demonstrations import find_demonstration
 from entroray.errors import DataError, PreflightError
-from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
 from entroray.types import Prompt, Rollout, Verdict
 from entroray.wiring import actors, compose, dataset, preflight, tool, warm_start
 from entroray.workers import cluster
@@ -176,14 +175,9 @@ async def _judged(config: Config, read: dataset.Dataset, prompt: Prompt, answer:
 
 
 def _material(config: Config) -> dataset.Dataset:
-    tokenizer = (
-        byte_tokenizer()
-        if warm_start.is_missing(config)
-        else load_tokenizer(warm_start.resolve_model(config))
-    )
     parts = {name: _fewer_rows(part) for name, part in config.data.parts.items()}
     few = replace(_fewer_rows(config.data), parts=parts)
-    return dataset.read_dataset(replace(config, data=few), tokenizer)
+    return dataset.read_dataset(replace(config, data=few), warm_start.run_tokenizer(config))
 
 
 def _fewer_rows(of: Any) -> Any:

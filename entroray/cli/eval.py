@@ -61,7 +61,7 @@ def of_run(path: Path, values: list[str]) -> Config:
 
 async def evaluate(config: Config) -> dict[str, Any]:
     """Everything found on the held-out prompts, as JSON holds it."""
-    os.environ.update(cluster.environment() | (cluster.CPU_ONLY if actors.cpu_only(config) else {}))
+    os.environ.update(cluster.environment() | (cluster.CPU_ONLY if actors.cpu_only(config.cluster) else {}))
     model, e, s, v = warm_start.resolve_model(config), config.evaluate, config.sampler, config.verifier
     read = dataset.load_dataset(config, model)
     prompts = read.split.heldout[: e.prompts]
@@ -74,7 +74,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
     engine = Generator(
         model,
         dtype=config.model.dtype,
-        max_length=actors.sequence_length(config),
+        max_length=actors.sequence_length(config.data, config.rollout),
         seed=0,
         engine=_options(config),
     )
@@ -83,7 +83,8 @@ async def evaluate(config: Config) -> dict[str, Any]:
 
     role = GeneratorRole(engine, config.rollout.deadline)
     generator = tool.with_tool(config.rollout, read.tokenizer, role, verifier)
-    plan = plan_evaluation(sampler.evaluation_draw(config), e.samples, e.k)
+    draw = sampler.evaluation_draw(s, config.rollout, config.generator.engine)
+    plan = plan_evaluation(draw, e.samples, e.k)
 
     def ends(token: int) -> bool:
         return token in known.special or any(stop in known.text([token]) for stop in s.stop)
@@ -110,5 +111,5 @@ def _options(config: Config) -> dict[str, Any]:
     """vLLM's options for an engine that notes entropies and may report many likeliest tokens."""
     options = actors.engine_options(config)
     if not options.get("speculative_config"):
-        options |= actors.logits_processors(config)
+        options |= actors.noting(config.generator.engine)
     return {"max_logprobs": max(20, config.evaluate.cot)} | options

@@ -35,7 +35,8 @@ from entroray.observe.journal import read_metrics, replace_text
 from entroray.observe.lab_cells import Cell, variant_name
 from entroray.wiring import compose, run_directory
 from entroray.wiring.actors import cpu_only, lasting
-from entroray.wiring.objective import build_checked_objective
+from entroray.wiring.objective import check_objective
+from entroray.wiring.parts import Parts, build_parts
 from entroray.wiring.reused_actors import ReusedActors
 from entroray.workers import cluster
 
@@ -47,6 +48,7 @@ class Job:
     cell: Cell
     config: Config
     tree: DictConfig
+    parts: Parts
 
 
 FLAGS = (Flag("dir", "FOLDER"), Flag("baseline", "VARIANT"), CONFIG_DIR)
@@ -85,7 +87,7 @@ def plan(folder: Path, overrides: Sequence[str], config_dir: str | None = None) 
     so that a lab cut short has compared something.
     """
     jobs = [_job(folder, each, config_dir) for each in compose.expand_sweep(list(overrides))]
-    if len({(j.config.cluster.address, cpu_only(j.config)) for j in jobs}) > 1:
+    if len({(j.config.cluster.address, cpu_only(j.config.cluster)) for j in jobs}) > 1:
         raise ConfigError("a lab has one Ray cluster: sweep neither cluster nor cluster.address")
     machines = list(dict.fromkeys(_machine(job) for job in jobs))
     seeds = list(dict.fromkeys(job.cell.seed for job in jobs))
@@ -93,7 +95,7 @@ def plan(folder: Path, overrides: Sequence[str], config_dir: str | None = None) 
 
 
 def _machine(job: Job) -> str:
-    return compose.fingerprint(lasting(job.config))
+    return compose.fingerprint(lasting(job.config, job.parts))
 
 
 def _job(folder: Path, overrides: Sequence[str], config_dir: str | None) -> Job:
@@ -107,7 +109,7 @@ def _job(folder: Path, overrides: Sequence[str], config_dir: str | None) -> Job:
     digest = hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
     cell = Cell(tuple(overrides), config.seed, digest)
     config.run.dir = tree.run.dir = str(lab_cells.cell_path(folder, cell))
-    return Job(cell, config, tree)
+    return Job(cell, config, tree, build_parts(config))
 
 
 def _done(wanted: Cell, known: Cell | None) -> bool:
@@ -172,15 +174,16 @@ async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
     """One run from first weights to last, as `entroray train` makes it, and what it came to."""
     config, folder = job.config, Path(str(job.config.run.dir))
     _fresh(folder)
-    objective = build_checked_objective(config)
-    m, read_in, before = await bench.ready(config, list(job.cell.overrides), objective)
-    run_directory.write_manifest(folder, job.tree, {**m.facts, "seed": config.seed, "model": bench.model})
+    check_objective(config, job.parts)
+    m, read_in, before = await bench.ready(config, list(job.cell.overrides), job.parts)
+    settings = OmegaConf.to_yaml(job.tree, resolve=True)
+    run_directory.write_manifest(folder, settings, {**m.facts, "seed": config.seed, "model": bench.model})
     began = time.monotonic()
     try:
         with (folder / "console.log").open("w") as file:
-            journal, _, health = train.open_journal(config, folder, read_in.tokenizer, file)
+            journal, _, health = train.open_journal(config, job.parts, folder, read_in.tokenizer, file)
             run = run_directory.RunDirectory(folder)
-            await train.drive(config, objective, read_in, m, journal, health, run)
+            await train.drive(config, job.parts, read_in, m, journal, health, run)
             journal.close()
     finally:
         _take_signals_back()

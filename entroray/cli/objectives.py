@@ -17,6 +17,7 @@ from entroray.objective.objective import MANY, SLOTS
 from entroray.rows import conf_folder, objective_names, objective_row
 from entroray.wiring import compose
 from entroray.wiring.objective import objective_schedule, remark_lines
+from entroray.wiring.parts import build_parts
 
 BASE = "grpo"
 """The row that the others are told apart from."""
@@ -35,14 +36,12 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"objectives takes nothing, `table`, or `show objective=NAME ...`, got {arguments}")
     given, overrides = flags.parse_flags("objectives show", arguments[1:], FLAGS)
     config, _ = compose.load_config(overrides, given.get("config-dir"))
-    objective = build_objective(config.objective, config.packages)
+    parts = build_parts(config)
+    objective = parts.objective
     check_group_size(objective, config.rollout.group_size)
-    print(
-        "\n".join(
-            [*objective.describe().splitlines(), *_numbers(objective), *remark_lines(config, objective)]
-        )
-    )
-    return 2 if any(r.kind == "refused" for r in remarks(objective, objective_schedule(config))) else 0
+    lines = [*objective.describe().splitlines(), *_numbers(objective), *remark_lines(config, parts)]
+    print("\n".join(lines))
+    return 2 if any(r.kind == "refused" for r in remarks(objective, objective_schedule(config, parts))) else 0
 
 
 def _numbers(objective: Objective) -> Iterator[str]:

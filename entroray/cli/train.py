@@ -11,16 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from entroray.binding import bind
+from entroray.binding import function_name
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
-from entroray.config import Config
+from entroray.config import Config, Evaluate
 from entroray.errors import ConfigError, InfrastructureError, Stopped
 from entroray.evaluation.evaluate import heldout_accuracy
-from entroray.objective import Objective
-from entroray.observe import trackers
 from entroray.observe.console import Console, summary
 from entroray.observe.health_tracker import HealthTracker, health_lines, moved_settings
 from entroray.observe.journal import Journal, read_metrics
@@ -29,6 +27,7 @@ from entroray.policy.tokenizer import fingerprint
 from entroray.roles import Generator, Verifier
 from entroray.train.driver import Driver, Roles
 from entroray.train.failure_limits import Stagnation
+from entroray.types import Draw
 from entroray.wiring import (
     actors,
     compose,
@@ -44,7 +43,8 @@ from entroray.wiring import (
     warm_start,
 )
 from entroray.wiring.driver import build_driver, loop_settings
-from entroray.wiring.objective import advised_settings, build_checked_objective, remark_lines
+from entroray.wiring.objective import advised_settings, check_objective, remark_lines
+from entroray.wiring.parts import Parts, build_parts
 from entroray.workers import cluster
 
 FLAGS = (Flag("cfg", "job", short="-c"), CONFIG_DIR, Flag("multirun", short="-m"))
@@ -60,14 +60,19 @@ def main(arguments: list[str]) -> int:
     if "cfg" in given:
         print(OmegaConf.to_yaml(tree, resolve=True), end="")
         return 0
-    objective = build_checked_objective(config)
+    parts = build_parts(config)
+    check_objective(config, parts)
     if config.run.dry:
-        print(_dry(config, objective))
+        print(_dry(config, parts))
         return 0
     take_signals()
     preflight.refuse_wrong(config)
     facts = warm_start.ensure_model(config, overrides, config_dir)
-    asyncio.run(_train(config, tree, objective, run_directory.open_run(config, tree), facts))
+    model = warm_start.resolve_model(config)
+    read_in = dataset.load_dataset(config, model)
+    facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}
+    run = run_directory.open_run(config.run, tree)
+    asyncio.run(_train(config, parts, read_in, run, facts, OmegaConf.to_yaml(tree, resolve=True)))
     return 0
 
 
@@ -85,15 +90,16 @@ def _multirun(overrides: list[str], config_dir: str | None, *, show: bool) -> in
     return worst
 
 
-def _dry(config: Config, objective: Objective) -> str:
+def _dry(config: Config, parts: Parts) -> str:
     """What would run: the equation, each role's share, memory by role."""
-    lines = [objective.describe(), *remark_lines(config, objective), ""]
-    lines += [f"prompts: {line}" for line in dataset.describe_tasks(config)]
+    lines = [parts.objective.describe(), *remark_lines(config, parts), ""]
+    described = dataset.describe_tasks(config.data, config.model.system, config.reward)
+    lines += [f"prompts: {line}" for line in described]
     lines += [f"tool: {tool.describe_tool(config.rollout)}"] if tool.uses_tool(config.rollout.tool) else []
-    lines += [f"control: {line}" for line in controllers.describe_controllers(config)]
+    lines += [f"control: {line}" for line in controllers.describe_controllers(parts, config.driver.max_lag)]
     for role, (count, share) in actors.resource_shares(config).items():
         lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
-    return "\n".join([*lines, *memory.memory_lines(config, objective)])
+    return "\n".join([*lines, *memory.memory_lines(config, parts.objective)])
 
 
 def _terminated(number: int, _: Any) -> None:
@@ -103,26 +109,24 @@ def _terminated(number: int, _: Any) -> None:
 
 async def _train(
     config: Config,
-    tree: DictConfig,
-    objective: Objective,
+    parts: Parts,
+    read_in: dataset.Dataset,
     run: run_directory.RunDirectory,
     facts: dict[str, Any],
+    settings: str,
 ) -> None:
-    began, folder = time.monotonic(), run.folder
-    model = warm_start.resolve_model(config)
-    read_in = dataset.load_dataset(config, model)
-    facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}
+    began, folder, model = time.monotonic(), run.folder, facts["model"]
     facts |= {"resources": actors.join_cluster(config)}
     trained = time.monotonic()
     try:
         first = run.state.get("version", 0) + 1
-        journal, console, health = open_journal(config, folder, read_in.tokenizer, first_step=first)
+        journal, console, health = open_journal(config, parts, folder, read_in.tokenizer, first_step=first)
         probe = dataset.probe_ids(read_in.tokenizer)
         updates = config.run.steps * config.learner.updates_per_rollout
         m = await actors.start_actors(
             config,
             model,
-            objective,
+            parts,
             read_in.judge,
             probe,
             total_updates=updates,
@@ -131,10 +135,10 @@ async def _train(
         )
         journal.cut(first - 1)  # all of it where a run without a checkpoint is started over
         facts |= m.facts | {"start_seconds": round(time.monotonic() - began, 1)}
-        run_directory.write_manifest(folder, tree, facts)
-        console.header("entroray", _header(config, objective, read_in, folder, facts))
+        run_directory.write_manifest(folder, settings, facts)
+        console.header("entroray", _header(config, parts, read_in, folder, facts))
         trained = time.monotonic()
-        await drive(config, objective, read_in, m, journal, health, run)
+        await drive(config, parts, read_in, m, journal, health, run)
         journal.event("trained", seconds=round(time.monotonic() - trained, 1), steps=config.run.steps)
         await m.export(str(folder / "model"))
         read_in.tokenizer.save_pretrained(folder / "model")
@@ -144,11 +148,16 @@ async def _train(
         raise type(error)(f"{error}. Log: {folder}/events.jsonl") from error
     finally:
         cluster.stop()
-    _finish(config, folder, model, time.monotonic() - trained)
+    _finish(config, parts, folder, model, time.monotonic() - trained)
 
 
 def open_journal(
-    config: Config, folder: Path, tokenizer: Any, file: TextIO | None = None, first_step: int = 1
+    config: Config,
+    parts: Parts,
+    folder: Path,
+    tokenizer: Any,
+    file: TextIO | None = None,
+    first_step: int = 1,
 ) -> tuple[Journal, Console, HealthTracker]:
     """The journal of a run in `folder`, its console (the terminal, or `file`) and what tracks its health.
 
@@ -159,47 +168,42 @@ def open_journal(
     every = config.observe.tokens.every
     journal = Journal(folder, tokens_every=every, trackers=[console], vocabulary=words)
     run = TrackedRun(folder, config.run.name, asdict(config), first_step)
-    for spec in config.observe.trackers:
-        open_tracker = bind(trackers, spec, config.packages)
+    for open_tracker in parts.trackers:
         try:
             journal.trackers.append(open_tracker(run))
         except (Exception, SystemExit) as error:  # boundary: a copy of the metrics must not end the run
-            journal.event("tracker_lost", tracker=spec["fn"], step=first_step - 1, reason=repr(error))
-            console.say(
-                f"observe.trackers: {spec['fn']} cannot be opened: {error!r}; the run goes on without"
-            )
+            name = function_name(open_tracker)
+            journal.event("tracker_lost", tracker=name, step=first_step - 1, reason=repr(error))
+            console.say(f"observe.trackers: {name} cannot be opened: {error!r}; the run goes on without")
     history = read_metrics(folder / "metrics.jsonl")
-    health = HealthTracker(journal.event, console.say, history, advised_settings(config))
+    health = HealthTracker(journal.event, console.say, history, advised_settings(config, parts.controllers))
     journal.trackers.append(health)
     return journal, console, health
 
 
 def _header(
-    config: Config, objective: Objective, read_in: dataset.Dataset, folder: Path, facts: dict[str, Any]
+    config: Config, parts: Parts, read_in: dataset.Dataset, folder: Path, facts: dict[str, Any]
 ) -> list[str]:
-    r, s, split = config.rollout, config.sampler, read_in.split
-    stops = [
-        repr(x)
-        for x in (read_in.tokenizer.eos_token, *tool.stop_strings(config.sampler.stop, config.rollout.tool))
-    ]
-    called = (
-        [f"tool       {tool.describe_tool(config.rollout)}"] if tool.uses_tool(config.rollout.tool) else []
-    )
+    r, s, split, lag = config.rollout, config.sampler, read_in.split, config.driver.max_lag
+    stops = [repr(x) for x in (read_in.tokenizer.eos_token, *tool.stop_strings(s.stop, r.tool))]
+    called = [f"tool       {tool.describe_tool(r)}"] if tool.uses_tool(r.tool) else []
+    prompts = dataset.describe_tasks(config.data, config.model.system, config.reward)
+    updates = _updates(config.learner.updates_per_rollout, parts)
     return [
-        *objective.describe().splitlines(),
-        *remark_lines(config, objective),
+        *parts.objective.describe().splitlines(),
+        *remark_lines(config, parts),
         "",
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
-        f"sampler    {sampler.describe_sampler(config)}",
-        f"groups     {rollout_plan.describe_plan(config.rollout.plan, config.packages)}",
+        f"sampler    {sampler.describe_sampler(parts.rule, s.insert)}",
+        f"groups     {rollout_plan.describe_plan(parts.plan)}",
         f"choice     {selection.describe_selection(r)}",
         *called,
-        f"schedule   {config.run.steps} steps, {_updates(config)} updates a step, "
-        f"lag at most {config.driver.max_lag} ({config.driver.stale})",
-        *(f"control    {line}" for line in controllers.describe_controllers(config)),
+        f"schedule   {config.run.steps} steps, {updates} updates a step, lag at most {lag} "
+        f"({config.driver.stale})",
+        *(f"control    {line}" for line in controllers.describe_controllers(parts, lag)),
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
-        *(f"prompts    {line}" for line in dataset.describe_tasks(config)),
+        *(f"prompts    {line}" for line in prompts),
         f"data       {len(split.training)} training, {len(split.heldout)} held out; {read_in.dropped}",
         f"machine    {facts['resources']}; ready in {facts['start_seconds']:.0f} s, "
         f"probe error {facts['sync/probe_error']:.1e} nats",
@@ -207,14 +211,14 @@ def _header(
     ]
 
 
-def _updates(config: Config) -> str:
-    fewest, most = controllers.updates_range(config)
+def _updates(own: int, parts: Parts) -> str:
+    fewest, most = controllers.updates_range(own, parts.controllers)
     return f"{fewest}" if fewest == most else f"{fewest} to {most}"
 
 
 async def drive(
     config: Config,
-    objective: Objective,
+    parts: Parts,
     read_in: dataset.Dataset,
     m: actors.Actors,
     journal: Journal,
@@ -230,13 +234,20 @@ async def drive(
         m.learner_role(),
         m.sync,
         journal,
-        evaluate=_evaluation(config, read_in, generator, verifier),
+        evaluate=_evaluation(
+            config.evaluate,
+            sampler.plain_draw(config.sampler, config.rollout),
+            read_in,
+            generator,
+            verifier,
+        ),
         waits=cluster.WAITS.lines,
     )
     journal.event("start", objective=config.objective, pace=asdict(loop_settings(config)), state=run.state)
-    draw = sampler.training_draw(config, read_in.tokenizer)
-    driver = build_driver(config, objective, read_in, roles, draw)
-    journal.event("control", controllers=controllers.describe_controllers(config))
+    draw = sampler.training_draw(config.sampler, config.rollout, parts, read_in.tokenizer)
+    driver = build_driver(config, parts, read_in, roles, draw)
+    described = controllers.describe_controllers(parts, config.driver.max_lag)
+    journal.event("control", controllers=described)
     if run.checkpoint:
         driver.restore(run.state)
         health.restore(run.state["health"])
@@ -269,10 +280,9 @@ async def drive(
 
 
 def _evaluation(
-    config: Config, read_in: dataset.Dataset, generator: Generator, verifier: Verifier
+    e: Evaluate, draw: Draw, read_in: dataset.Dataset, generator: Generator, verifier: Verifier
 ) -> Callable[[int], Awaitable[dict[str, float]]]:
     """Held-out accuracy on the training engines, every `evaluate.every` steps."""
-    e, draw = config.evaluate, sampler.plain_draw(config)
     prompts = read_in.split.heldout[: e.prompts]
 
     async def evaluate(step: int) -> dict[str, float]:
@@ -306,17 +316,17 @@ def _stop_on_signals(driver: Driver) -> list[int]:
     return caught
 
 
-def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
+def _finish(config: Config, parts: Parts, folder: Path, model: str, seconds: float) -> None:
     take_signals()  # the event loop took them with it
     metrics = read_metrics(folder / "metrics.jsonl")
     words = [
-        *health_lines(metrics, advised_settings(config)),
-        *moved_settings(controllers.build_control(config).controllers, metrics),
+        *health_lines(metrics, advised_settings(config, parts.controllers)),
+        *moved_settings(parts.controllers, metrics),
     ]
     print("\n".join([summary(metrics), "", *words]))
     print(f"\n{metrics[-1]['step'] if metrics else 0} steps in {seconds:.0f} s")
     if config.evaluate.final:
-        _compare(config, folder, model)
+        _compare(folder, model)
     if config.observe.report:
         from entroray.observe.report import write_report
 
@@ -324,7 +334,7 @@ def _finish(config: Config, folder: Path, model: str, seconds: float) -> None:
     print(f"model      {folder / 'model'}\nrun        {folder}", flush=True)
 
 
-def _compare(config: Config, folder: Path, model: str) -> None:
+def _compare(folder: Path, model: str) -> None:
     """Held-out accuracy of the first and the last weights, each read from its folder by a new process."""
     for name, path in (("before", model), ("after", str(folder / "model"))):
         out = folder / f"eval-{name}.json"

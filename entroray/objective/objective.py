@@ -56,6 +56,11 @@ class Objective:
     aggregate: partial[Tensor]
     divisor: partial[float]
 
+    def slot(self, name: str) -> tuple[partial, ...]:
+        """The functions of a slot by its name in conf/, which may hold one or several."""
+        held = self.divisor if name == "denominator" else getattr(self, name)
+        return held if isinstance(held, tuple) else (held,)
+
     def shape_rewards(self, group: Group) -> Float[Tensor, " G"]:
         """The verdicts' rewards and what this row adds to them."""
         return sum((term(group) for term in self.rewards), start=group.rewards)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from entroray.config import Config
+from entroray.config import Cluster, Config, Data, RolloutConfig
 from entroray.errors import PreflightError
 from entroray.objective import Objective
 from entroray.wiring import sampler
+from entroray.wiring.parts import Parts
 from entroray.workers import cluster
 from entroray.workers.checkpoint import Checkpoints
 from entroray.workers.cluster import Gang, Pool, Share
@@ -39,9 +40,9 @@ def resource_shares(config: Config) -> dict[str, tuple[int, Share]]:
     }
 
 
-def cpu_only(config: Config) -> bool:
+def cpu_only(c: Cluster) -> bool:
     """Whether no role asks for a GPU."""
-    return config.cluster.gpus_per_generator == 0 and config.cluster.gpus_per_learner == 0
+    return c.gpus_per_generator == 0 and c.gpus_per_learner == 0
 
 
 @dataclass
@@ -110,13 +111,13 @@ class Actors:
         cluster.kill_actors([*self.engines.all_handles, *self.learner.handles, *self.verifiers.handles])
 
 
-def lasting(config: Config) -> dict[str, Any]:
+def lasting(config: Config, parts: Parts) -> dict[str, Any]:
     """The settings that `reset` cannot change: what actors are made of, what is read, what is measured."""
     every = asdict(config)
     freed = ("seed", "run", "objective", "control", "driver", "observe", "checkpoint")
     kept = {name: value for name, value in every.items() if name not in freed}
     kept["learner"] = {name: every["learner"][name] for name in ("ranks", "threads")}
-    kept["processors"] = _shaping(config)
+    kept["processors"] = logits_processors(config, parts)
     kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline", "turns", "tool")}
     return kept | {"call_deadline": every["driver"]["call_deadline"]}
 
@@ -127,24 +128,25 @@ def learner_settings(config: Config, model: str, total_updates: int) -> LearnerS
     return LearnerSettings(config.learner, stored, config.generator.transfer, config.seed, total_updates)
 
 
-def sequence_length(config: Config) -> int:
+def sequence_length(data: Data, r: RolloutConfig) -> int:
     """Most tokens a prompt and its response may have together."""
-    return config.data.max_prompt + config.rollout.max_tokens
+    return data.max_prompt + r.max_tokens
 
 
 def engine_options(config: Config) -> dict[str, Any]:
     """vLLM's options: ours, then the user's `generator.engine` over them."""
     # A prompt in chunks rewinds its sampling seed, which vLLM cannot do on CPU ("does not use offset").
-    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, sequence_length(config))}
+    longest = sequence_length(config.data, config.rollout)
+    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, longest)}
     small = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
-    cpu = small | whole if cpu_only(config) else {}
+    cpu = small | whole if cpu_only(config.cluster) else {}
     ours = {
         "tensor_parallel_size": config.generator.tensor_parallel,
         "weight_transfer_config": {"backend": config.generator.transfer},
         "disable_log_stats": True,
         **({"enable_sleep_mode": True} if config.generator.sleep else {}),
     }
-    return ours | cpu | config.generator.engine | _head(config) | _shaping(config)
+    return ours | cpu | config.generator.engine | _head(config)
 
 
 def _head(config: Config) -> dict[str, Any]:
@@ -154,20 +156,20 @@ def _head(config: Config) -> dict[str, Any]:
     return {"hf_overrides": {"head_dtype": "float32", **config.generator.engine.get("hf_overrides", {})}}
 
 
-def _shaping(config: Config) -> dict[str, Any]:
-    """The processors of a run that shapes what it draws; without any, vLLM tracks less."""
-    return logits_processors(config) if sampler.notes_entropy(config) else {}
+def logits_processors(config: Config, parts: Parts) -> dict[str, Any]:
+    """vLLM's option for a run that shapes or notes what it draws; without any processor, vLLM tracks less."""
+    return noting(config.generator.engine) if sampler.notes_entropy(parts, config.rollout.second) else {}
 
 
-def logits_processors(config: Config) -> dict[str, Any]:
-    """What an engine needs to shape or to measure: ours first, then the user's own."""
-    return {"logits_processors": [PROCESSOR, *config.generator.engine.get("logits_processors", ())]}
+def noting(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """What an engine needs to shape or to measure: our processor first, then the user's own."""
+    return {"logits_processors": [PROCESSOR, *sampler.own_processors(engine)]}
 
 
 async def start_actors(
     config: Config,
     model: str,
-    objective: Objective,
+    parts: Parts,
     judge: Mapping[str, Any],
     probe: tuple[int, ...],
     *,
@@ -182,8 +184,8 @@ async def start_actors(
     """
     asked = resource_shares(config)
     settings = learner_settings(config, model, total_updates)
-    limit = max(sequence_length(config), len(probe) + 1)
-    options = engine_options(config)
+    limit = max(sequence_length(config.data, config.rollout), len(probe) + 1)
+    options = engine_options(config) | logits_processors(config, parts)
 
     def generator() -> Any:
         sizes = {"dtype": config.model.dtype, "max_length": limit, "seed": config.seed, "engine": options}
@@ -191,7 +193,7 @@ async def start_actors(
 
     handles = [generator() for _ in range(config.generator.replicas)]
     count, share = asked["learner ranks"]
-    rank = lambda i: cluster.spawn(LearnerRank, share, i, settings, objective, DeepSpeedBackend)
+    rank = lambda i: cluster.spawn(LearnerRank, share, i, settings, parts.objective, DeepSpeedBackend)
     learner = Gang("learner", [rank(i) for i in range(count)])
     engines = EnginePool(
         handles,
@@ -245,9 +247,9 @@ async def _introduce(
     return sync, facts[0] | await sync(version)
 
 
-def check_gpus(config: Config) -> None:
+def check_gpus(c: Cluster) -> None:
     """PreflightError when a role asks for GPUs and this machine, alone, has none."""
-    if not cpu_only(config) and not config.cluster.address and not torch.cuda.is_available():
+    if not cpu_only(c) and not c.address and not torch.cuda.is_available():
         raise PreflightError(
             "cluster asks for GPUs but torch sees none on this machine: use cluster=cpu, or give "
             "cluster.address of a Ray cluster that has them"
@@ -256,6 +258,6 @@ def check_gpus(config: Config) -> None:
 
 def join_cluster(config: Config) -> str:
     """Start or join Ray and check that it is large enough; returns the arithmetic."""
-    check_gpus(config)
-    cluster.start(config.cluster.address, cpu_only=cpu_only(config))
+    check_gpus(config.cluster)
+    cluster.start(config.cluster.address, cpu_only=cpu_only(config.cluster))
     return cluster.check_resources(resource_shares(config))

@@ -14,14 +14,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from entroray.binding import bind
 from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.evaluation.evaluate import plan_evaluation
-from entroray.objective import build_objective
-from entroray.observe import trackers
 from entroray.rows import conf_folder
 from entroray.wiring import constraints, controllers, dataset, rollout_plan, sampler, selection, tool
+from entroray.wiring.parts import Parts, build_parts
 
 TAKEN = {
     "model": "model.path says it",
@@ -88,10 +86,10 @@ def _typed(tree: DictConfig, *, training: bool) -> Config:
         config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
-    check_config(config)
+    parts = check_config(config)
     if training:
-        sampler.check_training_sampler(config)
-        selection.check_training_selection(config)
+        sampler.check_training_sampler(config.sampler, config.generator.engine, parts)
+        selection.check_training_selection(config.rollout, config.generator.engine, parts.objective)
     return config
 
 
@@ -113,19 +111,18 @@ def _keys(schema: Any, prefix: str = "") -> Any:
             yield from _keys(inner, f"{prefix}{f.name}.")
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config) -> Parts:
     """What each setting may be and rules between them; ConfigError says what is wrong and what to do."""
     constraints.check_bounds(config)
-    sampler.check_sampler(config)
-    tool.check_tool(config)
+    parts, engine = build_parts(config), config.generator.engine
+    sampler.check_sampler(config.sampler, parts.rule)
+    tool.check_tool(config.rollout, config.sampler, config.evaluate, config.packages)
     dataset.check_mixture(config.data)
     dataset.check_tasks(config)
-    rollout_plan.check_plan(config)
-    for spec in config.observe.trackers:
-        bind(trackers, spec, config.packages)
+    rollout_plan.check_plan(parts.plan, config.rollout, config.sampler, engine)
     check_evaluation(config)
-    check_engine(config.generator.engine)
-    selection.check_selection(config)
+    check_engine(engine)
+    selection.check_selection(config.rollout, config.driver.max_lag)
     if config.learner.updates_per_rollout > config.rollout.groups_per_step:
         raise ConfigError(
             f"learner.updates_per_rollout={config.learner.updates_per_rollout} needs as many groups, "
@@ -142,10 +139,8 @@ def check_config(config: Config) -> None:
             "above 0 (cluster=one_gpu)"
         )
     check_cards(config)
-    if not config.objective:
-        raise ConfigError("no objective: say objective=<name>, see conf/objective")
-    build_objective(config.objective, config.packages)
-    controllers.build_control(config)
+    controllers.check_controllers(config, parts)
+    return parts
 
 
 def check_cards(config: Config) -> None:
@@ -184,7 +179,7 @@ def check_engine(options: dict[str, Any]) -> None:
 def check_evaluation(config: Config) -> None:
     """ConfigError where `evaluate` asks for what its samples cannot give."""
     e, engine = config.evaluate, config.generator.engine
-    plan_evaluation(sampler.plain_draw(config), e.samples, e.k)
+    plan_evaluation(sampler.plain_draw(config.sampler, config.rollout), e.samples, e.k)
     if e.cot and str(engine.get("logprobs_mode", "")).endswith("logits"):
         raise ConfigError(
             f"evaluate.cot={e.cot} reads probabilities and generator.engine.logprobs_mode="

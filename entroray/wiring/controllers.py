@@ -5,17 +5,18 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Annotated, Any, get_args, get_origin
 
-from entroray.binding import bind, effective_settings, keyword_settings
+from entroray.binding import effective_settings, keyword_settings
 from entroray.config import Config
-from entroray.control import Control, Controller, build_controllers
+from entroray.control import Control, Controller
 from entroray.errors import ConfigError
-from entroray.objective import build_objective
-from entroray.objective.objective import SLOTS
+from entroray.objective import Objective, build_objective
 from entroray.rollout import reshape
 from entroray.train.driver import Knobs, Tune
 from entroray.wiring import measured_metrics, rollout_plan, sampler, selection
+from entroray.wiring.parts import Parts
 
 RULE, UPDATES, LONGEST = "sampler.rule.", "learner.updates_per_rollout", "rollout.max_tokens"
 TEMPERATURE, LR = "sampler.temperature", "learner.lr"
@@ -28,18 +29,22 @@ ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 """Values of learner.schedule that do not ask how many updates a run has."""
 
 
-def build_control(config: Config) -> Control:
-    """The controllers of these settings; ConfigError for one that moves what cannot be moved."""
-    controllers = build_controllers(config.control, config.packages)
-    for c in controllers:
+def build_control(config: Config, controllers: Sequence[Controller]) -> Control:
+    """The controllers at work, each from its setting's own value."""
+    return Control(controllers, {c.knob: current_value(config, c.knob) for c in controllers})
+
+
+def check_controllers(config: Config, parts: Parts) -> None:
+    """ConfigError for a controller that reads what is not measured, or moves what cannot be moved."""
+    for c in parts.controllers:
         if c.signal is not None:
-            measured_metrics.check_signal(config, f"control.{c.name}", c.signal)
-    own = {c.knob: current_value(config, c.knob) for c in controllers}
-    for c in controllers:
+            measured_metrics.check_signal(config, parts, f"control.{c.name}", c.signal)
+    own = {c.knob: current_value(config, c.knob) for c in parts.controllers}
+    for c in parts.controllers:
         for why, value in _extremes(c, own[c.knob]):
-            _possible(config, c, why, value)
-    _agree(config, [c for c in controllers if c.knob.startswith(RULE)], own)
-    return Control(controllers, own)
+            _possible(config, parts, c, why, value)
+    _agree(config, [c for c in parts.controllers if c.knob.startswith(RULE)], own)
+    build_control(config, parts.controllers)
 
 
 def current_value(config: Config, path: str) -> float:
@@ -61,38 +66,35 @@ def current_value(config: Config, path: str) -> float:
     return float(node)
 
 
-def describe_controllers(config: Config) -> list[str]:
+def describe_controllers(parts: Parts, lag: int) -> list[str]:
     """Each controller in a line, with what becomes of its value on the way to the learner."""
-    return [c.describe() + _on_the_way(config, c.knob) for c in build_control(config).controllers]
+    return [c.describe() + _on_the_way(parts.objective, c.knob, lag) for c in parts.controllers]
 
 
-def _on_the_way(config: Config, path: str) -> str:
-    lag = config.driver.max_lag
-    rounded = ", rounded" if is_integer(config, path) else ""
+def _on_the_way(objective: Objective, path: str, lag: int) -> str:
+    rounded = ", rounded" if is_integer(objective, path) else ""
     if not lag or not path.startswith(("sampler.", "rollout.")):
         return rounded
     return f"{rounded}; for groups begun from then on, trained on up to {lag} step(s) later (driver.max_lag)"
 
 
-def updates_range(config: Config) -> tuple[int, int]:
-    """Fewest and most optimizer updates that a step may have, a controller of them included."""
-    own = config.learner.updates_per_rollout
-    moved = [c for c in build_controllers(config.control, config.packages) if c.knob == UPDATES]
+def updates_range(own: int, controllers: Sequence[Controller]) -> tuple[int, int]:
+    """Fewest and most optimizer updates that a step may have: its `own`, or those a controller reaches."""
+    moved = [c for c in controllers if c.knob == UPDATES]
     reached = [round(value) for c in moved for _, value in _extremes(c, own)] or [own]
     return min(reached), max(reached)
 
 
-def is_integer(config: Config, path: str) -> bool:
+def is_integer(objective: Objective, path: str) -> bool:
     """Whether the setting takes whole numbers alone, to which a controller's value is rounded."""
-    *way, last = path.split(".")
-    if way[0] != "objective" or len(way) < 2:
+    if not path.startswith("objective."):
         return path in (UPDATES, LONGEST)
-    node: Any = config.objective
-    for part in way[1:]:
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    if not isinstance(node, Mapping):
+    slot, *way = path.split(".")[1:]
+    place, name = (int(way[0]), way[1]) if way[0].isdecimal() else (0, way[0])
+    taken = keyword_settings(objective.slot(slot)[place].func)
+    if way[-1] != name or name not in taken:  # a number within a list, or among **settings
         return False
-    hint = keyword_settings(bind(SLOTS[way[1]], node, config.packages).func)[last].annotation
+    hint = taken[name].annotation
     return (get_args(hint)[0] if get_origin(hint) is Annotated else hint) is int
 
 
@@ -109,17 +111,16 @@ def in_effect(spec: Mapping[str, Any], values: Mapping[str, float]) -> dict[str,
     return row
 
 
-def build_tuner(config: Config) -> Tune:
-    """Values by path, knobs -> the knobs with those values in effect."""
-    controllers = build_controllers(config.control, config.packages)
-    integers = {c.knob for c in controllers if is_integer(config, c.knob)}
+def build_tuner(spec: Mapping[str, Any], packages: Sequence[str], parts: Parts) -> Tune:
+    """Values by path, knobs -> the knobs with those values in effect; `spec` is the objective's row."""
+    integers = {c.knob for c in parts.controllers if is_integer(parts.objective, c.knob)}
 
     def tune(values: Mapping[str, float], knobs: Knobs) -> Knobs:
         moved: dict[str, Any] = {path: round(x) if path in integers else x for path, x in values.items()}
         draw = knobs.draw
         rule = {path.removeprefix(RULE): x for path, x in moved.items() if path.startswith(RULE)}
         return Knobs(
-            build_objective(in_effect(config.objective, moved), config.packages),
+            build_objective(in_effect(spec, moved), packages),
             replace(
                 draw,
                 temperature=moved.get(TEMPERATURE, draw.temperature),
@@ -151,9 +152,9 @@ def _extremes(c: Controller, own: float) -> Iterator[tuple[str, float]]:
         yield "one of values", value
 
 
-def _possible(config: Config, c: Controller, why: str, value: float) -> None:
+def _possible(config: Config, parts: Parts, c: Controller, why: str, value: float) -> None:
     try:
-        put = _put(config, c.knob, value)
+        put = _put(parts.objective, c.knob, value)
         if c.knob.startswith("objective."):
             build_objective(in_effect(config.objective, {c.knob: put}), config.packages)
         elif c.knob.startswith(RULE):
@@ -161,16 +162,16 @@ def _possible(config: Config, c: Controller, why: str, value: float) -> None:
         elif put < MINIMA[c.knob]:
             raise ConfigError(f"it is at least {MINIMA[c.knob]:g}")
         elif c.knob == LONGEST:
-            _fits(config, round(put))
+            _fits(config, parts.plan, round(put))
         elif c.knob == UPDATES:
             _counts(config, round(put))
     except ConfigError as error:
         raise ConfigError(f"control.{c.name} may set {c.knob} to {value:g} ({why}): {error}") from error
 
 
-def _put(config: Config, path: str, value: float) -> float:
+def _put(objective: Objective, path: str, value: float) -> float:
     """What a setting becomes when a controller has `value` for it."""
-    if not is_integer(config, path):
+    if not is_integer(objective, path):
         return value
     if math.isinf(value):
         raise ConfigError("it is a whole number, and that is none: give a bound")
@@ -189,16 +190,16 @@ def _agree(config: Config, controllers: Sequence[Controller], own: Mapping[str, 
             raise ConfigError(f"control: {named} may together set what cannot be: {error}") from error
 
 
-def _fits(config: Config, tokens: int) -> None:
+def _fits(config: Config, plan: partial, tokens: int) -> None:
     """ConfigError where responses of so many tokens are too long for the engines, or too short for a plan."""
     if tokens > config.rollout.max_tokens:
         raise ConfigError(
             f"the engines are built for responses of rollout.max_tokens={config.rollout.max_tokens}, which "
             "is the most it can be: set it to the longest and let the controller `start` below"
         )
-    shorter = replace(config, rollout=replace(config.rollout, max_tokens=tokens))
-    rollout_plan.check_plan(shorter)
-    selection.check_selection(shorter)
+    shorter = replace(config.rollout, max_tokens=tokens)
+    rollout_plan.check_plan(plan, shorter, config.sampler, config.generator.engine)
+    selection.check_selection(shorter, config.driver.max_lag)
 
 
 def _counts(config: Config, number: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from entroray.binding import bind
-from entroray.config import Config, Data, Part
+from entroray.config import Config, Data, Part, Reward
 from entroray.data import mixture, prompts, sources
 from entroray.errors import ConfigError, PreflightError
 from entroray.policy.tokenizer import chat, load_tokenizer
@@ -148,12 +148,12 @@ def _judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
     return specs
 
 
-def describe_tasks(config: Config) -> list[str]:
-    """How questions are put and judged, in words: a line for each part."""
+def describe_tasks(d: Data, shared: str | None, reward: Reward) -> list[str]:
+    """How questions are put and judged, in words: a line for each part; `shared` is model.system."""
     lines = []
-    for name, part in tasks(config.data, config.model.system).items():
-        system = part.system or config.model.system
+    for name, part in tasks(d, shared).items():
+        system = part.system or shared
         said = f"{part.task}, template {part.template!r}, system {system!r}"
-        judged = "" if config.reward.path else f", judged by {(part.judge or config.reward.judge).get('fn')}"
+        judged = "" if reward.path else f", judged by {(part.judge or reward.judge).get('fn')}"
         lines.append(f"{name}: weight {part.weight:g}, {said}{judged}" if name else said + judged)
     return lines

@@ -1,38 +1,35 @@
 """Settings -> the driver of a run: its loop, its prompts, its diagnostics, what may move."""
 
 from entroray.binding import holds
-from entroray.config import Config
-from entroray.objective import Objective
+from entroray.config import Config, Observe
 from entroray.policy.tokenizer import chat
 from entroray.train.diagnostics import DiagnosticsSchedule
 from entroray.train.driver import Driver, Knobs, LoopSettings, Roles
 from entroray.train.prompt_entropy import build_prompt_entropy
 from entroray.types import Draw
-from entroray.wiring import controllers, dataset, rollout_plan, selection
+from entroray.wiring import controllers, dataset, selection
+from entroray.wiring.parts import Parts
 
 LAW_WINDOW = 50
 """Steps that the reward-entropy law is fitted over."""
 
 
-def build_driver(
-    config: Config, objective: Objective, read_in: dataset.Dataset, roles: Roles, draw: Draw
-) -> Driver:
+def build_driver(config: Config, parts: Parts, read_in: dataset.Dataset, roles: Roles, draw: Draw) -> Driver:
     """The driver of a run, at its first step."""
     training = read_in.split.training
-    prompts, chosen = selection.build_selection(
-        config, dataset.prompt_order(config.data, training, config.seed), len(training)
-    )
+    order = dataset.prompt_order(config.data, training, config.seed)
+    prompts, chosen = selection.build_selection(config.rollout, order, len(training), config.seed)
     return Driver(
         prompts,
         roles,
-        Knobs(objective, draw, config.learner.updates_per_rollout),
+        Knobs(parts.objective, draw, config.learner.updates_per_rollout),
         loop_settings(config),
         seed=config.seed,
-        plan=rollout_plan.bind_plan(config.rollout.plan, config.packages),
-        diagnostics=_diagnostics(config, objective, read_in),
+        plan=parts.plan,
+        diagnostics=_diagnostics(config.observe, parts, read_in, config.model.system),
         selection=chosen,
-        control=controllers.build_control(config),
-        tune=controllers.build_tuner(config),
+        control=controllers.build_control(config, parts.controllers),
+        tune=controllers.build_tuner(config.objective, config.packages, parts),
     )
 
 
@@ -53,11 +50,12 @@ def loop_settings(config: Config) -> LoopSettings:
     )
 
 
-def _diagnostics(config: Config, objective: Objective, read_in: dataset.Dataset) -> DiagnosticsSchedule:
-    o = config.observe
-    keeps_all = holds(objective.keep, "neutral")  # else R is of all groups and H of those kept
-    law = LAW_WINDOW if keeps_all and not config.control else 0  # it was found on runs that nobody steers
-    probe = build_prompt_entropy(read_in.split.heldout, chat(read_in.tokenizer, config.model.system))
+def _diagnostics(
+    o: Observe, parts: Parts, read_in: dataset.Dataset, system: str | None
+) -> DiagnosticsSchedule:
+    keeps_all = holds(parts.objective.keep, "neutral")  # else R is of all groups and H of those kept
+    law = LAW_WINDOW if keeps_all and not parts.controllers else 0  # found on runs that nobody steers
+    probe = build_prompt_entropy(read_in.split.heldout, chat(read_in.tokenizer, system))
     return DiagnosticsSchedule(
         diagnosis=o.diagnosis.every,
         prediction=o.prediction.every,

@@ -6,9 +6,9 @@ from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.metrics.catalogue import expand_names, read_catalogue
 from entroray.metrics.pass_at_k import powers_of_two
-from entroray.objective import build_objective
 from entroray.objective.activity import counted_functions
-from entroray.wiring import rollout_plan, sampler, selection, tool
+from entroray.wiring import sampler, selection, tool
+from entroray.wiring.parts import Parts
 
 NOT_MEASURED = ("step", "control/<name>")
 """What a line of metrics.jsonl has beside what the step measured."""
@@ -16,9 +16,9 @@ PART = "reward/part_"
 """What the metrics of a verdict's parts begin with."""
 
 
-def check_signal(config: Config, place: str, signal: str) -> None:
+def check_signal(config: Config, parts: Parts, place: str, signal: str) -> None:
     """ConfigError for a signal that no step measures, with the setting that would measure it."""
-    remedies = _known_signals(config)
+    remedies = _known_signals(config, parts)
     if signal.startswith(PART):
         # the parts of a user's judge are known only after its first verdict
         own = "a judge of your own gives verdicts parts (reward.path)"
@@ -34,12 +34,12 @@ def check_signal(config: Config, place: str, signal: str) -> None:
         raise ConfigError(f"{place}: no step of these settings measures `{signal}`: {remedies[signal]}")
 
 
-def _known_signals(config: Config) -> dict[str, str]:
+def _known_signals(config: Config, parts: Parts) -> dict[str, str]:
     """Exact name -> the setting that would measure it; empty if these settings do."""
-    missing = _missing_families(config)
+    missing = _missing_families(config, parts)
     fills = {
         "<d>": list(config.data.parts),
-        "<rule>": counted_functions(build_objective(config.objective, config.packages)),
+        "<rule>": counted_functions(parts.objective),
     }
     remedies: dict[str, str] = {}
     for metric in read_catalogue():
@@ -51,7 +51,7 @@ def _known_signals(config: Config) -> dict[str, str]:
     return remedies
 
 
-def _missing_families(config: Config) -> dict[str, str]:
+def _missing_families(config: Config, parts: Parts) -> dict[str, str]:
     """Families of the catalogue that these settings do not measure, with the setting that would."""
     rollout, observe = config.rollout, config.observe
     diagnosed = observe.diagnosis.every, "set observe.diagnosis.every above 0"
@@ -62,20 +62,17 @@ def _missing_families(config: Config) -> dict[str, str]:
         "law": (False, "the law is off while anything in `control` acts; read entropy/mean or correct/mean"),
         "heldout": (0 < config.evaluate.every <= config.run.steps, "set evaluate.every within 1..run.steps"),
         "sampler": (
-            sampler.notes_entropy(config),
+            sampler.notes_entropy(parts, rollout.second),
             "choose a sampler that shapes, such as sampler=by_entropy",
         ),
-        "tool": (tool.uses_tool(config.rollout.tool), "give the rollouts a tool (rollout.tool)"),
-        "branching": (
-            rollout_plan.branches(config.rollout.plan, config.packages),
-            "choose a plan that forks (rollout.plan)",
-        ),
+        "tool": (tool.uses_tool(rollout.tool), "give the rollouts a tool (rollout.tool)"),
+        "branching": (parts.branches, "choose a plan that forks (rollout.plan)"),
         "prompts": (
             selection.reorders_prompts(rollout),
             "set rollout.prompts.retire or rollout.prompts.band",
         ),
         "second": (
-            selection.draws_hotter(rollout, "at_once"),
+            selection.draws_hotter(rollout.second, "at_once"),
             "set rollout.second.factor above 1 and rollout.second.when=at_once",
         ),
         "early": (rollout.early.extra, "set rollout.early.extra above 0"),

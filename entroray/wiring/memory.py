@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from entroray.config import Config
+from entroray.config import Config, LearnerConfig
 from entroray.objective import Objective
 from entroray.policy import safetensors_header
 from entroray.wiring import actors, warm_start
@@ -17,7 +17,8 @@ def memory_lines(config: Config, objective: Objective) -> list[str]:
     if found is None:
         return [f"memory: unknown until {config.model.path} is in the cache of the hub or a folder here"]
     e, g, v = BYTES[config.model.dtype], config.generator, config.verifier
-    parts = learner_bytes(config, found, held="ref_logprobs" in objective.needs)
+    held = "ref_logprobs" in objective.needs
+    parts = learner_bytes(config.learner, config.model.dtype, found, held=held)
     cache = actors.engine_options(config).get("kv_cache_memory_bytes")
     kept = f"keys and values {_mib(cache)}" if cache else "keys and values by vLLM's share"
     limit = f"at most {v.memory_mb:,} MiB" if v.memory_mb else "no limit"
@@ -25,15 +26,15 @@ def memory_lines(config: Config, objective: Objective) -> list[str]:
         f"model: {found:,} parameters, {config.model.dtype}",
         f"memory of a learner rank, {_mib(sum(parts.values()))} before activations and any offloading: "
         + ", ".join(f"{name} {_mib(size)}" for name, size in parts.items()),
-        *_start(config, found * e * (1 + ("reference" in parts))),
+        *_start(config.learner.zero_stage, found * e * (1 + ("reference" in parts))),
         f"memory of a generator's shard: weights {_mib(found * e / g.tensor_parallel)}, {kept}",
         f"memory of a verifier: {v.slots} processes, {limit} each beyond its start",
     ]
 
 
-def _start(config: Config, size: float) -> list[str]:
+def _start(stage: int, size: float) -> list[str]:
     """What a rank needs before anything is divided, where that is more than afterwards."""
-    if config.learner.zero_stage < 3:
+    if stage < 3:
         return []
     return [
         f"memory of a learner rank as it starts, {_mib(size)} on its card and as much of its node's own: "
@@ -41,28 +42,28 @@ def _start(config: Config, size: float) -> list[str]:
     ]
 
 
-def learner_bytes(config: Config, count: int, *, held: bool) -> dict[str, float]:
+def learner_bytes(n: LearnerConfig, dtype: str, count: int, *, held: bool) -> dict[str, float]:
     """Bytes on one rank by what they hold, for `count` parameters; `held` by the objective: a reference.
 
     What DeepSpeed 0.19 divides: stage 1 the optimizer's, stage 2 gradients too, stage 3 weights too. Its
     optimizers keep a float32 copy, but for float32 weights in stages 0 and 3. Gradients of bfloat16 weights
     are summed in float32: in stage 1 beside their own, in 2 and 3 in their place, in 0 not at all.
     """
-    n, e = config.learner, BYTES[config.model.dtype]
+    e = BYTES[dtype]
     share = lambda stage: count / (n.ranks if n.zero_stage >= stage else 1)
-    copied = config.model.dtype != "float32" or n.zero_stage in (1, 2)
+    copied = dtype != "float32" or n.zero_stage in (1, 2)
     return {
         "weights": e * share(3),
-        "gradients": _gradients(config, count, share(2)),
+        "gradients": _gradients(n.zero_stage, dtype, count, share(2)),
         **({"float32 copy": 4 * share(1)} if copied else {}),
         "Adam moments": 8 * share(1),
         **({"reference": float(e * count)} if held or n.reference else {}),
     }
 
 
-def _gradients(config: Config, count: int, share: float) -> float:
-    stage, e = config.learner.zero_stage, BYTES[config.model.dtype]
-    if config.model.dtype == "float32" or stage == 0:
+def _gradients(stage: int, dtype: str, count: int, share: float) -> float:
+    e = BYTES[dtype]
+    if dtype == "float32" or stage == 0:
         return e * share
     return (e + 4) * count if stage == 1 else 4 * share
 

@@ -1,47 +1,51 @@
-"""The objective of the configuration: built, judged against the other settings, and put into words."""
+"""The objective of a run judged against its other settings, and put into words."""
 
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
+from entroray.binding import traits
 from entroray.config import Config
-from entroray.control import Controller, build_controllers
-from entroray.objective import Objective, build_objective, check_group_size
+from entroray.control import Controller
+from entroray.objective import check_group_size
 from entroray.objective.compatibility import Schedule, check_combinations, remarks
-from entroray.wiring import controllers, rollout_plan, sampler, selection
+from entroray.wiring import sampler, selection
+from entroray.wiring.controllers import updates_range
+from entroray.wiring.parts import Parts
 
 
-def build_checked_objective(config: Config) -> Objective:
-    """The objective as configured; ConfigError where it cannot be trained with these settings."""
-    objective = build_objective(config.objective, config.packages)
-    check_group_size(objective, config.rollout.group_size)
-    check_combinations(objective, objective_schedule(config))
-    return objective
+def check_objective(config: Config, parts: Parts) -> None:
+    """ConfigError where the objective cannot be trained with these settings."""
+    check_group_size(parts.objective, config.rollout.group_size)
+    check_combinations(parts.objective, objective_schedule(config, parts))
 
 
-def objective_schedule(config: Config) -> Schedule:
+def objective_schedule(config: Config, parts: Parts) -> Schedule:
     """What the settings say of when a row is used."""
-    r, (_, updates) = config.rollout, controllers.updates_range(config)
+    r = config.rollout
+    _, updates = updates_range(config.learner.updates_per_rollout, parts.controllers)
     return Schedule(
         updates,
         config.driver.max_lag,
-        second=selection.draws_hotter(r, "at_once"),
+        second=selection.draws_hotter(r.second, "at_once"),
         replay=bool(r.replay.tokens),
         lowest=r.prompts.band[0],
         highest=r.prompts.band[1],
         retire=r.prompts.retire,
-        shaped=sampler.reshapes(config),
-        siblings=rollout_plan.makes_siblings(config.rollout.plan, config.packages),
+        shaped=sampler.reshapes(parts, config.generator.engine, r.second),
+        siblings=traits(parts.plan).siblings,
         by_entropy=tuple(
             (c.name, c.knob)
-            for c in _controllers(config)
+            for c in parts.controllers
             if (c.signal or "").startswith(("entropy/", "update/entropy"))
         ),
     )
 
 
-def remark_lines(config: Config, objective: Objective) -> list[str]:
+def remark_lines(config: Config, parts: Parts) -> list[str]:
     """What is refused, inert, or to beware of, one a line."""
-    return [f"  {r.kind:<12} {r.text}" for r in remarks(objective, objective_schedule(config))]
+    found = remarks(parts.objective, objective_schedule(config, parts))
+    return [f"  {r.kind:<12} {r.text}" for r in found]
 
 
 ADVISED = (
@@ -51,11 +55,7 @@ ADVISED = (
 """Settings that the words on a run are about, beside its objective."""
 
 
-def advised_settings(config: Config) -> dict[str, Any]:
+def advised_settings(config: Config, controllers: Sequence[Controller]) -> dict[str, Any]:
     """The run's settings by dotted name, as `metrics.remedies` reads them."""
-    steered = {"objective": dict(config.objective), "control": [c.knob for c in _controllers(config)]}
+    steered = {"objective": dict(config.objective), "control": [c.knob for c in controllers]}
     return {name: attrgetter(name)(config) for name in ADVISED} | steered
-
-
-def _controllers(config: Config) -> tuple[Controller, ...]:
-    return build_controllers(config.control, config.packages)

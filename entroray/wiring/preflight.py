@@ -10,7 +10,7 @@ import torch
 
 from entroray.config import Config
 from entroray.errors import EntrorayError, PreflightError
-from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
+from entroray.policy.tokenizer import load_tokenizer
 from entroray.wiring import actors, memory, run_directory, warm_start
 from entroray.wiring.sampler import insert_token
 from entroray.workers import cluster
@@ -55,7 +55,7 @@ def refuse_wrong(config: Config) -> None:
 
 def model(config: Config) -> str:
     """Weights, tokenizer, chat template, vocabulary and context fit each other and what is asked."""
-    needed = actors.sequence_length(config)
+    needed = actors.sequence_length(config.data, config.rollout)
     if warm_start.is_missing(config):
         context = config.model.warm_start.size["max_position_embeddings"]
         return _context(needed, context, "the tiny model, not made yet")
@@ -91,7 +91,7 @@ def resources(config: Config) -> str:
     """CPUs and GPUs of this machine against what every role asks; a cluster's are asked of the cluster."""
     if config.cluster.address:
         return f"to be asked of the cluster at {config.cluster.address}"
-    actors.check_gpus(config)
+    actors.check_gpus(config.cluster)
     have = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
     return cluster.check_resources(actors.resource_shares(config), [have])
 
@@ -160,12 +160,7 @@ def sampler(config: Config) -> str:
     text = config.sampler.insert
     if text is None:
         return "inserts nothing"
-    tokenizer = (
-        byte_tokenizer()
-        if warm_start.is_missing(config)
-        else load_tokenizer(warm_start.resolve_model(config))
-    )
-    return f"inserts {text!r}, token {insert_token(text, tokenizer)}"
+    return f"inserts {text!r}, token {insert_token(text, warm_start.run_tokenizer(config))}"
 
 
 FAST: tuple[Check, ...] = (model, sampler, resources, directory, disk, shared_memory)

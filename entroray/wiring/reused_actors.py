@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from entroray.config import Config
 from entroray.errors import InfrastructureError
 from entroray.evaluation.heldout_metrics import heldout_metrics
-from entroray.objective import Objective
 from entroray.wiring import actors, compose, dataset, preflight, sampler, tool, warm_start
+from entroray.wiring.parts import Parts
 from entroray.workers import cluster
 
 
@@ -24,18 +24,18 @@ class ReusedActors:
     joined: bool = False
 
     async def ready(
-        self, config: Config, overrides: list[str], objective: Objective
+        self, config: Config, overrides: list[str], parts: Parts
     ) -> tuple[actors.Actors, dataset.Dataset, dict[str, float]]:
         """A machine at the first weights with `config` in effect, its data, and what its first weights do."""
-        if self.stands is None or self.made_of != compose.fingerprint(actors.lasting(config)):
+        if self.stands is None or self.made_of != compose.fingerprint(actors.lasting(config, parts)):
             await self.clear()
-            await self._make(config, overrides, objective)
+            await self._make(config, overrides, parts)
         assert self.stands and self.read_in
         updates = config.run.steps * config.learner.updates_per_rollout
-        self.stands = await self.stands.reset(config, self.model, objective, total_updates=updates)
+        self.stands = await self.stands.reset(config, self.model, parts.objective, total_updates=updates)
         return self.stands, self.read_in, self.before
 
-    async def _make(self, config: Config, overrides: list[str], objective: Objective) -> None:
+    async def _make(self, config: Config, overrides: list[str], parts: Parts) -> None:
         preflight.refuse_wrong(config)
         _warm_start(config, overrides, self.config_dir)
         self.model = warm_start.resolve_model(config)
@@ -47,15 +47,18 @@ class ReusedActors:
             self.joined = True
         probe = dataset.probe_ids(self.read_in.tokenizer)
         judge = self.read_in.judge
-        self.stands = await actors.start_actors(config, self.model, objective, judge, probe, total_updates=1)
-        self.made_of = compose.fingerprint(actors.lasting(config))
+        self.stands = await actors.start_actors(config, self.model, parts, judge, probe, total_updates=1)
+        self.made_of = compose.fingerprint(actors.lasting(config, parts))
         self.before = await self.measure_heldout(config)
 
     async def measure_heldout(self, config: Config) -> dict[str, float]:
         """What the weights served now do on the held-out prompts."""
         assert self.stands and self.read_in
         m, e, verifier = self.stands, config.evaluate, self.stands.verifier_role()
-        prompts, draw = self.read_in.split.heldout[: e.prompts], sampler.plain_draw(config)
+        prompts, draw = (
+            self.read_in.split.heldout[: e.prompts],
+            sampler.plain_draw(config.sampler, config.rollout),
+        )
         generator = tool.with_tool(config.rollout, self.read_in.tokenizer, m.generator_role(), verifier)
         return await heldout_metrics(generator, verifier, m.learner_role(), prompts, draw, e.samples)
 

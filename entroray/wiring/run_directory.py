@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.config import Config
+from entroray.config import Run
 from entroray.errors import PreflightError
 from entroray.workers import checkpoint
 
@@ -37,14 +37,14 @@ class RunDirectory:
         return (self.checkpoint, self.state["version"]) if self.checkpoint else None
 
 
-def open_run(config: Config, tree: DictConfig) -> RunDirectory:
+def open_run(run: Run, tree: DictConfig) -> RunDirectory:
     """The run directory, new or, with `run.resume=auto`, one to go on with; `runs/latest` points to it.
 
     PreflightError when `run.dir` holds a run and nothing says to go on with it, or it cannot be, or when
     another run is writing there.
     """
-    run = _opened(config, tree)
-    return replace(run, lock=lock_folder(run.folder))
+    opened = _opened(run, tree)
+    return replace(opened, lock=lock_folder(opened.folder))
 
 
 def lock_folder(folder: Path) -> Any:
@@ -63,16 +63,16 @@ def lock_folder(folder: Path) -> Any:
     return lock
 
 
-def _opened(config: Config, tree: DictConfig) -> RunDirectory:
-    folder = Path(config.run.dir).expanduser().resolve() if config.run.dir else None
-    if config.run.resume == "auto":
-        folder = folder or _unfinished(config, tree)
+def _opened(run: Run, tree: DictConfig) -> RunDirectory:
+    folder = Path(run.dir).expanduser().resolve() if run.dir else None
+    if run.resume == "auto":
+        folder = folder or _unfinished(run.name, tree)
         if folder and (folder / "metrics.jsonl").exists():
-            return _resumed(folder, config)
+            return _resumed(folder, run.steps)
     check_free(folder)
-    folder = folder or Path("runs", config.run.name, time.strftime("%Y%m%d-%H%M%S")).resolve()
+    folder = folder or Path("runs", run.name, time.strftime("%Y%m%d-%H%M%S")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    if not config.run.dir:
+    if not run.dir:
         _point(Path("runs", "latest"), folder)
     return RunDirectory(folder)
 
@@ -85,7 +85,7 @@ def check_free(folder: Path | None) -> None:
         )
 
 
-def _resumed(folder: Path, config: Config) -> RunDirectory:
+def _resumed(folder: Path, steps: int) -> RunDirectory:
     found, passed_over = checkpoint.newest(folder / "checkpoints")
     for sentence in passed_over:
         print(f"resume: {sentence}, trying an older one", flush=True)
@@ -93,17 +93,17 @@ def _resumed(folder: Path, config: Config) -> RunDirectory:
         print(f"resume: {folder} has no checkpoint yet, starting it over", flush=True)
         return RunDirectory(folder)
     state = checkpoint.driver_state(found)
-    if state["version"] >= config.run.steps:
+    if state["version"] >= steps:
         raise PreflightError(
-            f"{found} is at step {state['version']} of run.steps={config.run.steps}: raise run.steps to go on"
+            f"{found} is at step {state['version']} of run.steps={steps}: raise run.steps to go on"
         )
     print(f"resume: going on after step {state['version']} from {found}", flush=True)
     return RunDirectory(folder, found, state)
 
 
-def _unfinished(config: Config, tree: DictConfig) -> Path | None:
+def _unfinished(name: str, tree: DictConfig) -> Path | None:
     """The newest run of the same settings without an exported model."""
-    for settings in sorted(Path("runs", config.run.name).glob("*/config.yaml"), reverse=True):
+    for settings in sorted(Path("runs", name).glob("*/config.yaml"), reverse=True):
         if not (settings.parent / "model").exists() and _same(OmegaConf.load(settings), tree):
             return settings.parent.resolve()
     return None
@@ -122,9 +122,9 @@ def _point(link: Path, folder: Path) -> None:
     link.symlink_to(folder.relative_to(link.parent.resolve()))
 
 
-def write_manifest(folder: Path, tree: DictConfig, facts: dict[str, Any]) -> None:
-    """Write config.yaml (resolved) and manifest.json (versions, seeds, hashes)."""
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(tree, resolve=True))
+def write_manifest(folder: Path, settings: str, facts: dict[str, Any]) -> None:
+    """Write config.yaml, which is `settings`, and manifest.json (versions, seeds, hashes)."""
+    (folder / "config.yaml").write_text(settings)
     manifest = {"python": platform.python_version(), "packages": versions(), "commit": commit(), **facts}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, default=str))
 

@@ -1,17 +1,21 @@
 """`sampler` of the configuration -> how the engines draw, and what of it training refuses."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from entroray.binding import function_name, holds
-from entroray.config import Config
+from entroray.binding import function_name
+from entroray.config import RolloutConfig, Sampler, Second
 from entroray.errors import ConfigError, PreflightError
 from entroray.formula import describe_formula
+from entroray.objective.compatibility import corrects_sampler
 from entroray.rollout import reshape
 from entroray.types import Draw
-from entroray.wiring import rollout_plan, selection, tool
+from entroray.wiring import selection, tool
+from entroray.wiring.parts import Parts
 
 REPORTED = "processed_logprobs"
 """vLLM's name for log-probs of the distribution really sampled from."""
@@ -19,62 +23,41 @@ MINIMUM = 0.01
 """Lowest temperature above 0: vLLM draws at this one if a lower one is asked for, and does not say so."""
 
 
-def reshapes(config: Config) -> bool:
+def reshapes(parts: Parts, engine: Mapping[str, Any], second: Second) -> bool:
     """Whether a first draw may be from anything but the policy's own distribution."""
-    return _reshapes(config) or selection.draws_hotter(config.rollout, "next_time")
+    return parts.reshapes or bool(own_processors(engine)) or selection.draws_hotter(second, "next_time")
 
 
-def own_rule(config: Config) -> list[Any]:
+def own_processors(engine: Mapping[str, Any]) -> list[Any]:
     """The user's logits processors; nobody knows what they make of a distribution."""
-    return list(config.generator.engine.get("logits_processors") or ())
+    return list(engine.get("logits_processors") or ())
 
 
-def _reshapes(config: Config) -> bool:
-    return _has_rule(config) or bool(own_rule(config))
-
-
-def _has_rule(config: Config) -> bool:
-    """Whether `sampler.rule` changes the distribution that tokens are drawn from."""
-    return not holds(reshape.build_rule(config.sampler.rule, config.packages), "neutral")
-
-
-def notes_entropy(config: Config) -> bool:
+def notes_entropy(parts: Parts, second: Second) -> bool:
     """Whether the engines need the logits processor that notes and reshapes."""
-    return _notes_first(config) or config.rollout.second.factor != 1.0
+    return parts.notes_entropy or second.factor != 1.0
 
 
-def _notes_first(config: Config) -> bool:
-    """Whether first draws are noted, if only by a rule that changes nothing."""
-    return _has_rule(config) or rollout_plan.reads_entropy(config.rollout.plan, config.packages)
-
-
-def plain_draw(config: Config) -> Draw:
+def plain_draw(s: Sampler, r: RolloutConfig) -> Draw:
     """The policy's own distribution at `sampler.temperature`; 0 is greedy."""
-    s = config.sampler
-    return Draw(
-        s.temperature,
-        config.rollout.max_tokens,
-        tool.stop_strings(config.sampler.stop, config.rollout.tool),
-        s.top_p,
-        s.top_k,
-    )
+    return Draw(s.temperature, r.max_tokens, tool.stop_strings(s.stop, r.tool), s.top_p, s.top_k)
 
 
-def training_draw(config: Config, tokenizer: Any) -> Draw:
+def training_draw(s: Sampler, r: RolloutConfig, parts: Parts, tokenizer: Any) -> Draw:
     """As the sampler of the configuration draws."""
-    s, plain = config.sampler, replace(plain_draw(config), repetitions=config.rollout.repetition.count)
-    if not _notes_first(config):
+    plain = replace(plain_draw(s, r), repetitions=r.repetition.count)
+    if not parts.notes_entropy:
         return plain
     return replace(plain, rule=dict(s.rule or reshape.FIXED), insert=insert_token(s.insert, tokenizer))
 
 
-def evaluation_draw(config: Config) -> Draw:
+def evaluation_draw(s: Sampler, r: RolloutConfig, engine: Mapping[str, Any]) -> Draw:
     """The policy as it is, its exact entropies noted.
 
     A greedy draw notes nothing; nor does an engine that decodes speculatively, which takes no processors.
     """
-    plain = plain_draw(config)
-    if plain.temperature == 0 or config.generator.engine.get("speculative_config"):
+    plain = plain_draw(s, r)
+    if plain.temperature == 0 or engine.get("speculative_config"):
         return plain
     return replace(plain, rule=reshape.FIXED)
 
@@ -93,20 +76,15 @@ def insert_token(text: str | None, tokenizer: Any) -> int | None:
     return int(ids[0])
 
 
-def describe_sampler(config: Config) -> str:
+def describe_sampler(rule: partial, insert: str | None) -> str:
     """The sampler in words, for a run's header."""
-    s = config.sampler
-    rule = reshape.build_rule(s.rule, config.packages)
     described = f"rule {function_name(rule)}, factor on T: {describe_formula(rule)}"
-    return (
-        described if s.insert is None else f"{described}; insert {s.insert!r} where unsure, once a response"
-    )
+    return described if insert is None else f"{described}; insert {insert!r} where unsure, once a response"
 
 
-def check_sampler(config: Config) -> None:
+def check_sampler(s: Sampler, rule: partial) -> None:
     """What is wrong with a sampler whatever it is used for."""
-    s = config.sampler
-    marks_unsure = reshape.build_rule(s.rule, config.packages)(*torch.zeros(2, 0)).unsure is not None
+    marks_unsure = rule(*torch.zeros(2, 0)).unsure is not None
     if s.temperature < 0:
         raise ConfigError(f"sampler.temperature={s.temperature:g} must be at least 0")
     if 0 < s.temperature < MINIMUM:
@@ -121,9 +99,8 @@ def check_sampler(config: Config) -> None:
         )
 
 
-def check_training_sampler(config: Config) -> None:
+def check_training_sampler(s: Sampler, engine: Mapping[str, Any], parts: Parts) -> None:
     """ConfigError for a sampler whose log-probs cannot be reported, or cannot be corrected for."""
-    s, engine = config.sampler, config.generator.engine
     if s.top_p != 1.0 or s.top_k != 0:
         raise ConfigError(
             "sampler.top_p and sampler.top_k must be 1.0 and 0 in training: the log-probs of a truncated "
@@ -136,17 +113,18 @@ def check_training_sampler(config: Config) -> None:
             f"generator.engine.logprobs_mode={engine['logprobs_mode']}: an engine that does not report the "
             f"log-probs it sampled from cannot be trained on; drop it, {REPORTED} is what is used"
         )
-    if not _reshapes(config):
+    own = own_processors(engine)
+    if not parts.reshapes and not own:
         return
-    what, instead = f"generator.engine.logits_processors={own_rule(config)}", "drop them"
-    if _has_rule(config):
+    what, instead = f"generator.engine.logits_processors={own}", "drop them"
+    if parts.reshapes:
         what, instead = "this sampler", "choose sampler=fixed"
     if engine.get("speculative_config"):
         raise ConfigError(
             f"{what} reshapes what vLLM draws from, and with speculative decoding vLLM takes no logits "
             f"processors: drop generator.engine.speculative_config, or {instead}"
         )
-    if not selection.corrected(config):
+    if not corrects_sampler(parts.objective):
         raise ConfigError(
             f"{what} draws from another distribution than the policy's and objective.correction is `none`: "
             f"say 'objective.correction={{fn: truncated_importance}}', or {instead}"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from entroray.config import Config, RolloutConfig, ToolConfig
+from entroray.config import Evaluate, RolloutConfig, Sampler, ToolConfig
 from entroray.data.demonstrations import WorkedAnswer
 from entroray.errors import ConfigError
 from entroray.reward import build_tool
@@ -36,32 +36,32 @@ def syntax(t: ToolConfig) -> Syntax:
     return Syntax(t.open, t.close, t.answer)
 
 
-def check_tool(config: Config) -> None:
+def check_tool(r: RolloutConfig, s: Sampler, e: Evaluate, packages: Sequence[str]) -> None:
     """ConfigError for a tool that there is not, or whose calls and answers could not be told apart."""
-    t = config.rollout.tool
+    t = r.tool
     if not uses_tool(t):
         return
     if t.fn and t.path:
         raise ConfigError(f"rollout.tool.fn={t.fn} and rollout.tool.path={t.path}: a response has one tool")
     if t.fn:
-        build_tool(tool_spec(t), config.packages)
+        build_tool(tool_spec(t), packages)
     if not t.open or not t.close or "{answer}" not in t.answer:
         raise ConfigError(
             f"rollout.tool: open={t.open!r} and close={t.close!r} must not be empty, and answer={t.answer!r} "
             "must have {answer} in it"
         )
-    if config.rollout.turns < 1:
-        raise ConfigError(f"rollout.turns={config.rollout.turns}: a response with a tool needs at least 1")
-    if config.evaluate.cot:
+    if r.turns < 1:
+        raise ConfigError(f"rollout.turns={r.turns}: a response with a tool needs at least 1")
+    if e.cot:
         raise ConfigError(
             "evaluate.cot reads probabilities of every token, and a tool's have none: set it to 0"
         )
-    if config.rollout.early.extra:
+    if r.early.extra:
         raise ConfigError(
-            f"rollout.early.extra={config.rollout.early.extra} gives up requests, and with rollout.tool a "
+            f"rollout.early.extra={r.early.extra} gives up requests, and with rollout.tool a "
             "response is a request for each turn: set it to 0"
         )
-    if config.sampler.insert is not None:
+    if s.insert is not None:
         raise ConfigError(
             "sampler.insert puts a token into each turn and cannot be combined with rollout.tool: drop one"
         )

@@ -17,9 +17,11 @@ from entroray.data.demonstrations import NAMES, WorkedAnswer, find_demonstration
 from entroray.data.sources import Row
 from entroray.errors import ConfigError
 from entroray.objective import build_objective
+from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
 from entroray.train.warm_start import demonstration_group, overshoot_remedy, sampled_accuracy, warm_start
 from entroray.types import Group
 from entroray.wiring import actors, compose, dataset, sampler, tool
+from entroray.wiring.parts import build_parts
 from entroray.workers import cluster
 
 FORMAT = 2
@@ -93,6 +95,11 @@ def resolve_model(config: Config) -> str:
     return str(cached_folder(config))
 
 
+def run_tokenizer(config: Config) -> Any:
+    """The tokenizer of the model of these settings, made or not."""
+    return byte_tokenizer() if is_missing(config) else load_tokenizer(resolve_model(config))
+
+
 async def make_model(config: Config, folder: Path) -> None:
     """Build, warm-start to the band or above, export to `folder`, which appears only when it is complete."""
     from entroray.policy.tiny_model import build_tiny_model
@@ -147,9 +154,10 @@ async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
     plan, read = config.model.warm_start, dataset.load_dataset(config, start)
     objective = build_objective(rows.objective_row("supervised"))
     probe = dataset.probe_ids(read.tokenizer)
-    m = await actors.start_actors(config, start, objective, read.judge, probe, total_updates=plan.max_steps)
+    parts = replace(build_parts(config), objective=objective)
+    m = await actors.start_actors(config, start, parts, read.judge, probe, total_updates=plan.max_steps)
     generator = tool.with_tool(config.rollout, read.tokenizer, m.generator_role(), m.verifier_role())
-    draw = sampler.plain_draw(config)
+    draw = sampler.plain_draw(config.sampler, config.rollout)
     checks = read.split.training[: 2 * plan.rows_per_step]
     began = time.monotonic()
     reached = await warm_start(

@@ -21,6 +21,7 @@ from entroray.config import WarmStartConfig
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.types import Draw
 from entroray.wiring import actors, compose
+from entroray.wiring.parts import build_parts
 from entroray.workers import cluster
 from entroray.workers.generator import Generator, Request
 
@@ -56,7 +57,8 @@ async def measure(folder: str, rounds: int, tokens: int, group: int) -> Mapping[
     sizes = {"dtype": "float32", "max_length": 512, "seed": 0}
     engines = {}
     for name, config in configs.items():
-        engines[name] = Generator(folder, **sizes, engine=actors.engine_options(config))
+        options = actors.engine_options(config) | actors.logits_processors(config, build_parts(config))
+        engines[name] = Generator(folder, **sizes, engine=options)
         await engines[name].start()
     plain = Draw(1.0, tokens)
     arms = {"fixed": (engines["fixed"], plain), "fixed, processor loaded": (engines["by_entropy"], plain)}

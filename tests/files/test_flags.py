@@ -16,7 +16,7 @@ from entroray.cli.flags import Flag
 from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.wiring import compose, warm_start
-from entroray.wiring.objective import build_checked_objective
+from entroray.wiring.parts import build_parts
 from entroray.wiring.reused_actors import ReusedActors
 
 ALLOWED = (Flag("cfg", "job", short="-c"), Flag("dir", "FOLDER"), Flag("many", short="-m"))
@@ -144,7 +144,7 @@ def test_the_warm_start_of_a_run_reads_the_same_folder(mine: Path, monkeypatch: 
     monkeypatch.setattr(lab, "_run", lambda folder, jobs, tell, bench: benches.append(bench))
     lab.main([*overrides, f"--config-dir={mine}", f"--dir={mine}/lab"])
     with pytest.raises(InfrastructureError, match="exit code 9"):
-        asyncio.run(benches[0].ready(config, overrides, build_checked_objective(config)))
+        asyncio.run(benches[0].ready(config, overrides, build_parts(config)))
     expected = [sys.executable, "-m", "entroray", "warm-start", *overrides, f"--config-dir={mine}"]
     assert started == [expected, expected]
     found: list[Path] = []

@@ -19,7 +19,7 @@ from entroray.cli import train
 from entroray.config import Config
 from entroray.objective import Objective, build_objective
 from entroray.wiring import actors, compose, dataset
-from entroray.wiring.objective import build_checked_objective
+from entroray.wiring.parts import build_parts
 from entroray.wiring.run_directory import RunDirectory
 from entroray.workers import cluster
 from entroray.workers.cluster import Gang, Pool
@@ -100,9 +100,9 @@ class Stack:
         """The engine and the rank, whatever weights they hold."""
         if self._machine is None:
             config, _ = compose.load_config([*ROOM, f"model.path={self.model}"])
-            objective, judge = build_objective(config.objective), dataset.judge_spec(config)
+            parts, judge = build_parts(config), dataset.judge_spec(config)
             self._machine = await actors.start_actors(
-                config, self.model, objective, judge, (1, 2, 3), total_updates=1
+                config, self.model, parts, judge, (1, 2, 3), total_updates=1
             )
         return self._machine
 
@@ -158,13 +158,13 @@ class Stack:
     async def drive(self, folder: Path, *overrides: str) -> list[dict[str, Any]]:
         """The metrics of a run of every step, in this process, as `entroray train` drives it."""
         config, _ = compose.load_config([*overrides, f"run.dir={folder}"])
-        objective, data = build_checked_objective(config), dataset.load_dataset(config, config.model.path)
+        parts, data = build_parts(config), dataset.load_dataset(config, config.model.path)
         updates = config.run.steps * config.learner.updates_per_rollout
-        m = await self.actors(config, objective, data.judge, updates)
+        m = await self.actors(config, parts.objective, data.judge, updates)
         folder.mkdir(parents=True, exist_ok=True)
-        journal, _, health = train.open_journal(config, folder, data.tokenizer, io.StringIO())
+        journal, _, health = train.open_journal(config, parts, folder, data.tokenizer, io.StringIO())
         try:
-            await train.drive(config, objective, data, m, journal, health, RunDirectory(folder))
+            await train.drive(config, parts, data, m, journal, health, RunDirectory(folder))
         finally:
             journal.close()
             for number in (signal.SIGINT, signal.SIGTERM):

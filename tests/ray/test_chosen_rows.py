@@ -17,6 +17,7 @@ from entroray.objective import build_objective
 from entroray.train.driver import Driver, Knobs, Roles
 from entroray.types import Draw, Group, Status
 from entroray.wiring import compose, dataset, driver, sampler, selection
+from entroray.wiring.parts import build_parts
 from entroray.workers import cluster
 from entroray.workers.generator import Request
 from tests.documented import CHOSEN, matches
@@ -72,10 +73,12 @@ def steps(stack: Stack, config: Config, count: int) -> Book:
     async def go() -> None:
         m = await stack.actors(config, objective, read.judge)
         roles = Roles(m.generator_role(), m.verifier_role(), m.learner_role(), m.sync, book)
-        draw = sampler.training_draw(config, read.tokenizer)
+        draw = sampler.training_draw(config.sampler, config.rollout, build_parts(config), read.tokenizer)
         knobs = Knobs(objective, draw, config.learner.updates_per_rollout)
         few = read.split.training[:8]
-        prompts, chosen = selection.build_selection(config, PromptStream(few, seed=0), len(few))
+        prompts, chosen = selection.build_selection(
+            config.rollout, PromptStream(few, seed=0), len(few), config.seed
+        )
         pace = driver.loop_settings(config)
         await Driver(prompts, roles, knobs, pace, seed=0, selection=chosen).train(count)
 

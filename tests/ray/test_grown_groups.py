@@ -16,8 +16,9 @@ from entroray.rollout.plans import branching, first_token_forks
 from entroray.rollout.splice import cut
 from entroray.train.driver import Driver, Knobs, Roles
 from entroray.types import REASONS, Draw, Group, MaskReason, Prompt, Rollout
-from entroray.wiring import compose, dataset, rollout_plan, sampler
+from entroray.wiring import compose, dataset, sampler
 from entroray.wiring.driver import loop_settings
+from entroray.wiring.parts import build_parts
 from entroray.workers.engine_pool import EnginePool
 from entroray.workers.roles import GeneratorRole
 from tests.ray.stack import Stack, entroray, metrics
@@ -136,7 +137,10 @@ async def _every_plan(config: Any, stack: Stack) -> dict[str, list[tuple[Mapping
     found, state = {}, None
     for name in ("branching", "tree", "first_token_forks"):
         config.rollout.plan = {"fn": name}
-        notes, draw = Notes(), sampler.training_draw(config, read.tokenizer)
+        notes, draw = (
+            Notes(),
+            sampler.training_draw(config.sampler, config.rollout, build_parts(config), read.tokenizer),
+        )
         knobs = Knobs(objective, draw, config.learner.updates_per_rollout)
         roles = Roles(m.generator_role(), m.verifier_role(), m.learner_role(), m.sync, notes)  # type: ignore[arg-type]
         stream, pace = PromptStream(read.split.training, seed=0), loop_settings(config)
@@ -146,7 +150,7 @@ async def _every_plan(config: Any, stack: Stack) -> dict[str, list[tuple[Mapping
             knobs,
             pace,
             seed=0,
-            plan=rollout_plan.bind_plan(config.rollout.plan, config.packages),
+            plan=build_parts(config).plan,
         )
         if state:
             driver.restore(state)

@@ -15,6 +15,7 @@ from entroray.train.driver import Driver, Knobs, LoopSettings, Roles
 from entroray.types import Batch, Draw, Group, Tokens
 from entroray.wiring import actors, compose, controllers
 from entroray.wiring.dataset import load_dataset
+from entroray.wiring.parts import build_parts
 from entroray.workers.checkpoint import driver_state
 from entroray.workers.deepspeed_backend import rebase_schedule
 from tests.ray.stack import Stack
@@ -54,7 +55,9 @@ def a_driver(config: Config, m: actors.Actors, read: Any, journal: Memory) -> Dr
     """As `entroray train` makes it."""
     knobs = Knobs(build_objective(config.objective), Draw(1.0, 12), config.learner.updates_per_rollout)
     roles = Roles(m.generator_role(), m.verifier_role(), m.learner_role(), m.sync, journal)
-    control, tune = controllers.build_control(config), controllers.build_tuner(config)
+    parts = build_parts(config)
+    control = controllers.build_control(config, parts.controllers)
+    tune = controllers.build_tuner(config.objective, config.packages, parts)
     prompts = PromptStream(read.split.training, seed=0)
     return Driver(prompts, roles, knobs, PACE, seed=0, control=control, tune=tune)
 

@@ -15,6 +15,7 @@ from entroray.train.driver import Driver, Knobs, Roles
 from entroray.types import Draw
 from entroray.wiring import actors, compose, dataset, warm_start
 from entroray.wiring.driver import loop_settings
+from entroray.wiring.parts import build_parts
 from entroray.workers.roles import LearnerRole
 from tests.cases import ROWS
 from tests.ray.stack import Stack
@@ -70,10 +71,8 @@ def test_every_row_trains_three_steps() -> None:
 async def _all_rows(config: Any) -> None:
     model = warm_start.resolve_model(config)
     read = dataset.load_dataset(config, model)
-    first, probe = (
-        build_objective(ROWS["grpo"]),
-        tuple(read.tokenizer.encode("1+1=", add_special_tokens=False)),
-    )
+    probe = tuple(read.tokenizer.encode("1+1=", add_special_tokens=False))
+    first = replace(build_parts(config), objective=build_objective(ROWS["grpo"]))
     m = await actors.start_actors(config, model, first, read.judge, probe, total_updates=10_000)
     draw = Draw(config.sampler.temperature, config.rollout.max_tokens)
     state: Mapping[str, Any] | None = None

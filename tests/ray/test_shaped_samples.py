@@ -17,6 +17,7 @@ from entroray.metrics import token_entropy
 from entroray.rollout import reshape
 from entroray.types import Draw, Rollout
 from entroray.wiring import actors, compose
+from entroray.wiring.parts import build_parts
 from entroray.wiring.sampler import MINIMUM
 from entroray.workers import cluster
 from entroray.workers.cluster import Share
@@ -64,7 +65,9 @@ def engine(local_ray: None, peaked: str) -> Iterator[Any]:
     """This module's own, with room for ten blocks of 128 tokens: four long requests do not fit at once."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     config, _ = compose.load_config(["sampler=by_entropy"])
-    options = actors.engine_options(config) | {"kv_cache_memory_bytes": 10 * 65536, "max_num_seqs": 64}
+    noting = actors.logits_processors(config, build_parts(config))
+    small = {"kv_cache_memory_bytes": 10 * 65536, "max_num_seqs": 64}
+    options = actors.engine_options(config) | noting | small
     share = Share(0.4, 0.0, 2)
     handle = cluster.spawn(Watched, share, peaked, dtype="float32", max_length=512, seed=0, engine=options)
     ask(handle.start.remote())

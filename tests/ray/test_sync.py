@@ -20,6 +20,7 @@ from entroray.train.batching import assemble, tokens_of
 from entroray.train.warm_start import demonstration_group
 from entroray.types import Draw, Prompt, Status
 from entroray.wiring import actors, compose, dataset
+from entroray.wiring.parts import build_parts
 from entroray.workers import cluster, transfer
 from entroray.workers.generator import Request
 from entroray.workers.learner_rank import LearnerRank
@@ -61,9 +62,10 @@ def running(local_ray: None, model: str, config: Config) -> Iterator[tuple[Any, 
     actors.LearnerRank = Saboteur  # type: ignore[misc]
     loop = asyncio.new_event_loop()
     objective = build_objective(rows.objective_row("supervised"))
+    parts = replace(build_parts(config), objective=objective)
     probe = tuple(load_tokenizer(model).encode("a fixed probe text, 123"))
     judge = dataset.judge_spec(config)
-    made = actors.start_actors(config, model, objective, judge, probe, total_updates=100)
+    made = actors.start_actors(config, model, parts, judge, probe, total_updates=100)
     m = loop.run_until_complete(made)
     yield loop, m
     actors.LearnerRank = LearnerRank  # type: ignore[misc]

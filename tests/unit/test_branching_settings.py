@@ -6,6 +6,7 @@ from entroray.cli import objectives
 from entroray.errors import ConfigError
 from entroray.types import Prompt
 from entroray.wiring import actors, rollout_plan, sampler
+from entroray.wiring.parts import build_parts
 from tests.composed import configured
 
 LONG = 12
@@ -68,13 +69,13 @@ def test_a_group_has_as_many_places_as_a_response_has_branches() -> None:
 
 def test_a_plan_that_reads_entropies_has_them_noted_and_changes_nothing_else() -> None:
     config = configured("rollout=branching", "objective=dapo")
-    asked = sampler.training_draw(config, None)
+    asked = sampler.training_draw(config.sampler, config.rollout, build_parts(config), None)
     assert asked.rule == {"fn": "fixed"} and asked.factor == 1.0
-    assert actors.engine_options(config)["logits_processors"]
+    assert actors.logits_processors(config, build_parts(config))
     assert "4 from the prompt; the rest from 1 position(s) of each" in rollout_plan.describe_plan(
-        config.rollout.plan, config.packages
+        build_parts(config).plan
     )
     assert config.objective["estimator"]["fn"] == "zscore" and config.objective["correction"]["fn"] == "none"
     config.rollout.plan = {"fn": "first_token_forks"}
-    assert not sampler.training_draw(config, None).notes
-    assert "logits_processors" not in actors.engine_options(config)
+    assert not sampler.training_draw(config.sampler, config.rollout, build_parts(config), None).notes
+    assert not actors.logits_processors(config, build_parts(config))

@@ -97,4 +97,4 @@ def test_without_a_folder_the_newest_unfinished_run_of_the_same_settings_is_take
         written(folder / "checkpoints", 2)
         other, _ = settings(tmp_path, dir="elsewhere", steps=steps)
         OmegaConf.save(OmegaConf.structured(other), folder / "config.yaml")
-    assert run_directory.open_run(config, tree).folder.name == "1"  # type: ignore[arg-type]
+    assert run_directory.open_run(config.run, tree).folder.name == "1"  # type: ignore[arg-type]

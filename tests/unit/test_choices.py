@@ -181,4 +181,7 @@ def test_a_choice_that_makes_no_sense_is_refused(overrides: list[str], said: str
 
 def test_the_plain_choice_leaves_the_prompts_as_they_are() -> None:
     stream = PromptStream(PROMPTS, seed=0)
-    assert selection.build_selection(configured(), stream, 6) == (stream, Selection({}, SecondDraw(), []))
+    assert selection.build_selection(configured().rollout, stream, 6, 0) == (
+        stream,
+        Selection({}, SecondDraw(), []),
+    )

@@ -11,6 +11,7 @@ from entroray.control import Control, build_controllers, feedback, schedules
 from entroray.errors import ConfigError
 from entroray.objective import build_objective
 from entroray.wiring import controllers
+from entroray.wiring.parts import build_parts
 from tests.composed import configured
 from tests.toy import ToyWorld, driver
 
@@ -338,19 +339,21 @@ def test_a_knob_that_cannot_be_moved_there_is_refused_at_start(overrides, said):
 )
 def test_a_signal_that_these_settings_bring_is_read(signal, more):
     config = configured("control=temperature_band", f"control.temperature.signal={signal}", *more)
-    assert [c.signal for c in controllers.build_control(config).controllers] == [signal]
+    assert [c.signal for c in build_parts(config).controllers] == [signal]
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (rows.conf_folder() / "control").glob("*.yaml")))
 def test_every_control_composes_and_says_what_it_does(name):
     config = configured(f"control={name}")
-    lines = [c.describe() for c in controllers.build_control(config).controllers]
+    lines = [c.describe() for c in build_parts(config).controllers]
     assert bool(lines) == (name != "none") and all("<-" in line for line in lines)
 
 
 def steered(config, world):
     d = driver(world)
-    d.control, d.tune = controllers.build_control(config), controllers.build_tuner(config)
+    parts = build_parts(config)
+    d.control = controllers.build_control(config, parts.controllers)
+    d.tune = controllers.build_tuner(config.objective, config.packages, parts)
     return d
 
 

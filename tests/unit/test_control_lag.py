@@ -8,6 +8,7 @@ import pytest
 
 from entroray.objective import build_objective
 from entroray.wiring import controllers
+from entroray.wiring.parts import build_parts
 from tests.composed import configured
 from tests.toy import ToyWorld, driver
 from tests.unit.test_control import BONUS
@@ -34,7 +35,9 @@ class Watched(ToyWorld):
 
 def steered(config, world, max_lag):
     d = driver(world, max_lag=max_lag)
-    d.control, d.tune = controllers.build_control(config), controllers.build_tuner(config)
+    parts = build_parts(config)
+    d.control = controllers.build_control(config, parts.controllers)
+    d.tune = controllers.build_tuner(config.objective, config.packages, parts)
     return d
 
 
@@ -82,7 +85,7 @@ def test_a_controller_goes_on_from_what_it_remembers_under_lag(max_lag):
     config = configured("objective=grpo", "control=entropy_pi", BONUS)
     config.control["entropy"] |= {"target": 1.8, "gain": 2.0, "integral": 0.1, "mean": 3, "high": 5.0}
     first, second, state = resumed(config, max_lag, 14)
-    alone = controllers.build_control(config)
+    alone = controllers.build_control(config, build_parts(config).controllers)
     alone.restore(state["control"])
     for s in second.steps:  # its own arithmetic on the measured entropies, no driver between
         (value,) = alone.turn(int(s["step"])).values()

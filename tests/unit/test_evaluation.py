@@ -309,8 +309,8 @@ def test_a_runs_settings_are_read_and_checked(tmp_path: Path) -> None:
 
 def test_entropies_are_noted_by_a_rule_that_changes_nothing() -> None:
     config = configured("sampler=by_entropy", "rollout=hotter_next_time", training=False)
-    draw = sampler.evaluation_draw(config)
+    draw = sampler.evaluation_draw(config.sampler, config.rollout, config.generator.engine)
     assert draw.rule == {"fn": "fixed"} and draw.factor == 1.0 and draw.notes
     assert not draw.greedy().notes
     config.generator.engine["speculative_config"] = {"method": "ngram"}
-    assert not sampler.evaluation_draw(config).notes
+    assert not sampler.evaluation_draw(config.sampler, config.rollout, config.generator.engine).notes

@@ -16,6 +16,7 @@ from entroray.control import build_controllers
 from entroray.metrics.health import MINIMUM_STEPS, fit_slope, read_health
 from entroray.observe.health_tracker import STEADY, HealthTracker, health_lines, moved_settings
 from entroray.wiring.objective import advised_settings
+from entroray.wiring.parts import build_parts
 from tests.composed import configured
 
 DATA = Path(__file__).parent / "data"
@@ -221,7 +222,8 @@ def test_half_an_entropy_bonus_is_advised_where_there_is_one():
 
 
 def test_what_a_run_has_is_told_by_the_names_that_are_asked_for():
-    has = advised_settings(configured("objective=dapo", "learner.lr=2.0e-3", "control=lr_cosine"))
+    config = configured("objective=dapo", "learner.lr=2.0e-3", "control=lr_cosine")
+    has = advised_settings(config, build_parts(config).controllers)
     assert has["control"] == ["learner.lr"]
     assert has["objective"]["surrogate"]["high"] == 0.28 and has["learner.lr"] == 2e-3
     assert {"driver.max_lag", "model.dtype", "sampler.temperature", "rollout.max_tokens"} < has.keys()

@@ -13,19 +13,28 @@ from entroray.train.driver import Knobs
 from entroray.types import Batch
 from entroray.wiring import controllers, sampler
 from entroray.wiring.objective import objective_schedule
+from entroray.wiring.parts import build_parts
 from entroray.workers.roles import LearnerRole
 from tests.composed import configured
 
 
 def knobs_of(config):
-    return Knobs(build_objective(config.objective), sampler.training_draw(config, None), 1)
+    parts = build_parts(config)
+    draw = sampler.training_draw(config.sampler, config.rollout, parts, None)
+    return Knobs(parts.objective, draw, 1)
+
+
+def control_and_tuner(config):
+    parts = build_parts(config)
+    tune = controllers.build_tuner(config.objective, config.packages, parts)
+    return controllers.build_control(config, parts.controllers), tune
 
 
 def test_a_number_of_the_rule_and_the_longest_response_travel_with_the_next_requests():
     rule = "+control.hot={knob: sampler.rule.maximum, fn: linear, start: 1.3, end: 1.5, steps: 3}"
     longest = "+control.long={knob: rollout.max_tokens, fn: linear, start: 16, end: 31, steps: 3}"
     config = configured("sampler=by_entropy", rule, longest)
-    control, tune = controllers.build_control(config), controllers.build_tuner(config)
+    control, tune = control_and_tuner(config)
     knobs = knobs_of(config)
     draws = [tune(control.turn(step), knobs).draw for step in (1, 2, 3)]
     maxima = [1.3, pytest.approx(1.4), 1.5]
@@ -48,14 +57,20 @@ UPDATES = "+control.u={knob: learner.updates_per_rollout, fn: linear, start: 1, 
 
 def test_the_number_of_updates_moves_on_the_learner_and_is_said_with_the_most_it_reaches():
     config = configured(UPDATES, "rollout.groups_per_step=4")
-    control, tune = controllers.build_control(config), controllers.build_tuner(config)
+    control, tune = control_and_tuner(config)
     assert [tune(control.turn(step), knobs_of(config)).updates for step in (1, 2, 4)] == [1, 2, 4]
-    assert controllers.updates_range(config) == (1, 4) and controllers.updates_range(configured()) == (1, 1)
-    said = [r.text for r in remarks(build_objective(config.objective), objective_schedule(config))]
+    assert controllers.updates_range(1, build_parts(config).controllers) == (1, 4)
+    assert controllers.updates_range(1, ()) == (1, 1)
+    said = [
+        r.text
+        for r in remarks(build_objective(config.objective), objective_schedule(config, build_parts(config)))
+    ]
     assert not [text for text in said if "r is 1 throughout" in text]
     assert [
         r.text
-        for r in remarks(build_objective(config.objective), objective_schedule(configured()))
+        for r in remarks(
+            build_objective(config.objective), objective_schedule(configured(), build_parts(configured()))
+        )
         if "throughout" in r.text
     ]
 
@@ -109,13 +124,15 @@ TOP = "objective.penalties=[{fn: top_entropy_bonus, coef: 0.001, k: 2}]"
 def test_a_whole_number_of_the_objective_is_rounded_and_the_rule_keeps_what_it_had():
     rule = "fn: pi, signal: lag/max, target: 1.0, gain: 0.75, integral: 0.0, low: 1, high: 6"
     config = configured(TOP, f"+control.k={{knob: objective.penalties.0.k, {rule}}}")
-    control, tune = controllers.build_control(config), controllers.build_tuner(config)
+    control, tune = control_and_tuner(config)
     took = []
     for step in (1, 2):
         took.append(tune(control.turn(step), knobs_of(config)).objective.penalties[0].keywords["k"])
         noted = control.observe({"lag/max": 0.0})
     assert took == [2, 3] and noted == {"control/k": 2.75}
-    assert controllers.describe_controllers(config)[0].endswith("of lag/max, 1 step(s) late, rounded")
+    assert controllers.describe_controllers(build_parts(config), config.driver.max_lag)[0].endswith(
+        "of lag/max, 1 step(s) late, rounded"
+    )
     configured(TOP, "+control.k={knob: objective.penalties.0.k, fn: cosine, start: 2, end: 5, steps: 9}")
     with pytest.raises(ConfigError, match=r"control\.k .*objective\.penalties\.0\.k .* 0 .*end=0"):
         configured(TOP, "+control.k={knob: objective.penalties.0.k, fn: linear, start: 2, end: 0, steps: 9}")
@@ -124,6 +141,11 @@ def test_a_whole_number_of_the_objective_is_rounded_and_the_rule_keeps_what_it_h
 def test_under_lag_what_is_drawn_with_is_said_to_be_trained_on_later():
     late = "for groups begun from then on, trained on up to 2 step(s) later (driver.max_lag)"
     hot = configured("control=temperature_band", "driver.max_lag=2")
-    assert [line.endswith(late) for line in controllers.describe_controllers(hot)] == [True]
+    assert [
+        line.endswith(late) for line in controllers.describe_controllers(build_parts(hot), hot.driver.max_lag)
+    ] == [True]
     for rest in (configured("control=temperature_band"), configured("control=lr_cosine", "driver.max_lag=2")):
-        assert not any("trained on" in line for line in controllers.describe_controllers(rest))
+        assert not any(
+            "trained on" in line
+            for line in controllers.describe_controllers(build_parts(rest), rest.driver.max_lag)
+        )

@@ -32,6 +32,7 @@ from entroray.observe.svg import Line, chart, frame, mean_line, ticks
 from entroray.types import Draw
 from entroray.wiring import run_directory
 from entroray.wiring.actors import lasting
+from entroray.wiring.parts import build_parts
 from tests.composed import configured
 from tests.toy import ToyPrompts, ToyWorld
 
@@ -214,7 +215,8 @@ def test_a_lab_keeps_runs_for_itself(tmp_path: Path) -> None:
     ],
 )
 def test_a_machine_is_shared_where_a_reset_can_change_it(override: str, same: bool) -> None:
-    made = [lasting(configured("experiment=quickstart", *more)) for more in ([], [override])]
+    configs = [configured("experiment=quickstart", *more) for more in ([], [override])]
+    made = [lasting(c, build_parts(c)) for c in configs]
     assert (made[0] == made[1]) is same
 
 

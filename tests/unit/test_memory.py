@@ -8,7 +8,7 @@ import pytest
 from entroray.cli import train
 from entroray.policy.tiny_model import build_tiny_model, count_parameters
 from entroray.wiring import memory
-from entroray.wiring.objective import build_checked_objective
+from entroray.wiring.parts import build_parts
 from tests.composed import configured
 
 BILLION = 1_000_000_000
@@ -16,7 +16,7 @@ BILLION = 1_000_000_000
 
 def on_a_rank(*told: str, held: bool = False) -> dict[str, float]:
     """GB of each part for a model of a billion parameters."""
-    found = memory.learner_bytes(configured(*told), BILLION, held=held)
+    found = memory.learner_bytes((c := configured(*told)).learner, c.model.dtype, BILLION, held=held)
     return {name: size / BILLION for name, size in found.items()}
 
 
@@ -54,7 +54,7 @@ def test_zero_3_names_what_a_rank_needs_before_anything_is_divided(tmp_path: Pat
     told = f"model.path={tmp_path}", "learner.reference=true"
     said = {
         stage: memory.memory_lines(
-            c := configured(*told, f"learner.zero_stage={stage}"), build_checked_objective(c)
+            c := configured(*told, f"learner.zero_stage={stage}"), build_parts(c).objective
         )
         for stage in (2, 3)
     }
@@ -77,7 +77,7 @@ def test_a_folder_in_shards_is_counted_from_its_headers(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     config = configured(f"model.path={tmp_path}", "model.dtype=bfloat16", "learner.reference=true")
     assert memory.parameter_count(config) == 64_000 + 8_192 + 1
-    said = train._dry(config, build_checked_objective(config))
+    said = train._dry(config, build_parts(config))
     assert "72,193 parameters, bfloat16" in said and "verifier: 2 processes, at most 2,048 MiB" in said
     assert "reference 0.1 MiB" in said and "float32 copy 0.3 MiB" in said
 
@@ -103,5 +103,5 @@ def test_a_model_is_counted_before_it_is_built_and_without_its_weights(tmp_path:
 def test_only_a_model_that_is_not_here_is_unknown() -> None:
     config = configured("model.path=nobody/has-this-one")
     assert memory.parameter_count(config) is None
-    said = memory.memory_lines(config, build_checked_objective(config))
+    said = memory.memory_lines(config, build_parts(config).objective)
     assert said == ["memory: unknown until nobody/has-this-one is in the cache of the hub or a folder here"]

@@ -32,7 +32,7 @@ from entroray.reward import build_verification
 from entroray.train.batching import tokens_of
 from entroray.types import Draw, Group, Prompt, Rollout, Verdict
 from entroray.wiring import dataset, warm_start
-from entroray.wiring.objective import build_checked_objective
+from entroray.wiring.parts import build_parts
 from tests.composed import configured
 from tests.documented import matches
 from tests.toy import ToyWorld
@@ -181,7 +181,7 @@ def test_a_mixture_is_read_part_by_part(mixed: Config) -> None:
     for group in islice(warm_start._demonstrations(mixed, read), 20):
         text = byte_tokenizer().decode(group.rollouts[0].token_ids.tolist(), skip_special_tokens=True)
         assert judge(text, group.prompt).correct == 1, group.prompt.domain
-    assert dataset.describe_tasks(mixed)[1].startswith(
+    assert dataset.describe_tasks(mixed.data, mixed.model.system, mixed.reward)[1].startswith(
         "countdown: weight 1, countdown, template '{numbers}->{target}'"
     )
 
@@ -220,7 +220,7 @@ def test_system_message_and_template_in_a_model_folder_with_its_own_chat_templat
         "<|im_start|>assistant\n"
     )
     assert tokenizer.decode(first.token_ids) == rendered and first.text.endswith("=")
-    said = train._dry(config, build_checked_objective(config))
+    said = train._dry(config, build_parts(config))
     assert "prompts: chain_sum, template '{expression:compact}=', system 'Add up.', judged by gym" in said
 
 

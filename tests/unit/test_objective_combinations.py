@@ -16,7 +16,8 @@ from entroray.objective.compatibility import Schedule, check_combinations, remar
 from entroray.train.failure_limits import IdleFunctions
 from entroray.types import Group, Tokens
 from entroray.wiring.compose import load_config
-from entroray.wiring.objective import build_checked_objective
+from entroray.wiring.objective import check_objective
+from entroray.wiring.parts import build_parts
 from tests.cases import ROWS, tokens
 from tests.composed import configured
 
@@ -168,8 +169,9 @@ def test_a_controller_of_the_entropy_may_move_the_law_of_the_row_itself(row):
 def test_two_laws_of_entropy_are_refused_before_the_run(control):
     config = configured("objective=entrocraft_band", f"control={control}")
     with pytest.raises(ConfigError, match=r"shape `entropy_band` .*control\.(entropy|temperature)\b"):
-        build_checked_objective(config)
-    build_checked_objective(configured("objective=entrocraft_band"))
+        check_objective(config, build_parts(config))
+    config = configured("objective=entrocraft_band")
+    check_objective(config, build_parts(config))
 
 
 def test_two_faults_are_told_at_once():

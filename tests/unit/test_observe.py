@@ -19,6 +19,7 @@ from entroray.observe.journal import Journal, read_metrics
 from entroray.observe.trackers import TrackedRun, tensorboard
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.types import Counts, Group, Prompt, Rollout, Status, Tokens, Verdict
+from entroray.wiring.parts import build_parts
 from tests.composed import configured
 from tests.records import query
 
@@ -283,7 +284,8 @@ def test_a_tracker_that_cannot_be_closed_or_opened_ends_no_run(tmp_path, monkeyp
     (tmp_path / "lab_of_mine.py").write_text("def tracker(run): raise OSError('no login')\n")
     monkeypatch.syspath_prepend(tmp_path)
     config = configured("observe.trackers=[{fn: lab_of_mine.tracker}]", "packages=[lab_of_mine]")
-    book, *_ = train.open_journal(config, tmp_path / "run", byte_tokenizer(), (tmp_path / "log").open("w"))
+    log = (tmp_path / "log").open("w")
+    book, *_ = train.open_journal(config, build_parts(config), tmp_path / "run", byte_tokenizer(), log)
     write(book, 1)
     book.close()
     for folder, why in ((tmp_path, "ZeroDivisionError"), (tmp_path / "run", "no login")):

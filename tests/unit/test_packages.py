@@ -18,6 +18,7 @@ from entroray.reward.tools import Call
 from entroray.rollout import reshape
 from entroray.types import Prompt
 from entroray.wiring import compose, dataset, rollout_plan
+from entroray.wiring.parts import build_parts
 from tests.cases import outcome
 from tests.composed import configured
 
@@ -178,7 +179,7 @@ def test_what_is_bound_is_what_runs():
     assert outcome(build_objective(row, ["my_lab"])) != outcome(build_objective("grpo"))
     assert float(reshape.build_rule(own("rule"), ["my_lab"])(*torch.zeros(2, 1)).factor) == 0.5
     config = with_own("plan", **own("plan"))
-    assert rollout_plan.describe_plan(config.rollout.plan, config.packages).startswith("plan: ")
+    assert rollout_plan.describe_plan(build_parts(config).plan).startswith("plan: ")
     specs = {"a": own("schedule", knob="x"), "b": own("feedback", knob="y", signal="m", low=0.0, high=9.0)}
     control = Control(build_controllers(specs, ["my_lab"]), {"x": 0.0, "y": 1.0})
     assert control.turn(1) == {"x": 0.5, "y": 1.0}

@@ -229,13 +229,14 @@ def test_missing_verdicts_end_the_run() -> None:
 def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:
     mine = config(f"run.dir={tmp_path}", "run.resume=auto")
     tree = compose.load_config([f"run.dir={tmp_path}"])[1]
-    first = run_directory.open_run(mine, tree)
-    for attempt in (preflight.directory, lambda c: run_directory.open_run(c, tree)):
+    first = run_directory.open_run(mine.run, tree)
+    for attempt in (preflight.directory, lambda c: run_directory.open_run(c.run, tree)):
         with pytest.raises(PreflightError, match=rf"run\.dir=/.*\b{os.getpid()}\b.*: .*run\.dir"):
             attempt(mine)
     first.lock.close()
     assert (
-        preflight.directory(mine) == str(tmp_path) and run_directory.open_run(mine, tree).folder == tmp_path
+        preflight.directory(mine) == str(tmp_path)
+        and run_directory.open_run(mine.run, tree).folder == tmp_path
     )
 
 

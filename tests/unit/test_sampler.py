@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from entroray import rows
+from entroray.config import Config
 from entroray.errors import ConfigError, PreflightError
 from entroray.metrics import step_metrics, token_entropy
 from entroray.metrics.catalogue import family_metrics
@@ -18,6 +19,7 @@ from entroray.rollout import reshape, temperature_rules
 from entroray.train.batching import assemble, tokens_of
 from entroray.types import Group, Prompt, Rollout, SamplerNotes, Verdict
 from entroray.wiring import preflight, sampler
+from entroray.wiring.parts import build_parts
 from tests.composed import configured
 from tests.documented import matches
 
@@ -80,14 +82,18 @@ def test_the_weighted_estimate_is_the_plain_one_but_for_what_cannot_be_drawn(nam
     assert missing.max() < 0.1  # nats: with H below 0.3 the likeliest has more than nine tenths
 
 
+def reshapes(config: Config) -> bool:
+    return sampler.reshapes(build_parts(config), config.generator.engine, config.rollout.second)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_sampler_says_what_it_does(name: str) -> None:
     config = configured(f"sampler={name}", "objective=dapo")
-    said = sampler.describe_sampler(config)
+    said = sampler.describe_sampler(build_parts(config).rule, config.sampler.insert)
     assert config.sampler.rule["fn"] in said
-    assert sampler.reshapes(config) == (name != "fixed")
+    assert reshapes(config) == (name != "fixed")
     assert config.objective["correction"]["fn"] == ("none" if name == "fixed" else "truncated_importance")
-    drawn = sampler.training_draw(config, byte_tokenizer())
+    drawn = sampler.training_draw(config.sampler, config.rollout, build_parts(config), byte_tokenizer())
     assert drawn.notes == bool(drawn.rule) == (name != "fixed") and not drawn.greedy().notes
 
 
@@ -150,11 +156,11 @@ def test_a_sampler_that_makes_no_sense_is_refused_everywhere(overrides: list[str
 def test_a_processor_of_ones_own_is_weighed_and_must_be_reported() -> None:
     own = ["+generator.engine.logits_processors=['mine:Own']"]
     corrected = [*own, "objective.correction={fn: truncated_importance}"]
-    assert sampler.reshapes(configured(*corrected))
+    assert reshapes(configured(*corrected))
     for option in ("logprobs_mode=raw_logprobs", "speculative_config={a: b}"):
         with pytest.raises(ConfigError, match=rf"generator\.engine\.{option.partition('=')[0]}\b"):
             configured(*corrected, f"+generator.engine.{option}")
-    assert not sampler.reshapes(configured("+generator.engine.logits_processors=[]"))
+    assert not reshapes(configured("+generator.engine.logits_processors=[]"))
 
 
 def test_a_temperature_above_0_is_at_least_the_engines() -> None:

@@ -89,7 +89,8 @@ def test_the_embedded_model_is_missing_until_its_folder_is_there(tmp_path: Path)
 
 
 def test_an_evaluation_draws_from_the_policy_as_it_is() -> None:
-    draw = sampler.plain_draw(configured("sampler=by_entropy", "sampler.temperature=0.7"))
+    config = configured("sampler=by_entropy", "sampler.temperature=0.7")
+    draw = sampler.plain_draw(config.sampler, config.rollout)
     assert draw.temperature == 0.7 and not draw.notes
     assert draw.greedy(3).temperature == 0.0 and draw.greedy(3).top_tokens == 3
 
