@@ -228,19 +228,14 @@ async def drive(
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
     verifier = m.verifier_role()
     generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
+    plain = sampler.plain_draw(config.sampler, config.rollout)
     roles = Roles(
         generator,
         verifier,
         m.learner_role(),
         m.sync,
         journal,
-        evaluate=_evaluation(
-            config.evaluate,
-            sampler.plain_draw(config.sampler, config.rollout),
-            read_in,
-            generator,
-            verifier,
-        ),
+        evaluate=_evaluation(config.evaluate, plain, read_in, generator, verifier),
         waits=cluster.WAITS.lines,
     )
     journal.event("start", objective=config.objective, pace=asdict(loop_settings(config)), state=run.state)

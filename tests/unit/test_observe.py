@@ -1,5 +1,6 @@
 """What a run writes down: the journal, the records every metric can be derived from, console, report."""
 
+import io
 import json
 import math
 import re
@@ -283,11 +284,9 @@ def test_a_tracker_that_cannot_be_closed_or_opened_ends_no_run(tmp_path, monkeyp
     book.close()
     (tmp_path / "lab_of_mine.py").write_text("def tracker(run): raise OSError('no login')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    config = configured("observe.trackers=[{fn: lab_of_mine.tracker}]", "packages=[lab_of_mine]")
-    log = (tmp_path / "log").open("w")
-    book, *_ = train.open_journal(config, build_parts(config), tmp_path / "run", byte_tokenizer(), log)
-    write(book, 1)
-    book.close()
+    c = configured("observe.trackers=[{fn: lab_of_mine.tracker}]", "packages=[lab_of_mine]")
+    mine, *_ = train.open_journal(c, build_parts(c), tmp_path / "run", byte_tokenizer(), io.StringIO())
+    mine.close()
     for folder, why in ((tmp_path, "ZeroDivisionError"), (tmp_path / "run", "no login")):
         (event,) = read_metrics(folder / "events.jsonl")
         assert event["kind"] == "tracker_lost" and why in event["fields"]["reason"]
