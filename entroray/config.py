@@ -276,7 +276,7 @@ class Evaluate:
 
 @dataclass
 class Config:
-    seed: int = 0  # of prompt order and sampling
+    seed: int = 0  # of prompt order, sampling, and of tokens selected by chance
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
