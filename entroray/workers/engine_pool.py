@@ -122,8 +122,8 @@ class EnginePool:
             failed = await await_starts([self._await_start(engine) for engine in engines])
         except InfrastructureError as error:
             raise InfrastructureError(f"no generator started ({error}): {_LOOK}") from error
-        for index, error in failed.items():
-            self.drop(engines[index], error)
+        for index, why in failed.items():
+            self.drop(engines[index], why)
 
     async def _await_start(self, engine: Engine) -> None:
         started, what = engine.handle.start.remote(), f"{engine.name}, starting"
