@@ -42,8 +42,7 @@ def reliability(confidence: NDArray, correct: NDArray, bins: int = BINS) -> Reli
 
 
 def _bin(confidence: NDArray, bins: int) -> NDArray[np.int64]:
-    edge = 1e-9  # of a float product that misses the edge it stands for
-    return np.minimum((confidence * bins + edge).astype(int), bins - 1)
+    return np.minimum((confidence * bins).astype(int), bins - 1)
 
 
 def auroc(score: NDArray, correct: NDArray) -> float:

@@ -2,11 +2,9 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from entroray.metrics.calibration import reliability
 from entroray.objective.estimator import quantile
 from entroray.objective.select import random_positive, top_entropy, top_entropy_of_rollout
 from entroray.objective.step_statistics import _rungs
@@ -77,10 +75,13 @@ def test_a_quantile_of_ten_rewards_is_one_of_them(k: float, place: int) -> None:
     assert quantile(g, k=k).tolist()[place] == 0.0
 
 
-def test_a_wave_of_a_whole_number_of_groups_is_that_many() -> None:
-    for kept, missing in [(0.36, 1), (0.64, 4), (0.75, 4), (0.84, 25), (0.51, 100), (0.19, 1), (0.96, 1)]:
-        exact = (missing + math.isqrt(round(missing * (1 - kept) * 10_000)) / 100) / kept
-        assert wave(missing, kept) == math.ceil(round(exact, 9))
+@pytest.mark.parametrize(
+    ("missing", "kept", "judged", "groups"), [(3, 2, 27, 63), (32, 1, 9, 336), (4, 3, 4, 7)]
+)
+def test_a_wave_of_a_whole_number_of_groups_is_that_many(
+    missing: int, kept: int, judged: int, groups: int
+) -> None:
+    assert wave(missing, kept / judged) == groups
 
 
 def test_the_rungs_between_two_bounds_are_as_many_as_there_are_strides() -> None:
@@ -89,10 +90,3 @@ def test_the_rungs_between_two_bounds_are_as_many_as_there_are_strides() -> None
         17,
         4,
     ]
-
-
-def test_a_confidence_on_an_edge_is_in_the_bin_that_begins_there() -> None:
-    for n in range(2, 61):
-        shares = np.arange(n + 1) / n
-        wanted = np.bincount(np.minimum(np.arange(n + 1) * 15 // n, 14), minlength=15)
-        assert reliability(shares, shares, bins=15).count.tolist() == wanted.tolist()

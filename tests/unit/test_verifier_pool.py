@@ -1,6 +1,7 @@
 """What becomes of verdicts whose verifier dies, and of verifiers that cannot start."""
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,7 @@ def make_pool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[VerifierPo
     monkeypatch.setattr(verifier_pool, "kill_actors", lambda handles: None)
 
     def make(*judges: Judge, spares: Any = ()) -> tuple[VerifierPool, Events]:
-        waiting, events = iter([*judges, *spares]), Events()
+        waiting, events = itertools.chain(judges, spares), Events()
         report = lambda kind, **fields: events.append((kind, fields["verifier"]))
         return VerifierPool(len(judges), lambda: next(waiting), start_deadline=1.0, report=report), events
 
@@ -124,14 +125,29 @@ def test_verifiers_that_all_die_end_the_run_after_a_few(make_pool: Any, spare: d
 def test_an_item_that_kills_whoever_judges_it_ends_the_run_however_well_the_others_fare(
     make_pool: Any,
 ) -> None:
-    spares = [Judge(f"s{i}", deadly="x") for i in range(2 * LOSSES)]
-    pool, _ = make_pool(Judge("a", deadly="x"), Judge("b", deadly="x"), spares=spares)
+    class Poisoned(Judge):
+        """It dies of x when it has judged everything else that it was asked."""
+
+        @property
+        def judge(self) -> Any:
+            async def judge(item: str) -> str:
+                for _ in range(20 if item == "x" else 1):
+                    await asyncio.sleep(0)
+                if item == "x":
+                    raise DEAD
+                return self.name
+
+            return SimpleNamespace(remote=judge)
+
+    pool, _ = make_pool(*(Poisoned(f"p{i}") for i in range(2)), spares=itertools.repeat(Poisoned("spare")))
 
     async def both() -> None:
         await pool.start()
         dying = asyncio.create_task(verdicts(pool, "x"))
-        while not dying.done():
-            await verdicts(pool, "1")
+        for _ in range(1000):
+            if not dying.done():
+                await verdicts(pool, "1")
+        assert dying.done()
         await dying
 
     with pytest.raises(InfrastructureError, match=r"verifier\.slots"):
