@@ -74,6 +74,13 @@ def test_chance_is_another_in_every_seed_and_step_and_the_same_however_the_step_
         assert chosen(replace(tokens(step=4), seed=2).take(torch.tensor(rows))) == draws[2, 4]
 
 
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["rewards"]])
+def test_rows_with_a_length_penalty_weigh_it_for_rewards_of_0_and_1(name):
+    """DAPO's -1 and 1 are 2 apart and its penalty is at most 1: half of what a right answer is worth."""
+    g = group(rewards=(1, 0, 1, 0), correct=(1, 0, 1, 0), lengths=(100, 100, 90, 80))
+    assert build_objective(ROWS[name]).shape_rewards(g).tolist() == pytest.approx([0.5, -0.5, 0.75, 0.0])
+
+
 def test_right_answers_are_plus_one_whatever_their_reward():
     assert sign(group(rewards=(0.3, 9, 0, 1), correct=(1, 0, 0, 1))).tolist() == [1, -1, -1, 1]
 
