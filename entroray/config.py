@@ -201,7 +201,7 @@ class GeneratorConfig:
     replicas: int = 1  # vLLM engines
     tensor_parallel: int = 1  # GPUs of one engine
     transfer: str = "plasma"  # plasma (any machine) | nccl | ipc (GPUs, unproved)
-    restarts: int = 2  # engines started in place of dead ones before the run ends
+    restarts: int = 2  # engines started in place of those that died or failed to start
     sleep: bool = False  # free the engines' GPU memory while the learner works on the same card (unproved)
     keep_kv: bool = False  # keep keys and values of old weights across a sync
     threads: int | None = None  # of one engine on CPU; null: all cores of the node
@@ -210,7 +210,7 @@ class GeneratorConfig:
 
 @dataclass
 class VerifierConfig:
-    replicas: int = 1  # actors that judge
+    replicas: int = 1  # actors that judge; one that dies is replaced
     slots: int = 2  # processes in each
     memory_mb: int | None = 2048  # what one process may allocate beyond its start
 
@@ -276,7 +276,7 @@ class Evaluate:
 
 @dataclass
 class Config:
-    seed: int = 0  # of prompt order and sampling
+    seed: int = 0  # of prompt order, sampling, and of tokens selected by chance
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

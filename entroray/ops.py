@@ -1,6 +1,7 @@
 """Arithmetic on the flat token axis: segments of it, and what several formulas take of each token."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,15 @@ FLOOR = -1e4
 """Log-prob that stands for -inf, in nats; no gradient passes below it."""
 BOUND = 20.0
 """Largest log-ratio in nats before `exp`, as in verl; no gradient passes beyond it."""
+
+
+def as_count(product: float, rounded: Callable[[float], int]) -> int:
+    """`product` by math.floor or math.ceil; one within a rounding error of a whole number is that number.
+
+    0.29 x 100 is 28.999999999999996 in floats, and 29 here.
+    """
+    nearest = round(product)
+    return nearest if math.isclose(product, nearest, rel_tol=1e-12) else rounded(product)
 
 
 def segment_sum(x: Float[Tensor, " N"], row: Int[Tensor, " N"], num_rows: int) -> Float[Tensor, " B"]:

@@ -361,6 +361,8 @@ class Tokens:
     """Further full-vocabulary statistics, by the name an objective asked for in `needs`."""
     drawn_before: Int[Tensor, " B"] | None = None
     """Tokens before a branch that the policy drew, outside the mask here; None where nothing branched."""
+    seed: int = 0
+    """Of the run: with step and uid it decides what is selected by chance."""
 
     @classmethod
     def from_columns(cls, **columns: Any) -> "Tokens":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from entroray.binding import Fraction, Positive, declare
 from entroray.errors import ConfigError
+from entroray.ops import as_count
 from entroray.types import Group, Rollout
 
 SPANS = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "any": (-math.inf, math.inf)}
@@ -70,7 +71,7 @@ def quantile(group: Group, *, k: Fraction = 0.4, eps: Positive = 1e-6) -> Float[
     one-line library quantile would give fractional baselines at G = 8. k is a fraction.
     """
     rewards = group.rewards
-    baseline = rewards.sort().values[max(0, math.ceil(k * len(rewards) - 1e-9) - 1)]
+    baseline = rewards.sort().values[max(0, as_count(k * len(rewards), math.ceil) - 1)]
     deviation = (center(group).square().sum() / max(len(rewards) - 1, 1)).sqrt()
     return (rewards - baseline) / (deviation + eps)
 

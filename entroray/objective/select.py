@@ -2,9 +2,10 @@
 
 The pool is always the whole step on all ranks, where the authors' codes take one micro-batch on one GPU.
 A share is of the step's tokens, at least one of those that qualify; ties break by `uid`, and chance is a
-hash of step and `uid`, so neither row order nor a cut has a say.
+hash of the run's seed, the step and `uid`, so neither row order nor a cut has a say.
 """
 
+import hashlib
 import math
 
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from entroray.binding import Deviations, Fraction, declare
-from entroray.ops import covariance, discriminator
+from entroray.ops import as_count, covariance, discriminator
 from entroray.types import Tokens
 
 
@@ -78,8 +79,9 @@ def top_entropy_of_rollout(t: Tokens, *, share: Fraction = 0.2) -> Bool[Tensor, 
     length = torch.bincount(t.row, minlength=len(t.length)).cpu()
     rows = t.row.cpu()[order]
     rank = torch.arange(len(order)) - (length.cumsum(0) - length)[rows]
+    count = torch.tensor([as_count(share * n, math.ceil) for n in length.tolist()])
     chosen = torch.zeros_like(t.mask)
-    chosen[torch.from_numpy(order).to(chosen.device)] = (rank < (share * length)[rows]).to(chosen.device)
+    chosen[torch.from_numpy(order).to(chosen.device)] = (rank < count[rows]).to(chosen.device)
     return chosen
 
 
@@ -128,7 +130,7 @@ def _lowest(
     key: Float[Tensor, " N"], among: Bool[Tensor, " N"], share: float, t: Tokens
 ) -> Bool[Tensor, " N"]:
     """The tokens of `among` with the lowest `key`: a share of all, at least one where there are any."""
-    count = max(1, int(share * len(key)))
+    count = max(1, as_count(share * len(key), math.floor))
     uid, keys = t.uid.cpu().numpy(), key.masked_fill(~among, torch.inf).cpu().numpy()
     chosen = torch.zeros_like(among)
     chosen[torch.from_numpy(np.lexsort((uid, keys))[:count]).to(among.device)] = True
@@ -136,9 +138,10 @@ def _lowest(
 
 
 def _draw(t: Tokens) -> Float[Tensor, " N"]:
-    """A number in [0, 1) for each token: SplitMix64 of its step and uid."""
+    """A number in [0, 1) for each token: SplitMix64 of the run's seed, the step and its uid."""
+    key = hashlib.blake2b(f"{t.seed}:{t.step}".encode(), digest_size=8).digest()
     with np.errstate(over="ignore"):
-        x = t.uid.cpu().numpy().astype(np.uint64) + np.uint64(t.step) * np.uint64(0x9E3779B97F4A7C15)
+        x = t.uid.cpu().numpy().astype(np.uint64) + np.uint64(int.from_bytes(key, "little"))
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return torch.from_numpy((x ^ (x >> np.uint64(31))) / 2.0**64).to(t.entropy.device)

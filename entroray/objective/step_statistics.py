@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entroray.ops import log_ratio
+from entroray.ops import as_count, log_ratio
 from entroray.types import Tokens
 
 
@@ -48,4 +48,4 @@ def _ladder(
 
 def _rungs(first: float, last: float, stride: float) -> list[float]:
     """From `first` up in steps of `stride`, and `last` itself."""
-    return [first + i * stride for i in range(math.ceil((last - first) / stride - 1e-9))] + [last]
+    return [first + i * stride for i in range(as_count((last - first) / stride, math.ceil))] + [last]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entroray.errors import DataError
+from entroray.ops import as_count
 from entroray.roles import Prompts
 from entroray.types import Group, Prompt, Version
 
@@ -38,7 +39,7 @@ class Slot:
 def wave(missing: int, kept_share: float) -> int:
     """Groups to draw so that `missing` are kept more often than not: their mean and one deviation more."""
     spread = math.sqrt(max(missing, 0) * (1 - kept_share))
-    return math.ceil((missing + spread) / kept_share) if missing > 0 else 0
+    return as_count((missing + spread) / kept_share, math.ceil) if missing > 0 else 0
 
 
 def _too_many(dropped: Counter[str], limit: int) -> str:

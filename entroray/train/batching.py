@@ -43,9 +43,16 @@ def observed_tokens(rollouts: Sequence[Rollout]) -> NDArray[np.int8]:
 
 
 def tokens_of(
-    groups: Sequence[Group], advantages: Sequence[Float[Tensor, " G"]], scores: Scores, step: Version
+    groups: Sequence[Group],
+    advantages: Sequence[Float[Tensor, " G"]],
+    scores: Scores,
+    step: Version,
+    seed: int = 0,
 ) -> Tokens:
-    """A scored batch as the policy that is about to be updated sees it; not yet credited."""
+    """A scored batch as the policy that is about to be updated sees it; not yet credited.
+
+    `seed` is the run's, for what is selected by chance.
+    """
     rollouts = rollouts_of(groups)
     verdicts = [v for g in groups for v in g.verdicts]
     column = {k: torch.from_numpy(np.asarray(v)) for k, v in scores.items()}
@@ -70,6 +77,7 @@ def tokens_of(
         correct=torch.tensor([float(v.correct) for v in verdicts]),
         version=torch.tensor([r.version for r in rollouts]),
         step=step,
+        seed=seed,
         counts=Counts(int(mask.sum()), int(mask.sum()), len(rollouts), len(groups)),
         extra={k: v for k, v in column.items() if k not in known},
         drawn_before=_drawn_before(rollouts),

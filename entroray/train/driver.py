@@ -237,7 +237,7 @@ class Driver:
             wants = self.diagnostics.wants(self.version + 1)
             scores = await learner.score(batch, index, knobs.updates, wants)
         advantages = [objective.estimate(g) for g in groups]
-        given = tokens_of(groups, advantages, scores, self.version)
+        given = tokens_of(groups, advantages, scores, self.version, self.seed)
         tokens, active = objective.credit(given), active_tokens(objective, given)
         with clock("update"):
             updated = await learner.update(batch, tokens, objective, knobs.updates, knobs.lr)
@@ -314,15 +314,17 @@ class Driver:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on after the step that `state` was taken at; call inside the running loop, before `train`."""
+        """Go on after the step that `state` was taken at; call inside the running loop, before `train`.
+
+        ConfigError for a run that remembers of its prompts what that one did not.
+        """
         self.version, self.drawn = state["version"], state["drawn"]
         self.stream.restore(state["stream"], self.version)
         self.diagnostics.restore(state["diagnostics"])
         self.control.restore(state["control"])
         for name, limit in self.limits.items():
             limit.restore(state["limits"][name])
-        for name, observer in self.selection.observers.items():
-            observer.restore(state["observers"][name])
+        self.selection.restore(state["observers"])
         self.committed = self.state()
 
 

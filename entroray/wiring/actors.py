@@ -16,7 +16,7 @@ from entroray.wiring import sampler
 from entroray.wiring.parts import Parts
 from entroray.workers import cluster
 from entroray.workers.checkpoint import Checkpoints
-from entroray.workers.cluster import Gang, Pool, Share
+from entroray.workers.cluster import Gang, Share
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.engine_pool import GRACE, EnginePool
 from entroray.workers.generator import Generator
@@ -24,6 +24,7 @@ from entroray.workers.learner_rank import LearnerRank, LearnerSettings
 from entroray.workers.roles import GeneratorRole, LearnerRole, VerifierRole
 from entroray.workers.sync import WeightSync
 from entroray.workers.verifier import Verifier
+from entroray.workers.verifier_pool import VerifierPool
 from entroray.workers.vllm_request import PROCESSOR
 from entroray.workers.weight_sender import WeightSender
 
@@ -52,7 +53,7 @@ class Actors:
     config: Config
     engines: EnginePool
     learner: Gang
-    verifiers: Pool
+    verifiers: VerifierPool
     sync: WeightSync
     facts: dict[str, Any]
 
@@ -102,12 +103,12 @@ class Actors:
 
     async def stop(self) -> None:
         """Ranks leave their process group in order; Ray ends the rest."""
-        await self.engines.close()
+        await asyncio.gather(self.engines.close(), self.verifiers.close())
         await self.learner.all(lambda rank, h: h.stop.remote(), deadline=60.0)
 
     async def end(self) -> None:
         """Every actor dies at once, whatever it is doing, and its place is free for another machine."""
-        await self.engines.close()
+        await asyncio.gather(self.engines.close(), self.verifiers.close())
         cluster.kill_actors([*self.engines.all_handles, *self.learner.handles, *self.verifiers.handles])
 
 
@@ -180,11 +181,12 @@ async def start_actors(
     """Start every actor, sync the weights, and compare log-probs on the probe before anything is trained.
 
     The weights are the model's as version 0, or with `resume` (checkpoint, step) those of that step.
-    `report(kind, **fields)` is called for engines lost and joined.
+    `report(kind, **fields)` is called for engines and verifiers lost and joined.
     """
     asked = resource_shares(config)
     settings = learner_settings(config, model, total_updates)
     limit = max(sequence_length(config.data, config.rollout), len(probe) + 1)
+    within = config.driver.call_deadline
     options = engine_options(config) | logits_processors(config, parts)
 
     def generator() -> Any:
@@ -198,16 +200,16 @@ async def start_actors(
     engines = EnginePool(
         handles,
         generator,
-        WeightSender(learner, config.generator, config.driver.call_deadline),
+        WeightSender(learner, config.generator, within),
         restarts=config.generator.restarts,
-        start_deadline=config.driver.call_deadline,
+        start_deadline=within,
         report=report,
     )
     count, share = asked["verifiers"]
     v = config.verifier
     limits = {"slots": v.slots, "deadline": config.reward.deadline, "memory_mb": v.memory_mb}
-    judges = [cluster.spawn(Verifier, share, judge, **limits) for _ in range(count)]
-    verifiers = Pool("verifier", judges)
+    spawn = lambda: cluster.spawn(Verifier, share, judge, **limits)
+    verifiers = VerifierPool(count, spawn, start_deadline=within, report=report)
     sync, facts = await _introduce(
         config, engines=engines, learner=learner, verifiers=verifiers, probe=probe, resume=resume
     )
@@ -219,7 +221,7 @@ async def _introduce(
     *,
     engines: EnginePool,
     learner: Gang,
-    verifiers: Pool,
+    verifiers: VerifierPool,
     probe: tuple[int, ...],
     resume: tuple[Path, int] | None,
 ) -> tuple[WeightSync, dict[str, Any]]:
@@ -231,15 +233,9 @@ async def _introduce(
         host, port = await cluster.settle(asked, deadline=within, what="learner rank 0")
         return await learner.all(lambda r, h: h.start.remote(host, port, within), deadline=within)
 
-    async def serving() -> list[float]:
-        return await Gang("generator", engines.handles).all(lambda r, h: h.start.remote(), deadline=within)
-
-    judges = Gang("verifier", verifiers.handles)
     if config.generator.sleep:  # vLLM measures the card as it starts: nobody else may fill or leave it
-        await serving()
-    facts, *_ = await asyncio.gather(
-        gang(), serving(), judges.all(lambda r, h: h.warm_up.remote(), deadline=within)
-    )
+        await engines.start()
+    facts, *_ = await asyncio.gather(gang(), engines.start(), verifiers.start())
     sync = WeightSync(learner, engines, probe, config.driver)
     folder, version = resume or (None, 0)
     if folder:

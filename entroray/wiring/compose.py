@@ -133,6 +133,11 @@ def check_config(config: Config) -> Parts:
             f"learner.reset_after={config.learner.reset_after} counts evaluations and there are none: set "
             "evaluate.every"
         )
+    if config.model.dtype == "bfloat16" and config.learner.zero_stage == 0:
+        raise ConfigError(
+            "learner.zero_stage=0 sums the gradients of micro-batches and ranks in bf16, which loses what is "
+            "below 1/256 of a sum: with model.dtype=bfloat16 set learner.zero_stage=1"
+        )
     if config.generator.sleep and (config.driver.max_lag or config.cluster.gpus_per_generator == 0):
         raise ConfigError(
             "generator.sleep shares a GPU by turns: it needs driver.max_lag=0 and cluster.gpus_per_generator "

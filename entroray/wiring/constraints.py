@@ -25,6 +25,7 @@ BOUNDS = {
     "count_or_null": Bound("at least 1, or null", lambda x: x is None or x >= 1),
     "natural_or_null": Bound("at least 0, or null", lambda x: x is None or x >= 0),
     "repeats": Bound("0 (off) or at least 2", lambda x: x == 0 or x >= 2),
+    "seed": Bound("from 0 to 2^32 - 1, as NumPy's", lambda x: 0 <= x < 2**32),
     "top_k": Bound("at least 1, or 0 or -1 for all tokens", lambda x: x >= -1),
     "band": Bound(
         "two shares, the lower first, both in [0, 1]", lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1

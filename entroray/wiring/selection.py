@@ -22,7 +22,7 @@ def build_selection(r: RolloutConfig, prompts: Prompts, count: int, seed: int) -
     if reorders_prompts(r):
         p, (low, high) = r.prompts, r.prompts.band
         rule = Rule(retire=p.retire, low=low, high=high, outside=p.outside)
-        prompts = observers["curriculum"] = curriculum = Curriculum(prompts, count, rule, seed=seed)
+        prompts = observers["rollout.prompts"] = curriculum = Curriculum(prompts, count, rule, seed=seed)
         metrics.append(curriculum.metrics)
     if r.early.extra:
         metrics.append(early_stop.abandoned_metrics)
@@ -30,13 +30,13 @@ def build_selection(r: RolloutConfig, prompts: Prompts, count: int, seed: int) -
         metrics.append(early_stop.repetition_metrics(Loops(r.repetition.count)))
     replay = Replay(r.replay.tokens) if r.replay.tokens else None
     if replay:
-        observers["replay"] = replay
+        observers["rollout.replay.tokens"] = replay
         metrics.append(replay.metrics)
     second = SecondDraw(r.second.factor, r.second.when, replay)
     if draws_hotter(r.second, "at_once"):
         metrics.append(second.metrics)
     if draws_hotter(r.second, "next_time"):
-        observers["second_draw"] = second
+        observers["rollout.second.when"] = second
     return prompts, Selection(observers, second, metrics)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from entroray.errors import EntrorayError, InfrastructureError, PreflightError, Stopped
 from entroray.workers import orphans
@@ -43,6 +43,8 @@ class OpenWaits:
 
 
 WAITS = OpenWaits()
+KILL = "ray.kill"
+"""Name of the threads that kill actors."""
 
 
 async def settle(ref: Any, *, deadline: float, what: str) -> Any:
@@ -67,19 +69,30 @@ def wait(refs: Sequence[Any], *, deadline: float, what: str) -> list[Any]:
         return ray.get(list(refs), timeout=deadline)
 
 
+async def await_starts(starts: Sequence[Awaitable[Any]]) -> dict[int, BaseException]:
+    """Which of these actors did not start, and why; raises their error if none did, or one no machine has."""
+    results = await asyncio.gather(*starts, return_exceptions=True)
+    failed = {i: result for i, result in enumerate(results) if isinstance(result, BaseException)}
+    final = [error for error in failed.values() if not isinstance(error, InfrastructureError)]
+    if final or len(failed) == len(results):
+        raise (final or list(failed.values()))[0]
+    return failed
+
+
 @contextmanager
 def _typed_errors(deadline: float, what: str) -> Iterator[None]:
-    """Raise InfrastructureError for a missed deadline or a dead process, else the worker's own error."""
+    """InfrastructureError for a missed deadline, a dead process or node, else the worker's own error."""
     try:
         yield
     except TimeoutError as error:  # of asyncio, and Ray's GetTimeoutError
         raise InfrastructureError(f"{what} gave no answer within {deadline:.0f} s") from error
-    except RayActorError as error:
-        raise InfrastructureError(f"{what}: its process died: {_first_line(error)}") from error
     except RayTaskError as error:
         if not isinstance(error.cause, EntrorayError):
             raise  # unforeseen: Ray's wrapping has the traceback
         raise type(error.cause)(f"{what}: {error.cause}") from error
+    except RayError as error:  # its node may go with an answer already given, and Ray may be full
+        lost = "its process died" if isinstance(error, RayActorError) else type(error).__name__
+        raise InfrastructureError(f"{what}: {lost}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -196,31 +209,16 @@ def spawn(cls: type, share: Share, *args: Any, **kwargs: Any) -> Any:
 
 
 def kill_actors(handles: Sequence[Any]) -> None:
-    """Kill actors, to free what they hold of their nodes."""
+    """Kill actors, to free what they hold of their nodes; returns at once, where a node is gone too."""
     for handle in handles:
-        ray.kill(handle)
+        threading.Thread(target=ray.kill, args=(handle,), name=KILL, daemon=True).start()
 
 
 def stop() -> None:
     """Leave the cluster; one that this process started ends with it."""
+    for thread in [t for t in threading.enumerate() if t.name == KILL]:
+        thread.join(timeout=1.0)  # Ray must not be left in the middle of a call
     ray.shutdown()
-
-
-class Pool:
-    """Replicas that answer independently, each call to the least busy."""
-
-    def __init__(self, name: str, handles: Sequence[Any]):
-        self.name, self.handles = name, list(handles)
-        self.busy = [0] * len(self.handles)
-
-    async def call(self, method: Callable[[Any], Any], *, deadline: float) -> Any:
-        """`method(handle)` on the least busy replica; InfrastructureError after `deadline` seconds."""
-        index = self.busy.index(min(self.busy))
-        self.busy[index] += 1
-        try:
-            return await settle(method(self.handles[index]), deadline=deadline, what=f"{self.name} {index}")
-        finally:
-            self.busy[index] -= 1
 
 
 class Gang:

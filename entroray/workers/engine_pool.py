@@ -5,17 +5,20 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from ray.exceptions import RayTaskError
 
 from entroray.errors import InfrastructureError, SyncError
 from entroray.types import Rollout
-from entroray.workers.cluster import settle, settle_next
+from entroray.workers.cluster import await_starts, kill_actors, settle, settle_next
 from entroray.workers.generator import Request
 from entroray.workers.weight_sender import WeightSender
 
 GRACE = 30.0
 """Seconds a call over Ray may take beyond the deadline of the items it carries."""
+_LOOK = (
+    "its own log is printed with ENTRORAY_WORKER_LOGS=1; where it has no memory, lower generator.engine."
+    "gpu_memory_utilization, or kv_cache_memory_bytes"
+)
 _BROKEN_COLLECTIVE = (
     "the weights did not get through (generator.transfer=nccl), and the learner is lost with them: {}\n"
     "Go on from the last checkpoint with the same command and run.resume=auto"
@@ -85,10 +88,15 @@ class EnginePool:
     ):
         self.live = [Engine(f"generator {i}", handle) for i, handle in enumerate(handles)]
         self.spawn, self.sender, self.report = spawn, sender, report
-        self.restarts, self.start_deadline = restarts, start_deadline
+        self.restarts = self.allowed = restarts
+        self.start_deadline = start_deadline
         self.started = len(handles)
         self.newcomers: list[Engine] = []
         """Started, but without the weights."""
+        self.first_awaited = False
+        """Whether the first weights are still to come: newcomers take them with the others."""
+        self.cut_short = False
+        """Whether an engine died during the last update: the others wait, paused, for it to be made again."""
         self.affinity = PrefixAffinity()
         self.queue: list[Pending] = []
         self.tasks: set[asyncio.Task[None]] = set()
@@ -106,6 +114,20 @@ class EnginePool:
     def all_handles(self) -> list[Any]:
         """Of the engines that serve, then of newcomers."""
         return [engine.handle for engine in (*self.live, *self.newcomers)]
+
+    async def start(self) -> None:
+        """Return when all have started or failed; those that failed are replaced, unless none came."""
+        self.first_awaited, engines = True, list(self.live)
+        try:
+            failed = await await_starts([self._await_start(engine) for engine in engines])
+        except InfrastructureError as error:
+            raise InfrastructureError(f"no generator started ({error}): {_LOOK}") from error
+        for index, why in failed.items():
+            self.drop(engines[index], why)
+
+    async def _await_start(self, engine: Engine) -> None:
+        started, what = engine.handle.start.remote(), f"{engine.name}, starting"
+        await settle(started, deadline=self.start_deadline, what=what)
 
     # --- sampling ---
 
@@ -152,49 +174,54 @@ class EnginePool:
             self.drop(engine, error)
             self.queue += [p for p in left.values() if not p.answer.done()]
             self._dispatch()
-        except RayTaskError as error:  # a request that no engine would take: not the engine's fault
+        except Exception as error:  # boundary: a request no engine would take; whoever asked is told
             _fail(left.values(), error)
+        finally:
+            engine.in_flight -= sum(len(p.request.seeds) for p in left.values())
 
     async def _dispatch_later(self, pending: list[Pending]) -> None:
         try:
-            await self._wait_for_engine(lambda: self.live)
+            await self.wait_for_engine()
         except InfrastructureError as error:
             _fail(pending, error)
             return
         self.queue += pending
         self._dispatch()
 
-    async def _wait_for_engine(self, available: Callable[[], Sequence[Any]]) -> None:
-        """Return when one is available; InfrastructureError when none will ever be."""
-        while not available():
+    async def wait_for_engine(self, *, newcomers: bool = False) -> None:
+        """Return when one serves, or has at least started; InfrastructureError when none ever will."""
+        while not (self.live or (newcomers and self.newcomers)):
             if not self.replacing and not self.newcomers:
                 raise InfrastructureError(
-                    f"no generator is left ({self.last_error}) and generator.restarts is used up: look at "
-                    "the engine's own log, then raise generator.restarts or lower its memory"
+                    f"no generator is left ({self.last_error}) and generator.restarts={self.allowed} is used "
+                    f"up: {_LOOK}, or raise generator.restarts"
                 )
             self.changed.clear()
             await self.changed.wait()
 
     # --- weights ---
 
-    async def update_weights(self, version: int | None = None) -> None:
-        """Serve the learner's weights as `version` on every engine; SyncError if one holds something else.
+    async def update_weights(self, version: int) -> None:
+        """Serve the learner's weights as `version` on every engine; SyncError if one holds something else."""
+        while not await self._send_weights(version):
+            await self.wait_for_engine(newcomers=True)
+
+    async def _send_weights(self, version: int | None) -> bool:
+        """False if an engine was lost on the way: try again without it.
 
         Without `version`, newcomers get the weights last sent, unless an update has changed them since.
         """
-        while not await self._send_weights(version):
-            await self._wait_for_engine(lambda: self.all_handles)
-
-    async def _send_weights(self, version: int | None) -> bool:
-        """False if an engine was lost on the way: try again without it."""
         transfer = self.sender.generator.transfer
         async with self.updating:
+            if version is None and not self.cut_short and (self.first_awaited or not self.newcomers):
+                return True  # they come with the first weights, or have come with an update meanwhile
             if transfer != "plasma":  # ranks would wait in a collective for one that is dead
                 await self._drop_unhealthy()
             if not (handles := self.all_handles):
                 return False
             try:
                 if await self.sender.send(handles, version):
+                    self.first_awaited = self.cut_short = False
                     self._admit(handles)
                 return True
             except SyncError:
@@ -205,13 +232,14 @@ class EnginePool:
                     raise InfrastructureError(_BROKEN_COLLECTIVE.format(error)) from error
                 if isinstance(error, RayTaskError) or not await self._drop_unhealthy():
                     raise
+                self.cut_short = True
                 return False
 
     async def _drop_unhealthy(self) -> bool:
-        """Drop engines and newcomers that do not answer, or whose weights are half updated; was there one?"""
+        """Drop engines and newcomers that do not answer; was there one?"""
         engines = [*self.live, *self.newcomers]
-        deadline, what = self.sender.deadline, "checking its weights"
-        await self.call_all(lambda h: h.check_weights.remote(), deadline=deadline, what=what, newcomers=True)
+        deadline, what = self.sender.deadline, "asked whether it lives"
+        await self.call_all(lambda h: h.check_alive.remote(), deadline=deadline, what=what, newcomers=True)
         return any(engine.lost for engine in engines)
 
     def _admit(self, handles: Sequence[Any]) -> None:
@@ -227,18 +255,20 @@ class EnginePool:
 
     async def call_all(
         self, method: Callable[[Any], Any], *, deadline: float, what: str, newcomers: bool = False
-    ) -> list[Any]:
-        """`method(handle)` of every engine that serves, in order; one that fails is dropped and left out."""
+    ) -> dict[str, Any]:
+        """`method(handle)` by the name of each engine that serves; one that fails is dropped and left out."""
 
-        async def call(engine: Engine) -> list[Any]:
+        async def call(engine: Engine) -> dict[str, Any]:
             try:
-                return [await settle(method(engine.handle), deadline=deadline, what=f"{engine.name}, {what}")]
+                answer = await settle(method(engine.handle), deadline=deadline, what=f"{engine.name}, {what}")
+                return {engine.name: answer}
             except InfrastructureError as error:
                 self.drop(engine, error)
-                return []
+                return {}
 
         engines = [*self.live, *(self.newcomers if newcomers else ())]
-        return [answer for answers in await asyncio.gather(*map(call, engines)) for answer in answers]
+        answers = await asyncio.gather(*map(call, engines))
+        return {name: answer for each in answers for name, answer in each.items()}
 
     def drop(self, engine: Engine, error: BaseException) -> None:
         """Go on without `engine`, and start another in its place while that is allowed."""
@@ -247,7 +277,7 @@ class EnginePool:
         engine.lost, self.last_error = True, str(error)
         self.live = [e for e in self.live if not e.lost]
         self.newcomers = [e for e in self.newcomers if not e.lost]
-        ray.kill(engine.handle)
+        kill_actors([engine.handle])
         self.report("engine_lost", engine=engine.name, error=str(error), restarts_left=self.restarts)
         if self.restarts > 0:
             self.restarts -= 1
@@ -258,14 +288,16 @@ class EnginePool:
         self.changed.set()
 
     async def _admit_replacement(self, engine: Engine) -> None:
-        start = engine.handle.start.remote()
-        await settle(start, deadline=self.start_deadline, what=f"{engine.name}, starting")
+        await self._await_start(engine)
         self.newcomers.append(engine)
         self.changed.set()
-        await self.update_weights()
+        while self.all_handles and not await self._send_weights(None):
+            pass  # an engine was lost on the way: perhaps this one, and the others wait for an update
 
     def _replaced(self, engine: Engine, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()):
+        if task.cancelled():
+            kill_actors([engine.handle])
+        elif error := task.exception():
             self.drop(engine, error)
         self.changed.set()
 

@@ -125,10 +125,9 @@ class Generator:
         """Commit, drop keys and values of the old weights, go on; acknowledges (version, hash)."""
         return await self._run(lambda: self._commit(version, keep_kv))
 
-    async def check_weights(self) -> None:
-        """InfrastructureError if an update of the weights was begun and never committed."""
-        if self.failure is not None or self.paused:
-            raise self.failure or InfrastructureError("a weight update was begun and never committed")
+    async def check_alive(self) -> None:
+        """Return once the engine's thread answers; InfrastructureError if it has died."""
+        await self._run(lambda: None)
 
     # --- the engine thread ---
 
@@ -282,9 +281,11 @@ class Generator:
         self.asleep = True
 
     def _open(self) -> None:
-        self.paused = True
-        if self.asleep:  # keys and values wake last: the learner still holds what it sends
+        if self.paused:  # an update that another engine's death cut short: it is begun anew
+            self.llm.finish_weight_update()
+        elif self.asleep:  # keys and values wake last: the learner still holds what it sends
             self.llm.wake_up(tags=["weights"])
+        self.paused = True
         self.llm.start_weight_update()
 
     def _commit(self, version: int, keep_kv: bool) -> tuple[int, str | None]:

@@ -14,9 +14,10 @@ from entroray.objective import Objective, count_tokens
 from entroray.policy.microbatches import Rows, cut_by_groups, plan_microbatches
 from entroray.roles import Scores
 from entroray.types import Answer, Batch, Draw, Prompt, Rollout, Tokens, Verdict
-from entroray.workers.cluster import Gang, Pool
+from entroray.workers.cluster import Gang
 from entroray.workers.engine_pool import EnginePool
 from entroray.workers.generator import Generator
+from entroray.workers.verifier_pool import VerifierPool
 from entroray.workers.vllm_request import Request
 
 
@@ -39,7 +40,7 @@ class GeneratorRole:
 class VerifierRole:
     """The pool of verifiers as a Verifier, and as the Tool whose calls they run."""
 
-    pool: Pool
+    pool: VerifierPool
     deadline: float
     """Of the whole call, queue included; each item has its own inside the verifier."""
 

@@ -32,15 +32,15 @@ class WeightSync:
         """Largest log-prob difference (nats) on the probe between any engine and the learner."""
         ids, deadline, tolerance = self.probe_ids, self.driver.call_deadline, self.driver.probe.tolerance
         scored = await self.learner.all(lambda rank, h: h.prompt_logprobs.remote(ids), deadline=deadline)
-        answers = await self.engines.call_all(
-            lambda h: h.prompt_logprobs.remote(ids), deadline=deadline, what="scoring the probe text"
-        )
-        gaps = [float(np.abs(np.asarray(a) - np.asarray(scored[0])).max()) for a in answers]
-        wrong = [i for i, gap in enumerate(gaps) if not gap <= tolerance]
+        ask = lambda h: h.prompt_logprobs.remote(ids)
+        while not (answers := await self.engines.call_all(ask, deadline=deadline, what="scoring the probe")):
+            await self.engines.wait_for_engine()  # all were lost: nothing is compared with nobody
+        gaps = {n: float(np.abs(np.asarray(a) - np.asarray(scored[0])).max()) for n, a in answers.items()}
+        wrong = [name for name, gap in gaps.items() if not gap <= tolerance]
         if wrong:
             raise SyncError(
-                f"generators {wrong} give other log-probs than the learner on the probe text: "
-                f"{max(gaps):.4f} nats apart, {tolerance:g} allowed (driver.probe.tolerance). "
+                f"{', '.join(wrong)}: other log-probs than the learner's on the probe text, "
+                f"{max(gaps.values()):.4f} nats apart, {tolerance:g} allowed (driver.probe.tolerance). "
                 "Their weights differ, or their precision does"
             )
-        return max(gaps, default=0.0)
+        return max(gaps.values())

@@ -13,8 +13,8 @@ from entroray.errors import ConfigError
 from entroray.wiring import constraints
 from tests.composed import configured
 
-UNBOUNDED = {"seed", "evaluate.k"}
-"""Any number will do; `plan_evaluation` compares each k with the samples."""
+UNBOUNDED = {"evaluate.k"}
+"""`plan_evaluation` compares each k with the samples."""
 
 
 def numbers(schema: Any, prefix: str = "") -> Iterator[str]:
@@ -38,6 +38,8 @@ def test_every_number_has_a_bound_or_a_reason_to_have_none() -> None:
         ("learner.updates_per_rollout=0", "at least 1"),
         ("driver.max_lag=-1", "at least 0"),
         ("learner.lr=-1", "at least 0"),
+        ("seed=-1", r"from 0 to 2\^32"),
+        ("seed=4294967296", r"from 0 to 2\^32"),
         ("learner.lr=.nan", "at least 0"),
         ("run.steps=0", "at least 1"),
         ("evaluate.every=-1", "at least 0"),

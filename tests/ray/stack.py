@@ -22,11 +22,12 @@ from entroray.wiring import actors, compose, dataset
 from entroray.wiring.parts import build_parts
 from entroray.wiring.run_directory import RunDirectory
 from entroray.workers import cluster
-from entroray.workers.cluster import Gang, Pool
+from entroray.workers.cluster import Gang
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.engine_pool import EnginePool
 from entroray.workers.learner_rank import LearnerRank
 from entroray.workers.verifier import Verifier
+from entroray.workers.verifier_pool import VerifierPool
 
 SHARES = [f"cluster.cpus.{role}=0.1" for role in ("generator", "learner", "verifier")]
 """Little of the node, so that a module's own actors find room beside these."""
@@ -90,7 +91,7 @@ class Stack:
         self.model, self.loop = model, asyncio.new_event_loop()
         self._machine: actors.Actors | None = None
         self.gangs: dict[int, Gang] = {}
-        self.judges: dict[str, Pool] = {}
+        self.judges: dict[str, VerifierPool] = {}
 
     def wait(self, work: Awaitable[Any], seconds: float = 240.0) -> Any:
         """The value of `work`, on the one event loop of the session."""
@@ -128,14 +129,15 @@ class Stack:
         await gang.all(lambda rank, h: h.start.remote(host, port, 120.0), deadline=180.0)
         return gang
 
-    async def _verifiers(self, config: Config, judge: Mapping[str, Any]) -> Pool:
+    async def _verifiers(self, config: Config, judge: Mapping[str, Any]) -> VerifierPool:
         key = compose.fingerprint([judge, config.reward.deadline])
         if key not in self.judges:
             share = actors.resource_shares((await self.machine()).config)["verifiers"][1]
             limits = {"slots": config.verifier.slots, "memory_mb": config.verifier.memory_mb}
-            handle = cluster.spawn(Verifier, share, judge, deadline=config.reward.deadline, **limits)
-            await Gang("verifier", [handle]).all(lambda _, h: h.warm_up.remote(), deadline=120.0)
-            self.judges[key] = Pool("verifier", [handle])
+            limits["deadline"] = config.reward.deadline
+            spawn = lambda: cluster.spawn(Verifier, share, judge, **limits)
+            self.judges[key] = VerifierPool(1, spawn, start_deadline=120.0, report=_silent)
+            await self.judges[key].start()
         return self.judges[key]
 
     async def actors(

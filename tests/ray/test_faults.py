@@ -1,11 +1,25 @@
 """What dies is replaced or ends the run with its code, and nothing of ours stays behind."""
 
+import asyncio
 import os
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 
+from entroray.errors import InfrastructureError
+from entroray.types import Draw, Prompt, Rollout
+from entroray.workers import cluster
+from entroray.workers.cluster import Share
+from entroray.workers.engine_pool import EnginePool
+from entroray.workers.roles import VerifierRole
+from entroray.workers.verifier import Verifier
+from entroray.workers.verifier_pool import VerifierPool
+from entroray.workers.vllm_request import Request
 from tests.ray.processes import (
     descendants,
     engines,
@@ -17,6 +31,7 @@ from tests.ray.processes import (
     steps,
     until,
 )
+from tests.ray.stack import Stack
 
 BASE = [
     *("train", "experiment=quickstart", "objective=grpo", "rollout.groups_per_step=4"),
@@ -59,3 +74,85 @@ def test_one_engine_dying_costs_no_step_and_the_last_ends_the_run_with_4_and_lea
     assert "no generator is left" in printed and "generator.restarts" in printed
     assert steps(folder) == list(range(1, len(steps(folder)) + 1)) and kinds(folder).count("engine_lost") == 2
     assert left_over(ours, shared) == []
+
+
+LITTLE = Share(cpus=0.05, gpus=0.0, threads=1)
+
+
+def pid(handle: Any) -> int:
+    """Of an actor's process."""
+    asked = handle.__ray_call__.remote(lambda actor: os.getpid())
+    (found,) = cluster.wait([asked], deadline=60.0, what="its process")
+    return found
+
+
+SLOW = """
+import time
+
+def judge(response, prompt):
+    time.sleep(0.3)
+    return float(response == "right")
+"""
+
+
+def test_verdicts_of_a_verifier_that_is_killed_come_from_another_and_it_is_replaced(
+    stack: Stack, tmp_path: Path
+) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text(SLOW)
+    spec, events = {"judges": {"": {"fn": "custom", "path": f"{judge}:judge"}}}, list[str]()
+    spawn = lambda: cluster.spawn(Verifier, LITTLE, spec, slots=2, deadline=10.0)
+    report = lambda kind, **fields: events.append(f"{kind} {fields['verifier']}")
+    pool = VerifierPool(2, spawn, start_deadline=60.0, report=report)
+    role, prompt = VerifierRole(pool, 60.0), Prompt("q", "?", (1,), "right")
+    ids = np.zeros(1, np.int32)
+    answers = [
+        Rollout("q", ids, ids.astype(np.float32), ids, text, 1.0, 8) for text in ("right", "wrong") * 2
+    ]
+
+    async def judged() -> list[list[bool]]:
+        await pool.start()
+        calls = [asyncio.ensure_future(role.judge(prompt, answers)) for _ in range(4)]
+        await asyncio.sleep(0.2)
+        os.kill(victim, signal.SIGKILL)
+        found = [[v.correct for v in verdicts] for verdicts in await asyncio.gather(*calls)]
+        await asyncio.gather(*pool.joining)
+        return found
+
+    victim = pid(pool.handles[0])
+    try:
+        assert stack.wait(judged(), 120.0) == [[True, False, True, False]] * 4
+        assert events == ["verifier_lost verifier 0", "verifier_joined verifier 2"]
+        assert not psutil.pid_exists(victim) or psutil.Process(victim).status() == psutil.STATUS_ZOMBIE
+    finally:
+        cluster.kill_actors(pool.handles)
+
+
+def test_an_engine_that_dies_as_it_starts_is_left_out_and_the_others_serve(stack: Stack) -> None:
+    m, events = stack.wait(stack.machine()), list[str]()
+
+    class Stillborn:
+        async def start(self) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    stillborn = lambda: cluster.spawn(Stillborn, LITTLE)
+    report = lambda kind, **fields: events.append(f"{kind} {fields['engine']}")
+
+    def pool(*handles: Any) -> EnginePool:
+        sender = m.engines.sender
+        return EnginePool(handles, stillborn, sender, restarts=1, start_deadline=60.0, report=report)
+
+    async def served() -> int:
+        engines = pool(m.engines.handles[0], stillborn())
+        await engines.start()
+        drawn = await engines.sample(Request("q", (1, 2, 3), (5,), Draw(1.0, 4), deadline=60.0))
+        while engines.replacing:
+            await asyncio.wait(engines.replacing, timeout=60.0)
+        assert len(engines.handles) == 1
+        return len(drawn)
+
+    assert stack.wait(served()) == 1
+    assert events == ["engine_lost generator 1", "engine_lost generator 2"], "its replacement died too"
+    with pytest.raises(InfrastructureError, match="generator 0, starting: its process died"):
+        stack.wait(pool(stillborn(), stillborn()).start())
+    assert len(events) == 2, "where none comes, none is tried again"

@@ -13,7 +13,7 @@ import torch
 
 from entroray import rows
 from entroray.config import Config
-from entroray.errors import SyncError
+from entroray.errors import InfrastructureError, SyncError
 from entroray.objective import build_objective
 from entroray.policy.tokenizer import load_tokenizer
 from entroray.train.batching import assemble, tokens_of
@@ -31,7 +31,7 @@ LONG = tuple(int(i) for i in np.random.default_rng(0).integers(0, 250, 300))
 
 
 class Saboteur(LearnerRank):
-    """A learner that can forget to send a layer, or send nothing at all."""
+    """A learner that can forget to send a layer, send nothing at all, or stop before it commits, once."""
 
     def sabotage(self, how: str) -> None:
         self.how = how
@@ -43,6 +43,12 @@ class Saboteur(LearnerRank):
             )
         if how == "skip":
             self.transfer.send_weights = lambda: None
+        if how == "cut":
+            self.transfer.client.finish_weight_update = self.cut_short
+
+    def cut_short(self, weight_version: str | None = None) -> None:
+        del self.transfer.client.finish_weight_update
+        raise InfrastructureError("cut short")
 
 
 def _all_but_one(weights: Any) -> Any:
@@ -165,6 +171,26 @@ def test_a_sample_that_outlives_its_deadline_is_a_timeout_not_a_wait(running: An
     late = sample(loop, m, deadline=0.0, draw=Draw(1.0, 60))
     assert {r.status for r in late} == {Status.TIMEOUT}
     assert all(r.status.usable for r in sample(loop, m))
+
+
+@pytest.mark.parametrize("reached", ["begun", "loaded"])
+def test_an_update_that_was_cut_short_is_made_again_from_its_beginning(running: Any, reached: str) -> None:
+    """As where another engine dies meanwhile: this one waits, paused, and takes the next whole update."""
+    loop, m = running
+    train_a_little(loop, m, seed=3)
+    engine, rank = m.engines.handles[0], m.learner.handles[0]
+    if reached == "begun":
+        begin = engine.start_weight_update.remote()
+        loop.run_until_complete(cluster.settle(begin, deadline=30.0, what="engine"))
+    else:
+        loop.run_until_complete(cluster.settle(rank.sabotage.remote("cut"), deadline=30.0, what="learner"))
+        with pytest.raises(InfrastructureError, match="cut short"):
+            loop.run_until_complete(m.sync(3))
+    loop.run_until_complete(m.sync(3))
+    assert loop.run_until_complete(m.sync.compare()) < 1e-4 and m.engines.handles == [engine]
+    after = sample(loop, m)[0]
+    np.testing.assert_allclose(after.logprobs, learner_logprobs(loop, m, after.token_ids), atol=1e-4)
+    assert set(after.versions) == {3}
 
 
 def test_a_dropped_layer_is_noticed_at_the_sync(running: Any) -> None:

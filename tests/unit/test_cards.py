@@ -12,11 +12,13 @@ from entroray.errors import ConfigError, PreflightError
 from entroray.policy.head import CARD_TILE_ELEMENTS, TILE_ELEMENTS, _tile_on
 from entroray.wiring import actors
 from entroray.wiring.actors import learner_settings
-from entroray.workers import cluster
+from entroray.workers import cluster, engine_pool, verifier_pool
 from entroray.workers.cluster import Gang, Share
 from entroray.workers.deepspeed_backend import deepspeed_config
+from entroray.workers.engine_pool import EnginePool
 from entroray.workers.generator import Generator
 from entroray.workers.learner_rank import LearnerRank
+from entroray.workers.verifier_pool import VerifierPool
 from tests.composed import configured
 
 
@@ -155,7 +157,9 @@ def test_gradients_of_bf16_weights_are_summed_in_fp32_where_deepspeed_can() -> N
         return deepspeed_config(config.learner, config.model.dtype).get("data_types")
 
     wide = {"grad_accum_dtype": "fp32"}
-    assert [sums("model=bf16", f"learner.zero_stage={n}") for n in range(4)] == [None, wide, wide, wide]
+    assert [sums("model=bf16", f"learner.zero_stage={n}") for n in (1, 2, 3)] == [wide] * 3
+    with pytest.raises(ConfigError, match=r"learner\.zero_stage=0 .*learner\.zero_stage=1"):
+        configured("model=bf16", "learner.zero_stage=0")
     assert [sums(f"learner.zero_stage={n}") for n in range(4)] == [None] * 4
     own = "learner.deepspeed={data_types: {grad_accum_dtype: bf16}}"
     assert sums("model=bf16", own) == {"grad_accum_dtype": "bf16"}
@@ -188,15 +192,20 @@ def test_a_rank_waits_for_the_engine_it_shares_a_card_with(
     async def settle(ref: Any, **_: Any) -> Any:
         return await ref
 
+    def report(kind: str, **fields: Any) -> None:
+        raise AssertionError(f"{kind}: all of them start")
+
     async def sync(version: int) -> dict[str, float]:
         return {}
 
-    monkeypatch.setattr(cluster, "settle", settle)
+    for module in (cluster, engine_pool, verifier_pool):
+        monkeypatch.setattr(module, "settle", settle)
     monkeypatch.setattr(actors, "WeightSync", lambda *_: sync)
+    limits: dict[str, Any] = {"start_deadline": 1.0, "report": report}
     pools: dict[str, Any] = {
-        "engines": SimpleNamespace(handles=[actor("engine")]),
+        "engines": EnginePool([actor("engine")], list, SimpleNamespace(), restarts=0, **limits),  # type: ignore[arg-type]
         "learner": Gang("learner", [actor("rank")]),
-        "verifiers": SimpleNamespace(handles=[actor("judge")]),
+        "verifiers": VerifierPool(1, lambda: actor("judge"), **limits),
     }
     asyncio.run(actors._introduce(configured(f"cluster={cards}"), **pools, probe=(1,), resume=None))
     assert ("engine" in before["rank"]) is alone

@@ -67,13 +67,22 @@ def test_a_gated_rule_is_at_its_gate_until_a_signal_says_otherwise():
     assert controller(start=0.5).turn(1) == {KNOB: 0.5}  # no other rule has one
 
 
-@pytest.mark.parametrize("delay", [1, 3, 4, 6])
-def test_a_signal_is_as_old_as_its_delay_from_the_first_step_on(delay):
-    rule = {"fn": "band", "at_least": 5.0, "at_most": 5.0, "step": 1.0, "low": -99.0, "high": 99.0}
-    spec = {"knob": KNOB, "signal": "x", "delay": delay} | rule
+MEANS = {
+    1: [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0],
+    2: [1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0, 192.0],
+    3: [7 / 3, 14 / 3, 28 / 3, 56 / 3, 112 / 3, 224 / 3, 448 / 3],
+}
+"""Of the first, the second, ... `mean` neighbours among 1, 2, 4, ..., which steps 1, 2, 3, ... measure."""
+
+
+@pytest.mark.parametrize("mean", [1, 2, 3])
+@pytest.mark.parametrize("delay", [1, 2, 3, 4, 5, 6])
+def test_a_signal_is_as_old_as_its_delay_from_the_first_step_on(delay, mean):
+    follows = {"fn": "pi", "target": 0.0, "gain": -1.0, "integral": 0.0, "low": 0.0, "high": 999.0}
+    spec = {"knob": KNOB, "signal": "x", "delay": delay, "mean": mean} | follows
     control, values = Control(build_controllers({"c": spec}), {KNOB: 0.0}), []
     for step in range(1, 11):
         values.append(control.turn(step)[KNOB])
-        control.observe({"x": 0.0 if step == 1 else 9.0})
-    # step 1, the only one below 5, is acted upon `delay` steps later; later ones push the other way
-    assert values == [0.0] * delay + [1.0 - i for i in range(10 - delay)]
+        control.observe({"x": 2.0 ** (step - 1)})
+    late = delay + mean - 1  # step 1 + late is the first with `mean` measurements old enough
+    assert values == pytest.approx([0.0] * late + MEANS[mean][: 10 - late])

@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from entroray.errors import DataError, InfrastructureError, NumericsError
+from entroray.errors import ConfigError, DataError, InfrastructureError, NumericsError
 from entroray.metrics.catalogue import family_metrics
 from entroray.objective import build_objective
 from entroray.rollout.selection import Selection
@@ -15,6 +16,8 @@ from entroray.rollout.stream import Dropped, Stream, wave
 from entroray.seeds import seeds
 from entroray.train.driver import Driver
 from entroray.types import Group, Prompt, Status, Verdict
+from entroray.wiring.selection import build_selection
+from tests.composed import configured
 from tests.documented import matches
 from tests.toy import ToyPrompts, ToyWorld, driver, trained
 
@@ -40,6 +43,41 @@ def test_a_rule_that_never_touches_a_token_is_counted_and_named() -> None:
     asyncio.run(driver(world).train(21))
     assert {s["objective/covariance_band_tokens"] for s in world.steps} == {0.0}
     assert world.events.count("rule_untouched") == 2, "the draw, and the scale that drops what it draws"
+
+
+def test_the_seed_of_the_run_decides_what_is_selected_by_chance() -> None:
+    class Noting(ToyWorld):
+        def step(self, step, metrics, groups, tokens):
+            self.chosen = tokens.uid[tokens.selected].tolist()
+
+    def chosen(seed: int) -> list[int]:
+        world = Noting(row("random_positive_clip", keep={"fn": "always"}))
+        d = driver(world, groups_per_step=8)
+        d.seed = seed
+        asyncio.run(d.train(1))
+        return world.chosen
+
+    assert chosen(0) == chosen(0) and len({tuple(chosen(seed)) for seed in range(6)}) > 2
+
+
+CHOSEN = {
+    "rollout.prompts.retire=0.9": "rollout.prompts",
+    "rollout.prompts.band=[0.1,0.9]": "rollout.prompts",
+    "rollout=replay": "rollout.replay.tokens",
+    "rollout=hotter_next_time": "rollout.second.when",
+}
+
+
+@pytest.mark.parametrize(("override", "setting"), CHOSEN.items())
+def test_a_run_that_remembers_what_its_checkpoint_does_not_is_refused_by_its_setting(
+    override: str, setting: str
+) -> None:
+    plain = driver(ToyWorld(row("grpo"))).state()
+    prompts, selection = build_selection(configured(override, training=False).rollout, ToyPrompts(), 4, 0)
+    begun = driver(ToyWorld(row("grpo")), prompts=prompts, selection=selection)
+    with pytest.raises(ConfigError, match=rf"{re.escape(setting)}: .*config\.yaml .*run\.dir"):
+        begun.restore(json.loads(json.dumps(plain)))
+    driver(ToyWorld(row("grpo"))).restore(begun.state())  # to remember less is no fault
 
 
 @pytest.mark.parametrize("max_lag", [0, 1, 2])

@@ -1,4 +1,4 @@
-"""Which engine is asked, and what becomes of engines that die, of their replacements and of their weights."""
+"""What becomes of engines that die or do not start, of their requests, replacements and weights."""
 
 import asyncio
 import threading
@@ -9,59 +9,15 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
-from entroray.errors import InfrastructureError, SyncError
+from entroray.config import DriverConfig
+from entroray.errors import ConfigError, InfrastructureError, SyncError
+from entroray.types import Draw
 from entroray.workers import engine_pool
-from entroray.workers.engine_pool import Engine, EnginePool, PrefixAffinity
+from entroray.workers.engine_pool import Engine, EnginePool
 from entroray.workers.generator import Generator
+from entroray.workers.sync import WeightSync
+from entroray.workers.vllm_request import Request
 from entroray.workers.weight_sender import Delivery, WeightSender
-
-
-def engines(*samples: int) -> list[Engine]:
-    return [Engine(f"generator {i}", None, in_flight) for i, in_flight in enumerate(samples)]
-
-
-def ask(affinity: PrefixAffinity, live: list[Engine], prompt: str, samples: int = 1) -> int:
-    """The place of the engine asked, which has the samples in flight from then on."""
-    engine = affinity.choose(prompt, live)
-    engine.in_flight += samples
-    return live.index(engine)
-
-
-def test_a_wave_of_new_prompts_is_dealt_evenly() -> None:
-    affinity, live = PrefixAffinity(), engines(0, 0)
-    assert [ask(affinity, live, f"q{i}", 8) for i in range(6)] == [0, 1, 0, 1, 0, 1]
-
-
-def test_later_turns_and_branches_go_where_their_prompt_was_read() -> None:
-    affinity, live = PrefixAffinity(), engines(0, 0)
-    first = [ask(affinity, live, f"q{i}", 4) for i in range(4)]
-    for engine in live:
-        engine.in_flight = 0
-    later = [ask(affinity, live, f"q{i}") for i in (3, 3, 1, 0, 2, 1)]
-    assert first == [0, 1, 0, 1] and later == [1, 1, 1, 0, 0, 1]
-
-
-def test_an_engine_with_many_more_in_flight_gives_its_prompt_away_for_good() -> None:
-    affinity, live = PrefixAffinity(slack=16), engines(0, 0)
-    assert ask(affinity, live, "q", 16) == 0
-    assert ask(affinity, live, "q") == 0, "16 more than the other"
-    assert ask(affinity, live, "q") == 1, "17 more"
-    live[0].in_flight = 0
-    assert ask(affinity, live, "q") == 1, "which knows it from now on"
-
-
-def test_an_engine_that_was_lost_is_no_home() -> None:
-    affinity, live = PrefixAffinity(), engines(0, 5)
-    assert ask(affinity, live, "q") == 0
-    assert ask(affinity, live[1:], "q") == 0
-
-
-def test_the_prompts_remembered_are_the_last_few() -> None:
-    affinity, live = PrefixAffinity(capacity=2), engines(0, 0)
-    for prompt in ("a", "b", "a", "c"):
-        ask(affinity, live, prompt)
-    assert list(affinity.engines) == ["a", "c"]
-
 
 DEAD = InfrastructureError("its process died")
 
@@ -116,7 +72,8 @@ def make_pool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., EnginePool]:
         return await ref
 
     monkeypatch.setattr(engine_pool, "settle", settle)
-    monkeypatch.setattr(engine_pool.ray, "kill", lambda handle: None)
+    monkeypatch.setattr(engine_pool, "settle_next", lambda stream, **_: anext(stream))
+    monkeypatch.setattr(engine_pool, "kill_actors", lambda handles: None)
 
     def make(gang: Gang, *handles: Handle, spares: list[Handle] = [], transfer: str = "plasma") -> EnginePool:  # noqa: B006
         generator: Any = SimpleNamespace(tensor_parallel=1, keep_kv=False, transfer=transfer)
@@ -146,7 +103,7 @@ async def replaced(pool: EnginePool) -> None:
 @pytest.mark.parametrize("transfer", ["nccl", "ipc"])
 def test_ranks_are_not_sent_into_a_collective_with_a_dead_engine(make_pool: Any, transfer: str) -> None:
     gang = Gang()
-    pool = make_pool(gang, Handle("a"), Handle("b", check_weights=DEAD), transfer=transfer)
+    pool = make_pool(gang, Handle("a"), Handle("b", check_alive=DEAD), transfer=transfer)
     asyncio.run(pool.update_weights(1))
     assert gang.sent == [(1, "a")] and names(pool) == "a"
 
@@ -168,7 +125,7 @@ def test_what_fails_within_nccl_ends_the_run_at_once(make_pool: Any, failure: Ex
 
 def test_what_fails_within_plasma_is_tried_again_without_the_dead(make_pool: Any) -> None:
     gang = Gang(lambda n, names: DEAD if "b" in names else None)
-    pool = make_pool(gang, Handle("a"), Handle("b", check_weights=DEAD))
+    pool = make_pool(gang, Handle("a"), Handle("b", check_alive=DEAD))
     asyncio.run(pool.update_weights(1))
     assert gang.sent == [(1, "ab"), (1, "a")] and names(pool) == "a"
 
@@ -179,7 +136,7 @@ def test_a_learner_that_fails_alone_ends_the_run(make_pool: Any) -> None:
         asyncio.run(pool.update_weights(1))
 
 
-@pytest.mark.parametrize("spare", [Handle("c", start=DEAD), Handle("c", check_weights=DEAD)])
+@pytest.mark.parametrize("spare", [Handle("c", start=DEAD), Handle("c", check_alive=DEAD)])
 def test_a_replacement_that_fails_is_replaced_while_restarts_last(make_pool: Any, spare: Handle) -> None:
     """It fails as it starts, or as it gets its first weights; the engines that are well go on."""
     gang = Gang(lambda n, names: DEAD if "c" in names else None)
@@ -196,9 +153,179 @@ def test_a_replacement_that_fails_is_replaced_while_restarts_last(make_pool: Any
 def test_a_newcomer_that_dies_in_a_sync_does_not_end_it(make_pool: Any) -> None:
     gang = Gang(lambda n, names: DEAD if "c" in names else None)
     pool = make_pool(gang, Handle("a"))
-    pool.newcomers = [Engine("c", Handle("c", check_weights=DEAD)), Engine("d", Handle("d"))]
+    pool.newcomers = [Engine("c", Handle("c", check_alive=DEAD)), Engine("d", Handle("d"))]
     asyncio.run(pool.update_weights(2))
     assert gang.sent == [(2, "acd"), (2, "ad")] and names(pool) == "ad"
+
+
+def test_a_newcomer_that_dies_in_its_own_first_sync_leaves_no_engine_paused(make_pool: Any) -> None:
+    """Its death cuts an update short: the engine that serves is sent the weights once more, alone."""
+    gang = Gang(lambda n, names: DEAD if "c" in names else None)
+    pool = make_pool(gang, Handle("a"), Handle("b"), spares=[Handle("c", check_alive=DEAD)])
+
+    async def run() -> None:
+        pool.drop(pool.live[1], DEAD)
+        await replaced(pool)
+
+    asyncio.run(run())
+    assert gang.sent == [(None, "ac"), (None, "a")] and names(pool) == "a"
+
+
+def test_the_last_replacement_that_dies_in_its_first_sync_ends_the_wait_for_it(make_pool: Any) -> None:
+    gang = Gang(lambda n, names: DEAD)
+    pool = make_pool(gang, Handle("a"), spares=[Handle("c", check_alive=DEAD)])
+
+    async def run() -> None:
+        pool.drop(pool.live[0], DEAD)
+        await asyncio.wait_for(pool.wait_for_engine(), 5.0)
+
+    with pytest.raises(InfrastructureError, match=r"its process died.*generator\.restarts"):
+        asyncio.run(run())
+
+
+def test_an_engine_that_fails_to_start_is_replaced_and_the_first_weights_go_to_all(make_pool: Any) -> None:
+    gang = Gang()
+    pool = make_pool(gang, Handle("a"), Handle("b", start=DEAD), spares=[Handle("c")])
+
+    async def run() -> str:
+        await pool.start()
+        others = names(pool)
+        await replaced(pool)
+        assert not gang.sent, "the ranks may not have met yet"
+        await pool.update_weights(0)
+        return others
+
+    assert asyncio.run(run()) == "a" and gang.sent == [(0, "ac")] and names(pool) == "ac"
+
+
+def test_a_replacement_that_starts_after_the_first_weights_were_sent_is_sent_them_too(make_pool: Any) -> None:
+    gang, started = Gang(), asyncio.Event()
+
+    class Late(Handle):
+        @property
+        def start(self) -> Any:
+            return SimpleNamespace(remote=started.wait)
+
+    pool = make_pool(gang, Handle("a"), Handle("b", start=DEAD), spares=[Late("c")])
+
+    async def run() -> None:
+        await pool.start()
+        await pool.update_weights(0)
+        started.set()
+        await replaced(pool)
+
+    asyncio.run(run())
+    assert gang.sent == [(0, "a"), (None, "ac")] and names(pool) == "ac"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "error"),
+    [(DEAD, DEAD, InfrastructureError), (None, ConfigError("wrong"), ConfigError)],
+    ids=["none came", "a setting is wrong"],
+)
+def test_where_no_engine_starts_or_a_setting_is_wrong_nothing_is_tried_again(
+    make_pool: Any, first: Any, second: Any, error: type[Exception]
+) -> None:
+    handles = [Handle(n, **({"start": e} if e else {})) for n, e in (("a", first), ("b", second))]
+    pool = make_pool(Gang(), *handles, spares=[Handle("c")])
+    with pytest.raises(error):
+        asyncio.run(pool.start())
+    assert pool.restarts == 1 and not pool.replacing
+
+
+def test_a_pool_that_is_closed_kills_the_engines_that_were_still_starting(
+    make_pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[str] = []
+    monkeypatch.setattr(engine_pool, "kill_actors", lambda handles: killed.extend(h.name for h in handles))
+
+    class Endless(Handle):
+        @property
+        def start(self) -> Any:
+            return SimpleNamespace(remote=asyncio.Event().wait)
+
+    pool = make_pool(Gang(), Handle("a"), spares=[Endless("c")])
+
+    async def run() -> None:
+        pool.drop(pool.live[0], DEAD)
+        await asyncio.sleep(0)
+        await pool.close()
+
+    asyncio.run(run())
+    assert killed == ["a", "c"]
+
+
+class Sampling(Handle):
+    """An engine that answers each request with its own name, or raises `error` over all of them."""
+
+    def __init__(self, name: str, error: Exception | None = None):
+        super().__init__(name)
+        self.error = error
+
+    @property
+    def sample_all(self) -> Any:
+        async def stream(requests: list[Request]) -> Any:
+            for index, _ in enumerate(requests):
+                if self.error:
+                    raise self.error
+                yield index, [self.name]
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=stream))
+
+
+def wanted(prompt: str) -> Request:
+    return Request(prompt, (1,), (0, 1), Draw(1.0, 4), deadline=1.0)
+
+
+@pytest.mark.parametrize("error", [ValueError("no such token"), ConfigError("wrong"), KeyError(7)], ids=repr)
+def test_a_refused_request_is_answered_with_why_and_counts_no_longer(make_pool: Any, error: Any) -> None:
+    pool = make_pool(Gang(), Sampling("a", error))
+
+    async def run() -> None:
+        with pytest.raises(type(error)):
+            await asyncio.wait_for(pool.sample(wanted("q")), 5.0)
+
+    asyncio.run(run())
+    assert names(pool) == "a" and pool.live[0].in_flight == 0
+
+
+def test_what_a_dead_engine_was_asked_is_answered_by_another_and_counted_once(make_pool: Any) -> None:
+    pool = make_pool(Gang(), Sampling("a", DEAD), Sampling("b"))
+
+    async def run() -> list[Any]:
+        return list(await asyncio.gather(*(pool.sample(wanted(f"q{i}")) for i in range(4))))
+
+    assert asyncio.run(run()) == [["b"]] * 4
+    assert names(pool) == "b" and pool.live[0].in_flight == 0
+
+
+class Scoring(Handle):
+    """An engine or a learner that scores the probe."""
+
+    @property
+    def prompt_logprobs(self) -> Any:
+        async def scored(ids: tuple[int, ...]) -> list[float]:
+            return [-1.0, -2.0]
+
+        return SimpleNamespace(remote=scored)
+
+
+def test_a_comparison_that_loses_every_engine_is_made_with_the_next_and_never_reported_as_equal(
+    make_pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(Gang(), Handle("a", prompt_logprobs=DEAD), spares=[Scoring("c")])
+    asked = pool.live[0].handle.asked
+    learner: Any = SimpleNamespace(all=lambda method, deadline: asyncio.gather(method(0, Scoring("learner"))))
+    sync = WeightSync(learner, pool, (1, 2, 3), DriverConfig())
+
+    async def run() -> float:
+        return await asyncio.wait_for(sync.compare(), 5.0)
+
+    assert asyncio.run(run()) == 0.0 and asked == ["prompt_logprobs"] and names(pool) == "c"
+    pool = make_pool(Gang(), Handle("a", prompt_logprobs=DEAD))
+    sync = WeightSync(learner, pool, (1, 2, 3), DriverConfig())
+    with pytest.raises(InfrastructureError, match=r"generator\.restarts"):
+        asyncio.run(run())
 
 
 def test_without_engine_and_restarts_the_run_ends(make_pool: Any) -> None:

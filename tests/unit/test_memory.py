@@ -23,7 +23,6 @@ def on_a_rank(*told: str, held: bool = False) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("dtype", "stage", "parts"),
     [  # on two ranks: weights, gradients, float32 copy, moments
-        ("bfloat16", 0, (2, 2, 4, 8)),
         ("bfloat16", 1, (2, 6, 2, 4)),
         ("bfloat16", 2, (2, 2, 2, 4)),
         ("bfloat16", 3, (1, 2, 2, 4)),

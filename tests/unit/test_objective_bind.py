@@ -124,7 +124,7 @@ def test_a_dotted_path_reaches_an_allowed_package():
         "rloo": ["(R - mean(R)) G / (G - 1)", "-r A"],
         "reinforce": ["R - 0.5, R in 0..1"],
         "dapo": ["clip(r, 0.8, 1.28)", "where A < 0 at most 10 |A|", "0 < #correct < G",
-                 "1 clip((limit - 0.2 limit - length) / (0.2 limit), -1, 0)", "response tokens of"],
+                 "0.5 clip((limit - 0.2 limit - length) / (0.2 limit), -1, 0)", "response tokens of"],
         "cispo": ["-sg[min(r, 5)] A log π; bounds read as absolute"],
         "supervised": ["1, whatever the reward", "-A log π"],
     }.items(),

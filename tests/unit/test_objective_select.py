@@ -1,8 +1,9 @@
-"""Which tokens the selecting rows single out, and that chance is decided by step and identity alone."""
+"""Which tokens the selecting rows single out, and that chance is decided by seed, step and identity alone."""
 
 import math
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -52,6 +53,32 @@ def test_random_positive_clip_draws_among_reinforced_tokens():
     ]
     assert all(x.sum() == 1 and tokens().advantages[x] > 0 for x in few)
     assert len({int(x.nonzero()) for x in few}) > 2
+
+
+@pytest.mark.parametrize(
+    "select", [{"fn": "random_positive", "share": 0.1}, {"fn": "covariance_band", "share": 0.1, "low": 0.1}]
+)
+def test_chance_is_another_in_every_seed_and_step_and_the_same_however_the_step_is_cut(select):
+    objective = build_objective(ROWS["grpo"] | {"select": select, "scales": [{"fn": "selected"}]})
+
+    def chosen(t: Tokens) -> tuple[int, ...]:
+        return tuple(sorted(t.uid[objective.credit(t).selected].tolist()))
+
+    draws = {
+        (s, step): chosen(replace(tokens(step=step), seed=s)) for s in (0, 1, 2, -1) for step in range(9)
+    }
+    assert all(len(set(draws.values())) > 4 and len(draw) == 2 for draw in draws.values())
+    by_seed = [tuple(draws[s, step] for step in range(9)) for s in (0, 1, 2, -1)]
+    assert len(set(by_seed)) == 4, "another run of draws in each seed"
+    for rows in ([5, 3, 1, 0, 2, 4], [2, 3, 0, 1, 5, 4]):
+        assert chosen(replace(tokens(step=4), seed=2).take(torch.tensor(rows))) == draws[2, 4]
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["rewards"]])
+def test_rows_with_a_length_penalty_weigh_it_for_rewards_of_0_and_1(name):
+    """DAPO's -1 and 1 are 2 apart and its penalty is at most 1: half of what a right answer is worth."""
+    g = group(rewards=(1, 0, 1, 0), correct=(1, 0, 1, 0), lengths=(100, 100, 90, 80))
+    assert build_objective(ROWS[name]).shape_rewards(g).tolist() == pytest.approx([0.5, -0.5, 0.75, 0.0])
 
 
 def test_right_answers_are_plus_one_whatever_their_reward():

@@ -16,7 +16,7 @@ from tests.cases import ROWS, group, outcome, row_in_step, tokens
 HERE = __name__.partition(".")[0]
 BASE = ROWS["grpo"] | {"keep": {"fn": "informative"}}
 ALTERNATIVES = {
-    "rewards.soft_overlong": {"buffer": 0.5, "factor": 0.5},
+    "rewards.soft_overlong": {"buffer": 0.5, "factor": 1.0},
     "estimator.zscore": {"eps": 0.1},
     "estimator.subtree": {"eps": 0.1},
     "estimator.quantile": {"k": 0.9, "eps": 0.1},

@@ -205,14 +205,15 @@ def test_a_group_of_one_is_refused_where_rollouts_are_compared():
 
 def test_soft_overlong_is_nothing_then_linear_then_one():
     g = group([0] * 6, lengths=[0, 80, 85, 90, 100, 120])
-    assert soft_overlong(g).tolist() == pytest.approx([0, 0, -0.25, -0.5, -1, -1])
+    assert soft_overlong(g, factor=1.0).tolist() == pytest.approx([0, 0, -0.25, -0.5, -1, -1])
     assert soft_overlong(g, buffer=0.5, factor=2.0).tolist() == pytest.approx([0, -1.2, -1.4, -1.6, -2, -2])
     paper = group([0, 0, 0], lengths=[16384, 18432, 20480], limit=20480)
-    assert soft_overlong(paper).tolist() == pytest.approx([0, -0.5, -1])
+    assert soft_overlong(paper, factor=1.0).tolist() == pytest.approx([0, -0.5, -1])
 
 
 def test_shaping_reaches_the_estimator_and_not_the_keep_rule():
-    shaped = build_objective(GRPO | {"rewards": [{"fn": "soft_overlong"}] * 2, "keep": {"fn": "informative"}})
+    penalty = {"fn": "soft_overlong", "factor": 1.0}
+    shaped = build_objective(GRPO | {"rewards": [penalty] * 2, "keep": {"fn": "informative"}})
     g = group([1, 1, 1], lengths=[10, 90, 100])
     assert shaped.shape_rewards(g).tolist() == pytest.approx([1, 0, -1])
     assert shaped.shape_rewards(g).dtype == torch.float64
