@@ -89,14 +89,15 @@ def test_a_call_may_begin_and_end_with_special_tokens(stack: Stack, engine: Any)
     syntax = Syntax("<|pad|>", "<|user|>", "<|assistant|>{answer}")
     encode, decode = encode_frame(TOKENIZER), response_text(TOKENIZER, ())
     turns = ToolTurns(Engine(), Echo(), syntax, 1, encode, decode)
-    rollouts = stack.wait(turns.sample(PROMPT, range(64), replace(PLAIN, stop=("<|user|>",))))
+    begun = turns.sample(PROMPT, range(64), replace(PLAIN, stop=("<|user|>",)), [PAD])
+    rollouts = stack.wait(begun)
     called = [r for r in rollouts if r.spans]
-    assert len(called) > 4 and any(asked), "and some had begun with `open`"
+    assert len(called) > 4 and all(asked[: len(called)]), "each call stands behind `open`"
     for r in called:
         (span,) = r.spans
         shown = r.token_ids[span.start - 1 : span.stop].tolist()
         assert shown[:2] == [USER, ASSISTANT] and PAD not in shown, "the tool's text is no token"
-        assert "<|user|><|assistant|><|pad|>".startswith(TOKENIZER.decode(shown)) and r.text == whole(r)
+        assert "<|user|><|assistant|><|pad|>".startswith(TOKENIZER.decode(shown)) and r.text == "<|pad|>" + whole(r)
 
 
 def test_a_queue_longer_than_the_deadline_is_served_to_its_end(stack: Stack, engine: Any) -> None:
