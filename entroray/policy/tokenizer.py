@@ -123,7 +123,8 @@ class Chat:
             f"the template itself says {' '.join(own.split())!r}": not self.system and len(own.split()) > 2,
             f"the template writes {bos!r} {written} times, once is kept": written > 1,
             f"the template writes no {bos!r}, with which plain text begins": plain > written,
-            "the template writes today's date": "strftime_now" in _template(self.tokenizer, self.variables),
+            "the template can write today's date, and then another prompt each day": "strftime_now"
+            in _template(self.tokenizer, self.variables),
         }
         return [remark for remark, holds in found.items() if holds]
 
@@ -146,28 +147,28 @@ def chat(tokenizer: Any, system: str | None, variables: Mapping[str, Any] | None
     """How questions are put to a model; PreflightError if its template does not say all that it is given."""
     asked = Chat(tokenizer, system, variables or {})
     _check_variables(tokenizer, asked.variables)
-    tried = replace(asked, system=SYSTEM if system else None)
-    try:
-        text = tried.render(QUESTION)
-    except PreflightError as error:
-        if not system:
-            raise
-        replace(asked, system=None).render(QUESTION)  # raises what has nothing to do with the system message
+    problem = _problem(replace(asked, system=SYSTEM if system else None))
+    if problem and system and not _problem(replace(asked, system=None)):
         raise PreflightError(
-            _no_system(system, f"refuses it ({_first_line(error.__cause__ or error)})")
-        ) from error
-    if QUESTION not in text:
-        raise PreflightError(f"the chat template leaves the question out: {OWN_TEMPLATE}")
-    if system and SYSTEM not in text:
-        raise PreflightError(_no_system(system, "leaves it out"))
+            f"model.system={system!r}, or of a part of the data: with a system message the chat template "
+            f"{problem}. Put it into the questions, with model.system=null and data.template='<the message> "
+            f"{{question}}', or {OWN_TEMPLATE}"
+        )
+    if problem:
+        raise PreflightError(f"the chat template {problem}: {OWN_TEMPLATE}")
     return asked
 
 
-def _no_system(system: str, what: str) -> str:
-    return (
-        f"model.system={system!r}, or that of a part of the data: the chat template {what}. Put it into the "
-        "questions, with model.system=null and data.template='<the message> {question}', or " + OWN_TEMPLATE
-    )
+def _problem(asked: Chat) -> str:
+    """What a template does wrong with messages it has no reason to change; empty if nothing."""
+    try:
+        text = asked.render(QUESTION)
+    except PreflightError as error:
+        return (
+            f"fails with {_first_line(error.__cause__)}" if error.__cause__ else "makes nothing of a question"
+        )
+    said = QUESTION in text and (asked.system or "") in text
+    return "" if said else "leaves a message out"
 
 
 def _check_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class Generator:
     def __init__(self, model: str, *, dtype: Any, max_length: int, seed: int, engine: Mapping[str, Any]):
         self.model, self.dtype, self.seed = model, dtype, seed
         self.max_length, self.options = max_length, engine
-        self.inbox: queue.SimpleQueue[tuple[Callable[[Future], None], Future]] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[tuple[Callable[[Future], object], Future]] = queue.SimpleQueue()
         self.waiting: dict[str, Waiting] = {}
         self.owner: dict[str, str] = {}
         self.serial = 0
@@ -113,7 +114,7 @@ class Generator:
         finished: asyncio.Queue[int] = asyncio.Queue()
         waiting = [asyncio.wrap_future(future) for future in futures]
         for place, future in enumerate(waiting):
-            future.add_done_callback(lambda _, place=place: finished.put_nowait(place))
+            future.add_done_callback(partial(lambda place, _: finished.put_nowait(place), place))
         left = len(waiting)
         while left:
             seen = self.turned
@@ -220,7 +221,7 @@ class Generator:
             self._collect(self.engine.step())
         self._expire(time.monotonic())
 
-    def _drain(self, *, block: bool) -> list[tuple[Callable[[Future], None], Future]]:
+    def _drain(self, *, block: bool) -> list[tuple[Callable[[Future], object], Future]]:
         actions = []
         try:
             if block:
@@ -364,7 +365,7 @@ class Generator:
     async def _run(self, action: Callable[[], Any]) -> Any:
         return await self._post(lambda future: future.set_result(action()))
 
-    async def _post(self, action: Callable[[Future], None]) -> Any:
+    async def _post(self, action: Callable[[Future], object]) -> Any:
         future: Future = Future()
         self.inbox.put((action, future))
         if self.failure is not None:  # looked at last: once it is set, nobody may read the inbox any more
