@@ -97,7 +97,8 @@ def test_a_call_may_begin_and_end_with_special_tokens(stack: Stack, engine: Any)
         (span,) = r.spans
         shown = r.token_ids[span.start - 1 : span.stop].tolist()
         assert shown[:2] == [USER, ASSISTANT] and PAD not in shown, "the tool's text is no token"
-        assert "<|user|><|assistant|><|pad|>".startswith(TOKENIZER.decode(shown)) and r.text == "<|pad|>" + whole(r)
+        assert "<|user|><|assistant|><|pad|>".startswith(TOKENIZER.decode(shown))
+        assert r.text == "<|pad|>" + whole(r)
 
 
 def test_a_queue_longer_than_the_deadline_is_served_to_its_end(stack: Stack, engine: Any) -> None:
