@@ -67,6 +67,12 @@ def test_a_response_ends_with_the_stop_string_that_ended_it(ids: list[int], stop
     assert answered(ids, words, (stop,)).text == words(ids), "where the end token ended it nothing is cut"
 
 
+def test_a_stop_character_may_begin_in_one_token_and_end_within_the_next() -> None:
+    pieces = [b"a", b"\xe2\x82", b"\xac==\n"]
+    read = lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace")
+    assert read([0, 1]) == "a\ufffd" and answered([0, 1, 2], read, ("€",), stop_reason="€").text == "a€"
+
+
 def test_a_response_stopped_for_its_loops_is_whole() -> None:
     looped = answered(
         [0, 0, 0], words, ("stop",), finish_reason="repetition", stop_reason="repetition_detected"
