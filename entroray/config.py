@@ -93,7 +93,7 @@ class Sampler:
     temperature: float = 1.0  # of training samples, and of the entropies and log-probs of the learner
     top_p: float = 1.0  # training needs 1: log-probs of a truncated support are another distribution's
     top_k: int = 0  # training needs 0, for the same reason
-    stop: list[str] = field(default_factory=list)  # strings that end a response besides the end token: text, special tokens, or both
+    stop: list[str] = field(default_factory=list)  # text or special tokens that end a response, too
     rule: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}: how each draw is reshaped
     insert: str | None = None  # text of a token put in once a response where the rule is unsure
 
