@@ -46,6 +46,8 @@ class Model:
     dtype: str = "float32"  # float32 | bfloat16, of learner and generators
     attention: str = "sdpa"  # of the learner: any implementation transformers knows
     system: str | None = None  # system message before every question
+    template: str | None = None  # file of a chat template, my.jinja; null: the tokenizer's own
+    template_args: dict[str, Any] = field(default_factory=dict)  # its variables, {enable_thinking: false}
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
 
@@ -91,7 +93,7 @@ class Sampler:
     temperature: float = 1.0  # of training samples, and of the entropies and log-probs of the learner
     top_p: float = 1.0  # training needs 1: log-probs of a truncated support are another distribution's
     top_k: int = 0  # training needs 0, for the same reason
-    stop: list[str] = field(default_factory=list)  # strings that end a response besides the end token
+    stop: list[str] = field(default_factory=list)  # text or special tokens that end a response, too
     rule: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}: how each draw is reshaped
     insert: str | None = None  # text of a token put in once a response where the rule is unsure
 
@@ -155,7 +157,7 @@ class RolloutConfig:
     repetition: Repetition = field(default_factory=Repetition)
     surplus: str = "by_lag"  # keep | drop groups beyond a step's; by_lag keeps them where max_lag >= 1
     max_tokens: int = 64  # longest response, tools' answers included; longer ones are cut, marked truncated
-    deadline: float = 300.0  # seconds for each group of samples, and for each turn of them
+    deadline: float = 300.0  # seconds from the first token of a response, or of a turn, to its last
     turns: int = 4  # most tool calls in one response; it is truncated at one more
     tool: ToolConfig = field(default_factory=ToolConfig)
     plan: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}: how a group's members are drawn

@@ -16,7 +16,7 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 [[ $head == *:* ]] || refuse "say which head to join, as in: launch/ray-worker.sh 10.0.0.1:6379"
-[[ -n ${RAY_AUTH_TOKEN:-} || -s $HOME/.ray/auth_token ]] ||
+[[ -n ${RAY_AUTH_TOKEN:-} || -s ${HOME:-}/.ray/auth_token ]] ||
     refuse "no token here: copy ~/.ray/auth_token from the head (\`ray get-auth-token\` prints it), or set RAY_AUTH_TOKEN"
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 exec ray start --address="$head" ${own[@]+"${own[@]}"} --disable-usage-stats ${rest[@]+"${rest[@]}"}

@@ -82,7 +82,7 @@ packaged() { # the packages of a Python that fits, as this system's own package 
 }
 
 room() { # GB: refuse unless that much is free here and where uv keeps its downloads
-    local place free cache=${UV_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}}
+    local place free cache=${UV_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}}
     for place in "$PWD" "$cache"; do
         while [[ ! -d $place ]]; do place=$(dirname "$place"); done
         free=$(($(df -Pk "$place" | awk 'END {print $4}') / 1000000))

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from entroray.errors import EntrorayError
+from entroray.home import ensure_home
 
 USAGE = Path(__file__).with_name("usage.txt").read_text()
 
@@ -22,6 +23,7 @@ def run(argv: list[str]) -> int:
     if not argv or {"-h", "--help", "help"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
+    ensure_home()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job starts deaf to it
     os.environ.setdefault(
         "RAY_AUTH_MODE", "token"

@@ -17,6 +17,7 @@ from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config
 from entroray.data.demonstrations import find_demonstration
 from entroray.errors import DataError, PreflightError
+from entroray.policy.tokenizer import response_text
 from entroray.types import Prompt, Rollout, Verdict
 from entroray.wiring import actors, compose, dataset, preflight, tool, warm_start
 from entroray.workers import cluster
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
     given, overrides = flags.parse_flags("doctor", arguments, FLAGS)
     config, _ = compose.load_config(overrides, given.get("config-dir"))
     findings = preflight.run_checks(
-        config, (packages, tools, *preflight.FAST, ports, ray_clusters, data, judge)
+        config, (packages, tools, *preflight.FAST, ports, ray_clusters, data, prompt, judge)
     )
     for found in findings:
         print(f"{'wrong' if found.wrong else 'ok':7}{found.name:14}{found.said}", flush=True)
@@ -133,6 +134,15 @@ def data(config: Config) -> str:
     parts = f"{len(read.split.training)} training, {len(read.split.heldout)} held out"
     tasks = ", ".join(part.task for part in dataset.tasks(config.data, config.model.system).values())
     return f"{tasks}: {parts}; {read.dropped}"
+
+
+def prompt(config: Config) -> str:
+    """The first prompt as the model reads it, special tokens written out, and what its template adds."""
+    read = _material(config)
+    first = read.split.training[0]
+    part = dataset.tasks(config.data, config.model.system)[first.domain]
+    said = f"{len(first.token_ids)} tokens: {response_text(read.tokenizer, ())(first.token_ids)!r}"
+    return "; ".join([said, *dataset.conversation(config, read.tokenizer, part).remarks()])
 
 
 def judge(config: Config) -> str:

@@ -79,7 +79,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
         engine=_options(config),
     )
     verifier = Verifier(read.judge, slots=v.slots, deadline=config.reward.deadline, memory_mb=v.memory_mb)
-    known = words(read.tokenizer)
+    known = words(read.tokenizer, model)
 
     role = GeneratorRole(engine, config.rollout.deadline)
     generator = tool.with_tool(config.rollout, read.tokenizer, role, verifier)
@@ -87,7 +87,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
     plan = plan_evaluation(draw, e.samples, e.k)
 
     def ends(token: int) -> bool:
-        return token in known.special or any(stop in known.text([token]) for stop in s.stop)
+        return token in known.ends or any(stop in known.text([token]) for stop in s.stop)
 
     decoding = Decoding(e.cot, plan.draw.greedy(TWO), ends) if e.cot else None
     try:

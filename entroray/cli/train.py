@@ -23,7 +23,7 @@ from entroray.observe.console import Console, summary
 from entroray.observe.health_tracker import HealthTracker, health_lines, moved_settings
 from entroray.observe.journal import Journal, read_metrics
 from entroray.observe.trackers import TrackedRun
-from entroray.policy.tokenizer import fingerprint
+from entroray.policy.tokenizer import end_ids, fingerprint, token_name
 from entroray.roles import Generator, Verifier
 from entroray.train.driver import Driver, Roles
 from entroray.train.failure_limits import Stagnation
@@ -185,7 +185,8 @@ def _header(
     config: Config, parts: Parts, read_in: dataset.Dataset, folder: Path, facts: dict[str, Any]
 ) -> list[str]:
     r, s, split, lag = config.rollout, config.sampler, read_in.split, config.driver.max_lag
-    stops = [repr(x) for x in (read_in.tokenizer.eos_token, *tool.stop_strings(s.stop, r.tool))]
+    ends = [token_name(read_in.tokenizer, i) for i in end_ids(read_in.tokenizer, facts["model"])]
+    stops = ", ".join(map(repr, dict.fromkeys([*ends, *tool.stop_strings(s.stop, r.tool)]))) or "nothing"
     called = [f"tool       {tool.describe_tool(r)}"] if tool.uses_tool(r.tool) else []
     prompts = dataset.describe_tasks(config.data, config.model.system, config.reward)
     updates = _updates(config.learner.updates_per_rollout, parts)
@@ -194,7 +195,7 @@ def _header(
         *remark_lines(config, parts),
         "",
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
-        f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {', '.join(stops)}",
+        f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {stops}",
         f"sampler    {sampler.describe_sampler(parts.rule, s.insert)}",
         f"groups     {rollout_plan.describe_plan(parts.plan)}",
         f"choice     {selection.describe_selection(r)}",

@@ -3,15 +3,17 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from entroray.metrics.answer_confidence import NoGap, answer_span, probability_gap
+from entroray.policy.tokenizer import end_ids, response_text, token_name
 from entroray.roles import Generator, Verifier
 from entroray.rollout.splice import join, openings
 from entroray.types import Draw, Group, Prompt, Rollout, Status
 
 Text = Callable[[Sequence[int]], str]
-"""Of a response's tokens, as it is read: special ones are not seen."""
+"""Of a response's tokens, as its judge reads them: all but the end token it ends with."""
 TWO = 2
 """Probabilities a gap is taken between."""
 
@@ -22,19 +24,15 @@ class Words:
 
     text: Text
     name: Callable[[int], str]
-    """Of one token for a reader: its text, or where it is no whole character its name in the vocabulary."""
-    special: frozenset[int]
+    """Of one token for a reader."""
+    ends: frozenset[int]
+    """Tokens that end a response."""
 
 
-def words(tokenizer: Any) -> Words:
-    """`tokenizer` as an evaluation sees it."""
-
-    def name(token: int) -> str:
-        text = tokenizer.decode([token])
-        return f"⟨{tokenizer.convert_ids_to_tokens(token)}⟩" if not text or "\ufffd" in text else text
-
-    text = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
-    return Words(text, name, frozenset(tokenizer.all_special_ids))
+def words(tokenizer: Any, model: str | None = None) -> Words:
+    """`tokenizer` as an evaluation of `model` sees it."""
+    ends = frozenset(end_ids(tokenizer, model))
+    return Words(response_text(tokenizer, ends), partial(token_name, tokenizer), ends)
 
 
 @dataclass(frozen=True)

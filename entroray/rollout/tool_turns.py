@@ -12,7 +12,9 @@ from entroray.rollout.splice import cut, join, observation
 from entroray.seeds import seeds as seeds_of
 from entroray.types import Answer, Draw, MaskReason, Prompt, Rollout, Span, Status
 
-Encode = Callable[[str], Sequence[int]]
+Encode = Callable[[str, str], Sequence[int]]
+"""Ids of a frame with a text in place of its `{answer}`; special tokens are read in the frame alone."""
+ANSWER = "{answer}"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Syntax:
 
     open: str
     close: str
-    answer: str = "{answer}"
+    answer: str = ANSWER
 
     def call(self, turn: str) -> str | None:
         """What a turn asks: it ends with the first `close`; None if it asks nothing.
@@ -32,9 +34,10 @@ class Syntax:
         _, opened, call = before.rpartition(self.open)
         return (call if opened else "") if closed else None
 
-    def render(self, text: str) -> str:
-        """The answer as the policy reads it."""
-        return self.answer.replace("{answer}", text)
+    @property
+    def frame(self) -> str:
+        """Of a call, which stands in place of `{answer}`."""
+        return f"{self.open}{ANSWER}{self.close}"
 
 
 class Dialogue(NamedTuple):
@@ -54,7 +57,6 @@ class ToolTurns:
     calls: int
     """Most calls that one response has answered."""
     encode: Encode
-    """Text -> ids, as they stand within a response: nothing added, no special token read."""
     decode: Callable[[Sequence[int]], str]
     report: Callable[..., None] = lambda kind, **fields: None
     """Called once for each kind of error of the tool."""
@@ -92,7 +94,7 @@ class ToolTurns:
         if not answer.status.usable:
             return Dialogue(replace(dialogue.response, status=answer.status), None)
         why = MaskReason.TOOL_ERROR if answer.failed else MaskReason.TOOL
-        appended = observation(dialogue.response, self.encode(self.syntax.render(answer.text)), why)
+        appended = observation(dialogue.response, self.encode(self.syntax.answer, answer.text), why)
         response, room = join(dialogue.response, appended), dialogue.response.limit - len(before)
         if response.length < room:
             return Dialogue(response, dialogue.call)
@@ -132,8 +134,8 @@ def encode_demonstration(
     ids: list[int] = []
     spans: list[Span] = []
     for call, answer in worked.calls:
-        ids += encode(f"{syntax.open}{call}{syntax.close}")
+        ids += encode(syntax.frame, call)
         start = len(ids)
-        ids += encode(syntax.render(answer))
+        ids += encode(syntax.answer, answer)
         spans.append(Span(start, len(ids), MaskReason.TOOL))
-    return [*ids, *encode(worked.end)], tuple(spans)
+    return [*ids, *encode(ANSWER, worked.end)], tuple(spans)

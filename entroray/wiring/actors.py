@@ -18,7 +18,7 @@ from entroray.workers import cluster
 from entroray.workers.checkpoint import Checkpoints
 from entroray.workers.cluster import Gang, Share
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
-from entroray.workers.engine_pool import GRACE, EnginePool
+from entroray.workers.engine_pool import EnginePool
 from entroray.workers.generator import Generator
 from entroray.workers.learner_rank import LearnerRank, LearnerSettings
 from entroray.workers.roles import GeneratorRole, LearnerRole, VerifierRole
@@ -86,7 +86,7 @@ class Actors:
         Nothing of the last run is left: weights, optimizer, schedule, random state, requests, prefix caches.
         """
         within = config.driver.call_deadline
-        await self.engines.drain(config.rollout.deadline + GRACE)
+        await self.engines.drain(config.driver.stall)
         settings = learner_settings(config, model, total_updates)
         await self.learner.all(lambda rank, h: h.reset.remote(settings, objective), deadline=within)
         self.engines.sender.disconnect()

@@ -51,7 +51,9 @@ def load_config(
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir={config_dir} is no folder: give one with conf/'s groups in it")
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-    ConfigStore.instance().store(name="schema", node=Config)  # conf/train.yaml begins with it
+    schema = OmegaConf.structured(Config)  # conf/train.yaml begins with it
+    OmegaConf.set_struct(schema.model.template_args, False)  # its keys are the template's
+    ConfigStore.instance().store(name="schema", node=schema)
     try:
         with initialize_config_dir(config_dir=str(conf_folder()), version_base="1.3"):
             tree = compose("train", overrides=overrides + extra)

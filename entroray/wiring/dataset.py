@@ -9,7 +9,7 @@ from entroray.binding import bind
 from entroray.config import Config, Data, Part, Reward
 from entroray.data import mixture, prompts, sources
 from entroray.errors import ConfigError, PreflightError
-from entroray.policy.tokenizer import chat, load_tokenizer
+from entroray.policy.tokenizer import Chat, chat, load_tokenizer
 from entroray.reward import judges
 from entroray.types import Prompt
 from entroray.wiring import tool
@@ -73,7 +73,7 @@ def _bind_source(part: Part, packages: Sequence[str]) -> Callable[[str], tuple[l
 
 def load_dataset(config: Config, model: str) -> Dataset:
     """The material of a run with the tokenizer of `model`."""
-    return read_dataset(config, load_tokenizer(model))
+    return read_dataset(config, load_tokenizer(model, config.model.template))
 
 
 def read_dataset(config: Config, tokenizer: Any) -> Dataset:
@@ -105,11 +105,16 @@ def _made(config: Config, tokenizer: Any, name: str, part: Part) -> tuple[prompt
     rows, bad = read_questions(part, config.packages)
     return prompts.make_prompts(
         rows,
-        tokenize=chat(tokenizer, part.system or config.model.system),
+        tokenize=conversation(config, tokenizer, part),
         template=part.template,
         max_tokens=config.data.max_prompt,
         domain=name,
     ), bad
+
+
+def conversation(config: Config, tokenizer: Any, part: Part) -> Chat:
+    """How a part asks its questions; PreflightError if the chat template does not say all of it."""
+    return chat(tokenizer, part.system or config.model.system, config.model.template_args)
 
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs."

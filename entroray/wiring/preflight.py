@@ -10,8 +10,8 @@ import torch
 
 from entroray.config import Config
 from entroray.errors import EntrorayError, PreflightError
-from entroray.policy.tokenizer import load_tokenizer
-from entroray.wiring import actors, memory, run_directory, warm_start
+from entroray.policy.tokenizer import end_ids, token_name
+from entroray.wiring import actors, dataset, memory, run_directory, tool, warm_start
 from entroray.wiring.sampler import insert_token
 from entroray.workers import cluster
 
@@ -69,7 +69,7 @@ def model(config: Config) -> str:
             f"model.path={path} is no model: {_first_line(error)} Give a Hugging Face folder with a "
             "config.json, or a hub id where a hub is reachable"
         ) from error
-    words = len(load_tokenizer(path))
+    words = len(warm_start.run_tokenizer(config))
     if words > described.vocab_size:
         raise PreflightError(
             f"the tokenizer of model.path={path} knows {words} tokens and the model {described.vocab_size}: "
@@ -155,6 +155,27 @@ def directory(config: Config) -> str:
     return config.run.dir or f"runs/{config.run.name}/<time>"
 
 
+def template(config: Config) -> str:
+    """The chat template says every message; what ends a tool's call ends no response."""
+    missing = warm_start.is_missing(config)
+    try:
+        tokenizer = warm_start.run_tokenizer(config)
+        ends = end_ids(tokenizer, None if missing else warm_start.resolve_model(config))
+    except (PreflightError, OSError, ValueError):
+        if missing:
+            raise
+        return "not asked: `model` says why"
+    for part in dataset.tasks(config.data, config.model.system).values():
+        dataset.conversation(config, tokenizer, part)
+    close = config.rollout.tool.close
+    if tool.uses_tool(config.rollout.tool) and close in [token_name(tokenizer, i) for i in ends]:
+        raise PreflightError(
+            f"rollout.tool.close={close!r} ends every response of this model, so that each would be a call: "
+            "give the end of a call a text or a token of its own"
+        )
+    return config.model.template or "the tokenizer's own"
+
+
 def sampler(config: Config) -> str:
     """The token a sampler inserts is one of the model's tokenizer."""
     text = config.sampler.insert
@@ -163,5 +184,5 @@ def sampler(config: Config) -> str:
     return f"inserts {text!r}, token {insert_token(text, warm_start.run_tokenizer(config))}"
 
 
-FAST: tuple[Check, ...] = (model, sampler, resources, directory, disk, shared_memory)
+FAST: tuple[Check, ...] = (model, template, sampler, resources, directory, disk, shared_memory)
 """Some seconds; `train` runs them first."""

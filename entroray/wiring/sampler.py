@@ -92,6 +92,8 @@ def check_sampler(s: Sampler, rule: partial) -> None:
             f"sampler.temperature={s.temperature:g}: vLLM draws at {MINIMUM:g} instead, and log-probs and "
             f"entropies would be of another distribution; say {MINIMUM:g} or more (an evaluation may say 0)"
         )
+    if "" in s.stop:
+        raise ConfigError(f"sampler.stop={s.stop}: every response has an empty string in it; leave it out")
     if s.insert is not None and not marks_unsure:
         raise ConfigError(
             f"sampler.insert={s.insert!r} needs a rule that says where it is unsure: choose "

@@ -7,6 +7,7 @@ from typing import Any
 from entroray.config import Evaluate, RolloutConfig, Sampler, ToolConfig
 from entroray.data.demonstrations import WorkedAnswer
 from entroray.errors import ConfigError
+from entroray.policy.tokenizer import encode_frame, response_text
 from entroray.reward import build_tool
 from entroray.roles import Generator, Tool
 from entroray.rollout.tool_turns import Syntax, ToolTurns, encode_demonstration
@@ -77,8 +78,8 @@ def with_tool(
     """`generator`, with the tool of these settings between its turns if there is one."""
     if not uses_tool(r.tool):
         return generator
-    ids, decode = _encode(tokenizer), lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    return ToolTurns(generator, tool, syntax(r.tool), r.turns, ids, decode, report)
+    encode, decode = encode_frame(tokenizer), response_text(tokenizer, ())
+    return ToolTurns(generator, tool, syntax(r.tool), r.turns, encode, decode, report)
 
 
 def encode_answer(
@@ -89,7 +90,7 @@ def encode_answer(
         return tokenizer.encode(answer, add_special_tokens=False), ()
     if not uses_tool(t):
         raise ConfigError("demonstrations with calls need a tool: rollout.tool.fn=calculator")
-    return encode_demonstration(answer, syntax(t), _encode(tokenizer))
+    return encode_demonstration(answer, syntax(t), encode_frame(tokenizer))
 
 
 def describe_tool(r: RolloutConfig) -> str:
@@ -101,8 +102,3 @@ def describe_tool(r: RolloutConfig) -> str:
         f"{t.path or t.fn}, called as {t.open}...{t.close}, answers {t.answer}, masked; at most "
         f"{r.turns} calls"
     )
-
-
-def _encode(tokenizer: Any) -> Callable[[str], list[int]]:
-    """The answer of a tool is text: no special token is read out of it."""
-    return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from entroray import rows
-from entroray.config import TINY, Config, Part, WarmStartConfig
+from entroray.config import TINY, Config, Model, Part, WarmStartConfig
 from entroray.data.demonstrations import NAMES, WorkedAnswer, find_demonstration
 from entroray.data.sources import Row
-from entroray.errors import ConfigError
+from entroray.errors import ConfigError, PreflightError
+from entroray.home import home_folder
 from entroray.objective import build_objective
-from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer
+from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer, with_template
 from entroray.train.warm_start import demonstration_group, overshoot_remedy, sampled_accuracy, warm_start
 from entroray.types import Group
 from entroray.wiring import actors, compose, dataset, sampler, tool
@@ -34,14 +35,15 @@ LEARNING_RATE = 2e-3
 
 def cached_folder(config: Config) -> Path:
     """Where the model of these settings lies, or would."""
-    root = config.model.warm_start.cache or os.environ.get("ENTRORAY_CACHE") or "~/.cache/entroray"
+    named = config.model.warm_start.cache or os.environ.get("ENTRORAY_CACHE")
+    root = Path(named).expanduser() if named else home_folder() / ".cache" / "entroray"
     recipe = asdict(config.model.warm_start) | {"cache": None}
     rendered = [config.data.template, config.sampler.temperature, config.rollout.max_tokens]
     data = {name: value for name, value in asdict(config.data).items() if name != "parts" or value}
     asked = [FORMAT, recipe, data, config.reward.judge, rendered, *_besides(config)]
     content = compose.fingerprint(asked)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return Path(root).expanduser() / "models" / f"{_name(config).replace('/', '-')}-{key}"
+    return root / "models" / f"{_name(config).replace('/', '-')}-{key}"
 
 
 def is_missing(config: Config) -> bool:
@@ -59,8 +61,20 @@ def _besides(config: Config) -> list[dict[str, Any]]:
     system = {"system": config.model.system} if config.model.system else {}
     r = config.rollout
     called = {"tool": asdict(r.tool), "turns": r.turns} if tool.uses_tool(config.rollout.tool) else {}
-    found = system | called | _trained(config) | _judged(config.reward.path)
+    found = system | called | _asked(config.model) | _trained(config) | _judged(config.reward.path)
     return [found] if found else []
+
+
+def _asked(m: Model) -> dict[str, Any]:
+    """Text and variables of a chat template of the user's own."""
+    template = {"chat_template": _content(m.template)} if m.template else {}
+    return template | ({"template_args": m.template_args} if m.template_args else {})
+
+
+def _content(path: str) -> str:
+    """The text of a file; its path where there is none."""
+    file = os.path.expanduser(path)
+    return Path(file).read_text(encoding="utf-8", errors="replace") if os.path.isfile(file) else path
 
 
 def _trained(config: Config) -> dict[str, Any]:
@@ -84,8 +98,7 @@ def _judged(path: str | None) -> dict[str, Any]:
     if not path:
         return {}
     file, _, name = path.rpartition(":")
-    source = Path(file).expanduser()
-    return {"path": [name, source.read_text(encoding="utf-8")] if source.is_file() else path}
+    return {"path": [name, _content(file)] if os.path.isfile(os.path.expanduser(file)) else path}
 
 
 def resolve_model(config: Config) -> str:
@@ -97,7 +110,10 @@ def resolve_model(config: Config) -> str:
 
 def run_tokenizer(config: Config) -> Any:
     """The tokenizer of the model of these settings, made or not."""
-    return byte_tokenizer() if is_missing(config) else load_tokenizer(resolve_model(config))
+    template = config.model.template
+    if is_missing(config):
+        return with_template(byte_tokenizer(), template)
+    return load_tokenizer(resolve_model(config), template)
 
 
 async def make_model(config: Config, folder: Path) -> None:
@@ -106,7 +122,13 @@ async def make_model(config: Config, folder: Path) -> None:
 
     began = time.monotonic()
     plan = config.model.warm_start
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PreflightError(
+            f"{folder.parent}, which is to keep the tiny model, cannot be made ({error.strerror}): set "
+            "model.warm_start.cache or ENTRORAY_CACHE to a folder that can be written"
+        ) from error
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         start, done = Path(scratch, "start"), Path(scratch, "done")
         parameters = build_tiny_model(start, plan.size, SEED)

@@ -166,6 +166,8 @@ class EnginePool:
                 index, rollouts = await settle_next(
                     answers, deadline=deadline, what=f"{engine.name}, sampling"
                 )
+                if index < 0:
+                    continue  # it is at work, and none of these has finished
                 pending = left.pop(index)
                 engine.in_flight -= len(pending.request.seeds)
                 if not pending.answer.done():

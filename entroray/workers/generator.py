@@ -10,18 +10,22 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from entroray.errors import InfrastructureError
+from entroray.policy.tokenizer import response_text
 from entroray.types import Draw, Rollout, Status
 from entroray.workers.vllm_request import (
     Request,
     as_rollout,
+    end_tokens,
+    has_begun,
     partial_completion,
     probe_params,
     prompt_logprobs,
@@ -30,18 +34,31 @@ from entroray.workers.vllm_request import (
 )
 
 TICK = 0.2
-"""Seconds the idle thread sleeps between looks at its deadlines."""
+"""Seconds the idle thread sleeps, and between looks at which samples have begun."""
+BEAT = 10.0
+"""Seconds after which an engine that has finished nothing says that it is at work."""
 
 
 @dataclass
-class _Waiting:
-    """A request's samples, filled in as they finish."""
+class Waiting:
+    """A request's samples, filled in as they finish; times are of `time.monotonic`."""
 
     request: Request
     future: Future
-    due: float
+    admitted: float
     left: set[str]
+    begun: dict[str, float] = field(default_factory=dict)
+    """When a sample was first seen to have a token."""
     done: dict[str, Rollout] = field(default_factory=dict)
+
+    def late(self, now: float, idle_since: float) -> set[str]:
+        """Samples without an answer `request.deadline` seconds after their first token.
+
+        One without a token waits for its turn: its clock starts when it was admitted, and again whenever
+        the engine is at work on others, which end in time themselves.
+        """
+        since = max(self.admitted, idle_since)
+        return {n for n in self.left if self.begun.get(n, since) + self.request.deadline < now}
 
 
 class Generator:
@@ -50,13 +67,15 @@ class Generator:
     def __init__(self, model: str, *, dtype: Any, max_length: int, seed: int, engine: Mapping[str, Any]):
         self.model, self.dtype, self.seed = model, dtype, seed
         self.max_length, self.options = max_length, engine
-        self.inbox: queue.SimpleQueue[tuple[Callable[[Future], None], Future]] = queue.SimpleQueue()
-        self.waiting: dict[str, _Waiting] = {}
+        self.inbox: queue.SimpleQueue[tuple[Callable[[Future], object], Future]] = queue.SimpleQueue()
+        self.waiting: dict[str, Waiting] = {}
         self.owner: dict[str, str] = {}
         self.serial = 0
         self.tag = uuid.uuid4().hex
         """Tells this engine's requests from those of another in the same process."""
         self.paused = self.asleep = False
+        self.moved = self.next_look = self.turned = 0.0
+        """When a sample was last under way, when to look again, when the thread last turned."""
         self.staged: tuple[str, np.ndarray] | None = None
         self.failure: InfrastructureError | None = None
         self.ready: Future[float] = Future()
@@ -70,28 +89,43 @@ class Generator:
         return await asyncio.wrap_future(self.ready)
 
     async def sample(self, request: Request) -> list[Rollout]:
-        """One rollout per seed; those that outlive the deadline come back as `timeout`."""
+        """One rollout per seed; those not done `deadline` seconds after their first token are `timeout`."""
         return await self._post(lambda future: self._admit(request, future))
 
     async def sample_all(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, list[Rollout]]]:
-        """(index, what `sample` gives) of each request as it finishes.
+        """(index, what `sample` gives) of each request as it finishes; (-1, []) where none has for a while.
 
         All are admitted between two steps of the engine, so the batches they run in are always the same.
         """
         futures: list[Future] = [Future() for _ in requests]
 
         def admit(admitted: Future) -> None:
-            for request, future in zip(requests, futures, strict=True):
-                self._admit(request, future)
+            keys: list[str] = []
+            try:
+                for request, future in zip(requests, futures, strict=True):
+                    keys.append(self._admit(request, future))
+            except Exception:  # boundary: vLLM refuses one request, and nobody waits for the others then
+                for key in keys:
+                    self._forget(key)
+                raise
             admitted.set_result(None)
 
         await self._post(admit)
-
-        async def numbered(index: int) -> tuple[int, list[Rollout]]:
-            return index, await asyncio.wrap_future(futures[index])
-
-        for finished in asyncio.as_completed([numbered(i) for i in range(len(futures))]):
-            yield await finished
+        finished: asyncio.Queue[int] = asyncio.Queue()
+        waiting = [asyncio.wrap_future(future) for future in futures]
+        for place, future in enumerate(waiting):
+            future.add_done_callback(partial(lambda place, _: finished.put_nowait(place), place))
+        left = len(waiting)
+        while left:
+            seen = self.turned
+            try:
+                index = await asyncio.wait_for(finished.get(), BEAT)
+            except TimeoutError:
+                if self.turned > seen:  # a thread that is stuck says nothing
+                    yield -1, []
+                continue
+            left -= 1
+            yield index, await waiting[index]
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-prob (nats, T=1) of every token but the first, under the weights served now."""
@@ -160,7 +194,8 @@ class Generator:
             async_scheduling=False,  # a token in flight across a sync would carry the wrong version
             **options,
         )
-        self.engine, self.tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
+        self.engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
+        self.read = response_text(tokenizer, end_tokens(self.llm.model_config, tokenizer))
         self.llm.update_weight_version("0")
         self._warm_up()
         self.ready.set_result(time.monotonic() - began)
@@ -174,6 +209,7 @@ class Generator:
         self.engine.reset_prefix_cache()
 
     def _turn(self) -> None:
+        self.turned = time.monotonic()
         busy = self.engine.has_unfinished_requests() and not self.paused
         for action, future in self._drain(block=not busy):
             try:
@@ -184,7 +220,7 @@ class Generator:
             self._collect(self.engine.step())
         self._expire(time.monotonic())
 
-    def _drain(self, *, block: bool) -> list[tuple[Callable[[Future], None], Future]]:
+    def _drain(self, *, block: bool) -> list[tuple[Callable[[Future], object], Future]]:
         actions = []
         try:
             if block:
@@ -194,16 +230,29 @@ class Generator:
         except queue.Empty:
             return actions
 
-    def _admit(self, request: Request, future: Future, *, probe: bool = False) -> None:
+    def _admit(self, request: Request, future: Future, *, probe: bool = False) -> str:
+        """The key of a request that is under way; what vLLM refuses is raised, and nothing of it is left."""
         self.serial += 1
-        key = f"{self.serial}"
+        key, now = f"{self.serial}", time.monotonic()
         names = [f"{key}-{i}" for i in range(len(request.seeds))]
-        due = time.monotonic() + request.deadline
-        self.waiting[key] = _Waiting(request, future, due, set(names))
-        for name, seed in zip(names, request.seeds, strict=True):
-            self.owner[name] = key
-            wanted = probe_params() if probe else sampling_params(request, seed, self._noted(name))
-            self.engine.add_request(name, {"prompt_token_ids": request.input_ids}, wanted)
+        self.waiting[key] = Waiting(request, future, now, set(names))
+        self.owner |= dict.fromkeys(names, key)
+        self.next_look = min(self.next_look, now + request.deadline)
+        try:
+            for name, seed in zip(names, request.seeds, strict=True):
+                wanted = probe_params() if probe else sampling_params(request, seed, self._noted(name))
+                self.engine.add_request(name, {"prompt_token_ids": request.input_ids}, wanted)
+        except Exception:  # boundary: vLLM has an exception for each thing it refuses
+            self._forget(key)
+            raise
+        return key
+
+    def _forget(self, key: str) -> None:
+        """Abort a request that nobody waits for."""
+        waiting = self.waiting.pop(key)
+        self.engine.abort_request(sorted(waiting.left))
+        for name in waiting.left:
+            self.owner.pop(name, None)
 
     def _collect(self, outputs: list[Any]) -> None:
         finished = [output for output in outputs if output.finished]
@@ -216,13 +265,13 @@ class Generator:
         for key in dict.fromkeys(keys):  # once all that finished in this step are in
             self._settle(key)
 
-    def _deliver(self, waiting: _Waiting, output: Any, notes: np.ndarray | None) -> None:
+    def _deliver(self, waiting: Waiting, output: Any, notes: np.ndarray | None) -> None:
         if output.prompt_token_ids != waiting.request.input_ids:
             raise InfrastructureError(f"the engine read {output.prompt_token_ids}, not what it was given")
         if output.prompt_logprobs is not None:
             waiting.done[output.request_id] = prompt_logprobs(output)  # type: ignore[assignment]
         else:
-            drawn = as_rollout(waiting.request, output.outputs[0], self._decode, notes)
+            drawn = as_rollout(waiting.request, output.outputs[0], self.read, notes)
             waiting.done[output.request_id] = drawn
         waiting.left.discard(output.request_id)
 
@@ -238,16 +287,14 @@ class Generator:
 
         return self.llm.collective_rpc(drain, args=([self._noted(n) for n in names],))[0]
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
-
     def _settle(self, key: str) -> None:
         """Answer when every sample is in, or enough of them are."""
         waiting = self.waiting[key]
         enough = waiting.request.draw.enough
-        if enough is not None and len(waiting.done) >= enough:
-            self._give_up(waiting, Status.ABANDONED)
-            for name in list(waiting.done)[enough:]:  # as they finished
+        usable = [n for n, r in waiting.done.items() if isinstance(r, Rollout) and r.status.usable]
+        if enough is not None and len(usable) >= enough:
+            self._give_up(waiting, waiting.left, Status.ABANDONED)
+            for name in usable[enough:]:  # as they finished
                 waiting.done[name] = replace(waiting.done[name], status=Status.ABANDONED)
         if waiting.left:
             return
@@ -255,25 +302,39 @@ class Generator:
         names = sorted(waiting.done, key=lambda n: int(n.rpartition("-")[2]))
         results = [waiting.done[n] for n in names]
         probe = not isinstance(results[0], Rollout)
-        if not waiting.future.done():  # cancelled, or refused by vLLM as it was admitted
+        if not waiting.future.done():  # else cancelled
             waiting.future.set_result(results[0] if probe else results)
 
     def _expire(self, now: float) -> None:
-        for key in [key for key, waiting in self.waiting.items() if waiting.due < now]:
-            self._give_up(self.waiting[key], Status.TIMEOUT)
-            self._settle(key)
+        """Give up what is out of time."""
+        if now < self.next_look:
+            return
+        self._look(now)
+        for key, waiting in list(self.waiting.items()):
+            if late := waiting.late(now, self.moved):
+                self._give_up(waiting, late, Status.TIMEOUT)
+                self._settle(key)
+        self.next_look = now + min([TICK, *(w.request.deadline for w in self.waiting.values())])
 
-    def _give_up(self, waiting: _Waiting, status: Status) -> None:
-        """Abort what is left of a request, and forget it."""
-        late = sorted(waiting.left)
+    def _look(self, now: float) -> None:
+        """Note which samples have a token; while any is under way, or weights change, none waits in vain."""
+        for waiting in self.waiting.values():
+            begun = (n for n in waiting.left - waiting.begun.keys() if has_begun(self.engine, n))
+            waiting.begun |= dict.fromkeys(begun, now)
+        if self.paused or any(w.left & w.begun.keys() for w in self.waiting.values()):
+            self.moved = now
+
+    def _give_up(self, waiting: Waiting, names: Set[str], status: Status) -> None:
+        """Abort these samples of a request, and keep what there is of them."""
+        late = sorted(names)
         begun = [partial_completion(self.engine, name) for name in late]
         self.engine.abort_request(late)
         if waiting.request.draw.notes:
             self._drain_notes(late)
         for name, there in zip(late, begun, strict=True):
             self.owner.pop(name, None)
-            waiting.done[name] = unfinished_rollout(waiting.request, status, there, self._decode)
-        waiting.left.clear()
+            waiting.done[name] = unfinished_rollout(waiting.request, status, there, self.read)
+        waiting.left.difference_update(late)
 
     def _sleep(self) -> None:
         if not self.asleep:
@@ -305,7 +366,7 @@ class Generator:
     async def _run(self, action: Callable[[], Any]) -> Any:
         return await self._post(lambda future: future.set_result(action()))
 
-    async def _post(self, action: Callable[[Future], None]) -> Any:
+    async def _post(self, action: Callable[[Future], object]) -> Any:
         future: Future = Future()
         self.inbox.put((action, future))
         if self.failure is not None:  # looked at last: once it is set, nobody may read the inbox any more

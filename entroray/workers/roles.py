@@ -27,7 +27,7 @@ class GeneratorRole:
 
     engine: EnginePool | Generator
     deadline: float
-    """Seconds for each call."""
+    """Seconds from the first token of a response, or of a turn of it, to its last."""
 
     async def sample(
         self, prompt: Prompt, seeds: Sequence[int], draw: Draw, after: Sequence[int] = ()

@@ -1,7 +1,7 @@
 """What is asked of an engine, in vLLM's terms, and what it answers, in ours."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ PROCESSOR = "entroray.workers.logits_processor:Shaping"
 """The logits processor that samplers run in, as vLLM loads it."""
 CUT = ("length", "repetition")
 """vLLM's reasons for ending a response that was not done."""
+Read = Callable[[Sequence[int]], str]
+"""The ids of a response -> its text."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Request:
     seeds: tuple[int, ...]
     draw: Draw
     deadline: float
+    """Seconds from the first token of a sample to its last."""
     after: tuple[int, ...] = ()
     """Tokens the response already has; they count against `draw.max_tokens`."""
 
@@ -59,6 +62,8 @@ def sampling_params(request: Request, seed: int, name: str) -> Any:
         logprobs=draw.top_tokens,
         flat_logprobs=True,
         detokenize=bool(draw.stop),
+        skip_special_tokens=False,  # else a stop string that is one would never be seen
+        spaces_between_special_tokens=False,
         include_stop_str_in_output=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
         repetition_detection=_detection(Loops(draw.repetitions)) if draw.repetitions else None,
@@ -81,9 +86,7 @@ def probe_params() -> Any:
     )
 
 
-def as_rollout(
-    request: Request, completion: Any, decode: Callable[[list[int]], str], notes: np.ndarray | None
-) -> Rollout:
+def as_rollout(request: Request, completion: Any, read: Read, notes: np.ndarray | None) -> Rollout:
     token_ids = np.asarray(completion.token_ids, dtype=np.int32)
     depth = request.draw.top_tokens
     reported = np.asarray(completion.logprobs.logprobs, dtype=np.float32)
@@ -96,7 +99,7 @@ def as_rollout(
         token_ids=token_ids,
         logprobs=np.ascontiguousarray(logprobs[:, 0]),
         versions=versions,
-        text=_text(request, completion, decode),
+        text=_text(request, completion, read),
         temperature=request.draw.temperature,
         limit=request.draw.max_tokens,
         status=Status.TRUNCATED if completion.finish_reason in CUT else Status.OK,
@@ -110,10 +113,15 @@ def _top_tokens(completion: Any, logprobs: np.ndarray) -> TopTokens:
     return TopTokens(ids[:, 1:].copy(), np.exp(logprobs[:, 1:]))
 
 
-def _text(request: Request, completion: Any, decode: Callable[[list[int]], str]) -> str:
-    if completion.text and not request.after:
-        return completion.text
-    return decode([*request.after, *completion.token_ids])
+def _text(request: Request, completion: Any, read: Read) -> str:
+    """The whole response as a judge reads it; it ends with the stop string that ended it."""
+    ids, stop = [*request.after, *completion.token_ids], completion.stop_reason
+    text = read(ids)
+    if stop not in request.draw.stop:
+        return text
+    before = read(ids[:-1]).rstrip("\ufffd")  # the last token may reach beyond the stop string
+    start = text.find(stop, max(0, len(before) + 1 - len(stop)))
+    return text if start < 0 else text[: start + len(stop)]
 
 
 def _sampler_notes(notes: np.ndarray | None, length: int) -> SamplerNotes:
@@ -127,17 +135,30 @@ def _sampler_notes(notes: np.ndarray | None, length: int) -> SamplerNotes:
     return SamplerNotes(*np.ascontiguousarray(notes[:length].T))
 
 
-def unfinished_rollout(
-    request: Request, status: Status, so_far: Any | None, decode: Callable[[list[int]], str]
-) -> Rollout:
+def unfinished_rollout(request: Request, status: Status, so_far: Any | None, read: Read) -> Rollout:
     """What there is of a sample that was not waited for, and why; without its sampler's notes."""
     if so_far is not None and len(so_far.token_ids):
         plain = replace(request, draw=replace(request.draw, rule={}, factor=1.0))
-        return replace(as_rollout(plain, so_far, decode, None), status=status)
+        return replace(as_rollout(plain, so_far, read, None), status=status)
     none = np.empty(0, dtype=np.int32)
     draw = request.draw
     columns = none, none.astype(np.float32), none
     return Rollout(request.prompt_id, *columns, "", draw.temperature, draw.max_tokens, status)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a response, as vLLM takes them from its `ModelConfig` and the tokenizer."""
+    from vllm import SamplingParams
+
+    params = SamplingParams()
+    params.update_from_generation_config(model.try_get_generation_config(), tokenizer.eos_token_id)
+    return frozenset(params.all_stop_token_ids)
+
+
+def has_begun(engine: Any, name: str) -> bool:
+    """Whether a request under way has a token."""
+    books = engine.output_processor
+    return any(not books.request_states[i].is_prefilling for i in books.external_req_ids.get(name, ()))
 
 
 def partial_completion(engine: Any, name: str) -> Any | None:

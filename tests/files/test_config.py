@@ -109,3 +109,9 @@ def test_the_reference_is_what_the_schema_says_and_says_it_of_every_setting() ->
     assert page == reference.reference_text(page), "run entroray reference --write"
     assert all(page.count(f"\n{head}\n") == 1 for head in reference.TABLES)
     assert [path for path, _, meaning in reference.settings(Config) if not meaning] == []
+
+
+def test_variables_of_a_chat_template_are_said_as_any_setting() -> None:
+    for told in ("model.template_args={enable_thinking: false}", "model.template_args.enable_thinking=false"):
+        config, tree = compose.load_config([told])
+        assert config.model.template_args == {"enable_thinking": False} == tree.model.template_args

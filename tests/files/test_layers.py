@@ -17,7 +17,7 @@ FLOORS = [  # each may import from those before it
     *("ground", "objective", "roles", "metrics", "control", "reward", "policy", "data", "rollout"),
     *("train", "evaluation", "observe", "workers", "wiring", "cli", "top"),
 ]
-GROUND = {"types", "ops", "config", "errors", "rows", "seeds", "binding", "formula"}
+GROUND = {"types", "ops", "config", "errors", "rows", "seeds", "binding", "formula", "home"}
 TOP = {"__init__", "__main__"}
 HOMES = {  # heavy library -> the only folders that may import it
     "ray": {"workers", "wiring", "cli"},

@@ -87,7 +87,7 @@ def test_gaps_are_those_of_the_model_on_each_greedy_path(
     for prompt in prompts[:6]:
         first = logits(model, prompt.token_ids, [0])[0].topk(PATHS).indices.tolist()
         for token in first:
-            ids = followed(model, prompt.token_ids, token, set(tokenizer.all_special_ids), 12)
+            ids = followed(model, prompt.token_ids, token, words(tokenizer).ends, 12)
             top = logits(model, prompt.token_ids, ids).softmax(-1).topk(2).values.numpy()
             span = answer_span(ids, text(ids).strip() or None, text)
             if isinstance(span, range):
@@ -108,9 +108,9 @@ def logits(model: Any, before: tuple[int, ...], ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([[*before, *ids]])).logits[0, len(before) - 1 : -1].double()
 
 
-def followed(model: Any, before: tuple[int, ...], token: int, special: set[int], most: int) -> list[int]:
+def followed(model: Any, before: tuple[int, ...], token: int, ends: frozenset[int], most: int) -> list[int]:
     ids = [token]
-    while ids[-1] not in special and len(ids) < most:
+    while ids[-1] not in ends and len(ids) < most:
         ids.append(int(logits(model, before, [*ids, 0])[-1].argmax()))
     return ids
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entroray.policy.tokenizer import byte_tokenizer
+from entroray.policy.tokenizer import byte_tokenizer, encode_frame, response_text
 from entroray.rollout.tool_turns import Syntax, ToolTurns
 from entroray.train.batching import assemble, group_index
 from entroray.types import Answer, Draw, Group, MaskReason, Prompt, Rollout, Status, Verdict
@@ -53,8 +53,7 @@ class Engine:
 def test_the_learner_scores_what_the_engine_drew_over_all_turns(stack: Stack) -> None:
     """Of a random model, for which a call ends by chance: `]`, one token in 260."""
     tokenizer = byte_tokenizer()
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    decode, encode = response_text(tokenizer, ()), encode_frame(tokenizer)
     plain, engine = Draw(1.0, LIMIT, stop=("]",)), stack.wait(stack.engine())
 
     async def conversed(draw: Draw) -> tuple[list[Rollout], list[tuple[int, ...]]]:

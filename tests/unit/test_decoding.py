@@ -57,6 +57,7 @@ def test_tokens_are_named_for_a_reader() -> None:
     assert name("7 ") == ["7", " "]
     assert name("<|end|>") == ["<|end|>"]
     assert name("é") == ["⟨Ã⟩", "⟨©⟩"], "half a character is shown by its name in the vocabulary"
+    assert WORDS.name(4000) == "⟨4000⟩", "a row of the embedding beyond the tokenizer"
 
 
 def test_a_gap_is_the_mean_over_the_answers_tokens_alone() -> None:
@@ -110,7 +111,7 @@ class Follower:
 
 def forked(greedy: Rollout, world: Follower, paths: int) -> Group:
     group = Group(PROMPT, (greedy,), (Verdict(1.0, True, "4"),))
-    how = Decoding(paths, Draw(1.0, 9).greedy(2), lambda token: token in WORDS.special)
+    how = Decoding(paths, Draw(1.0, 9).greedy(2), lambda token: token in WORDS.ends)
     return asyncio.run(decode_paths([group], how, world, world, WORDS.text))[0]
 
 
@@ -145,3 +146,11 @@ def test_likeliest_tokens_survive_cutting_and_joining_as_deep_as_both_go() -> No
     whole = join(cut(said("12", deep=3), 1), said("4"))
     assert whole.top_tokens is not None and whole.top_tokens.token_ids.shape == (2, 2)
     assert join(said("1"), replace(said("2"), top_tokens=None)).top_tokens is None
+
+
+def test_special_tokens_of_a_path_are_read_and_only_end_tokens_end_it() -> None:
+    user, end = TOKENIZER.encode("<|user|><|end|>", add_special_tokens=False)
+    assert WORDS.text([user, end]) == "<|user|>" and WORDS.ends == {end}
+    ids = TOKENIZER.encode("<|user|>=42<|pad|>.<|end|>", add_special_tokens=False)
+    assert answer_span(ids, "42", WORDS.text) == range(2, 4)
+    assert answer_span(ids, "42.", WORDS.text) is NoGap.NOT_IN_TEXT, "a token that nobody hides stands within"

@@ -72,7 +72,7 @@ class World:
 
 def examined(failing: str = "", temperature: float = 1.0, cot: int = 0) -> dict[str, Any]:
     plan = plan_evaluation(Draw(temperature, 9, rule={"fn": "fixed"}), 4)
-    how = Decoding(cot, plan.draw.greedy(2), lambda token: token in WORDS.special) if cot else None
+    how = Decoding(cot, plan.draw.greedy(2), lambda token: token in WORDS.ends) if cot else None
     found = asyncio.run(evaluate_policy(World(failing), World(), PROMPTS, plan, WORDS, how))
     asked = {"model": "runs/<x>/model", "prompts": 3, "samples": plan.samples, "temperature": temperature}
     return asked | found

@@ -51,7 +51,7 @@ def test_a_tokenizer_without_template_is_refused(folder, tmp_path):
     tokenizer = load_tokenizer(str(folder))
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(PreflightError, match=rf"model\.path={tmp_path} .*tokenizer\.chat_template"):
+    with pytest.raises(PreflightError, match=rf"model\.path={tmp_path} .*model\.template="):
         load_tokenizer(str(tmp_path))
 
 

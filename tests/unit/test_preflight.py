@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -11,12 +12,15 @@ import pytest
 
 from entroray.cli import doctor, train
 from entroray.config import Config
+from entroray.data.prompts import Split
 from entroray.errors import ConfigError, DataError, NumericsError, PreflightError
 from entroray.policy.tiny_model import build_tiny_model
+from entroray.policy.tokenizer import byte_tokenizer
 from entroray.reward.verdicts import failed
 from entroray.train.failure_limits import SkippedUpdates, Stagnation, VerdictFailures
 from entroray.types import Verdict
-from entroray.wiring import compose, preflight, run_directory
+from entroray.wiring import compose, dataset, preflight, run_directory
+from entroray.wiring.parts import build_parts
 from tests.composed import configured
 
 
@@ -84,8 +88,71 @@ def test_a_tokenizer_without_a_template(folder: Path, tmp_path: Path) -> None:
     described = json.loads((bare / "tokenizer_config.json").read_text())
     described.pop("chat_template", None)
     (bare / "tokenizer_config.json").write_text(json.dumps(described))
-    with pytest.raises(PreflightError, match=rf"model\.path={bare} .*tokenizer\.chat_template"):
+    with pytest.raises(PreflightError, match=rf"model\.path={bare} .*model\.template="):
         preflight.model(config(f"model.path={bare}"))
+
+
+def with_template(folder: Path, to: Path, template: str) -> str:
+    shutil.copytree(folder, to)
+    (to / "chat_template.jinja").write_text(template)
+    return f"model.path={to}"
+
+
+NO_SYSTEM = "{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[0].content }}"
+
+
+def test_a_system_message_that_a_template_refuses_is_refused_before_anything_starts(
+    folder: Path, tmp_path: Path
+) -> None:
+    gemma, cold = with_template(folder, tmp_path / "gemma", NO_SYSTEM), "model.warm_start.cache=/nowhere"
+    (tmp_path / "my.jinja").write_text(NO_SYSTEM)
+    for told in (gemma, f"model.template={tmp_path}/my.jinja"):
+        asked = config(told, cold, "model.system=Be brief")
+        with pytest.raises(PreflightError, match=r"model\.system='Be brief'.*data\.template="):
+            preflight.refuse_wrong(asked)
+        preflight.refuse_wrong(config(told, cold))
+    with pytest.raises(PreflightError, match=r"^model\.template=/nowhere "):
+        preflight.refuse_wrong(config(cold, "model.template=/nowhere"))
+
+
+def test_a_base_model_runs_with_a_template_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    base = with_template(folder, tmp_path / "base", "")
+    (tmp_path / "my.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(PreflightError, match=r"model\.template="):
+        preflight.refuse_wrong(config(base))
+    own = config(base, f"model.template={tmp_path}/my.jinja")
+    preflight.refuse_wrong(own)
+    assert preflight.template(own) == f"{tmp_path}/my.jinja"
+
+
+def test_the_end_of_a_call_may_not_be_the_end_of_every_response(folder: Path) -> None:
+    tool = ["rollout.tool.fn=calculator", "rollout.tool.open=<|user|>"]
+    with pytest.raises(PreflightError, match=r"^rollout\.tool\.close='<\|end\|>' "):
+        preflight.template(config(f"model.path={folder}", *tool, "rollout.tool.close=<|end|>"))
+    preflight.template(config(f"model.path={folder}", *tool, "rollout.tool.close=<|pad|>"))
+    preflight.template(config(f"model.path={folder}", "rollout.tool.close=<|end|>"))
+
+
+def test_a_doctor_shows_the_first_prompt_as_it_is_read(tmp_path: Path) -> None:
+    few = ["experiment=quickstart", "model.warm_start.cache=/nowhere", "data.max_prompt=64"]
+    few += ["++data.settings.size=50"]
+    shown = re.fullmatch(r"(\d+) tokens: '<\|user\|>(.*)<\|assistant\|>'", doctor.prompt(configured(*few)))
+    assert shown and int(shown[1]) == len(shown[2]) + 2
+    (tmp_path / "my.jinja").write_text("You are a calculator.\n{{ messages[0].content }}")
+    own = doctor.prompt(configured(*few, f"model.template={tmp_path}/my.jinja"))
+    assert ": 'You are a calculator.\\n" in own and own.endswith("itself says 'You are a calculator.'")
+
+
+def test_the_header_names_every_end_token(folder: Path, tmp_path: Path) -> None:
+    several = changed(
+        folder, tmp_path / "several", "generation_config.json", eos_token_id=[257, 256, 258, 999]
+    )
+    read = dataset.Dataset(byte_tokenizer(), Split((), (), ()), {}, "")
+    facts = {"parameters": 1, "resources": "", "start_seconds": 0, "sync/probe_error": 0.0}
+    told = configured("experiment=quickstart", "sampler.stop=['<|user|>','x']")
+    header = train._header(told, build_parts(told), read, tmp_path, facts | {"model": str(several)})
+    (line,) = [line for line in header if line.startswith("sampling")]
+    assert line.endswith("stop at '<|end|>', '<|pad|>', '<|user|>', '⟨999⟩', 'x'")
 
 
 def test_a_tokenizer_larger_than_the_model(folder: Path, tmp_path: Path) -> None:

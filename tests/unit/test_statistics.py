@@ -95,6 +95,26 @@ def test_half_precision_logits_are_widened_and_double_stays_double():
     assert token_entropy(torch.zeros(1, 2, dtype=torch.float64), 1.0)[0].dtype == torch.float64
 
 
+def test_a_models_own_logits_are_measured_position_by_position():
+    """[B, T, V], also where there are as many positions as words."""
+    logits = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(0))
+    per_row = token_entropy(logits.reshape(10, 5), 0.7)
+    for whole, row in zip(token_entropy(logits, 0.7), per_row, strict=True):
+        assert whole.shape == (2, 5) and torch.equal(whole.reshape(10), row)
+    own = torch.linspace(0.5, 1.5, 10).reshape(2, 5)
+    per_row = token_entropy(logits.reshape(10, 5), own.reshape(10))
+    for whole, row in zip(token_entropy(logits, own), per_row, strict=True):
+        assert torch.equal(whole.reshape(10), row)
+    one = token_entropy(torch.tensor([math.log(3), 0.0]), 1.0)
+    assert one[0].shape == () and float(one[1]) == pytest.approx(3 / 16 * math.log(3) ** 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2,), (5,), (2, 1), (5, 2)])
+def test_a_temperature_for_other_positions_is_refused(shape):
+    with pytest.raises(ValueError, match=r"token_entropy: temperature .*\[2, 5\]"):
+        token_entropy(torch.zeros(2, 5, 3), torch.ones(shape))
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"temperature": 1.0, "base": "dits"}])
 def test_a_wrong_temperature_or_base_is_refused(wrong):
     with pytest.raises(ValueError, match="token_entropy"):

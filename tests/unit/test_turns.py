@@ -47,6 +47,10 @@ def encode(text: str) -> list[int]:
     return list(text.encode())
 
 
+def framed(frame: str, text: str) -> list[int]:
+    return encode(frame.replace("{answer}", text))
+
+
 def decode(ids: Sequence[int]) -> str:
     return bytes(map(int, ids)).decode()
 
@@ -80,7 +84,7 @@ class Script:
 
 
 def talk(script: Script, seeds: Sequence[int] = (7,), calls: int = 3, after: str = "") -> list[Rollout]:
-    turns = ToolTurns(script, script, SYNTAX, calls, encode, decode)
+    turns = ToolTurns(script, script, SYNTAX, calls, framed, decode)
     return asyncio.run(turns.sample(PROMPT, seeds, DRAW, encode(after)))
 
 
@@ -115,7 +119,7 @@ def test_ids_are_never_made_from_text_again() -> None:
 
     script = Pairs(answers=[Answer("2")])
     joined = lambda ids: "".join(names[i] for i in ids)
-    turns = ToolTurns(script, script, SYNTAX, 2, lambda text: [words[text]], joined)
+    turns = ToolTurns(script, script, SYNTAX, 2, lambda frame, text: [words[text]], joined)
     (whole,) = asyncio.run(turns.sample(PROMPT, [1], DRAW))
     assert read == [(), (0, 1, 2, 3, 5)]  # "]" and "2" stay apart, though "]2" is a token
     assert whole.token_ids.tolist() == [0, 1, 2, 3, 5, 6, 5] and whole.text == "[1+1]2=2"
@@ -147,7 +151,7 @@ def test_a_tool_that_failed_is_read_as_an_error_and_one_that_gave_no_answer_fail
     heard = []
     script = Script("[1/0]", "=0", answers=[Answer("error", True, detail="ZeroDivisionError: by zero")])
     turns = ToolTurns(
-        script, script, SYNTAX, 3, encode, decode, lambda kind, **said: heard.append((kind, said))
+        script, script, SYNTAX, 3, framed, decode, lambda kind, **said: heard.append((kind, said))
     )
     (whole,) = asyncio.run(turns.sample(PROMPT, [1], DRAW))
     assert whole.text == "[1/0]error=0" and why(whole) == ".....eeeee.." and whole.status is Status.OK
@@ -175,8 +179,7 @@ def test_calls_are_found_between_their_marks() -> None:
     assert wide.call("so <calc>1+<calc>2</calc>") == "2"
     assert wide.call("no call") is None and wide.call("2</calc>") == ""
     assert SYNTAX.call("[1]=") == "1", "a token may reach beyond the mark that ended the turn"
-    assert wide.render("{7}") == "={7};"
-    assert Syntax("[", "]", '{"v": {answer}} {} {0}').render("{7}") == '{"v": {7}} {} {0}'
+    assert wide.frame == "<calc>{answer}</calc>"
 
 
 def test_seeds_of_turns_are_fixed_and_apart() -> None:
@@ -225,7 +228,7 @@ def test_judge_and_tool_are_told_apart() -> None:
 
 def test_a_demonstration_has_the_ids_of_its_turns_and_the_tools_are_not_learnt() -> None:
     worked = WorkedAnswer((("2+3", "5"), ("5*2", "10")), "=10")
-    ids, spans = encode_demonstration(worked, SYNTAX, encode)
+    ids, spans = encode_demonstration(worked, SYNTAX, framed)
     script = Script("[2+3]", "[5*2]", "=10", answers=[Answer("5"), Answer("10")])
     (drawn,) = talk(script)
     group = demonstration_group(PROMPT, [*ids, 0], spans)
@@ -294,7 +297,9 @@ def test_the_driver_trains_responses_of_several_turns(monkeypatch: pytest.Monkey
     world = Calling(build_objective(yaml.safe_load(GRPO.read_text())), lr=0.1)
     marked = lambda ids: "".join("[]" if i == 7 else str(i) for i in ids)
     d = driver(world, max_lag=max_lag)
-    d.roles = replace(d.roles, generator=ToolTurns(world, world, SYNTAX, 4, lambda text: [int(text)], marked))
+    d.roles = replace(
+        d.roles, generator=ToolTurns(world, world, SYNTAX, 4, lambda frame, text: [int(text)], marked)
+    )
     asyncio.run(d.train(5))
     rollouts = [r for g in world.groups for r in g.rollouts]
     called = [r for r in rollouts if 7 in r.token_ids[:-1].tolist()]

@@ -99,3 +99,15 @@ def test_the_probe_is_its_text_without_special_tokens() -> None:
     tokenizer = byte_tokenizer()
     ids = dataset.probe_ids(tokenizer)
     assert tokenizer.decode(ids) == dataset.PROBE
+
+
+def test_a_model_made_under_another_chat_template_is_another_model(tmp_path: Path) -> None:
+    place = lambda *told: warm_start.cached_folder(configured(f"model.warm_start.cache={tmp_path}", *told))
+    mine, plain = tmp_path / "my.jinja", place()
+    made = set[Path]()
+    for text in ("{{ messages[0].content }}", "{{ messages[0].content }}!", "caf\xe9"):
+        mine.write_text(text, encoding="latin-1")
+        made.add(place(f"model.template={mine}"))
+    assert len(made) == 3 and plain not in made
+    assert place("model.template_args={a: 1}") not in {plain, place("model.template_args={a: 2}")}
+    assert place("model.template=null") == plain and place(f"model.template={'x' * 5000}") != plain

@@ -1,0 +1,73 @@
+"""Where caches go for a uid that has no home folder."""
+
+import asyncio
+import os
+import pwd
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from entroray import cli
+from entroray.config import Config
+from entroray.errors import PreflightError
+from entroray.home import ensure_home, home_folder
+from entroray.wiring import warm_start
+
+
+@pytest.fixture
+def stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A uid without an entry in passwd, without HOME and USER; the folder of temporary files."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with patch.dict(os.environ):
+        for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "ENTRORAY_CACHE"):
+            os.environ.pop(name, None)
+        yield tmp_path
+
+
+def test_a_uid_without_a_home_keeps_its_caches_in_a_temporary_folder(stranger: Path) -> None:
+    assert stranger in home_folder().parents and not home_folder().exists()
+    assert home_folder() in warm_start.cached_folder(Config()).parents
+
+
+def test_every_command_has_a_home_and_a_user(stranger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", "experiment=quickstart", "run.dry=true"]) == 0
+    assert os.environ["HOME"] == str(home_folder()) and home_folder().stat().st_mode & 0o777 == 0o700
+    assert os.environ["USER"] == f"uid-{os.getuid()}" and os.environ["HOME"] in capsys.readouterr().err
+    assert Path("~").expanduser() == home_folder()
+    ensure_home()
+    assert not capsys.readouterr().err, "it is said once"
+
+
+@pytest.mark.parametrize("home", ["/nonexistent", "/proc"])
+def test_a_home_that_nothing_can_be_kept_in_is_none(
+    stranger: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    os.environ["HOME"] = home
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert stranger in home_folder().parents
+
+
+def test_a_home_that_exists_stays(stranger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.environ |= {"HOME": str(stranger), "USER": "somebody"}
+    ensure_home()
+    assert home_folder() == stranger and (os.environ["HOME"], os.environ["USER"]) == (
+        str(stranger),
+        "somebody",
+    )
+    (stranger / ".cache").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert home_folder() == stranger, "read-only, but with a cache of its own"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PreflightError, match=r"model\.warm_start\.cache .*ENTRORAY_CACHE"):
+        asyncio.run(warm_start.make_model(Config(), tmp_path / "file" / "models" / "x"))
