@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from entroray.config import Config
+from entroray.config import Config, Run
 from entroray.errors import PreflightError
 from entroray.wiring import run_directory
 from entroray.workers.checkpoint import MARKER, commit, committed, expired, newest
@@ -52,12 +52,12 @@ def test_a_damaged_one_is_passed_over_with_its_reason(tmp_path: Path, damage: st
     assert len(why) == 1 and "step-000002" in why[0] and "weights.pt" in why[0]
 
 
-def settings(folder: Path, **run: object) -> tuple[Config, object]:
+def settings(folder: Path, **run: object) -> tuple[Run, object]:
     config = Config()
     config.run.dir, config.run.steps = str(folder), 5
     for name, value in run.items():
         setattr(config.run, name, value)
-    return config, OmegaConf.structured(config)
+    return config.run, OmegaConf.structured(config)
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
@@ -89,12 +89,12 @@ def test_without_a_folder_the_newest_unfinished_run_of_the_same_settings_is_take
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config, tree = settings(tmp_path, dir=None, resume="auto")
+    run, tree = settings(tmp_path, dir=None, resume="auto")
     for name, steps, finished in (("1", 5, False), ("2", 5, True), ("3", 9, False)):
         folder = tmp_path / "runs" / "train" / name
         (folder / ("model" if finished else "tokens")).mkdir(parents=True)
         (folder / "metrics.jsonl").touch()
         written(folder / "checkpoints", 2)
-        other, _ = settings(tmp_path, dir="elsewhere", steps=steps)
-        OmegaConf.save(OmegaConf.structured(other), folder / "config.yaml")
-    assert run_directory.open_run(config.run, tree).folder.name == "1"  # type: ignore[arg-type]
+        _, other = settings(tmp_path, dir="elsewhere", steps=steps)
+        OmegaConf.save(other, folder / "config.yaml")
+    assert run_directory.open_run(run, tree).folder.name == "1"  # type: ignore[arg-type]
