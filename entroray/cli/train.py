@@ -257,19 +257,14 @@ async def drive(
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
     verifier = m.verifier_role()
     generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
+    plain = sampler.plain_draw(config.sampler, config.rollout)
     roles = Roles(
         generator,
         verifier,
         m.learner_role(),
         m.sync,
         journal,
-        evaluate=_evaluation(
-            config.evaluate,
-            sampler.plain_draw(config.sampler, config.rollout),
-            read_in,
-            generator,
-            verifier,
-        ),
+        evaluate=_evaluation(config.evaluate, plain, read_in, generator, verifier),
         waits=cluster.WAITS.lines,
     )
     began = {"settings": asdict(config), "identity": dataset.identity(read_in)}
@@ -278,8 +273,7 @@ async def drive(
     journal.event("start", objective=config.objective, pace=pace, state=state, changed=run.changed)
     draw = sampler.training_draw(config.sampler, config.rollout, parts, read_in.tokenizer)
     driver = build_driver(config, parts, read_in, roles, draw)
-    described = controllers.describe_controllers(parts, config.driver.max_lag)
-    journal.event("control", controllers=described)
+    journal.event("control", controllers=controllers.describe_controllers(parts, config.driver.max_lag))
     if run.checkpoint:
         driver.restore(run.state)
         health.restore(run.state["health"])
