@@ -1,7 +1,10 @@
 """The typed ways a run can end badly; each carries the exit code of the contract (DESIGN 7)."""
 
 import difflib
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class EntrorayError(Exception):
@@ -58,3 +61,33 @@ def nearest(wrong: object, right: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(wrong), options, n=1)
     guess = f"did you mean `{close[0]}`? " if close else ""
     return f"{guess}choose from {', '.join(options) or 'nothing'}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line; its type if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+MORE_ROOM = "free some space there, or put run.dir on a larger disk"
+
+
+@contextmanager
+def writing(place: Path, remedy: str = MORE_ROOM) -> Iterator[None]:
+    """Raise InfrastructureError with the reason, the free space and `remedy` if `place` cannot be written.
+
+    Whatever a library raises inside counts: torch, safetensors and Ray each hide a full disk in another type.
+    """
+    try:
+        yield
+    except EntrorayError:
+        raise
+    except Exception as error:  # boundary: what is done inside is writing, and each library has its own error
+        cause = getattr(error, "cause", None) or error  # Ray's wrapping holds a traceback
+        why = f"{type(cause).__name__}: {first_line(cause)}"
+        raise InfrastructureError(f"{place} cannot be written ({why}), {_free(place)}: {remedy}") from error
+
+
+def _free(place: Path) -> str:
+    """The free space of the disk that `place` lies on, or would."""
+    there = next(p for p in (place, *place.parents) if p.exists())
+    return f"{shutil.disk_usage(there).free / 2**20:,.1f} MiB free on its disk"

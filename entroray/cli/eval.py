@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
-from entroray.errors import ConfigError, PreflightError
+from entroray.errors import ConfigError
 from entroray.evaluation.cot_decoding import TWO, Decoding, words
-from entroray.evaluation.evaluate import evaluate_policy, plan_evaluation
+from entroray.evaluation.evaluate import evaluate_policy, heldout_prompts, plan_evaluation
 from entroray.observe import evaluation, evaluation_page
 from entroray.wiring import actors, compose, dataset, sampler, tool, warm_start
 from entroray.workers import cluster
@@ -64,9 +64,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
     os.environ.update(cluster.environment() | (cluster.CPU_ONLY if actors.cpu_only(config.cluster) else {}))
     model, e, s, v = warm_start.resolve_model(config), config.evaluate, config.sampler, config.verifier
     read = dataset.load_dataset(config, model)
-    prompts = read.split.heldout[: e.prompts]
-    if not prompts:
-        raise PreflightError(f"no held-out prompt with data.heldout={config.data.heldout:g}: raise it")
+    prompts = heldout_prompts(read.split.heldout, e.prompts, "entroray eval")
     if e.cot > len(read.tokenizer):
         raise ConfigError(
             f"evaluate.cot={e.cot}: the tokenizer knows {len(read.tokenizer)} tokens, so lower it"

@@ -7,6 +7,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from entroray.cli import flags, train
+from entroray.cli import flags, signals, train
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
 from entroray.errors import ConfigError, EntrorayError, Stopped
@@ -63,8 +64,11 @@ def main(arguments: list[str]) -> int:
     config_dir = given.get("config-dir")
     folder = Path(given.get("dir", "runs/lab")).expanduser().resolve()
     jobs = plan(folder, overrides, config_dir) if overrides else []
-    folder.mkdir(parents=True, exist_ok=True)
+    run_directory.make_folder(folder, "--dir")
     lock = run_directory.lock_folder(folder)
+    for file in lab_cells.cell_files(folder):
+        if lab_cells.load_cell(file) is None:
+            print(f"{file} is damaged: the cell counts as never run", flush=True)
     known = {cell.name: cell for cell in lab_cells.load_cells(folder)}
     todo = [job for job in jobs if not _done(job.cell, known.get(job.cell.name))]
     for job in jobs:
@@ -86,7 +90,7 @@ def plan(folder: Path, overrides: Sequence[str], config_dir: str | None = None) 
     Those that share a machine follow each other, and of them every objective's first seed comes first,
     so that a lab cut short has compared something.
     """
-    jobs = [_job(folder, each, config_dir) for each in compose.expand_sweep(list(overrides))]
+    jobs = [_job(folder, each, config_dir) for each in compose.expand_sweep(list(overrides), config_dir)]
     if len({(j.config.cluster.address, cpu_only(j.config.cluster)) for j in jobs}) > 1:
         raise ConfigError("a lab has one Ray cluster: sweep neither cluster nor cluster.address")
     machines = list(dict.fromkeys(_machine(job) for job in jobs))
@@ -127,9 +131,12 @@ def _kept(wanted: Cell, known: Cell | None) -> Cell:
 
 
 def _run(folder: Path, jobs: Sequence[Job], write_report: Callable[[], Any], bench: ReusedActors) -> None:
-    train.take_signals()
+    signals.take_sigterm()
     try:
         asyncio.run(_work(folder, jobs, write_report, bench))
+    except asyncio.CancelledError as error:
+        say = "ended by SIGTERM: the same command goes on, cells that are done are left alone"
+        raise Stopped(signal.SIGTERM, say) from error
     finally:
         cluster.stop()
 
@@ -137,6 +144,7 @@ def _run(folder: Path, jobs: Sequence[Job], write_report: Callable[[], Any], ben
 async def _work(
     folder: Path, jobs: Sequence[Job], write_report: Callable[[], Any], bench: ReusedActors
 ) -> None:
+    signals.cancel_on_sigterm()
     code = run_directory.code_version()
     of_task = tasks([job.cell for job in jobs])
     for number, job in enumerate(jobs, start=1):
@@ -183,13 +191,12 @@ async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
         with (folder / "console.log").open("w") as file:
             journal, _, health = train.open_journal(config, job.parts, folder, read_in.tokenizer, file)
             run = run_directory.RunDirectory(folder)
-            await train.drive(config, job.parts, read_in, m, journal, health, run)
-            journal.close()
+            with closing(journal):
+                await train.drive(config, job.parts, read_in, m, journal, health, run)
     finally:
-        _take_signals_back()
+        signals.cancel_on_sigterm()
     seconds = time.monotonic() - began
-    await m.export(str(folder / "model"))
-    read_in.tokenizer.save_pretrained(folder / "model")
+    await train.export_model(m, read_in.tokenizer, folder)
     after = await bench.measure_heldout(config)
     found = lab_cells.summarise_run(read_metrics(folder / "metrics.jsonl")) | {"seconds/train": seconds}
     named = {"before": before, "after": after}
@@ -200,15 +207,7 @@ def _fresh(folder: Path) -> None:
     """What a killed run left is gone; that the cell was asked for stays known throughout."""
     for each in folder.iterdir():
         if each.name != "cell.json":
-            shutil.rmtree(each) if each.is_dir() else each.unlink()
-
-
-def _take_signals_back() -> None:
-    """A driver that is done can no longer be asked to stop: between two runs a signal ends the lab."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.remove_signal_handler(number)
-    train.take_signals()
+            shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
 
 
 def _line(cell: Cell) -> str:

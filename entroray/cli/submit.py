@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import shlex
 import shutil
 import sys
@@ -17,6 +18,7 @@ from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.wiring import compose
+from entroray.wiring.overrides import quote
 
 ADDRESS = "http://127.0.0.1:8265"
 """Where launch/ray-head.sh serves jobs unless told otherwise."""
@@ -58,9 +60,10 @@ def pack(folder: Path, config: Config, overrides: list[str], config_dir: str | N
         if not Path(file).is_file():
             raise PreflightError(f"reward.path={config.reward.path}: there is no file {Path(file).resolve()}")
         shutil.copy(file, folder)
-        command.append(f"reward.path={Path(file).name}:{function}")
+        command.append(f"reward.path={quote(f'{Path(file).name}:{function}')}")
     if not config.run.dir:
-        command.append(f"run.dir={RUNS}/{config.run.name}/{time.strftime('%Y%m%d-%H%M%S')}")
+        run = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # another may be submitted now
+        command.append(f"run.dir={quote(f'{RUNS}/{config.run.name}/{run}')}")
     elif not config.run.dir.startswith(("/", "~")):
         raise ConfigError(
             f"run.dir={config.run.dir} would lie in the packed code, which Ray deletes: give an absolute "

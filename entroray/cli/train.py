@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,18 +16,18 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from entroray.binding import function_name
-from entroray.cli import flags
+from entroray.cli import flags, multirun, signals
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config, Evaluate
-from entroray.errors import ConfigError, InfrastructureError, Stopped
-from entroray.evaluation.evaluate import heldout_accuracy
+from entroray.errors import ConfigError, EntrorayError, InfrastructureError, Stopped, writing
+from entroray.evaluation.evaluate import heldout_accuracy, heldout_prompts
 from entroray.observe.console import Console, summary
 from entroray.observe.health_tracker import HealthTracker, health_lines, moved_settings
-from entroray.observe.journal import Journal, read_metrics
+from entroray.observe.journal import REMEDY, SIGNALS, Journal, read_metrics
 from entroray.observe.trackers import TrackedRun
 from entroray.policy.tokenizer import end_ids, fingerprint, token_name
 from entroray.roles import Generator, Verifier
-from entroray.train.driver import Driver, Roles
+from entroray.train.driver import Roles
 from entroray.train.failure_limits import Stagnation
 from entroray.types import Draw
 from entroray.wiring import (
@@ -44,6 +46,7 @@ from entroray.wiring import (
 )
 from entroray.wiring.driver import build_driver, loop_settings
 from entroray.wiring.objective import advised_settings, check_objective, remark_lines
+from entroray.wiring.overrides import quote
 from entroray.wiring.parts import Parts, build_parts
 from entroray.workers import cluster
 
@@ -65,29 +68,43 @@ def main(arguments: list[str]) -> int:
     if config.run.dry:
         print(_dry(config, parts))
         return 0
-    take_signals()
+    if said := run_directory.finished(config.run):
+        print(said)
+        return 0
+    signals.take_sigterm()
     preflight.refuse_wrong(config)
+    resumed = run_directory.resume_run(config.run, tree)
     facts = warm_start.ensure_model(config, overrides, config_dir)
     model = warm_start.resolve_model(config)
     read_in = dataset.load_dataset(config, model)
+    _check_heldout(config, parts, read_in)
     facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}
-    run = run_directory.open_run(config.run, tree)
-    asyncio.run(_train(config, parts, read_in, run, facts, OmegaConf.to_yaml(tree, resolve=True)))
+    if resumed:
+        run_directory.check_same_data(resumed, dataset.identity(read_in))
+    run = resumed or run_directory.new_run(config.run)
+    settings = OmegaConf.to_yaml(tree, resolve=True)
+    try:
+        seconds = asyncio.run(_train(config, parts, read_in, run, facts, settings))
+    except asyncio.CancelledError as error:
+        raise Stopped(signal.SIGTERM, signals.OUTSIDE) from error
+    _finish(config, parts, run.folder, model, seconds)
     return 0
 
 
 def _multirun(overrides: list[str], config_dir: str | None, *, show: bool) -> int:
-    """Every combination, one after the other, each in a process of its own; the first failure's code."""
     if show:
         raise ConfigError("--cfg job prints the settings of one run: leave out --multirun, or --cfg job")
-    extra = [f"--config-dir={config_dir}"] if config_dir else []
-    worst = 0
-    for number, combination in enumerate(compose.expand_sweep(overrides)):
-        print(f"--- run {number}: {' '.join(combination)}", flush=True)
-        command = [sys.executable, "-m", "entroray", "train", *combination, *extra]
-        done = subprocess.run(command, check=False)  # deadline: its own driver.stall and call_deadline
-        worst = worst or done.returncode
-    return worst
+    return multirun.train_each(overrides, config_dir)
+
+
+def _check_heldout(config: Config, parts: Parts, read_in: dataset.Dataset) -> None:
+    """PreflightError if something reads held-out prompts and there is none."""
+    e = config.evaluate
+    asked = [f"evaluate.every={e.every}"] if e.every else ["evaluate.final=true"] if e.final else []
+    read = [c for c in parts.controllers if c.signal == "entropy/prompt_in"]
+    asked += [f"control.{c.name}.signal={c.signal}" for c in read]
+    for asker in asked:
+        heldout_prompts(read_in.split.heldout, 1, asker)
 
 
 def _dry(config: Config, parts: Parts) -> str:
@@ -102,11 +119,6 @@ def _dry(config: Config, parts: Parts) -> str:
     return "\n".join([*lines, *memory.memory_lines(config, parts.objective)])
 
 
-def _terminated(number: int, _: Any) -> None:
-    """While no driver can be stopped, SIGTERM is an exception like Ctrl-C: what was started is ended."""
-    raise Stopped(number, "ended by SIGTERM outside of training")
-
-
 async def _train(
     config: Config,
     parts: Parts,
@@ -114,41 +126,56 @@ async def _train(
     run: run_directory.RunDirectory,
     facts: dict[str, Any],
     settings: str,
-) -> None:
+) -> float:
+    """Train and export; the seconds that it took. Journal and trackers are closed however it ends."""
     began, folder, model = time.monotonic(), run.folder, facts["model"]
+    signals.cancel_on_sigterm()
     facts |= {"resources": actors.join_cluster(config)}
-    trained = time.monotonic()
     try:
         first = run.state.get("version", 0) + 1
         journal, console, health = open_journal(config, parts, folder, read_in.tokenizer, first_step=first)
-        probe = dataset.probe_ids(read_in.tokenizer)
-        updates = config.run.steps * config.learner.updates_per_rollout
-        m = await actors.start_actors(
-            config,
-            model,
-            parts,
-            read_in.judge,
-            probe,
-            total_updates=updates,
-            resume=run.resume,
-            report=journal.event,
-        )
-        journal.cut(first - 1)  # all of it where a run without a checkpoint is started over
-        facts |= m.facts | {"start_seconds": round(time.monotonic() - began, 1)}
-        run_directory.write_manifest(folder, settings, facts)
-        console.header("entroray", _header(config, parts, read_in, folder, facts))
-        trained = time.monotonic()
-        await drive(config, parts, read_in, m, journal, health, run)
-        journal.event("trained", seconds=round(time.monotonic() - trained, 1), steps=config.run.steps)
-        await m.export(str(folder / "model"))
-        read_in.tokenizer.save_pretrained(folder / "model")
-        await m.stop()
-        journal.close()
+        with closing(journal):
+            probe = dataset.probe_ids(read_in.tokenizer)
+            updates = config.run.steps * config.learner.updates_per_rollout
+            m = await actors.start_actors(
+                config,
+                model,
+                parts,
+                read_in.judge,
+                probe,
+                total_updates=updates,
+                resume=run.resume,
+                report=journal.event,
+            )
+            journal.cut(first - 1)  # all of it where a run without a checkpoint is started over
+            facts |= m.facts | {"start_seconds": round(time.monotonic() - began, 1)}
+            run_directory.write_manifest(folder, settings, facts)
+            console.header("entroray", _header(config, parts, read_in, folder, facts))
+            trained = time.monotonic()
+            await drive(config, parts, read_in, m, journal, health, run)
+            signals.cancel_on_sigterm()
+            journal.event("trained", seconds=round(time.monotonic() - trained, 1), steps=config.run.steps)
+            await export_model(m, read_in.tokenizer, folder)
+            await m.stop()
     except InfrastructureError as error:
         raise type(error)(f"{error}. Log: {folder}/events.jsonl") from error
     finally:
         cluster.stop()
-    _finish(config, parts, folder, model, time.monotonic() - trained)
+    return time.monotonic() - trained
+
+
+async def export_model(m: actors.Actors, tokenizer: Any, run: Path) -> None:
+    """Weights and tokenizer in `run`/model, which appears when it is whole; else InfrastructureError."""
+    final, partial = run / "model", run / ".model.part"
+    with writing(final, REMEDY):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            await m.export(str(partial))
+            tokenizer.save_pretrained(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def open_journal(
@@ -171,7 +198,9 @@ def open_journal(
     for open_tracker in parts.trackers:
         try:
             journal.trackers.append(open_tracker(run))
-        except (Exception, SystemExit) as error:  # boundary: a copy of the metrics must not end the run
+        except SIGNALS:
+            raise
+        except BaseException as error:  # boundary: a copy of the metrics must not end the run
             name = function_name(open_tracker)
             journal.event("tracker_lost", tracker=name, step=first_step - 1, reason=repr(error))
             console.say(f"observe.trackers: {name} cannot be opened: {error!r}; the run goes on without")
@@ -239,11 +268,13 @@ async def drive(
         evaluate=_evaluation(config.evaluate, plain, read_in, generator, verifier),
         waits=cluster.WAITS.lines,
     )
-    journal.event("start", objective=config.objective, pace=asdict(loop_settings(config)), state=run.state)
+    began = {"settings": asdict(config), "identity": dataset.identity(read_in)}
+    state = {name: value for name, value in run.state.items() if name not in began}
+    pace = asdict(loop_settings(config))
+    journal.event("start", objective=config.objective, pace=pace, state=state, changed=run.changed)
     draw = sampler.training_draw(config.sampler, config.rollout, parts, read_in.tokenizer)
     driver = build_driver(config, parts, read_in, roles, draw)
-    described = controllers.describe_controllers(parts, config.driver.max_lag)
-    journal.event("control", controllers=described)
+    journal.event("control", controllers=controllers.describe_controllers(parts, config.driver.max_lag))
     if run.checkpoint:
         driver.restore(run.state)
         health.restore(run.state["health"])
@@ -252,18 +283,20 @@ async def drive(
 
     async def save(accuracy: float | None = None) -> Path:
         stagnated = {"best": stagnation.best, "since": stagnation.since}
-        state = {**driver.committed, "stagnation": stagnated, "health": health.state()}
+        state = {**driver.committed, **began, "stagnation": stagnated, "health": health.state()}
         return await saves.save(driver.version, state, accuracy)
 
     async def after(step: int, metrics: Mapping[str, float]) -> None:
         if stagnation.observe(metrics.get("eval/greedy")):
-            await m.anchor(str(run.folder / "anchors" / f"step-{step:06d}"))
+            kept = run.folder / "anchors" / f"step-{step:06d}"
+            with writing(kept, REMEDY):
+                await m.anchor(str(kept))
             journal.event("reference_reset", step=step, best=stagnation.best)
         if config.checkpoint.every and step % config.checkpoint.every == 0:
             saved = await save(metrics.get("eval/greedy"))
             journal.event("checkpoint", step=step, folder=str(saved))
 
-    caught = _stop_on_signals(driver)
+    caught = signals.stop_on_signals(driver)
     await driver.train(config.run.steps, after)
     if caught:
         saved = await save()
@@ -278,8 +311,9 @@ async def drive(
 def _evaluation(
     e: Evaluate, draw: Draw, read_in: dataset.Dataset, generator: Generator, verifier: Verifier
 ) -> Callable[[int], Awaitable[dict[str, float]]]:
-    """Held-out accuracy on the training engines, every `evaluate.every` steps."""
-    prompts = read_in.split.heldout[: e.prompts]
+    """Held-out accuracy on the training engines, every `evaluate.every` steps; PreflightError if none is."""
+    asked = f"evaluate.every={e.every}"
+    prompts = heldout_prompts(read_in.split.heldout, e.prompts, asked) if e.every else ()
 
     async def evaluate(step: int) -> dict[str, float]:
         if not e.every or step % e.every:
@@ -290,44 +324,31 @@ def _evaluation(
     return evaluate
 
 
-def take_signals() -> None:
-    """SIGTERM is an exception like Ctrl-C."""
-    signal.signal(signal.SIGTERM, _terminated)
-
-
-def _stop_on_signals(driver: Driver) -> list[int]:
-    """Ctrl-C and SIGTERM ask the driver to stop, once; a second one ends the process as it always did."""
-    caught: list[int] = []
-    loop = asyncio.get_running_loop()
-
-    def stop(number: int) -> None:
-        caught.append(number)
-        print(f"\n{signal.Signals(number).name}: saving a checkpoint", file=sys.stderr, flush=True)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(each)
-        driver.stop()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
-    return caught
-
-
 def _finish(config: Config, parts: Parts, folder: Path, model: str, seconds: float) -> None:
-    take_signals()  # the event loop took them with it
+    signals.take_sigterm()  # the event loop took its own with it
     metrics = read_metrics(folder / "metrics.jsonl")
-    words = [
-        *health_lines(metrics, advised_settings(config, parts.controllers)),
-        *moved_settings(parts.controllers, metrics),
-    ]
-    print("\n".join([summary(metrics), "", *words]))
+    advised = advised_settings(config, parts.controllers)
+    words = lambda: [*health_lines(metrics, advised), *moved_settings(parts.controllers, metrics)]
+    print(_comment("summary", lambda: summary(metrics)) + "\n")
+    print(_comment("health", lambda: "\n".join(words())))
     print(f"\n{metrics[-1]['step'] if metrics else 0} steps in {seconds:.0f} s")
     if config.evaluate.final:
         _compare(folder, model)
+    print(f"model      {folder / 'model'}\nrun        {folder}", flush=True)
     if config.observe.report:
         from entroray.observe.report import write_report
 
-        print(f"report     {write_report(folder)}")
-    print(f"model      {folder / 'model'}\nrun        {folder}", flush=True)
+        print(_comment("report", lambda: f"report     {write_report(folder)}"), flush=True)
+
+
+def _comment(name: str, make: Callable[[], str]) -> str:
+    """What `make` says of a run that is done, or why it says nothing."""
+    try:
+        return make()
+    except EntrorayError:
+        raise
+    except Exception as error:  # boundary: the model is trained and exported, whatever is said about it
+        return f"{name}: cannot be made: {error!r}"
 
 
 def _compare(folder: Path, model: str) -> None:
@@ -335,7 +356,7 @@ def _compare(folder: Path, model: str) -> None:
     for name, path in (("before", model), ("after", str(folder / "model"))):
         out = folder / f"eval-{name}.json"
         command = [sys.executable, "-m", "entroray", "eval", f"--config={folder}/config.yaml"]
-        command += [f"--out={out}", f"model.path={path}"]
+        command += [f"--out={out}", f"model.path={quote(path)}"]
         done = subprocess.run(command, check=False, timeout=1800, capture_output=True, text=True)
         if done.returncode:
             raise InfrastructureError(f"the evaluation of {path} ended with {done.stderr[-800:]}")

@@ -12,6 +12,8 @@ from entroray.cli.flags import Flag
 from entroray.errors import ConfigError, InfrastructureError, NumericsError
 from entroray.observe.journal import read_metrics
 from entroray.observe.token_records import files, step_of
+from entroray.wiring.overrides import quote
+from entroray.wiring.run_directory import make_folder
 
 CLOCKED = ("seconds/", "tokens/per_second")
 """Metrics that are times: they may differ."""
@@ -45,7 +47,8 @@ def main(arguments: list[str]) -> int:
 def _cleared(folder: Path) -> tuple[Path, Path]:
     """Places of the two runs, empty; ConfigError where the folder holds anything that is not theirs."""
     runs = folder / "whole", folder / "resumed"
-    others = sorted(p.name for p in folder.iterdir() if p not in runs) if folder.exists() else []
+    make_folder(folder, "--dir")
+    others = sorted(p.name for p in folder.iterdir() if p not in runs)
     if others:
         raise ConfigError(
             f"verify-resume --dir={folder} holds {others[0]}: give an empty folder, or a new one"
@@ -64,7 +67,7 @@ def _steps(given: str) -> int:
 
 def _train(overrides: list[str], folder: Path, steps: int) -> None:
     fixed = {
-        "run.dir": folder,
+        "run.dir": quote(str(folder)),
         "run.resume": "auto",
         "run.steps": 2 * steps,
         "checkpoint.every": steps,

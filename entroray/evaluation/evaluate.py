@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entroray.data.mixture import positions_by_domain
-from entroray.errors import ConfigError
+from entroray.errors import ConfigError, PreflightError
 from entroray.evaluation import summary
 from entroray.evaluation.cot_decoding import TWO, Decoding, Words, decode_paths
 from entroray.metrics.pass_at_k import pass_at_k, powers_of_two
@@ -60,6 +60,16 @@ def score_counts(greedy: Sequence[int], sampled: Sequence[int], samples: int) ->
     ks = powers_of_two(samples)
     passed = {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in sampled) / len(sampled) for k in ks}
     return {"greedy": sum(greedy) / len(greedy)} | passed
+
+
+def heldout_prompts(heldout: Sequence[Prompt], most: int, asked_by: str) -> Sequence[Prompt]:
+    """The first `most` held-out prompts, for the setting `asked_by`; PreflightError if there is none."""
+    if not heldout:
+        raise PreflightError(
+            f"{asked_by} asks for held-out prompts and none is: raise data.heldout (a share of the rows), or "
+            "give data.task more rows"
+        )
+    return heldout[:most]
 
 
 async def heldout_accuracy(

@@ -19,6 +19,8 @@ MINIMUM_STEPS = 15
 """Steps with an entropy before a run has a health."""
 FALLEN, LOW, EXHAUSTED, RISEN = 0.5, 0.35, 0.1, 2.0
 """Shares of the first entropy."""
+ZERO = 1e-9
+"""Nats below which an entropy is none: no share is taken of it."""
 HORIZON = 150
 """Steps within which a fall must exhaust entropy to be called collapsing."""
 NO_SIGNAL = 0.95
@@ -81,7 +83,7 @@ def fit_slope(values: Sequence[float]) -> tuple[float, float]:
 
 def _zero_from_the_start(steps: History, settings: remedies.Settings) -> Health | None:
     start, now = first_and_recent(steps, ENTROPY)
-    if start > 0:
+    if start > ZERO:
         return None
     words = f"entropy was 0 in the first {FIRST} steps and is {now:.3f} nats; {_correct_text(steps)}"
     return Health("collapsing", words, f"entropy 0 in the first {FIRST} steps", *_low_entropy(settings))
@@ -147,9 +149,9 @@ def _noise(values: Sequence[float]) -> float:
 
 def _collapsing(steps: History, settings: remedies.Settings) -> Health | None:
     start, now = first_and_recent(steps, ENTROPY)
-    slope, error = fit_slope([math.log(max(h, 1e-9)) for h in _recent(steps, ENTROPY)])
+    slope, error = fit_slope([math.log(max(h, ZERO)) for h in _recent(steps, ENTROPY)])
     end = EXHAUSTED * start
-    left = math.log(max(now, 1e-9) / end) / -slope if slope < 0 else math.inf
+    left = math.log(max(now, ZERO) / end) / -slope if slope < 0 else math.inf
     if now > FALLEN * start or not slope < -2 * error or left > HORIZON:
         return None
     fate = f"at this rate it reaches {end:.3f} in {left:.0f} steps" if left > 0 else "it is nearly exhausted"

@@ -1,9 +1,11 @@
 """A run on disk: metrics.jsonl, events.jsonl and the token records."""
 
+import asyncio
 import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from numbers import Integral, Real
@@ -12,6 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
+from entroray.errors import DataError, InfrastructureError, Stopped, writing
 from entroray.observe import token_records
 from entroray.observe.trackers import Tracker
 from entroray.types import Batch, Group, Tokens
@@ -22,6 +25,8 @@ class Journal:
 
     Token records are written every `tokens_every` steps from step 1 on, never if it is 0; if the disk refuses
     one, the event `tokens_lost` records it and the run goes on. `vocabulary` is token id -> text.
+    InfrastructureError if the disk refuses a line of metrics or events. What a crash left of a line is
+    dropped when the files are opened; where it is more than the last one, the file is kept as `*.damaged`.
     """
 
     def __init__(
@@ -34,13 +39,16 @@ class Journal:
     ):
         self.run_dir, self.tokens_every, self.trackers = run_dir, tokens_every, list(trackers)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._metrics = _append_to(run_dir / "metrics.jsonl")
-        self._events = _append_to(run_dir / "events.jsonl")
+        dropped = {name: _drop_damaged(run_dir / name) for name in ("metrics.jsonl", "events.jsonl")}
+        self._metrics, self._events = (_append_to(run_dir / name) for name in dropped)
+        for name, lines in dropped.items():
+            if lines:
+                self.event("journal_damaged", file=name, lines=lines, kept=f"{name}.damaged")
         entries = read_metrics(run_dir / "metrics.jsonl")
         self.last_step: int = entries[-1]["step"] if entries else 0
         if vocabulary is not None and tokens_every:
             words = {str(token): text for token, text in vocabulary.items()}
-            replace_text(run_dir / "tokens" / "vocabulary.json", json.dumps(words, ensure_ascii=False))
+            self._keep_vocabulary(json.dumps(words, ensure_ascii=False))
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], tokens: Tokens) -> None:
         """Append a line of metrics, NaN and infinity as null; ValueError unless `step` is past the last."""
@@ -58,15 +66,21 @@ class Journal:
         self._track(step, {name: v for name, v in finite.items() if v is not None})
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append a line of {time (UTC), kind, fields}; values that JSON cannot hold become text or null."""
+        """Append a line of {time (UTC), kind, fields}; values that JSON cannot hold become text or null.
+
+        What is reported after `close`, by what is still being taken down, is not kept.
+        """
+        if self._events.closed:
+            return
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         _line(self._events, {"time": time, "kind": kind, "fields": _plain(fields)})
 
     def skipped(self, step: int, batch: Batch, tokens: Tokens) -> None:
         """Keep the batch of a skipped update, to be read by `torch.load(path, weights_only=False)`."""
         path = self.run_dir / "skipped" / f"step-{step:06d}.pt"
-        path.parent.mkdir(exist_ok=True)
-        torch.save({"batch": batch, "tokens": tokens}, path)
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            torch.save({"batch": batch, "tokens": tokens}, path)
         self.event("update_skipped", step=step, kept=str(path))
 
     def cut(self, step: int) -> None:
@@ -85,11 +99,21 @@ class Journal:
             self.event("journal_cut", step=step, metrics=len(lines) - len(kept), token_files=len(beyond))
 
     def close(self) -> None:
-        """Close the files and every tracker still held."""
+        """Close the files and every tracker still held, once; nothing is raised by a full disk."""
+        if self._events.closed:
+            return
         for tracker in tuple(self.trackers):
-            self._ask(tracker, self.last_step, tracker.close)
-        self._metrics.close()
-        self._events.close()
+            with suppress(InfrastructureError):
+                self._ask(tracker, self.last_step, tracker.close)
+        for file in (self._metrics, self._events):
+            with suppress(OSError):  # the line that a full disk refused is still in its buffer
+                file.close()
+
+    def _keep_vocabulary(self, words: str) -> None:
+        try:
+            replace_text(self.run_dir / "tokens" / "vocabulary.json", words)
+        except InfrastructureError as error:
+            self.event("tokens_lost", step=self.last_step, reason=str(error))
 
     def _record(self, step: int, groups: Sequence[Group], tokens: Tokens) -> None:
         table = token_records.record_table(step, groups, tokens)
@@ -106,15 +130,60 @@ class Journal:
         """Have a tracker do something; one that cannot is let go."""
         try:
             call()
-        except (Exception, SystemExit) as error:  # boundary: a copy of the metrics must not end the run
+        except SIGNALS:
+            raise
+        except BaseException as error:  # boundary: a copy of the metrics must not end the run
             self.trackers.remove(tracker)
             self.event("tracker_lost", tracker=type(tracker).__name__, step=step, reason=repr(error))
 
 
+SIGNALS = (KeyboardInterrupt, Stopped, asyncio.CancelledError)
+"""What Ctrl-C and SIGTERM raise wherever the process is, in a tracker too."""
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file, oldest first, without a last line that a crash cut short."""
-    complete, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in complete.split("\n") if line]
+    """The lines of a .jsonl file, oldest first, without a last line that a crash cut short.
+
+    None where there is no file; DataError names the first line that is no JSON object.
+    """
+    entries = []
+    for number, line in enumerate(_complete_lines(path), 1):
+        if (entry := _entry(line)) is None:
+            raise DataError(
+                f"{path}, line {number} is no JSON object, as after a power cut: delete the line, or "
+                "go on with the run (run.resume=auto), which does"
+            )
+        entries.append(entry)
+    return entries
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    """Every line that ends, but empty ones; DataError if `path` is there and cannot be read."""
+    try:
+        return [line for line in path.read_bytes().split(b"\n")[:-1] if line]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): a file belongs there") from error
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The object of a line, or None if it holds none."""
+    try:
+        entry = json.loads(line)
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _drop_damaged(path: Path) -> int:
+    """Leave the lines that hold an object in the file, what it was beside it; how many were dropped."""
+    lines = _complete_lines(path)
+    good = [line for line in lines if _entry(line) is not None]
+    if len(good) < len(lines):
+        os.replace(path, path.with_name(f"{path.name}.damaged"))
+        replace_text(path, b"".join(line + b"\n" for line in good).decode())
+    return len(lines) - len(good)
 
 
 def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -130,24 +199,37 @@ def first_and_last(values: Sequence[float], window: int = 5) -> tuple[float, flo
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write aside and rename, so that a reader sees the old text or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write aside and rename, so that a reader sees the old text or the new, never a part.
+
+    InfrastructureError, and nothing left aside, if the disk refuses.
+    """
     aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_text(text, encoding="utf-8")
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def _append_to(path: Path) -> TextIO:
     """The file opened for appending, without a last line that a crash cut short."""
-    with path.open("ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-    return path.open("a", encoding="utf-8")
+    with writing(path):
+        with path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        return path.open("a", encoding="utf-8")
 
 
 def _line(file: TextIO, entry: Mapping[str, Any]) -> None:
-    file.write(json.dumps(entry, allow_nan=False) + "\n")
-    file.flush()
+    text = json.dumps(entry, allow_nan=False)
+    with writing(Path(file.name), REMEDY):
+        file.write(text + "\n")
+        file.flush()
+
+
+REMEDY = "free some space there, then go on with the same command and run.resume=auto"
 
 
 def _plain(value: Any) -> Any:

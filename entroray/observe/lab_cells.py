@@ -110,13 +110,22 @@ def save_cell(lab: Path, cell: Cell) -> None:
 
 
 def load_cells(lab: Path) -> list[Cell]:
-    """Every cell of this lab, by name."""
-    return [_load_cell(file) for file in sorted(lab.glob("cells/*/cell.json"))]
+    """Every cell of this lab, by name; one whose file is damaged is left out, as if it had never run."""
+    return [cell for file in cell_files(lab) if (cell := load_cell(file))]
 
 
-def _load_cell(file: Path) -> Cell:
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    return Cell(**stored | {"overrides": tuple(stored["overrides"])})
+def cell_files(lab: Path) -> list[Path]:
+    """The cell.json of every cell, by name."""
+    return sorted(lab.glob("cells/*/cell.json"))
+
+
+def load_cell(file: Path) -> Cell | None:
+    """The cell of a cell.json; None if it is empty, cut short or something else."""
+    try:
+        stored = json.loads(file.read_bytes())
+        return Cell(**stored | {"overrides": tuple(stored["overrides"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def write_cells_csv(lab: Path, cells: Iterable[Cell]) -> Path:

@@ -169,7 +169,11 @@ def _tokens(run_dir: Path) -> str:
     if not files:
         why = "no token was recorded (see the setting observe.tokens.every)"
         return _section("Tokens", _missing("tokens/", why))
-    view = token_view.load_token_view(files[-1])
+    try:
+        view = token_view.load_token_view(files[-1])
+    except (OSError, ValueError) as error:  # Arrow's errors are both
+        why = f"it is damaged ({escape(str(error))})"
+        return _section("Tokens", _missing(f"tokens/{files[-1].name}", why))
     step = token_records.step_of(files[-1])
     return _section(
         f"Most uncertain tokens of step {step} <small>entropy in nats, varentropy in nats²</small>",

@@ -41,8 +41,9 @@ def step_of(file: Path) -> int:
 
 
 def files(run_dir: Path) -> list[Path]:
-    """Every record file of the run, oldest step first."""
-    return sorted((run_dir / "tokens").glob("step-*.parquet"), key=step_of)
+    """Every record file of the run, oldest step first; a copy under another name is none."""
+    found = (run_dir / "tokens").glob("step-*.parquet")
+    return sorted((file for file in found if file.stem.removeprefix("step-").isdecimal()), key=step_of)
 
 
 def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table:

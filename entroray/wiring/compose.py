@@ -1,16 +1,12 @@
 """Command line -> one checked Config; composed here, not by Hydra's wrapper, to keep our exit codes."""
 
-import difflib
 import itertools
 import json
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,7 +14,16 @@ from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.evaluation.evaluate import plan_evaluation
 from entroray.rows import conf_folder
-from entroray.wiring import constraints, controllers, dataset, rollout_plan, sampler, selection, tool
+from entroray.wiring import (
+    constraints,
+    controllers,
+    dataset,
+    overrides,
+    rollout_plan,
+    sampler,
+    selection,
+    tool,
+)
 from entroray.wiring.parts import Parts, build_parts
 
 TAKEN = {
@@ -40,77 +45,78 @@ RENAMED = {
 
 
 def load_config(
-    overrides: list[str], config_dir: str | None = None, *, training: bool = True
+    words: list[str], config_dir: str | None = None, *, training: bool = True
 ) -> tuple[Config, DictConfig]:
     """The composed settings, typed and checked, and as the tree they were composed from.
 
     An evaluation (`training` False) may be greedy, or cut the tail. Raises ConfigError naming the key and
     the nearest right one.
     """
-    _refuse_renamed(overrides)
-    if config_dir and not Path(config_dir).is_dir():
-        raise ConfigError(f"--config-dir={config_dir} is no folder: give one with conf/'s groups in it")
-    extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    _refuse_renamed(words)
+    given = overrides.parse_overrides(words)
+    overrides.refuse_sweeps(words, given)
+    own = _own_folder(config_dir)
+    overrides.refuse_unknown(words, given, own)
+    for folder in own:
+        overrides.check_own_files(given, folder)
+    found = [f"hydra.searchpath=[{overrides.quote(f'file://{folder.resolve()}')}]" for folder in own]
+    conf = str(conf_folder())
     schema = OmegaConf.structured(Config)  # conf/train.yaml begins with it
     OmegaConf.set_struct(schema.model.template_args, False)  # its keys are the template's
     ConfigStore.instance().store(name="schema", node=schema)
     try:
-        with initialize_config_dir(config_dir=str(conf_folder()), version_base="1.3"):
-            tree = compose("train", overrides=overrides + extra)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)) from error
-    return _typed(tree, training=training), tree
+        with initialize_config_dir(config_dir=conf, version_base="1.3"):
+            tree = compose("train", overrides=words + found)
+        overrides.read_line_breaks(tree, given)
+    except Exception as error:  # boundary: whatever Hydra and YAML raise is about the words and files given
+        raise ConfigError(overrides.explain(error, words, own)) from error
+    return _typed(tree, words, training=training), tree
 
 
-def _refuse_renamed(overrides: list[str]) -> None:
+def _own_folder(config_dir: str | None) -> list[Path]:
+    """The folder beside conf/, if one is given."""
+    if config_dir is None:
+        return []
+    if not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir={config_dir} is no folder: give one with conf/'s groups in it")
+    return [Path(config_dir)]
+
+
+def _refuse_renamed(words: list[str]) -> None:
     """ConfigError for a setting by the name that older pages gave it."""
-    for override in overrides:
-        path = override.lstrip("+~")
+    for word in words:
+        path = word.lstrip("+~")
         for old, new in RENAMED.items():
             if path == old or path.startswith((f"{old}.", f"{old}=")):
                 raise ConfigError(f"{path}: `{old}` is called `{new}` now: {path.replace(old, new, 1)}")
 
 
-def override_config(tree: DictConfig, values: list[str], *, training: bool = True) -> Config:
+def override_config(tree: DictConfig, words: list[str], *, training: bool = True) -> Config:
     """Composed settings with `path=value` said beside them; no group can be chosen anew."""
+    given = overrides.parse_overrides(words)
+    overrides.refuse_sweeps(words, given)
     try:
-        typed = OmegaConf.get_type(tree) is Config
-        schema = tree if typed else OmegaConf.merge(OmegaConf.structured(Config), tree)
-        merged = OmegaConf.merge(schema, OmegaConf.from_dotlist(values))
+        base = [] if OmegaConf.get_type(tree) is Config else [OmegaConf.structured(Config)]
+        merged = OmegaConf.merge(*base, tree)
+        assert isinstance(merged, DictConfig)
+        for each in given:
+            OmegaConf.update(merged, each.key_or_group, each.value())
+        overrides.read_line_breaks(merged, given)
     except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error)) from error
-    assert isinstance(merged, DictConfig)
-    return _typed(merged, training=training)
+        raise ConfigError(overrides.explain(error, words)) from error
+    return _typed(merged, words, training=training)
 
 
-def _typed(tree: DictConfig, *, training: bool) -> Config:
+def _typed(tree: DictConfig, words: list[str], *, training: bool) -> Config:
     try:
         config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(overrides.explain(error, words)) from error
     parts = check_config(config)
     if training:
         sampler.check_training_sampler(config.sampler, config.generator.engine, parts)
         selection.check_training_selection(config.rollout, config.generator.engine, parts.objective)
     return config
-
-
-def _explain(error: Exception) -> str:
-    cause = " ".join(str(error.__cause__ or error).split())
-    known = list(_keys(Config))
-    unknown = next((w.strip("'\".,:") for w in str(error).split() if "=" in w or "." in w), "")
-    key = unknown.lstrip("+~").partition("=")[0]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f" Did you mean `{near[0]}`?" if near and near[0] != key else ""
-    return f"{str(error).splitlines()[0]} ({cause}).{hint}"
-
-
-def _keys(schema: Any, prefix: str = "") -> Any:
-    for f in fields(schema):
-        yield prefix + f.name
-        inner = f.default_factory if is_dataclass(f.default_factory) else None
-        if inner:
-            yield from _keys(inner, f"{prefix}{f.name}.")
 
 
 def check_config(config: Config) -> Parts:
@@ -194,15 +200,11 @@ def check_evaluation(config: Config) -> None:
         )
 
 
-def expand_sweep(overrides: list[str]) -> list[list[str]]:
-    """Every combination of sweeping overrides (`seed=1,2,3`), for multirun."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    swept = []
-    for text, override in zip(overrides, parsed, strict=True):
-        key = text.partition("=")[0]
-        values = override.sweep_string_iterator() if override.is_sweep_override() else None
-        swept.append([f"{key}={v}" for v in values] if values else [text])
-    return [list(c) for c in itertools.product(*swept)]
+def expand_sweep(words: list[str], config_dir: str | None = None) -> list[list[str]]:
+    """Every combination of the words that sweep (`seed=1,2,3`); ConfigError for a word that cannot."""
+    folders = [conf_folder(), *_own_folder(config_dir)]
+    parsed = zip(words, overrides.parse_overrides(words), strict=True)
+    return [list(each) for each in itertools.product(*(overrides.sweep(*one, folders) for one in parsed))]
 
 
 def fingerprint(tree: Any) -> str:

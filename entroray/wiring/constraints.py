@@ -62,7 +62,7 @@ NAMES: dict[str, tuple[object, ...]] = {
 
 
 def check_bounds(config: Config) -> None:
-    """ConfigError for a number out of its bounds, or a name that is no choice."""
+    """ConfigError for a number out of its bounds, or a name that is no choice or no folder."""
     for path, bound in NUMBERS.items():
         value = attrgetter(path)(config)
         if not bound.holds(value):
@@ -72,3 +72,9 @@ def check_bounds(config: Config) -> None:
         if value not in choices:
             *most, last = map(str, choices)
             raise ConfigError(f"{path}={value}: choose {', '.join(most)} or {last}")
+    name = Path(config.run.name)
+    if name.is_absolute() or not name.parts or ".." in name.parts or name.parts[0] == "latest":
+        raise ConfigError(
+            f"run.name={config.run.name!r} must name a folder below runs/ other than latest; where a run is "
+            "written is run.dir"
+        )

@@ -1,5 +1,6 @@
 """Configuration -> tokenizer, prompts in three disjoint parts, and the judge's spec."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from entroray.binding import bind
 from entroray.config import Config, Data, Part, Reward
 from entroray.data import mixture, prompts, sources
 from entroray.errors import ConfigError, PreflightError
-from entroray.policy.tokenizer import Chat, chat, load_tokenizer
+from entroray.policy.tokenizer import Chat, chat, fingerprint, load_tokenizer
 from entroray.reward import judges
 from entroray.types import Prompt
 from entroray.wiring import tool
@@ -162,3 +163,10 @@ def describe_tasks(d: Data, shared: str | None, reward: Reward) -> list[str]:
         judged = "" if reward.path else f", judged by {(part.judge or reward.judge).get('fn')}"
         lines.append(f"{name}: weight {part.weight:g}, {said}{judged}" if name else said + judged)
     return lines
+
+
+def identity(read_in: Dataset) -> dict[str, str]:
+    """Setting -> a hash of what it names, which may have been replaced where the setting has not changed."""
+    ids = "\n".join(prompt.id for prompt in read_in.split.training)
+    rows = hashlib.blake2b(ids.encode(), digest_size=16).hexdigest()
+    return {"data.task": rows, "model.path": fingerprint(read_in.tokenizer)}

@@ -46,11 +46,11 @@ def _ask(check: Check, config: Config) -> Finding:
 
 def refuse_wrong(config: Config) -> None:
     """Raise what the fast checks find wrong: the error itself when it is one, else all in one."""
-    wrong = [f for f in run_checks(config, FAST) if f.wrong]
-    if len(wrong) == 1 and wrong[0].wrong:
-        raise wrong[0].wrong
+    wrong = {f.said: f.wrong for f in run_checks(config, FAST) if f.wrong}  # two may find the same
+    if len(wrong) == 1:
+        raise next(iter(wrong.values()))
     if wrong:
-        raise PreflightError("\n  ".join([f"{len(wrong)} things are wrong:", *(f.said for f in wrong)]))
+        raise PreflightError("\n  ".join([f"{len(wrong)} things are wrong:", *wrong]))
 
 
 def model(config: Config) -> str:
@@ -98,7 +98,7 @@ def resources(config: Config) -> str:
 
 def disk(config: Config) -> str:
     """Room for the checkpoints kept, the one being written, and the exported model."""
-    place = _existing(Path(config.run.dir or "runs").expanduser())
+    place = _existing(run_directory.place(config.run.dir or "runs"))
     free = shutil.disk_usage(place).free
     count = _parameters(config)
     if count is None:
@@ -144,15 +144,8 @@ def shared_memory(_: Config) -> str:
 
 
 def directory(config: Config) -> str:
-    """The run directory is free, or meant to be gone on with, and no other run writes there."""
-    folder = Path(config.run.dir).expanduser().resolve() if config.run.dir else None
-    if config.run.resume != "auto":
-        run_directory.check_free(folder)
-    if not os.access(_existing(folder or Path("runs")), os.W_OK):
-        raise PreflightError(f"{_existing(folder or Path('runs'))} cannot be written: give another run.dir")
-    if folder and (folder / ".lock").exists():
-        run_directory.lock_folder(folder).close()
-    return config.run.dir or f"runs/{config.run.name}/<time>"
+    """The run directory can be written, is free or meant to be gone on with, and no other run is there."""
+    return run_directory.check_place(config.run)
 
 
 def template(config: Config) -> str:

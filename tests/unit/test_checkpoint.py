@@ -1,21 +1,24 @@
 """What counts as a checkpoint on disk, and which one a run goes on from."""
 
+import asyncio
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from entroray.config import Config, Run
-from entroray.errors import PreflightError
+from entroray.errors import InfrastructureError, PreflightError
 from entroray.wiring import run_directory
-from entroray.workers.checkpoint import MARKER, commit, committed, expired, newest
+from entroray.workers.checkpoint import MARKER, Checkpoints, commit, committed, expired, newest
 
 
 def written(folder: Path, step: int, accuracy: float | None = None) -> Path:
     partial = folder / f".step-{step:06d}.part"
     (partial / "learner").mkdir(parents=True)
-    (partial / "learner" / "weights.pt").write_bytes(bytes([step] * 100))
+    (partial / "learner" / "weights.pt").write_bytes(bytes([step % 256] * 100))
     (partial / "driver.json").write_text(json.dumps({"version": step, "accuracy": accuracy}))
     return commit(partial, folder / f"step-{step:06d}")
 
@@ -52,6 +55,76 @@ def test_a_damaged_one_is_passed_over_with_its_reason(tmp_path: Path, damage: st
     assert len(why) == 1 and "step-000002" in why[0] and "weights.pt" in why[0]
 
 
+@pytest.mark.parametrize("harm", ["gone", "empty", "zeros", "cut", "folder", "dangling", "{}", "[]", "bytes"])
+@pytest.mark.parametrize("name", ["manifest.json", "driver.json", "learner/weights.pt"])
+def test_whatever_became_of_a_file_the_one_before_is_taken(tmp_path: Path, name: str, harm: str) -> None:
+    first, second = written(tmp_path, 1, 0.5), written(tmp_path, 2)
+    file = second / name
+    whole = file.read_bytes()
+    file.unlink()
+    harms = {"empty": b"", "zeros": b"\0" * len(whole), "cut": whole[:-9], "bytes": b"\xff\xfe"}
+    if harm == "folder":
+        file.mkdir()
+    elif harm == "dangling":
+        file.symlink_to("nowhere")
+    elif harm != "gone":
+        file.write_bytes(harms.get(harm, harm.encode()))
+    found, why = newest(tmp_path)
+    assert found == first and len(why) == 1 and "step-000002" in why[0]
+    assert expired([second, first], keep=1) == [second], "the best is kept, a damaged one is not the best"
+
+
+def test_a_link_to_the_file_that_was_written_is_that_file(tmp_path: Path) -> None:
+    done = written(tmp_path, 1)
+    (done / "learner" / "weights.pt").rename(tmp_path / "elsewhere")
+    (done / "learner" / "weights.pt").symlink_to(tmp_path / "elsewhere")
+    assert newest(tmp_path) == (done, [])
+
+
+def test_a_checkpoint_by_another_name_is_named_and_never_deleted(tmp_path: Path) -> None:
+    written(tmp_path, 9).rename(tmp_path / "step-best")
+    found, why = newest(tmp_path)
+    assert found is None and len(why) == 1 and "step-best" in why[0]
+    done = [written(tmp_path, step) for step in (2, 1000000)]
+    assert committed(tmp_path) == done and newest(tmp_path) == (done[1], [])
+
+
+def test_latest_that_is_no_link_is_left_and_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    first = written(tmp_path, 1)
+    (tmp_path / "latest").unlink()
+    shutil.copytree(first, tmp_path / "latest")
+    written(tmp_path, 2)
+    assert (tmp_path / "latest" / "driver.json").is_file() and not (tmp_path / "latest").is_symlink()
+    assert str(tmp_path / "latest") in capsys.readouterr().out
+    assert newest(tmp_path) == (tmp_path / "step-000002", [])
+    shutil.rmtree(tmp_path / "latest")
+    (tmp_path / "latest").symlink_to("gone")
+    assert (tmp_path / "latest").resolve() == tmp_path / "gone"
+    assert written(tmp_path, 3) == (tmp_path / "latest").resolve()
+
+
+class FullDisk:
+    """Ranks that write half of their part and then fail as torch does."""
+
+    async def all(self, method: Callable[[int, object], object], *, deadline: float) -> list[object]:
+        return [method(0, self)]
+
+    @property
+    def save(self) -> "FullDisk":
+        return self
+
+    def remote(self, folder: str) -> None:
+        Path(folder, "half.pt").write_bytes(b"x")
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 128 vs 0")
+
+
+def test_a_checkpoint_that_the_disk_refuses_is_typed_and_leaves_nothing(tmp_path: Path) -> None:
+    saves = Checkpoints(tmp_path / "checkpoints", FullDisk(), keep=2, deadline=1.0)  # type: ignore[arg-type]
+    with pytest.raises(InfrastructureError, match=r"step-000007 .*unexpected pos.* MiB .*checkpoint\.keep=2"):
+        asyncio.run(saves.save(7, {"version": 7}))
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 def settings(folder: Path, **run: object) -> tuple[Run, object]:
     config = Config()
     config.run.dir, config.run.steps = str(folder), 5
@@ -72,9 +145,9 @@ def test_resume_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
     assert run_directory.open_run(*settings(tmp_path, resume="auto")).resume == (found, 3)
 
 
-def test_resume_of_a_finished_run_says_so(tmp_path: Path) -> None:
+def test_resume_of_a_run_with_more_steps_than_asked_for_says_so(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    written(tmp_path / "checkpoints", 5)
+    written(tmp_path / "checkpoints", 6)
     with pytest.raises(PreflightError, match=r"run\.steps=5"):
         run_directory.open_run(*settings(tmp_path, resume="auto"))
 

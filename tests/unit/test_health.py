@@ -127,6 +127,14 @@ def test_a_policy_without_entropy_from_its_first_step_is_collapsing():
     assert all(read_health(thawed[:n]).kind == "collapsing" for n in range(15, 61))
 
 
+@pytest.mark.parametrize("start", [0.0, 5e-324, 1e-310, 1e-9])
+@pytest.mark.parametrize("later", [0.0, 5e-324, 0.5])
+def test_no_entropy_however_small_keeps_a_run_from_being_read(start, later):
+    steps = [{"step": i, "entropy/mean": start if i < 30 else later, "correct/mean": 0.3} for i in range(60)]
+    assert all(read_health(steps[:n]).line() for n in range(15, 61))
+    assert last_words(steps)
+
+
 def test_a_flat_reward_is_told_from_a_rising_one_by_its_noise_and_called_no_more_than_flat():
     shake = [0.03 * (-1) ** i for i in range(60)]
     flat = [{"entropy/mean": 1.0, "correct/mean": 0.70 + shake[i]} for i in range(60)]

@@ -12,7 +12,7 @@ import pytest
 
 from entroray import rows
 from entroray.cli import lab
-from entroray.errors import ConfigError
+from entroray.errors import ConfigError, PreflightError
 from entroray.evaluation.heldout_metrics import DRAWN, heldout_metrics
 from entroray.metrics.catalogue import family_metrics
 from entroray.metrics.confidence_interval import bootstrap_interval, bootstrap_intervals
@@ -169,6 +169,27 @@ def test_cells_outlive_the_process_and_fill_one_csv(tmp_path: Path) -> None:
     rows = list(csv.DictReader(lab_cells.write_cells_csv(tmp_path, CELLS).open()))
     assert len(rows) == len(CELLS)
     assert [r["after/greedy"] for r in rows][-2:] == ["", ""] and rows[6]["with"].startswith("learner.upd")
+
+
+@pytest.mark.parametrize("harm", ["empty", "zeros", "cut", "list", "other", "folder"])
+def test_a_cell_whose_file_is_damaged_counts_as_never_run(
+    tmp_path: Path, harm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for each in CELLS[:2]:
+        lab_cells.save_cell(tmp_path, each)
+    file = lab_cells.cell_path(tmp_path, CELLS[0]) / "cell.json"
+    texts = {"empty": b"", "zeros": bytes(90), "cut": file.read_bytes()[:40], "list": b"[1]", "other": b"{}"}
+    file.unlink()
+    file.mkdir() if harm == "folder" else file.write_bytes(texts[harm])
+    assert [c.name for c in lab_cells.load_cells(tmp_path)] == [CELLS[1].name]
+    lab.main([f"--dir={tmp_path}"])
+    assert str(file) in capsys.readouterr().out
+
+
+def test_a_lab_where_a_file_is_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lab").touch()
+    with pytest.raises(PreflightError, match=r"--dir=/.*/lab"):
+        lab.main([f"--dir={tmp_path}/lab"])
 
 
 def test_a_run_in_numbers() -> None:

@@ -1,0 +1,361 @@
+"""The words of a command line, and files of one's own: what is wrong with them is said with its mending."""
+
+import difflib
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import islice
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from entroray.config import Config
+from entroray.errors import ConfigError, first_line, nearest
+from entroray.rows import conf_folder
+
+PARSER = OverridesParser.create()
+KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w-]*([./][\w-]+)*(@[\w./-]*)?", re.ASCII)
+TEXTS = re.compile(
+    r"data\.(parts\.[^.]+\.)?(template|system)|model\.system|sampler\.(stop|insert)|"
+    r"rollout\.tool\.(open|close|answer)"
+)
+"""Settings whose text is put to the model or looked for in what it says."""
+MOST = 10_000
+"""Values that one word may sweep over."""
+HEADER = re.compile(r"#\s*@package\s+([\w.]+)\s*")
+
+
+# Words.
+
+
+def parse_overrides(words: Sequence[str]) -> list[Override]:
+    """Each `key=value`; ConfigError, with the word as it should be, for one that cannot be meant."""
+    return [_parse(word) for word in words]
+
+
+def _parse(word: str) -> Override:
+    key, _, value = word.partition("=")
+    try:
+        (override,) = PARSER.parse_overrides([word])
+    except HydraException as error:
+        raise ConfigError(_unreadable(word)) from error
+    if not KEY.fullmatch(key):
+        raise ConfigError(_unreadable(word))
+    if override.is_hydra_override():
+        raise ConfigError(
+            f"{word}: Hydra's own settings have no effect here: run.dir says where a run is written, "
+            "--config-dir adds a folder of settings, --multirun sweeps"
+        )
+    if not override.is_delete() and not value:
+        null = f", or {key}=null" if setting_type(key) is None or _may_be_null(key) else ""
+        raise ConfigError(f"{word} is empty, as a shell's unset variable is: give a value{null}")
+    if value == "None" and _may_be_null(key):
+        raise ConfigError(f"{word} is a text of four letters: for nothing write {key}=null")
+    return override
+
+
+def _unreadable(word: str) -> str:
+    """Why Hydra's grammar does not take a word, in the user's terms, and what to write."""
+    key, equals, value = word.partition("=")
+    name = key.lstrip("+~")
+    if not equals or not KEY.fullmatch(key):
+        return (
+            f"`{word}` is no setting, which is key=value without spaces around `=`. {_guess(name)}".rstrip()
+        )
+    kind = setting_type(name)
+    if kind in (int, float, bool):
+        return f"{word}: {key} is {'true or false' if kind is bool else 'a number'}, and {value!r} is none"
+    if spelt := spell(key, value):
+        return f"{word} has characters that must stand in quotes: write {spelt}"
+    return (
+        f"{word} cannot be read: look for a bracket or quote without its partner, and put each text of other "
+        """characters than letters, digits and _ - . / in double quotes, as in '{fn: math, text: "a, b"}'"""
+    )
+
+
+def _guess(name: str) -> str:
+    """The setting, or the choice of a group, that a word without a value may mean."""
+    chosen = next(conf_folder().glob(f"*/{name}.yaml"), None) if name.isidentifier() else None
+    if chosen:
+        return f"Did you mean `{chosen.parent.name}={name}`?"
+    near = difflib.get_close_matches(name.partition("=")[0], setting_names(), n=1)
+    return f"Did you mean `{near[0]}=VALUE`?" if near else ""
+
+
+def spell(key: str, value: str) -> str:
+    """The word, quoted for a shell, that gives `key` the text `value`; empty where `key` takes no text."""
+    kind, text = setting_type(key.lstrip("+~")), _bare(value)
+    if kind == list[str]:
+        inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        quoted = f"[{','.join(quote(_bare(each.strip())) for each in inner.split(','))}]"
+    elif kind in (str, str | None) or (kind is Any and not text.startswith(("{", "["))):
+        # a shell expands ~ at the start of a word only
+        quoted = quote(os.path.expanduser(text) if text.startswith("~") else text)
+    else:
+        return ""
+    return shlex.quote(f"{key}={quoted}")
+
+
+def quote(text: str) -> str:
+    return QuotedString(text, Quote.double).with_quotes()
+
+
+def _bare(text: str) -> str:
+    """Without quotes around it, one of which a shell may have taken."""
+    return text[1:].removesuffix(text[0]) if text[:1] in ("'", '"') else text
+
+
+def setting_type(path: str) -> Any:
+    """What the schema declares at `path`, Any within a free dictionary; None if there is no such setting."""
+    node: Any = Config
+    for part in path.split("."):
+        if is_dataclass(node):
+            node = next((f.type for f in fields(node) if f.name == part), None)
+        elif get_origin(node) is dict:
+            node = get_args(node)[1]
+        elif node is not Any and get_origin(node) is not list:
+            return None
+        else:
+            return Any
+    return node
+
+
+def _may_be_null(key: str) -> bool:
+    kind = setting_type(key.lstrip("+~"))
+    return isinstance(kind, UnionType) and type(None) in get_args(kind)
+
+
+def setting_names(schema: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Every setting and section by its dotted path."""
+    for f in fields(schema):
+        yield prefix + f.name
+        if is_dataclass(f.default_factory):
+            yield from setting_names(f.default_factory, f"{prefix}{f.name}.")
+
+
+# What a word means.
+
+
+def refuse_sweeps(words: Sequence[str], given: Sequence[Override]) -> None:
+    """ConfigError for a word that names several values, where there is one run."""
+    for word, override in zip(words, given, strict=True):
+        if override.is_sweep_override():
+            key, _, value = word.partition("=")
+            spelt = spell(key, value)
+            alone = f"; as one value with commas in it write {spelt}" if spelt else ""
+            raise ConfigError(
+                f"{word} sweeps over several values: train them one by one with --multirun, or compare them "
+                f"with entroray lab{alone}"
+            )
+
+
+def refuse_unknown(words: Sequence[str], given: Sequence[Override], own: Sequence[Path]) -> None:
+    """ConfigError for a word that adds what there is no place for, of which Hydra says nothing."""
+    for word, override in zip(words, given, strict=True):
+        path = override.key_or_group
+        if not (override.is_add() or override.is_force_add()) or any((f / path).is_dir() for f in own):
+            continue
+        if (conf_folder() / path).is_dir():
+            raise ConfigError(f"{word}: {path} has a choice already, so leave out the +: {word.lstrip('+')}")
+        if setting_type(path) is None:
+            raise ConfigError(f"{word}: there is no setting `{path}`. {_guess(path)}".rstrip())
+
+
+def sweep(word: str, override: Override, folders: Sequence[Path]) -> list[str]:
+    """A word for each value that a word sweeps over, or itself; ConfigError where they cannot be listed."""
+    if not override.is_sweep_override():
+        return [word]
+    key = word.partition("=")[0]
+    if override.value_type is ValueType.INTERVAL_SWEEP:
+        raise ConfigError(
+            f"{word} has no list of values: give some, as in {key}=1e-5,1e-4 or '{key}=range(1,4)'"
+        )
+    try:
+        if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+            found: list[str] = _globbed(override, folders)
+        else:
+            found = list(islice(override.sweep_string_iterator(), MOST + 1))
+    except (HydraException, ArithmeticError, ValueError) as error:
+        why = first_line(error)
+        raise ConfigError(f"{word} cannot be swept over ({why}): give the values, {key}=1,2") from error
+    if not 0 < len(found) <= MOST:
+        number = f"more than {MOST}" if found else "no"
+        raise ConfigError(f"{word} sweeps over {number} values: give the values, {key}=1,2")
+    return [f"{key}={each}" for each in dict.fromkeys(found)]
+
+
+def _globbed(override: Override, folders: Sequence[Path]) -> list[str]:
+    """The choices of a group that a glob fits."""
+    group = override.key_or_group
+    choices = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+    if not choices:
+        raise ValueError(f"glob chooses among the files of a folder of conf/, and there is no conf/{group}")
+    glob: Any = override.value()
+    if not (found := glob.filter(choices)):
+        raise ValueError(nearest(override.input_line, choices))
+    return found
+
+
+def read_line_breaks(tree: DictConfig, given: Sequence[Override]) -> None:
+    r"""Have `\n` mean a line break, and `\\n` a backslash and an n, in each of `TEXTS` that a word gives.
+
+    Hydra leaves both as they are typed. A YAML file has its own rules, which were applied as it was read.
+    """
+    for override in given:
+        if not override.is_delete():
+            for path, text in _texts(override.key_or_group, override.value()):
+                OmegaConf.update(tree, path, text)
+
+
+def _texts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(f"{path}.{name}", inner)
+    elif TEXTS.fullmatch(path) and isinstance(value, str):
+        yield path, _line_breaks(value)
+    elif TEXTS.fullmatch(path) and isinstance(value, list):
+        yield path, [_line_breaks(each) if isinstance(each, str) else each for each in value]
+
+
+def _line_breaks(text: str) -> str:
+    return re.sub(r"(\\+)n", lambda m: "\n" if len(m[1]) == 1 else m[0][1:], text)
+
+
+# Files of one's own.
+
+
+def check_own_files(given: Sequence[Override], folder: Path) -> None:
+    """ConfigError, with file, line and mending, for a chosen file of `folder` that Hydra would misread."""
+    for override in given:
+        group, value = folder / override.key_or_group, override.value()
+        names = value if isinstance(value, list) else [value]
+        if group.is_dir() and not override.is_delete():
+            for name in names:
+                _check_choice(group, str(name).removesuffix(".yaml"))
+
+
+def _check_choice(group: Path, name: str) -> None:
+    file = group / f"{name}.yaml"
+    if not file.is_file() and file.with_suffix(".yml").is_file():
+        raise ConfigError(f"{file.with_suffix('.yml')} is not looked for: call it {file.name}")
+    if not file.is_file():
+        return  # of conf/, or of nobody, which is told with the choices there are
+    text = _text(file)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_repeated(file, root)
+    except yaml.YAMLError as error:
+        raise ConfigError(explain_yaml(file, text, error)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{file}: a value of it contains itself (&name, *name): leave one out") from error
+    if not isinstance(root, yaml.MappingNode):
+        kind = "a list" if isinstance(root, yaml.SequenceNode) else "nothing" if root is None else "a text"
+        raise ConfigError(f"{file}, line 1: it holds {kind}: write settings, as in `run: {{steps: 7}}`")
+    sections = {f.name for f in fields(Config)}
+    header = HEADER.fullmatch(text.lstrip().partition("\n")[0])
+    if group.name not in sections and not (header and header[1].split(".")[0] in {"_global_", *sections}):
+        raise ConfigError(
+            f"{file}, line 1: write `# @package _global_` there, before anything else: without it the file's "
+            f"settings are looked for under `{group.name}`"
+        )
+
+
+def _text(file: Path) -> str:
+    raw = file.read_bytes()
+    if raw.startswith(b"\xef\xbb\xbf"):
+        raise ConfigError(f"{file}, line 1: it begins with a byte-order mark: save it as UTF-8 without one")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{file}, line {line}: it is not UTF-8 text: save it as UTF-8") from error
+
+
+def explain_yaml(file: Path, text: str, error: yaml.YAMLError) -> str:
+    """Where a YAML file is broken and, for what is often met, why."""
+    mark = getattr(error, "problem_mark", None)
+    line = mark.line if mark else text[: getattr(error, "position", 0)].count("\n")
+    broken = text.splitlines()[line : line + 1]
+    why = getattr(error, "problem", None) or first_line(error)
+    tabs = ": indent with spaces, not with a tab" if broken and "\t" in broken[0] else ""
+    return f"{file}, line {line + 1}: it is no YAML, {why}{tabs}"
+
+
+def _refuse_repeated(file: Path, node: yaml.Node | None) -> None:
+    """ConfigError for a key that a mapping has twice, of which only one could count."""
+    if isinstance(node, yaml.SequenceNode):
+        for each in node.value:
+            _refuse_repeated(file, each)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            raise ConfigError(
+                f"{file}, line {line}: `{key.value}` stands in line {seen[key.value]} too: leave one"
+            )
+        seen[str(key.value)] = line
+        _refuse_repeated(file, value)
+
+
+# What Hydra, OmegaConf and YAML say.
+
+_SAID = re.compile(r"full_key:|reference_type=|object_type=|To append to|Search path:|provider=|$")
+"""The beginning of a line that helps nobody here."""
+
+
+def explain(error: Exception, words: Sequence[str], folders: Sequence[Path] = ()) -> str:
+    """What they say of a setting or of a file in one of `folders`, in a sentence, and what to write."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        file = Path(error.problem_mark.name)
+        return explain_yaml(file, file.read_text(errors="replace") if file.is_file() else "", error)
+    whole = "\n".join(str(e) for e in (error, error.__cause__) if e)
+    lines = [line.strip() for line in whole.splitlines()]
+    said = ": ".join(dict.fromkeys(line.rstrip(":.") for line in lines if not _SAID.match(line)))
+    found = re.search(r"full_key: (\S+)", whole) or re.search(r"Could not override '([^']+)'", whole)
+    key = found[1] if found else ""
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        wanted = str(error.missing_cfg_file).rpartition("/")[2]
+        choices = nearest(wanted, error.options) if error.options else "write `override /data: countdown`"
+        return f"{_place(whole, key, folders)}{first_line(error)}: {choices}"
+    named = "" if key in said else f" ({key})"
+    return f"{_place(whole, key, folders)}{said or repr(error)}{named}. {_remedy(key, said, words)}".rstrip()
+
+
+def _place(said: str, key: str, folders: Sequence[Path]) -> str:
+    """The own file that an error is about, and the line of the key in it where that can be seen."""
+    named = re.search(r"In '([^']+)'", said)
+    file = next((f for folder in folders if named and (f := folder / f"{named[1]}.yaml").is_file()), None)
+    if file is None:
+        return ""
+    name = re.escape(key.rpartition(".")[2])
+    lines = enumerate(file.read_text(errors="replace").splitlines(), 1)
+    line = next((f", line {n}" for n, text in lines if key and re.search(rf"\b{name}\s*:", text)), "")
+    return f"{file}{line}: "
+
+
+def _remedy(key: str, said: str, words: Sequence[str]) -> str:
+    """What to write in place of what was said of `key`; empty if nobody knows."""
+    word = next((w for w in words if f"{key}.".startswith(w.partition("=")[0].lstrip("+~") + ".")), "")
+    value, kind = word.partition("=")[2], setting_type(key)
+    near = difflib.get_close_matches(key, setting_names(), n=1, cutoff=0.6)
+    if "nterpolation" in said or "${" in said:
+        return "${oc.env:NAME} is a variable of the environment, ${run.name} another setting"
+    if kind is None and near and not key.startswith(near[0]):
+        return f"Did you mean `{near[0]}`?"
+    if kind is Any and "not in" in said:
+        return f"To add it write +{word.lstrip('+') or key}"
+    if kind is int and re.fullmatch(r"[0-9.]+(e[0-9]+)?", value) and float(value).is_integer():
+        return f"Write {key}={int(float(value))}"
+    if kind == list[str] and word:
+        return f"It is a list: {f'{key}=[]' if value == 'null' else spell(key, value)}"
+    return ""
