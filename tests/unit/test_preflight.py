@@ -126,11 +126,11 @@ def test_a_base_model_runs_with_a_template_of_ones_own(folder: Path, tmp_path: P
 
 
 def test_the_end_of_a_call_may_not_be_the_end_of_every_response(folder: Path) -> None:
-    tool = ["rollout.tool.fn=calculator", "rollout.tool.open=<|user|>"]
+    tool = ["rollout.tool.fn=calculator", "rollout.tool.open='<|user|>'"]
     with pytest.raises(PreflightError, match=r"^rollout\.tool\.close='<\|end\|>' "):
-        preflight.template(config(f"model.path={folder}", *tool, "rollout.tool.close=<|end|>"))
-    preflight.template(config(f"model.path={folder}", *tool, "rollout.tool.close=<|pad|>"))
-    preflight.template(config(f"model.path={folder}", "rollout.tool.close=<|end|>"))
+        preflight.template(config(f"model.path={folder}", *tool, "rollout.tool.close='<|end|>'"))
+    preflight.template(config(f"model.path={folder}", *tool, "rollout.tool.close='<|pad|>'"))
+    preflight.template(config(f"model.path={folder}", "rollout.tool.close='<|end|>'"))
 
 
 def test_a_doctor_shows_the_first_prompt_as_it_is_read(tmp_path: Path) -> None:
