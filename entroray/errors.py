@@ -58,3 +58,8 @@ def nearest(wrong: object, right: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(wrong), options, n=1)
     guess = f"did you mean `{close[0]}`? " if close else ""
     return f"{guess}choose from {', '.join(options) or 'nothing'}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, or its kind, in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

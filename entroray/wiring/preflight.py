@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from entroray.config import Config
-from entroray.errors import EntrorayError, PreflightError
+from entroray.errors import EntrorayError, PreflightError, first_line
+from entroray.policy import families, proof
 from entroray.policy.tokenizer import load_tokenizer
 from entroray.wiring import actors, memory, run_directory, warm_start
 from entroray.wiring.sampler import insert_token
@@ -66,16 +67,19 @@ def model(config: Config) -> str:
         described = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise PreflightError(
-            f"model.path={path} is no model: {_first_line(error)} Give a Hugging Face folder with a "
+            f"model.path={path} is no model: {first_line(error)} Give a Hugging Face folder with a "
             "config.json, or a hub id where a hub is reachable"
         ) from error
+    found, text = proof.check_architecture(path, described), families.text_config(described)
     words = len(load_tokenizer(path))
-    if words > described.vocab_size:
+    if words > text.vocab_size:
         raise PreflightError(
-            f"the tokenizer of model.path={path} knows {words} tokens and the model {described.vocab_size}: "
+            f"the tokenizer of model.path={path} knows {words} tokens and the model {text.vocab_size}: "
             "they are not a pair; resize the model's embeddings, or give the tokenizer it was trained with"
         )
-    return _context(needed, getattr(described, "max_position_embeddings", needed), path)
+    families.check_window(described, needed)
+    fits = _context(needed, getattr(text, "max_position_embeddings", needed), path)
+    return f"{fits}; {found}"
 
 
 def _context(needed: int, context: int, name: str) -> str:
@@ -125,10 +129,6 @@ def _parameters(config: Config) -> int | None:
 
 def _existing(folder: Path) -> Path:
     return next(p for p in (folder.resolve(), *folder.resolve().parents) if p.is_dir())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def shared_memory(_: Config) -> str:
