@@ -19,7 +19,7 @@ _SMALL, _LARGE = 2.0**-30, 2.0**40
 _BETWEEN = (-50.0, -7.0, -_SMALL, 0.0, 0.5, 3.0, 20.0, 90.0)
 """Others, at which it is looked whether the model really does that."""
 _WIDER_WINDOW = {"cohere2": (1, 0.033)}
-"""vLLM 0.32 sees so many tokens more than transformers' window has; nats that log-probs were off by for it."""
+"""By how many tokens vLLM 0.32's window is longer than transformers'; nats that log-probs were then off."""
 
 
 def text_config(config: Any) -> Any:
@@ -171,7 +171,7 @@ def joined_parameters(model: Any) -> list[str]:
 
 
 def _candidates(model: Any, name: str) -> list[str]:
-    """Names that transformers reads a parameter under: as it writes it, the body's prefix left out, as it is."""
+    """Names for a parameter in files: as transformers writes it, without the body's prefix, as it is."""
     written = _written(model, name)
     bare = [n.removeprefix(f"{model.base_model_prefix}.") for n in written]
     return list(dict.fromkeys([*written, *bare, name]))

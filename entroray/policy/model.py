@@ -120,8 +120,8 @@ def _check_names(path: str, policy: Policy, missing: Collection[str]) -> None:
     new = [name for name, parameter in policy.model.named_parameters() if not read(name, parameter)]
     if new:
         raise PreflightError(
-            f"model.path={path} ({type(policy.model).__name__}): transformers has {len(new)} parameters that the "
-            f"safetensors files have under no name, first {new[0]}: they would begin at random, or engines would "
-            "not know them when weights are sent (as where transformers joins experts into one). Take a model "
-            "whose files hold each of its parameters, a dense one"
+            f"model.path={path} ({type(policy.model).__name__}): transformers has {len(new)} parameters that "
+            f"the safetensors files have under no name, first {new[0]}: they would begin at random, or "
+            "engines would not know them when weights are sent (as where transformers joins experts into "
+            "one). Take a model whose files hold each of its parameters, a dense one"
         )

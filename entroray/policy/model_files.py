@@ -40,7 +40,7 @@ def tensors_besides(source: Path | None, names: Collection[str]) -> Iterator[tup
 
     for file in safetensors_header.weight_files(source) if source and names else []:
         with safe_open(file, framework="pt") as opened:
-            yield from ((name, opened.get_tensor(name)) for name in opened.keys() if name in names)
+            yield from ((name, opened.get_tensor(name)) for name in names if name in set(opened.keys()))
 
 
 def _configuration(model: Any, texts: Mapping[str, str]) -> str:

@@ -35,9 +35,9 @@ def check_architecture(path: str, config: Any) -> str:
         return f"{name} not tried small ({first_line(error)})"
     if joined := families.joined_parameters(model):
         raise PreflightError(
-            f"model.path={path} ({name}): transformers joins several tensors of its files into one, first "
-            f"{joined[0]}, as those of experts: engines would not know them when weights are sent. Take a dense "
-            "model"
+            f"model.path={path} ({name}): transformers joins tensors of its files into one, first "
+            f"{joined[0]}, as those of experts: engines would not know them when weights are sent. "
+            "Take a dense model"
         )
     try:
         gap = learner_gap(model, own)
@@ -45,7 +45,7 @@ def check_architecture(path: str, config: Any) -> str:
         raise
     except Exception as error:  # boundary: the model's own code, called as the learner calls it
         raise PreflightError(
-            f"model.path={path} ({name}) cannot be trained, a small copy fails: {first_line(error)}. Take another "
+            f"model.path={path} ({name}): a small copy cannot be trained: {first_line(error)}. Take another "
             "model"
         ) from error
     if not gap <= TOLERANCE:
@@ -111,9 +111,9 @@ def _gap(found: Tensor, wanted: Tensor) -> float:
 
 def _apart(path: str, name: str, gap: float, where: str) -> str:
     return (
-        f"model.path={path} ({name}): the learner's log-probs {where} are {gap:.2g} nats from those of the model's "
-        f"own logits, {TOLERANCE:g} allowed: it does more to its logits than a head, a scale and a softcap, so "
-        "entropies would be wrong. Take another model"
+        f"model.path={path} ({name}): the learner's log-probs {where} are {gap:.2g} nats from those of the "
+        f"model's own logits, {TOLERANCE:g} allowed: it does more to its logits than a head, a scale and a "
+        "softcap, so entropies would be wrong. Take another model"
     )
 
 
@@ -126,22 +126,23 @@ def _model_class(path: str, config: Any) -> Any:
     alone = getattr(CLASSES.get(type(text), None), "__name__", "a text model")
     if text is not config and (found is None or found.config_class is type(config)):
         raise PreflightError(
-            f"model.path={path} ({name}) is a composite checkpoint, of which only the text part could be trained: "
-            f"save that part alone, as {alone}, and give its folder"
+            f"model.path={path} ({name}) is a composite checkpoint, and only a text model is trained: save "
+            f"its text part alone, as {alone}, and give that folder"
         )
     if found is None:
         raise PreflightError(
-            f"model.path={path} ({name}): transformers has no causal language model of this kind: take one that "
-            "AutoModelForCausalLM loads"
+            f"model.path={path} ({name}): transformers has no causal language model of this kind: take one "
+            "that AutoModelForCausalLM loads"
         )
     if text is not config and find_spec("torchvision") is None:
         raise PreflightError(
-            f"model.path={path} ({name}) is a composite checkpoint, which vLLM serves with torchvision alone, and "
-            f"that is not installed: save its text part alone, as {alone}, or install torchvision beside CUDA"
+            f"model.path={path} ({name}) is a composite checkpoint, which vLLM serves with torchvision "
+            f"alone, and that is not installed: save its text part alone, as {alone}, and give that "
+            "folder, or install torchvision beside CUDA"
         )
     if not _engines_know(name, found):
         raise PreflightError(
-            f"model.path={path} ({name}): vLLM does not know this architecture and does not take transformers' "
+            f"model.path={path} ({name}): vLLM has not this architecture and does not take transformers' "
             "class of it either: take a model that vLLM serves"
         )
     return found

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-
 VOCABULARY, WINDOW = 128, 8
 HEAD, HEADS = 32, 2
 LOGITS = 4.0

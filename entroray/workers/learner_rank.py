@@ -251,7 +251,7 @@ class LearnerRank:
         }
 
     def _check_layout(self, folder: Path) -> None:
-        """PreflightError if `folder` was written by other ranks: each reads its own part of a stage's division."""
+        """PreflightError if other ranks wrote `folder`: each reads its own part of what a stage divides."""
         try:
             wrote = json.loads((folder / LAYOUT).read_text())
         except (OSError, ValueError) as error:

@@ -145,7 +145,7 @@ FAMILIES = {
     ),
 }
 FEW = ("gemma2", "cohere", "gpt_neox", "opt")
-"""Those of the default lane: softcap and window, scale, another engine and names, dropout and another body."""
+"""Of the default lane: softcap and window; a scale; names and vLLM's other backend; dropout and body."""
 
 
 def configuration(name: str) -> Any:

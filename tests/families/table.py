@@ -53,7 +53,8 @@ def _line(name: str, row: dict[str, Any]) -> str:
     if "refused" in row:
         return f"| {name} | {special} | refused: {row['refused']} | | | |"
     export = "same greedy tokens in both" if row["greedy"] else "other tokens"
-    return f"| {name} | {special} | {row['sync']:.1e} | {row['mismatch']:.1e} | {row['ratio_max']:g} | {export} |"
+    nats = f"{row['sync']:.1e} | {row['mismatch']:.1e}"
+    return f"| {name} | {special} | {nats} | {row['ratio_max']:g} | {export} |"
 
 
 def shown() -> str:

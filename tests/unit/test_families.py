@@ -1,4 +1,4 @@
-"""The learner's half of every family: head against the model's own logits, names in files, what is written."""
+"""The learner's half of every family: head and the model's own logits, names in files, what is written."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def own_statistics(model, b: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_values_and_gradients_are_those_of_the_models_own_logits(name):
-    """In float64 but for norms, longer than the window, padded, whatever dropout the configuration asks for."""
+    """In float64 (norms apart), longer than the window, padded, whatever dropout a configuration asks for."""
     model, b = models.build(name).double(), batch(models.PROMPT_TOKENS, 21)
     logp, entropy = own_statistics(model, b)
     (logp.sum() + entropy.square().sum()).backward()
