@@ -30,8 +30,10 @@ def text_config(config: Any) -> Any:
 def own_logits(model: Any, states: Tensor) -> Tensor:
     """Logits [b, T, V] that the model's own code makes of `states` [b, T, D], in their data type."""
     head = model.get_output_embeddings()
-    cast = lambda p: None if p is None else p.to(states.dtype)
-    plain = lambda hidden: nn.functional.linear(hidden, cast(head.weight), cast(head.bias))
+    weight, bias = head.weight.to(states.dtype), head.bias
+    plain = lambda hidden: nn.functional.linear(
+        hidden, weight, None if bias is None else bias.to(hidden.dtype)
+    )
     return _logits_between(model, states, plain)
 
 
@@ -82,7 +84,7 @@ def _measured(model: Any, head: nn.Linear) -> Readout:
         ) from error
 
 
-def _logits_between(model: Any, states: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+def _logits_between(model: Any, states: Any, head: Callable[[Tensor], Tensor]) -> Tensor:
     """What the model gives with `states` as its last hidden states and `head` in the place of its head."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 

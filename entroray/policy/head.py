@@ -196,6 +196,8 @@ def _further_gradient(logp: Tensor, more: list[Callable[[Tensor], Tensor]], grad
 class StreamedHead(nn.Module):
     """Stands where the head stood and keeps its parameters, so that ZeRO-3 gathers them as any module's."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, head: nn.Linear, readout: Readout = PLAIN):
         super().__init__()
         self.weight, self.readout = head.weight, readout

@@ -103,11 +103,12 @@ def load_policy(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Polic
     from transformers import AutoModelForCausalLM  # a second of imports, and only ranks need it
 
     try:
-        model, read = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise PreflightError(f"model.path={path} cannot be loaded: {first_line(error)}") from error
+    model, read = loaded
     policy = Policy(model, safetensors_header.model_folder(path))
     _check_names(path, policy, read["missing_keys"])
     return policy

@@ -119,11 +119,12 @@ def _apart(path: str, name: str, gap: float, where: str) -> str:
 
 def _model_class(path: str, config: Any) -> Any:
     """The class that is trained; PreflightError when there is none that learner and engines both have."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CLASSES
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    text, found = families.text_config(config), CLASSES.get(type(config), None)
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    text, found = families.text_config(config), classes.get(type(config), None)
     name = (config.architectures or [getattr(found, "__name__", config.model_type)])[0]
-    alone = getattr(CLASSES.get(type(text), None), "__name__", "a text model")
+    alone = getattr(classes.get(type(text), None), "__name__", "a text model")
     if text is not config and (found is None or found.config_class is type(config)):
         raise PreflightError(
             f"model.path={path} ({name}) is a composite checkpoint, and only a text model is trained: save "

@@ -131,7 +131,8 @@ class PlasmaEngine(WeightTransferEngine[PlasmaInit, PlasmaUpdate]):
         """A tied head has nothing of its own to load, but on CPU keeps a packed copy of the old weights."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-        parts = [m for m in self.model.modules() if isinstance(m, VocabParallelEmbedding)]
+        model: Any = self.model
+        parts = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
         embedded = {m.weight.data_ptr() for m in parts if not isinstance(m, ParallelLMHead)}
         for head in (m for m in parts if isinstance(m, ParallelLMHead)):
             if head.weight.data_ptr() in embedded:

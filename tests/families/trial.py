@@ -117,7 +117,7 @@ async def _one_step(config: Config, engine: Any, gang: Gang) -> dict[str, Any]:
     batch = assemble(groups)
     scores = await learner.score(batch, group_index(groups))
     drawn = np.concatenate([r.logprobs for g in groups for r in g.rollouts])
-    tokens = objective.credit(tokens_of(groups, [objective.estimate(g) for g in groups], scores))
+    tokens = objective.credit(tokens_of(groups, [objective.estimate(g) for g in groups], scores, 0))
     done = await learner.update(batch, tokens, objective)
     after = (await sync(1))["sync/probe_error"]
     moved = float(np.abs((await learner.score(batch, group_index(groups)))["logprobs"] - drawn).max())
