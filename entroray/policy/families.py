@@ -27,13 +27,17 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def attention(config: Any, asked: str) -> str:
+    """The implementation that computes all of this model's attention: torch's own leaves out a softcap."""
+    capped = getattr(text_config(config), "attn_logit_softcapping", None)
+    return "eager" if capped and asked == "sdpa" else asked
+
+
 def own_logits(model: Any, states: Tensor) -> Tensor:
     """Logits [b, T, V] that the model's own code makes of `states` [b, T, D], in their data type."""
     head = model.get_output_embeddings()
-    weight, bias = head.weight.to(states.dtype), head.bias
-    plain = lambda hidden: nn.functional.linear(
-        hidden, weight, None if bias is None else bias.to(hidden.dtype)
-    )
+    weight, bias = head.weight.to(states.dtype), None if head.bias is None else head.bias.to(states.dtype)
+    plain = lambda hidden: nn.functional.linear(hidden, weight, bias)
     return _logits_between(model, states, plain)
 
 

@@ -100,9 +100,10 @@ def load_policy(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Polic
         raise PreflightError(
             f"model.path={path} has no config.json: give a Hugging Face model folder or hub id"
         )
-    from transformers import AutoModelForCausalLM  # a second of imports, and only ranks need it
+    from transformers import AutoConfig, AutoModelForCausalLM  # a second of imports, and only ranks need it
 
     try:
+        attention = families.attention(AutoConfig.from_pretrained(path), attention)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )

@@ -21,8 +21,8 @@ LENGTHS = (3 * WINDOW, 2 * WINDOW + 1)
 """Of the texts that a small copy is tried on: longer than its window, and padded."""
 
 
-def check_architecture(path: str, config: Any) -> str:
-    """What was found of the model's kind, before any of its weights is read.
+def check_architecture(path: str, config: Any, attention: str = "sdpa") -> str:
+    """What was found of the model's kind and `model.attention`, before any of its weights is read.
 
     Raises PreflightError when transformers or vLLM have no such language model, or when the learner's
     log-probs of a small copy are more than `TOLERANCE` from those of its logits.
@@ -31,6 +31,8 @@ def check_architecture(path: str, config: Any) -> str:
     try:
         model = build_small_copy(families.text_config(config))
         own = own_statistics(model)
+        if attention == "sdpa":  # others may need a card; the copy was built with the model's own code
+            model.set_attn_implementation(families.attention(config, attention))
     except Exception as error:  # boundary: a family may have sizes that fit only each other
         return f"{name} not tried small ({first_line(error)})"
     if joined := families.joined_parameters(model):
@@ -113,7 +115,7 @@ def _apart(path: str, name: str, gap: float, where: str) -> str:
     return (
         f"model.path={path} ({name}): the learner's log-probs {where} are {gap:.2g} nats from those of the "
         f"model's own logits, {TOLERANCE:g} allowed: it does more to its logits than a head, a scale and a "
-        "softcap, so entropies would be wrong. Take another model"
+        "softcap, or this attention leaves something out. Set model.attention=eager, or take another model"
     )
 
 

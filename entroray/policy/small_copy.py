@@ -92,12 +92,15 @@ def _shorten_rope(rope: dict[str, Any], width: int) -> None:
 
 @torch.no_grad()
 def build_small_copy(config: Any) -> Any:
-    """A model of random float32 weights, whose every part moves its logits."""
+    """A model of random float32 weights and eager attention, whose every part moves its logits."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(shrink_config(config), dtype=torch.float32).eval()
+        small = shrink_config(config)
+        model = AutoModelForCausalLM.from_config(
+            small, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[-1]))

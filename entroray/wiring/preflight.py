@@ -70,7 +70,10 @@ def model(config: Config) -> str:
             f"model.path={path} is no model: {first_line(error)} Give a Hugging Face folder with a "
             "config.json, or a hub id where a hub is reachable"
         ) from error
-    found, text = proof.check_architecture(path, described), families.text_config(described)
+    found, text = (
+        proof.check_architecture(path, described, config.model.attention),
+        families.text_config(described),
+    )
     words = len(load_tokenizer(path))
     if words > text.vocab_size:
         raise PreflightError(

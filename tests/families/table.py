@@ -45,13 +45,24 @@ def lines() -> list[str]:
     ]
     body = [_line(name, row) for name, row in rows.items()]
     missing = [name for name in FAMILIES if name not in rows]
-    return [*head, *body, "", f"Not run: {', '.join(missing) or 'none'}."]
+    said = [f"- {name}: {row['refused']}" for name, row in rows.items() if "refused" in row]
+    return [
+        *head,
+        *body,
+        "",
+        f"Not run: {', '.join(missing) or 'none'}.",
+        "",
+        "Refused, in these words:",
+        "",
+        *said,
+    ]
 
 
 def _line(name: str, row: dict[str, Any]) -> str:
     special = FAMILIES[name].special if name in FAMILIES else row.get("special", "")
     if "refused" in row:
-        return f"| {name} | {special} | refused: {row['refused']} | | | |"
+        why = "unproved: learner and names tested, no engine here" if row.get("unproved") else "refused"
+        return f"| {name} | {special} | {why} | | | |"
     export = "same greedy tokens in both" if row["greedy"] else "other tokens"
     nats = f"{row['sync']:.1e} | {row['mismatch']:.1e}"
     return f"| {name} | {special} | {nats} | {row['ratio_max']:g} | {export} |"

@@ -16,7 +16,7 @@ from entroray.policy import families, proof, small_copy
 from entroray.policy.head import Readout
 from entroray.policy.model import Policy, load_policy, pad
 from entroray.types import Batch
-from tests.families import models
+from tests.families import models, table
 from tests.families.models import FAMILIES
 
 
@@ -61,7 +61,7 @@ def test_values_and_gradients_are_those_of_the_models_own_logits(name):
 
 READ_OUT = {
     "llama": Readout(),
-    "gemma2": Readout(softcap=10.0),
+    "gemma2": Readout(softcap=3.0),
     "granite": Readout(scale=0.125),
     "cohere": Readout(scale=0.0625),
     "cohere2": Readout(scale=0.25),
@@ -283,6 +283,33 @@ def test_the_data_type_written_is_that_of_the_weights(tmp_path):
     assert {t.dtype for t in stored(tmp_path / "written").values()} == {torch.bfloat16}
 
 
+def test_the_text_part_of_a_checkpoint_with_images_is_read_sent_and_written_under_its_names(tmp_path):
+    """Qwen 3.5's learner half: engines of this machine cannot serve it, for want of torchvision."""
+    import transformers
+
+    heads = dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2)
+    text = {
+        **models.SIZES,
+        **heads,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "vocab_size": 272,
+    }
+    seen = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=seen)
+    whole = transformers.Qwen3_5ForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path / "read")
+    policy = load_policy(str(tmp_path / "read"), torch.float32)
+    before, after = stored(tmp_path / "read"), stored(written(policy, tmp_path / "written"))
+    sent = {name for name, _ in policy.named_weights()}
+    assert "model.language_model.embed_tokens.weight" in sent and before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor + (0.5 if name in sent else 0.0), rtol=0, atol=0)
+    assert {n for n in before if ".visual." in n} == before.keys() - sent != set()
+    read = json.loads((tmp_path / "written" / "config.json").read_text())
+    assert read["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+
+
 # --- after loading ---
 
 
@@ -397,3 +424,11 @@ def test_a_small_copy_of_the_real_sizes_is_made_in_no_time(config):
     small = small_copy.build_small_copy(getattr(transformers, config)(**BIG[config]))
     assert small.num_parameters() < 1e6
     assert proof.learner_gap(small, proof.own_statistics(small)) < 1e-4
+
+
+def test_the_readme_shows_the_rows_that_are_kept():
+    """`python -m tests.families.table` writes them there."""
+    assert table.README.read_text() == table.shown()
+    assert not [
+        wrong for row in table.kept().values() if "refused" not in row for wrong in table.complaints(row)
+    ]
