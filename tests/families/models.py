@@ -197,13 +197,18 @@ def text(length: int = PROMPT_TOKENS, start: int = 0) -> torch.Tensor:
     return (torch.arange(start, start + length) * 37 + 11) % 250
 
 
-def write(name: str, folder: Path, seed: int = 0) -> Path:
+def folder(name: str, place: Path) -> Path:
+    """A family's model as `save_pretrained` writes it."""
+    build(name).save_pretrained(place)
+    return place
+
+
+def write(name: str, place: Path) -> Path:
     """The model and the byte tokenizer as a folder of Hugging Face."""
     from entroray.policy.tokenizer import byte_tokenizer
 
-    build(name, seed).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    byte_tokenizer().save_pretrained(folder(name, place))
+    return place
 
 
 COMPOSITE = {
