@@ -31,8 +31,6 @@ def check_architecture(path: str, config: Any, attention: str = "sdpa") -> str:
     try:
         model = build_small_copy(families.text_config(config))
         own = own_statistics(model)
-        if attention == "sdpa":  # others may need a card; the copy was built with the model's own code
-            model.set_attn_implementation(families.attention(config, attention))
     except Exception as error:  # boundary: a family may have sizes that fit only each other
         return f"{name} not tried small ({first_line(error)})"
     if joined := families.joined_parameters(model):
@@ -42,13 +40,15 @@ def check_architecture(path: str, config: Any, attention: str = "sdpa") -> str:
             "Take a dense model"
         )
     try:
+        if attention == "sdpa":  # others may need a card; the copy was built with the model's own code
+            model.set_attn_implementation(families.attention(config, attention))
         gap = learner_gap(model, own)
     except EntrorayError:
         raise
     except Exception as error:  # boundary: the model's own code, called as the learner calls it
         raise PreflightError(
-            f"model.path={path} ({name}): a small copy cannot be trained: {first_line(error)}. Take another "
-            "model"
+            f"model.path={path} ({name}): a small copy cannot be trained with model.attention={attention}: "
+            f"{first_line(error)}. Set model.attention=eager, or take another model"
         ) from error
     if not gap <= TOLERANCE:
         raise PreflightError(_apart(path, name, gap, "of a small random copy"))
@@ -127,7 +127,8 @@ def _model_class(path: str, config: Any) -> Any:
     text, found = families.text_config(config), classes.get(type(config), None)
     name = (config.architectures or [getattr(found, "__name__", config.model_type)])[0]
     alone = getattr(classes.get(type(text), None), "__name__", "a text model")
-    if text is not config and (found is None or found.config_class is type(config)):
+    composite = type(text) is not type(config)
+    if composite and (found is None or found.config_class is type(config)):
         raise PreflightError(
             f"model.path={path} ({name}) is a composite checkpoint, and only a text model is trained: save "
             f"its text part alone, as {alone}, and give that folder"
@@ -137,7 +138,7 @@ def _model_class(path: str, config: Any) -> Any:
             f"model.path={path} ({name}): transformers has no causal language model of this kind: take one "
             "that AutoModelForCausalLM loads"
         )
-    if text is not config and find_spec("torchvision") is None:
+    if composite and find_spec("torchvision") is None:
         raise PreflightError(
             f"model.path={path} ({name}) is a composite checkpoint, which vLLM serves with torchvision "
             f"alone, and that is not installed: save its text part alone, as {alone}, and give that "

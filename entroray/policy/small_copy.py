@@ -27,6 +27,7 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group"), 1),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"), 16),
     "v_head_dim": HEAD,
+    "rotary_dim": HEAD // 2,
     "qk_head_dim": HEAD,
 }
 """Settings that a configuration may have, by transformers' names for them."""
@@ -57,7 +58,7 @@ def _number(config: Any, name: str) -> int | None:
 
 def _set(config: Any, sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
-        if _number(config, name) is not None:
+        if _number(config, name) is not None and not isinstance(getattr(type(config), name, None), property):
             setattr(config, name, size)
 
 

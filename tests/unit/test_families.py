@@ -224,6 +224,31 @@ def test_texts_longer_than_a_window_that_engines_read_otherwise_are_refused():
     families.check_window(models.configuration("gemma2"), 10_000)
 
 
+def test_a_softcap_of_attention_is_computed_whatever_attention_is_asked_for(tmp_path):
+    """torch's own attention leaves it out: engines, which do not, would sample from another policy."""
+    policy = load_policy(str(folder("gemma2", tmp_path)), torch.float32, "sdpa")
+    whole, b = models.build("gemma2"), batch(models.PROMPT_TOKENS)
+    whole.set_attn_implementation("eager")
+    logp, _ = own_statistics(whole, b)
+    torch.testing.assert_close(policy(pad(b, torch.device("cpu")))["logprobs"], logp, rtol=0, atol=1e-5)
+    assert families.attention(models.configuration("llama"), "sdpa") == "sdpa"
+
+
+def test_an_attention_that_leaves_something_out_is_refused_with_the_number(monkeypatch):
+    monkeypatch.setattr(families, "attention", lambda config, asked: asked)
+    config = models.configuration("gemma2")
+    config.attn_logit_softcapping = 1.0
+    with pytest.raises(PreflightError, match=r"\(Gemma2ForCausalLM\).* nats .*model\.attention=eager"):
+        proof.check_architecture("some/model", config)
+
+
+def test_an_attention_that_a_model_has_not_is_refused_before_it_is_loaded():
+    from transformers import GptOssConfig
+
+    with pytest.raises(PreflightError, match=r"model\.path=some/model .*model\.attention=sdpa.*=eager"):
+        proof.check_architecture("some/model", GptOssConfig(), "sdpa")
+
+
 BIG = {
     "Qwen2Config": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
     "Phi3Config": {
