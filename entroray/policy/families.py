@@ -44,7 +44,7 @@ def own_logits(model: Any, states: Tensor) -> Tensor:
 def body(model: Any) -> nn.Module:
     """What makes hidden states of tokens, with every norm and projection before the head."""
     others = (model, model.get_output_embeddings())  # transformers takes these for it by their names
-    found = (model.get_decoder(), model.base_model, getattr(model, "model", None))
+    found: tuple[Any, ...] = (model.get_decoder(), model.base_model, getattr(model, "model", None))
     return next(module for module in found if module not in others)
 
 

@@ -103,13 +103,26 @@ def load_policy(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Polic
     from transformers import AutoConfig, AutoModelForCausalLM  # a second of imports, and only ranks need it
 
     try:
-        attention = families.attention(AutoConfig.from_pretrained(path), attention)
+        config = AutoConfig.from_pretrained(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            path,
+            dtype=dtype,
+            attn_implementation=families.attention(config, attention),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told apart below, by name
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (
+        Exception
+    ) as error:  # boundary: a model's files are anyone's, and transformers raises what it meets
         raise PreflightError(f"model.path={path} cannot be loaded: {first_line(error)}") from error
     model, read = loaded
+    if wrong := sorted(read["mismatched_keys"]):
+        name, stored, wanted = wrong[0]
+        raise PreflightError(
+            f"model.path={path} ({type(model).__name__}): {len(wrong)} tensors of its files have another "
+            f"shape than its config.json, first {name}: {tuple(stored)}, not {tuple(wanted)}. Take the "
+            "config.json that belongs to the files"
+        )
     policy = Policy(model, safetensors_header.model_folder(path))
     _check_names(path, policy, read["missing_keys"])
     return policy

@@ -144,6 +144,11 @@ def _model_class(path: str, config: Any) -> Any:
             f"alone, and that is not installed: save its text part alone, as {alone}, and give that "
             "folder, or install torchvision beside CUDA"
         )
+    if getattr(config, "quantization_config", None):
+        raise PreflightError(
+            f"model.path={path} ({name}) is quantised, and such weights are not trained: take the "
+            "checkpoint that it was made from"
+        )
     if not _engines_know(name, found):
         raise PreflightError(
             f"model.path={path} ({name}): vLLM has not this architecture and does not take transformers' "

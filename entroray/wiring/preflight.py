@@ -65,7 +65,7 @@ def model(config: Config) -> str:
 
     try:
         described = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # boundary: a config.json is anyone's, and transformers raises what it meets
         raise PreflightError(
             f"model.path={path} is no model: {first_line(error)} Give a Hugging Face folder with a "
             "config.json, or a hub id where a hub is reachable"
@@ -126,7 +126,9 @@ def _parameters(config: Config) -> int | None:
     """None for what is not here, and for a config.json of no model, about which `model` has its say."""
     try:
         return memory.parameter_count(config)
-    except (OSError, ValueError):
+    except EntrorayError:
+        raise
+    except Exception:  # boundary: as in `model`, which says what is wrong
         return None
 
 

@@ -132,7 +132,7 @@ class PlasmaEngine(WeightTransferEngine[PlasmaInit, PlasmaUpdate]):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         model: Any = self.model
-        parts = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+        parts: list[Any] = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
         embedded = {m.weight.data_ptr() for m in parts if not isinstance(m, ParallelLMHead)}
         for head in (m for m in parts if isinstance(m, ParallelLMHead)):
             if head.weight.data_ptr() in embedded:

@@ -214,6 +214,14 @@ def test_a_mixture_of_experts_is_refused_before_its_weights_are_read():
         proof.check_architecture("some/model", Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"]))
 
 
+def test_quantised_weights_are_refused_before_they_are_read():
+    config = models.configuration("llama")
+    config.architectures = ["LlamaForCausalLM"]
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(PreflightError, match=r"model\.path=some/model \(LlamaForCausalLM\) is quantised"):
+        proof.check_architecture("some/model", config)
+
+
 def test_texts_longer_than_a_window_that_engines_read_otherwise_are_refused():
     config = models.configuration("cohere2")
     families.check_window(config, 512)

@@ -96,6 +96,37 @@ def test_tensors_that_a_language_model_has_not_are_written_as_they_were(tmp_path
     torch.testing.assert_close(after["visual.patch.weight"], more["visual.patch.weight"], rtol=0, atol=0)
 
 
+def config_with(place: Path, **values) -> None:
+    file = place / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_shapes_that_the_configuration_does_not_have_are_refused_by_name(tmp_path):
+    source = folder("llama", tmp_path)
+    config_with(source, vocab_size=300)
+    with pytest.raises(
+        PreflightError, match=rf"model\.path={tmp_path} .*lm_head.*\(272, 64\), not \(300, 64\)"
+    ):
+        load_policy(str(source), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "64"}'),
+        ("generation_config.json", b"null"),
+    ],
+)
+def test_a_folder_that_transformers_cannot_read_is_refused_by_its_path(name, content, tmp_path):
+    source = folder("llama", tmp_path)
+    (source / name).write_bytes(content)
+    with pytest.raises(PreflightError, match=rf"model\.path={tmp_path} cannot be loaded"):
+        load_policy(str(source), torch.float32)
+
+
 GENERATION = [
     {"do_sample": False, "temperature": 0.9, "top_p": 0.6},
     {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0},
