@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from entroray.errors import PreflightError
 from entroray.policy import families, proof, small_copy
@@ -156,16 +155,23 @@ def test_a_head_that_gives_other_log_probs_is_refused_with_the_number(tmp_path):
         proof.check_loaded(str(tmp_path), policy)
 
 
-def test_dropout_is_off_wherever_a_model_keeps_its_rate(tmp_path):
-    rates = {"resid_pdrop": 0.3, "embd_pdrop": 0.2, "attn_pdrop": 0.1}
-    config = models.configuration("gpt2")
-    for name, rate in rates.items():
-        setattr(config, name, rate)
-    from transformers import GPT2LMHeadModel
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dropout_is_off_wherever_a_family_keeps_its_rates(name):
+    """In train mode, which only checkpointed layers need, with every rate of the configuration at 0.5."""
+    from transformers import AutoModelForCausalLM
 
-    policy = Policy(GPT2LMHeadModel(config)).train()
-    assert not any(m.p for m in policy.modules() if isinstance(m, nn.Dropout))
-    assert not policy.model.config.attn_pdrop and not policy.training
+    config = models.configuration(name)
+    rates = [r for r in vars(config) if "drop" in r]
+    for rate in rates:
+        setattr(config, rate, 0.5)
+    model, b = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), batch(20)
+    logp, entropy = own_statistics(model, b)
+    model.gradient_checkpointing_enable()
+    policy = Policy(model).train()
+    stats = policy(pad(b, torch.device("cpu")))
+    assert policy.training and (rates or name == "ernie4_5")
+    torch.testing.assert_close(stats["logprobs"], logp, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stats["entropy"], entropy, rtol=0, atol=1e-5)
 
 
 def test_layers_that_are_checkpointed_train_and_give_the_same(tmp_path):
