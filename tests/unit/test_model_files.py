@@ -87,6 +87,18 @@ def test_a_parameter_that_no_file_holds_is_refused_not_drawn_at_random(lost, tmp
         load_policy(str(source), torch.float32)
 
 
+def test_files_of_pytorch_are_read_whole_and_written_as_safetensors(tmp_path):
+    source = folder("gpt_neox", tmp_path / "read")
+    tensors = stored(source)
+    (source / "model.safetensors").unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    policy = load_policy(str(source), torch.float32)
+    assert stored(written(policy, tmp_path / "written")).keys() == tensors.keys()
+    torch.save({n: t for n, t in tensors.items() if n != "embed_out.weight"}, source / "pytorch_model.bin")
+    with pytest.raises(PreflightError, match=rf"model\.path={source} .*lm_head\.weight"):
+        load_policy(str(source), torch.float32)
+
+
 def test_tensors_that_a_language_model_has_not_are_written_as_they_were(tmp_path):
     source = folder("llama", tmp_path / "read")
     more = stored(source) | {"visual.patch.weight": torch.arange(6.0).reshape(2, 3).bfloat16()}
