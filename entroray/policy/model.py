@@ -111,9 +111,7 @@ def load_policy(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Polic
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told apart below, by name
         )
-    except (
-        Exception
-    ) as error:  # boundary: a model's files are anyone's, and transformers raises what it meets
+    except Exception as error:  # boundary: transformers raises whatever it meets in the files
         raise PreflightError(f"model.path={path} cannot be loaded: {first_line(error)}") from error
     model, read = loaded
     if wrong := sorted(read["mismatched_keys"]):
