@@ -38,7 +38,8 @@ def shrink_config(config: Any) -> Any:
     small = deepcopy(config)
     heads, shared = _number(config, "num_attention_heads"), _number(config, "num_key_value_heads")
     width, embedded = _number(config, "hidden_size"), _number(config, "word_embed_proj_dim")
-    rotary = _number(config, "head_dim") == _number(config, "qk_rope_head_dim") != None  # noqa: E711
+    rotated = _number(config, "qk_rope_head_dim")
+    rotary = rotated is not None and _number(config, "head_dim") == rotated
     _set(small, _SIZES)
     _set(small, {"num_key_value_heads": HEADS if shared == heads else 1, "head_dim": 16 if rotary else HEAD})
     _set(small, {"word_embed_proj_dim": HEAD * HEADS if embedded == width else HEAD})
