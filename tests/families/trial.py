@@ -102,7 +102,11 @@ async def _serve(config: Config, model: str) -> Any:
         "engine": actors.engine_options(config),
     }
     handle = cluster.spawn(Generator, share, model, **sizes)
-    await cluster.settle(handle.start.remote(), deadline=SHORT, what="the engine")
+    try:
+        await cluster.settle(handle.start.remote(), deadline=2 * SHORT, what="the engine")
+    except BaseException:
+        cluster.kill_actors([handle])
+        raise
     return handle
 
 
