@@ -39,6 +39,7 @@ one_lane() { # PYTEST ARGUMENTS...
     printf '\n== lane %s\n' "$lane"
     pytest tests -m "$lane" --durations=0 "$@" || rc=$?
     ((rc != 5)) || echo "lane $lane: no such test yet"
+    [[ $lane != families ]] || python -m tests.families.table
     exit $((rc == 5 ? 0 : rc))
 }
 

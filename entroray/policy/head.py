@@ -18,6 +18,21 @@ CARD_TILE_ELEMENTS = 1 << 27
 """The same on a GPU, 0.5 GiB: smaller matrices would leave most of it idle."""
 
 
+class Readout(NamedTuple):
+    """How a model makes logits of its last hidden state h: c tanh(s (W (hidden h) + b) / c), or without c.
+
+    `entroray.policy.families` measures it. Gemma 2 has a softcap of 30, Cohere a scale of 0.0625, MiniCPM3
+    divides h by 10.
+    """
+
+    hidden: float = 1.0
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+PLAIN = Readout()
+
+
 class TokenStats(NamedTuple):
     """Statistics of the distribution each token was drawn from, at its temperature, in nats."""
 
@@ -33,15 +48,20 @@ def token_stats(
     temperature: Float[Tensor, " N"],
     names: tuple[str, ...] = (),
     *,
+    bias: Float[Tensor, " V"] | None = None,
+    readout: Readout = PLAIN,
     tile_elements: int | None = None,
 ) -> dict[str, Float[Tensor, " N"]]:
-    """Exact `TokenStats` and further `names` (FP32 or wider) of softmax(hidden weight^T / temperature).
+    """Exact `TokenStats` and further `names` (FP32 or wider) of softmax(logits / temperature).
 
-    Gradients flow to `hidden` and `weight`, save through varentropy. `hidden[t]` is the state that predicts
+    The logits are hidden weight^T + bias, and what `readout` makes of them. Gradients flow to `hidden`,
+    `weight` and `bias`, save through varentropy. `hidden[t]` is the state that predicts
     `token_ids[t]`. Logits of -inf are outcomes of probability 0.
     """
     tile = tile_elements or _tile_on(hidden.device)
-    out = _TiledStats.apply(hidden, weight, token_ids, temperature, tile, names)
+    if readout.hidden != 1.0:
+        hidden = hidden * readout.hidden
+    out = _TiledStats.apply(hidden, weight, bias, token_ids, temperature, readout, tile, names)
     return dict(zip((*TokenStats._fields, *names), out, strict=True))
 
 
@@ -54,9 +74,26 @@ def _tiles(rows: int, vocabulary: int, tile_elements: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, temperature: Tensor) -> Tensor:
-    logits = _logits(hidden, weight)
+def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
     return (logits / temperature.to(logits.dtype)[:, None]).log_softmax(-1)
+
+
+def _read_out(hidden: Tensor, weight: Tensor, bias: Tensor | None, readout: Readout) -> Tensor:
+    logits = _logits(hidden, weight)
+    if bias is not None:
+        logits += bias
+    if readout.scale != 1.0:
+        logits *= readout.scale
+    if readout.softcap is not None:
+        logits = (logits / readout.softcap).tanh_().mul_(readout.softcap)
+    return logits
+
+
+def _slope(logits: Tensor, readout: Readout) -> Tensor | float | None:
+    """Of the logits in hidden weight^T + bias; None where it is 1."""
+    if readout.softcap is None:
+        return None if readout.scale == 1.0 else readout.scale
+    return (1.0 - (logits / readout.softcap).square()) * readout.scale
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -78,8 +115,10 @@ class _TiledStats(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         ids: Tensor,
         temperature: Tensor,
+        readout: Readout,
         tile: int,
         names: tuple[str, ...],
     ) -> Any:
@@ -87,7 +126,7 @@ class _TiledStats(torch.autograd.Function):
         more = [named(name) for name in names]
         out = [torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3 + len(more))]
         for rows in _tiles(len(hidden), len(weight), tile):
-            logp = _log_softmax(hidden[rows], weight, temperature[rows])
+            logp = _log_softmax(_read_out(hidden[rows], weight, bias, readout), temperature[rows])
             p = logp.exp()
             entropy = _surprise(logp, p).sum(-1)
             out[0][rows] = logp.gather(-1, ids[rows, None].long()).squeeze(-1)
@@ -97,27 +136,37 @@ class _TiledStats(torch.autograd.Function):
                 column[rows] = statistic(logp)
         ctx.more = more
         ctx.save_for_backward(hidden, ids, temperature, out[1])
-        ctx.weight, ctx.tile = weight, tile  # by reference: ZeRO-3 swaps the parameter's storage in between
+        ctx.weight, ctx.bias = weight, bias  # by reference: ZeRO-3 swaps the parameter's storage in between
+        ctx.readout, ctx.tile = readout, tile
         ctx.mark_non_differentiable(out[2])
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         hidden, ids, temperature, entropy = ctx.saved_tensors
-        weight = ctx.weight
+        weight, bias, readout = ctx.weight, ctx.bias, ctx.readout
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=entropy.dtype) if ctx.needs_input_grad[2] else None
         for rows in _tiles(len(hidden), len(weight), ctx.tile):
-            logp = _log_softmax(hidden[rows], weight, temperature[rows])
+            logits = _read_out(hidden[rows], weight, bias, readout)
+            logp = _log_softmax(logits, temperature[rows])
+            slope = _slope(logits, readout)
+            del logits  # a tile less while the gradient is made
             dz = _logit_gradient(logp, ids[rows], entropy[rows], grads[0][rows], grads[1][rows])
             if ctx.more:
                 dz += _further_gradient(logp, ctx.more, [g[rows] for g in grads[3:]])
             dz = dz / temperature[rows, None]
+            if slope is not None:
+                dz *= slope
             if grad_hidden is not None:
                 grad_hidden[rows] = (dz.to(weight.dtype) @ weight).to(hidden.dtype)
             if grad_weight is not None:
                 _add_product(grad_weight, dz.T, hidden[rows].to(dz.dtype))
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 4
+            if grad_bias is not None:
+                grad_bias += dz.sum(0)
+        narrow = lambda grad, like: None if grad is None else grad.to(like.dtype)
+        return grad_hidden, narrow(grad_weight, weight), narrow(grad_bias, bias), *[None] * 5
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -145,13 +194,18 @@ def _further_gradient(logp: Tensor, more: list[Callable[[Tensor], Tensor]], grad
 
 
 class StreamedHead(nn.Module):
-    """Stands where `lm_head` stood and keeps its parameter, so that ZeRO-3 gathers it as for any module."""
+    """Stands where the head stood and keeps its parameters, so that ZeRO-3 gathers them as any module's."""
 
-    def __init__(self, lm_head: nn.Linear):
+    bias: nn.Parameter | None
+
+    def __init__(self, head: nn.Linear, readout: Readout = PLAIN):
         super().__init__()
-        self.weight = lm_head.weight
+        self.weight, self.readout = head.weight, readout
+        self.register_parameter("bias", head.bias)
 
     def forward(
         self, hidden: Tensor, token_ids: Tensor, temperature: Tensor, more: Sequence[str] = ()
     ) -> dict[str, Tensor]:
-        return token_stats(hidden, self.weight, token_ids, temperature, tuple(more))
+        return token_stats(
+            hidden, self.weight, token_ids, temperature, tuple(more), bias=self.bias, readout=self.readout
+        )

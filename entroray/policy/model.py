@@ -1,18 +1,18 @@
 """The policy as a module: causal LM in, token statistics of the response tokens out."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from entroray.errors import PreflightError
-from entroray.policy import safetensors_header
-from entroray.policy.head import StreamedHead
+from entroray.errors import PreflightError, first_line
+from entroray.policy import families, safetensors_header
+from entroray.policy.model_files import read_texts, tensors_besides, write_model
 from entroray.types import Batch
 
 
@@ -52,52 +52,89 @@ def pad(batch: Batch, device: torch.device) -> Padded:
 class Policy(nn.Module):
     """A Hugging Face causal LM whose head returns statistics, never logits."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, source: Path | None = None):
+        """`source` is the folder it was read from; PreflightError if its head cannot be streamed."""
         super().__init__()
         self.model = model
-        self.model.lm_head = StreamedHead(model.lm_head)
+        self.source, self.texts = source, read_texts(source)
+        self.stored = frozenset(safetensors_header.tensor_shapes(source)) if source else frozenset()
+        """Names of the tensors in its safetensors files, if it has any."""
+        self.names = families.file_names(model, self.stored)
+        """Name of each parameter in memory -> its name in the model's files."""
+        families.remove_dropout(model)
+        self.readout = families.stream_head(model)
 
     def forward(self, micro: Padded, more: Sequence[str] = ()) -> dict[str, Tensor]:
         """`head.TokenStats` by name, and the further `policy.statistics` named in `more`."""
-        states = self.model.model(input_ids=micro.ids, attention_mask=micro.attention, use_cache=False)
+        states = families.body(self.model)(
+            input_ids=micro.ids, attention_mask=micro.attention, use_cache=False
+        )
         hidden = states.last_hidden_state.flatten(0, 1)[micro.source]
-        return self.model.lm_head(hidden, micro.targets, micro.temperature, more)
+        return self.model.get_output_embeddings()(hidden, micro.targets, micro.temperature, more)
+
+    def train(self, mode: bool = True) -> Self:
+        """Train mode where layers need it to be checkpointed; a policy draws nothing at random in either."""
+        return super().train(mode and self.model.is_gradient_checkpointing)
+
+    def named_weights(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters by the names of the model's files; a tied head is listed once, as the embedding."""
+        return [(stored, self.model.get_parameter(name)) for name, stored in self.names.items()]
+
+    def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """The model's folder as it was read, with `weights` by `named_weights`' names in place of its own.
+
+        Tensors that a language model has not, such as those for images, go with it.
+        """
+        besides = self.stored - families.known_names(self.model)
+        write_model(
+            folder, self.model, {**dict(tensors_besides(self.source, besides)), **weights}, self.texts
+        )
 
 
 def load_policy(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:
     """The model at a Hugging Face folder or hub id.
 
-    Raises PreflightError when there is none, when its head is not a plain matrix, or when its files know
-    its parameters under other names.
+    Raises PreflightError when there is none, when its head is no matrix, or when its files lack a parameter.
     """
     if path.startswith(("/", ".")) and not Path(path, "config.json").is_file():
         raise PreflightError(
             f"model.path={path} has no config.json: give a Hugging Face model folder or hub id"
         )
-    from transformers import AutoModelForCausalLM  # a second of imports, and only ranks need it
+    from transformers import AutoConfig, AutoModelForCausalLM  # a second of imports, and only ranks need it
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    if getattr(model, "lm_head", None) is None or getattr(model.config, "final_logit_softcapping", None):
-        raise PreflightError(
-            f"model.path={path} ({type(model).__name__}) has no plain `lm_head`: exact entropies need one"
+    try:
+        config = AutoConfig.from_pretrained(path)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=families.attention(config, attention),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told apart below, by name
         )
-    if model.lm_head.bias is not None:
+    except Exception as error:  # boundary: transformers raises whatever it meets in the files
+        raise PreflightError(f"model.path={path} cannot be loaded: {first_line(error)}") from error
+    model, read = loaded
+    if wrong := sorted(read["mismatched_keys"]):
+        name, stored, wanted = wrong[0]
         raise PreflightError(
-            f"model.path={path} ({type(model).__name__}) has an `lm_head.bias`, which would be left "
-            "out of every log-prob and entropy: take a model whose `lm_head` is a weight alone"
+            f"model.path={path} ({type(model).__name__}): {len(wrong)} tensors of its files have another "
+            f"shape than its config.json, first {name}: {tuple(stored)}, not {tuple(wanted)}. Take the "
+            "config.json that belongs to the files"
         )
-    _check_names(path, model)
-    return Policy(model)
+    policy = Policy(model, safetensors_header.model_folder(path))
+    _check_names(path, policy, read["missing_keys"])
+    return policy
 
 
-def _check_names(path: str, model: nn.Module) -> None:
-    """Weights are sent and exported under the module's names, which engines know from the files."""
-    place = safetensors_header.model_folder(path)
-    known = safetensors_header.tensor_shapes(place) if place else {}
-    new = [name for name, _ in model.named_parameters() if name not in known]  # a tied head is the embedding
-    if known and new:
+def _check_names(path: str, policy: Policy, missing: Collection[str]) -> None:
+    """Every parameter was read, and has a name of its files, under which engines know it."""
+    sent = {id(parameter) for _, parameter in policy.named_weights()}  # a tied head is the embedding
+    read = lambda name, parameter: name not in missing and id(parameter) in sent
+    new = [name for name, parameter in policy.model.named_parameters() if not read(name, parameter)]
+    if new:
         raise PreflightError(
-            f"model.path={path} ({type(model).__name__}): transformers has {len(new)} parameters under names "
-            f"that the safetensors files do not have, first {new[0]} (as where it joins experts into one): "
-            "engines would not know them when weights are sent. Take a model whose names agree, a dense one"
+            f"model.path={path} ({type(policy.model).__name__}): transformers has {len(new)} parameters that "
+            f"the safetensors files have under no name, first {new[0]}: they would begin at random, or "
+            "engines would not know them when weights are sent (as where transformers joins experts into "
+            "one). Take a model whose files hold each of its parameters, a dense one"
         )

@@ -28,12 +28,20 @@ def tensor_shapes(place: Path) -> dict[str, list[int]]:
 
     Raises PreflightError where a file is something else, such as a pointer of Git LFS.
     """
+    return {
+        name: t["shape"]
+        for f in weight_files(place)
+        for name, t in _header(f).items()
+        if name != "__metadata__"
+    }
+
+
+def weight_files(place: Path) -> list[Path]:
+    """The safetensors files of a model, all or none."""
     index = place / INDEX
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {WHOLE}
-    files = [place / name for name in names]
-    if not all(f.is_file() for f in files):
-        return {}
-    return {name: t["shape"] for f in files for name, t in _header(f).items() if name != "__metadata__"}
+    files = sorted(place / name for name in names)
+    return files if all(f.is_file() for f in files) else []
 
 
 def _header(file: Path) -> dict[str, dict]:

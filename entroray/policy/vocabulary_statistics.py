@@ -17,13 +17,29 @@ from entroray.ops import FLOOR
 
 def named(name: str) -> Callable[[Tensor], Tensor]:
     """The statistic `name`, or `name:number`; ConfigError when there is none such."""
-    title, _, number = name.partition(":")
+    title, colon, number = name.partition(":")
     fn = STATISTICS.get(title)
-    if fn is None or len(inspect.signature(fn).parameters) != 1 + bool(number):
+    takes = list(inspect.signature(fn).parameters)[1:] if fn else []
+    if fn is None or bool(takes) != bool(colon):
         raise ConfigError(
             f"the head computes no statistic `{name}`: choose from {', '.join(sorted(names()))}"
         )
-    return (lambda logp: fn(logp, float(number))) if number else fn
+    if not takes:
+        return fn
+    value = _argument(name, takes[0], number)
+    return lambda logp: fn(logp, value)
+
+
+def _argument(name: str, meaning: str, number: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    low, high = ARGUMENTS[meaning]
+    if not low <= value <= high or (meaning == "k" and value != int(value)):
+        whole = "a whole number" if meaning == "k" else "a number"
+        raise ConfigError(f"the statistic `{name}`: {meaning} must be {whole} from {low:g} to {high:g}")
+    return value
 
 
 def names() -> Iterable[str]:
@@ -73,6 +89,9 @@ def _entropy(scores: Float[Tensor, "n K"]) -> Float[Tensor, " n"]:
     p = logp.exp()
     return -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)
 
+
+ARGUMENTS = {"mass": (1e-6, 1.0), "k": (1.0, 1e9), "kappa": (1e-6, 1.0)}
+"""Least and largest of what follows the colon."""
 
 STATISTICS: Mapping[str, Callable[..., Tensor]] = {
     "mean_logprob": mean_logprob,

@@ -9,6 +9,7 @@ from entroray.config import Config
 from entroray.control import Controller
 from entroray.objective import check_group_size
 from entroray.objective.compatibility import Schedule, check_combinations, remarks
+from entroray.policy.vocabulary_statistics import named
 from entroray.wiring import sampler, selection
 from entroray.wiring.controllers import updates_range
 from entroray.wiring.parts import Parts
@@ -17,6 +18,8 @@ from entroray.wiring.parts import Parts
 def check_objective(config: Config, parts: Parts) -> None:
     """ConfigError where the objective cannot be trained with these settings."""
     check_group_size(parts.objective, config.rollout.group_size)
+    for statistic in parts.objective.statistics:
+        named(statistic)
     check_combinations(parts.objective, objective_schedule(config, parts))
 
 

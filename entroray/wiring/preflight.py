@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from entroray.config import Config
-from entroray.errors import EntrorayError, PreflightError
+from entroray.errors import EntrorayError, PreflightError, first_line
+from entroray.policy import families, proof
 from entroray.policy.tokenizer import end_ids, token_name
 from entroray.wiring import actors, dataset, memory, run_directory, tool, warm_start
 from entroray.wiring.sampler import insert_token
@@ -64,18 +65,21 @@ def model(config: Config) -> str:
 
     try:
         described = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # boundary: a config.json is anyone's, and transformers raises what it meets
         raise PreflightError(
-            f"model.path={path} is no model: {_first_line(error)} Give a Hugging Face folder with a "
+            f"model.path={path} is no model: {first_line(error)} Give a Hugging Face folder with a "
             "config.json, or a hub id where a hub is reachable"
         ) from error
-    words = len(warm_start.run_tokenizer(config))
-    if words > described.vocab_size:
+    found = proof.check_architecture(path, described, config.model.attention)
+    text, words = families.text_config(described), len(warm_start.run_tokenizer(config))
+    if words > text.vocab_size:
         raise PreflightError(
-            f"the tokenizer of model.path={path} knows {words} tokens and the model {described.vocab_size}: "
+            f"the tokenizer of model.path={path} knows {words} tokens and the model {text.vocab_size}: "
             "they are not a pair; resize the model's embeddings, or give the tokenizer it was trained with"
         )
-    return _context(needed, getattr(described, "max_position_embeddings", needed), path)
+    families.check_window(described, needed)
+    fits = _context(needed, getattr(text, "max_position_embeddings", needed), path)
+    return f"{fits}; {found}"
 
 
 def _context(needed: int, context: int, name: str) -> str:
@@ -119,16 +123,14 @@ def _parameters(config: Config) -> int | None:
     """None for what is not here, and for a config.json of no model, about which `model` has its say."""
     try:
         return memory.parameter_count(config)
-    except (OSError, ValueError):
+    except EntrorayError:
+        raise
+    except Exception:  # boundary: as in `model`, which says what is wrong
         return None
 
 
 def _existing(folder: Path) -> Path:
     return next(p for p in (folder.resolve(), *folder.resolve().parents) if p.is_dir())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def shared_memory(_: Config) -> str:

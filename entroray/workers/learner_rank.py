@@ -1,6 +1,7 @@
 """One rank of the learner, a Ray actor: scores, updates, sends and saves the policy, on any backend."""
 
 import gc
+import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from entroray.config import LearnerConfig, Model
+from entroray.errors import PreflightError
 from entroray.metrics.update import SUMS, update_sums
 from entroray.objective import Objective, active_tokens_inside, flat_tokens
+from entroray.policy import families
 from entroray.policy.head import TokenStats
 from entroray.policy.model import Policy, load_policy, pad
+from entroray.policy.proof import check_loaded
 from entroray.types import Batch, Tokens
 from entroray.workers.weight_sender import Delivery, GeneratorClient
 
@@ -25,6 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ONE = np.ones(1, dtype=np.int32)
 REFERENCE = "reference.pt"
 """File of a checkpoint: the reference policy, if it is not the one the run started from."""
+LAYOUT = "layout.json"
+"""File of a checkpoint: how many ranks wrote it, at which stage of ZeRO."""
 EMPTY = Batch(_ONE, _ONE, _ONE, _ONE, np.ones(1, dtype=np.float32))
 """One row of one token, which a rank with fewer micro-batches than others forwards with weight 0."""
 
@@ -97,7 +103,10 @@ class LearnerRank:
         stored = s.model.path, DTYPES[s.model.dtype], s.model.attention
         torch.manual_seed(s.seed)
         policy = load_policy(*stored)
+        if self.rank == 0:
+            check_loaded(s.model.path, policy)
         if s.learner.gradient_checkpointing:
+            families.check_checkpointing(policy.model)
             policy.model.gradient_checkpointing_enable()
         needed = s.learner.reference or "ref_logprobs" in self.objective.needs
         self.reference = load_policy(*stored).to(self.device) if needed else None
@@ -108,7 +117,7 @@ class LearnerRank:
         from entroray.workers import transfer
 
         self._disconnect()
-        source = transfer.GatheredSource(self._named_weights(), self.backend)
+        source = transfer.GatheredSource(self.policy.named_weights(), self.backend)
         self.transfer = transfer.connect(
             self.settings.transfer, rank=self.rank, client=client, source=source, rendezvous=self.address()
         )
@@ -210,31 +219,23 @@ class LearnerRank:
 
     def export(self, folder: str) -> None:
         """Write the policy to `folder` in Hugging Face format (rank 0; all ranks gather)."""
-        from safetensors.torch import save_file
-
-        gathered = ((name, self.backend.gather(p)) for name, p in self._named_weights())
+        gathered = ((name, self.backend.gather(p)) for name, p in self.policy.named_weights())
         weights = {name: t.cpu().contiguous() for name, t in gathered}
         if self.rank == 0:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            save_file(weights, Path(folder, "model.safetensors"), metadata={"format": "pt"})
-            self.policy.model.config.save_pretrained(folder)
-            self.policy.model.generation_config.save_pretrained(folder)
-
-    def _named_weights(self) -> list[tuple[str, nn.Parameter]]:
-        """Parameters by their Hugging Face names; a tied head is listed once, as the embedding."""
-        model = self.policy.model
-        tied = getattr(model.config, "tie_word_embeddings", False)
-        return [(n, p) for n, p in model.named_parameters() if not (tied and n == "lm_head.weight")]
+            self.policy.write(Path(folder), weights)
 
     def save(self, folder: str) -> None:
         """Weights, moments, schedule and random state into `folder`; every rank writes its own part."""
         self.backend.save(Path(folder))
+        if self.rank == 0:
+            Path(folder, LAYOUT).write_text(json.dumps(self._layout()))
         torch.save([torch.get_rng_state(), *torch.cuda.get_rng_state_all()], self._rng(folder))
         if self.anchored and self.reference and self.rank == 0:
             torch.save(self.reference.state_dict(), Path(folder, REFERENCE))
 
     def load(self, folder: str) -> None:
         """Go on from what `save` wrote with as many ranks and the same ZeRO stage."""
+        self._check_layout(Path(folder))
         self.backend.load(Path(folder))
         self.anchored = self.reference is not None and Path(folder, REFERENCE).exists()
         if self.reference and self.anchored:
@@ -242,6 +243,27 @@ class LearnerRank:
         cpu, *cuda = torch.load(self._rng(folder))
         torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(cuda)
+
+    def _layout(self) -> dict[str, int]:
+        return {
+            "learner.ranks": self.settings.learner.ranks,
+            "learner.zero_stage": self.settings.learner.zero_stage,
+        }
+
+    def _check_layout(self, folder: Path) -> None:
+        """PreflightError if other ranks wrote `folder`: each reads its own part of what a stage divides."""
+        try:
+            wrote = json.loads((folder / LAYOUT).read_text())
+        except (OSError, ValueError) as error:
+            raise PreflightError(
+                f"{folder} has no {LAYOUT} that says which ranks wrote it: resume from another"
+            ) from error
+        if wrote != self._layout():
+            is_, was = (" ".join(f"{k}={v}" for k, v in x.items()) for x in (self._layout(), wrote))
+            raise PreflightError(
+                f"{folder} was written with {was}, and this run has {is_}: resume with {was}, or begin in "
+                "another run.dir"
+            )
 
     def _rng(self, folder: str) -> Path:
         return Path(folder, f"rng-{self.rank}.pt")

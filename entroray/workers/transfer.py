@@ -129,10 +129,14 @@ class PlasmaEngine(WeightTransferEngine[PlasmaInit, PlasmaUpdate]):
 
     def _refresh_tied_head(self) -> None:
         """A tied head has nothing of its own to load, but on CPU keeps a packed copy of the old weights."""
-        head: Any = getattr(self.model, "lm_head", None)
-        tied = getattr(self.model_config.hf_text_config, "tie_word_embeddings", False)
-        if tied and head is not None:
-            head.quant_method.process_weights_after_loading(head)
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+        model: Any = self.model
+        parts: list[Any] = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+        embedded = {m.weight.data_ptr() for m in parts if not isinstance(m, ParallelLMHead)}
+        for head in (m for m in parts if isinstance(m, ParallelLMHead)):
+            if head.weight.data_ptr() in embedded:
+                head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
         pass

@@ -59,6 +59,52 @@ def test_gradients_of_logprob_and_entropy_pass_finite_differences():
     assert torch.autograd.gradcheck(f, (hidden, weight), atol=1e-7)
 
 
+READ_OUTS = [
+    head.Readout(hidden=0.25),
+    head.Readout(scale=1.7),
+    head.Readout(softcap=1.3),
+    head.Readout(hidden=3.0, scale=-0.6, softcap=0.9),
+]
+
+
+def read_out(hidden, weight, bias, temperature, readout):
+    """Logits as the books write them: of Gemma 2, Cohere, MiniCPM3 and Phi at once."""
+    logits = ((hidden * readout.hidden) @ weight.T + bias) * readout.scale
+    capped = logits if readout.softcap is None else readout.softcap * torch.tanh(logits / readout.softcap)
+    return (capped / temperature[:, None]).log_softmax(-1)
+
+
+@pytest.mark.parametrize("readout", READ_OUTS)
+@pytest.mark.parametrize("tile_elements", [1, 14, 1 << 20])
+def test_bias_scale_and_softcap_are_computed_tile_by_tile(readout, tile_elements):
+    hidden, weight, ids, temperature = case(n=9, d=4, v=7)
+    bias = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    logp = read_out(hidden, weight, bias, temperature, readout)
+    got = token_stats(
+        hidden, weight, ids, temperature, bias=bias, readout=readout, tile_elements=tile_elements
+    )
+    entropy = -(logp.exp() * logp).sum(-1)
+    variance = (logp.exp() * (logp + entropy[:, None]) ** 2).sum(-1)
+    wanted = logp.gather(-1, ids[:, None])[:, 0], entropy, variance
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("readout", READ_OUTS)
+def test_gradients_reach_states_weight_and_bias_through_scale_and_softcap(readout):
+    hidden, weight, ids, temperature = case(n=5, d=4, v=7)
+    bias = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+
+    def f(h, w, b):
+        stats = head.token_stats(
+            h, w, ids, temperature, ("top_entropy:3",), bias=b, readout=readout, tile_elements=14
+        )
+        return stats["logprobs"], stats["entropy"], stats["top_entropy:3"]
+
+    assert torch.autograd.gradcheck(f, inputs, atol=1e-7)
+
+
 NAMES = ("mean_logprob", "max_logprob", "mean_discriminator", "nucleus_entropy:0.7", "top_entropy:3",
          "plausible_logmass:0.2")  # fmt: skip
 
@@ -123,6 +169,20 @@ def test_an_unknown_statistic_is_refused_by_name():
     for name in ("entropy_of_love", "nucleus_entropy", "mean_logprob:3", "named", "_entropy"):
         with pytest.raises(ConfigError, match=rf" `{name}`: .*nucleus_entropy:mass"):
             named(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("nucleus_entropy:abc", "nucleus_entropy:", "nucleus_entropy:nan", "nucleus_entropy:0"),
+        *("nucleus_entropy:1.5", "nucleus_entropy:-1", "nucleus_entropy:0,9", "nucleus_entropy:0.9:1"),
+        *("top_entropy:0", "top_entropy:2.5", "top_entropy:inf", "top_entropy:1e99", "top_entropy:-3"),
+        *("plausible_logmass:2", "plausible_logmass:", "mean_logprob:", "max_logprob:0"),
+    ],
+)
+def test_an_impossible_argument_of_a_statistic_is_a_config_error(name):
+    with pytest.raises(ConfigError, match=re.escape(f"`{name}`")):
+        named(name)
 
 
 def test_varentropy_carries_no_gradient():

@@ -60,16 +60,6 @@ def test_a_folder_without_model_is_refused(tmp_path):
         load_policy(str(tmp_path), torch.float32)
 
 
-def test_a_head_with_a_bias_is_refused_by_the_models_path(tmp_path):
-    from transformers import PhiConfig, PhiForCausalLM
-
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    PhiForCausalLM(PhiConfig(vocab_size=32, **small)).save_pretrained(tmp_path)
-    said = rf"model\.path={tmp_path} \(PhiForCausalLM\) .*`lm_head\.bias`.*: .*`lm_head`"
-    with pytest.raises(PreflightError, match=said):
-        load_policy(str(tmp_path), torch.float32)
-
-
 def test_a_model_whose_files_have_other_names_is_refused(folder, tmp_path):
     """As those of a mixture of experts, which transformers joins into one tensor."""
     shutil.copytree(folder, tmp_path / "model")

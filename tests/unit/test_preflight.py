@@ -76,6 +76,19 @@ def test_a_whole_model_is_described(folder: Path) -> None:
     assert "64 tokens asked of a context of 64" in preflight.model(config(f"model.path={folder}"))
 
 
+def test_a_configuration_of_another_type_is_refused_by_the_folder(folder: Path, tmp_path: Path) -> None:
+    there = changed(folder, tmp_path / "model", "config.json", hidden_size="64")
+    with pytest.raises(PreflightError, match=rf"^model\.path={there} .*hidden_size"):
+        preflight.model(config(f"model.path={there}"))
+
+
+def test_a_checkpoint_of_text_and_images_is_refused_by_its_name(folder: Path, tmp_path: Path) -> None:
+    there = changed(folder, tmp_path / "model", "config.json")
+    (there / "config.json").write_text('{"model_type": "gemma3", "architectures": ["Gemma3Whatever"]}')
+    with pytest.raises(PreflightError, match=rf"^model\.path={there} \(Gemma3Whatever\).*Gemma3ForCausalLM"):
+        preflight.model(config(f"model.path={there}"))
+
+
 def test_a_model_folder_that_is_not_there() -> None:
     with pytest.raises(PreflightError, match=r"^model\.path=/nowhere .*config\.json"):
         preflight.model(config("model.path=/nowhere"))

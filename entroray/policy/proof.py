@@ -1,0 +1,169 @@
+"""Proof in place of trust: the learner's log-probs against those of the model's own logits."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entroray.errors import EntrorayError, PreflightError, first_line
+from entroray.policy import families
+from entroray.policy.model import Policy, pad
+from entroray.policy.small_copy import VOCABULARY, WINDOW, build_small_copy
+from entroray.types import Batch
+
+TOLERANCE = 1e-3
+"""Nats that two float32 computations of one log-prob may be apart."""
+LENGTHS = (3 * WINDOW, 2 * WINDOW + 1)
+"""Of the texts that a small copy is tried on: longer than its window, and padded."""
+
+
+def check_architecture(path: str, config: Any, attention: str = "sdpa") -> str:
+    """What was found of the model's kind and `model.attention`, before any of its weights is read.
+
+    Raises PreflightError when transformers or vLLM have no such language model, or when the learner's
+    log-probs of a small copy are more than `TOLERANCE` from those of its logits.
+    """
+    name = _model_class(path, config).__name__
+    try:
+        model = build_small_copy(families.text_config(config))
+        own = own_statistics(model)
+    except Exception as error:  # boundary: a family may have sizes that fit only each other
+        return f"{name} not tried small ({first_line(error)})"
+    if joined := families.joined_parameters(model):
+        raise PreflightError(
+            f"model.path={path} ({name}): transformers joins tensors of its files into one, first "
+            f"{joined[0]}, as those of experts: engines would not know them when weights are sent. "
+            "Take a dense model"
+        )
+    try:
+        if attention == "sdpa":  # others may need a card; the copy was built with the model's own code
+            model.set_attn_implementation(families.attention(config, attention))
+        gap = learner_gap(model, own)
+    except EntrorayError:
+        raise
+    except Exception as error:  # boundary: the model's own code, called as the learner calls it
+        raise PreflightError(
+            f"model.path={path} ({name}): a small copy cannot be trained with model.attention={attention}: "
+            f"{first_line(error)}. Set model.attention=eager, or take another model"
+        ) from error
+    if not gap <= TOLERANCE:
+        raise PreflightError(_apart(path, name, gap, "of a small random copy"))
+    return f"{name}, head {gap:.0e} nats off"
+
+
+@torch.no_grad()
+def own_statistics(model: Any) -> Float[Tensor, "2 n"]:
+    """Log-probs of the tokens of some texts but their first, and entropies, by a small copy's own logits."""
+    found = []
+    for ids in _texts():
+        logp = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        found.append(torch.stack([logp.gather(-1, ids[1:, None])[:, 0], -(logp.exp() * logp).sum(-1)]))
+    return torch.cat(found, -1)
+
+
+@torch.no_grad()
+def learner_gap(model: Any, own: Float[Tensor, "2 n"]) -> float:
+    """Largest difference (nats) from `own` of the same statistics as a learner that trains `model` has them.
+
+    The model is used up: its head returns no logits any more.
+    """
+    stats = Policy(model).train()(pad(_batch(_texts()), torch.device("cpu")))
+    return _gap(torch.stack([stats["logprobs"], stats["entropy"]]), own)
+
+
+def _texts() -> list[Tensor]:
+    return [torch.arange(n) * 37 % (VOCABULARY - 2) + 2 for n in LENGTHS]
+
+
+@torch.no_grad()
+def check_loaded(path: str, policy: Policy) -> float:
+    """Largest difference (nats) of the head's log-probs of some tokens from the model's own, in float32.
+
+    Both start from the same hidden states of the model. Raises PreflightError above `TOLERANCE`.
+    """
+    model, head = policy.model, policy.model.get_output_embeddings()
+    ids = torch.linspace(0, len(head.weight) - 1, 9, device=head.weight.device).long()
+    states = families.body(model)(input_ids=ids[None, :-1], use_cache=False).last_hidden_state.float()
+    own = families.own_logits(model, states)[0].log_softmax(-1)
+    targets = torch.stack([ids[1:], own.argmax(-1)])
+    one = torch.ones(targets.numel(), device=ids.device)
+    found = head(states[0].repeat(2, 1), targets.flatten(), one)["logprobs"]
+    gap = _gap(found, own.repeat(2, 1).gather(-1, targets.flatten()[:, None])[:, 0])
+    if not gap <= TOLERANCE:
+        raise PreflightError(_apart(path, type(model).__name__, gap, "of eight of its tokens"))
+    return gap
+
+
+def _batch(rows: list[Tensor]) -> Batch:
+    """Texts of which all but the first token is the response."""
+    prompts, responses = [r[:1].numpy() for r in rows], [r[1:].numpy() for r in rows]
+    flat = lambda parts: np.concatenate(parts).astype(np.int32)
+    sizes = lambda parts: np.array([len(p) for p in parts], dtype=np.int32)
+    hot = np.ones(len(rows), dtype=np.float32)
+    return Batch(flat(prompts), sizes(prompts), flat(responses), sizes(responses), hot)
+
+
+def _gap(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max())
+
+
+def _apart(path: str, name: str, gap: float, where: str) -> str:
+    return (
+        f"model.path={path} ({name}): the learner's log-probs {where} are {gap:.2g} nats from those of the "
+        f"model's own logits, {TOLERANCE:g} allowed: it does more to its logits than a head, a scale and a "
+        "softcap, or this attention leaves something out. Set model.attention=eager, or take another model"
+    )
+
+
+def _model_class(path: str, config: Any) -> Any:
+    """The class that is trained; PreflightError when there is none that learner and engines both have."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    text, found = families.text_config(config), classes.get(type(config), None)
+    name = (config.architectures or [getattr(found, "__name__", config.model_type)])[0]
+    alone = getattr(classes.get(type(text), None), "__name__", "a text model")
+    composite = type(text) is not type(config)
+    if composite and (found is None or found.config_class is type(config)):
+        raise PreflightError(
+            f"model.path={path} ({name}) is a composite checkpoint, and only a text model is trained: save "
+            f"its text part alone, as {alone}, and give that folder"
+        )
+    if found is None:
+        raise PreflightError(
+            f"model.path={path} ({name}): transformers has no causal language model of this kind: take one "
+            "that AutoModelForCausalLM loads"
+        )
+    if composite and find_spec("torchvision") is None:
+        raise PreflightError(
+            f"model.path={path} ({name}) is a composite checkpoint, which vLLM serves with torchvision "
+            f"alone, and that is not installed: save its text part alone, as {alone}, and give that "
+            "folder, or install torchvision beside CUDA"
+        )
+    if getattr(config, "quantization_config", None):
+        raise PreflightError(
+            f"model.path={path} ({name}) is quantised, and such weights are not trained: take the "
+            "checkpoint that it was made from"
+        )
+    if not _engines_know(name, found):
+        raise PreflightError(
+            f"model.path={path} ({name}): vLLM has not this architecture and does not take transformers' "
+            "class of it either: take a model that vLLM serves"
+        )
+    return found
+
+
+def _engines_know(architecture: str, model_class: Any) -> bool:
+    """Whether vLLM has this architecture, or would take transformers' class; it is not imported."""
+    place = find_spec("vllm")
+    if place is None or not place.submodule_search_locations:
+        return True
+    registry = Path(place.submodule_search_locations[0], "model_executor/models/registry.py")
+    if not registry.is_file():
+        return True
+    served = registry.read_text().partition("_PREVIOUSLY_SUPPORTED_MODELS =")[0]
+    return f'"{architecture}"' in served or bool(model_class.is_backend_compatible())
