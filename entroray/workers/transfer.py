@@ -134,7 +134,8 @@ class PlasmaEngine(WeightTransferEngine[PlasmaInit, PlasmaUpdate]):
         model: Any = self.model
         parts: list[Any] = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
         embedded = {m.weight.data_ptr() for m in parts if not isinstance(m, ParallelLMHead)}
-        for head in (m for m in parts if isinstance(m, ParallelLMHead)):
+        heads: list[Any] = [m for m in parts if isinstance(m, ParallelLMHead)]
+        for head in heads:
             if head.weight.data_ptr() in embedded:
                 head.quant_method.process_weights_after_loading(head)
 
