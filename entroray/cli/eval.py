@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
@@ -14,7 +14,7 @@ from entroray.errors import ConfigError
 from entroray.evaluation.cot_decoding import TWO, Decoding, words
 from entroray.evaluation.evaluate import evaluate_policy, heldout_prompts, plan_evaluation
 from entroray.observe import evaluation, evaluation_page
-from entroray.wiring import actors, compose, dataset, sampler, tool, warm_start
+from entroray.wiring import actors, compose, dataset, run_directory, sampler, tool, warm_start
 from entroray.workers import cluster
 from entroray.workers.generator import Generator
 from entroray.workers.roles import GeneratorRole
@@ -54,9 +54,10 @@ def _compare(arguments: list[str]) -> int:
 
 def of_run(path: Path, values: list[str]) -> Config:
     """The settings a run was made with, and what is said beside them."""
-    tree = OmegaConf.load(path)
-    assert isinstance(tree, DictConfig)
-    return compose.override_config(tree, values, training=False)
+    settings = run_directory.read_settings(path)
+    if settings is None:
+        raise ConfigError(f"eval --config={path} holds no settings: give config.yaml of a run, whole")
+    return compose.override_config(OmegaConf.create(settings), values, training=False)
 
 
 async def evaluate(config: Config) -> dict[str, Any]:

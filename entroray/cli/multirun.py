@@ -27,9 +27,8 @@ def train_each(overrides: list[str], config_dir: str | None) -> int:
 def check_apart(runs: Sequence[Run], combinations: Sequence[Sequence[str]]) -> None:
     """Raise, before the first of many runs, if two would share a folder or one would be in an older run's."""
     folders = [run_directory.place(run.dir) for run in runs if run.dir]
-    for folder, number in Counter(folders).most_common(1):
-        if number == 1:
-            break
+    folder, number = next(iter(Counter(folders).most_common(1)), (None, 0))
+    if number > 1:
         swept = [word.partition("=")[0] for word in combinations[0] if word not in combinations[-1]]
         own = [f", or 'run.dir={folder}/${{{key}}}'" for key in swept if key == "seed" or "." in key]
         raise ConfigError(

@@ -40,7 +40,7 @@ def test_every_number_has_a_bound_or_a_reason_to_have_none() -> None:
         ("learner.lr=-1", "at least 0"),
         ("seed=-1", r"from 0 to 2\^32"),
         ("seed=4294967296", r"from 0 to 2\^32"),
-        ("learner.lr=.nan", "at least 0"),
+        ("learner.lr=nan", "at least 0"),
         ("run.steps=0", "at least 1"),
         ("evaluate.every=-1", "at least 0"),
         ("driver.stall=0", "above 0"),

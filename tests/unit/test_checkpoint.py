@@ -98,6 +98,10 @@ def test_latest_that_is_no_link_is_left_and_said(tmp_path: Path, capsys: pytest.
     assert str(tmp_path / "latest") in capsys.readouterr().out
     assert newest(tmp_path) == (tmp_path / "step-000002", [])
     shutil.rmtree(tmp_path / "latest")
+    (tmp_path / "latest").write_text("a note")
+    written(tmp_path, 2)
+    assert (tmp_path / "latest").read_text() == "a note"
+    (tmp_path / "latest").unlink()
     (tmp_path / "latest").symlink_to("gone")
     assert (tmp_path / "latest").resolve() == tmp_path / "gone"
     assert written(tmp_path, 3) == (tmp_path / "latest").resolve()

@@ -2,14 +2,23 @@
 
 import asyncio
 import io
+import os
+import signal
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from entroray.cli import train
 from entroray.errors import DataError, InfrastructureError, Stopped
 from entroray.observe import report
 from entroray.observe.journal import read_metrics, replace_text
+from entroray.policy.tokenizer import byte_tokenizer
+from entroray.wiring.parts import build_parts
+from entroray.wiring.run_directory import RunDirectory
+from tests.composed import configured
 from tests.unit.test_observe import Shelf, journal, write
 
 
@@ -21,9 +30,9 @@ def test_a_tracker_may_raise_anything_but_what_a_signal_raises(tmp_path):
     write(book, 1)
     (event,) = read_metrics(tmp_path / "events.jsonl")
     assert event["kind"] == "tracker_lost" and "Panic" in event["fields"]["reason"] and not book.trackers
-    for signal in (KeyboardInterrupt, asyncio.CancelledError, lambda said: Stopped(15, said)):
+    for raised in (KeyboardInterrupt, asyncio.CancelledError, lambda said: Stopped(15, said)):
         with pytest.raises((KeyboardInterrupt, asyncio.CancelledError, Stopped)):
-            write(journal(tmp_path, trackers=[Shelf(0, signal)]), book.last_step + 1)
+            write(journal(tmp_path, trackers=[Shelf(0, raised)]), book.last_step + 1)
         book.last_step += 1
 
 
@@ -97,3 +106,36 @@ def test_a_report_names_token_records_that_are_damaged(tmp_path):
     for name in ("step-000001.parquet", "step-000001 (copy).parquet"):
         (tmp_path / "tokens" / name).write_bytes(b"PAR1")
     assert "step-000001.parquet: it is damaged" in report.write_report(tmp_path).read_text()
+
+
+def ended(error):
+    async def start(*_, **__):
+        if error is signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(5)
+        raise error
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (InfrastructureError("lost"), InfrastructureError),
+        (ZeroDivisionError(), ZeroDivisionError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (signal.SIGTERM, asyncio.CancelledError),
+    ],
+)
+def test_journal_and_trackers_are_closed_however_a_run_ends(tmp_path, monkeypatch, error, raised):
+    closed = []
+    tracker = SimpleNamespace(log=lambda step, metrics: None, close=lambda: closed.append(True))
+    parts = replace(build_parts(configured()), trackers=(lambda run: tracker,))
+    monkeypatch.setattr(train.actors, "join_cluster", lambda config: "")
+    monkeypatch.setattr(train.actors, "start_actors", ended(error))
+    monkeypatch.setattr(train.cluster, "stop", lambda: None)
+    read_in = SimpleNamespace(tokenizer=byte_tokenizer(), judge={})
+    run = RunDirectory(tmp_path)
+    with pytest.raises(raised):
+        asyncio.run(train._train(configured(), parts, read_in, run, {"model": "tiny"}, ""))
+    assert closed == [True]

@@ -106,7 +106,7 @@ def test_scoring_fewer_groups_than_updates_is_no_update():
         (
             [
                 "+control.c={knob: rollout.max_tokens, fn: pi, signal: entropy/mean, target: 1, gain: 1, "
-                "integral: 0, low: 1, high: .inf}"
+                "integral: 0, low: 1, high: inf}"
             ],
             r"control\.c .*rollout\.max_tokens .*high=inf",
         ),

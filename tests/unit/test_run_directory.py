@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from entroray.cli import eval as cli_eval
 from entroray.config import Config, Run
-from entroray.errors import PreflightError
+from entroray.errors import ConfigError, PreflightError
 from entroray.evaluation.evaluate import heldout_prompts
 from entroray.wiring import run_directory
 from entroray.wiring.run_directory import RESUME, RunDirectory, place, resume_rule
 from entroray.workers.checkpoint import commit
+from tests.composed import composed
 
 
 def resume(folder: Path, **settings: Any) -> RunDirectory | None:
@@ -275,3 +277,11 @@ def test_a_folder_with_anything_of_a_run_is_not_written_to(tmp_path: Path, left:
 def test_who_needs_held_out_prompts_and_has_none_is_told_the_setting() -> None:
     with pytest.raises(PreflightError, match=r"^evaluate\.every=1 .*data\.heldout"):
         heldout_prompts([], 8, "evaluate.every=1")
+
+
+def test_settings_of_a_run_that_are_damaged_are_refused_to_an_evaluation(begun: Path) -> None:
+    OmegaConf.save(composed(), begun / "config.yaml")
+    assert cli_eval.of_run(begun / "config.yaml", ["model.path=/m"]).model.path == "/m"
+    for name in ("metrics.jsonl", "gone.yaml", "checkpoints"):
+        with pytest.raises(ConfigError, match=rf"--config={begun}/{name} .*config\.yaml"):
+            cli_eval.of_run(begun / name, [])
