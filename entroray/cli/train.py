@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from entroray.binding import function_name
-from entroray.cli import flags
+from entroray.cli import flags, judge_trial
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config, Evaluate
 from entroray.errors import ConfigError, InfrastructureError, Stopped
@@ -67,9 +67,13 @@ def main(arguments: list[str]) -> int:
         return 0
     take_signals()
     preflight.refuse_wrong(config)
+    missing = warm_start.is_missing(config)
+    read_in = dataset.read_dataset(config, warm_start.run_tokenizer(config))
+    if judge_trial.is_own(read_in):
+        print("\n".join(judge_trial.try_judges(config, read_in)), flush=True)
     facts = warm_start.ensure_model(config, overrides, config_dir)
     model = warm_start.resolve_model(config)
-    read_in = dataset.load_dataset(config, model)
+    read_in = dataset.load_dataset(config, model) if missing else read_in
     facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}
     run = run_directory.open_run(config.run, tree)
     asyncio.run(_train(config, parts, read_in, run, facts, OmegaConf.to_yaml(tree, resolve=True)))

@@ -1,7 +1,7 @@
 """Byte tokenizer for the tiny model, and the chat template of whatever tokenizer a run uses."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -56,12 +56,18 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def chat(tokenizer: Any, system: str | None) -> Callable[[str], tuple[int, ...]]:
-    """A function from a question to the token ids of its rendered conversation, ready to be answered."""
+def chat(
+    tokenizer: Any, system: str | None
+) -> Callable[[str | Sequence[Mapping[str, Any]]], tuple[int, ...]]:
+    """A function from a question to the token ids of its rendered conversation, ready to be answered.
+
+    A question may be a list of messages; one that begins with a system message keeps it in place of `system`.
+    """
     before = [{"role": "system", "content": system}] if system else []
 
-    def tokenize(question: str) -> tuple[int, ...]:
-        messages = [*before, {"role": "user", "content": question}]
+    def tokenize(question: str | Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        turns = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
+        messages = turns if turns[0]["role"] == "system" else [*before, *turns]
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tuple(tokenizer.encode(rendered, add_special_tokens=False))
 
