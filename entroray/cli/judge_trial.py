@@ -1,4 +1,4 @@
-"""Judge and tool tried before anything starts: what they say of an empty and of a long response, or why not."""
+"""Judge and tool tried before anything starts: what they say of an empty and of a long response."""
 
 import asyncio
 import tempfile
@@ -65,7 +65,9 @@ async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str
         return lines + ([await _called(config, read, verifier)] if read.judge["tool"] else [])
     except TimeoutError as error:
         paths = f"reward.path={config.reward.path}, rollout.tool.path={config.rollout.tool.path}"
-        raise PreflightError(f"{paths}: not loaded within {LOADING:g} s; what takes long may be done later") from error
+        raise PreflightError(
+            f"{paths}: not loaded within {LOADING:g} s; what takes long may be done later"
+        ) from error
     finally:
         verifier.close()
 
@@ -86,14 +88,18 @@ async def _judged(config: Config, read: dataset.Dataset, verifier: Verifier, pro
         if not verdict.status.usable:
             late = f"raise reward.deadline={config.reward.deadline:g}, or make it faster"
             remedy = late if verdict.status is Status.TIMEOUT else "reward.path must judge every response"
-            raise DataError(f"{name} gave no verdict on {text[:40]!r}: {verdict.status}: {verdict.detail}; {remedy}")
+            raise DataError(
+                f"{name} gave no verdict on {text[:40]!r}: {verdict.status}: {verdict.detail}; {remedy}"
+            )
     if known is not None and not verdicts[0].correct:
         raise DataError(
             f"the judge finds the right answer {known!r} wrong: make reward.judge and data.demonstration fit"
         )
     right, empty, long = (f"{verdict.reward:g}" for verdict in verdicts)
     words = len(texts[2].split())
-    return f"{name} gives {right} for {texts[0][:40]!r}, {empty} for an empty response, {long} for {words} words"
+    return (
+        f"{name} gives {right} for {texts[0][:40]!r}, {empty} for an empty response, {long} for {words} words"
+    )
 
 
 def _known_answer(config: Config, read: dataset.Dataset, prompt: Prompt) -> str | None:

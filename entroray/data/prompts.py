@@ -24,7 +24,10 @@ class _Formatter(string.Formatter):
     """
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
-        return lookup(kwargs, re.sub(r"\[([^]]*)\]", r".\1", field_name)), field_name
+        try:
+            return lookup(kwargs, re.sub(r"\[([^]]*)\]", r".\1", field_name)), field_name
+        except KeyError:
+            raise KeyError(field_name or "{}") from None
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, list | tuple):
@@ -66,9 +69,13 @@ def _braces(template: str, fields: Iterable[str]) -> str:
     """How to write the braces of `template` that are text."""
     names = "|".join(map(re.escape, fields))
     doubled = re.sub(
-        rf"\{{\{{|\}}\}}|\{{(?:{names})\b[^{{}}]*\}}|[{{}}]", lambda m: m[0] if len(m[0]) > 1 else m[0] * 2, template
+        rf"\{{\{{|\}}\}}|\{{(?:{names})\b[^{{}}]*\}}|[{{}}]",
+        lambda m: m[0] if len(m[0]) > 1 else m[0] * 2,
+        template,
     )
-    return f". A brace that is text is written twice, {{{{ and }}}}: {doubled!r}" if doubled != template else ""
+    return (
+        f". A brace that is text is written twice, {{{{ and }}}}: {doubled!r}" if doubled != template else ""
+    )
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _conversation(row: Row, column: str) -> list[Message]:
     messages = [_message(m, column) for m in value]
     if messages[-1]["role"] != "user":
         raise _BadRow(
-            f"{column!r} ends with a message of {messages[-1]['role']!r}, and the user's is what is answered: "
+            f"{column!r} ends with a message of {messages[-1]['role']!r}, and the user's is answered: "
             f"data.settings.question={column}.0.content takes the first alone"
         )
     _check_filled(column, messages[-1]["content"])

@@ -59,13 +59,17 @@ def table_name(source: str) -> str:
 
 
 def lookup(row: Any, path: str) -> Any:
-    """What lies at `a.b.0.c` in mappings and lists, a name with dots in it before its parts; else KeyError."""
+    """What lies at `a.b.0.c` in mappings and lists, a name with dots before its parts; else KeyError."""
     if isinstance(row, Mapping) and path in row:
         return row[path]
     head, _, rest = path.partition(".")
     if isinstance(row, Mapping) and rest and head in row:
         return lookup(row[head], rest)
-    if isinstance(row, list | tuple) and head.removeprefix("-").isdigit() and -len(row) <= int(head) < len(row):
+    if (
+        isinstance(row, list | tuple)
+        and head.removeprefix("-").isdigit()
+        and -len(row) <= int(head) < len(row)
+    ):
         return lookup(row[int(head)], rest) if rest else row[int(head)]
     raise KeyError(path)
 
@@ -119,7 +123,7 @@ def _read_file(path: Path, answer: str | None) -> Lines:
     if suffix:
         raise PreflightError(f"{path} cannot be read as Parquet: it does not begin with PAR1")
     raise ConfigError(
-        f"data.task={path}: neither its name nor its content says what it is; {', '.join(SUFFIXES)} are read, "
+        f"data.task={path}: neither name nor content says what it is; {', '.join(SUFFIXES)} are read, "
         f"and each of them packed ({', '.join(PACKED)})"
     )
 
@@ -260,15 +264,16 @@ def _data_set(name: str, subset: str | None, split: str, answer: str | None) -> 
 
 def _arrow_rows(batches: Iterable[Any], answer: str | None) -> Lines:
     """Rows of record batches, plain Python; a text that is not UTF-8 spoils its own row alone."""
-    line = 0
+    before = 0
     for batch in batches:
         kinds = {field.name: field.type for field in batch.schema}
         column = answer if answer in kinds else (answer or "").partition(".")[0]
         narrow = column if "float" in str(kinds.get(column)) else None  # also within structs and lists
-        for line, row in enumerate(_objects(batch), line + 1):
+        for line, row in enumerate(_objects(batch), before + 1):
             if narrow and isinstance(row, dict):
                 row |= {narrow: _shortest(row[narrow], kinds[narrow])}
             yield line, row
+        before += batch.num_rows
 
 
 def _objects(batch: Any) -> list[Any]:

@@ -19,25 +19,31 @@ from sympy import Eq, MatrixBase, log, preorder_traversal
 PLACES, DIGITS = 6, 15
 """Decimal places that decimals are compared to, and digits that exact numbers are."""
 SMALL = 3
-"""Zeros behind the point from which on numbers are compared to as many places more as they have zeros more."""
+"""Zeros behind the point; a number with more of them is compared to as many places more."""
 LOOSE = 2
-"""Decimal places to which the sides of `x = 1/3 = 0.33` must be equal."""
+"""Decimal places to which the sides of `x = 1/3 = 0.33` must agree."""
 TINIEST = 20_000
 """Decimal places that are looked at."""
+LONGEST = 2000
+"""Characters of an answer beyond ten times its reference, from which on it is wrong unread."""
 
 # What is written in other ways, as LaTeX.
 
+_NAMED = {
+    **{"×": "times", "·": "cdot", "⋅": "cdot", "π": "pi", "∞": "infty", "≤": "le", "≥": "ge", "≠": "ne"},
+    **{"≈": "approx", "±": "pm", "∪": "cup", "∩": "cap", "∈": "in", "∅": "emptyset", "¬": "neg"},
+    **dict.fromkeys("→⇒⟹⟶⇔↦", "to"),
+}
 _SIGNS = str.maketrans(
-    dict(zip("−–∕⁄÷，；（）", "--///,;()", strict=True))
-    | {"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "}
-    | {"≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset "}
-    | {"°": r"^\circ ", "¬": r"\neg ", "→": r"\to ", "⇒": r"\to ", "⟹": r"\to ", "⟶": r"\to ", "⇔": r"\to "}
+    {sign: rf"\{name} " for sign, name in _NAMED.items()}
+    | dict(zip("−–∕⁄÷，；（）", "--///,;()", strict=True))
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", "")
+    | {"°": r"^\circ "}
 )
 _NUMBER = r"(?:\d[\d,]*\.?\d*|\.\d+)"
 _CLEANING = [
     (re.compile(r"<<[^<>]*>>"), ""),  # gsm8k's notes
-    (re.compile(r"(?<![\w)*])(\*\*|__|`+|\*)(?=\S)([^*`\n]+?)(?<=\S)\1(?![\w(*])"), r"\2"),  # **42**, `42`
+    (re.compile(r"(?<![\w)*])(\*\*|__|`+|\*)(?=\S)([^*`\n]{1,500}?)(?<=\S)\1(?![\w(*])"), r"\2"),  # **42**
     (re.compile(r"\\(?:math|text)(?:rm|bf|it|sf|tt|normal)?\s*\{\s*([-+\d.,/ ]+)\s*\}"), r"\1"),
     (re.compile(r"\\(?:math|text)(?:rm|bf|it|sf)?\s*\{\s*([ei])\s*\}"), r"\1"),
     (re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|csc|ln|log)(?![A-Za-z])"), r"\\\1"),
@@ -47,26 +53,24 @@ _CLEANING = [
     (re.compile(rf"(?<![\w.\\^{{])({_NUMBER})[eE]([-+]?\d{{1,3}})(?![\w.{{])"), lambda m: _plain(m[1], m[2])),
     (
         re.compile(
-            rf"(?<![\w.\\^{{])({_NUMBER})\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{{\s*([-+]?\d{{1,3}})\s*\}}|(\d)(?!\d))"
+            rf"(?<![\w.\\^{{])({_NUMBER})\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*"
+            r"(?:\{\s*([-+]?\d{1,3})\s*\}|(\d)(?!\d))"
         ),
         lambda m: _plain(m[1], m[2] or m[3]),
     ),
 ]
-_AROUND = [
-    re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL),
-    re.compile(r"[*`#\s]*(.+?)[*`\s.,;:]*", re.DOTALL),
-]
+_AROUND = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 _CURRENCY = re.compile(r"^([-+]?)\s*(?:\\?\$|US\$|[€£¥₹₽₩])\s*(?=[\d.])")
 
 
 def clean(text: str) -> str:
-    """`text` with Unicode's digits and signs as LaTeX, e-notation and mixed numbers in digits, no Markdown."""
+    """`text` without Markdown, Unicode's digits and signs as LaTeX, e-notation in digits."""
     if not text.isascii():
         text = _as_latex(text)
     for _ in range(2):  # **$42$.**
-        for around in _AROUND:
-            if found := around.fullmatch(text):
-                text = next(inside for inside in found.groups() if inside is not None)
+        text = text.strip().lstrip("*`#").rstrip("*`.,;:\n ").strip()
+        if found := _AROUND.fullmatch(text):
+            text = next(inside for inside in found.groups() if inside is not None)
     for pattern, plain in _CLEANING:
         text = pattern.sub(plain, text)
     return _CURRENCY.sub(r"\1", text).strip()
@@ -76,7 +80,7 @@ def _as_latex(text: str) -> str:
     fold = lambda found: unicodedata.normalize("NFKC", found).translate(_SIGNS)
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: f"^{{{fold(m[0])}}}", text)
     text = re.sub("[₀-₉₊₋]+", lambda m: f"_{{{fold(m[0])}}}", text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda m: r" \frac{%s}{%s}" % tuple(fold(m[0]).split("/")), text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: r" \frac{{{}}}{{{}}}".format(*fold(m[0]).split("/")), text)
     text = re.sub(r"√\s*(?:\(([^()]*)\)|(\d+\.?\d*|[A-Za-z]))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
     text = unicodedata.normalize("NFKC", text.replace("√", r"\sqrt")).translate(_SIGNS)
     return "".join(str(unicodedata.decimal(sign, sign)) for sign in text)
@@ -183,9 +187,9 @@ def read_reference(text: str) -> Reference | None:
 
 def is_equal(reference: Reference, answer: str) -> bool:
     """Whether an answer is the reference; it is not where it contradicts itself, negates or points on."""
-    said = clean(answer)
-    if _NO_NUMBER.fullmatch(reference.text):
+    if _NO_NUMBER.fullmatch(reference.text) or len(answer) > LONGEST + 10 * len(reference.text):
         return False
+    said = clean(answer)
     if _squeezed(said) == _squeezed(reference.text):
         return True
     if is_text(reference.text):
@@ -206,10 +210,12 @@ def _squeezed(text: str) -> str:
 
 def _readings(reference: Reference, said: str) -> Iterator[str]:
     """The answer as it stands, then without the words around its value, where they are not another unit."""
+    value, words = _without_words(said)
+    if "\n" in said and words:  # something is said behind the answer
+        return
     if not _MARKS.search(said):  # else it is mathematics among words
         yield said
-    value, words = _without_words(said)
-    if value == said or "\n" in said or (reference.words and words != reference.words):
+    if value == said or (reference.words and words != reference.words):
         return
     yield value
     last = ([part for part in value.split(" ; ") if "=" in part] or [value])[-1]
@@ -218,7 +224,7 @@ def _readings(reference: Reference, said: str) -> Iterator[str]:
 
 
 def _bases(reference: str, said: str) -> bool | None:
-    """Whether two numerals with their bases (101_2) are the same; None where one has none, as the usual one."""
+    """Whether two numerals with their bases (101_2) are the same; None where one has none."""
     ours, theirs = _BASE.fullmatch(reference), _BASE.fullmatch(said)
     if not ours or not theirs:
         return False if theirs and not 2 <= int(theirs[2]) <= 36 else None
