@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from entroray.data.sources import Message, Question
-from entroray.data.tables import lookup
+from entroray.data.tables import lookup, message_text
 from entroray.errors import ConfigError, PreflightError, nearest
 from entroray.types import Prompt
 
@@ -32,7 +32,7 @@ class _Formatter(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, list | tuple):
             if value and all(isinstance(each, Mapping) and "content" in each for each in value):
-                return str(value[-1]["content"])
+                return str(message_text(value[-1]))
             return (format_spec or " ").join(map(str, value))
         if format_spec == "compact":
             return "".join(str(value).split())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entroray.binding import Count, Probability
-from entroray.data.tables import Row, lookup, read_rows, recoded, table_name, written
+from entroray.data.tables import Row, lookup, message_text, read_rows, recoded, table_name, written
 from entroray.errors import ConfigError, PreflightError
 from entroray.reward import gym
 
@@ -123,9 +123,7 @@ def _conversation(row: Row, column: str) -> list[Message]:
 
 def _message(message: Message, column: str) -> Message:
     """Without its nulls, which Parquet puts where other rows have a value; its parts of text joined."""
-    content = message.get("content")
-    if isinstance(content, list | tuple) and all(isinstance(p, Mapping) and "text" in p for p in content):
-        content = "".join(str(part["text"]) for part in content)
+    content = message_text(message)
     if not isinstance(content, str) or not isinstance(message.get("role"), str):
         raise _BadRow(f"{column!r} has a message {_shown(message)} without role and content as texts")
     _check_encoding(column, content)

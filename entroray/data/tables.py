@@ -59,19 +59,25 @@ def table_name(source: str) -> str:
 
 
 def lookup(row: Any, path: str) -> Any:
-    """What lies at `a.b.0.c` in mappings and lists, a name with dots before its parts; else KeyError."""
-    if isinstance(row, Mapping) and path in row:
-        return row[path]
-    head, _, rest = path.partition(".")
-    if isinstance(row, Mapping) and rest and head in row:
-        return lookup(row[head], rest)
-    if (
-        isinstance(row, list | tuple)
-        and head.removeprefix("-").isdigit()
-        and -len(row) <= int(head) < len(row)
-    ):
-        return lookup(row[int(head)], rest) if rest else row[int(head)]
+    """What lies at `a.b.0.c` in mappings and lists; a name with dots goes before its parts; else KeyError."""
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):
+        name, rest = ".".join(parts[:count]), ".".join(parts[count:])
+        if isinstance(row, Mapping) and name in row:
+            return lookup(row[name], rest) if rest else row[name]
+    if isinstance(row, list | tuple) and parts[0].removeprefix("-").isdigit():
+        place, rest = int(parts[0]), ".".join(parts[1:])
+        if -len(row) <= place < len(row):
+            return lookup(row[place], rest) if rest else row[place]
     raise KeyError(path)
+
+
+def message_text(message: Mapping[str, Any]) -> Any:
+    """What a message says, its parts of text joined; anything else as it is."""
+    content = message.get("content")
+    if isinstance(content, list | tuple) and all(isinstance(p, Mapping) and "text" in p for p in content):
+        return "".join(str(part["text"]) for part in content)
+    return content
 
 
 def written(value: Any) -> str | None:
