@@ -11,7 +11,7 @@ from typing import Any
 from entroray.reward import gym as reasoning_gym
 from entroray.reward.extract import rule
 from entroray.reward.user_file import load_function
-from entroray.reward.verdicts import CORRECT_FROM, Judge, failed, graded, guarded, scored
+from entroray.reward.verdicts import CORRECT_FROM, Judge, failed, graded, guarded, last_line, scored
 from entroray.types import Prompt, Verdict
 
 SETTING = "reward.judge"
@@ -41,7 +41,12 @@ def math(*, extract: str = "boxed", marker: str = "####") -> Judge:
         answer = find(response)
         if answer is None:
             return graded(False, None, f"no answer by rule {extract!r}")
-        return graded(is_equal(reference, answer), answer)
+        try:
+            return graded(is_equal(reference, answer), answer)
+        except (
+            Exception
+        ) as error:  # boundary: sympy raises whatever an answer makes it, which is no number then
+            return graded(False, answer, last_line(error))
 
     return by_value
 

@@ -123,7 +123,7 @@ class Verifier:
             return verdict
         except TimeoutError:
             late = f"no verdict within {self._deadline:g} s"
-            worked = _cpu_seconds(worker.pid) - before > self._deadline / 2
+            worked = _cpu_seconds(worker.pid) - before > self._deadline / 4
             return graded(False, None, late) if ours and worked else failed(late, Status.TIMEOUT)
         except (OSError, EOFError):
             return None
