@@ -43,9 +43,7 @@ def math(*, extract: str = "boxed", marker: str = "####") -> Judge:
             return graded(False, None, f"no answer by rule {extract!r}")
         try:
             return graded(is_equal(reference, answer), answer)
-        except (
-            Exception
-        ) as error:  # boundary: sympy raises whatever an answer makes it, which is no number then
+        except Exception as error:  # boundary: sympy raises whatever an answer makes it
             return graded(False, answer, last_line(error))
 
     return by_value

@@ -7,7 +7,7 @@ expression, or one value among words (`42 dollars`). So a list of guesses is a l
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
@@ -41,7 +41,7 @@ _SIGNS = str.maketrans(
     | {"°": r"^\circ "}
 )
 _NUMBER = r"(?:\d[\d,]*\.?\d*|\.\d+)"
-_CLEANING = [
+_CLEANING: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"<<[^<>]*>>"), ""),  # gsm8k's notes
     (re.compile(r"(?<![\w)*])(\*\*|__|`+|\*)(?=\S)([^*`\n]{1,500}?)(?<=\S)\1(?![\w(*])"), r"\2"),  # **42**
     (re.compile(r"\\(?:math|text)(?:rm|bf|it|sf|tt|normal)?\s*\{\s*([-+\d.,/ ]+)\s*\}"), r"\1"),

@@ -93,7 +93,7 @@ def test_every_setting_that_names_a_file_is_packed_with_what_lies_beside_it(
         ("reward.path=nowhere.py:score", r"^reward\.path=nowhere\.py:score: .*nowhere\.py"),
         ("rollout.tool.path=nowhere.py:answer", r"^rollout\.tool\.path=nowhere\.py:answer: .*nowhere\.py"),
         ("data.task=tests/unit", r"^data\.task=tests/unit .*absolute"),
-        ("data.task=*.jsonl", r"^data\.task=\*\.jsonl .*absolute"),
+        ("data.task=rows-*.jsonl", r"^data\.task=rows-\*\.jsonl .*absolute"),
         ("packages=[no_such_lab]", r"^packages=\[no_such_lab\]: .*PYTHONPATH"),
     ],
 )
