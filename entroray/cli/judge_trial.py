@@ -56,8 +56,8 @@ def try_judges(config: Config, read: dataset.Dataset) -> list[str]:
 
 
 async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str]:
-    limits = {"deadline": config.reward.deadline, "memory_mb": config.verifier.memory_mb}
-    verifier = Verifier(read.judge, slots=1, **limits, output=output)
+    deadline, memory_mb = config.reward.deadline, config.verifier.memory_mb
+    verifier = Verifier(read.judge, slots=1, deadline=deadline, memory_mb=memory_mb, output=output)
     try:
         async with asyncio.timeout(LOADING):
             await verifier.warm_up()

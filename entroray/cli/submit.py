@@ -9,14 +9,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import reduce
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from entroray import rows
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
-from entroray.config import FILES, Config
+from entroray.config import FILES, Config, Data, Part
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.wiring import compose
 
@@ -74,7 +74,7 @@ def pack(folder: Path, config: Config, overrides: list[str], config_dir: str | N
 def _pack_files(folder: Path, config: Config) -> Iterator[tuple[str, str]]:
     """Each setting of `FILES` that is set, and its value in the job: the file with what it may import."""
     for number, setting in enumerate(FILES):
-        path = reduce(getattr, setting.split("."), config)
+        path = attrgetter(setting)(config)
         if not path:
             continue
         file, _, function = path.rpartition(":")
@@ -104,7 +104,10 @@ def _pack_package(folder: Path, name: str) -> None:
 
 def _pack_data(folder: Path, config: Config) -> list[str]:
     """Files of rows that are named from here; what is named from the root lies on the nodes already."""
-    parts = {"data": config.data, **{f"data.parts.{name}": part for name, part in config.data.parts.items()}}
+    parts: dict[str, Data | Part] = {
+        "data": config.data,
+        **{f"data.parts.{name}": part for name, part in config.data.parts.items()},
+    }
     settings = []
     for number, (name, part) in enumerate(parts.items()):
         source = Path(part.task)

@@ -95,7 +95,7 @@ def written(value: Any) -> str | None:
         case Decimal() if value.is_finite():
             return format(value, "f")
         case Real() if math.isfinite(value):
-            return np.format_float_positional(value, trim="-")
+            return np.format_float_positional(value, trim="-")  # type: ignore[arg-type]  # takes what is real
         case datetime.date() | datetime.time():
             return str(value).removesuffix(" 00:00:00")
     return None

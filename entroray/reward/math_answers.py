@@ -41,13 +41,20 @@ _SIGNS = str.maketrans(
     | {"°": r"^\circ "}
 )
 _NUMBER = r"(?:\d[\d,]*\.?\d*|\.\d+)"
+_SCALES = {"thousand": "3", "million": "6", "billion": "9", "trillion": "12"}
 _CLEANING: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"<<[^<>]*>>"), ""),  # gsm8k's notes
     (re.compile(r"(?<![\w)*])(\*\*|__|`+|\*)(?=\S)([^*`\n]{1,500}?)(?<=\S)\1(?![\w(*])"), r"\2"),  # **42**
-    (re.compile(r"\\(?:math|text)(?:rm|bf|it|sf|tt|normal)?\s*\{\s*([-+\d.,/ ]+)\s*\}"), r"\1"),
+    (re.compile(r"^\s*(?:\\approx|\\sim|[=:~])\s*|\\(?:bf|it|rm|sf)(?![A-Za-z])\s*"), ""),
+    (re.compile(r"\\(?:(?:math|text)(?:rm|bf|it|sf|tt|normal)?|underline)\s*\{\s*([-+\d.,/ ]+)\s*\}"), r"\1"),
+    (re.compile(r"(\^\{?\\circ\}?)\s*[CF](?![A-Za-z])"), r"\1"),
     (re.compile(r"\\(?:math|text)(?:rm|bf|it|sf)?\s*\{\s*([ei])\s*\}"), r"\1"),
     (re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|csc|ln|log)(?![A-Za-z])"), r"\\\1"),
     (re.compile(r"(?<=[\d}])\s*(?:percent|per cent|pct)\b"), r"\\%"),
+    (
+        re.compile(rf"(?<![\w.])({_NUMBER})\s+(thousand|million|billion|trillion)\b"),
+        lambda m: _plain(m[1], _SCALES[m[2]]),
+    ),
     (re.compile(r"(?<![\\A-Za-z])(pi|infinity)(?![A-Za-z])"), lambda m: {"pi": r"\pi"}.get(m[1], r"\infty")),
     (re.compile(r"(?<![\w.,/])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w.])"), r"\1 \\frac{\2}{\3}"),  # 1 1/2
     (re.compile(rf"(?<![\w.\\^{{])({_NUMBER})[eE]([-+]?\d{{1,3}})(?![\w.{{])"), lambda m: _plain(m[1], m[2])),
@@ -140,6 +147,7 @@ def _without_words(text: str) -> tuple[str, list[str]]:
     words = [word.casefold().removesuffix("s") for word in _WORD.findall(bare)]
     value = re.sub(r"\\?[$€£¥₹₽₩](?=\s*[\d.])", "", _WORD.sub(" ; ", bare))
     value = re.sub(r"\\?\$|\\[()\[\]]|[€£¥₹₽₩]|\b[aA]\b(?=\s)", " ; ", value)
+    value = re.sub(r"\([\s;-]*\)", " ; ", value)
     return re.sub(r"[\s,.;]*;[\s,.;]*", " ; ", value).strip(" ;,.:="), words
 
 
@@ -205,7 +213,9 @@ def is_equal(reference: Reference, answer: str) -> bool:
 
 
 def _squeezed(text: str) -> str:
-    return re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;!: ]|\s", "", text)
+    """Without the white space that is none between digits: `4 2` is not 42, and `1 000` is 1000."""
+    text = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda m: m[0].replace(" ", ""), text)
+    return re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;!: ]|(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
 def _readings(reference: Reference, said: str) -> Iterator[str]:
