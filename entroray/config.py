@@ -5,6 +5,8 @@ from typing import Any
 
 TINY = "tiny"
 """`model.path` of the tiny model: built and warm-started here, cached by content."""
+FILES = ("reward.path", "rollout.tool.path", "model.template")
+"""Settings that name a file of the user's (`my_file.py:my_function`), which `entroray submit` takes along."""
 
 
 @dataclass
@@ -68,11 +70,11 @@ class Part:
 @dataclass
 class Data:
     source: str = "reasoning_gym"  # reasoning_gym | table | my_lab.data.questions, from your packages
-    task: str = "chain_sum"  # reasoning-gym task, path of a .jsonl or .parquet file, or hub name
+    task: str = "chain_sum"  # reasoning-gym task, a file, a glob of files, a folder, or hub name
     settings: dict[str, Any] = field(
         default_factory=dict
     )  # of the source: size and seed of a generated task, columns and split of a table
-    template: str | None = None  # str.format over the row's fields; null: the row's own question
+    template: str | None = None  # text with {fields} of the row, {{ for a brace; null: the row's question
     demonstration: str | None = None  # how right answers are written: chain_sum | countdown | gsm8k
     heldout: float = 0.05  # fraction for evaluation, by hash of the prompt
     demonstrations: float = 0.3  # fraction for the warm start of the tiny model, by hash

@@ -1,31 +1,21 @@
 """`entroray doctor`: everything that is wrong with a machine and a run's settings, at once, with remedies."""
 
-import asyncio
 import os
 import shutil
 import socket
 import sys
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from entroray.cli import flags
+from entroray.cli import flags, judge_trial
 from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config
-from entroray.data.demonstrations import find_demonstration
-from entroray.errors import DataError, PreflightError
+from entroray.errors import PreflightError
 from entroray.policy.tokenizer import response_text
-from entroray.types import Prompt, Rollout, Verdict
-from entroray.wiring import actors, compose, dataset, preflight, tool, warm_start
+from entroray.wiring import actors, compose, dataset, preflight
 from entroray.workers import cluster
-from entroray.workers.verifier import Verifier
-
-ROWS = 200
-"""Rows drawn from a generated task: enough to see that it can be generated."""
-
 
 FLAGS = (CONFIG_DIR,)
 
@@ -130,7 +120,7 @@ def _joined(config: Config, address: str) -> str:
 
 def data(config: Config) -> str:
     """Rows are read, rendered, tokenised and split; of a generated task the first `ROWS`."""
-    read = _material(config)
+    read = judge_trial.read_few(config)
     parts = f"{len(read.split.training)} training, {len(read.split.heldout)} held out"
     tasks = ", ".join(part.task for part in dataset.tasks(config.data, config.model.system).values())
     return f"{tasks}: {parts}; {read.dropped}"
@@ -138,7 +128,7 @@ def data(config: Config) -> str:
 
 def prompt(config: Config) -> str:
     """The first prompt as the model reads it, special tokens written out, and what its template adds."""
-    read = _material(config)
+    read = judge_trial.read_few(config)
     first = read.split.training[0]
     part = dataset.tasks(config.data, config.model.system)[first.domain]
     said = f"{len(first.token_ids)} tokens: {response_text(read.tokenizer, ())(first.token_ids)!r}"
@@ -146,52 +136,5 @@ def prompt(config: Config) -> str:
 
 
 def judge(config: Config) -> str:
-    """The judge gives a verdict on a right answer where one is known, else on the bare reference."""
-    read = _material(config)
-    prompt = (read.split.demonstrations or read.split.training)[0]
-    known = (
-        None
-        if config.reward.path
-        else dataset.tasks(config.data, config.model.system)[prompt.domain].demonstration
-    )
-    answer = prompt.reference
-    if known:  # as a response reads, with what a tool says in it
-        ids, _ = tool.encode_answer(
-            config.rollout.tool, read.tokenizer, find_demonstration(known)(prompt.entry)
-        )
-        answer = read.tokenizer.decode(ids)
-    verdict = asyncio.run(_judged(config, read, prompt, answer))
-    if not verdict.status.usable:
-        raise DataError(f"the judge gave no verdict on {answer!r}: {verdict.status}: {verdict.detail}")
-    if known and not verdict.correct:
-        raise DataError(
-            f"the judge finds the right answer {answer!r} wrong: make reward.judge and data.demonstration fit"
-        )
-    name = read.judge["judges"][prompt.domain]["fn"]
-    return f"{name} gives {verdict.reward:g} for {answer[:40]!r}"
-
-
-async def _judged(config: Config, read: dataset.Dataset, prompt: Prompt, answer: str) -> Verdict:
-    import numpy as np
-
-    none = np.empty(0, dtype=np.int32)
-    rollout = Rollout(prompt.id, none, none.astype(np.float32), none, answer, 1.0, limit=1)
-    memory = config.verifier.memory_mb
-    verifier = Verifier(read.judge, slots=1, deadline=config.reward.deadline, memory_mb=memory)
-    try:
-        return (await verifier.judge(prompt, [rollout]))[0]
-    finally:
-        verifier.close()
-
-
-def _material(config: Config) -> dataset.Dataset:
-    parts = {name: _fewer_rows(part) for name, part in config.data.parts.items()}
-    few = replace(_fewer_rows(config.data), parts=parts)
-    return dataset.read_dataset(replace(config, data=few), warm_start.run_tokenizer(config))
-
-
-def _fewer_rows(of: Any) -> Any:
-    """The data, or a part of it, with at most `ROWS` generated questions."""
-    if of.source != "reasoning_gym":
-        return of
-    return replace(of, settings={**of.settings, "size": min(of.settings.get("size", ROWS), ROWS)})
+    """The judge gives a verdict on a right answer where one is known, on an empty and on a long response."""
+    return "; ".join(judge_trial.try_judges(config, judge_trial.read_few(config)))

@@ -1,6 +1,7 @@
 """`entroray submit`: the run of `train` as a job of a Ray cluster, with the code and settings found here."""
 
 import asyncio
+import importlib.util
 import os
 import secrets
 import shlex
@@ -8,14 +9,15 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from entroray import rows
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
-from entroray.config import Config
+from entroray.config import FILES, Config, Data, Part
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.wiring import compose
 from entroray.wiring.overrides import quote
@@ -28,6 +30,8 @@ LATER = "No available agent"
 """What Ray's job server says while no node can run a job yet."""
 YOUNG = 60.0
 """Seconds a head has to get its job agent up; longer where its machine is busy."""
+LARGEST = 100 << 20
+"""Bytes of a file of rows that goes along with a job."""
 RUNS = "~/entroray-runs"
 """Where a submitted run is written when `run.dir` is not given: at home on the head node."""
 
@@ -55,12 +59,10 @@ def pack(folder: Path, config: Config, overrides: list[str], config_dir: str | N
     if config_dir:
         shutil.copytree(config_dir, folder / "submitted-conf")
         command.append("--config-dir=submitted-conf")
-    if config.reward.path:
-        file, _, function = config.reward.path.rpartition(":")
-        if not Path(file).is_file():
-            raise PreflightError(f"reward.path={config.reward.path}: there is no file {Path(file).resolve()}")
-        shutil.copy(file, folder)
-        command.append(f"reward.path={quote(f'{Path(file).name}:{function}')}")
+    command += [f"{name}={quote(packed)}" for name, packed in _pack_files(folder, config)]
+    for package in config.packages:
+        _pack_package(folder, package.partition(".")[0])
+    command += _pack_data(folder, config)
     if not config.run.dir:
         run = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # another may be submitted now
         command.append(f"run.dir={quote(f'{RUNS}/{config.run.name}/{run}')}")
@@ -70,6 +72,68 @@ def pack(folder: Path, config: Config, overrides: list[str], config_dir: str | N
             "path of the cluster's nodes"
         )
     return command
+
+
+def _pack_files(folder: Path, config: Config) -> Iterator[tuple[str, str]]:
+    """Each setting of `FILES` that is set, and its value in the job: the file with what it may import."""
+    for number, setting in enumerate(FILES):
+        path = attrgetter(setting)(config)
+        if not path:
+            continue
+        file, _, function = path.rpartition(":")
+        source = Path(file or path).expanduser().resolve()
+        if not source.is_file():
+            raise PreflightError(f"{setting}={path}: there is no file {source}")
+        inside = [d for d in source.parents if (d / "__init__.py").is_file()]
+        top = next((d for d in source.parents if d not in inside), source.parent)
+        place = Path(f"submitted-{number}")
+        for each in sorted(top.iterdir()):
+            if each.suffix == ".py" or each.name == source.name or (each / "__init__.py").is_file():
+                _copy(each, folder / place / each.name)
+        yield setting, f"{place / source.relative_to(top)}" + (f":{function}" if file else "")
+
+
+def _pack_package(folder: Path, name: str) -> None:
+    """A package of the user's own, which is not installed on the nodes: not one of site-packages."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not (spec.origin or spec.submodule_search_locations):
+        raise PreflightError(
+            f"packages=[{name}]: it cannot be imported here; its folder must be on PYTHONPATH"
+        )
+    source = Path(next(iter(spec.submodule_search_locations or [str(spec.origin)])))
+    if not {"site-packages", "dist-packages"} & set(source.parts) and not (folder / source.name).exists():
+        _copy(source, folder / source.name)
+
+
+def _pack_data(folder: Path, config: Config) -> list[str]:
+    """Files of rows that are named from here; what is named from the root lies on the nodes already."""
+    parts: dict[str, Data | Part] = {
+        "data": config.data,
+        **{f"data.parts.{name}": part for name, part in config.data.parts.items()},
+    }
+    settings = []
+    for number, (name, part) in enumerate(parts.items()):
+        source = Path(part.task)
+        several = part.source == "table" and (source.is_dir() or bool(set("*?[") & set(part.task)))
+        if source.is_absolute() or not (source.is_file() or several):
+            continue
+        if several or source.stat().st_size > LARGEST:
+            raise PreflightError(
+                f"{name}.task={part.task} does not go along, it is no single file below {LARGEST >> 20} MiB: "
+                "give an absolute path of the cluster's nodes"
+            )
+        place = Path(f"submitted-data-{number}", source.name)
+        _copy(source, folder / place)
+        settings.append(f"{name}.task={quote(str(place))}")
+    return settings
+
+
+def _copy(source: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, to, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy(source, to)
 
 
 def _submit(address: str | None, command: list[str], folder: str) -> tuple[Any, str]:

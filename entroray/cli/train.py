@@ -9,14 +9,14 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
 from entroray.binding import function_name
-from entroray.cli import flags, multirun, signals
+from entroray.cli import flags, judge_trial, multirun, signals
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config, Evaluate
 from entroray.errors import ConfigError, EntrorayError, InfrastructureError, Stopped, writing
@@ -74,10 +74,13 @@ def main(arguments: list[str]) -> int:
     signals.take_sigterm()
     preflight.refuse_wrong(config)
     resumed = run_directory.resume_run(config.run, tree)
+    read_in = dataset.read_dataset(config, warm_start.run_tokenizer(config))
+    _check_heldout(config, parts, read_in)
+    if judge_trial.is_own(read_in):
+        print("\n".join(judge_trial.try_judges(config, read_in)), flush=True)
     facts = warm_start.ensure_model(config, overrides, config_dir)
     model = warm_start.resolve_model(config)
-    read_in = dataset.load_dataset(config, model)
-    _check_heldout(config, parts, read_in)
+    read_in = replace(read_in, tokenizer=warm_start.run_tokenizer(config))  # as its files have it now
     facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}
     if resumed:
         run_directory.check_same_data(resumed, dataset.identity(read_in))

@@ -1,6 +1,7 @@
 """Questions -> prompts -> an endless stream of them."""
 
 import hashlib
+import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from entroray.data.sources import Question
+from entroray.data.sources import Message, Question
+from entroray.data.tables import lookup, message_text
 from entroray.errors import ConfigError, PreflightError, nearest
 from entroray.types import Prompt
 
@@ -16,10 +18,21 @@ from entroray.types import Prompt
 
 
 class _Formatter(string.Formatter):
-    """str.format, plus `{text:compact}` without white space and `{list:,}` joined by what follows `:`."""
+    """str.format, plus `{text:compact}` without white space and `{list:,}` joined by what follows `:`.
+
+    A field is named by its path, as a column is; that of a conversation is its last message.
+    """
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
+        try:
+            return lookup(kwargs, re.sub(r"\[([^]]*)\]", r".\1", field_name)), field_name
+        except KeyError:
+            raise KeyError(field_name or "{}") from None
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, list | tuple):
+            if value and all(isinstance(each, Mapping) and "content" in each for each in value):
+                return str(message_text(value[-1]))
             return (format_spec or " ").join(map(str, value))
         if format_spec == "compact":
             return "".join(str(value).split())
@@ -34,14 +47,35 @@ def render(question: Question, template: str | None) -> str:
     if template is None:
         return question.text
     metadata = question.row.get("metadata")
-    fields = {**(metadata if isinstance(metadata, Mapping) else {}), **question.row}
+    fields = {
+        "question": question.text,
+        **(metadata if isinstance(metadata, Mapping) else {}),
+        **question.row,
+    }
     try:
         return _Formatter().vformat(template, (), fields)
     except KeyError as error:
         near = nearest(error.args[0], map(str, fields))
-        raise ConfigError(f"template {template!r}: there is no field {error}; {near}") from error
+        raise ConfigError(
+            f"template {template!r}: there is no field {error}; {near}{_braces(template, fields)}"
+        ) from error
     except (ValueError, IndexError, AttributeError, TypeError) as error:
-        raise ConfigError(f"template {template!r} cannot be filled: {error}") from error
+        raise ConfigError(
+            f"template {template!r} cannot be filled: {error}{_braces(template, fields)}"
+        ) from error
+
+
+def _braces(template: str, fields: Iterable[str]) -> str:
+    """How to write the braces of `template` that are text."""
+    names = "|".join(map(re.escape, fields))
+    doubled = re.sub(
+        rf"\{{\{{|\}}\}}|\{{(?:{names})\b[^{{}}]*\}}|[{{}}]",
+        lambda m: m[0] if len(m[0]) > 1 else m[0] * 2,
+        template,
+    )
+    return (
+        f". A brace that is text is written twice, {{{{ and }}}}: {doubled!r}" if doubled != template else ""
+    )
 
 
 @dataclass(frozen=True)
@@ -51,6 +85,10 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     duplicates: int
     too_long: int
+    contradictions: int = 0
+    """Duplicates with another answer than the one that stayed."""
+    differing: frozenset[str] = frozenset()
+    """Columns in which a duplicate differs from the row that stayed."""
 
 
 def prompt_id(task: str, text: str) -> str:
@@ -61,7 +99,7 @@ def prompt_id(task: str, text: str) -> str:
 def make_prompts(
     questions: Iterable[Question],
     *,
-    tokenize: Callable[[str], tuple[int, ...]],
+    tokenize: Callable[[str | Sequence[Message]], tuple[int, ...]],
     template: str | None = None,
     max_tokens: int | None = None,
     domain: str = "",
@@ -71,27 +109,38 @@ def make_prompts(
     Raises PreflightError when nothing is left or a prompt has no token at all.
     """
     found: dict[str, Prompt] = {}
-    shortest, too_long, seen = float("inf"), set[str](), 0
+    shortest, too_long, seen, contradictions, differing = float("inf"), set[str](), 0, 0, set[str]()
     for question in questions:
         seen += 1
         text = render(question, template)
-        key = prompt_id(question.task, text)
-        if key in found or key in too_long:
+        turns = [*question.before, {"role": "user", "content": text}]
+        shown = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns) if question.before else text
+        key = prompt_id(question.task, shown)
+        if first := found.get(key):
+            contradictions += first.reference != question.answer
+            differing |= _differing(first.entry, question.row)
+        if first or key in too_long:
             continue
-        tokens = tuple(tokenize(text))
+        tokens = tuple(tokenize(turns if question.before else text))
         if not tokens:
-            raise PreflightError(f"the prompt {text!r} has no tokens")
+            raise PreflightError(f"the prompt {shown!r} has no tokens")
         shortest = min(shortest, len(tokens))
         if max_tokens is not None and len(tokens) > max_tokens:
             too_long.add(key)
         else:
-            found[key] = Prompt(key, text, tokens, question.answer, question.row, domain)
+            found[key] = Prompt(key, shown, tokens, question.answer, question.row, domain)
     if not found:
         raise PreflightError(
             f"{seen} rows, no prompt: the shortest has {shortest} tokens, raise data.max_prompt={max_tokens}"
         )
     prompts = tuple(found[key] for key in sorted(found))
-    return PromptSet(prompts, seen - len(found) - len(too_long), len(too_long))
+    duplicates = seen - len(found) - len(too_long)
+    return PromptSet(prompts, duplicates, len(too_long), contradictions, frozenset(differing))
+
+
+def _differing(row: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    """Columns that are not the same in two rows; by what they look like, for arrays compare by element."""
+    return {str(name) for name in {*row, *other} if repr(row.get(name)) != repr(other.get(name))}
 
 
 # Parts and order.

@@ -4,20 +4,19 @@ A source of your own is a function of the task's name in one of your `packages`,
 `data.source=my_lab.data.questions data.task=algebra data.settings.level=3`.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from entroray.binding import Count, Probability
+from entroray.data.tables import Row, lookup, message_text, read_rows, recoded, table_name, written
 from entroray.errors import ConfigError, PreflightError
 from entroray.reward import gym
 
 SETTING = "data.source"
-Row = Mapping[str, Any]
-Rows = Iterator[tuple[int, Row | str]]
-"""(line number from 1, the row or what is wrong with it)."""
+Message = Mapping[str, Any]
+"""`{role, content}`, as chat templates take them."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,11 @@ class Question:
 
     task: str
     text: str
+    """What is asked; of a conversation its last message, the user's."""
     answer: str
     row: Row
+    before: tuple[Message, ...] = ()
+    """The messages of a conversation before `text`."""
 
 
 def reasoning_gym(
@@ -51,113 +53,104 @@ def table(
     split: str = "train",
     bad_rows: Probability = 0.0,
 ) -> tuple[list[Question], int]:
-    """Questions of a .jsonl or .parquet file, else of the hub's data set `task`, and the rows left out.
+    """Questions of a file, a glob of files, else of the hub's data set `task`, and the rows left out.
 
-    The reference is what follows the last `marker` of the answer column, or all of it; `answer=None`: none.
+    A column is named by its path (`reward_model.ground_truth`). The reference is what follows the last
+    `marker` of the answer column, or all of it, numbers in digits; `answer=None`: none.
     A share of `bad_rows` may be bad and is left out. Above it PreflightError lists the bad rows by line
     number: the first 20, and how many in all.
     """
-    name = Path(task).stem if Path(task).suffix in _READERS else task
-    questions, bad = [], []
-    for line, row in _rows(task, subset, split):
-        checked = row if isinstance(row, str) else _question(name, row, question, answer, marker)
-        if isinstance(checked, str):
-            bad.append(f"line {line}: {checked}")
-        else:
-            questions.append(checked)
+    name, questions, bad = table_name(task), [], []
+    for place, row in read_rows(task, subset, split, answer):
+        try:
+            questions.append(_question(name, row, question, answer, marker))
+        except _BadRow as wrong:
+            bad.append(f"{place}: {wrong}")
     if len(bad) > bad_rows * (len(bad) + len(questions)):
         more = f"\n  and {len(bad) - 20} more" if len(bad) > 20 else ""
         listed = "".join(f"\n  {problem}" for problem in bad[:20])
-        total = len(bad) + len(questions)
+        recode = f" ({recoded(task, 'LATIN1')})" if any("not UTF-8 at" in problem for problem in bad) else ""
         raise PreflightError(
-            f"{task}: {len(bad)} of {total} rows are bad{listed}{more}\n"
-            "Mend them, or let a share of them be left out: data.settings.bad_rows=0.01"
+            f"{task}: {len(bad)} of {len(bad) + len(questions)} rows are bad{listed}{more}\n"
+            f"Mend them{recode}, or let a share of them be left out: data.settings.bad_rows=0.01"
         )
     if not questions:
         raise PreflightError(f"{task}: no rows at all")
     return questions, len(bad)
 
 
-def _rows(source: str, subset: str | None, split: str) -> Rows:
-    path = Path(source).expanduser()
-    reader = _READERS.get(path.suffix)
-    if reader is None and path.is_file():
-        raise ConfigError(f"{source}: neither {' nor '.join(_READERS)}")
-    if reader is None:
-        return _hub(source, subset, split)
-    if not path.is_file():
-        raise PreflightError(f"there is no file {path.resolve()}")
-    return reader(path)
+class _BadRow(Exception):
+    """What is wrong with a row."""
 
 
-def _jsonl(path: Path) -> Rows:
-    for line, raw in enumerate(path.read_bytes().split(b"\n"), 1):
-        if raw.strip():
-            try:
-                row = json.loads(raw.decode())
-            except UnicodeDecodeError as error:
-                yield line, f"not UTF-8 at byte {error.start}"
-            except json.JSONDecodeError as error:
-                yield line, f"not JSON: {error}"
-            else:
-                yield line, row if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
+def _question(task: str, row: Row | str, question: str, answer: str | None, marker: str) -> Question:
+    if isinstance(row, str):
+        raise _BadRow(row)
+    *before, last = _conversation(row, question)
+    reference = _reference(row, answer, marker) if answer else ""
+    return Question(task, last["content"], reference, row, tuple(before))
 
 
-def _parquet(path: Path) -> Rows:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _reference(row: Row, column: str, marker: str) -> str:
+    value = _value(row, column)
+    text = written(value)
+    if text is None:
+        raise _BadRow(f"{column!r} is {_shown(value)}, neither a text nor a number")
+    _check_filled(column, text)
+    reference = text.rpartition(marker)[2].strip()
+    if not reference:
+        raise _BadRow(f"{column!r} has nothing behind {marker!r}")
+    return reference
 
+
+def _conversation(row: Row, column: str) -> list[Message]:
+    """The messages that a column holds, the last one the user's; a text is one message."""
+    value = _value(row, column)
+    if isinstance(value, str):
+        _check_filled(column, value)
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(m, Mapping) for m in value):
+        raise _BadRow(f"{column!r} is {_shown(value)}, not a text or a list of messages (role, content)")
+    messages = [_message(m, column) for m in value]
+    if messages[-1]["role"] != "user":
+        raise _BadRow(
+            f"{column!r} ends with a message of {messages[-1]['role']!r}, and the user's is answered: "
+            f"data.settings.question={column}.0.content takes the first alone"
+        )
+    _check_filled(column, messages[-1]["content"])
+    return messages
+
+
+def _message(message: Message, column: str) -> Message:
+    """Without its nulls, which Parquet puts where other rows have a value; its parts of text joined."""
+    content = message_text(message)
+    if not isinstance(content, str) or not isinstance(message.get("role"), str):
+        raise _BadRow(f"{column!r} has a message {_shown(message)} without role and content as texts")
+    _check_encoding(column, content)
+    return {name: value for name, value in message.items() if value is not None} | {"content": content}
+
+
+def _value(row: Row, column: str) -> Any:
     try:
-        table = pq.ParquetFile(path).read()
-    except (OSError, ValueError) as error:
-        raise PreflightError(f"{path} cannot be read as Parquet: {error}") from error
-    texts = {f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)}
-    raw = pa.schema([f.with_type(pa.large_binary()) if f.name in texts else f for f in table.schema])
-    for line, row in enumerate(table.cast(raw).to_pylist(), 1):
-        try:
-            yield line, {k: v.decode() if k in texts and v is not None else v for k, v in row.items()}
-        except UnicodeDecodeError as error:
-            yield line, f"not UTF-8 at byte {error.start}"
+        return lookup(row, column)
+    except KeyError:
+        inner = [f"{name}.{key}" for name, v in row.items() if isinstance(v, Mapping) for key in v]
+        known = ", ".join(map(str, [*row, *inner])) or "none"
+        raise _BadRow(f"no {column!r} (columns: {known})") from None
 
 
-def _hub(name: str, subset: str | None, split: str) -> Rows:
-    import datasets
+def _check_filled(column: str, text: str) -> None:
+    if not text.strip():
+        raise _BadRow(f"{column!r} is {text!r}, which is empty")
+    _check_encoding(column, text)
 
+
+def _check_encoding(column: str, text: str) -> None:
     try:
-        data = datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError) as error:  # not found, offline, no such subset or split
-        raise PreflightError(
-            f"no .jsonl or .parquet file and no data set {name!r} (subset {subset}, split {split}): {error}"
-        ) from error
-    yield from enumerate(data, 1)
-
-
-_READERS: Mapping[str, Callable[[Path], Rows]] = {".jsonl": _jsonl, ".parquet": _parquet}
-
-
-def _question(task: str, row: Row, question: str, answer: str | None, marker: str) -> Question | str:
-    """The question in `row`, or what is wrong with it."""
-    for column in filter(None, (question, answer)):
-        if problem := _problem(row, column, numbers=column == answer):
-            return problem
-    reference = str(row[answer]).rpartition(marker)[2].strip() if answer else ""
-    if answer and not reference:
-        return f"{answer!r} has nothing behind {marker!r}"
-    return Question(task, row[question], reference, row)
-
-
-def _problem(row: Row, column: str, *, numbers: bool) -> str | None:
-    if column not in row:
-        return f"no {column!r} (columns: {', '.join(map(str, row)) or 'none'})"
-    value = row[column]
-    if numbers and isinstance(value, int | float) and not isinstance(value, bool):
-        return None
-    if not isinstance(value, str):
-        return f"{column!r} is {value!r}, not a string"
-    if not value.strip():
-        return f"{column!r} is {value!r}, which is empty"
-    try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
-        return f"{column!r} is not UTF-8 (a lone surrogate)"
-    return None
+        raise _BadRow(f"{column!r} is not UTF-8 (a lone surrogate)") from None
+
+
+def _shown(value: Any) -> str:
+    return textwrap.shorten(repr(value), 200, placeholder=" ...")

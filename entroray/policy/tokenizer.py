@@ -87,6 +87,8 @@ def with_template(tokenizer: Any, template: str | None) -> Any:
 
 QUESTION, SYSTEM = "What is six times seven", "Answer in one word"
 """What a template is tried with: plain words, which none has a reason to change."""
+Conversation = str | Sequence[Mapping[str, Any]]
+"""A question, or messages, of which a system message that comes first takes the place of the run's."""
 OWN_TEMPLATE = "give a template of your own: model.template=my.jinja"
 
 
@@ -99,16 +101,16 @@ class Chat:
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Of the template, beside the messages."""
 
-    def __call__(self, question: str) -> tuple[int, ...]:
+    def __call__(self, question: Conversation) -> tuple[int, ...]:
         """Ids as the tokenizer itself makes them of a conversation; of several BOS tokens one is left."""
         ids = self._apply(question, tokenize=True, return_dict=False)
         return tuple(ids[max(0, self._count_bos(ids) - 1) :])
 
-    def render(self, question: str) -> str:
+    def render(self, question: Conversation) -> str:
         """The text, ready to be answered; PreflightError if the template gives none."""
         text = self._apply(question, tokenize=False)
         if not isinstance(text, str) or not text.strip():
-            raise PreflightError(f"the chat template makes nothing of {question[:60]!r}: {OWN_TEMPLATE}")
+            raise PreflightError(f"the chat template makes nothing of {str(question)[:60]!r}: {OWN_TEMPLATE}")
         return text
 
     def remarks(self) -> list[str]:
@@ -128,15 +130,16 @@ class Chat:
         }
         return [remark for remark, holds in found.items() if holds]
 
-    def _apply(self, question: str, **how: Any) -> Any:
+    def _apply(self, question: Conversation, **how: Any) -> Any:
+        turns = [{"role": "user", "content": question}] if isinstance(question, str) else [*question]
         before = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*before, {"role": "user", "content": question}]
+        messages = turns if turns[0]["role"] == "system" else [*before, *turns]
         apply = self.tokenizer.apply_chat_template
         try:
             return apply(messages, add_generation_prompt=True, **how, **self.variables)
         except Exception as error:  # boundary: a template is a program, and may raise anything
             raise PreflightError(
-                f"the chat template fails on {question[:60]!r} with {_first_line(error)}: {OWN_TEMPLATE}"
+                f"the chat template fails on {str(question)[:60]!r} with {_first_line(error)}: {OWN_TEMPLATE}"
             ) from error
 
     def _count_bos(self, ids: Sequence[int]) -> int:

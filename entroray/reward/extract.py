@@ -1,5 +1,6 @@
 """Rules that find the answer inside a response; each returns None where there is none."""
 
+import re
 from collections.abc import Callable
 
 from entroray.errors import ConfigError, nearest
@@ -24,29 +25,31 @@ def after(text: str, *, marker: str) -> str | None:
     return (rest.strip() or None) if found else None
 
 
+_TOKENS = re.compile(r"(\\+(?:boxed|fbox)\s*\{)|(\{)|(\})|(\\+(?:boxed|fbox)(?![A-Za-z]))|\\.", re.DOTALL)
+_UNBRACED = re.compile(r"\s*([-+]?(?:\d|\\[A-Za-z])(?:[^\s${}]|\{[^{}]*\})*)")
+
+
 def boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}`, with its nested braces; an unclosed box holds nothing."""
-    opening = r"\boxed{"
-    start = text.rfind(opening)
-    if start < 0:
+    r"""What the last `\boxed{...}` holds, with its nested braces; an unclosed box holds nothing.
+
+    A box in a box is a part of it. `\boxed {4}`, `\boxed 4` and `\fbox{4}` are boxes too.
+    """
+    opened, last, found = list[int](), -1, None
+    boxes: set[int] = set()
+    for token in _TOKENS.finditer(text):
+        box, brace, closing, bare = token.groups()
+        if box or brace:
+            opened.append(token.end())
+        if box:
+            last = token.end()
+            boxes.add(last)
+        elif closing and opened and (start := opened.pop()) in boxes:
+            found = (start, token.start())
+        elif bare and (inside := _UNBRACED.match(text, token.end())):
+            last, found = inside.start(1), inside.span(1)
+    if found is None or not found[0] <= last <= found[1]:
         return None
-    start += len(opening)
-    end = _closing_brace(text, start)
-    return (text[start:end].strip() or None) if end is not None else None
-
-
-def _closing_brace(text: str, start: int) -> int | None:
-    depth, escaped = 1, False
-    for index in range(start, len(text)):
-        if escaped:
-            escaped = False
-            continue
-        char = text[index]
-        escaped = char == "\\"
-        depth += (char == "{") - (char == "}")
-        if depth == 0:
-            return index
-    return None
+    return text[slice(*found)].strip() or None
 
 
 def rule(name: str, marker: str) -> Rule:

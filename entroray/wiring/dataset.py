@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from entroray.binding import bind
@@ -12,6 +11,7 @@ from entroray.data import mixture, prompts, sources
 from entroray.errors import ConfigError, PreflightError
 from entroray.policy.tokenizer import Chat, chat, fingerprint, load_tokenizer
 from entroray.reward import judges
+from entroray.reward.user_file import absolute
 from entroray.types import Prompt
 from entroray.wiring import tool
 
@@ -95,8 +95,17 @@ def read_dataset(config: Config, tokenizer: Any) -> Dataset:
     if not all(s.training for s in cut):
         raise PreflightError(f"no training prompt is left of {sum(map(len, parts))}: lower data.heldout")
     duplicates, too_long = sum(m.duplicates for m in made) + shared, sum(m.too_long for m in made)
-    dropped = f"{duplicates} duplicates, {too_long} too long, {sum(bad)} bad rows"
+    dropped = f"{duplicates} duplicates{_contradictions(made)}, {too_long} too long, {sum(bad)} bad rows"
     return Dataset(tokenizer, split, judge_spec(config), dropped)
+
+
+def _contradictions(made: Sequence[prompts.PromptSet]) -> str:
+    """What duplicates differ in, where they do: a template may leave out what tells rows apart."""
+    count = sum(m.contradictions for m in made)
+    columns = sorted(set[str]().union(*(m.differing for m in made)) - {"metadata"})  # numbers each row
+    said = [f"{count} with another answer"] if count else []
+    said += [f"they differ in {', '.join(columns[:5])}"] if columns else []
+    return f" ({'; '.join(said)})" if said else ""
 
 
 SPLITS = ("heldout", "demonstrations", "training")
@@ -141,8 +150,7 @@ def judge_spec(config: Config) -> Mapping[str, Any]:
 def _judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
     """The judge of each part of the mixture; "" is the one task without parts."""
     if config.reward.path:
-        file, _, function = config.reward.path.rpartition(":")
-        path = f"{Path(file).resolve()}:{function}"
+        path = absolute(config.reward.path)
         return {name: {"fn": "custom", "path": path} for name in tasks(config.data, config.model.system)}
     specs = {
         name: part.judge or config.reward.judge

@@ -1,7 +1,6 @@
 """`rollout.tool` of the configuration -> what runs where judges run, and a generator that talks with it."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from entroray.config import Evaluate, RolloutConfig, Sampler, ToolConfig
@@ -9,6 +8,7 @@ from entroray.data.demonstrations import WorkedAnswer
 from entroray.errors import ConfigError
 from entroray.policy.tokenizer import encode_frame, response_text
 from entroray.reward import build_tool
+from entroray.reward.user_file import absolute
 from entroray.roles import Generator, Tool
 from entroray.rollout.tool_turns import Syntax, ToolTurns, encode_demonstration
 from entroray.types import Span
@@ -27,8 +27,7 @@ def stop_strings(stop: Sequence[str], t: ToolConfig) -> tuple[str, ...]:
 def tool_spec(t: ToolConfig) -> dict[str, Any]:
     """What `entroray.reward.build_tool` takes."""
     if t.path:
-        file, _, function = t.path.rpartition(":")
-        return {"fn": "custom", "path": f"{Path(file).expanduser().resolve()}:{function}"}
+        return {"fn": "custom", "path": absolute(t.path)}
     return {**t.settings, "fn": t.fn}
 
 

@@ -20,9 +20,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
+
 from entroray.errors import ConfigError, InfrastructureError
+from entroray.reward.judges import OWN
 from entroray.reward.tools import Call
-from entroray.reward.verdicts import as_verdict, failed
+from entroray.reward.verdicts import as_verdict, failed, graded
 from entroray.types import Answer, Prompt, Rollout, Status, Verdict
 from entroray.workers.judge_forkserver import FORK, HEADER
 
@@ -44,8 +47,8 @@ class Verifier:
     """`slots` judge processes; one verdict per rollout, each within `deadline` seconds of its own start.
 
     `reward` is what `entroray.reward.build_verification` takes by keyword. `memory_mb` bounds what one
-    worker may allocate beyond what it starts with. The constructor does not wait for the judge; serves one
-    event loop.
+    worker may allocate beyond what it starts with; `output` is the descriptor that what judges print goes to,
+    this process's own by default. The constructor does not wait for the judge; serves one event loop.
     """
 
     def __init__(
@@ -55,14 +58,15 @@ class Verifier:
         slots: int = 2,
         deadline: float = 10.0,
         memory_mb: int | None = 2048,
+        output: int | None = None,
     ):
         if slots < 1 or deadline <= 0:
             raise ConfigError(f"verifier.slots={slots} and verifier.deadline={deadline} must be above 0")
-        self._reward, self._memory_mb = dict(reward), memory_mb
+        self._reward, self._memory_mb, self._output = dict(reward), memory_mb, output
         self._deadline, self._width, self._slots = deadline, slots, asyncio.Semaphore(slots)
         self._idle: deque[_Worker] = deque()
         self._forking, self._closed = asyncio.Lock(), False
-        self._server = _ForkServer(self._reward, memory_mb)
+        self._server = _ForkServer(self._reward, memory_mb, output)
 
     async def warm_up(self) -> None:
         """Return once every slot has its worker; raises ConfigError when the judge cannot be built."""
@@ -98,21 +102,29 @@ class Verifier:
 
     async def _evaluate(self, prompt: Prompt, text: str) -> Verdict:
         item = pickle.dumps((prompt, text))
+        judge = self._reward["judges"].get(prompt.domain, {}).get("fn")
+        ours = judge in OWN and not isinstance(text, Call)
         async with self._slots:
-            verdict = await self._attempt(item) or await self._attempt(item, fresh=True)
+            verdict = await self._attempt(item, ours) or await self._attempt(item, ours, fresh=True)
         return verdict or failed("two judge processes died over this response", Status.INFRA_FAILED)
 
-    async def _attempt(self, item: bytes, *, fresh: bool = False) -> Verdict | None:
-        """The verdict, or None if the worker died; a worker is reused only after a good verdict."""
+    async def _attempt(self, item: bytes, ours: bool, *, fresh: bool = False) -> Verdict | None:
+        """The verdict, or None if the worker died; a worker is reused only after a good verdict.
+
+        An answer that a judge of `ours` has worked on until the deadline is wrong: a policy that writes
+        10^{10^{10}} is not drawn anew. One that a busy machine kept from working has failed, as any other.
+        """
         worker = self._idle.popleft() if self._idle and not fresh else await self._fork()
-        reusable = False
+        reusable, before = False, _cpu_seconds(worker.pid)
         try:
             async with asyncio.timeout(self._deadline):
                 verdict = await worker.evaluate(item)
             reusable = verdict.status.usable and worker.served < ITEMS_PER_WORKER
             return verdict
         except TimeoutError:
-            return failed(f"no verdict within {self._deadline:g} s", Status.TIMEOUT)
+            late = f"no verdict within {self._deadline:g} s"
+            worked = _cpu_seconds(worker.pid) - before > self._deadline / 4
+            return graded(False, None, late) if ours and worked else failed(late, Status.TIMEOUT)
         except (OSError, EOFError):
             return None
         finally:
@@ -130,7 +142,7 @@ class Verifier:
                     raise InfrastructureError("this verifier is closed")
                 if not self._server.healthy:
                     self._server.close()
-                    self._server = _ForkServer(self._reward, self._memory_mb)
+                    self._server = _ForkServer(self._reward, self._memory_mb, self._output)
                 try:
                     async with asyncio.timeout(_START_DEADLINE):
                         return await self._server.fork()
@@ -159,11 +171,11 @@ class _Worker:
 class _ForkServer:
     """The verifier's end of the fork server; `healthy` until it fails to answer."""
 
-    def __init__(self, reward: Mapping[str, Any], memory_mb: int | None):
+    def __init__(self, reward: Mapping[str, Any], memory_mb: int | None, output: int | None):
         self._control, theirs = socket.socketpair()
         self._control.settimeout(_START_DEADLINE)
         with theirs:
-            self._launch(theirs.fileno(), [json.dumps(reward), json.dumps(memory_mb)])
+            self._launch(theirs.fileno(), [json.dumps(reward), json.dumps(memory_mb)], output)
         try:
             (length,) = HEADER.unpack(self._control.recv(HEADER.size, socket.MSG_WAITALL))
             self._pid = int(self._control.recv(length, socket.MSG_WAITALL))
@@ -172,13 +184,15 @@ class _ForkServer:
         self._control.setblocking(False)
         self._ready, self.healthy = False, True
 
-    def _launch(self, fd: int, settings: list[str]) -> None:
+    def _launch(self, fd: int, settings: list[str], output: int | None) -> None:
         """Return as soon as the fork server has detached itself, long before it has built its judge."""
         path = os.pathsep.join(filter(None, sys.path))
         subprocess.run(
             [sys.executable, "-P", "-m", "entroray.workers.judge_forkserver", str(fd), *settings],
             pass_fds=[fd],
             stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
             env=os.environ | _ENVIRONMENT | {"PYTHONPATH": path},
             timeout=_START_DEADLINE,
@@ -222,6 +236,14 @@ class _ForkServer:
         except OSError:
             _kill(self._pid)
         self._control.close()
+
+
+def _cpu_seconds(pid: int) -> float:
+    """What a process has had of the processors; 0 for one that is gone."""
+    try:
+        return sum(psutil.Process(pid).cpu_times()[:2])
+    except psutil.Error:
+        return 0.0
 
 
 def _kill(pid: int) -> None:

@@ -218,6 +218,15 @@ def test_a_failed_verdict_of_the_users_own_keeps_its_status(user_file):
     assert verdict.correct is False, "what was not judged is not right"
 
 
+def test_an_answer_that_a_judge_of_ours_fails_at_is_wrong_and_no_failure():
+    (row,) = gym.dataset("prime_factorization", size=1, seed=1, settings={})
+    judge = build_judge({"fn": "gym", "task": "prime_factorization"})
+    verdict = judge("9" * 5000, prompt(**row))  # more digits than Python reads
+    assert (verdict.status, verdict.correct, verdict.reward) == (Status.OK, False, 0)
+    verdict = build_judge({"fn": "math"})(r"\boxed{\sqrt{2}^{\sqrt{2}^{\sqrt{2}^{99999}}}}", prompt("5"))
+    assert (verdict.status, verdict.correct) == (Status.OK, False) and "OverflowError" in verdict.detail
+
+
 def test_a_broken_row_is_a_failure_of_the_data():
     verdict = build_judge({"fn": "gym", "task": "chain_sum"})("17", prompt("17"))
     assert verdict.status is Status.DATA_FAILED and "KeyError: 'answer'" in verdict.detail

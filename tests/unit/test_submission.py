@@ -1,10 +1,16 @@
 """What `entroray submit` asks of a head, with stand-ins for Ray's client; the real one is in tests/ray."""
 
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from entroray.cli.submit import _accepted, _hint
+from entroray.cli.submit import _accepted, _hint, pack
+from entroray.config import FILES, Config
+from entroray.errors import PreflightError
+from entroray.reward.user_file import _module
+from tests.composed import configured
 
 YOUNG = "Request failed with status code 500: No available agent to submit job, please try again later."
 
@@ -35,3 +41,72 @@ def test_it_is_not_asked_for_ever_and_only_where_ray_says_so(said: str) -> None:
         _accepted(submit, within=0.0)
     assert len(asked) == 1
     assert ("--dashboard-agent-listen-port" in _hint(said)) == (said == YOUNG)
+
+
+def packed(folder: Path, config: Config) -> dict[str, str]:
+    """The settings that the command of a job adds."""
+    command = pack(folder, config, [], None)
+    return dict(word.split("=", 1) for word in command if "=" in word)
+
+
+def test_every_setting_that_names_a_file_is_packed_with_what_lies_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, job = tmp_path / "home", tmp_path / "job"
+    for name, text in {
+        "judge.py": "import helpers\nfrom lexicon import words\n",
+        "helpers.py": "",
+        "lexicon/__init__.py": "words = 1",
+        "lexicon/words.txt": "a",
+        "notes.txt": "",
+        "runs/large.bin": "",
+        "mine/__init__.py": "",
+        "mine/tools.py": "from . import inner",
+        "mine/inner/__init__.py": "",
+        "my_lab/__init__.py": "",
+        "rows.jsonl": "{}",
+    }.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "path", [str(home), *sys.path])
+    told = ("reward.path=judge.py:score", "rollout.tool.path=mine/tools.py:answer", "packages=[my_lab]")
+    config = configured("data=table", "data.task=rows.jsonl", "run.dir=/runs/x", *told)
+    job.mkdir()
+    settings = packed(job, config)
+    assert {"reward.path", "rollout.tool.path"} == set(FILES) <= set(settings)
+    for setting, function in zip(FILES, ("score", "answer"), strict=True):
+        file, _, name = settings[setting].rpartition(":")
+        assert name == function and (job / file).is_file()
+    judge, tool = (job / settings[setting].rpartition(":")[0] for setting in FILES)
+    assert {p.name for p in judge.parent.iterdir()} == {"judge.py", "helpers.py", "lexicon", "mine", "my_lab"}
+    assert (judge.parent / "lexicon" / "words.txt").is_file() and (
+        tool.parent / "inner" / "__init__.py"
+    ).is_file()
+    assert (job / "my_lab" / "__init__.py").is_file() and (job / settings["data.task"]).read_text() == "{}"
+    assert _module(tool, "rollout.tool.path").inner
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ("reward.path=nowhere.py:score", r"^reward\.path=nowhere\.py:score: .*nowhere\.py"),
+        ("rollout.tool.path=nowhere.py:answer", r"^rollout\.tool\.path=nowhere\.py:answer: .*nowhere\.py"),
+        ("data.task=tests/unit", r"^data\.task=tests/unit .*absolute"),
+        ("data.task=rows-*.jsonl", r"^data\.task=rows-\*\.jsonl .*absolute"),
+        ("packages=[no_such_lab]", r"^packages=\[no_such_lab\]: .*PYTHONPATH"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_anything_is_sent(tmp_path: Path, told: str, says: str) -> None:
+    with pytest.raises(PreflightError, match=says):
+        packed(tmp_path, configured("data=table", "run.dir=/runs/x", told))
+
+
+def test_what_the_nodes_have_is_left_there(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "job").mkdir()
+    config = configured(
+        "data=table", f"data.task={tmp_path}/rows.jsonl", "run.dir=/runs/x", "packages=[numpy]"
+    )
+    settings = packed(tmp_path / "job", config)
+    assert "data.task" not in settings and not (tmp_path / "job" / "numpy").exists()

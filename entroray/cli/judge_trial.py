@@ -1,0 +1,133 @@
+"""Judge and tool tried before anything starts: what they say of an empty and of a long response."""
+
+import asyncio
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from entroray.config import Config
+from entroray.data.demonstrations import find_demonstration
+from entroray.errors import DataError, PreflightError
+from entroray.types import Prompt, Rollout, Status
+from entroray.wiring import dataset, tool, warm_start
+from entroray.workers.verifier import Verifier
+
+ROWS = 200
+"""Rows drawn from a generated task: enough to see that it can be generated."""
+LOADING = 120.0
+"""Seconds for a file of the user's to be loaded."""
+
+
+def read_few(config: Config) -> dataset.Dataset:
+    """The data of a run, of a generated task its first `ROWS`."""
+    parts = {name: _fewer_rows(part) for name, part in config.data.parts.items()}
+    few = replace(_fewer_rows(config.data), parts=parts)
+    return dataset.read_dataset(replace(config, data=few), warm_start.run_tokenizer(config))
+
+
+def _fewer_rows(of: Any) -> Any:
+    """The data, or a part of it, with at most `ROWS` generated questions."""
+    if of.source != "reasoning_gym":
+        return of
+    return replace(of, settings={**of.settings, "size": min(of.settings.get("size", ROWS), ROWS)})
+
+
+def is_own(read: dataset.Dataset) -> bool:
+    """Whether a judge or the tool is a function of the user's."""
+    specs = [*read.judge["judges"].values(), read.judge["tool"] or {}]
+    return any(spec.get("fn") == "custom" or "." in spec.get("fn", "") for spec in specs)
+
+
+def try_judges(config: Config, read: dataset.Dataset) -> list[str]:
+    """Verdicts of each part's judge on its first prompt, and the tool's answers, a line for each.
+
+    DataError where there is no verdict, or where an answer known to be right is wrong; PreflightError where
+    a file is not loaded within `LOADING` seconds; ConfigError where it cannot be.
+    """
+    with tempfile.TemporaryFile() as printed:
+        lines = asyncio.run(_tried(config, read, printed.fileno()))
+        printed.seek(0)
+        text = printed.read().decode(errors="replace")
+    said = f"; together they print {len(text)} characters, as in {text[:40]!r}" if text else ""
+    return [*lines[:-1], lines[-1] + said]
+
+
+async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str]:
+    deadline, memory_mb = config.reward.deadline, config.verifier.memory_mb
+    verifier = Verifier(read.judge, slots=1, deadline=deadline, memory_mb=memory_mb, output=output)
+    try:
+        async with asyncio.timeout(LOADING):
+            await verifier.warm_up()
+        lines = [await _judged(config, read, verifier, prompt) for prompt in _first_prompts(read)]
+        return lines + ([await _called(config, read, verifier)] if read.judge["tool"] else [])
+    except TimeoutError as error:
+        paths = f"reward.path={config.reward.path}, rollout.tool.path={config.rollout.tool.path}"
+        raise PreflightError(
+            f"{paths}: not loaded within {LOADING:g} s; what takes long may be done later"
+        ) from error
+    finally:
+        verifier.close()
+
+
+def _first_prompts(read: dataset.Dataset) -> Iterator[Prompt]:
+    """One of each part; with demonstrations if there are any."""
+    prompts = [*read.split.demonstrations, *read.split.training]
+    for domain in read.judge["judges"]:
+        yield next(prompt for prompt in prompts if prompt.domain == domain)
+
+
+async def _judged(config: Config, read: dataset.Dataset, verifier: Verifier, prompt: Prompt) -> str:
+    known = _known_answer(config, read, prompt)
+    texts = [prompt.reference if known is None else known, "", _long(config)]
+    verdicts = await verifier.judge(prompt, [_response(prompt, text) for text in texts])
+    name = config.reward.path or read.judge["judges"][prompt.domain]["fn"]
+    for text, verdict in zip(texts, verdicts, strict=True):
+        if not verdict.status.usable:
+            late = f"raise reward.deadline={config.reward.deadline:g}, or make it faster"
+            remedy = late if verdict.status is Status.TIMEOUT else "reward.path must judge every response"
+            raise DataError(
+                f"{name} gave no verdict on {text[:40]!r}: {verdict.status}: {verdict.detail}; {remedy}"
+            )
+    if known is not None and not verdicts[0].correct:
+        raise DataError(
+            f"the judge finds the right answer {known!r} wrong: make reward.judge and data.demonstration fit"
+        )
+    right, empty, long = (f"{verdict.reward:g}" for verdict in verdicts)
+    words = len(texts[2].split())
+    return (
+        f"{name} gives {right} for {texts[0][:40]!r}, {empty} for an empty response, {long} for {words} words"
+    )
+
+
+def _known_answer(config: Config, read: dataset.Dataset, prompt: Prompt) -> str | None:
+    """A right answer as a response reads, with what a tool says in it."""
+    name = dataset.tasks(config.data, config.model.system)[prompt.domain].demonstration
+    if config.reward.path or not name:
+        return None
+    answer = find_demonstration(name)(prompt.entry)
+    return str(read.tokenizer.decode(tool.encode_answer(config.rollout.tool, read.tokenizer, answer)[0]))
+
+
+async def _called(config: Config, read: dataset.Dataset, verifier: Verifier) -> str:
+    prompt, name = next(_first_prompts(read)), config.rollout.tool.path or config.rollout.tool.fn
+    empty, long = await verifier.answer(prompt, ["", _long(config)])
+    for answer in (empty, long):
+        if not answer.status.usable:
+            raise DataError(
+                f"{name} (rollout.tool.path) gave no answer: {answer.status}: {answer.detail}; raise "
+                f"reward.deadline={config.reward.deadline:g}, or make it faster"
+            )
+    shown = [f"{a.text[:40]!r}" + (f" ({a.detail[:80]})" if a.failed else "") for a in (empty, long)]
+    return f"{name} answers {shown[0]} to an empty call, {shown[1]} to a long one"
+
+
+def _long(config: Config) -> str:
+    return "word " * config.rollout.max_tokens
+
+
+def _response(prompt: Prompt, text: str) -> Rollout:
+    none = np.empty(0, dtype=np.int32)
+    return Rollout(prompt.id, none, none.astype(np.float32), none, text, 1.0, limit=1)

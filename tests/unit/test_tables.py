@@ -1,0 +1,421 @@
+"""Tables as people have them: every file that holds rows, every way it holds a number, what is no table."""
+
+import bz2
+import csv
+import datetime
+import gzip
+import json
+import re
+import sys
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from entroray.data.prompts import make_prompts, prompt_id, render
+from entroray.data.sources import Question, table
+from entroray.data.tables import lookup, table_name, written
+from entroray.errors import ConfigError, PreflightError
+from entroray.policy.tokenizer import byte_tokenizer, chat
+from entroray.reward import build_judge
+from entroray.types import Prompt
+from entroray.wiring.dataset import read_dataset
+from tests.composed import configured
+
+ROWS = [{"question": f"Say {i}", "answer": str(i)} for i in range(3)]
+LINES = "\n".join(map(json.dumps, ROWS)).encode()
+
+
+def answers(path: Path | str, **settings: Any) -> list[str]:
+    return [q.answer for q in table(str(path), **settings)[0]]
+
+
+def file(folder: Path, name: str, content: bytes) -> Path:
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def parquet(folder: Path, name: str = "rows.parquet", **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), folder / name)
+    return folder / name
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *(("7", "7"), (" a b ", " a b "), (5, "5"), (10**25 + 1, "10000000000000000000000001"), (-0.0, "-0")),
+        *((1e-7, "0.0000001"), (1e16, "10000000000000000"), (0.000025, "0.000025"), (5.0, "5"), (0.1, "0.1")),
+        *(
+            (np.float32(0.1), "0.1"),
+            (np.float16(0.1), "0.1"),
+            (np.int8(-3), "-3"),
+            (np.uint64(2**64 - 1), str(2**64 - 1)),
+        ),
+        *(
+            (Decimal("1E-7"), "0.0000001"),
+            (Decimal("1E+3"), "1000"),
+            (Decimal("5.00"), "5.00"),
+            (Fraction(1, 2), "0.5"),
+        ),
+        *((True, "True"), (np.bool_(False), "False"), (datetime.date(2024, 1, 31), "2024-01-31")),
+        *(
+            (datetime.datetime(2024, 1, 31), "2024-01-31"),
+            (datetime.datetime(2024, 1, 31, 9, 5), "2024-01-31 09:05:00"),
+        ),
+        *(
+            (datetime.time(9, 5), "09:05:00"),
+            (None, None),
+            (float("nan"), None),
+            (float("inf"), None),
+            (["7"], None),
+        ),
+        *((Decimal("NaN"), None), ({"a": 1}, None), (b"7", None), (1j, None), (np.float64("nan"), None)),
+    ],
+)
+def test_a_number_is_written_in_digits_and_what_is_none_is_not(value: object, text: str | None) -> None:
+    assert written(value) == text
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        (pa.array([0.1], pa.float32()), "0.1"),
+        (pa.array([np.float16(0.1)], pa.float16()), "0.1"),
+        (pa.array([1e-7], pa.float64()), "0.0000001"),
+        (pa.array([Decimal("0.10")], pa.decimal128(5, 2)), "0.10"),
+        *((pa.array([7], kind), "7") for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8())),
+        (pa.array([2**64 - 1], pa.uint64()), "18446744073709551615"),
+        (pa.array(["7"]).dictionary_encode(), "7"),
+        (pa.array(["7"], pa.large_string()), "7"),
+        (pa.array(["7"], pa.string_view()), "7"),
+        (pa.array([True]), "True"),
+        (pa.array([datetime.date(2024, 1, 31)]), "2024-01-31"),
+        (pa.array([{"value": 0.1}], pa.struct([("value", pa.float32())])), "0.1"),
+        (pa.array([[{"value": 0.1}]], pa.list_(pa.struct([("value", pa.float32())]))), "0.1"),
+    ],
+)
+def test_parquet_holds_numbers_of_every_width(tmp_path: Path, column: pa.Array, text: str) -> None:
+    path = "answer"
+    path += ".0" if pa.types.is_list(column.type) else ""
+    path += ".value" if "struct<" in str(column.type) else ""
+    assert answers(parquet(tmp_path, question=["a"], answer=column), answer=path) == [text]
+
+
+def test_the_right_answer_to_a_number_of_a_file_is_judged_right(tmp_path: Path) -> None:
+    rows = [{"question": f"n{i}", "answer": x} for i, x in enumerate((1e-7, 1e16, 0.000025, 0.5, 5.0))]
+    path = file(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    judge = build_judge({"fn": "math"})
+    right = ["0.0000001", "10000000000000000", "0.000025", "0.5", "5"]
+    for reference, answer in zip(answers(path), right, strict=True):
+        assert judge(rf"\boxed{{{answer}}}", Prompt("p", "q", (1,), reference)).correct
+
+
+def test_a_null_among_numbers_and_what_is_not_finite_are_named_by_line(tmp_path: Path) -> None:
+    nulls = parquet(tmp_path, question=["a", "b", "c"], answer=[1.0, None, 3.0])
+    with pytest.raises(PreflightError, match=r"line 2: 'answer'.*None"):
+        table(str(nulls))
+    assert answers(nulls, bad_rows=0.5) == ["1", "3"]
+    lines = b'{"question": "a", "answer": NaN}\n{"question": "b", "answer": 1e400}\n{"question": "c"}'
+    with pytest.raises(PreflightError, match=r"(?s)line 1: 'answer'.*nan.*line 2: 'answer'.*inf.*line 3"):
+        table(str(file(tmp_path, "odd.jsonl", lines)))
+    long = b'{"question": "a", "answer": %s}' % (b"9" * 5000)
+    with pytest.raises(PreflightError, match=r"line 1: not JSON"):
+        table(str(file(tmp_path, "long.jsonl", long)))
+
+
+# Files.
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(
+            (name, LINES)
+            for name in ("rows.jsonl", "rows.ndjson", "rows.json", "ROWS.JSONL", "rows.txt", "rows")
+        ),
+        *((name, json.dumps(ROWS).encode()) for name in ("array.json", "array.jsonl", "ARRAY.JSON")),
+        ("pretty.json", json.dumps(ROWS, indent=2).encode()),
+        *(("rows.jsonl.gz", gzip.compress(LINES)), ("rows.json.bz2", bz2.compress(LINES))),
+        ("two.jsonl.gz", gzip.compress(LINES[:70]) + gzip.compress(LINES[70:])),
+        ("rows.zst", pa.compress(LINES, "zstd", asbytes=True)),
+        *(
+            ("rows.csv", b"question,answer\nSay 0,0\nSay 1,1\nSay 2,2\n"),
+            ("rows.tsv", b"question\tanswer\nSay 0\t0\nSay 1\t1\nSay 2\t2"),
+        ),
+        ("rows.CSV", "question;answer\r\nSay 0;0\r\nSay 1;1\r\nSay 2;2\r\n".encode("utf-8-sig")),
+        ("quoted.csv", b'question , answer\n"Say ""0""\nnow, please",0\n"Say, 1",1\nSay 2,2\n'),
+        *(("crlf.jsonl", LINES.replace(b"\n", b"\r\n")), ("cr.jsonl", LINES.replace(b"\n", b"\r"))),
+        *(
+            ("bom.jsonl", b"\xef\xbb\xbf" + LINES),
+            ("boms.jsonl", b"\n".join(b"\xef\xbb\xbf" + x for x in LINES.split(b"\n"))),
+        ),
+        *(
+            ("bom.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
+            ("blank.jsonl", b"\n\n" + LINES + b"\n\n"),
+        ),
+    ],
+)
+def test_rows_are_read_from_every_file_that_holds_them(tmp_path: Path, name: str, content: bytes) -> None:
+    assert answers(file(tmp_path, name, content)) == ["0", "1", "2"]
+
+
+def test_parquet_is_known_by_its_content_whatever_it_is_called(tmp_path: Path) -> None:
+    columns = {"question": ["a"], "answer": ["1"]}
+    for name in ("rows.parquet", "rows.PARQUET", "rows.pq", "rows.json", "rows"):
+        assert answers(parquet(tmp_path, name, **columns)) == ["1"]
+
+
+def test_a_glob_is_its_files_one_after_the_other_and_names_them_in_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    parquet(tmp_path, "b.parquet", question=["b"], answer=["7"])
+    assert answers(tmp_path / "*") == ["0", "1", "2", "7"] and answers(tmp_path / "[ab].*") == [
+        "0",
+        "1",
+        "2",
+        "7",
+    ]
+    parquet(tmp_path, "c.parquet", question=["b", None], answer=["7", "8"])
+    with pytest.raises(PreflightError, match=r"c\.parquet line 2: 'question'.*None"):
+        table(str(tmp_path / "*"))
+    with pytest.raises(PreflightError, match=r"data\.task=.*nothing-\*\.jsonl"):
+        table(str(tmp_path / "nothing-*.jsonl"))
+
+
+def test_a_file_is_called_by_its_name_alone_and_prompts_keep_their_ids() -> None:
+    assert (
+        table_name("/somewhere/rows.jsonl") == table_name("rows.jsonl.gz") == table_name("rows.CSV") == "rows"
+    )
+    assert table_name("openai/gsm8k") == "openai/gsm8k" and table_name("my.set/shards") == "my.set/shards"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "says"),
+    [
+        (
+            "rows.jsonl",
+            LINES.decode().encode("utf-16"),
+            PreflightError,
+            r"rows\.jsonl.*iconv -f UTF-16 -t UTF-8",
+        ),
+        ("rows.csv", "a,b\n1,2".encode("utf-16-be"), PreflightError, r"rows\.csv.*iconv -f UTF-16"),
+        ("rows.jsonl", bytes(64), PreflightError, r"rows\.jsonl.*UTF-16"),
+        (
+            "rows.csv",
+            "question,answer\nGröße,1".encode("latin-1"),
+            PreflightError,
+            r"line 2.*iconv -f LATIN1",
+        ),
+        (
+            "rows.json",
+            '[\n{"question": "Größe"}]'.encode("latin-1"),
+            PreflightError,
+            r"line 2.*iconv -f LATIN1",
+        ),
+        (
+            "rows.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            PreflightError,
+            r"rows\.jsonl.*git lfs pull",
+        ),
+        ("rows.xlsx", b"PK\x03\x04rest", PreflightError, r"rows\.xlsx.*\.csv"),
+        ("rows.parquet", b"PAR1 and no more", PreflightError, r"rows\.parquet.*Parquet"),
+        ("rows.jsonl.gz", gzip.compress(LINES)[:-20], PreflightError, r"rows\.jsonl\.gz"),
+        (
+            "rows.json",
+            b'{\n  "data": [{"question": "a"}]\n}',
+            PreflightError,
+            r"rows\.json.*data.*jq -c '\.data\[\]'",
+        ),
+        ("rows.json", b"[\n{},\n", PreflightError, r"rows\.json.*jq -c \."),
+        (
+            "rows.jsonl",
+            b'{\n"question": "a"\n}\n{\n"question": "b"\n}',
+            PreflightError,
+            r"rows\.jsonl.*jq -c \.",
+        ),
+        ("rows.yaml", b"question: a", ConfigError, r"rows\.yaml.*\.jsonl.*\.csv.*\.parquet.*\.gz"),
+        ("rows.csv", b"question,answer\na,1,2\n", PreflightError, r"line 2: more than 2"),
+        ("rows.csv", b"question,answer\na\n", PreflightError, r"line 2: 'answer'.*None"),
+        ("rows.jsonl", b"", PreflightError, "no rows"),
+        ("rows.csv", b"", PreflightError, "no rows"),
+    ],
+)
+def test_what_is_no_table_is_refused_with_what_to_do(
+    tmp_path: Path, name: str, content: bytes, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=f"(?s){says}"):
+        table(str(file(tmp_path, name, content)))
+
+
+def test_latin_1_is_named_by_line_with_its_remedy_and_may_be_left_out(tmp_path: Path) -> None:
+    path = file(tmp_path, "rows.jsonl", LINES + b'\n{"question": "caf\xe9", "answer": "2"}')
+    with pytest.raises(
+        PreflightError, match=r"(?s)line 4: not UTF-8 at byte 17.*iconv -f LATIN1 .*data\.settings\.bad_rows"
+    ):
+        table(str(path))
+    assert answers(path, bad_rows=0.25) == ["0", "1", "2"]
+
+
+def test_a_field_of_a_csv_may_be_longer_than_python_expects(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as target:
+        csv.writer(target).writerows([["question", "answer"], ["x" * 200_000, "1"]])
+    assert answers(path) == ["1"]
+
+
+# Columns and conversations.
+
+
+def test_columns_are_named_by_their_path() -> None:
+    row = {"a": {"b": [{"c": 1}, {"c": 2}]}, "a.b": "whole", "x.y": {"z": 3}}
+    assert lookup(row, "a.b") == "whole" and lookup(row, "x.y.z") == 3
+    assert [lookup(row["a"], path) for path in ("b.0.c", "b.1.c", "b.-1.c")] == [1, 2, 2]
+    for path in ("b.2.c", "b.c", "b.0.d", "c", ""):
+        with pytest.raises(KeyError):
+            lookup(row["a"], path)
+
+
+VERL = [
+    {
+        "prompt": [{"role": "user", "content": f"Say {i}"}],
+        "reward_model": {"ground_truth": str(i), "style": "rule"},
+    }
+    for i in range(2)
+]
+COLUMNS = {"question": "prompt", "answer": "reward_model.ground_truth"}
+
+
+def test_verls_layout_is_read_from_json_and_parquet_alike(tmp_path: Path) -> None:
+    lines = file(tmp_path, "verl.jsonl", "\n".join(map(json.dumps, VERL)).encode())
+    pq.write_table(pa.Table.from_pylist(VERL), tmp_path / "verl.parquet")
+    for path in (lines, tmp_path / "verl.parquet"):
+        rows, _ = table(str(path), **COLUMNS)
+        assert [(q.text, q.answer, q.before, q.task) for q in rows] == [
+            ("Say 0", "0", (), "verl"),
+            ("Say 1", "1", (), "verl"),
+        ]
+    with pytest.raises(PreflightError, match=r"'reward_model\.truth'.*reward_model\.ground_truth"):
+        table(str(lines), question="prompt", answer="reward_model.truth")
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([], r"\[\]"),
+        ([{"from": "human", "value": "Say 1"}], "role and content"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            r"'assistant'.*question=messages\.0\.content",
+        ),
+        ([{"role": "user", "content": " "}], "empty"),
+        ([{"role": "user", "content": [{"type": "image", "image": "x"}]}], "role and content"),
+        ([{"role": "user", "content": None}], "role and content"),
+        (["Say 1"], "messages"),
+        ({"role": "user", "content": "a"}, "messages"),
+    ],
+)
+def test_a_conversation_that_cannot_be_answered_is_named(tmp_path: Path, messages: object, says: str) -> None:
+    row = json.dumps({"messages": messages, "answer": "1"}).encode()
+    with pytest.raises(PreflightError, match=f"line 1: 'messages'.*{says}"):
+        table(str(file(tmp_path, "rows.jsonl", row)), question="messages")
+
+
+def test_a_conversation_is_rendered_by_the_chat_template_and_its_own_system_message_wins(
+    tmp_path: Path,
+) -> None:
+    shot = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2", "name": None}]
+    own = [
+        {"role": "system", "content": "Be brief."},
+        *shot,
+        {"role": "user", "content": [{"type": "text", "text": "2+2"}]},
+    ]
+    rows = [
+        {"messages": own, "answer": "4"},
+        {"messages": own[1:], "answer": "4"},
+        {"messages": "2+2", "answer": "4"},
+    ]
+    path = file(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    questions, _ = table(str(path), question="messages")
+    tokenizer = byte_tokenizer()
+    made = make_prompts(questions, tokenize=chat(tokenizer, "Add."), template="{messages}=")
+    assert {tokenizer.decode(p.token_ids) for p in made.prompts} == {
+        "<|system|>Be brief.<|user|>1+1<|assistant|>2<|end|><|user|>2+2=<|assistant|>",
+        "<|system|>Add.<|user|>1+1<|assistant|>2<|end|><|user|>2+2=<|assistant|>",
+        "<|system|>Add.<|user|>2+2=<|assistant|>",
+    }
+    assert made.duplicates == 0 and {p.text for p in made.prompts} >= {
+        "2+2=",
+        "user: 1+1\nassistant: 2\nuser: 2+2=",
+    }
+    assert prompt_id("rows", "2+2=") in {p.id for p in made.prompts}, (
+        "a text is the prompt that it always was"
+    )
+
+
+# Templates and duplicates.
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (r"{question} Put it in \boxed{}.", r"{question} Put it in \\boxed{{}}."),
+        ('{question} Reply as {"answer": 1}', '{question} Reply as {{"answer": 1}}'),
+        (r"\frac{a}{b} of {question}", r"\\frac{{a}}{{b}} of {question}"),
+        ("{question", "{{question"),
+        ("{0}", "{{0}}"),
+    ],
+)
+def test_a_brace_that_is_text_is_shown_as_it_is_written(template: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        render(Question("t", "q", "1", {"question": "q", "answer": "1"}), template)
+
+
+def test_a_template_names_fields_by_path_and_reaches_nothing_else() -> None:
+    question = Question("t", "What?", "1", {"choices": ["a", "b"], "meta": {"x": 1}})
+    assert (
+        render(question, "{question} {choices:/} {choices.1} {choices[0]} {meta[x]} {meta.x}")
+        == "What? a/b b a 1 1"
+    )
+    for template in ("{question.__class__}", "{meta.__class__}", "{question[0]}"):
+        with pytest.raises(ConfigError, match=re.escape(template)):
+            render(question, template)
+
+
+def test_duplicates_that_contradict_each_other_are_counted_and_said(tmp_path: Path) -> None:
+    rows = [
+        Question("t", "Say it", str(i % 2), {"question": "Say it", "answer": str(i % 2)}) for i in range(40)
+    ]
+    made = make_prompts(rows, tokenize=lambda text: tuple(map(ord, str(text))))
+    assert (made.duplicates, made.contradictions, made.differing) == (39, 20, {"answer"})
+    which = [{"question": "Which?", "choices": [str(i), "b"], "answer": 0} for i in range(4)]
+    said = [{"question": f"Say {i}", "choices": [], "answer": 0} for i in range(30)]
+    path = file(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, [*which, *said])).encode())
+    config = configured("data=table", f"data.task={path}", "data.heldout=0")
+    assert read_dataset(config, byte_tokenizer()).dropped.startswith(
+        "3 duplicates (they differ in choices), 0 too long"
+    )
+    again = [{"question": "Which?", "answer": i} for i in (0, 1, 1, 0)]
+    path.write_bytes("\n".join(map(json.dumps, [*again, *said])).encode())
+    dropped = read_dataset(config, byte_tokenizer()).dropped
+    assert dropped.startswith("3 duplicates (2 with another answer; they differ in answer), 0 too long")
+
+
+def test_a_data_set_of_the_hub_is_read_with_the_digits_of_its_own_width(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    columns = pa.table({"question": ["a", "b"], "answer": pa.array([0.1, 1e-7], pa.float32())})
+    found = SimpleNamespace(with_format=lambda kind: SimpleNamespace(iter=lambda batch_size: iter([columns])))
+    library = SimpleNamespace(
+        load_dataset=lambda *_, **__: found, exceptions=SimpleNamespace(DatasetsError=KeyError)
+    )
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert answers("somebody/set") == ["0.1", "0.0000001"]
