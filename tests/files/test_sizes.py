@@ -10,8 +10,10 @@ from entroray.config import Config, Part
 from tests.files.test_layers import ROOT, tracked
 
 SIZES = {  # what is counted: the most there may be
-    "lines of *.py in entroray/": 17_500,
-    "settings, counted by their leaves": 120,
+    # 17,500 before families of models, tables as people have them, words and folders as people type them,
+    # resumptions compared, judges and verifiers that die: tests/public_cases.tsv
+    "lines of *.py in entroray/": 20_700,
+    "settings, counted by their leaves": 122,  # model.template, model.template_args
     "modules in one folder of entroray/": 20,
 }
 
