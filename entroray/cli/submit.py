@@ -88,7 +88,8 @@ def _pack_files(folder: Path, config: Config) -> Iterator[tuple[str, str]]:
         top = next((d for d in source.parents if d not in inside), source.parent)
         place = Path(f"submitted-{number}")
         for each in sorted(top.iterdir()):
-            if each.suffix == ".py" or each.name == source.name or (each / "__init__.py").is_file():
+            imported = file and (each.suffix == ".py" or (each / "__init__.py").is_file())
+            if imported or each.name == source.name:
                 _copy(each, folder / place / each.name)
         yield setting, f"{place / source.relative_to(top)}" + (f":{function}" if file else "")
 

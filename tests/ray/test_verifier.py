@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import ray
 
-from entroray.cli import doctor, judge_trial, train
-from entroray.errors import ConfigError, DataError, InfrastructureError, PreflightError
+from entroray.errors import ConfigError, InfrastructureError
 from entroray.types import Prompt, Rollout, Status, Verdict
 from entroray.workers.verifier import Verifier, _cpu_seconds
-from tests.composed import configured
 
 DEADLINE = 1.0
 PROMPT = Prompt("0" * 16, "?", (1,), "8", {"answer": "8", "metadata": {"numbers": [3, 5], "target": 8}})
@@ -322,82 +320,3 @@ def test_an_answer_that_waits_instead_of_working_has_failed(monkeypatch):
             verifier.close()
 
     assert asyncio.run(use()).status is Status.TIMEOUT
-
-
-SMALL = ("data.max_prompt=32", "++data.settings.size=50", "model.warm_start.cache=/nowhere")
-"""Of a run whose first prompt is a sum; nothing is started but its judge."""
-
-
-def test_the_doctor_looks_at_rows_and_judge() -> None:
-    small = configured(*SMALL)
-    said = doctor.judge(small)
-    assert "training" in doctor.data(small) and "gym gives 1" in said
-    assert "0 for an empty response" in said and "0 for 32 words" in said
-
-
-TRIED = """
-import time
-def none(response, prompt): return None
-def dictionary(response, prompt): return {"score": 1.0}
-def raises(response, prompt): return float(response.split()[-1] == prompt.reference)
-def hangs(response, prompt): time.sleep(60 if len(response) > 100 else 0); return 1.0
-def prints(response, prompt): print("x" * 1000); return float(len(response))
-def tool(call, prompt): return call.upper()[:4] or 1 / 0
-def slow(call, prompt): time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize(
-    ("judge", "says"),
-    [
-        ("none", r"no verdict on .*returned None"),
-        ("dictionary", r"no verdict on .*mine\.py:dictionary returned .*score"),
-        ("raises", r"no verdict on '': .*IndexError.*mine\.py:5"),
-        ("hangs", r"no verdict on 'word .*timeout.*reward\.deadline=1"),
-    ],
-)
-def test_a_judge_that_fails_is_found_before_anything_starts(tmp_path: Path, judge: str, says: str) -> None:
-    (tmp_path / "mine.py").write_text(TRIED)
-    mine = configured(*SMALL, f"reward.path={tmp_path}/mine.py:{judge}", "reward.deadline=1.0")
-    with pytest.raises(DataError, match=says):
-        doctor.judge(mine)
-
-
-def test_what_a_judge_and_a_tool_say_is_shown_and_what_they_print_counted(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(TRIED)
-    mine = configured(
-        *SMALL, f"reward.path={tmp_path}/mine.py:prints", f"rollout.tool.path={tmp_path}/mine.py:tool"
-    )
-    said = doctor.judge(mine)
-    assert "mine.py:prints gives" in said and "0 for an empty response" in said and "160 for 32 words" in said
-    assert "print 3003 characters" in said and "'xxxx" in said
-    assert "mine.py:tool answers 'error' (ZeroDivisionError" in said and "'WORD' to a long one" in said
-    slow = configured(*SMALL, f"rollout.tool.path={tmp_path}/mine.py:slow", "reward.deadline=0.5")
-    with pytest.raises(DataError, match=r"rollout\.tool\.path.*timeout.*reward\.deadline=0\.5"):
-        doctor.judge(slow)
-
-
-def test_train_tries_a_judge_of_the_users_before_it_makes_a_model_or_a_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "mine.py").write_text(TRIED)
-    monkeypatch.setenv("ENTRORAY_CACHE", str(tmp_path / "cache"))
-    told = [
-        "data.max_prompt=32",
-        "++data.settings.size=50",
-        f"run.dir={tmp_path}/run",
-        "rollout.max_tokens=32",
-    ]
-    with pytest.raises(DataError, match=r"no verdict on .*score"):
-        train.main([*told, f"reward.path={tmp_path}/mine.py:dictionary"])
-    with pytest.raises(ConfigError, match=r"reward\.path: .*mine\.py .*no_such"):
-        (tmp_path / "mine.py").write_text("import no_such")
-        train.main([*told, f"reward.path={tmp_path}/mine.py:dictionary"])
-    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
-
-
-def test_a_file_that_is_never_loaded_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text("import time\ntime.sleep(600)\ndef judge(r, p): return 1.0")
-    monkeypatch.setattr(judge_trial, "LOADING", 1.0)
-    with pytest.raises(PreflightError, match=r"reward\.path=.*mine\.py:judge.*1 s"):
-        doctor.judge(configured(*SMALL, f"reward.path={tmp_path}/mine.py:judge"))

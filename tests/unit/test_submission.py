@@ -46,7 +46,8 @@ def test_it_is_not_asked_for_ever_and_only_where_ray_says_so(said: str) -> None:
 def packed(folder: Path, config: Config) -> dict[str, str]:
     """The settings that the command of a job adds."""
     command = pack(folder, config, [], None)
-    return dict(word.split("=", 1) for word in command if "=" in word)
+    pairs = (word.split("=", 1) for word in command if "=" in word)
+    return {name: value.strip("\"'") for name, value in pairs}
 
 
 def test_every_setting_that_names_a_file_is_packed_with_what_lies_beside_it(
@@ -65,20 +66,22 @@ def test_every_setting_that_names_a_file_is_packed_with_what_lies_beside_it(
         "mine/inner/__init__.py": "",
         "my_lab/__init__.py": "",
         "rows.jsonl": "{}",
+        "chat.jinja": "{{ messages }}",
     }.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text(text)
     monkeypatch.chdir(home)
     monkeypatch.setattr(sys, "path", [str(home), *sys.path])
     told = ("reward.path=judge.py:score", "rollout.tool.path=mine/tools.py:answer", "packages=[my_lab]")
-    config = configured("data=table", "data.task=rows.jsonl", "run.dir=/runs/x", *told)
+    template = "model.template=chat.jinja"
+    config = configured("data=table", "data.task=rows.jsonl", "run.dir=/runs/x", template, *told)
     job.mkdir()
     settings = packed(job, config)
-    assert {"reward.path", "rollout.tool.path"} == set(FILES) <= set(settings)
-    for setting, function in zip(FILES, ("score", "answer"), strict=True):
-        file, _, name = settings[setting].rpartition(":")
-        assert name == function and (job / file).is_file()
-    judge, tool = (job / settings[setting].rpartition(":")[0] for setting in FILES)
+    files = {name: job / settings[name].partition(":")[0] for name in FILES}
+    assert all(file.is_file() for file in files.values()), "a setting that names a file is not packed"
+    assert settings["reward.path"].endswith(":score") and settings["rollout.tool.path"].endswith(":answer")
+    judge, tool, chat = (files[name] for name in ("reward.path", "rollout.tool.path", "model.template"))
+    assert [p.name for p in chat.parent.iterdir()] == ["chat.jinja"]
     assert {p.name for p in judge.parent.iterdir()} == {"judge.py", "helpers.py", "lexicon", "mine", "my_lab"}
     assert (judge.parent / "lexicon" / "words.txt").is_file() and (
         tool.parent / "inner" / "__init__.py"

@@ -5,7 +5,6 @@ import csv
 import datetime
 import gzip
 import json
-import re
 import sys
 from decimal import Decimal
 from fractions import Fraction
@@ -18,15 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from entroray.data.prompts import make_prompts, prompt_id, render
-from entroray.data.sources import Question, table
-from entroray.data.tables import lookup, table_name, written
+from entroray.data.sources import table
+from entroray.data.tables import table_name, written
 from entroray.errors import ConfigError, PreflightError
-from entroray.policy.tokenizer import byte_tokenizer, chat
 from entroray.reward import build_judge
 from entroray.types import Prompt
-from entroray.wiring.dataset import read_dataset
-from tests.composed import configured
 
 ROWS = [{"question": f"Say {i}", "answer": str(i)} for i in range(3)]
 LINES = "\n".join(map(json.dumps, ROWS)).encode()
@@ -277,143 +272,6 @@ def test_a_field_of_a_csv_may_be_longer_than_python_expects(tmp_path: Path) -> N
     with path.open("w", newline="") as target:
         csv.writer(target).writerows([["question", "answer"], ["x" * 200_000, "1"]])
     assert answers(path) == ["1"]
-
-
-# Columns and conversations.
-
-
-def test_columns_are_named_by_their_path() -> None:
-    row = {"a": {"b": [{"c": 1}, {"c": 2}]}, "a.b": "whole", "x.y": {"z": 3}}
-    assert lookup(row, "a.b") == "whole" and lookup(row, "x.y.z") == 3
-    assert [lookup(row["a"], path) for path in ("b.0.c", "b.1.c", "b.-1.c")] == [1, 2, 2]
-    for path in ("b.2.c", "b.c", "b.0.d", "c", ""):
-        with pytest.raises(KeyError):
-            lookup(row["a"], path)
-
-
-VERL = [
-    {
-        "prompt": [{"role": "user", "content": f"Say {i}"}],
-        "reward_model": {"ground_truth": str(i), "style": "rule"},
-    }
-    for i in range(2)
-]
-COLUMNS = {"question": "prompt", "answer": "reward_model.ground_truth"}
-
-
-def test_verls_layout_is_read_from_json_and_parquet_alike(tmp_path: Path) -> None:
-    lines = file(tmp_path, "verl.jsonl", "\n".join(map(json.dumps, VERL)).encode())
-    pq.write_table(pa.Table.from_pylist(VERL), tmp_path / "verl.parquet")
-    for path in (lines, tmp_path / "verl.parquet"):
-        rows, _ = table(str(path), **COLUMNS)
-        assert [(q.text, q.answer, q.before, q.task) for q in rows] == [
-            ("Say 0", "0", (), "verl"),
-            ("Say 1", "1", (), "verl"),
-        ]
-    with pytest.raises(PreflightError, match=r"'reward_model\.truth'.*reward_model\.ground_truth"):
-        table(str(lines), question="prompt", answer="reward_model.truth")
-
-
-@pytest.mark.parametrize(
-    ("messages", "says"),
-    [
-        ([], r"\[\]"),
-        ([{"from": "human", "value": "Say 1"}], "role and content"),
-        (
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-            r"'assistant'.*question=messages\.0\.content",
-        ),
-        ([{"role": "user", "content": " "}], "empty"),
-        ([{"role": "user", "content": [{"type": "image", "image": "x"}]}], "role and content"),
-        ([{"role": "user", "content": None}], "role and content"),
-        (["Say 1"], "messages"),
-        ({"role": "user", "content": "a"}, "messages"),
-    ],
-)
-def test_a_conversation_that_cannot_be_answered_is_named(tmp_path: Path, messages: object, says: str) -> None:
-    row = json.dumps({"messages": messages, "answer": "1"}).encode()
-    with pytest.raises(PreflightError, match=f"line 1: 'messages'.*{says}"):
-        table(str(file(tmp_path, "rows.jsonl", row)), question="messages")
-
-
-def test_a_conversation_is_rendered_by_the_chat_template_and_its_own_system_message_wins(
-    tmp_path: Path,
-) -> None:
-    shot = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2", "name": None}]
-    own = [
-        {"role": "system", "content": "Be brief."},
-        *shot,
-        {"role": "user", "content": [{"type": "text", "text": "2+2"}]},
-    ]
-    rows = [
-        {"messages": own, "answer": "4"},
-        {"messages": own[1:], "answer": "4"},
-        {"messages": "2+2", "answer": "4"},
-    ]
-    path = file(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows)).encode())
-    questions, _ = table(str(path), question="messages")
-    tokenizer = byte_tokenizer()
-    made = make_prompts(questions, tokenize=chat(tokenizer, "Add."), template="{messages}=")
-    assert {tokenizer.decode(p.token_ids) for p in made.prompts} == {
-        "<|system|>Be brief.<|user|>1+1<|assistant|>2<|end|><|user|>2+2=<|assistant|>",
-        "<|system|>Add.<|user|>1+1<|assistant|>2<|end|><|user|>2+2=<|assistant|>",
-        "<|system|>Add.<|user|>2+2=<|assistant|>",
-    }
-    assert made.duplicates == 0 and {p.text for p in made.prompts} >= {
-        "2+2=",
-        "user: 1+1\nassistant: 2\nuser: 2+2=",
-    }
-    assert prompt_id("rows", "2+2=") in {p.id for p in made.prompts}, (
-        "a text is the prompt that it always was"
-    )
-
-
-# Templates and duplicates.
-
-
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        (r"{question} Put it in \boxed{}.", r"{question} Put it in \\boxed{{}}."),
-        ('{question} Reply as {"answer": 1}', '{question} Reply as {{"answer": 1}}'),
-        (r"\frac{a}{b} of {question}", r"\\frac{{a}}{{b}} of {question}"),
-        ("{question", "{{question"),
-        ("{0}", "{{0}}"),
-    ],
-)
-def test_a_brace_that_is_text_is_shown_as_it_is_written(template: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(says)):
-        render(Question("t", "q", "1", {"question": "q", "answer": "1"}), template)
-
-
-def test_a_template_names_fields_by_path_and_reaches_nothing_else() -> None:
-    question = Question("t", "What?", "1", {"choices": ["a", "b"], "meta": {"x": 1}})
-    assert (
-        render(question, "{question} {choices:/} {choices.1} {choices[0]} {meta[x]} {meta.x}")
-        == "What? a/b b a 1 1"
-    )
-    for template in ("{question.__class__}", "{meta.__class__}", "{question[0]}"):
-        with pytest.raises(ConfigError, match=re.escape(template)):
-            render(question, template)
-
-
-def test_duplicates_that_contradict_each_other_are_counted_and_said(tmp_path: Path) -> None:
-    rows = [
-        Question("t", "Say it", str(i % 2), {"question": "Say it", "answer": str(i % 2)}) for i in range(40)
-    ]
-    made = make_prompts(rows, tokenize=lambda text: tuple(map(ord, str(text))))
-    assert (made.duplicates, made.contradictions, made.differing) == (39, 20, {"answer"})
-    which = [{"question": "Which?", "choices": [str(i), "b"], "answer": 0} for i in range(4)]
-    said = [{"question": f"Say {i}", "choices": [], "answer": 0} for i in range(30)]
-    path = file(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, [*which, *said])).encode())
-    config = configured("data=table", f"data.task={path}", "data.heldout=0")
-    assert read_dataset(config, byte_tokenizer()).dropped.startswith(
-        "3 duplicates (they differ in choices), 0 too long"
-    )
-    again = [{"question": "Which?", "answer": i} for i in (0, 1, 1, 0)]
-    path.write_bytes("\n".join(map(json.dumps, [*again, *said])).encode())
-    dropped = read_dataset(config, byte_tokenizer()).dropped
-    assert dropped.startswith("3 duplicates (2 with another answer; they differ in answer), 0 too long")
 
 
 def test_a_data_set_of_the_hub_is_read_with_the_digits_of_its_own_width(
