@@ -85,7 +85,8 @@ class LearnerRank:
 
     def reset(self, settings: LearnerSettings, objective: Objective) -> None:
         """Become what a rank just started with these is: weights, optimizer, schedule, random state."""
-        self.backend.close()
+        if self.backend is not None:  # the model before could not be loaded
+            self.backend.close()
         self._disconnect()  # it reads the old weights: the next sync connects anew
         self.backend = self.reference = None
         gc.collect()  # the backend's hooks are cycles: without this two learners would be on the card
