@@ -75,7 +75,7 @@ class Generator:
         """Tells this engine's requests from those of another in the same process."""
         self.paused = self.asleep = False
         self.moved = self.next_look = self.turned = 0.0
-        """When a sample was last under way, when to look again, when the thread last turned."""
+        """When a sample last ended or was under way, when to look again, when the thread last turned."""
         self.staged: tuple[str, np.ndarray] | None = None
         self.failure: InfrastructureError | None = None
         self.ready: Future[float] = Future()
@@ -256,6 +256,8 @@ class Generator:
 
     def _collect(self, outputs: list[Any]) -> None:
         finished = [output for output in outputs if output.finished]
+        if finished:
+            self.moved = time.monotonic()
         keys = [self.owner.pop(output.request_id) for output in finished]
         owners = [self.waiting[key] for key in keys]
         noted = [o.request_id for o, w in zip(finished, owners, strict=True) if w.request.draw.notes]

@@ -102,24 +102,24 @@ def test_a_call_may_begin_and_end_with_special_tokens(stack: Stack, engine: Any)
 
 
 def test_a_queue_longer_than_the_deadline_is_served_to_its_end(stack: Stack, engine: Any) -> None:
-    """256 sequences run at once: the last of 1280 begin long after a deadline that each keeps by far."""
-    draw = Draw(1.0, 24, min_tokens=24)
+    """256 sequences run at once: the last of 4096 begin long after a deadline that each keeps by far."""
+    draw = Draw(1.0, 8, min_tokens=8)
     draws(stack, engine, draw, *range(256))
     began = time.monotonic()
     draws(stack, engine, draw, *range(256))
-    deadline = 2.5 * (time.monotonic() - began)
+    deadline = 5 * (time.monotonic() - began)
 
     async def group(number: int) -> list[Rollout]:
-        asked = request(draw, *range(8), prompt_id=f"{number}", deadline=deadline)
+        asked = request(draw, *range(64), prompt_id=f"{number}", deadline=deadline)
         return await cluster.settle(engine.sample.remote(asked), deadline=100.0, what="engine")
 
     async def wave() -> list[list[Rollout]]:
-        return await asyncio.gather(*map(group, range(160)))
+        return await asyncio.gather(*map(group, range(64)))
 
     began = time.monotonic()
     rollouts = [r for members in stack.wait(wave()) for r in members]
     assert time.monotonic() - began > deadline, "all within one deadline: this shows nothing"
-    assert {r.status for r in rollouts} == {Status.TRUNCATED} and {r.length for r in rollouts} == {24}
+    assert {r.status for r in rollouts} == {Status.TRUNCATED} and {r.length for r in rollouts} == {8}
 
 
 def test_a_request_that_vllm_refuses_leaves_nothing_behind(stack: Stack, engine: Any) -> None:
