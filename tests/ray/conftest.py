@@ -1,5 +1,6 @@
 """One local Ray, one tiny model, one warm-started model and one finished run for the whole folder."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A randomly initialised two-layer model with a tied head, as the embedded one has."""
+    """A random two-layer model with a tied head, whose folder asks for greedy draws without repetition."""
     folder = tmp_path_factory.mktemp("model")
     build_tiny_model(folder, TINY, seed=3)
+    file, greedy = folder / "generation_config.json", {"do_sample": True, "temperature": 0.1, "top_k": 1}
+    file.write_text(json.dumps(json.loads(file.read_text()) | greedy | {"repetition_penalty": 3.0}))
     return str(folder)
 
 

@@ -55,6 +55,11 @@ def test_judges_read_special_tokens_and_never_the_end(stack: Stack, engine: Any)
         assert len(seen) > 10 and all("<|" in r.text for r in seen)
 
 
+def test_nothing_of_generation_config_reaches_the_draws(stack: Stack, engine: Any) -> None:
+    drawn = draws(stack, engine, replace(PLAIN, max_tokens=8))
+    assert len({r.token_ids.tobytes() for r in drawn}) > 40, "its top_k of 1 would make one of all 48"
+
+
 def test_a_stop_string_ends_a_response_whatever_tokens_it_is_made_of(stack: Stack, engine: Any) -> None:
     rollouts = draws(stack, engine, replace(PLAIN, stop=("<|user|>", "q")))
     q = TOKENIZER.convert_tokens_to_ids("q")
