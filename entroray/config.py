@@ -5,7 +5,7 @@ from typing import Any
 
 TINY = "tiny"
 """`model.path` of the tiny model: built and warm-started here, cached by content."""
-FILES = ("reward.path", "rollout.tool.path", "model.template")
+USER_FILES = ("reward.path", "rollout.tool.path", "model.template")
 """Settings that name a file of the user's (`my_file.py:my_function`), which `entroray submit` takes along."""
 
 

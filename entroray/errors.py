@@ -60,7 +60,7 @@ def nearest(wrong: object, right: Iterable[str]) -> str:
     options = sorted(right)
     close = difflib.get_close_matches(str(wrong), options, n=1)
     guess = f"did you mean `{close[0]}`? " if close else ""
-    return f"{guess}choose from {', '.join(options) or 'nothing'}"
+    return f"{guess}choose from {', '.join(options)}" if options else "it takes none"
 
 
 def first_line(error: BaseException) -> str:

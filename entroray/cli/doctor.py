@@ -12,7 +12,7 @@ import psutil
 from entroray.cli import flags, judge_trial
 from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config
-from entroray.errors import PreflightError
+from entroray.errors import PreflightError, first_line
 from entroray.policy.tokenizer import response_text
 from entroray.wiring import actors, compose, dataset, preflight
 from entroray.workers import cluster
@@ -111,7 +111,7 @@ def _joined(config: Config, address: str) -> str:
         return f"{address}: {actors.join_cluster(config)}"
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
         raise PreflightError(
-            f"cluster.address={address} cannot be joined ({str(error).partition(chr(10))[0]}): start it with "
+            f"cluster.address={address} cannot be joined ({first_line(error)}): start it with "
             "launch/ray-head.sh, and compare address, Ray versions and tokens"
         ) from error
     finally:

@@ -64,9 +64,10 @@ async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str
         lines = [await _judged(config, read, verifier, prompt) for prompt in _first_prompts(read)]
         return lines + ([await _called(config, read, verifier)] if read.judge["tool"] else [])
     except TimeoutError as error:
-        paths = f"reward.path={config.reward.path}, rollout.tool.path={config.rollout.tool.path}"
+        used = config.reward.path or next(iter(read.judge["judges"].values()))["fn"]
         raise PreflightError(
-            f"{paths}: not loaded within {LOADING:g} s; what takes long may be done later"
+            f"the judge was not ready within {LOADING:g} s (reward.path or reward.judge: {used}): do slow "
+            "work at its first call, not while its file is imported"
         ) from error
     finally:
         verifier.close()

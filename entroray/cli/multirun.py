@@ -1,5 +1,6 @@
 """`entroray train --multirun`: every combination of what is swept, one run after the other."""
 
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -19,9 +20,24 @@ def train_each(overrides: list[str], config_dir: str | None) -> int:
     for number, combination in enumerate(combinations):
         print(f"--- run {number}: {' '.join(combination)}", flush=True)
         command = [sys.executable, "-m", "entroray", "train", *combination, *extra]
-        done = subprocess.run(command, check=False)  # deadline: its own driver.stall and call_deadline
-        worst = worst or done.returncode
+        code = _run(command)
+        worst = worst or code
+        if code > 128:  # ended by a signal, which was meant for all of them
+            break
     return worst
+
+
+def _run(command: Sequence[str]) -> int:
+    """A run's exit code. Ctrl-C reaches it from the terminal and SIGTERM from here: it saves a checkpoint."""
+    child = subprocess.Popen(command)
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    terminate = signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
+    try:
+        code = child.wait()  # deadline: its own driver.stall and call_deadline
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
+    return code if code >= 0 else 128 - code
 
 
 def check_apart(runs: Sequence[Run], combinations: Sequence[Sequence[str]]) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 from entroray import rows
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
-from entroray.config import FILES, Config, Data, Part
-from entroray.errors import ConfigError, InfrastructureError, PreflightError
+from entroray.config import USER_FILES, Config, Data, Part
+from entroray.errors import ConfigError, InfrastructureError, PreflightError, first_line
 from entroray.wiring import compose
 from entroray.wiring.overrides import quote
 
@@ -63,6 +63,11 @@ def pack(folder: Path, config: Config, overrides: list[str], config_dir: str | N
     for package in config.packages:
         _pack_package(folder, package.partition(".")[0])
     command += _pack_data(folder, config)
+    if not Path(config.model.path).is_absolute() and Path(config.model.path).is_dir():
+        raise PreflightError(
+            f"model.path={config.model.path} is a folder here, which does not go along: give an absolute "
+            "path of the cluster's nodes, or a hub id"
+        )
     if not config.run.dir:
         run = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # another may be submitted now
         command.append(f"run.dir={quote(f'{RUNS}/{config.run.name}/{run}')}")
@@ -75,8 +80,8 @@ def pack(folder: Path, config: Config, overrides: list[str], config_dir: str | N
 
 
 def _pack_files(folder: Path, config: Config) -> Iterator[tuple[str, str]]:
-    """Each setting of `FILES` that is set, and its value in the job: the file with what it may import."""
-    for number, setting in enumerate(FILES):
+    """Each setting of `USER_FILES` that is set, and its value in the job: the file, with its imports."""
+    for number, setting in enumerate(USER_FILES):
         path = attrgetter(setting)(config)
         if not path:
             continue
@@ -84,14 +89,17 @@ def _pack_files(folder: Path, config: Config) -> Iterator[tuple[str, str]]:
         source = Path(file or path).expanduser().resolve()
         if not source.is_file():
             raise PreflightError(f"{setting}={path}: there is no file {source}")
+        place = Path(f"submitted-{number}")
+        if not file:  # it imports nothing
+            _copy(source, folder / place / source.name)
+            yield setting, str(place / source.name)
+            continue
         inside = [d for d in source.parents if (d / "__init__.py").is_file()]
         top = next((d for d in source.parents if d not in inside), source.parent)
-        place = Path(f"submitted-{number}")
         for each in sorted(top.iterdir()):
-            imported = file and (each.suffix == ".py" or (each / "__init__.py").is_file())
-            if imported or each.name == source.name:
+            if each.suffix == ".py" or (each / "__init__.py").is_file() or each.name == source.name:
                 _copy(each, folder / place / each.name)
-        yield setting, f"{place / source.relative_to(top)}" + (f":{function}" if file else "")
+        yield setting, f"{place / source.relative_to(top)}:{function}"
 
 
 def _pack_package(folder: Path, name: str) -> None:
@@ -116,7 +124,7 @@ def _pack_data(folder: Path, config: Config) -> list[str]:
     for number, (name, part) in enumerate(parts.items()):
         source = Path(part.task)
         several = part.source == "table" and (source.is_dir() or bool(set("*?[") & set(part.task)))
-        if source.is_absolute() or not (source.is_file() or several):
+        if part.source == "reasoning_gym" or source.is_absolute() or not (source.is_file() or several):
             continue
         if several or source.stat().st_size > LARGEST:
             raise PreflightError(
@@ -148,7 +156,7 @@ def _submit(address: str | None, command: list[str], folder: str) -> tuple[Any, 
         environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE)}}
         job = _accepted(lambda: client.submit_job(entrypoint=shlex.join(command), runtime_env=environment))
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
-        said = str(error).strip().partition("\n")[0]
+        said = first_line(error)
         raise PreflightError(f"no job could be given to {place}: {said}. {_hint(said)}") from error
     print(f"submitted {job} to {place}: {shlex.join(command)}", flush=True)
     return client, job

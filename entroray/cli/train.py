@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
     preflight.refuse_wrong(config)
     resumed = run_directory.resume_run(config.run, tree)
     read_in = dataset.read_dataset(config, warm_start.run_tokenizer(config))
-    _check_heldout(config, parts, read_in)
+    dataset.check_heldout(config.evaluate, parts, read_in)
     if judge_trial.is_own(read_in):
         print("\n".join(judge_trial.try_judges(config, read_in)), flush=True)
     facts = warm_start.ensure_model(config, overrides, config_dir)
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
     read_in = replace(read_in, tokenizer=warm_start.run_tokenizer(config))  # as its files have it now
     facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}
     if resumed:
-        run_directory.check_same_data(resumed, dataset.identity(read_in))
+        run_directory.check_same_data(resumed, dataset.identity(config, read_in))
     run = resumed or run_directory.new_run(config.run)
     settings = OmegaConf.to_yaml(tree, resolve=True)
     try:
@@ -98,16 +98,6 @@ def _multirun(overrides: list[str], config_dir: str | None, *, show: bool) -> in
     if show:
         raise ConfigError("--cfg job prints the settings of one run: leave out --multirun, or --cfg job")
     return multirun.train_each(overrides, config_dir)
-
-
-def _check_heldout(config: Config, parts: Parts, read_in: dataset.Dataset) -> None:
-    """PreflightError if something reads held-out prompts and there is none."""
-    e = config.evaluate
-    asked = [f"evaluate.every={e.every}"] if e.every else ["evaluate.final=true"] if e.final else []
-    read = [c for c in parts.controllers if c.signal == "entropy/prompt_in"]
-    asked += [f"control.{c.name}.signal={c.signal}" for c in read]
-    for asker in asked:
-        heldout_prompts(read_in.split.heldout, 1, asker)
 
 
 def _dry(config: Config, parts: Parts) -> str:
@@ -271,7 +261,7 @@ async def drive(
         evaluate=_evaluation(config.evaluate, plain, read_in, generator, verifier),
         waits=cluster.WAITS.lines,
     )
-    began = {"settings": asdict(config), "identity": dataset.identity(read_in)}
+    began = {"settings": asdict(config), "identity": dataset.identity(config, read_in)}
     state = {name: value for name, value in run.state.items() if name not in began}
     pace = asdict(loop_settings(config))
     journal.event("start", objective=config.objective, pace=pace, state=state, changed=run.changed)
@@ -335,13 +325,13 @@ def _finish(config: Config, parts: Parts, folder: Path, model: str, seconds: flo
     print(_comment("summary", lambda: summary(metrics)) + "\n")
     print(_comment("health", lambda: "\n".join(words())))
     print(f"\n{metrics[-1]['step'] if metrics else 0} steps in {seconds:.0f} s")
-    if config.evaluate.final:
-        _compare(folder, model)
     print(f"model      {folder / 'model'}\nrun        {folder}", flush=True)
     if config.observe.report:
         from entroray.observe.report import write_report
 
         print(_comment("report", lambda: f"report     {write_report(folder)}"), flush=True)
+    if config.evaluate.final:
+        _compare(folder, model)
 
 
 def _comment(name: str, make: Callable[[], str]) -> str:
@@ -360,7 +350,12 @@ def _compare(folder: Path, model: str) -> None:
         out = folder / f"eval-{name}.json"
         command = [sys.executable, "-m", "entroray", "eval", f"--config={folder}/config.yaml"]
         command += [f"--out={out}", f"model.path={quote(path)}"]
-        done = subprocess.run(command, check=False, timeout=1800, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, check=False, timeout=1800, capture_output=True, text=True)
+        except subprocess.TimeoutExpired as error:
+            raise InfrastructureError(
+                f"the evaluation of {path} took more than 1800 s: lower evaluate.prompts or evaluate.samples"
+            ) from error
         if done.returncode:
             raise InfrastructureError(f"the evaluation of {path} ended with {done.stderr[-800:]}")
         e = json.loads(out.read_text())

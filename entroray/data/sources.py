@@ -1,7 +1,7 @@
 """Sources of data: a task's name -> its questions, and how many bad rows were left out.
 
 A source of your own is a function of the task's name in one of your `packages`, with settings by keyword:
-`data.source=my_lab.data.questions data.task=algebra data.settings.level=3`.
+`data.source=my_lab.data.questions data.task=algebra 'data.settings={level: 3}'`.
 """
 
 import textwrap

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from numbers import Integral, Real
@@ -233,14 +234,18 @@ def _separated(path: Path, data: bytes) -> Lines:
     """Fields of a header, separated by whichever of , ; | and tab is there most often; all are texts."""
     text = _decoded(path, data)
     csv.field_size_limit(sys.maxsize)
-    separator = max(",;\t|", key=text.partition("\n")[0].count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
-    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    table = text.lstrip("\r\n")
+    before = len(text[: len(text) - len(table)].splitlines())
+    separator = max(",;\t|", key=table.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(table, newline=""), delimiter=separator)
+    reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise PreflightError(f"{path} line {before + 1}: two columns are called {twice[0]!r}: rename one")
     try:
         for row in reader:
-            yield reader.line_num, f"more than {len(reader.fieldnames)} fields" if None in row else row
+            yield before + reader.line_num, f"more than {len(names)} fields" if None in row else row
     except csv.Error as error:
-        raise PreflightError(f"{path} line {reader.line_num}: {error}") from error
+        raise PreflightError(f"{path} line {before + reader.line_num}: {error}") from error
 
 
 # Columns.
@@ -261,7 +266,12 @@ def _data_set(name: str, subset: str | None, split: str, answer: str | None) -> 
 
     try:
         data = datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # offline, no such split
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        datasets.exceptions.DatasetsError,
+    ) as error:  # offline, no split
         raise PreflightError(
             f"data.task={name} is no file and no data set (subset {subset}, split {split}): {error}"
         ) from error

@@ -31,7 +31,9 @@ def plan_evaluation(draw: Draw, samples: int, more: Sequence[int] = ()) -> Evalu
     ConfigError for a k above the samples there are.
     """
     drawn = samples if draw.temperature > 0 else 1
-    if not all(1 <= k <= drawn for k in more):
+    if any(k < 1 for k in more):
+        raise ConfigError(f"evaluate.k={list(more)}: each k is at least 1")
+    if any(k > drawn for k in more):
         greedy = " and sampler.temperature above 0: a greedy answer is the same each time"
         raise ConfigError(
             f"evaluate.k={list(more)} needs k between 1 and {drawn}, the answers drawn for each "

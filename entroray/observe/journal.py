@@ -137,6 +137,7 @@ class Journal:
             self.event("tracker_lost", tracker=type(tracker).__name__, step=step, reason=repr(error))
 
 
+METRICS = "metrics.jsonl"
 SIGNALS = (KeyboardInterrupt, Stopped, asyncio.CancelledError)
 """What Ctrl-C and SIGTERM raise wherever the process is, in a tracker too."""
 
@@ -144,11 +145,11 @@ SIGNALS = (KeyboardInterrupt, Stopped, asyncio.CancelledError)
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a .jsonl file, oldest first, without a last line that a crash cut short.
 
-    None where there is no file; DataError names the first line that is no JSON object.
+    Empty where there is no file; DataError names the first line that is no JSON object.
     """
     entries = []
     for number, line in enumerate(_complete_lines(path), 1):
-        if (entry := _entry(line)) is None:
+        if (entry := _entry(line, path)) is None:
             raise DataError(
                 f"{path}, line {number} is no JSON object, as after a power cut: delete the line, or "
                 "go on with the run (run.resume=auto), which does"
@@ -167,19 +168,20 @@ def _complete_lines(path: Path) -> list[bytes]:
         raise DataError(f"{path} cannot be read ({error.strerror}): a file belongs there") from error
 
 
-def _entry(line: bytes) -> dict[str, Any] | None:
-    """The object of a line, or None if it holds none."""
+def _entry(line: bytes, path: Path) -> dict[str, Any] | None:
+    """The object of a line, or None if it holds none, or none of a step where the file is of steps."""
     try:
         entry = json.loads(line)
     except ValueError:  # no JSON, or no UTF-8
         return None
-    return entry if isinstance(entry, dict) else None
+    stepped = path.name != METRICS or (isinstance(entry, dict) and isinstance(entry.get("step"), int))
+    return entry if isinstance(entry, dict) and stepped else None
 
 
 def _drop_damaged(path: Path) -> int:
     """Leave the lines that hold an object in the file, what it was beside it; how many were dropped."""
     lines = _complete_lines(path)
-    good = [line for line in lines if _entry(line) is not None]
+    good = [line for line in lines if _entry(line, path) is not None]
     if len(good) < len(lines):
         os.replace(path, path.with_name(f"{path.name}.damaged"))
         replace_text(path, b"".join(line + b"\n" for line in good).decode())

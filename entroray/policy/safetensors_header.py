@@ -39,18 +39,28 @@ def tensor_shapes(place: Path) -> dict[str, list[int]]:
 def weight_files(place: Path) -> list[Path]:
     """The safetensors files of a model, all or none."""
     index = place / INDEX
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {WHOLE}
-    files = sorted(place / name for name in names)
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {WHOLE}
+        files = sorted(place / name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PreflightError(f"{index} does not list files of weights: download it again") from error
     return files if all(f.is_file() for f in files) else []
 
 
 def _header(file: Path) -> dict[str, dict]:
-    """A safetensors file begins with the length of its header, 8 bytes little-endian, and the header."""
+    """A safetensors file begins with the length of its header, 8 bytes little-endian, and the header.
+
+    PreflightError unless the file is as long as its header says.
+    """
+    size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         try:
-            return json.loads(opened.read(min(length, file.stat().st_size)))
-        except ValueError as error:
-            raise PreflightError(
-                f"{file} is no safetensors file, or not a whole one: download it again"
-            ) from error
+            header: dict[str, dict] = json.loads(opened.read(min(length, size)))
+            ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+            whole = size == 8 + length + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+    if not whole:
+        raise PreflightError(f"{file} is no safetensors file, or not a whole one: download it again")
+    return header

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -26,6 +27,8 @@ TINIEST = 20_000
 """Decimal places that are looked at."""
 LONGEST = 2000
 """Characters of an answer beyond ten times its reference, from which on it is wrong unread."""
+DEEPEST = 50
+"""Brackets within each other, from which on an answer is wrong unread."""
 
 # What is written in other ways, as LaTeX.
 
@@ -200,6 +203,8 @@ def is_equal(reference: Reference, answer: str) -> bool:
     said = clean(answer)
     if _squeezed(said) == _squeezed(reference.text):
         return True
+    if _depth(said) > DEEPEST:  # math-verify takes seconds over such, and finds nothing
+        return False
     if is_text(reference.text):
         return same_text(reference.text, said)
     if _DOUBT.search(said) and not _DOUBT.search(reference.text):
@@ -210,6 +215,12 @@ def is_equal(reference: Reference, answer: str) -> bool:
         _same_value(reference, text) or all(_same_value(reference, part) for part in text.split(" ; "))
         for text in _readings(reference, said)
     )
+
+
+def _depth(text: str) -> int:
+    """How many brackets are open, or closed too often, at most."""
+    steps = ((sign in "([{") - (sign in ")]}") for sign in text)
+    return max(map(abs, accumulate(steps)), default=0)
 
 
 def _squeezed(text: str) -> str:

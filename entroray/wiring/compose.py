@@ -66,7 +66,10 @@ def load_config(
     ConfigStore.instance().store(name="schema", node=schema)
     try:
         with initialize_config_dir(config_dir=conf, version_base="1.3"):
-            tree = compose("train", overrides=words + found)
+            first, later = overrides.split_whole(words, given)
+            tree = compose("train", overrides=first + found)
+        for override in later:
+            overrides.put(tree, override)
         overrides.read_line_breaks(tree, given)
     except Exception as error:  # boundary: whatever Hydra and YAML raise is about the words and files given
         raise ConfigError(overrides.explain(error, words, own)) from error
@@ -100,7 +103,7 @@ def override_config(tree: DictConfig, words: list[str], *, training: bool = True
         merged = OmegaConf.merge(*base, tree)
         assert isinstance(merged, DictConfig)
         for each in given:
-            OmegaConf.update(merged, each.key_or_group, each.value())
+            overrides.put(merged, each)
         overrides.read_line_breaks(merged, given)
     except OmegaConfBaseException as error:
         raise ConfigError(overrides.explain(error, words)) from error

@@ -3,17 +3,21 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from entroray.binding import bind
-from entroray.config import Config, Data, Part, Reward
+from entroray.config import Config, Data, Evaluate, Part, Reward
 from entroray.data import mixture, prompts, sources
 from entroray.errors import ConfigError, PreflightError
-from entroray.policy.tokenizer import Chat, chat, fingerprint, load_tokenizer
+from entroray.evaluation.evaluate import heldout_prompts
+from entroray.policy.tokenizer import Chat, chat, load_tokenizer
 from entroray.reward import judges
 from entroray.reward.user_file import absolute
 from entroray.types import Prompt
 from entroray.wiring import tool
+from entroray.wiring.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,25 @@ def read_dataset(config: Config, tokenizer: Any) -> Dataset:
     joined = [mixture.interleave([getattr(s, name) for s in cut]) for name in SPLITS]
     split = prompts.Split(*joined)
     if not all(s.training for s in cut):
-        raise PreflightError(f"no training prompt is left of {sum(map(len, parts))}: lower data.heldout")
+        _refuse_empty(list(tasks(config.data, config.model.system)), made, parts, cut)
     duplicates, too_long = sum(m.duplicates for m in made) + shared, sum(m.too_long for m in made)
     dropped = f"{duplicates} duplicates{_contradictions(made)}, {too_long} too long, {sum(bad)} bad rows"
     return Dataset(tokenizer, split, judge_spec(config), dropped)
+
+
+def _refuse_empty(
+    names: Sequence[str],
+    made: Sequence[prompts.PromptSet],
+    parts: Sequence[Sequence[Prompt]],
+    cut: Sequence[prompts.Split],
+) -> None:
+    """PreflightError that names the part of which no training prompt is left, and why."""
+    for name, read, part, split in zip(names, made, parts, cut, strict=True):
+        whose = f"data.parts.{name}: " if name else ""
+        if read.prompts and not part:
+            raise PreflightError(f"{whose}all of its {len(read.prompts)} prompts are in an earlier part, too")
+        if not split.training:
+            raise PreflightError(f"{whose}no training prompt is left of {len(part)}: lower data.heldout")
 
 
 def _contradictions(made: Sequence[prompts.PromptSet]) -> str:
@@ -173,8 +192,22 @@ def describe_tasks(d: Data, shared: str | None, reward: Reward) -> list[str]:
     return lines
 
 
-def identity(read_in: Dataset) -> dict[str, str]:
+def check_heldout(e: Evaluate, parts: Parts, read_in: Dataset) -> None:
+    """PreflightError if something reads held-out prompts and there is none."""
+    asked = [f"evaluate.every={e.every}"] if e.every else ["evaluate.final=true"] if e.final else []
+    read = [c for c in parts.controllers if c.signal == "entropy/prompt_in"]
+    asked += [f"control.{c.name}.signal={c.signal}" for c in read]
+    for asker in asked:
+        heldout_prompts(read_in.split.heldout, 1, asker)
+
+
+def identity(config: Config, read_in: Dataset) -> dict[str, str]:
     """Setting -> a hash of what it names, which may have been replaced where the setting has not changed."""
-    ids = "\n".join(prompt.id for prompt in read_in.split.training)
-    rows = hashlib.blake2b(ids.encode(), digest_size=16).hexdigest()
-    return {"data.task": rows, "model.path": fingerprint(read_in.tokenizer)}
+    rows = "\n".join(f"{prompt.id}\t{prompt.reference}" for prompt in read_in.split.training)
+    words = repr(sorted(read_in.tokenizer.get_vocab().items()))
+    named = {"data.task": rows, "model.path": words, "model.template": str(read_in.tokenizer.chat_template)}
+    for setting in ("reward.path", "rollout.tool.path"):
+        if path := attrgetter(setting)(config):
+            named[setting] = Path(absolute(path).rpartition(":")[0]).read_text(errors="replace")
+    hashed = lambda text: hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return {setting: hashed(text) for setting, text in named.items()}

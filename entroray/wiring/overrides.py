@@ -58,7 +58,7 @@ def _parse(word: str) -> Override:
         null = f", or {key}=null" if setting_type(key) is None or _may_be_null(key) else ""
         raise ConfigError(f"{word} is empty, as a shell's unset variable is: give a value{null}")
     if value == "None" and _may_be_null(key):
-        raise ConfigError(f"{word} is a text of four letters: for nothing write {key}=null")
+        raise ConfigError(f"{word} sets the text `None`; for no value write {key}=null")
     return override
 
 
@@ -167,6 +167,42 @@ def refuse_unknown(words: Sequence[str], given: Sequence[Override], own: Sequenc
             raise ConfigError(f"{word}: {path} has a choice already, so leave out the +: {word.lstrip('+')}")
         if setting_type(path) is None:
             raise ConfigError(f"{word}: there is no setting `{path}`. {_guess(path)}".rstrip())
+
+
+def split_whole(words: Sequence[str], given: Sequence[Override]) -> tuple[list[str], list[Override]]:
+    """The words that Hydra composes, and those for afterwards: free dictionaries, and what goes into them.
+
+    Hydra would merge `reward.judge={fn: mine.judge}` into the judge of conf/data, settings and all.
+    """
+    first, later, whole = list[str](), list[Override](), list[str]()
+    for word, override in zip(words, given, strict=True):
+        key, kind = override.key_or_group, setting_type(override.key_or_group)
+        free = get_origin(kind) is dict or (is_dataclass(kind) and key.startswith("data.parts."))
+        if isinstance(override.value(), dict) and free:
+            whole.append(key)
+        within = any(f"{key}.".startswith(f"{each}.") for each in whole)
+        if within and not override.is_delete():
+            later.append(override)
+        else:
+            first.append(word)
+    return first, later
+
+
+def put(tree: DictConfig, override: Override) -> None:
+    """Have a setting be what a word gives; a dictionary in place of the one there was."""
+    kind = setting_type(override.key_or_group)
+    value = _structured(kind, override.value())
+    whole = isinstance(value, dict | DictConfig)
+    OmegaConf.update(tree, override.key_or_group, value, merge=not whole, force_add=whole or kind is Any)
+
+
+def _structured(kind: Any, value: Any) -> Any:
+    """A dictionary as the schema wants it, which for parts of a mixture has fields of its own."""
+    if isinstance(value, dict) and is_dataclass(kind):
+        return OmegaConf.merge(OmegaConf.structured(kind), value)
+    if isinstance(value, dict) and get_origin(kind) is dict:
+        return {name: _structured(get_args(kind)[1], inner) for name, inner in value.items()}
+    return value
 
 
 def sweep(word: str, override: Override, folders: Sequence[Path]) -> list[str]:
@@ -357,5 +393,5 @@ def _remedy(key: str, said: str, words: Sequence[str]) -> str:
     if kind is int and re.fullmatch(r"[0-9.]+(e[0-9]+)?", value) and float(value).is_integer():
         return f"Write {key}={int(float(value))}"
     if kind == list[str] and word:
-        return f"It is a list: {f'{key}=[]' if value == 'null' else spell(key, value)}"
+        return f"It is a list: {f'{key}=[]' if value in ('', 'null') else spell(key, value)}"
     return ""

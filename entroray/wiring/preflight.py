@@ -11,6 +11,7 @@ import torch
 from entroray.config import Config
 from entroray.errors import EntrorayError, PreflightError, first_line
 from entroray.policy import families, proof
+from entroray.policy.safetensors_header import tensor_shapes
 from entroray.policy.tokenizer import end_ids, token_name
 from entroray.wiring import actors, dataset, memory, run_directory, tool, warm_start
 from entroray.wiring.sampler import insert_token
@@ -67,9 +68,10 @@ def model(config: Config) -> str:
         described = AutoConfig.from_pretrained(path)
     except Exception as error:  # boundary: a config.json is anyone's, and transformers raises what it meets
         raise PreflightError(
-            f"model.path={path} is no model: {first_line(error)} Give a Hugging Face folder with a "
-            "config.json, or a hub id where a hub is reachable"
+            f"model.path={path} is no model: {first_line(error).rstrip('.')}. Give a Hugging Face folder "
+            "with a config.json, or a hub id where a hub is reachable"
         ) from error
+    _check_weights(path)
     found = proof.check_architecture(path, described, config.model.attention)
     text, words = families.text_config(described), len(warm_start.run_tokenizer(config))
     if words > text.vocab_size:
@@ -80,6 +82,17 @@ def model(config: Config) -> str:
     families.check_window(described, needed)
     fits = _context(needed, getattr(text, "max_position_embeddings", needed), path)
     return f"{fits}; {found}"
+
+
+def _check_weights(path: str) -> None:
+    """PreflightError for a folder here whose weights are missing, cut short or something else."""
+    place = Path(path).expanduser()
+    if not place.is_dir() or tensor_shapes(place) or any(place.glob("*.bin")):
+        return
+    raise PreflightError(
+        f"model.path={path} has a config.json and no whole set of weights (model.safetensors, or every file "
+        "of its index): download it again"
+    )
 
 
 def _context(needed: int, context: int, name: str) -> str:

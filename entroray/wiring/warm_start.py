@@ -15,7 +15,7 @@ from entroray import rows
 from entroray.config import TINY, Config, Model, Part, WarmStartConfig
 from entroray.data.demonstrations import NAMES, WorkedAnswer, find_demonstration
 from entroray.data.sources import Row
-from entroray.errors import ConfigError, PreflightError
+from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.home import home_folder
 from entroray.objective import build_objective
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer, with_template
@@ -104,7 +104,8 @@ def _judged(path: str | None) -> dict[str, Any]:
 def resolve_model(config: Config) -> str:
     """The model folder or hub id to start from; of the tiny model its place in the cache, made or not."""
     if config.model.path != TINY:
-        return config.model.path
+        folder = os.path.expanduser(config.model.path)
+        return folder if os.path.isdir(folder) else config.model.path
     return str(cached_folder(config))
 
 
@@ -232,6 +233,11 @@ def ensure_model(config: Config, overrides: list[str], config_dir: str | None = 
     extra = [f"--config-dir={config_dir}"] if config_dir else []
     command = [sys.executable, "-m", "entroray", "warm-start", *overrides, *extra]
     done = subprocess.run(command, check=False, timeout=3600)
+    if done.returncode < 0:
+        raise InfrastructureError(
+            f"the warm start was killed by signal {-done.returncode}: if memory ran out, lower "
+            "model.warm_start.rows_per_step or generator.engine.kv_cache_memory_bytes"
+        )
     if done.returncode:
         raise SystemExit(done.returncode)
     return {"warm_start_seconds": round(time.monotonic() - began, 1)}

@@ -60,12 +60,14 @@ def commit(partial: Path, final: Path) -> Path:
     files = [f for f in sorted(partial.rglob("*")) if f.is_file()]
     manifest = {str(f.relative_to(partial)): _fingerprint(f) for f in files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for written in (*files, partial / MANIFEST):
+    folders = [f for f in partial.rglob("*") if f.is_dir()]
+    for written in (*files, partial / MANIFEST, *folders, partial):
         _flush(written)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     (final / MARKER).touch()
     _flush(final)
+    _flush(final.parent)
     if said := point_link(final.parent / "latest", final):
         print(said, flush=True)
     return final

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from entroray.errors import EntrorayError, InfrastructureError, PreflightError, Stopped
+from entroray.errors import EntrorayError, InfrastructureError, PreflightError, Stopped, first_line
 from entroray.workers import orphans
 
 
@@ -92,11 +92,7 @@ def _typed_errors(deadline: float, what: str) -> Iterator[None]:
         raise type(error.cause)(f"{what}: {error.cause}") from error
     except RayError as error:  # its node may go with an answer already given, and Ray may be full
         lost = "its process died" if isinstance(error, RayActorError) else type(error).__name__
-        raise InfrastructureError(f"{what}: {lost}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InfrastructureError(f"{what}: {lost}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

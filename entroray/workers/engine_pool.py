@@ -280,9 +280,9 @@ class EnginePool:
         self.live = [e for e in self.live if not e.lost]
         self.newcomers = [e for e in self.newcomers if not e.lost]
         kill_actors([engine.handle])
+        replaced, self.restarts = self.restarts > 0, max(0, self.restarts - 1)
         self.report("engine_lost", engine=engine.name, error=str(error), restarts_left=self.restarts)
-        if self.restarts > 0:
-            self.restarts -= 1
+        if replaced:
             replacement = Engine(f"generator {self.started}", self.spawn())
             self.started += 1
             task = _start(self._admit_replacement(replacement), self.replacing)

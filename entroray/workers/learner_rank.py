@@ -103,7 +103,7 @@ class LearnerRank:
         s = self.settings
         stored = s.model.path, DTYPES[s.model.dtype], s.model.attention
         torch.manual_seed(s.seed)
-        policy = load_policy(*stored)
+        policy = load_policy(*stored).to(self.device)
         if self.rank == 0:
             check_loaded(s.model.path, policy)
         if s.learner.gradient_checkpointing:

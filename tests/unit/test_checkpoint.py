@@ -15,6 +15,11 @@ from entroray.wiring import run_directory
 from entroray.workers.checkpoint import MARKER, Checkpoints, commit, committed, expired, newest
 
 
+def opened(run, tree):
+    """The folder of a run as `entroray train` opens it."""
+    return run_directory.resume_run(run, tree) or run_directory.new_run(run)
+
+
 def written(folder: Path, step: int, accuracy: float | None = None) -> Path:
     partial = folder / f".step-{step:06d}.part"
     (partial / "learner").mkdir(parents=True)
@@ -140,25 +145,25 @@ def settings(folder: Path, **run: object) -> tuple[Run, object]:
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(PreflightError, match=r"run\.dir=.*run\.resume=auto"):
-        run_directory.open_run(*settings(tmp_path))
+        opened(*settings(tmp_path))
 
 
 def test_resume_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     found = written(tmp_path / "checkpoints", 3)
-    assert run_directory.open_run(*settings(tmp_path, resume="auto")).resume == (found, 3)
+    assert opened(*settings(tmp_path, resume="auto")).resume == (found, 3)
 
 
 def test_resume_of_a_run_with_more_steps_than_asked_for_says_so(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     written(tmp_path / "checkpoints", 6)
     with pytest.raises(PreflightError, match=r"run\.steps=5"):
-        run_directory.open_run(*settings(tmp_path, resume="auto"))
+        opened(*settings(tmp_path, resume="auto"))
 
 
 def test_resume_without_a_checkpoint_starts_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    assert run_directory.open_run(*settings(tmp_path, resume="auto")).resume is None
+    assert opened(*settings(tmp_path, resume="auto")).resume is None
     assert "starting it over" in capsys.readouterr().out
 
 
@@ -174,4 +179,4 @@ def test_without_a_folder_the_newest_unfinished_run_of_the_same_settings_is_take
         written(folder / "checkpoints", 2)
         _, other = settings(tmp_path, dir="elsewhere", steps=steps)
         OmegaConf.save(other, folder / "config.yaml")
-    assert run_directory.open_run(run, tree).folder.name == "1"  # type: ignore[arg-type]
+    assert opened(run, tree).folder.name == "1"  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from entroray.reward import build_judge, extract
-from entroray.reward.math_answers import clean
+from entroray.reward.math_answers import clean, is_equal, read_reference
 from entroray.types import Prompt
 
 RIGHT = {
@@ -303,3 +303,10 @@ def test_a_long_answer_is_wrong_unread() -> None:
 def test_cleaning_changes_no_plain_mathematics() -> None:
     for text in (r"\frac{x^2}{3!} + \sqrt[3]{2}", "x_1 < 2*y", r"[0, 1) \cup \{2\}", "2e", "a**2", "3 - 4/5"):
         assert clean(text) == text
+
+
+def test_an_answer_of_brackets_within_brackets_is_wrong_at_once() -> None:
+    reference = read_reference("42")
+    assert reference
+    for sign in "([{":
+        assert not is_equal(reference, sign * 2000)

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from entroray.errors import PreflightError
 from entroray.policy.model import Policy, load_policy
+from entroray.policy.safetensors_header import tensor_shapes
+from entroray.wiring import preflight
 from tests.families import models
 from tests.families.models import FAMILIES, folder
 
@@ -212,3 +214,20 @@ def test_the_text_part_of_a_checkpoint_with_images_is_read_sent_and_written_unde
     assert {n for n in before if ".visual." in n} == before.keys() - sent != set()
     read = json.loads((tmp_path / "written" / "config.json").read_text())
     assert read["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "longer", "empty index", "{} index", "index of a file not there"])
+def test_weights_that_are_not_whole_are_refused_by_their_file(tmp_path: Path, harm: str) -> None:
+    save_file({"w": torch.zeros(4)}, tmp_path / "model.safetensors")
+    whole, index = tmp_path / "model.safetensors", tmp_path / "model.safetensors.index.json"
+    assert tensor_shapes(tmp_path) == {"w": [4]}
+    if harm in ("cut", "longer"):
+        raw = whole.read_bytes()
+        whole.write_bytes(raw[:-1] if harm == "cut" else raw + b"0")
+    else:
+        text = {"empty index": "", "{} index": "{}"}.get(harm, '{"weight_map": {"w": "gone.safetensors"}}')
+        index.write_text(text)
+    if harm.startswith("index"):
+        assert tensor_shapes(tmp_path) == {}
+    with pytest.raises(PreflightError, match=r"model"):
+        preflight._check_weights(str(tmp_path))

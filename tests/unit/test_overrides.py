@@ -2,11 +2,15 @@
 
 import re
 import shlex
+import signal
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from entroray.cli import multirun
 from entroray.cli.multirun import check_apart
 from entroray.config import Config, Run
 from entroray.errors import ConfigError, PreflightError
@@ -252,3 +256,45 @@ def test_a_section_of_ones_own_needs_no_header(tmp_path: Path) -> None:
     (tmp_path / "learner" / "mine.yaml").write_text("lr: 0.5\n")
     assert compose.load_config(["learner=mine"], str(tmp_path))[0].learner.lr == 0.5
     assert (conf_folder() / "learner").is_dir()
+
+
+# A dictionary is given whole.
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "value"),
+    [
+        (["reward.judge={fn: math}"], "reward.judge", {"fn": "math"}),
+        (["data.settings={size: 9}"], "data.settings", {"size": 9}),
+        (["data.settings={size: 9}", "data.settings.seed=3"], "data.settings", {"size": 9, "seed": 3}),
+        (["learner.deepspeed={zero_allow_untested_optimizer: true}"], "learner.deepspeed", None),
+        (["generator.engine={max_num_seqs: 8}"], "generator.engine", {"max_num_seqs": 8}),
+        (["sampler=by_entropy", "sampler.rule={fn: fixed}"], "sampler.rule", {"fn": "fixed"}),
+    ],
+)
+def test_a_free_dictionary_takes_the_place_of_the_one_there_was(words: list[str], path: str, value) -> None:
+    tree = compose.load_config(words)[1]
+    assert OmegaConf.to_container(OmegaConf.select(tree, path)) == (
+        value or {"zero_allow_untested_optimizer": True}
+    )
+
+
+def test_a_part_of_a_mixture_is_given_whole_and_checked() -> None:
+    third = "data.parts.third={task: chain_sum, weight: 2, judge: {fn: gym, task: chain_sum}}"
+    parts = compose.load_config(["data=mixture", third])[0].data.parts
+    assert parts["third"].weight == 2 and parts["third"].judge == {"fn": "gym", "task": "chain_sum"}
+    with pytest.raises(ConfigError, match=r"weigth"):
+        compose.load_config(["data=mixture", third.replace("weight", "weigth")])
+
+
+def test_a_run_of_many_passes_sigterm_on_and_ends_with_a_run_that_a_signal_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+    saving += "print('ready', flush=True); time.sleep(30)"
+    timer = threading.Timer(1.0, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM))
+    timer.start()
+    assert multirun._run([sys.executable, "-c", saving]) == 143
+    codes = iter([0, 143, 0])
+    monkeypatch.setattr(multirun, "_run", lambda command: next(codes))
+    assert multirun.train_each(["seed=1,2,3"], None) == 143 and next(codes) == 0

@@ -42,6 +42,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def opened(run, tree):
+    """The folder of a run as `entroray train` opens it."""
+    return run_directory.resume_run(run, tree) or run_directory.new_run(run)
+
+
 def config(*overrides: str) -> Config:
     return configured("data.max_prompt=32", "rollout.max_tokens=32", *overrides)
 
@@ -309,15 +314,12 @@ def test_missing_verdicts_end_the_run() -> None:
 def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:
     mine = config(f"run.dir={tmp_path}", "run.resume=auto")
     tree = compose.load_config([f"run.dir={tmp_path}"])[1]
-    first = run_directory.open_run(mine.run, tree)
-    for attempt in (preflight.directory, lambda c: run_directory.open_run(c.run, tree)):
+    first = opened(mine.run, tree)
+    for attempt in (preflight.directory, lambda c: opened(c.run, tree)):
         with pytest.raises(PreflightError, match=rf"run\.dir=/.*\b{os.getpid()}\b.*: .*run\.dir"):
             attempt(mine)
     first.lock.close()
-    assert (
-        preflight.directory(mine) == str(tmp_path)
-        and run_directory.open_run(mine.run, tree).folder == tmp_path
-    )
+    assert preflight.directory(mine) == str(tmp_path) and opened(mine.run, tree).folder == tmp_path
 
 
 def test_a_container_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,14 @@ import pytest
 from omegaconf import OmegaConf
 
 from entroray.cli import eval as cli_eval
-from entroray.config import Config, Run
+from entroray.config import Config, Reward, Run
+from entroray.data.prompts import Split
 from entroray.errors import ConfigError, PreflightError
 from entroray.evaluation.evaluate import heldout_prompts
+from entroray.policy.tokenizer import byte_tokenizer
+from entroray.types import Prompt
 from entroray.wiring import run_directory
+from entroray.wiring.dataset import Dataset, identity
 from entroray.wiring.run_directory import RESUME, RunDirectory, place, resume_rule
 from entroray.workers.checkpoint import commit
 from tests.composed import composed
@@ -285,3 +289,34 @@ def test_settings_of_a_run_that_are_damaged_are_refused_to_an_evaluation(begun: 
     for name in ("metrics.jsonl", "gone.yaml", "checkpoints"):
         with pytest.raises(ConfigError, match=rf"--config={begun}/{name} .*config\.yaml"):
             cli_eval.of_run(begun / name, [])
+
+
+def test_a_text_with_a_slash_is_no_path() -> None:
+    assert not run_directory._alike("data.template", "{a}/{b}", "{a}//{b}")
+    assert run_directory._alike("model.path", "models/x", "models/./x")
+
+
+def test_an_unfinished_run_is_found_by_what_cannot_change(
+    begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(begun.parent)
+    (begun.parent / "runs" / "train").mkdir(parents=True)
+    begun.rename(begun.parent / "runs" / "train" / "1")
+    found = resume(begun, **{"run.dir": None, "run.steps": 9, "learner.lr": 1e-5})
+    assert found and found.folder.name == "1" and set(found.changed) == {"run.steps", "learner.lr"}
+    assert resume(begun, **{"run.dir": None, "seed": 2}) is None
+    assert "runs/train" in capsys.readouterr().out
+
+
+def test_what_a_setting_names_is_known_by_its_content(tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text("def score(response, prompt): return 1.0")
+    config = Config(reward=Reward(path=f"{judge}:score"))
+    rows = [Prompt("a", "1+1", (1,), answer) for answer in ("2", "3")]
+    reads = [Dataset(byte_tokenizer(), Split((), (), (row,)), {}, "") for row in rows]
+    first, other = (identity(config, read) for read in reads)
+    assert [name for name in first if first[name] != other[name]] == ["data.task"], "another answer"
+    judge.write_text("def score(response, prompt): return 0.0")
+    assert [n for n, x in identity(config, reads[0]).items() if x != first[n]] == ["reward.path"]
+    reads[0].tokenizer.chat_template += " "
+    assert identity(config, reads[0])["model.template"] != first["model.template"]

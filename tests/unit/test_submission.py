@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from entroray.cli.submit import _accepted, _hint, pack
-from entroray.config import FILES, Config
+from entroray.config import USER_FILES, Config
 from entroray.errors import PreflightError
 from entroray.reward.user_file import _module
 from tests.composed import configured
@@ -77,7 +77,7 @@ def test_every_setting_that_names_a_file_is_packed_with_what_lies_beside_it(
     config = configured("data=table", "data.task=rows.jsonl", "run.dir=/runs/x", template, *told)
     job.mkdir()
     settings = packed(job, config)
-    files = {name: job / settings[name].partition(":")[0] for name in FILES}
+    files = {name: job / settings[name].partition(":")[0] for name in USER_FILES}
     assert all(file.is_file() for file in files.values()), "a setting that names a file is not packed"
     assert settings["reward.path"].endswith(":score") and settings["rollout.tool.path"].endswith(":answer")
     judge, tool, chat = (files[name] for name in ("reward.path", "rollout.tool.path", "model.template"))
@@ -113,3 +113,17 @@ def test_what_the_nodes_have_is_left_there(tmp_path: Path) -> None:
     )
     settings = packed(tmp_path / "job", config)
     assert "data.task" not in settings and not (tmp_path / "job" / "numpy").exists()
+
+
+def test_a_template_lies_where_it_is_looked_for_and_a_task_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("lab/__init__.py", "lab/prompts/my.jinja", "chain_sum"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("x")
+    Path("job").mkdir()
+    settings = packed(tmp_path / "job", configured("model.template=lab/prompts/my.jinja"))
+    assert (tmp_path / "job" / settings["model.template"]).is_file() and "data.task" not in settings
+    with pytest.raises(PreflightError, match=r"^model\.path=lab .*absolute"):
+        packed(tmp_path, configured("model.path=lab"))

@@ -284,3 +284,10 @@ def test_a_data_set_of_the_hub_is_read_with_the_digits_of_its_own_width(
     )
     monkeypatch.setitem(sys.modules, "datasets", library)
     assert answers("somebody/set") == ["0.1", "0.0000001"]
+
+
+def test_a_csv_may_begin_with_empty_lines_and_has_each_column_once(tmp_path: Path) -> None:
+    assert answers(file(tmp_path, "late.csv", b"\n\nquestion,answer\nq,7\n")) == ["7"]
+    twice = file(tmp_path, "twice.csv", b"question,answer,answer\nq,7,8\n")
+    with pytest.raises(PreflightError, match=r"twice\.csv line 1: .*'answer'"):
+        answers(twice)
