@@ -9,6 +9,7 @@ import glob
 import io
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -103,17 +104,22 @@ def written(value: Any) -> str | None:
 
 
 def _find_files(source: str) -> list[Path]:
-    """None for a folder or a name of the hub, which `datasets` reads."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
+    """Empty for a folder or a name of the hub, which `datasets` reads."""
+    if "://" in source or not source:
+        raise PreflightError(f"data.task={source!r} is no file here: download it first, and give its path")
+    path = Path(os.path.expanduser(source))
+    try:
+        if path.is_file():
+            return [path]
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        raise PreflightError(f"data.task={source[:80]}: {error}; give the path of a file") from error
     if set("*?[") & set(source):
         found = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
         if not found:
             raise PreflightError(f"data.task={source}: no file matches {path.absolute()}")
         return found
     if not path.is_dir() and table_name(source) != source:
-        raise PreflightError(f"data.task={source}: there is no file {path.resolve()}")
+        raise PreflightError(f"data.task={source}: there is no file {path.absolute()}")
     return []
 
 
@@ -314,6 +320,8 @@ def _shortest(value: Any, kind: Any) -> Any:
         return value
     if isinstance(value, dict):
         return {field.name: _shortest(value[field.name], field.type) for field in kind}
+    if isinstance(value, list) and "map<" in str(kind):
+        return [(key, _shortest(each, kind.item_type)) for key, each in value]
     if isinstance(value, list):
         return [_shortest(each, kind.value_type) for each in value]
     return float(str(np.dtype(kind.to_pandas_dtype()).type(value)))

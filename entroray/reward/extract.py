@@ -13,10 +13,14 @@ def response(text: str) -> str | None:
     return text.strip() or None
 
 
+_CLOSING = re.compile(r"(?:\\[\])]|\$\$|```|~~~|</[A-Za-z]\w*>)+")
+
+
 def last_line(text: str) -> str | None:
-    """The last line that is not blank, stripped."""
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else None
+    """The last line that says something, stripped: what closes a formula, a fence or a tag does not."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line for line in lines if not _CLOSING.fullmatch(line)]
+    return next(reversed(said or lines), None)
 
 
 def after(text: str, *, marker: str) -> str | None:

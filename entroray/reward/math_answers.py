@@ -70,6 +70,10 @@ _CLEANING: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     ),
 ]
 _AROUND = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
+_AT_ENDS = re.compile(r"^(?:\\[,;:!]\s*)+|(?:\s*(?:\\[,;:!\\]|\\q?quad|</[A-Za-z]\w*>))+\s*$")
+"""Space of LaTeX around an answer, and the tag that closes it."""
+_POWER = re.compile(r"(?<=[\w)\]}])\*\*\s*(-?\w+|\([^()]*\))")
+"""As Python writes it: x**2."""
 _CURRENCY = re.compile(r"^([-+]?)\s*(?:\\?\$|US\$|[€£¥₹₽₩])\s*(?=[\d.])")
 
 
@@ -77,10 +81,13 @@ def clean(text: str) -> str:
     """`text` without Markdown, Unicode's digits and signs as LaTeX, e-notation in digits."""
     if not text.isascii():
         text = _as_latex(text)
+    text = _AT_ENDS.sub("", text.strip())
     for _ in range(2):  # **$42$.**
         text = text.strip().lstrip("*`#").rstrip("*`.,;:\n ").strip()
         if found := _AROUND.fullmatch(text):
             text = next(inside for inside in found.groups() if inside is not None)
+    text = text.replace(r"\varnothing", r"\emptyset")
+    text = _POWER.sub(r"^{\1}", text)
     for pattern, plain in _CLEANING:
         text = pattern.sub(plain, text)
     return _CURRENCY.sub(r"\1", text).strip()
@@ -114,13 +121,13 @@ _WORD = re.compile(
     r"|k?m/[sh]r?(?:\^\{?2\}?)?(?![A-Za-z])|[^\x00-\u03ff\W\d_]+)"
 )
 _NO_TEXT = re.compile(r"[\d\\^_=+*/<>|{}\[\]%!$&~]")
-_DATE = re.compile(r"\d{4}-\d\d-\d\d")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d|\d+(?:\.\d+){2,}")
 _STATED = re.compile(r"\banswer\b(?:\s+is)?\s*:?|(?<=\w)\s+(?:is|are|equals)\b\s*:?", re.IGNORECASE)
 _NO_NUMBER = re.compile(r"[-+]?(?:nan|inf)", re.IGNORECASE)
 
 
 def is_text(text: str) -> bool:
-    """Whether it is words and no mathematics, which would read `cat` as a product; a date is a text too."""
+    """Whether it is words, a date or 1.2.3, and no mathematics, which would read `cat` as a product."""
     bare = _STYLE.sub(r"\1", text)
     return bool(_DATE.fullmatch(bare) or (_WORD.search(bare) and not _NO_TEXT.search(bare)))
 

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from entroray.types import Prompt
 def absolute(path: str) -> str:
     """`file.py:function` wherever it is read from."""
     file, _, name = path.rpartition(":")
-    return f"{Path(file).expanduser().resolve()}:{name}" if file else path
+    return f"{Path(os.path.expanduser(file)).resolve()}:{name}" if file else path
 
 
 def load_function(path: str, setting: str) -> Callable[[str, Prompt], Any]:
@@ -26,18 +27,25 @@ def load_function(path: str, setting: str) -> Callable[[str, Prompt], Any]:
     file, _, name = path.rpartition(":")
     if not file or not name.isidentifier():
         raise ConfigError(f"{setting}={path!r} is not of the form my_file.py:my_function")
-    source = Path(file).expanduser().resolve()
+    source = Path(os.path.expanduser(file)).resolve()
     if not source.is_file():
         raise ConfigError(f"{setting}={path!r}: there is no file {source}")
+    if source.suffix != ".py":
+        raise ConfigError(f"{setting}={path!r}: its name must end in .py to be loaded")
     function = getattr(_module(source, setting), name, None)
     if not callable(function):
         raise ConfigError(f"{setting}={path!r}: {source} defines no function {name!r}")
     if inspect.iscoroutinefunction(function):
         raise ConfigError(f"{setting}={path!r}: {name} is async; it must be a plain function")
     try:
-        inspect.signature(function).bind("response", "prompt")
+        signature = inspect.signature(function)
+        signature.bind("response", "prompt")
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{setting}={path!r}: {name} must take (text, prompt): {error}") from error
+    if [*signature.parameters][:1] == ["prompt"]:
+        raise ConfigError(
+            f"{setting}={path!r}: {name} is called with (text, prompt), in this order: swap them"
+        )
     return function
 
 
@@ -56,6 +64,11 @@ def _module(source: Path, setting: str) -> ModuleType:
         top = _loaded(packages[-1] / "__init__.py", [str(packages[-1])])
         inner = source.relative_to(packages[-1]).with_suffix("").parts
         return importlib.import_module(".".join([top.__name__, *inner]))
+    except SyntaxError as error:
+        place = f"{error.filename or source}:{error.lineno}"
+        raise ConfigError(
+            f"{setting}: {source} cannot be loaded: {place}: SyntaxError: {error.msg}"
+        ) from error
     except (Exception, SystemExit) as error:  # boundary: user code; the file is what is wrong
         raise ConfigError(f"{setting}: {source} cannot be loaded: {error!r}") from error
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from entroray.wiring import (
     controllers,
     dataset,
     overrides,
+    own_files,
     rollout_plan,
     sampler,
     selection,
@@ -58,7 +60,7 @@ def load_config(
     own = _own_folder(config_dir)
     overrides.refuse_unknown(words, given, own)
     for folder in own:
-        overrides.check_own_files(given, folder)
+        own_files.check_own_files(given, folder)
     found = [f"hydra.searchpath=[{overrides.quote(f'file://{folder.resolve()}')}]" for folder in own]
     conf = str(conf_folder())
     schema = OmegaConf.structured(Config)  # conf/train.yaml begins with it
@@ -80,9 +82,10 @@ def _own_folder(config_dir: str | None) -> list[Path]:
     """The folder beside conf/, if one is given."""
     if config_dir is None:
         return []
-    if not Path(config_dir).is_dir():
+    folder = Path(os.path.expanduser(config_dir))
+    if not folder.is_dir():
         raise ConfigError(f"--config-dir={config_dir} is no folder: give one with conf/'s groups in it")
-    return [Path(config_dir)]
+    return [folder]
 
 
 def _refuse_renamed(words: list[str]) -> None:

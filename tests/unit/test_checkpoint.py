@@ -45,6 +45,9 @@ def test_without_its_marker_it_is_none(tmp_path: Path) -> None:
     first, second = written(tmp_path, 1), written(tmp_path, 2)
     (second / MARKER).unlink()
     assert newest(tmp_path) == (first, [])
+    (first / MARKER).unlink()
+    found, why = newest(tmp_path)
+    assert found is None and len(why) == 2 and all(MARKER in sentence for sentence in why)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])

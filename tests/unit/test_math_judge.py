@@ -301,7 +301,7 @@ def test_a_long_answer_is_wrong_unread() -> None:
 
 
 def test_cleaning_changes_no_plain_mathematics() -> None:
-    for text in (r"\frac{x^2}{3!} + \sqrt[3]{2}", "x_1 < 2*y", r"[0, 1) \cup \{2\}", "2e", "a**2", "3 - 4/5"):
+    for text in (r"\frac{x^2}{3!} + \sqrt[3]{2}", "x_1 < 2*y", r"[0, 1) \cup \{2\}", "2e", "3 - 4/5"):
         assert clean(text) == text
 
 
@@ -310,3 +310,32 @@ def test_an_answer_of_brackets_within_brackets_is_wrong_at_once() -> None:
     assert reference
     for sign in "([{":
         assert not is_equal(reference, sign * 2000)
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "right"),
+    [
+        (r"\emptyset", r"\varnothing", True),
+        ("x^2+2x+1", "x**2 + 2*x + 1", True),
+        ("x^{12}", "x**12", True),
+        ("42", r"42\,", True),
+        ("42", r"\; 42 \;", True),
+        ("42", r"42\\", True),
+        ("42", "42</answer>", True),
+        ("42", "**42**", True),
+        ("192.168.0.1", "192.168.0.2", False),
+        ("192.168.0.1", "192.168.0.1", True),
+        ("1.5", "1.5", True),
+    ],
+)
+def test_what_stands_around_an_answer_and_how_powers_and_versions_are_written(
+    reference: str, answer: str, right: bool
+) -> None:
+    read = read_reference(reference)
+    assert read and is_equal(read, answer) is right
+
+
+def test_the_last_line_is_the_last_that_says_something() -> None:
+    for text in ("is\n\\[\n42\n\\]", "```\n42\n```", "$$\n42\n$$\n", "42", "<answer>\n42\n</answer>"):
+        assert extract.last_line(text) == "42"
+    assert extract.last_line("```") == "```" and extract.last_line(" \n") is None

@@ -298,3 +298,17 @@ def test_a_run_of_many_passes_sigterm_on_and_ends_with_a_run_that_a_signal_ended
     codes = iter([0, 143, 0])
     monkeypatch.setattr(multirun, "_run", lambda command: next(codes))
     assert multirun.train_each(["seed=1,2,3"], None) == 143 and next(codes) == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("model=null", "Leave"),
+        ("++control=none", r"\+\+"),
+        ("~run.steps", "default"),
+        ("run.dir=${hydra:runtime.cwd}", r"oc\.env:PWD"),
+    ],
+)
+def test_what_hydra_says_comes_with_what_to_write(word: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        compose.load_config([word])

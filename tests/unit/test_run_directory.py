@@ -320,3 +320,12 @@ def test_what_a_setting_names_is_known_by_its_content(tmp_path: Path) -> None:
     assert [n for n, x in identity(config, reads[0]).items() if x != first[n]] == ["reward.path"]
     reads[0].tokenizer.chat_template += " "
     assert identity(config, reads[0])["model.template"] != first["model.template"]
+
+
+def test_a_setting_that_this_version_has_not_is_said_and_a_checkpoint_is_no_run(begun: Path) -> None:
+    state = begun / "checkpoints" / "step-000003" / "driver.json"
+    with pytest.raises(PreflightError, match=r"learner\.old_key"):
+        run_directory.compare(begun, {"learner": {"old_key": 1}}, {})
+    for inside in (state.parent, state.parent.parent):
+        with pytest.raises(PreflightError, match=r"^run\.dir=.*checkpoint"):
+            resume(inside)

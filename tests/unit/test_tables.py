@@ -291,3 +291,11 @@ def test_a_csv_may_begin_with_empty_lines_and_has_each_column_once(tmp_path: Pat
     twice = file(tmp_path, "twice.csv", b"question,answer,answer\nq,7,8\n")
     with pytest.raises(PreflightError, match=r"twice\.csv line 1: .*'answer'"):
         answers(twice)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 300 + ".jsonl", "a\0b.jsonl", "https://example.com/rows.jsonl"])
+def test_what_can_be_no_file_is_refused_by_its_setting(name: str) -> None:
+    with pytest.raises(PreflightError, match=r"^data\.task="):
+        answers(name)
+    with pytest.raises(PreflightError, match=r"~nobody/"):
+        answers("~nobody/rows.jsonl")
