@@ -64,10 +64,11 @@ async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str
         lines = [await _judged(config, read, verifier, prompt) for prompt in _first_prompts(read)]
         return lines + ([await _called(config, read, verifier)] if read.judge["tool"] else [])
     except TimeoutError as error:
-        used = config.reward.path or next(iter(read.judge["judges"].values()))["fn"]
+        own = next(iter(read.judge["judges"].values()))["fn"]
+        used = f"reward.path={config.reward.path}" if config.reward.path else f"reward.judge.fn={own}"
         raise PreflightError(
-            f"the judge was not ready within {LOADING:g} s (reward.path or reward.judge: {used}): do slow "
-            "work at its first call, not while its file is imported"
+            f"{used}: the judge was not ready within {LOADING:g} s: do slow work at its first call, not while "
+            "its file is imported"
         ) from error
     finally:
         verifier.close()
