@@ -67,8 +67,8 @@ async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str
         own = next(iter(read.judge["judges"].values()))["fn"]
         used = f"reward.path={config.reward.path}" if config.reward.path else f"reward.judge.fn={own}"
         raise PreflightError(
-            f"{used}: the judge was not ready within {LOADING:g} s: do slow work at its first call, not while "
-            "its file is imported"
+            f"{used}: the judge was not ready within {LOADING:g} s: do slow work at its first call, not "
+            "while its file is imported"
         ) from error
     finally:
         verifier.close()
