@@ -25,8 +25,8 @@ class Prompts(Protocol):
 
     def __next__(self) -> Prompt: ...
 
-    def at(self, position: int) -> Prompt:
-        """The prompt at `position`, without moving."""
+    def at(self, position: int) -> Prompt | None:
+        """The prompt at `position`, without moving; None for one that is passed over, never for one given."""
 
 
 class Resumable(Protocol):

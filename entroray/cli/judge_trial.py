@@ -4,6 +4,7 @@ import asyncio
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -76,8 +77,8 @@ async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str
 
 def _first_prompts(read: dataset.Dataset) -> Iterator[Prompt]:
     """One of each part; with demonstrations if there are any."""
-    prompts = [*read.split.demonstrations, *read.split.training]
     for domain in read.judge["judges"]:
+        prompts = chain(read.split.demonstrations, read.split.training)
         yield next(prompt for prompt in prompts if prompt.domain == domain)
 
 

@@ -41,17 +41,17 @@ class Curriculum:
     def position(self, position: int) -> None:
         self.inner.position = position
 
-    def at(self, position: int) -> Prompt:
+    def at(self, position: int) -> Prompt | None:
         """The prompt at `position`, without moving."""
         return self.inner.at(position)
 
     def __next__(self) -> Prompt:
         start, spare = self.position, None
         for position in range(start, start + self.count):
-            prompt_id = self.at(position).id
-            if self.drawn(prompt_id, position):
+            prompt = self.at(position)
+            if prompt and self.drawn(prompt.id, position):
                 return self._go(position)
-            if spare is None and not self.mastered(prompt_id):
+            if spare is None and prompt and not self.mastered(prompt.id):
                 spare = position
         self.forced += 1
         return self._go(start if spare is None else spare)

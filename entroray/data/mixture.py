@@ -1,12 +1,13 @@
 """Several tasks in one run: whose turn it is is drawn by weight, and each has its own order."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from entroray.data.prompts import PromptStream
+from entroray.data.prompts import LargePrompts, PromptStream, next_prompt
 from entroray.errors import PreflightError
 from entroray.types import Prompt
 
@@ -25,7 +26,7 @@ class Mixture(Iterator[Prompt]):
         self, prompts: Sequence[Prompt], weights: Mapping[str, float], *, seed: int, position: int = 0
     ):
         self.domains = sorted(weights)
-        of = {name: [p for p in prompts if p.domain == name] for name in self.domains}
+        of = {name: _of_domain(prompts, name) for name in self.domains}
         if empty := [name for name in self.domains if not of[name]]:
             raise PreflightError(f"data.parts: no prompt of {', '.join(empty)} is left: lower data.heldout")
         self._streams = [PromptStream(of[name], seed=seed) for name in self.domains]
@@ -36,11 +37,10 @@ class Mixture(Iterator[Prompt]):
         self._before = [np.zeros(len(self.domains), np.int64)]
 
     def __next__(self) -> Prompt:
-        prompt = self.at(self.position)
-        self.position += 1
+        prompt, self.position = next_prompt(self.at, self.position)
         return prompt
 
-    def at(self, position: int) -> Prompt:
+    def at(self, position: int) -> Prompt | None:
         """The prompt at `position`, without moving: for those in flight when a run was stopped."""
         block, index = divmod(position, BLOCK)
         while len(self._drawn) <= block:
@@ -64,19 +64,72 @@ def prompt_stream(
     return Mixture(prompts, weights, seed=seed) if weights else PromptStream(prompts, seed=seed)
 
 
-def without_shared(parts: Sequence[Sequence[Prompt]]) -> tuple[list[list[Prompt]], int]:
-    """The parts without what an earlier one has, by id or by text, and how many that were."""
-    ids, texts, kept = set[str](), set[str](), []
+def without_shared(parts: Sequence[Sequence[Prompt]]) -> tuple[list[Sequence[Prompt]], int]:
+    """The parts without what an earlier one has, by id or by text, and how many that were.
+
+    Two large tables are compared by question; what a smaller part has, a large one passes over when drawn.
+    """
+    ids, texts, keys, kept = set[str](), set[str](), np.empty(0, np.uint64), list[Sequence[Prompt]]()
     for part in parts:
-        kept.append([p for p in part if p.id not in ids and p.text not in texts])
-        ids |= {p.id for p in part}
-        texts |= {p.text for p in part}
+        if isinstance(part, LargePrompts):
+            kept.append(part.cut(~np.isin(part.keys, keys)) if len(keys) else part)
+            keys = np.concatenate([keys, part.keys])
+        else:
+            kept.append([p for p in part if p.id not in ids and p.text not in texts])
+            ids |= {p.id for p in part}
+            texts |= {p.text for p in part}
+    for part in kept:
+        if isinstance(part, LargePrompts):
+            part.drawn.taken = frozenset(ids | texts)
     return kept, sum(map(len, parts)) - sum(map(len, kept))
 
 
-def interleave(parts: Sequence[Sequence[Prompt]]) -> tuple[Prompt, ...]:
+class Interleaved(Sequence[Prompt]):
+    """One of each part, then the next of each, of which one or more are large; each drawn when it is read."""
+
+    def __init__(self, parts: Sequence[Sequence[Prompt]]):
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (p for p in chain.from_iterable(zip_longest(*self.parts)) if p is not None)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [*islice(self, index.start, index.stop, index.step)]
+        return next(islice(self, index, None))
+
+
+def interleave(parts: Sequence[Sequence[Prompt]]) -> Sequence[Prompt]:
     """One of each part, then the next of each: any beginning of it has as many of each as there are."""
-    return tuple(p for p in chain.from_iterable(zip_longest(*parts)) if p is not None)
+    if any(isinstance(part, LargePrompts) for part in parts):
+        return parts[0] if len(parts) == 1 else Interleaved(parts)
+    return tuple(Interleaved(parts))
+
+
+def parts_of(prompts: Sequence[Prompt]) -> Sequence[Sequence[Prompt]]:
+    """The parts of a mixture with a large table; anything else is one part."""
+    return prompts.parts if isinstance(prompts, Interleaved) else [prompts]
+
+
+def large_parts(prompts: Sequence[Prompt]) -> list[LargePrompts]:
+    """Those parts of a run's prompts that are large tables."""
+    return [part for part in parts_of(prompts) if isinstance(part, LargePrompts)]
+
+
+def _of_domain(prompts: Sequence[Prompt], name: str) -> Sequence[Prompt]:
+    for part in large_parts(prompts):
+        if part.domain == name:
+            return part
+    return [
+        p
+        for part in parts_of(prompts)
+        if not isinstance(part, LargePrompts)
+        for p in part
+        if p.domain == name
+    ]
 
 
 def positions_by_domain(prompts: Sequence[Prompt]) -> dict[str, list[int]]:

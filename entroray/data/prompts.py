@@ -4,15 +4,18 @@ import hashlib
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from entroray.data.sources import Message, Question
+from entroray.data.large import Hashes, first_of_each, mix
+from entroray.data.sources import BadRow, LargeQuestions, Message, Question
 from entroray.data.tables import lookup, message_text
-from entroray.errors import ConfigError, PreflightError, nearest
-from entroray.types import Prompt
+from entroray.errors import ConfigError, DataError, PreflightError, nearest
+from entroray.types import Group, Prompt
 
 # Rendering.
 
@@ -82,7 +85,7 @@ def _braces(template: str, fields: Iterable[str]) -> str:
 class PromptSet:
     """Prompts in order of their ids, each once, and how many rows were dropped on the way."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: Sequence[Prompt]
     duplicates: int
     too_long: int
     contradictions: int = 0
@@ -96,51 +99,200 @@ def prompt_id(task: str, text: str) -> str:
     return hashlib.sha256(f"{task}\0{text}".encode()).hexdigest()[:16]
 
 
+Tokenize = Callable[[str | Sequence[Message]], tuple[int, ...]]
+
+
 def make_prompts(
-    questions: Iterable[Question],
+    questions: Sequence[Question],
     *,
-    tokenize: Callable[[str | Sequence[Message]], tuple[int, ...]],
+    tokenize: Tokenize,
     template: str | None = None,
     max_tokens: int | None = None,
     domain: str = "",
 ) -> PromptSet:
     """Render, tokenise, drop duplicates (the first stays) and what is longer than `max_tokens`.
 
-    Raises PreflightError when nothing is left or a prompt has no token at all.
+    Raises PreflightError when nothing is left or a prompt has no token at all. Of a large table prompts are
+    made as they are drawn, see `LargePrompts`.
     """
+    if isinstance(questions, LargeQuestions):
+        return _large_prompts(questions, tokenize, template, max_tokens, domain)
     found: dict[str, Prompt] = {}
-    shortest, too_long, seen, contradictions, differing = float("inf"), set[str](), 0, 0, set[str]()
+    shortest, too_long, contradictions, differing = float("inf"), set[str](), 0, set[str]()
     for question in questions:
-        seen += 1
-        text = render(question, template)
-        turns = [*question.before, {"role": "user", "content": text}]
-        shown = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns) if question.before else text
+        turns, shown = _shown(question, template)
         key = prompt_id(question.task, shown)
         if first := found.get(key):
-            contradictions += first.reference != question.answer
+            right = {question.answer, *question.alternatives}
+            contradictions += right.isdisjoint({first.reference, *first.alternatives})
             differing |= _differing(first.entry, question.row)
         if first or key in too_long:
             continue
-        tokens = tuple(tokenize(turns if question.before else text))
-        if not tokens:
-            raise PreflightError(f"the prompt {shown!r} has no tokens")
-        shortest = min(shortest, len(tokens))
-        if max_tokens is not None and len(tokens) > max_tokens:
+        prompt = _make_prompt(question, turns, shown, tokenize, domain)
+        shortest = min(shortest, len(prompt.token_ids))
+        if max_tokens is not None and len(prompt.token_ids) > max_tokens:
             too_long.add(key)
         else:
-            found[key] = Prompt(key, shown, tokens, question.answer, question.row, domain)
+            found[key] = prompt
     if not found:
-        raise PreflightError(
-            f"{seen} rows, no prompt: the shortest has {shortest} tokens, raise data.max_prompt={max_tokens}"
-        )
+        raise _nothing_left(len(questions), shortest, max_tokens)
     prompts = tuple(found[key] for key in sorted(found))
-    duplicates = seen - len(found) - len(too_long)
+    duplicates = len(questions) - len(found) - len(too_long)
     return PromptSet(prompts, duplicates, len(too_long), contradictions, frozenset(differing))
+
+
+def _shown(question: Question, template: str | None) -> tuple[list[Message], str]:
+    """The messages of a prompt, and its text."""
+    text = render(question, template)
+    turns: list[Message] = [*question.before, {"role": "user", "content": text}]
+    return turns, "\n".join(f"{t['role']}: {t['content']}" for t in turns) if question.before else text
+
+
+def _make_prompt(
+    question: Question, turns: list[Message], shown: str, tokenize: Tokenize, domain: str
+) -> Prompt:
+    tokens = tuple(tokenize(turns if question.before else shown))
+    if not tokens:
+        raise PreflightError(f"the prompt {shown!r} has no tokens")
+    key, right = prompt_id(question.task, shown), question.alternatives
+    return Prompt(key, shown, tokens, question.answer, question.row, domain, right)
+
+
+def _nothing_left(rows: int, shortest: float, max_tokens: int | None) -> PreflightError:
+    return PreflightError(
+        f"{rows} rows, no prompt: the shortest has {shortest} tokens, raise data.max_prompt={max_tokens}"
+    )
 
 
 def _differing(row: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
     """Columns that are not the same in two rows; by what they look like, for arrays compare by element."""
     return {str(name) for name in {*row, *other} if repr(row.get(name)) != repr(other.get(name))}
+
+
+# Large tables.
+
+
+@dataclass
+class DrawnRows:
+    """A large table whose rows become prompts when they are drawn, and what became of those that did not.
+
+    It is in the checkpoint, so that a resumed run goes on counting.
+    """
+
+    questions: LargeQuestions
+    make: Callable[[Question], Prompt]
+    max_tokens: int | None
+    taken: frozenset[str] = frozenset()
+    """Ids and texts that other parts of a mixture have."""
+    too_long: int = 0
+    met: set[int] = field(default_factory=set)
+    """Rows that were counted."""
+
+    def prompt(self, row: int) -> Prompt | None:
+        """None for a row that is too long, bad, or another part's; DataError if too many are bad."""
+        try:
+            prompt = self.make(self.questions[row])
+        except (BadRow, ConfigError, PreflightError) as error:
+            if row not in self.met:
+                self.met.add(row)
+                self.questions.bad.add(f"{self.questions.place(row)}: {error}")
+            self.questions.bad.refuse(DataError)
+            return None
+        if self.max_tokens is not None and len(prompt.token_ids) > self.max_tokens:
+            self.too_long += row not in self.met
+            self.met.add(row)
+            return None
+        return None if {prompt.id, prompt.text} & self.taken else prompt
+
+    def observe(self, group: Group) -> None:
+        """Groups say nothing of rows."""
+
+    def state(self) -> dict[str, int]:
+        """Plain JSON."""
+        return {"too_long": self.too_long, "bad": self.questions.bad.count}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        self.too_long, self.questions.bad.count = state["too_long"], state["bad"]
+
+
+class LargePrompts(Sequence[Prompt]):
+    """Prompts of some rows of a large table, in order of rows; those that are none are passed over."""
+
+    def __init__(self, drawn: DrawnRows, rows: NDArray[np.int64], keys: Hashes, domain: str, digest: str):
+        self.drawn, self.rows, self.keys = drawn, rows.astype(np.uint32), keys
+        self.domain, self.digest = domain, digest
+        """Of the questions and answers of all rows."""
+
+    def at(self, index: int) -> Prompt | None:
+        """The prompt of the row at `index`; None: it is passed over."""
+        return self.drawn.prompt(int(self.rows[index]))
+
+    def __len__(self) -> int:
+        """Rows: an upper bound of prompts."""
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (prompt for index in range(len(self)) if (prompt := self.at(index)))
+
+    def __getitem__(self, index: Any) -> Any:
+        """As in a list of those that are prompts, by drawing all before them."""
+        if isinstance(index, slice):
+            return [*islice(self, index.start, index.stop, index.step)]
+        return next(islice(self, index, None))
+
+    def cut(self, chosen: NDArray[np.bool_]) -> "LargePrompts":
+        """The rows that are `chosen`."""
+        return LargePrompts(self.drawn, self.rows[chosen], self.keys[chosen], self.domain, self.digest)
+
+
+def _large_prompts(
+    questions: LargeQuestions,
+    tokenize: Tokenize,
+    template: str | None,
+    max_tokens: int | None,
+    domain: str,
+) -> PromptSet:
+    """Rows with one question, and one value in each other field of the template, are duplicates."""
+    assert questions.asked is not None and questions.answers is not None and questions.good is not None
+    keys = questions.asked
+    for name in _fields(template) - {"question", questions.question}:
+        values = questions.hashes(name)
+        values = questions.hashes(f"metadata.{name}") if values is None else values
+        keys = keys if values is None else mix(keys ^ values)
+    keys, answers = keys[questions.good], questions.answers[questions.good]
+    if template:
+        keys = mix(keys ^ np.uint64(int(prompt_id("", template), 16)))
+    first, contradictions = first_of_each(keys, answers)
+    rows, keys = questions.good[first], keys[first]
+    digest = hashlib.blake2b(keys, digest_size=16)
+    digest.update(answers[first])
+
+    def make(question: Question) -> Prompt:
+        return _make_prompt(question, *_shown(question, template), tokenize, domain)
+
+    kept = replace(questions, asked=None, answers=None, good=None)
+    drawn = DrawnRows(kept, make, max_tokens)
+    shortest = float("inf")
+    for row in rows[:PATIENCE]:  # a template that cannot be filled is known now
+        try:
+            shortest = min(shortest, len(make(kept[int(row)]).token_ids))
+        except BadRow:
+            continue
+        if max_tokens is None or shortest <= max_tokens:
+            break
+    else:
+        raise _nothing_left(len(rows), shortest, max_tokens)
+    prompts = LargePrompts(drawn, rows, keys, domain, digest.hexdigest())
+    return PromptSet(prompts, len(answers) - len(rows), 0, contradictions)
+
+
+def _fields(template: str | None) -> set[str]:
+    """What a template names, by path."""
+    return {
+        re.sub(r"\[([^]]*)\]", r".\1", name)
+        for _, name, _, _ in string.Formatter().parse(template or "")
+        if name
+    }
 
 
 # Parts and order.
@@ -150,17 +302,21 @@ def _differing(row: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
 class Split:
     """Three parts without a prompt in common, each in order of ids."""
 
-    heldout: tuple[Prompt, ...]
-    demonstrations: tuple[Prompt, ...]
-    training: tuple[Prompt, ...]
+    heldout: Sequence[Prompt]
+    demonstrations: Sequence[Prompt]
+    training: Sequence[Prompt]
 
 
-def split(prompts: Iterable[Prompt], *, heldout: float, demonstrations: float = 0.0) -> Split:
+def split(prompts: Sequence[Prompt], *, heldout: float, demonstrations: float = 0.0) -> Split:
     """Fractions in [0, 1), decided by each id alone: more rows never move a prompt to another part."""
     if min(heldout, demonstrations) < 0 or heldout + demonstrations >= 1:
         raise ConfigError(
             f"data.heldout={heldout} and data.demonstrations={demonstrations} are shares with a sum below 1"
         )
+    if isinstance(prompts, LargePrompts):
+        places = (prompts.keys >> np.uint64(12)) / 2.0**52
+        out, shown = places < heldout, places >= 1 - demonstrations
+        return Split(*(prompts.cut(rows) for rows in (out, shown & ~out, ~out & ~shown)))
     parts: tuple[list[Prompt], ...] = ([], [], [])
     for prompt in sorted(prompts, key=lambda p: p.id):
         place = int(prompt.id[:13], 16) / 16**13  # 52 bits: exact in a float
@@ -168,33 +324,60 @@ def split(prompts: Iterable[Prompt], *, heldout: float, demonstrations: float = 
     return Split(*map(tuple, parts))
 
 
+PATIENCE = 10_000
+"""Rows that are passed over one after another until there is no hope of a prompt."""
+
+
 class PromptStream(Iterator[Prompt]):
     """Prompts for ever, in a new order every epoch; the order depends on `seed` and the set of ids alone.
 
-    `position` counts the prompts given so far; setting it continues from there, exactly.
+    `position` counts the prompts given or passed over so far; setting it continues from there, exactly.
     """
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, position: int = 0):
         if not prompts:
             raise PreflightError("no prompts to train on")
-        self._prompts = sorted(prompts, key=lambda p: p.id)
+        large = isinstance(prompts, LargePrompts)
+        self._prompts = prompts if large else sorted(prompts, key=lambda p: p.id)
         self._seed, self.position = seed, position
-        self._shuffled: tuple[int, list[int]] | None = None
+        self._shuffled: tuple[int, NDArray[np.uint32]] | None = None
 
     def __next__(self) -> Prompt:
-        prompt = self.at(self.position)
-        self.position += 1
+        prompt, self.position = next_prompt(self.at, self.position)
         return prompt
 
-    def at(self, position: int) -> Prompt:
-        """The prompt at `position`, without moving: for those in flight when a run was stopped."""
+    def at(self, position: int) -> Prompt | None:
+        """The prompt at `position`, without moving; None: it is passed over."""
         epoch, index = divmod(position, len(self._prompts))
+        large = isinstance(self._prompts, LargePrompts)
         if self._shuffled is None or self._shuffled[0] != epoch:
-            self._shuffled = (epoch, _order(len(self._prompts), self._seed, epoch))
-        return self._prompts[self._shuffled[1][index]]
+            self._shuffled = (
+                epoch,
+                (_large_order if large else _order)(len(self._prompts), self._seed, epoch),
+            )
+        place = int(self._shuffled[1][index])
+        return self._prompts.at(place) if isinstance(self._prompts, LargePrompts) else self._prompts[place]
 
 
-def _order(count: int, seed: int, epoch: int) -> list[int]:
+def next_prompt(at: Callable[[int], Prompt | None], position: int) -> tuple[Prompt, int]:
+    """The first prompt from `position` on, and the position behind it; DataError where there is none."""
+    for place in range(position, position + PATIENCE):
+        if prompt := at(place):
+            return prompt, place + 1
+    raise DataError(f"{PATIENCE} rows one after another are longer than data.max_prompt, or bad: raise it")
+
+
+def _order(count: int, seed: int, epoch: int) -> NDArray[np.uint32]:
     """Raw PCG64 words, sorted: NumPy promises those streams for ever, and `permutation` only for now."""
     words = np.random.PCG64([seed, epoch]).random_raw(count)
-    return np.argsort(words, kind="stable").tolist()
+    return np.argsort(words, kind="stable").astype(np.uint32)
+
+
+def _large_order(count: int, seed: int, epoch: int) -> NDArray[np.uint32]:
+    """The same by the upper half of each word; the lower is the row's number, so that they sort fast."""
+    words = np.random.PCG64([seed, epoch]).random_raw(count)
+    words >>= np.uint64(32)
+    words <<= np.uint64(32)
+    words |= np.arange(count, dtype=np.uint64)
+    words.sort()
+    return words.astype(np.uint32)

@@ -218,7 +218,9 @@ class Stream:
         self.refused, self.surplus = state["refused"], state["surplus"]
         self.lost = state["lost"]
         for serial, position in state["in_flight"]:
-            self._start(Slot(serial, position, self.prompts.at(position), version))
+            prompt = self.prompts.at(position)
+            assert prompt, "it was given once"
+            self._start(Slot(serial, position, prompt, version))
 
     async def close(self) -> None:
         """Cancel what is in flight and wait until it is gone."""

@@ -1,7 +1,7 @@
 """Configuration -> tokenizer, prompts in three disjoint parts, and the judge's spec."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -15,6 +15,7 @@ from entroray.evaluation.evaluate import heldout_prompts
 from entroray.policy.tokenizer import Chat, chat, load_tokenizer
 from entroray.reward import judges
 from entroray.reward.user_file import absolute
+from entroray.roles import GroupObserver, StepMetrics
 from entroray.types import Prompt
 from entroray.wiring import tool
 from entroray.wiring.parts import Parts
@@ -67,12 +68,14 @@ def check_tasks(config: Config) -> None:
             bind(judges, spec, config.packages, place)
 
 
-def read_questions(part: Part, packages: Sequence[str]) -> tuple[list[sources.Question], int]:
+def read_questions(part: Part, packages: Sequence[str]) -> tuple[Sequence[sources.Question], int]:
     """All rows of a part's source, and how many bad ones were left out."""
     return _bind_source(part, packages)(part.task)
 
 
-def _bind_source(part: Part, packages: Sequence[str]) -> Callable[[str], tuple[list[sources.Question], int]]:
+def _bind_source(
+    part: Part, packages: Sequence[str]
+) -> Callable[[str], tuple[Sequence[sources.Question], int]]:
     return bind(sources, {**part.settings, "fn": part.source}, packages)
 
 
@@ -100,6 +103,8 @@ def read_dataset(config: Config, tokenizer: Any) -> Dataset:
         _refuse_empty(list(tasks(config.data, config.model.system)), made, parts, cut)
     duplicates, too_long = sum(m.duplicates for m in made) + shared, sum(m.too_long for m in made)
     dropped = f"{duplicates} duplicates{_contradictions(made)}, {too_long} too long, {sum(bad)} bad rows"
+    if mixture.large_parts(split.training):
+        dropped += "; of a large table more show as its rows are drawn (prompts/too_long, prompts/bad)"
     return Dataset(tokenizer, split, judge_spec(config), dropped)
 
 
@@ -155,7 +160,7 @@ def probe_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(tokenizer.encode(PROBE, add_special_tokens=False))
 
 
-def prompt_order(d: Data, of: tuple[Prompt, ...], seed: int) -> prompts.PromptStream | mixture.Mixture:
+def prompt_order(d: Data, of: Sequence[Prompt], seed: int) -> prompts.PromptStream | mixture.Mixture:
     """These prompts without end, as a run draws them."""
     return mixture.prompt_stream(of, weights(d), seed=seed)
 
@@ -201,9 +206,28 @@ def check_heldout(e: Evaluate, parts: Parts, read_in: Dataset) -> None:
         heldout_prompts(read_in.split.heldout, 1, asker)
 
 
+def _content(training: Sequence[Prompt]) -> Iterator[str]:
+    """What makes these prompts these: of a large table a hash, of others each id and its right answers."""
+    for part in mixture.parts_of(training):
+        if isinstance(part, prompts.LargePrompts):
+            yield part.digest
+        else:
+            yield from ("\t".join([p.id, p.reference, *p.alternatives]) for p in part)
+
+
+def count_drawn(training: Sequence[Prompt]) -> tuple[dict[str, GroupObserver], list[StepMetrics]]:
+    """By the setting of its name, each large table's count of rows that were no prompt; and their metrics."""
+    rows = {f"data.parts.{p.domain}" if p.domain else "data": p.drawn for p in mixture.large_parts(training)}
+    counts = lambda *_: {
+        "prompts/too_long": float(sum(r.too_long for r in rows.values())),
+        "prompts/bad": float(sum(r.questions.bad.count for r in rows.values())),
+    }
+    return dict(rows), [counts] if rows else []
+
+
 def identity(config: Config, read_in: Dataset) -> dict[str, str]:
     """Setting -> a hash of what it names, which may have been replaced where the setting has not changed."""
-    rows = "\n".join(f"{prompt.id}\t{prompt.reference}" for prompt in read_in.split.training)
+    rows = "\n".join(_content(read_in.split.training))
     words = repr(sorted(read_in.tokenizer.get_vocab().items()))
     named = {"data.task": rows, "model.path": words, "model.template": str(read_in.tokenizer.chat_template)}
     for setting in ("reward.path", "rollout.tool.path"):

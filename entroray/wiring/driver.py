@@ -1,5 +1,7 @@
 """Settings -> the driver of a run: its loop, its prompts, its diagnostics, what may move."""
 
+from dataclasses import replace
+
 from entroray.binding import holds
 from entroray.config import Config, Observe
 from entroray.policy.tokenizer import chat
@@ -19,6 +21,8 @@ def build_driver(config: Config, parts: Parts, read_in: dataset.Dataset, roles: 
     training = read_in.split.training
     order = dataset.prompt_order(config.data, training, config.seed)
     prompts, chosen = selection.build_selection(config.rollout, order, len(training), config.seed)
+    counts, metrics = dataset.count_drawn(training)
+    chosen = replace(chosen, observers={**chosen.observers, **counts}, metrics=[*chosen.metrics, *metrics])
     return Driver(
         prompts,
         roles,
