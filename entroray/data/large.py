@@ -3,12 +3,14 @@
 A hash is 64 bits of a value, 8 bytes of a text at a time: the same in every run and on every machine.
 """
 
+import ctypes
 import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,15 @@ _ODD, _HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
 
 def keep_batches(
     streams: Iterable[Iterable[Any]], see: Callable[[Any], None], *, mapped: bool = False
-) -> list[Any]:
-    """Record batches, those of a stream of one schema, mapped from a file that goes with the process.
+) -> tuple[list[Any], Callable[[], None]]:
+    """Record batches mapped from a file that goes with the process, and what lets go of pages read so far.
 
-    `see` is called with each, in order, beside the writing. What is `mapped` already is not written.
-    InfrastructureError if the disk is full.
+    A stream has one schema. `see` is called with each batch, in order, beside the writing. What is `mapped`
+    already is not written. InfrastructureError if the disk is full.
     """
     import pyarrow as pa
 
-    kept, starts = list[Any](), list[int]()
+    kept, starts, forget = list[Any](), list[int](), lambda: None
     with ThreadPoolExecutor(1) as beside, _nameless_file() as (file, room):
         for stream in streams:
             starts.append(file.tell())
@@ -58,10 +60,19 @@ def keep_batches(
                 sink.close()
                 file.flush()
         if starts:
-            buffer = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            forget, buffer = partial(pages.madvise, mmap.MADV_DONTNEED), pa.py_buffer(pages)
             kept = [batch for start in starts for batch in pa.ipc.open_stream(buffer.slice(start))]
+    return kept, forget
+
+
+def release_memory() -> None:
+    """Give back to the system what Arrow and glibc keep of memory that is free."""
+    import pyarrow as pa
+
     pa.default_memory_pool().release_unused()
-    return kept
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entroray.data.large import Hashes, first_of_each, mix
+from entroray.data.large import Hashes, first_of_each, mix, release_memory
 from entroray.data.sources import BadRow, LargeQuestions, Message, Question
 from entroray.data.tables import lookup, message_text
 from entroray.errors import ConfigError, DataError, PreflightError, nearest
@@ -242,7 +242,8 @@ class LargePrompts(Sequence[Prompt]):
 
     def cut(self, chosen: NDArray[np.bool_]) -> "LargePrompts":
         """The rows that are `chosen`."""
-        return LargePrompts(self.drawn, self.rows[chosen], self.keys[chosen], self.domain, self.digest)
+        keys = self.keys[chosen] if len(self.keys) else self.keys
+        return LargePrompts(self.drawn, self.rows[chosen], keys, self.domain, self.digest)
 
 
 def _large_prompts(
@@ -316,6 +317,7 @@ def split(prompts: Sequence[Prompt], *, heldout: float, demonstrations: float = 
     if isinstance(prompts, LargePrompts):
         places = (prompts.keys >> np.uint64(12)) / 2.0**52
         out, shown = places < heldout, places >= 1 - demonstrations
+        prompts.keys = prompts.keys[:0]  # nobody needs them any more
         return Split(*(prompts.cut(rows) for rows in (out, shown & ~out, ~out & ~shown)))
     parts: tuple[list[Prompt], ...] = ([], [], [])
     for prompt in sorted(prompts, key=lambda p: p.id):
@@ -380,4 +382,7 @@ def _large_order(count: int, seed: int, epoch: int) -> NDArray[np.uint32]:
     words <<= np.uint64(32)
     words |= np.arange(count, dtype=np.uint64)
     words.sort()
-    return words.astype(np.uint32)
+    order = words.astype(np.uint32)
+    del words
+    release_memory()
+    return order

@@ -162,6 +162,8 @@ class LargeQuestions(Sequence[Question]):
     question: str
     """The path of the question's column."""
     bad: BadRows
+    forget: Callable[[], None]
+    """Lets go of the memory of rows that were read."""
     files: tuple[tuple[str, int], ...] = ()
     """What stands before the line of a row, and the number of the first such row; by that number."""
     asked: large.Hashes | None = None
@@ -181,7 +183,10 @@ class LargeQuestions(Sequence[Question]):
 
     def __getitem__(self, row: Any) -> Any:
         batch = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return self.read(self.batches[batch].slice(row - int(self.starts[batch]), 1))
+        try:
+            return self.read(self.batches[batch].slice(row - int(self.starts[batch]), 1))
+        finally:
+            self.forget()
 
     def place(self, row: int) -> str:
         """Where a row stands, as in `line 3`."""
@@ -204,37 +209,40 @@ def _large_columns(
 ) -> LargeQuestions:
     """Of Parquet files or a data set: what can be seen of a column as a whole is checked and hashed."""
     question, answer, marker = columns
-    asked, answers, blank = list[large.Hashes](), list[large.Hashes](), list[NDArray[np.bool_]]()
+    firsts = np.cumsum([0, *(shard.count for shard in shards)])
+    asked, answers = np.zeros((2, firsts[-1]), np.uint64)
+    left_out, seen = np.zeros(firsts[-1], np.bool_), slice(0, 0)
     find = lambda batch, path: large.find_column(batch.to_struct_array(), path)
 
     def see(batch: Any) -> None:
+        nonlocal seen
+        seen = slice(seen.stop, seen.stop + batch.num_rows)
         text, known = find(batch, question), find(batch, answer) if answer else None
-        wrong = large.find_blank(text, numbers=False)
+        left_out[seen] = large.find_blank(text, numbers=False)
         if answer:
-            wrong = wrong | large.find_blank(known, numbers=True)
-        none = np.zeros(batch.num_rows, np.uint64)
-        blank.append(np.broadcast_to(wrong, batch.num_rows))
-        asked.append(none if text is None else large.hash_column(text))
-        answers.append(none if known is None else large.hash_column(large.behind(known, marker)))
+            left_out[seen] |= large.find_blank(known, numbers=True)
+        if text is not None:
+            asked[seen] = large.hash_column(text)
+        if known is not None:
+            answers[seen] = large.hash_column(large.behind(known, marker))
 
     streams = [shard.batches(large.BATCH) for shard in shards if shard.batches]
-    batches = large.keep_batches(streams, see, mapped=shards[0].mapped)
-    left_out = np.concatenate(blank)
-    firsts = np.cumsum([0, *(shard.count for shard in shards)])
+    batches, forget = large.keep_batches(streams, see, mapped=shards[0].mapped)
     found = LargeQuestions(
         batches,
         read=lambda batch: read(next(batch_rows(batch, answer))),
         column=find,
         question=question,
         bad=bad,
+        forget=forget,
         files=tuple((shard.name, int(first)) for shard, first in zip(shards, firsts, strict=False)),
-        asked=np.concatenate(asked),
-        answers=np.concatenate(answers),
+        asked=asked,
+        answers=answers,
         good=np.flatnonzero(~left_out),
     )
-    bad.rows = len(left_out)
-    for row in np.flatnonzero(left_out).tolist():
-        bad.add("") if len(bad.listed) == 20 else bad.add(f"{found.place(row)}: {_wrong(found, row)}")
+    for row in np.flatnonzero(left_out)[:20].tolist():
+        bad.add(f"{found.place(row)}: {_wrong(found, row)}")
+    bad.rows, bad.count = len(left_out), int(left_out.sum())
     return found
 
 
@@ -273,11 +281,11 @@ def _large_rows(questions: Iterable[Question], bad: BadRows) -> LargeQuestions:
         rows = (pickle.loads(row.as_py()).row for row in batch["row"])
         return pa.array([repr(_found(row, path)) for row in rows], pa.large_string())
 
-    kept = large.keep_batches([batches()], see)
+    kept, forget = large.keep_batches([batches()], see)
     read = lambda batch: pickle.loads(batch["row"][0].as_py())
     hashes = np.concatenate(asked)
     return LargeQuestions(
-        kept, read, column, "", bad, (), hashes, np.concatenate(answers), np.arange(len(hashes))
+        kept, read, column, "", bad, forget, (), hashes, np.concatenate(answers), np.arange(len(hashes))
     )
 
 
@@ -326,7 +334,7 @@ def _reference(value: Any, column: str, marker: str) -> str:
 
 
 def _messages(value: Any) -> Any:
-    """Messages without the nulls among them, also where a text holds them as JSON or as Python writes them."""
+    """Messages without the nulls among them, also where a text holds them as JSON or Python does."""
     if isinstance(value, str) and value.lstrip()[:1] == "[" and "role" in value and "content" in value:
         for parse in (json.loads, ast.literal_eval):
             try:
