@@ -4,6 +4,8 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -24,9 +26,9 @@ def main(arguments: list[str]) -> int:
     """`doctor [--config-dir FOLDER] overrides`; 0 when all is well, 3 when something is wrong."""
     given, overrides = flags.parse_flags("doctor", arguments, FLAGS)
     config, _ = compose.load_config(overrides, given.get("config-dir"))
-    findings = preflight.run_checks(
-        config, (packages, tools, *preflight.FAST, ports, ray_clusters, data, prompt, judge)
-    )
+    read = judge_trial.ReadOnce()
+    of_data = [wraps(check)(partial(check, read=read)) for check in (data, prompt, judge)]
+    findings = preflight.run_checks(config, (packages, tools, *preflight.FAST, ports, ray_clusters, *of_data))
     for found in findings:
         print(f"{'wrong' if found.wrong else 'ok':7}{found.name:14}{found.said}", flush=True)
     return 3 if any(f.wrong for f in findings) else 0
@@ -118,23 +120,26 @@ def _joined(config: Config, address: str) -> str:
         cluster.stop()
 
 
-def data(config: Config) -> str:
+Read = Callable[[Config], dataset.Dataset]
+
+
+def data(config: Config, read: Read = judge_trial.read_few) -> str:
     """Rows are read, rendered, tokenised and split; of a generated task the first `ROWS`."""
-    read = judge_trial.read_few(config)
-    parts = f"{len(read.split.training)} training, {len(read.split.heldout)} held out"
+    found = read(config)
+    parts = f"{len(found.split.training)} training, {len(found.split.heldout)} held out"
     tasks = ", ".join(part.task for part in dataset.tasks(config.data, config.model.system).values())
-    return f"{tasks}: {parts}; {read.dropped}"
+    return f"{tasks}: {parts}; {found.dropped}"
 
 
-def prompt(config: Config) -> str:
+def prompt(config: Config, read: Read = judge_trial.read_few) -> str:
     """The first prompt as the model reads it, special tokens written out, and what its template adds."""
-    read = judge_trial.read_few(config)
-    first = read.split.training[0]
+    found = read(config)
+    first = found.split.training[0]
     part = dataset.tasks(config.data, config.model.system)[first.domain]
-    said = f"{len(first.token_ids)} tokens: {response_text(read.tokenizer, ())(first.token_ids)!r}"
-    return "; ".join([said, *dataset.conversation(config, read.tokenizer, part).remarks()])
+    said = f"{len(first.token_ids)} tokens: {response_text(found.tokenizer, ())(first.token_ids)!r}"
+    return "; ".join([said, *dataset.conversation(config, found.tokenizer, part).remarks()])
 
 
-def judge(config: Config) -> str:
+def judge(config: Config, read: Read = judge_trial.read_few) -> str:
     """The judge gives a verdict on a right answer where one is known, on an empty and on a long response."""
-    return "; ".join(judge_trial.try_judges(config, judge_trial.read_few(config)))
+    return "; ".join(judge_trial.try_judges(config, read(config)))

@@ -11,7 +11,7 @@ import numpy as np
 
 from entroray.config import Config
 from entroray.data.demonstrations import find_demonstration
-from entroray.errors import DataError, PreflightError
+from entroray.errors import DataError, EntrorayError, PreflightError
 from entroray.types import Prompt, Rollout, Status
 from entroray.wiring import dataset, tool, warm_start
 from entroray.workers.verifier import Verifier
@@ -27,6 +27,22 @@ def read_few(config: Config) -> dataset.Dataset:
     parts = {name: _fewer_rows(part) for name, part in config.data.parts.items()}
     few = replace(_fewer_rows(config.data), parts=parts)
     return dataset.read_dataset(replace(config, data=few), warm_start.run_tokenizer(config))
+
+
+class ReadOnce:
+    """`read_few` for several checks of one configuration: what it gave or raised, again."""
+
+    def __init__(self) -> None:
+        self.outcome: dataset.Dataset | EntrorayError | None = None
+
+    def __call__(self, config: Config) -> dataset.Dataset:
+        try:
+            self.outcome = self.outcome or read_few(config)
+        except EntrorayError as error:
+            self.outcome = error
+        if isinstance(self.outcome, EntrorayError):
+            raise self.outcome
+        return self.outcome
 
 
 def _fewer_rows(of: Any) -> Any:

@@ -232,6 +232,8 @@ def _hash_texts(column: Any) -> Hashes:
 def _fold(found: Hashes, words: Any, starts: Any, counts: Any, *, step: int) -> Hashes:
     """Row by row `counts` words, from `starts` on every `step`; the longest rows first, all in place."""
     most = int(counts.max(initial=0))
+    if not most:
+        return found
     order = np.argsort((most - counts).astype(np.uint16 if most < 1 << 16 else np.int64), kind="stable")
     longer = len(counts) - np.cumsum(np.bincount(counts, minlength=1))
     sorted_hashes, at = found[order], starts[order]

@@ -265,8 +265,7 @@ def _large_prompts(
         keys = mix(keys ^ np.uint64(int(prompt_id("", template), 16)))
     first, contradictions = first_of_each(keys, answers)
     rows, keys = questions.good[first], keys[first]
-    digest = hashlib.blake2b(keys, digest_size=16)
-    digest.update(answers[first])
+    digest = hashlib.blake2b(mix(keys) ^ answers[first], digest_size=16).hexdigest()
 
     def make(question: Question) -> Prompt:
         return _make_prompt(question, *_shown(question, template), tokenize, domain)
@@ -283,7 +282,7 @@ def _large_prompts(
             break
     else:
         raise _nothing_left(len(rows), shortest, max_tokens)
-    prompts = LargePrompts(drawn, rows, keys, domain, digest.hexdigest())
+    prompts = LargePrompts(drawn, rows, keys, domain, digest)
     return PromptSet(prompts, len(answers) - len(rows), 0, contradictions)
 
 
