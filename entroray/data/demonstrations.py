@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from entroray.data.sources import Row
+from entroray.data.text_rows import Row
 from entroray.errors import ConfigError, DataError, nearest
 from entroray.reward import gym
 from entroray.reward.verdicts import CORRECT_FROM

@@ -142,7 +142,7 @@ def find_blank(column: Any | None, *, numbers: bool) -> NDArray[np.bool_] | bool
     return pc.fill_null(wrong, True).to_numpy(zero_copy_only=False)
 
 
-def behind(column: Any, marker: str) -> Any:
+def strip_before(column: Any, marker: str) -> Any:
     """Texts without what stands before their last `marker`; anything else as it is."""
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entroray.data.large import Hashes, first_of_each, mix, release_memory
-from entroray.data.sources import BadRow, LargeQuestions, Message, Question
+from entroray.data.large_questions import LargeQuestions
+from entroray.data.questions import BadRow, Message, Question
 from entroray.data.tables import lookup, message_text
 from entroray.errors import ConfigError, DataError, PreflightError, nearest
 from entroray.types import Group, Prompt
@@ -254,7 +255,6 @@ def _large_prompts(
     domain: str,
 ) -> PromptSet:
     """Rows with one question, and one value in each other field of the template, are duplicates."""
-    assert questions.asked is not None and questions.answers is not None and questions.good is not None
     keys = questions.asked
     for name in _fields(template) - {"question", questions.question}:
         values = questions.hashes(name)
@@ -270,7 +270,8 @@ def _large_prompts(
     def make(question: Question) -> Prompt:
         return _make_prompt(question, *_shown(question, template), tokenize, domain)
 
-    kept = replace(questions, asked=None, answers=None, good=None)
+    none = np.empty(0, np.uint64)
+    kept = replace(questions, asked=none, answers=none, good=none.astype(np.int64))
     drawn = DrawnRows(kept, make, max_tokens)
     shortest = float("inf")
     for row in rows[:PATIENCE]:  # a template that cannot be filled is known now

@@ -34,8 +34,8 @@ _ENCODINGS = (
     (rb"\0", "UTF-16BE"),
 )
 """How a file that is no UTF-8 begins, with a mark or, its first letter being of ASCII, without."""
-_WRAPPERS = ("data", "rows", "examples", "train", "test", "items", "instances", "samples", "records")
-"""Under which name documents hold their rows."""
+_WRAPPERS = ("data", "rows", "examples", "items", "instances", "samples", "records")
+"""Under which name a document holds its rows, beside others."""
 
 
 def read_text(path: Path, begin: bytes, _: str | None) -> Lines:
@@ -177,13 +177,15 @@ def _elements(text: str) -> Iterator[Any]:
 
 def _refuse_wrapped(path: Path, row: Row | str) -> None:
     """PreflightError for a single line that is a document with its rows inside."""
-    for name in _WRAPPERS if isinstance(row, dict) else ():
-        inside = row.get(name)
-        if isinstance(inside, list) and inside and isinstance(inside[0], dict) and "role" not in inside[0]:
+    lists = {n: v for n, v in row.items() if isinstance(v, list)} if isinstance(row, dict) else {}
+    for name in sorted(lists, key=lambda name: name not in _WRAPPERS):
+        inside = lists[name]
+        holds_rows = bool(inside) and isinstance(inside[0], dict) and "role" not in inside[0]
+        if holds_rows and (name in _WRAPPERS or len(lists) == len(row)):
             _refuse_object(path, row, name)
 
 
-def _refuse_object(path: Path, document: Row, name: str) -> None:
+def _refuse_object(path: Path, document: Any, name: str) -> None:
     raise PreflightError(
         f"data.task: {path} is one object ({', '.join(list(document)[:5])}) and no list of rows: "
         f"jq -c '.{name}[]' {path.name} > rows.jsonl"

@@ -14,7 +14,7 @@ from typing import Any
 from entroray import rows
 from entroray.config import TINY, Config, Model, Part, WarmStartConfig
 from entroray.data.demonstrations import NAMES, WorkedAnswer, find_demonstration
-from entroray.data.sources import Row
+from entroray.data.text_rows import Row
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.home import home_folder
 from entroray.objective import build_objective

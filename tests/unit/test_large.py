@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from entroray.config import Config
-from entroray.data import large
+from entroray.data import large, large_questions, prompts
 from entroray.data.curriculum import Curriculum, Rule
+from entroray.data.large_questions import LargeQuestions
 from entroray.data.mixture import Interleaved
 from entroray.data.prompts import LargePrompts, PromptStream
-from entroray.data.sources import LargeQuestions, table
+from entroray.data.sources import table
 from entroray.data.tables import lookup
 from entroray.errors import ConfigError, DataError, PreflightError
 from entroray.policy.tokenizer import byte_tokenizer
@@ -41,7 +42,7 @@ def lowered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A table of 10 rows is large, and is taken in by 16."""
     monkeypatch.setenv("ENTRORAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(large, "LARGE", 10)
-    monkeypatch.setattr(large, "BATCH", 16)
+    monkeypatch.setattr(large_questions, "BATCH", 16)
     yield
     assert not [*(tmp_path / "cache").glob("*")], "the file has no name"
 
@@ -212,8 +213,6 @@ def test_a_curriculum_passes_over_what_is_too_long(tmp_path: Path, lowered: None
 def test_nothing_short_enough_is_said_before_the_run_or_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lowered: None
 ) -> None:
-    from entroray.data import prompts
-
     path = parquet(tmp_path / "rows.parquet", ROWS)
     with pytest.raises(PreflightError, match=r"60 rows, no prompt: .*data\.max_prompt=3"):
         dataset.read_dataset(wide(str(path), "data.max_prompt=3"), TOKENIZER)

@@ -1,0 +1,171 @@
+"""A row of data -> a question with its right answers, or what is wrong with the row."""
+
+import ast
+import json
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from entroray.data.tables import lookup, message_text, written
+from entroray.data.text_rows import Row, recoded
+from entroray.errors import EntrorayError
+
+_WRITTEN = re.compile(r"""\s*\[\s*(?:(?:null|None)\s*,\s*)*\{\s*["'](?:role|content)["']\s*:""")
+"""How a list of messages begins that was written as a text."""
+Message = Mapping[str, Any]
+"""`{role, content}`, as chat templates take them."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of data, checked: a question, its known answer, and the row itself."""
+
+    task: str
+    text: str
+    """What is asked; of a conversation its last message, the user's."""
+    answer: str
+    row: Row
+    before: tuple[Message, ...] = ()
+    """The messages of a conversation before `text`."""
+    alternatives: tuple[str, ...] = ()
+    """Further right answers, besides `answer`."""
+
+
+@dataclass
+class BadRows:
+    """Rows of a table that are left out, and how many may be."""
+
+    task: str
+    allowed: float
+    """Share of all rows."""
+    rows: int = 0
+    count: int = 0
+    listed: tuple[str, ...] = ()
+    """The first 20, each with its place and what is wrong."""
+
+    def add(self, problem: str) -> None:
+        """One more."""
+        self.count += 1
+        if len(self.listed) < 20:
+            self.listed += (problem,)
+
+    def refuse(self, error: type[EntrorayError]) -> None:
+        """Raise `error` if they are too many."""
+        if self.count <= self.allowed * self.rows:
+            return
+        more = f"\n  and {self.count - len(self.listed)} more" if self.count > len(self.listed) else ""
+        listed = "".join(f"\n  {problem}" for problem in self.listed)
+        latin = any("not UTF-8 at" in problem for problem in self.listed)
+        recode = f" ({recoded(self.task, 'LATIN1')})" if latin else ""
+        raise error(
+            f"{self.task}: {self.count} of {self.rows} rows are bad{listed}{more}\n"
+            f"Mend them{recode}, or let a share of them be left out: data.settings.bad_rows=0.01"
+        )
+
+
+class BadRow(Exception):
+    """What is wrong with a row."""
+
+
+def read_question(task: str, row: Row | str, *, question: str, answer: str | None, marker: str) -> Question:
+    """The question of a row; BadRow where it has none, or no answer."""
+    if isinstance(row, str):
+        raise BadRow(row)
+    value = _messages(_value(row, question), question)
+    if question in row:
+        row = {**row, question: value}  # a template reads messages from here, too
+    *before, last = _conversation(value, question)
+    reference, *others = _references(_value(row, answer), answer, marker) if answer else [""]
+    return Question(task, last["content"], reference, row, tuple(before), tuple(others))
+
+
+def _references(value: Any, column: str, marker: str) -> list[str]:
+    """The right answers: those of a list, each once, else the one."""
+    several = value if isinstance(value, list | tuple) else [value]
+    if not several:
+        raise BadRow(f"{column!r} is [], which is empty")
+    return list(dict.fromkeys(_reference(each, column, marker) for each in several))
+
+
+def _reference(value: Any, column: str, marker: str) -> str:
+    text = written(value)
+    if text is None:
+        raise BadRow(f"{column!r} is {_shown(value)}, neither a text nor a number, nor a list of them")
+    _check_filled(column, text)
+    reference = text.rpartition(marker)[2].strip()
+    if not reference:
+        raise BadRow(f"{column!r} has nothing behind {marker!r}")
+    return reference
+
+
+def _messages(value: Any, column: str) -> Any:
+    """Messages without the nulls among them, also where a text holds them as JSON or as Python does."""
+    if isinstance(value, str) and _WRITTEN.match(value):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = _literal(value, column)
+    if isinstance(value, list | tuple) and any(isinstance(message, Mapping) for message in value):
+        return [message for message in value if message is not None]
+    return value
+
+
+def _literal(text: str, column: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise BadRow(f"{column!r} is {_shown(text)}, messages that are neither JSON nor Python") from None
+
+
+def _conversation(value: Any, column: str) -> list[Message]:
+    """The messages that a column holds, the last one the user's; a text is one message."""
+    if isinstance(value, str):
+        _check_filled(column, value)
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(m, Mapping) for m in value):
+        raise BadRow(f"{column!r} is {_shown(value)}, not a text or a list of messages (role, content)")
+    messages = [_message(m, column) for m in value]
+    if messages[-1]["role"] != "user":
+        raise BadRow(
+            f"{column!r} ends with a message of {messages[-1]['role']!r}, and the user's is answered: "
+            f"data.settings.question={column}.0.content takes the first alone"
+        )
+    _check_filled(column, messages[-1]["content"])
+    return messages
+
+
+def _message(message: Message, column: str) -> Message:
+    """Without its nulls, which Parquet puts where other rows have a value; its parts of text joined."""
+    content = message_text(message)
+    if not isinstance(content, str) or not isinstance(message.get("role"), str):
+        raise BadRow(f"{column!r} has a message {_shown(message)} without role and content as texts")
+    _check_encoding(column, content)
+    return {name: value for name, value in message.items() if value is not None} | {"content": content}
+
+
+def _value(row: Row, column: str) -> Any:
+    try:
+        return lookup(row, column)
+    except KeyError:
+        inner = [f"{name}.{key}" for name, v in row.items() if isinstance(v, Mapping) for key in v]
+        known = ", ".join(map(str, [*row, *inner])) or "none"
+        raise BadRow(f"no {column!r} (columns: {known})") from None
+
+
+def _check_filled(column: str, text: str) -> None:
+    if not text.strip():
+        raise BadRow(f"{column!r} is {text!r}, which is empty")
+    _check_encoding(column, text)
+
+
+def _check_encoding(column: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{column!r} is not UTF-8 (a lone surrogate)") from None
+
+
+def _shown(value: Any) -> str:
+    return textwrap.shorten(repr(value), 200, placeholder=" ...")
