@@ -11,8 +11,8 @@ import numpy as np
 from entroray.config import Config
 from entroray.data.demonstrations import find_demonstration
 from entroray.errors import DataError, PreflightError
-from entroray.reward import remote_judges
 from entroray.reward.parts import describe_judge, judge_parts
+from entroray.reward.served import may_be_served
 from entroray.types import Prompt, Rollout, Status, Verdict
 from entroray.wiring import dataset, tool, warm_start
 from entroray.workers.verifier import Verifier
@@ -42,8 +42,9 @@ def _fewer_rows(of: Any) -> Any:
 def is_own(read: dataset.Dataset) -> bool:
     """Whether a judge or the tool is a function of the user's, or a server."""
     specs = [spec for judge in read.judge["judges"].values() for spec in judge_parts(judge).values()]
-    names = [str(spec.get("fn", "")) for spec in (*specs, read.judge["tool"] or {})]
-    return any(name == "custom" or "." in name or hasattr(remote_judges, name) for name in names if name)
+    return any(
+        spec.get("fn") == "custom" or may_be_served(spec) for spec in (*specs, read.judge["tool"] or {})
+    )
 
 
 def try_judges(config: Config, read: dataset.Dataset) -> list[str]:

@@ -111,4 +111,4 @@ def _describe(spec: Spec) -> str:
         return str(spec["path"])
     url = spec.get("url") or spec.get("base_url")
     model = f"{spec['model']} " if "model" in spec else ""
-    return f"{spec.get('fn')} by {model}at {shown(url)}" if isinstance(url, str) else str(spec.get("fn"))
+    return f"{spec.get('fn')} {model}at {shown(url)}" if isinstance(url, str) else str(spec.get("fn"))

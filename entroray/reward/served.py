@@ -6,11 +6,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from entroray.binding import bind, effective_settings, traits
+from entroray.binding import bind, effective_settings, slot_functions, traits
 from entroray.errors import ConfigError
 from entroray.reward import judges, remote_judges
 from entroray.reward.http_client import Client, Connections, Unjudged
@@ -50,7 +50,7 @@ class ServedJudges:
         parts = {
             (d, name): s for d, judge in reward["judges"].items() for name, s in judge_parts(judge).items()
         }
-        bound = {at: bind_judge(spec, packages) for at, spec in parts.items() if _may_be_served(spec)}
+        bound = {at: bind_judge(spec, packages) for at, spec in parts.items() if may_be_served(spec)}
         self.judges = {at: judge for at, judge in bound.items() if is_served(judge)}
         for at, judge in self.judges.items():
             _check_key(judge.keywords.get("key_env"), at[1])
@@ -91,10 +91,10 @@ def _late(deadline: float, trouble: str) -> str:
     return f"no verdict within deadline={deadline:g} s" + (f": {trouble}" if trouble else "")
 
 
-def _may_be_served(spec: Spec) -> bool:
-    """Whether it must be looked at: what is certainly run in a judge process is not imported here."""
+def may_be_served(spec: Spec) -> bool:
+    """Whether a judge is on a server, or is a function of the user's packages, which may be."""
     name = str(spec.get("fn"))
-    return "." in name or isinstance(getattr(remote_judges, name, None), Callable)  # type: ignore[arg-type]
+    return "." in name or name in slot_functions(remote_judges)
 
 
 def _check_key(name: str | None, part: str) -> None:

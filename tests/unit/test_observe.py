@@ -57,7 +57,8 @@ def a_step(version=0, entropy=(0.1, 0.2, 0.7, math.nan, 0.3, 0.4, 0.6)):
         )
         for i, k in enumerate(lengths)
     ]
-    verdicts = [Verdict(0.5, True), Verdict(0.0, False), Verdict(0.0, False), Verdict(1.0, True)]
+    right = Verdict(0.5, True, parts={"form": 0.5, "odd": math.nan})
+    verdicts = [right, Verdict(0.0, False), Verdict(0.0, False), Verdict(1.0, True)]
     groups = [
         Group(Prompt("ab"[g], "", (1,), ""), tuple(rollouts[s]), tuple(verdicts[s]))
         for g, s in enumerate((slice(0, 2), slice(2, 4)))
@@ -109,8 +110,7 @@ def test_every_metric_can_be_derived_from_the_token_records(tmp_path):
         avg(entropy::double) filter (advantage > 0) as "entropy/positive",
         avg(step - 1 - version) as "lag/mean"
         from '{file}' where mask_reason is null"""
-    (derived,) = query(sql)
-    assert len(derived) == 5
+    assert len(derived := query(sql)[0]) == 5
     for name, value in derived.items():
         assert value == pytest.approx(metrics[name], abs=1e-9), name
     assert metrics["entropy/mean"] == pytest.approx((0.1 + 0.2 + 0.7 + 0.3 + 0.4 + 0.6) / 6, abs=1e-6)
@@ -123,10 +123,10 @@ def test_record_columns_and_values(tmp_path):
     read_back = pq.read_table(tmp_path / "x.parquet")
     assert read_back.column_names == COLUMNS
     assert pq.ParquetFile(tmp_path / "x.parquet").metadata.row_group(0).column(0).compression == "ZSTD"
-    assert str(read_back.schema.field("entropy").type) == "float"
     rows = read_back.to_pylist()
-    assert [r["rollout"] for r in rows] == [0, 0, 0, 1, 3, 3, 3]
-    assert [r["token_id"] for r in rows] == [0, 1, 2, 0, 0, 1, 2]
+    assert (rows[2]["parts"], rows[3]["parts"]) == ('{"form": 0.5, "odd": null}', None)
+    assert [(r["rollout"], r["token_id"]) for r in rows[:4]] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    assert [(r["rollout"], r["token_id"]) for r in rows[4:]] == [(3, 0), (3, 1), (3, 2)]
     assert [r["prompt_id"] for r in rows] == list("aaaabbb")
     assert [r["mask_reason"] for r in rows] == [None, None, None, "truncated", None, None, None]
     assert (rows[3]["status"], rows[4]["status"]) == ("truncated", "ok")
@@ -142,7 +142,7 @@ def test_the_columns_of_a_record_are_those_documented(tmp_path):
         kind = "text" if field.type == token_records.WORD else str(field.type)
         said = {name.decode(): text.decode() for name, text in field.metadata.items()}
         rows.append(f"| `{field.name}` | {kind} | {said['unit'] or '-'} | {said['meaning']} |")
-    assert len(rows) == len(COLUMNS) == len(set(COLUMNS)) == 22
+    assert len(rows) == len(COLUMNS) == len(set(COLUMNS)) == 23
     page = Path(token_records.__file__).with_name("README.md").read_text()
     head = "| column | type | unit | meaning |\n|---|---|---|---|\n"
     assert head + "\n".join(rows) + "\n" in page, "\n".join(rows)
@@ -381,8 +381,8 @@ def test_report_of_a_run(tmp_path):
     book.event("engine_lost", reason="<i>")
     (tmp_path / "config.yaml").write_text("name: <script>")
     text = page(tmp_path)
-    assert text.count('class="plotly-graph-div"') == len(report.PLOTS) + 1 == 11
-    assert "Setting moved by bonus" in text
+    assert text.count('class="plotly-graph-div"') == len(report.PLOTS) + 2 == 12
+    assert "Setting moved by bonus" in text and "Parts of the reward" in text
     ranking = re.findall(r"<tr><td>(.{5})</td>", text)
     assert ranking == ["0.700", "0.600", "0.400", "0.300", "0.200", "0.100"]
     assert "&lt;b&gt; so<mark>⏎</mark>" in text
