@@ -1,6 +1,6 @@
 """Every setting once: type, default, meaning. YAML only chooses among them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -320,6 +320,6 @@ def user_files(config: Config) -> dict[str, str]:
     return {setting: str(path) for setting, path in (named | judges).items() if path}
 
 
-def is_user_file(spec: dict[str, Any]) -> bool:
+def is_user_file(spec: Mapping[str, Any]) -> bool:
     """Whether a judge is a function of a file: `{path: my_file.py:my_function}`."""
-    return isinstance(spec, dict) and "path" in spec and spec.get("fn", "custom") == "custom"
+    return isinstance(spec, Mapping) and "path" in spec and spec.get("fn", "custom") == "custom"

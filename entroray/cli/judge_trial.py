@@ -63,8 +63,9 @@ def try_judges(config: Config, read: dataset.Dataset) -> list[str]:
 
 async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str]:
     deadline, memory_mb = config.reward.deadline, config.verifier.memory_mb
-    limits = {"deadline": deadline, "memory_mb": memory_mb, "patience": PATIENCE}
-    verifier = Verifier(read.judge, slots=1, output=output, **limits)
+    verifier = Verifier(
+        read.judge, slots=1, deadline=deadline, memory_mb=memory_mb, output=output, patience=PATIENCE
+    )
     try:
         async with asyncio.timeout(LOADING):
             await verifier.warm_up()

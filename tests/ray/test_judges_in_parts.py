@@ -135,7 +135,7 @@ def test_parts_are_tried_before_anything_starts(url: str, mine: str, monkeypatch
     monkeypatch.setattr(judge_trial, "PATIENCE", 0.5)
     said = doctor.judge(configured(*SMALL, in_parts(url, mine), "reward.correct=answer"))
     assert f"2 x server (remote at {url})" in said and "right by answer gives" in said
-    assert "server.style 0.75" in said and "mine 4)" in said, "32 words of the byte tokenizer's five tokens"
+    assert "server.style 0.75" in said and "mine 20)" in said, "32 words of five bytes are 160 tokens"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     gone = f"http://127.0.0.1:{port}/judge"
