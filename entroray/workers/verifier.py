@@ -71,7 +71,8 @@ class Verifier:
             raise ConfigError(f"verifier.slots={slots} and verifier.deadline={deadline} must be above 0")
         self._reward, self._memory_mb, self._output = dict(reward), memory_mb, output
         self._deadline, self._width, self._slots = deadline, slots, asyncio.Semaphore(slots)
-        self._patience = patience
+        self._patience, self._judges = patience, self._reward["judges"]
+        self._parts = {domain: judge_parts(judge) for domain, judge in self._judges.items()}
         self._idle: deque[_Worker] = deque()
         self._forking, self._closed = asyncio.Lock(), False
         self._server = _ForkServer(self._reward, memory_mb, output)
@@ -112,19 +113,19 @@ class Verifier:
     async def _judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
         if not rollout.status.usable:
             return failed("not judged: the response itself failed", rollout.status)
-        judge = self._reward["judges"].get(prompt.domain, {})  # without one a judge process says so
-        response, parts = Response(rollout.text, rollout.length), judge_parts(judge)
-        found = await asyncio.gather(*(self._part(prompt, response, name) for name in parts))
+        judge, response = self._judges.get(prompt.domain, {}), Response(rollout.text, rollout.length)
+        parts = self._parts.get(prompt.domain, {"": {}})  # without a judge a process says so
+        asked = [self._part(prompt, response, name, spec) for name, spec in parts.items()]
+        found = await asyncio.gather(*asked) if len(asked) > 1 else [await asked[0]]
         verdict = sum_parts(judge, dict(zip(parts, found, strict=True)))
         cut = verdict.status is Status.OK and rollout.status is Status.TRUNCATED
         return replace(verdict, status=Status.TRUNCATED) if cut else verdict
 
-    async def _part(self, prompt: Prompt, response: Response, name: str) -> Verdict:
+    async def _part(self, prompt: Prompt, response: Response, name: str, spec: Mapping[str, Any]) -> Verdict:
         """The verdict of one part of the judge of a prompt's domain; "" is the whole of it."""
         at = prompt.domain, name
         if at not in self._served.judges:
-            judge = self._reward["judges"].get(prompt.domain, {})
-            return await self._local(prompt, response, name, ours=judge_parts(judge)[name].get("fn") in OWN)
+            return await self._local(prompt, response, name, ours=spec.get("fn") in OWN)
         verdict = await self._served.judge(at, response, prompt)
         if self._closed:
             raise InfrastructureError("this verifier is closed")
