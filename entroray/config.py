@@ -1,12 +1,14 @@
 """Every setting once: type, default, meaning. YAML only chooses among them."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 TINY = "tiny"
 """`model.path` of the tiny model: built and warm-started here, cached by content."""
 USER_FILES = ("reward.path", "rollout.tool.path", "model.template")
-"""Settings that name a file of the user's (`my_file.py:my_function`), which `entroray submit` takes along."""
+"""Settings that name a file of the user's (`my_file.py:my_function`); `user_files` adds those of judges."""
 
 
 @dataclass
@@ -86,7 +88,11 @@ class Data:
 class Reward:
     path: str | None = None  # my_file.py:my_function instead of the judge below
     judge: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}
-    deadline: float = 5.0  # seconds for each item, a tool call being one
+    parts: dict[str, Any] = field(
+        default_factory=dict
+    )  # several judges at once: {name: {fn: ..., settings, weight: 1}}, or {path: ..., weight: 1}
+    correct: str | None = None  # of reward.parts the one that says whether an answer is right
+    deadline: float = 5.0  # seconds for each item, a tool call being one; judges on servers have their own
     max_failed: float = 0.2  # share of the last 1000 responses without a verdict, above which the run ends
 
 
@@ -298,3 +304,22 @@ class Config:
     observe: Observe = field(default_factory=Observe)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+def judge_specs(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every judge that is set, each part of a reward being one, and the setting that it is set at."""
+    yield from ((f"data.parts.{name}.judge", part.judge) for name, part in config.data.parts.items())
+    yield "reward.judge", config.reward.judge
+    yield from ((f"reward.parts.{name}", part) for name, part in config.reward.parts.items())
+
+
+def user_files(config: Config) -> dict[str, str]:
+    """Each setting that names a file of the user's, and what it says; `entroray submit` takes them along."""
+    named = {setting: attrgetter(setting)(config) for setting in USER_FILES}
+    judges = {f"{s}.path": spec["path"] for s, spec in judge_specs(config) if is_user_file(spec)}
+    return {setting: str(path) for setting, path in (named | judges).items() if path}
+
+
+def is_user_file(spec: Mapping[str, Any]) -> bool:
+    """Whether a judge is a function of a file: `{path: my_file.py:my_function}`."""
+    return isinstance(spec, Mapping) and "path" in spec and spec.get("fn", "custom") == "custom"

@@ -4,7 +4,7 @@ import asyncio
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ import numpy as np
 from entroray.config import Config
 from entroray.data.demonstrations import find_demonstration
 from entroray.errors import DataError, EntrorayError, PreflightError
-from entroray.types import Prompt, Rollout, Status
+from entroray.reward.parts import describe_judge, judge_parts
+from entroray.reward.served import may_be_served
+from entroray.types import Prompt, Rollout, Status, Verdict
 from entroray.wiring import dataset, tool, warm_start
 from entroray.workers.verifier import Verifier
 
@@ -20,6 +22,8 @@ ROWS = 200
 """Rows drawn from a generated task: enough to see that it can be generated."""
 LOADING = 120.0
 """Seconds for a file of the user's to be loaded."""
+PATIENCE = 5.0
+"""Seconds after which a server that is not well is given up."""
 
 
 def read_few(config: Config) -> dataset.Dataset:
@@ -53,9 +57,11 @@ def _fewer_rows(of: Any) -> Any:
 
 
 def is_own(read: dataset.Dataset) -> bool:
-    """Whether a judge or the tool is a function of the user's."""
-    specs = [*read.judge["judges"].values(), read.judge["tool"] or {}]
-    return any(spec.get("fn") == "custom" or "." in spec.get("fn", "") for spec in specs)
+    """Whether a judge or the tool is a function of the user's, or a server."""
+    specs = [spec for judge in read.judge["judges"].values() for spec in judge_parts(judge).values()]
+    return any(
+        spec.get("fn") == "custom" or may_be_served(spec) for spec in (*specs, read.judge["tool"] or {})
+    )
 
 
 def try_judges(config: Config, read: dataset.Dataset) -> list[str]:
@@ -74,18 +80,20 @@ def try_judges(config: Config, read: dataset.Dataset) -> list[str]:
 
 async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str]:
     deadline, memory_mb = config.reward.deadline, config.verifier.memory_mb
-    verifier = Verifier(read.judge, slots=1, deadline=deadline, memory_mb=memory_mb, output=output)
+    verifier = Verifier(
+        read.judge, slots=1, deadline=deadline, memory_mb=memory_mb, output=output, patience=PATIENCE
+    )
     try:
         async with asyncio.timeout(LOADING):
             await verifier.warm_up()
         lines = [await _judged(config, read, verifier, prompt) for prompt in _first_prompts(read)]
         return lines + ([await _called(config, read, verifier)] if read.judge["tool"] else [])
     except TimeoutError as error:
-        own = next(iter(read.judge["judges"].values()))["fn"]
-        used = f"reward.path={config.reward.path}" if config.reward.path else f"reward.judge.fn={own}"
+        used = "; ".join({describe_judge(judge): None for judge in read.judge["judges"].values()})
+        place = "reward.path=" if config.reward.path else "reward: "
         raise PreflightError(
-            f"{used}: the judge was not ready within {LOADING:g} s: do slow work at its first call, not "
-            "while its file is imported"
+            f"{place}{used}: the judge was not ready within {LOADING:g} s: do slow work at its first call, "
+            "not while its file is imported"
         ) from error
     finally:
         verifier.close()
@@ -95,36 +103,51 @@ def _first_prompts(read: dataset.Dataset) -> Iterator[Prompt]:
     """One of each part; with demonstrations if there are any."""
     for domain in read.judge["judges"]:
         prompts = chain(read.split.demonstrations, read.split.training)
-        yield next(prompt for prompt in prompts if prompt.domain == domain)
+        yield from islice((prompt for prompt in prompts if prompt.domain == domain), 1)
 
 
 async def _judged(config: Config, read: dataset.Dataset, verifier: Verifier, prompt: Prompt) -> str:
     known = _known_answer(config, read, prompt)
     texts = [prompt.reference if known is None else known, "", _long(config)]
-    verdicts = await verifier.judge(prompt, [_response(prompt, text) for text in texts])
-    name = config.reward.path or read.judge["judges"][prompt.domain]["fn"]
+    tokens = [read.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    drawn = [_response(prompt, *each) for each in zip(texts, tokens, strict=True)]
+    verdicts = await verifier.judge(prompt, drawn)
+    name = describe_judge(read.judge["judges"][prompt.domain])
     for text, verdict in zip(texts, verdicts, strict=True):
         if not verdict.status.usable:
-            late = f"raise reward.deadline={config.reward.deadline:g}, or make it faster"
-            remedy = late if verdict.status is Status.TIMEOUT else "reward.path must judge every response"
-            raise DataError(
-                f"{name} gave no verdict on {text[:40]!r}: {verdict.status}: {verdict.detail}; {remedy}"
-            )
+            raise _no_verdict(config, name, text, verdict)
     if known is not None and not verdicts[0].correct:
         raise DataError(
             f"the judge finds the right answer {known!r} wrong: make reward.judge and data.demonstration fit"
         )
-    right, empty, long = (f"{verdict.reward:g}" for verdict in verdicts)
+    right, empty, long = map(_shown, verdicts)
     words = len(texts[2].split())
     return (
         f"{name} gives {right} for {texts[0][:40]!r}, {empty} for an empty response, {long} for {words} words"
     )
 
 
+def _no_verdict(config: Config, name: str, text: str, verdict: Verdict) -> DataError | PreflightError:
+    """That a judge must judge every response; of a server that is not there, that it must be."""
+    said = f"{name} gave no verdict on {text[:40]!r}: {verdict.status}: {verdict.detail}"
+    if verdict.status is Status.INFRA_FAILED:
+        return PreflightError(f"{said}; start what it needs first, or mend its setting")
+    late = (
+        f"raise reward.deadline={config.reward.deadline:g} (or the judge's own deadline), or make it faster"
+    )
+    remedy = late if verdict.status is Status.TIMEOUT else "a judge (reward.path) must judge every response"
+    return DataError(f"{said}; {remedy}")
+
+
+def _shown(verdict: Verdict) -> str:
+    parts = ", ".join(f"{name} {value:g}" for name, value in verdict.parts.items())
+    return f"{verdict.reward:g}" + (f" ({parts})" if parts else "")
+
+
 def _known_answer(config: Config, read: dataset.Dataset, prompt: Prompt) -> str | None:
     """A right answer as a response reads, with what a tool says in it."""
     name = dataset.tasks(config.data, config.model.system)[prompt.domain].demonstration
-    if config.reward.path or not name:
+    if config.reward.path or config.reward.parts or not name:
         return None
     answer = find_demonstration(name)(prompt.entry)
     return str(read.tokenizer.decode(tool.encode_answer(config.rollout.tool, read.tokenizer, answer)[0]))
@@ -147,6 +170,6 @@ def _long(config: Config) -> str:
     return "word " * config.rollout.max_tokens
 
 
-def _response(prompt: Prompt, text: str) -> Rollout:
-    none = np.empty(0, dtype=np.int32)
-    return Rollout(prompt.id, none, none.astype(np.float32), none, text, 1.0, limit=1)
+def _response(prompt: Prompt, text: str, tokens: list[int]) -> Rollout:
+    ids = np.array(tokens, dtype=np.int32)
+    return Rollout(prompt.id, ids, ids.astype(np.float32), ids, text, 1.0, limit=1)

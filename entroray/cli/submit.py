@@ -10,14 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from entroray import rows
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
-from entroray.config import USER_FILES, Config, Data, Part
+from entroray.config import Config, Data, Part, user_files
 from entroray.errors import ConfigError, InfrastructureError, PreflightError, first_line
 from entroray.wiring import compose
 from entroray.wiring.overrides import quote
@@ -80,11 +79,8 @@ def pack(folder: Path, config: Config, overrides: list[str], config_dir: str | N
 
 
 def _pack_files(folder: Path, config: Config) -> Iterator[tuple[str, str]]:
-    """Each setting of `USER_FILES` that is set, and its value in the job: the file, with its imports."""
-    for number, setting in enumerate(USER_FILES):
-        path = attrgetter(setting)(config)
-        if not path:
-            continue
+    """Each setting that names a file of the user's, and its value in the job: the file, with its imports."""
+    for number, (setting, path) in enumerate(user_files(config).items()):
         file, _, function = path.rpartition(":")
         source = Path(file or path).expanduser().resolve()
         if not source.is_file():

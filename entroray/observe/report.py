@@ -1,5 +1,6 @@
 """One self-contained page about a run: report.html, readable without a network."""
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -67,9 +68,10 @@ def write_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html from the files of the run; a missing file is a sentence on the page."""
     path = run_dir / "metrics.jsonl"
     metrics = read_metrics(path) if path.exists() else []
+    plots = (*PLOTS, *_parts(metrics), *_moved(metrics))
     body = [
         _head(run_dir, metrics),
-        f'<main class="cards">{"".join(_card(p, metrics) for p in (*PLOTS, *_moved(metrics)))}</main>'
+        f'<main class="cards">{"".join(_card(p, metrics) for p in plots)}</main>'
         if metrics
         else _missing("metrics.jsonl", "there are no curves"),
         _tokens(run_dir),
@@ -110,6 +112,15 @@ def _tiles(metrics: Metrics) -> list[tuple[str, str]]:
         if values:
             tiles.append((name, format(sorted(values)[len(values) // 2], form)))
     return tiles
+
+
+def _parts(metrics: Metrics) -> list[Plot]:
+    """A plot of what the reward is made of, where verdicts have parts."""
+    names = dict.fromkeys(key for m in metrics for key in m if key.startswith("reward/part_"))
+    colours = itertools.cycle(COLOUR.values())
+    curves = tuple(Curve(name, escape(name.removeprefix("reward/part_")), next(colours)) for name in names)
+    meaning = "Mean of each part of the verdicts before its weight, over a step's judged rollouts."
+    return [Plot("Parts of the reward", meaning, "each its own", curves)] if curves else []
 
 
 def _moved(metrics: Metrics) -> list[Plot]:

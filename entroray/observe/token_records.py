@@ -1,8 +1,9 @@
 """Token records: one Parquet row per response token, from which every entropy metric can be derived again."""
 
 import csv
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
     pairs = zip(rollouts, judged, strict=True)
     status = [str(r.status if v.status is Status.OK else v.status) for r, (_, v) in pairs]
     reason = [s if s != Status.OK else "masked" for s in status]
+    parts = [_object(v.parts) for _, v in judged]
     drawn = _drawn(rollouts)
 
     def learnt(x: Tensor) -> pa.Array:
@@ -86,10 +88,17 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
         "mask_reason": _reasons(reason, row, mask, observed_tokens(rollouts)),
         "reward": per_row([v.reward for _, v in judged]),
         "correct": per_row([v.correct for _, v in judged]),
+        "parts": _words(parts, row, null=np.array([not each for each in parts], bool)[row]),
         "status": _words(status, row),
         "replayed": np.array([r.replayed for r in rollouts], bool)[row],
     }
     return pa.table(columns, schema=SCHEMA)
+
+
+def _object(parts: Mapping[str, float]) -> str:
+    """A JSON object, in which NaN is null; empty without parts."""
+    finite = {name: value if np.isfinite(value) else None for name, value in parts.items()}
+    return json.dumps(finite) if finite else ""
 
 
 def write_records(file: Path, records: pa.Table) -> None:

@@ -1,15 +1,19 @@
 """Judges by name: settings -> a function (response text, prompt) -> verdict, built once in each process.
 
 One of your own is a function in one of your `packages`: settings by keyword, and it returns the judge, which
-may return a number, a bool or a Verdict. A number is the reward, and right from 0.99 on.
+may return a number, a bool or a Verdict. A number is the reward, and right from 0.99 on. Judges on servers
+are in `remote_judges`.
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+from entroray.binding import Count, declare
 from entroray.reward import gym as reasoning_gym
 from entroray.reward.extract import rule
+from entroray.reward.text_match import normalise
 from entroray.reward.user_file import load_function
 from entroray.reward.verdicts import CORRECT_FROM, Judge, failed, graded, guarded, last_line, scored
 from entroray.types import Prompt, Verdict
@@ -75,6 +79,92 @@ def _score(score: Callable[[str, Mapping[str, Any]], float], answer: str, entry:
         return 0.0
 
 
-def custom(*, path: str) -> Judge:
+def text(
+    *,
+    extract: str = "response",
+    marker: str = "####",
+    keep: Sequence[Literal["case", "punctuation", "articles"]] = (),
+) -> Judge:
+    """Right if the extracted answer is the reference or one of its alternatives, written anyhow.
+
+    Case, white space, punctuation, articles and forms of Unicode do not count, but for those to `keep`.
+    """
+    find = rule(extract, marker)
+
+    def by_text(response: str, prompt: Prompt) -> Verdict:
+        known = [each for each in (prompt.reference, *prompt.alternatives) if each.strip()]
+        if not known:
+            return failed(f"prompt {prompt.id} has no reference: name its column, data.settings.answer")
+        answer = find(response)
+        if answer is None:
+            return graded(False, None, f"no answer by rule {extract!r}")
+        said = normalise(answer, keep)
+        return graded(any(said == normalise(each, keep) for each in known), answer)
+
+    return by_text
+
+
+def _pattern_misfit(*, pattern: str) -> str:
+    try:
+        re.compile(pattern, re.DOTALL)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"pattern={pattern!r} is no regular expression: {error}"
+    return ""
+
+
+@declare(misfit=_pattern_misfit)
+def format(*, pattern: str) -> Judge:
+    """Right if all of the response, but white space around it, matches a regular expression.
+
+    `.` is any character, line breaks too: `pattern: "<think>.*</think>\\s*<answer>.*</answer>"`. To look
+    for something within a response, put `.*` around it.
+    """
+    form = re.compile(pattern, re.DOTALL)
+    return lambda response, prompt: graded(form.fullmatch(response.strip()) is not None, None)
+
+
+def _length_misfit(*, target: int | str | None, maximum: int | None, buffer: int, **_: object) -> str:
+    if (target is None) == (maximum is None):
+        return "`length` needs either target=N or maximum=N"
+    if isinstance(target, int) and target < 1:
+        return f"target={target} must be above 0"
+    return (
+        f"buffer={buffer} must be within maximum={maximum}" if maximum and not 0 <= buffer <= maximum else ""
+    )
+
+
+@declare(misfit=_length_misfit)
+def length(
+    *,
+    target: int | str | None = None,
+    maximum: Count | None = None,
+    buffer: int = 0,
+    unit: Literal["tokens", "words", "characters"] = "tokens",
+) -> Judge:
+    """A penalty on the length of the response, from 0 to -1; right where there is none.
+
+    With `maximum`, as DAPO's (arXiv 2503.14476): 0 up to `buffer` below it, then straight to -1. With
+    `target`, as L1's (arXiv 2503.04697): -|length - target| / target; a text names the row's column of it.
+    """
+    measure: Mapping[str, Callable[[Any], int]] = {
+        "tokens": lambda response: response.tokens,
+        "words": lambda response: len(response.split()),
+        "characters": len,
+    }
+
+    def by_length(response: str, prompt: Prompt) -> Verdict:
+        count = measure[unit](response)
+        if maximum is not None:
+            over = count - (maximum - buffer)
+            reward = -min(1.0, max(0, over) / buffer) if buffer else -float(over > 0)
+        else:
+            goal = float(prompt.entry[target] if isinstance(target, str) else target or 0)
+            reward = -min(1.0, abs(count - goal) / goal)
+        return Verdict(reward + 0.0, reward == 0, detail=f"{count} {unit}")
+
+    return by_length
+
+
+def custom(*, path: str, setting: str = "reward.path") -> Judge:
     """`my_file.py:my_function`, called with (response, prompt), found from the working directory."""
-    return guarded(load_function(path, "reward.path"), path)
+    return guarded(load_function(path, setting), f"{setting}={path}")

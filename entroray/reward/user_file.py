@@ -41,7 +41,11 @@ def load_function(path: str, setting: str) -> Callable[[str, Prompt], Any]:
         signature = inspect.signature(function)
         signature.bind("response", "prompt")
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{setting}={path!r}: {name} must take (text, prompt): {error}") from error
+        takes = f"{name}{inspect.signature(function)}" if isinstance(error, TypeError) else name
+        raise ConfigError(
+            f"{setting}={path!r}: {name} must take (text, prompt), and is {takes}: {error}; give every other "
+            "argument a default"
+        ) from error
     if [*signature.parameters][:1] == ["prompt"]:
         raise ConfigError(
             f"{setting}={path!r}: {name} is called with (text, prompt), in this order: swap them"
@@ -69,7 +73,7 @@ def _module(source: Path, setting: str) -> ModuleType:
         raise ConfigError(
             f"{setting}: {source} cannot be loaded: {place}: SyntaxError: {error.msg}"
         ) from error
-    except (Exception, SystemExit) as error:  # boundary: user code; the file is what is wrong
+    except BaseException as error:  # boundary: user code, loaded where no Ctrl-C comes; the file is wrong
         raise ConfigError(f"{setting}: {source} cannot be loaded: {error!r}") from error
 
 

@@ -13,6 +13,19 @@ from entroray.types import Prompt, Status, Verdict
 Judge = Callable[[str, Prompt], Verdict]
 """(response text, prompt) -> verdict; plain, synchronous, and free to be slow: it is killed from outside."""
 
+
+class Response(str):
+    """What a judge is given: the text of a response, which knows how many tokens it has."""
+
+    tokens: int
+    """Of the response, those of tools' answers included."""
+
+    def __new__(cls, text: str, tokens: int = 0) -> "Response":
+        made = super().__new__(cls, text)
+        made.tokens = tokens
+        return made
+
+
 CORRECT_FROM = 0.99
 """Score from which an answer is right; reasoning-gym gives 0.01 to 0.125 for garbage."""
 
@@ -21,7 +34,7 @@ _DETAIL = 2000
 
 def failed(detail: str, status: Status = Status.DATA_FAILED) -> Verdict:
     """A verdict on nothing: reward is NaN, correct is False, `status` and `detail` say why."""
-    return Verdict(math.nan, False, status=status, detail=detail[:_DETAIL])
+    return Verdict(math.nan, False, status=status, detail=" ".join(detail.split())[:_DETAIL])
 
 
 def graded(right: bool, answer: str | None, detail: str = "") -> Verdict:
@@ -57,7 +70,7 @@ def _plain(verdict: Verdict, source: str) -> Verdict:
         return failed(f"{source} returned {verdict!r}, whose reward is not finite")
     if correct not in (0, 1):
         return failed(
-            f"{source} (reward.path) returned Verdict.correct={correct!r}: return True or False there, "
+            f"{source} returned Verdict.correct={correct!r}: return True or False there, "
             "and a partial score as Verdict.reward"
         )
     answer = None if verdict.answer is None else str(verdict.answer)
@@ -71,7 +84,7 @@ def guarded(function: Callable[[str, Prompt], Any], source: str) -> Judge:
     def judge(response: str, prompt: Prompt) -> Verdict:
         try:
             return as_verdict(function(response, prompt), source)
-        except (Exception, SystemExit) as error:  # boundary: user code; it fails this sample alone
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # boundary: user code fails this alone
             return failed(f"{source} raised {last_line(error)}")
 
     return judge

@@ -3,17 +3,24 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from entroray.binding import bind
-from entroray.config import Config, Data, Evaluate, Part, Reward
+from entroray.config import Config, Data, Evaluate, Part, Reward, judge_specs, user_files
 from entroray.data import mixture, prompts, sources
 from entroray.errors import ConfigError, PreflightError
 from entroray.evaluation.evaluate import heldout_prompts
 from entroray.policy.tokenizer import Chat, chat, load_tokenizer
-from entroray.reward import judges
+from entroray.reward.parts import (
+    PLACE,
+    check_parts,
+    describe_judge,
+    parts_judge,
+    unweighted,
+    written_judge,
+)
+from entroray.reward.served import bind_judge
 from entroray.reward.user_file import absolute
 from entroray.roles import GroupObserver, StepMetrics
 from entroray.types import Prompt
@@ -61,11 +68,32 @@ def check_mixture(d: Data) -> None:
 
 def check_tasks(config: Config) -> None:
     """ConfigError for a source or a judge that there is not, or whose settings are wrong."""
-    for name, part in tasks(config.data, config.model.system).items():
+    _check_reward(config)
+    for part in tasks(config.data, config.model.system).values():
         _bind_source(part, config.packages)
-        if spec := part.judge or config.reward.judge:
-            place = f"data.parts.{name}.judge" if part.judge else judges.SETTING
-            bind(judges, spec, config.packages, place)
+    for place, spec in judge_specs(config):
+        judge = unweighted(spec) if place.startswith(PLACE) else spec
+        if judge:
+            bind_judge(written_judge(judge, place), config.packages, place)
+
+
+def _check_reward(config: Config) -> None:
+    """ConfigError for parts of a reward that are none, or that something else takes the place of."""
+    r = config.reward
+    check_parts(r.parts, r.correct)
+    if r.parts and (r.path or r.judge):
+        other = f"reward.path={r.path}" if r.path else f"reward.judge={{fn: {r.judge.get('fn')}, ...}}"
+        drop = "reward.path=null" if r.path else "'reward.judge={}'"
+        raise ConfigError(
+            f"reward.parts and {other}, which a row of conf/data may have set: a reward has parts or one "
+            f"judge. Say {drop} beside reward.parts, and put what that judged among the parts if it counts"
+        )
+    own = [name for name, part in config.data.parts.items() if part.judge]
+    if r.parts and own and len(own) == len(config.data.parts):
+        raise ConfigError(
+            "reward.parts judges nothing, for each part of the mixture has a judge of its own, which goes "
+            f"first: say 'data.parts.{own[0]}.judge={{}}' for each that reward.parts is to judge"
+        )
 
 
 def read_questions(part: Part, packages: Sequence[str]) -> tuple[Sequence[sources.Question], int]:
@@ -173,17 +201,29 @@ def judge_spec(config: Config) -> Mapping[str, Any]:
 
 def _judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
     """The judge of each part of the mixture; "" is the one task without parts."""
-    if config.reward.path:
-        path = absolute(config.reward.path)
-        return {name: {"fn": "custom", "path": path} for name in tasks(config.data, config.model.system)}
-    specs = {
-        name: part.judge or config.reward.judge
-        for name, part in tasks(config.data, config.model.system).items()
+    found = tasks(config.data, config.model.system).items()
+    return {
+        name: domain_judge(config.reward, part.judge, f"data.parts.{name}.judge" if name else "reward.judge")
+        for name, part in found
     }
-    if not all(specs.values()):
-        where = next(f"data.parts.{n}.judge" if n else "reward.judge" for n in specs if not specs[n])
-        raise ConfigError(f"no judge: set {where} (as conf/data does), or reward.path=my_file.py:my_function")
-    return specs
+
+
+def domain_judge(r: Reward, own: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """What judges a domain: `reward.path`, else its `own` judge, set at `place`, else what `reward` says.
+
+    ConfigError if there is none.
+    """
+    if r.path:
+        return written_judge({"path": r.path}, "reward")
+    if own:
+        return written_judge(own, place)
+    if r.parts:
+        return parts_judge(r.parts, r.correct)
+    if r.judge:
+        return written_judge(r.judge, "reward.judge")
+    raise ConfigError(
+        f"no judge: set {place} (as conf/data does), reward.parts or reward.path=my_file.py:my_function"
+    )
 
 
 def describe_tasks(d: Data, shared: str | None, reward: Reward) -> list[str]:
@@ -192,7 +232,8 @@ def describe_tasks(d: Data, shared: str | None, reward: Reward) -> list[str]:
     for name, part in tasks(d, shared).items():
         system = part.system or shared
         said = f"{part.task}, template {part.template!r}, system {system!r}"
-        judged = "" if reward.path else f", judged by {(part.judge or reward.judge).get('fn')}"
+        judge = domain_judge(reward, part.judge, f"data.parts.{name}.judge" if name else "reward.judge")
+        judged = f", judged by {describe_judge(judge)}"
         lines.append(f"{name}: weight {part.weight:g}, {said}{judged}" if name else said + judged)
     return lines
 
@@ -230,8 +271,8 @@ def identity(config: Config, read_in: Dataset) -> dict[str, str]:
     rows = "\n".join(_content(read_in.split.training))
     words = repr(sorted(read_in.tokenizer.get_vocab().items()))
     named = {"data.task": rows, "model.path": words, "model.template": str(read_in.tokenizer.chat_template)}
-    for setting in ("reward.path", "rollout.tool.path"):
-        if path := attrgetter(setting)(config):
+    for setting, path in user_files(config).items():
+        if setting not in named:
             named[setting] = Path(absolute(path).rpartition(":")[0]).read_text(errors="replace")
     hashed = lambda text: hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return {setting: hashed(text) for setting, text in named.items()}

@@ -26,7 +26,7 @@ PARSER = OverridesParser.create()
 KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w-]*([./][\w-]+)*(@[\w./-]*)?", re.ASCII)
 TEXTS = re.compile(
     r"data\.(parts\.[^.]+\.)?(template|system)|model\.system|sampler\.(stop|insert)|"
-    r"rollout\.tool\.(open|close|answer)"
+    r"rollout\.tool\.(open|close|answer)|.*\.rubric"
 )
 """Settings whose text is put to the model or looked for in what it says."""
 MOST = 10_000

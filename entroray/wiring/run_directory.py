@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ RESUME: Mapping[str, tuple[str, str]] = {
     )
 }
 """Setting, or the beginning of several -> what a resumption does about another value (`free`, `fixed` or
-`own`, which is the command's and not the run's), and why. The longest beginning holds."""
+`own`, which is the command's and not the run's), and why. The longest beginning holds; `*` is any name."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,10 @@ def resume_rule(path: str) -> tuple[str, str]:
     """What a resumption does about another value of a setting, and why."""
     parts = path.split(".")
     beginnings = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    return next((RESUME[each] for each in beginnings if each in RESUME), ("fixed", ""))
+    return next(
+        (rule for each in beginnings for known, rule in RESUME.items() if fnmatchcase(each, known)),
+        ("fixed", ""),
+    )
 
 
 def _ruled(settings: Mapping[str, Any], rules: Sequence[str]) -> dict[str, Any]:
@@ -335,7 +339,7 @@ def compare(folder: Path, began: Mapping[str, Any], given: Mapping[str, Any]) ->
 
 def _alike(setting: str, old: Any, new: Any) -> bool:
     """Whether two values are one, or two ways to write one path."""
-    path = setting in ("model.path", *USER_FILES) or setting.endswith(".task")
+    path = setting in USER_FILES or setting.endswith((".path", ".task"))
     written = path and isinstance(old, str) and isinstance(new, str)
     return old == new or (written and os.path.realpath(old) == os.path.realpath(new))
 

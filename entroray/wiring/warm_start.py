@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from entroray import rows
-from entroray.config import TINY, Config, Model, Part, WarmStartConfig
+from entroray.config import TINY, Config, Model, Part, WarmStartConfig, user_files
 from entroray.data.demonstrations import NAMES, WorkedAnswer, find_demonstration
 from entroray.data.text_rows import Row
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
@@ -61,7 +61,7 @@ def _besides(config: Config) -> list[dict[str, Any]]:
     system = {"system": config.model.system} if config.model.system else {}
     r = config.rollout
     called = {"tool": asdict(r.tool), "turns": r.turns} if tool.uses_tool(config.rollout.tool) else {}
-    found = system | called | _asked(config.model) | _trained(config) | _judged(config.reward.path)
+    found = system | called | _asked(config.model) | _trained(config) | _judged(config)
     return [found] if found else []
 
 
@@ -93,12 +93,18 @@ def _shared(config: Config) -> dict[str, Any]:
     }
 
 
-def _judged(path: str | None) -> dict[str, Any]:
-    """Function and text of the user's own judge, which measures the band; its path where there is no file."""
-    if not path:
-        return {}
+def _judged(config: Config) -> dict[str, Any]:
+    """What measures the band, where it is not `reward.judge` alone: parts, and texts of the user's files."""
+    r, files = config.reward, user_files(config)
+    files = {name: path for name, path in files.items() if name.startswith(("reward.", "data."))}
+    texts = {"path" if name == "reward.path" else name: _function(path) for name, path in files.items()}
+    return texts | ({"parts": r.parts, "correct": r.correct} if r.parts else {})
+
+
+def _function(path: str) -> Any:
+    """Name and text of `my_file.py:my_function`; the path where there is no file."""
     file, _, name = path.rpartition(":")
-    return {"path": [name, _content(file)] if os.path.isfile(os.path.expanduser(file)) else path}
+    return [name, _content(file)] if os.path.isfile(os.path.expanduser(file)) else path
 
 
 def resolve_model(config: Config) -> str:

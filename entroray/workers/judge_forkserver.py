@@ -91,8 +91,8 @@ def _serve_items(judge: Callable[..., Any], channel: socket.socket, memory_mb: i
     try:
         _limit_resources(memory_mb)
         while header := channel.recv(HEADER.size, socket.MSG_WAITALL):
-            prompt, text = pickle.loads(channel.recv(HEADER.unpack(header)[0], socket.MSG_WAITALL))
-            send(channel, json.dumps(asdict(judge(text, prompt))).encode())
+            item = pickle.loads(channel.recv(HEADER.unpack(header)[0], socket.MSG_WAITALL))
+            send(channel, json.dumps(asdict(judge(*item))).encode())
     except BaseException:  # boundary: a fork must never return into the server's loop
         traceback.print_exc()
         os._exit(1)

@@ -1,12 +1,14 @@
 """Judges responses in processes of their own, so that no answer can hold, crash or fool the run.
 
-Every judge process (forked by `judge_forkserver`, in milliseconds) has its own process group, memory limit
-and socket, serves one item at a time, and is killed with its group at the item's deadline. Contained, not
-sandboxed: files and network are open.
+Judges on servers are asked from here, while these processes judge (`entroray/reward/served.py`). Every judge
+process (forked by `judge_forkserver`, in milliseconds) has its own process group, memory limit and socket,
+serves one item at a time, and is killed with its group at the item's deadline. Contained, not sandboxed:
+files and network are open.
 """
 
 import asyncio
 import json
+import math
 import os
 import pickle
 import signal
@@ -18,14 +20,17 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import psutil
 
 from entroray.errors import ConfigError, InfrastructureError
 from entroray.reward.judges import OWN
+from entroray.reward.parts import judge_parts, sum_parts
+from entroray.reward.served import ServedJudges
 from entroray.reward.tools import Call
-from entroray.reward.verdicts import as_verdict, failed, graded
+from entroray.reward.verdicts import Response, as_verdict, failed, graded
 from entroray.types import Answer, Prompt, Rollout, Status, Verdict
 from entroray.workers.judge_forkserver import FORK, HEADER
 
@@ -48,7 +53,8 @@ class Verifier:
 
     `reward` is what `entroray.reward.build_verification` takes by keyword. `memory_mb` bounds what one
     worker may allocate beyond what it starts with; `output` is the descriptor that what judges print goes to,
-    this process's own by default. The constructor does not wait for the judge; serves one event loop.
+    this process's own by default; `patience` are the seconds that a server which is not well is given. The
+    constructor does not wait for the judge; serves one event loop.
     """
 
     def __init__(
@@ -59,17 +65,26 @@ class Verifier:
         deadline: float = 10.0,
         memory_mb: int | None = 2048,
         output: int | None = None,
+        patience: float = math.inf,
     ):
         if slots < 1 or deadline <= 0:
             raise ConfigError(f"verifier.slots={slots} and verifier.deadline={deadline} must be above 0")
         self._reward, self._memory_mb, self._output = dict(reward), memory_mb, output
         self._deadline, self._width, self._slots = deadline, slots, asyncio.Semaphore(slots)
+        self._patience, self._judges = patience, self._reward["judges"]
+        self._parts = {domain: judge_parts(judge) for domain, judge in self._judges.items()}
         self._idle: deque[_Worker] = deque()
         self._forking, self._closed = asyncio.Lock(), False
         self._server = _ForkServer(self._reward, memory_mb, output)
 
+    @cached_property
+    def _served(self) -> ServedJudges:
+        """Made at the first call, whose error a caller gets as it is."""
+        return ServedJudges(self._reward, self._deadline, self._patience)
+
     async def warm_up(self) -> None:
         """Return once every slot has its worker; raises ConfigError when the judge cannot be built."""
+        _ = self._served
         while len(self._idle) < self._width:
             self._idle.append(await self._fork())
 
@@ -82,7 +97,7 @@ class Verifier:
 
     async def answer(self, prompt: Prompt, calls: Sequence[str]) -> list[Answer]:
         """One answer of the tool of `reward` per call, in order; raises as `judge` does."""
-        verdicts = await asyncio.gather(*(self._evaluate(prompt, Call(call)) for call in calls))
+        verdicts = await asyncio.gather(*(self._local(prompt, Call(call)) for call in calls))
         return [Answer(str(v.answer or ""), not v.correct, v.status, v.detail) for v in verdicts]
 
     def close(self) -> None:
@@ -91,19 +106,33 @@ class Verifier:
         for worker in self._idle:
             worker.channel.close()
         self._idle.clear()
+        if "_served" in vars(self):
+            self._served.close()
         self._server.close()
 
     async def _judge(self, prompt: Prompt, rollout: Rollout) -> Verdict:
         if not rollout.status.usable:
             return failed("not judged: the response itself failed", rollout.status)
-        verdict = await self._evaluate(prompt, rollout.text)
+        judge, response = self._judges.get(prompt.domain, {}), Response(rollout.text, rollout.length)
+        parts = self._parts.get(prompt.domain, {"": {}})  # without a judge a process says so
+        asked = [self._part(prompt, response, name, spec) for name, spec in parts.items()]
+        found = await asyncio.gather(*asked) if len(asked) > 1 else [await asked[0]]
+        verdict = sum_parts(judge, dict(zip(parts, found, strict=True)))
         cut = verdict.status is Status.OK and rollout.status is Status.TRUNCATED
         return replace(verdict, status=Status.TRUNCATED) if cut else verdict
 
-    async def _evaluate(self, prompt: Prompt, text: str) -> Verdict:
-        item = pickle.dumps((prompt, text))
-        judge = self._reward["judges"].get(prompt.domain, {}).get("fn")
-        ours = judge in OWN and not isinstance(text, Call)
+    async def _part(self, prompt: Prompt, response: Response, name: str, spec: Mapping[str, Any]) -> Verdict:
+        """The verdict of one part of the judge of a prompt's domain; "" is the whole of it."""
+        at = prompt.domain, name
+        if at not in self._served.judges:
+            return await self._local(prompt, response, name, ours=spec.get("fn") in OWN)
+        verdict = await self._served.judge(at, response, prompt)
+        if self._closed:
+            raise InfrastructureError("this verifier is closed")
+        return verdict
+
+    async def _local(self, prompt: Prompt, text: str, part: str = "", *, ours: bool = False) -> Verdict:
+        item = pickle.dumps((text, prompt, part))
         async with self._slots:
             verdict = await self._attempt(item, ours) or await self._attempt(item, ours, fresh=True)
         return verdict or failed("two judge processes died over this response", Status.INFRA_FAILED)
