@@ -123,7 +123,8 @@ def data(config: Config) -> str:
     read = judge_trial.read_few(config)
     parts = f"{len(read.split.training)} training, {len(read.split.heldout)} held out"
     tasks = ", ".join(part.task for part in dataset.tasks(config.data, config.model.system).values())
-    return f"{tasks}: {parts}; {read.dropped}"
+    sets = "".join(f"; {line}" for line in dataset.set_lines(config, read.sets))
+    return f"{tasks}: {parts}; {read.dropped}{sets}"
 
 
 def prompt(config: Config) -> str:

@@ -11,6 +11,8 @@ import numpy as np
 from entroray.config import Config
 from entroray.data.demonstrations import find_demonstration
 from entroray.errors import DataError, PreflightError
+from entroray.evaluation.sets import EvaluatedSet, set_domain
+from entroray.reward.judges import OWN
 from entroray.types import Prompt, Rollout, Status
 from entroray.wiring import dataset, tool, warm_start
 from entroray.workers.verifier import Verifier
@@ -62,6 +64,8 @@ async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str
         async with asyncio.timeout(LOADING):
             await verifier.warm_up()
         lines = [await _judged(config, read, verifier, prompt) for prompt in _first_prompts(read)]
+        for name, one in read.sets.items():
+            await _check_references(name, one, read, verifier)
         return lines + ([await _called(config, read, verifier)] if read.judge["tool"] else [])
     except TimeoutError as error:
         own = next(iter(read.judge["judges"].values()))["fn"]
@@ -76,7 +80,8 @@ async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str
 
 def _first_prompts(read: dataset.Dataset) -> Iterator[Prompt]:
     """One of each part; with demonstrations if there are any."""
-    prompts = [*read.split.demonstrations, *read.split.training]
+    of_sets = [prompt for each in read.sets.values() for prompt in each.prompts]
+    prompts = [*read.split.demonstrations, *read.split.training, *of_sets]
     for domain in read.judge["judges"]:
         yield next(prompt for prompt in prompts if prompt.domain == domain)
 
@@ -85,7 +90,9 @@ async def _judged(config: Config, read: dataset.Dataset, verifier: Verifier, pro
     known = _known_answer(config, read, prompt)
     texts = [prompt.reference if known is None else known, "", _long(config)]
     verdicts = await verifier.judge(prompt, [_response(prompt, text) for text in texts])
-    name = config.reward.path or read.judge["judges"][prompt.domain]["fn"]
+    fn = read.judge["judges"][prompt.domain]["fn"]
+    name = config.reward.path if config.reward.path and fn == "custom" else fn
+    name = f"{prompt.domain.replace(':', '.')}: {name}" if ":" in prompt.domain else name
     for text, verdict in zip(texts, verdicts, strict=True):
         if not verdict.status.usable:
             late = f"raise reward.deadline={config.reward.deadline:g}, or make it faster"
@@ -104,12 +111,26 @@ async def _judged(config: Config, read: dataset.Dataset, verifier: Verifier, pro
     )
 
 
+async def _check_references(name: str, one: EvaluatedSet, read: dataset.Dataset, verifier: Verifier) -> None:
+    """PreflightError for an evaluation set whose references a judge of ours cannot read."""
+    fn = read.judge["judges"][set_domain(name)].get("fn")
+    if fn not in OWN:  # one of the user's may take its time, or cost something
+        return
+    given = await asyncio.gather(*(verifier.judge(p, [_response(p, "")]) for p in one.prompts))
+    wrong = [verdict.detail for (verdict,) in given if not verdict.status.usable]
+    if wrong:
+        raise PreflightError(
+            f"evaluate.sets.{name}.task={one.task}: {len(wrong)} of {len(one.prompts)} references cannot be "
+            f"judged, first {wrong[0]}. Mend them, or set evaluate.sets.{name}.judge"
+        )
+
+
 def _known_answer(config: Config, read: dataset.Dataset, prompt: Prompt) -> str | None:
     """A right answer as a response reads, with what a tool says in it."""
-    name = dataset.tasks(config.data, config.model.system)[prompt.domain].demonstration
-    if config.reward.path or not name:
+    part = dataset.tasks(config.data, config.model.system).get(prompt.domain)
+    if config.reward.path or part is None or not part.demonstration:
         return None
-    answer = find_demonstration(name)(prompt.entry)
+    answer = find_demonstration(part.demonstration)(prompt.entry)
     return str(read.tokenizer.decode(tool.encode_answer(config.rollout.tool, read.tokenizer, answer)[0]))
 
 

@@ -1,22 +1,32 @@
 """Configuration -> tokenizer, prompts in three disjoint parts, and the judge's spec."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from entroray.binding import bind
-from entroray.config import Config, Data, Evaluate, Part, Reward
+from entroray.config import Config, Data, EvaluationSet, Part, Reward
 from entroray.data import mixture, prompts, sources
 from entroray.errors import ConfigError, PreflightError
-from entroray.evaluation.evaluate import heldout_prompts
+from entroray.evaluation.evaluate import EvaluationPlan, heldout_prompts, plan_evaluation
+from entroray.evaluation.sets import (
+    PLACE,
+    EvaluatedSet,
+    bind_set,
+    describe_sets,
+    read_set,
+    set_domain,
+    set_label,
+)
 from entroray.policy.tokenizer import Chat, chat, load_tokenizer
 from entroray.reward import judges
 from entroray.reward.user_file import absolute
 from entroray.types import Prompt
-from entroray.wiring import tool
+from entroray.wiring import sampler, tool
 from entroray.wiring.parts import Parts
 
 
@@ -29,6 +39,8 @@ class Dataset:
     judge: Mapping[str, Any]
     dropped: str
     """What was left out, in words."""
+    sets: Mapping[str, EvaluatedSet] = field(default_factory=dict)
+    """Of `evaluate.sets`, by name."""
 
 
 def tasks(d: Data, system: str | None) -> dict[str, Part]:
@@ -54,8 +66,13 @@ def check_mixture(d: Data) -> None:
     for name, weight in weights(d).items():
         if weight <= 0:
             raise ConfigError(f"data.parts.{name}.weight={weight:g} must be above 0, or leave the part out")
-        if not name or set(name) & set(":/|` "):
-            raise ConfigError(f"data.parts: {name!r} is no name for a metric; use letters, digits, _ - .")
+        _check_name("data.parts", name)
+
+
+def _check_name(place: str, name: str) -> None:
+    """ConfigError for a name that metrics cannot end in."""
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ConfigError(f"{place}: {name!r} is no name for a metric; use letters, digits, _ - .")
 
 
 def check_tasks(config: Config) -> None:
@@ -100,7 +117,7 @@ def read_dataset(config: Config, tokenizer: Any) -> Dataset:
         _refuse_empty(list(tasks(config.data, config.model.system)), made, parts, cut)
     duplicates, too_long = sum(m.duplicates for m in made) + shared, sum(m.too_long for m in made)
     dropped = f"{duplicates} duplicates{_contradictions(made)}, {too_long} too long, {sum(bad)} bad rows"
-    return Dataset(tokenizer, split, judge_spec(config), dropped)
+    return Dataset(tokenizer, split, judge_spec(config), dropped, read_sets(config, tokenizer))
 
 
 def _refuse_empty(
@@ -163,7 +180,8 @@ def prompt_order(d: Data, of: tuple[Prompt, ...], seed: int) -> prompts.PromptSt
 def judge_spec(config: Config) -> Mapping[str, Any]:
     """What a verifier builds: a user's function if `reward.path` is set, else the tasks' judges; the tool."""
     spec = tool.tool_spec(config.rollout.tool) if tool.uses_tool(config.rollout.tool) else None
-    return {"judges": _judges(config), "tool": spec, "packages": config.packages}
+    judged = {**_judges(config), **_set_judges(config)}
+    return {"judges": judged, "tool": spec, "packages": config.packages}
 
 
 def _judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
@@ -181,6 +199,64 @@ def _judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
     return specs
 
 
+# Evaluation sets.
+
+
+def check_sets(config: Config) -> None:
+    """ConfigError for an evaluation set that could not be read, drawn, judged or told from others."""
+    for name, of in config.evaluate.sets.items():
+        place = f"{PLACE}.{name}"
+        _check_name(PLACE, name)
+        if name.startswith("sets."):
+            raise ConfigError(f"{place}: what begins with `sets.` is another set's, leave that out")
+        bind_set(name, of, config.packages)
+        if of.temperature is not None:
+            sampler.check_temperature(of.temperature, f"{place}.temperature")
+        set_plan(config, name, of)
+        if of.judge:
+            bind(judges, of.judge, config.packages, f"{place}.judge")
+    _set_judges(config)
+
+
+def set_plan(config: Config, name: str, of: EvaluationSet) -> EvaluationPlan:
+    """How a set is answered; ConfigError for a k above its samples."""
+    samples = config.evaluate.samples if of.samples is None else of.samples
+    return plan_evaluation(sampler.set_draw(config, of), samples, of.k, f"{PLACE}.{name}")
+
+
+def _set_judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
+    """A set's own judge, else what judges one task alone, by the domain of the set's prompts."""
+    alone, found = replace(config, data=replace(config.data, parts={})), {}
+    for name, of in config.evaluate.sets.items():
+        try:
+            found[set_domain(name)] = of.judge or _judges(alone)[""]
+        except ConfigError as error:
+            raise ConfigError(f"{PLACE}.{name}.judge is empty, and there is {error}") from error
+    return found
+
+
+def read_sets(config: Config, tokenizer: Any) -> dict[str, EvaluatedSet]:
+    """Every evaluation set, read, rendered and tokenised; errors name the set and its setting."""
+    read, system, variables = {}, config.model.system, config.model.template_args
+    for name, of in config.evaluate.sets.items():
+        asked = chat(tokenizer, of.system or system, variables)
+        label, plan = set_label(name, config.data.parts), set_plan(config, name, of)
+        read[name] = read_set(name, of, plan, label, config.packages, asked, config.data.max_prompt)
+    return read
+
+
+def set_lines(config: Config, sets: Mapping[str, EvaluatedSet]) -> list[str]:
+    """A line for each set: how it is answered, and how much of it the training data has, too."""
+    return describe_sets(sets, _training_questions(config)) if sets else []
+
+
+def _training_questions(config: Config) -> Iterator[str]:
+    """What every row of the training data asks; they are read again, as prompts hold no bare question."""
+    for part in tasks(config.data, config.model.system).values():
+        for question in read_questions(part, config.packages)[0]:
+            yield question.text
+
+
 def describe_tasks(d: Data, shared: str | None, reward: Reward) -> list[str]:
     """How questions are put and judged, in words: a line for each part; `shared` is model.system."""
     lines = []
@@ -192,10 +268,15 @@ def describe_tasks(d: Data, shared: str | None, reward: Reward) -> list[str]:
     return lines
 
 
-def check_heldout(e: Evaluate, parts: Parts, read_in: Dataset) -> None:
-    """PreflightError if something reads held-out prompts and there is none."""
-    asked = [f"evaluate.every={e.every}"] if e.every else ["evaluate.final=true"] if e.final else []
-    read = [c for c in parts.controllers if c.signal == "entropy/prompt_in"]
+def check_heldout(config: Config, parts: Parts, read_in: Dataset) -> None:
+    """PreflightError if something reads held-out prompts and there is none; where there are sets, they do."""
+    e, own = config.evaluate, tuple(f":{each.label}" for each in read_in.sets.values())
+    needed = e.every and (config.learner.reset_after or not e.sets)
+    asked = [f"evaluate.every={e.every}"] if needed else ["evaluate.final=true"] if e.final else []
+    signals = [(c, c.signal or "") for c in parts.controllers]
+    read = [
+        c for c, s in signals if s == "entropy/prompt_in" or (s.startswith("eval/") and not s.endswith(own))
+    ]
     asked += [f"control.{c.name}.signal={c.signal}" for c in read]
     for asker in asked:
         heldout_prompts(read_in.split.heldout, 1, asker)
