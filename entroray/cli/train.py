@@ -78,11 +78,12 @@ def main(arguments: list[str]) -> int:
     dataset.check_heldout(config, parts, read_in)
     if read_in.sets or judge_trial.is_own(read_in):
         print("\n".join(judge_trial.try_judges(config, read_in)), flush=True)
-    sets = {"evaluation_sets": said} if (said := dataset.set_lines(config, read_in.sets)) else {}
+    lines = dataset.set_lines(config, read_in.sets)
     facts = warm_start.ensure_model(config, overrides, config_dir)
     model = warm_start.resolve_model(config)
     read_in = replace(read_in, tokenizer=warm_start.run_tokenizer(config))  # as its files have it now
-    facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer), **sets}
+    facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}
+    facts |= {"evaluation_sets": lines} if lines else {}
     if resumed:
         run_directory.check_same_data(resumed, dataset.identity(config, read_in))
     run = resumed or run_directory.new_run(config.run)

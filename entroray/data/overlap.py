@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 
 _TOKEN = re.compile(r"\d+(?:\.\d+)*|[^\W\d_]+|[-+*/^=<>()%!|]")
+"""Numbers, words, and signs; a sign between words is punctuation."""
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"))
 
 
@@ -18,16 +20,13 @@ def question_hash(text: str) -> int:
 
 
 def _normalise(text: str) -> str:
-    folded = unicodedata.normalize("NFKC", text).casefold().translate(_DASHES)
-    tokens = _TOKEN.findall(re.sub(r"(?<=\d),(?=\d{3}\b)", "", folded))
-    around = zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False)
-    kept = [t for before, t, after in around if t.isalnum() or "." in t or _counts(before, after)]
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text).translate(_DASHES)
+    folded = plain.casefold()
+    tokens = _TOKEN.findall(_THOUSANDS.sub("", folded))
+    words = [token.isalpha() for token in tokens]
+    alone = lambda at: all(words[i] for i in (at - 1, at + 1) if 0 <= i < len(tokens))
+    kept = [t for at, t in enumerate(tokens) if words[at] or t[0].isdigit() or not alone(at)]
     return " ".join(kept) or " ".join(folded.split())
-
-
-def _counts(before: str, after: str) -> bool:
-    """Whether a sign stands beside a number or another sign: between words it is punctuation."""
-    return any(side and not side.isalpha() for side in (before, after))
 
 
 def count_shared(training: Iterable[str], sets: Mapping[str, Collection[int]]) -> dict[str, int]:

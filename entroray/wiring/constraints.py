@@ -77,9 +77,9 @@ def check_bounds(config: Config) -> None:
         if not bound.holds(value):
             raise ConfigError(f"{path}={value} must be {bound.words}")
     for field, bound in OF_SETS.items():
-        for name, each in config.evaluate.sets.items():
+        for of, each in config.evaluate.sets.items():
             if not bound.holds(value := getattr(each, field)):
-                raise ConfigError(f"evaluate.sets.{name}.{field}={value} must be {bound.words}")
+                raise ConfigError(f"evaluate.sets.{of}.{field}={value} must be {bound.words}")
     for path, choices in NAMES.items():
         value = attrgetter(path)(config)
         if value not in choices:

@@ -291,10 +291,11 @@ def explain(error: Exception, words: Sequence[str], folders: Sequence[Path] = ()
     said = ": ".join(dict.fromkeys(line.rstrip(":.") for line in lines if not _SAID.match(line)))
     found = re.search(r"full_key: (\S+)", whole) or re.search(r"Could not override '([^']+)'", whole)
     key = found[1] if found else ""
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        wanted = str(error.missing_cfg_file).rpartition("/")[2]
-        choices = nearest(wanted, error.options) if error.options else "write `override /data: countdown`"
-        return f"{_place(whole, key, folders)}{first_line(error)}: {choices}"
+    if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
+        group, _, wanted = str(error.missing_cfg_file).rpartition("/")  # of a list, Hydra gives no options
+        there = [f.stem for folder in (conf_folder(), *folders) for f in (folder / group).glob("*.yaml")]
+        choices = nearest(wanted, there) if there else "write `override /data: countdown`"
+        return f"{_place(whole, key, folders)}{first_line(error).rstrip('.')}: {choices}"
     named = "" if key in said else f" ({key})"
     return f"{_place(whole, key, folders)}{said or repr(error)}{named}. {_remedy(key, said, words)}".rstrip()
 
