@@ -45,12 +45,6 @@ class EvaluatedSet:
     left_out: str
     """What is not among the prompts, and why; empty where all of it is."""
 
-    def drawn(self) -> dict[str, Any]:
-        """The settings that its answers are drawn with."""
-        draw = self.plan.draw
-        cut = {"top_p": draw.top_p, "top_k": draw.top_k, "max_tokens": draw.max_tokens}
-        return {"samples": self.plan.samples, "temperature": draw.temperature} | cut
-
 
 # Reading.
 
@@ -101,21 +95,18 @@ def read_set(
 def describe_sets(sets: Mapping[str, EvaluatedSet], training: Iterable[str]) -> list[str]:
     """A line for each set: how it is answered, and how many of its questions are among `training`."""
     shared = count_shared(training, {name: one.questions for name, one in sets.items()})
-    return [f"{name}: {_described(one)}; {_overlap(shared[name], one)}" for name, one in sets.items()]
+    return [f"{name}: {_described(one, shared[name])}" for name, one in sets.items()]
 
 
-def _described(one: EvaluatedSet) -> str:
+def _described(one: EvaluatedSet, shared: int) -> str:
     draw, n = one.plan.draw, one.plan.samples
-    said = (
+    left_out = f"LEFT OUT: {one.left_out}; " if one.left_out else ""
+    return (
         f"{one.task}, {len(one.prompts)} prompts x {n} {'sample' if n == 1 else 'samples'}, temperature "
-        f"{draw.temperature:g}, top-p {draw.top_p:g}, at most {draw.max_tokens} tokens"
+        f"{draw.temperature:g}, top-p {draw.top_p:g}, at most {draw.max_tokens} tokens; {left_out}"
+        f"{shared or 'none'} of {len(one.questions)} questions {'is' if shared == 1 else 'are'} in the "
+        "training data, too"
     )
-    return f"{said}; LEFT OUT: {one.left_out}" if one.left_out else said
-
-
-def _overlap(shared: int, one: EvaluatedSet) -> str:
-    are = "is" if shared == 1 else "are"
-    return f"{shared or 'none'} of {len(one.questions)} questions {are} in the training data, too"
 
 
 # Answering.
@@ -159,7 +150,11 @@ async def examine_sets(
     """Everything `entroray eval` finds of each set, as JSON holds it."""
     found: dict[str, dict[str, Any]] = {}
     for name, one in sets.items():
-        groups = await sample_answers(generator, verifier, one.prompts, one.plan.draw, one.plan.samples)
-        asked = {"task": one.task, "prompts": len(one.prompts), "left_out": one.left_out, **one.drawn()}
+        draw, n = one.plan.draw, one.plan.samples
+        groups = await sample_answers(generator, verifier, one.prompts, draw, n)
+        asked = {"task": one.task, "prompts": len(one.prompts), "left_out": one.left_out, "samples": n}
+        asked |= {
+            setting: getattr(draw, setting) for setting in ("temperature", "top_p", "top_k", "max_tokens")
+        }
         found[name] = asked | summary.summarise((), groups, (), one.plan.ks, words)
     return found

@@ -498,7 +498,7 @@ def test_sets_are_compared_by_name_on_the_prompts_that_both_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = examined(), examined(draw=Draw(0.3, 9))
-    del second["sets"]["two"]
+    second["sets"]["two"]["each"]["id"] = ["x", "y", "z"]
     for name, found in (("a", first), ("b", second)):
         (tmp_path / f"{name}.json").write_text(evaluation.evaluation_json(found))
     assert command.main(["--compare", f"{tmp_path}/a.json", f"{tmp_path}/b.json"]) == 0
