@@ -18,12 +18,12 @@ from entroray.policy.tokenizer import Chat
 from entroray.roles import Generator, Verifier
 from entroray.types import Prompt
 
-PLACE = "evaluate.sets"
+SETS = "evaluate.sets"
 
 
 def set_domain(name: str) -> str:
     """What prompts of a set have as their domain: no part of a mixture can be called so."""
-    return f"{PLACE}:{name}"
+    return f"{SETS}:{name}"
 
 
 def set_label(name: str, parts: Mapping[str, Any]) -> str:
@@ -54,8 +54,8 @@ def bind_set(
 ) -> Callable[[str], tuple[list[sources.Question], int]]:
     """The source of a set; ConfigError where there is none, or no task."""
     if not of.task:
-        raise ConfigError(f"{PLACE}.{name}.task is empty: give a file, or the name of a data set of the hub")
-    return bind(sources, {**of.settings, "fn": of.source}, packages, f"{PLACE}.{name}.source")
+        raise ConfigError(f"{SETS}.{name}.task is empty: give a file, or the name of a data set of the hub")
+    return bind(sources, {**of.settings, "fn": of.source}, packages, f"{SETS}.{name}.source")
 
 
 def read_set(
@@ -81,10 +81,8 @@ def read_set(
             domain=set_domain(name),
         )
     except (ConfigError, PreflightError) as error:
-        own = re.sub(r"\bdata\.(?=task|settings|source|template)", f"{PLACE}.{name}.", str(error))
-        raise type(error)(
-            own if own.startswith(PLACE) else f"{PLACE}.{name}.task={of.task}: {own}"
-        ) from error
+        own = re.sub(r"\bdata\.(?=task|settings|source|template)", f"{SETS}.{name}.", str(error))
+        raise type(error)(own if own.startswith(SETS) else f"{SETS}.{name}.task={of.task}: {own}") from error
     longer = f"longer than data.max_prompt={max_prompt} tokens"
     counts = {"bad rows": bad, "duplicates": made.duplicates, longer: made.too_long}
     left_out = ", ".join(f"{count} {what}" for what, count in counts.items() if count)

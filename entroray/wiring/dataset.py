@@ -14,7 +14,7 @@ from entroray.data import mixture, prompts, sources
 from entroray.errors import ConfigError, PreflightError
 from entroray.evaluation.evaluate import EvaluationPlan, heldout_prompts, plan_evaluation
 from entroray.evaluation.sets import (
-    PLACE,
+    SETS,
     EvaluatedSet,
     bind_set,
     describe_sets,
@@ -205,8 +205,8 @@ def _judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
 def check_sets(config: Config) -> None:
     """ConfigError for an evaluation set that could not be read, drawn, judged or told from others."""
     for name, of in config.evaluate.sets.items():
-        place = f"{PLACE}.{name}"
-        _check_name(PLACE, name)
+        place = f"{SETS}.{name}"
+        _check_name(SETS, name)
         if name.startswith("sets."):
             raise ConfigError(f"{place}: what begins with `sets.` is another set's, leave that out")
         bind_set(name, of, config.packages)
@@ -221,7 +221,7 @@ def check_sets(config: Config) -> None:
 def set_plan(config: Config, name: str, of: EvaluationSet) -> EvaluationPlan:
     """How a set is answered; ConfigError for a k above its samples."""
     samples = config.evaluate.samples if of.samples is None else of.samples
-    return plan_evaluation(sampler.set_draw(config, of), samples, of.k, f"{PLACE}.{name}")
+    return plan_evaluation(sampler.set_draw(config, of), samples, of.k, f"{SETS}.{name}")
 
 
 def _set_judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
@@ -231,7 +231,7 @@ def _set_judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
         try:
             found[set_domain(name)] = of.judge or _judges(alone)[""]
         except ConfigError as error:
-            raise ConfigError(f"{PLACE}.{name}.judge is empty, and there is {error}") from error
+            raise ConfigError(f"{SETS}.{name}.judge is empty, and there is {error}") from error
     return found
 
 
