@@ -275,12 +275,34 @@ class Checkpoint:
 
 
 @dataclass
+class EvaluationSet:
+    """One set of prompts of one's own; what is null or empty is shared, as its comment says."""
+
+    source: str = "table"  # as in data
+    task: str = ""  # as in data; without one it is refused
+    settings: dict[str, Any] = field(default_factory=dict)  # as in data
+    template: str | None = None  # as in data; null: the row's question
+    system: str | None = None  # system message; null: model.system
+    judge: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}; empty: as in training
+    prompts: int | None = None  # most prompts, chosen by their hash; null: all
+    samples: int | None = None  # answers to each, one at temperature 0; null: evaluate.samples
+    temperature: float | None = None  # null: sampler.temperature
+    top_p: float | None = None  # null: sampler.top_p
+    max_tokens: int | None = None  # longest response; null: rollout.max_tokens
+    k: list[int] = field(default_factory=list)  # of pass@k, maj@k, beside 1, 2, 4, ... and samples
+
+
+@dataclass
 class Evaluate:
     prompts: int = 256  # held-out prompts
     samples: int = 8  # answers to each, beside a greedy one
     k: list[int] = field(default_factory=list)  # of pass@k, pass^k, maj@k, beside 1, 2, 4, ... and samples
     cot: int = 0  # likeliest first tokens that entroray eval follows greedily (CoT-decoding); 0: none
-    every: int = 0  # steps between evaluations on the training engines, the first before step 1; 0: none
+    sets: dict[str, EvaluationSet] = field(
+        default_factory=dict
+    )  # {name: {task, ...}}, whole, before step 1, every `every` steps and at the end; see evaluate=
+    every: int = 0  # steps between evaluations on the training engines, the first before step 1; 0: none,
+    # of sets the first and the last
     final: bool = False  # before and after training, each in a process of its own
 
 
@@ -309,6 +331,7 @@ class Config:
 def judge_specs(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every judge that is set, each part of a reward being one, and the setting that it is set at."""
     yield from ((f"data.parts.{name}.judge", part.judge) for name, part in config.data.parts.items())
+    yield from ((f"evaluate.sets.{name}.judge", of.judge) for name, of in config.evaluate.sets.items())
     yield "reward.judge", config.reward.judge
     yield from ((f"reward.parts.{name}", part) for name, part in config.reward.parts.items())
 

@@ -5,7 +5,10 @@ from collections.abc import Iterable
 
 from entroray.metrics.catalogue import FAMILIES, Metric, family_metrics
 
-FILLED = {"<n>": r"\d+", "<d>": r"[^:]+", "<rule>": r"\w+", "<part>": r".+", "<name>": r".+"}
+FILLED = {
+    **{"<n>": r"\d+", "<d>": r"[^:]+", "<set>": r"[^:]+"},
+    **{"<rule>": r"\w+", "<part>": r".+", "<name>": r".+"},
+}
 """What may stand in a name, as a regular expression."""
 CHOSEN = family_metrics("prompts", "second", "early", "repetition", "replay")
 """What is measured of how prompts and groups are chosen."""

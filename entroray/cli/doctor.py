@@ -128,7 +128,8 @@ def data(config: Config, read: Read = judge_trial.read_few) -> str:
     found = read(config)
     parts = f"{len(found.split.training)} training, {len(found.split.heldout)} held out"
     tasks = ", ".join(part.task for part in dataset.tasks(config.data, config.model.system).values())
-    return f"{tasks}: {parts}; {found.dropped}"
+    sets = "".join(f"; {line}" for line in dataset.set_lines(config, found.sets))
+    return f"{tasks}: {parts}; {found.dropped}{sets}"
 
 
 def prompt(config: Config, read: Read = judge_trial.read_few) -> str:

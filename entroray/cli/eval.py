@@ -13,6 +13,7 @@ from entroray.config import Config
 from entroray.errors import ConfigError
 from entroray.evaluation.cot_decoding import TWO, Decoding, words
 from entroray.evaluation.evaluate import evaluate_policy, heldout_prompts, plan_evaluation
+from entroray.evaluation.sets import examine_sets
 from entroray.observe import evaluation, evaluation_page
 from entroray.wiring import actors, compose, dataset, run_directory, sampler, tool, warm_start
 from entroray.workers import cluster
@@ -65,7 +66,8 @@ async def evaluate(config: Config) -> dict[str, Any]:
     os.environ.update(cluster.environment() | (cluster.CPU_ONLY if actors.cpu_only(config.cluster) else {}))
     model, e, s, v = warm_start.resolve_model(config), config.evaluate, config.sampler, config.verifier
     read = dataset.load_dataset(config, model)
-    prompts = heldout_prompts(read.split.heldout, e.prompts, "entroray eval")
+    heldout = read.split.heldout or not read.sets  # else the sets alone are asked for
+    prompts = heldout_prompts(read.split.heldout, e.prompts, "entroray eval") if heldout else ()
     if e.cot > len(read.tokenizer):
         raise ConfigError(
             f"evaluate.cot={e.cot}: the tokenizer knows {len(read.tokenizer)} tokens, so lower it"
@@ -73,7 +75,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
     engine = Generator(
         model,
         dtype=config.model.dtype,
-        max_length=actors.sequence_length(config.data, config.rollout),
+        max_length=actors.sequence_length(config),
         seed=0,
         engine=_options(config),
     )
@@ -91,9 +93,13 @@ async def evaluate(config: Config) -> dict[str, Any]:
     decoding = Decoding(e.cot, plan.draw.greedy(TWO), ends) if e.cot else None
     try:
         await asyncio.gather(engine.start(), verifier.warm_up())
-        found = await evaluate_policy(generator, verifier, prompts, plan, known, decoding)
+        found = await evaluate_policy(generator, verifier, prompts, plan, known, decoding) if prompts else {}
+        sets = await examine_sets(read.sets, generator, verifier, known)
     finally:
         verifier.close()
+    of_sets = {"sets": sets} if sets else {}
+    if not prompts:
+        return {"model": model, **of_sets}
     return {
         "model": model,
         "prompts": len(prompts),
@@ -103,6 +109,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
         "top_k": s.top_k,
         "max_tokens": config.rollout.max_tokens,
         **found,
+        **of_sets,
     }
 
 

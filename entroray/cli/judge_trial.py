@@ -12,6 +12,8 @@ import numpy as np
 from entroray.config import Config
 from entroray.data.demonstrations import find_demonstration
 from entroray.errors import DataError, EntrorayError, PreflightError
+from entroray.evaluation.sets import EvaluatedSet, set_domain
+from entroray.reward.judges import OWN
 from entroray.reward.parts import describe_judge, judge_parts
 from entroray.reward.served import may_be_served
 from entroray.types import Prompt, Rollout, Status, Verdict
@@ -87,6 +89,8 @@ async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str
         async with asyncio.timeout(LOADING):
             await verifier.warm_up()
         lines = [await _judged(config, read, verifier, prompt) for prompt in _first_prompts(read)]
+        for name, one in read.sets.items():
+            await _check_references(name, one, read, verifier)
         return lines + ([await _called(config, read, verifier)] if read.judge["tool"] else [])
     except TimeoutError as error:
         used = "; ".join({describe_judge(judge): None for judge in read.judge["judges"].values()})
@@ -101,8 +105,9 @@ async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str
 
 def _first_prompts(read: dataset.Dataset) -> Iterator[Prompt]:
     """One of each part; with demonstrations if there are any."""
+    of_sets = [each.prompts for each in read.sets.values()]
     for domain in read.judge["judges"]:
-        prompts = chain(read.split.demonstrations, read.split.training)
+        prompts = chain(*of_sets, read.split.demonstrations, read.split.training)
         yield from islice((prompt for prompt in prompts if prompt.domain == domain), 1)
 
 
@@ -113,6 +118,7 @@ async def _judged(config: Config, read: dataset.Dataset, verifier: Verifier, pro
     drawn = [_response(prompt, *each) for each in zip(texts, tokens, strict=True)]
     verdicts = await verifier.judge(prompt, drawn)
     name = describe_judge(read.judge["judges"][prompt.domain])
+    name = f"{prompt.domain.replace(':', '.')}: {name}" if ":" in prompt.domain else name
     for text, verdict in zip(texts, verdicts, strict=True):
         if not verdict.status.usable:
             raise _no_verdict(config, name, text, verdict)
@@ -144,12 +150,26 @@ def _shown(verdict: Verdict) -> str:
     return f"{verdict.reward:g}" + (f" ({parts})" if parts else "")
 
 
+async def _check_references(name: str, one: EvaluatedSet, read: dataset.Dataset, verifier: Verifier) -> None:
+    """PreflightError for an evaluation set whose references a judge of ours cannot read."""
+    asked = judge_parts(read.judge["judges"][set_domain(name)]).values()
+    if any(spec.get("fn") not in OWN for spec in asked):  # may take its time, or cost something
+        return
+    given = await asyncio.gather(*(verifier.judge(p, [_response(p, "", [])]) for p in one.prompts))
+    wrong = [verdict.detail for (verdict,) in given if not verdict.status.usable]
+    if wrong:
+        raise PreflightError(
+            f"evaluate.sets.{name}.task={one.task}: {len(wrong)} of {len(one.prompts)} references cannot be "
+            f"judged, first {wrong[0]}. Mend them, or set evaluate.sets.{name}.judge"
+        )
+
+
 def _known_answer(config: Config, read: dataset.Dataset, prompt: Prompt) -> str | None:
     """A right answer as a response reads, with what a tool says in it."""
-    name = dataset.tasks(config.data, config.model.system)[prompt.domain].demonstration
-    if config.reward.path or config.reward.parts or not name:
+    part = dataset.tasks(config.data, config.model.system).get(prompt.domain)
+    if config.reward.path or config.reward.parts or part is None or not part.demonstration:
         return None
-    answer = find_demonstration(name)(prompt.entry)
+    answer = find_demonstration(part.demonstration)(prompt.entry)
     return str(read.tokenizer.decode(tool.encode_answer(config.rollout.tool, read.tokenizer, answer)[0]))
 
 

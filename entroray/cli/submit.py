@@ -16,7 +16,7 @@ from typing import Any
 from entroray import rows
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
-from entroray.config import Config, Data, Part, user_files
+from entroray.config import Config, Data, EvaluationSet, Part, user_files
 from entroray.errors import ConfigError, InfrastructureError, PreflightError, first_line
 from entroray.wiring import compose
 from entroray.wiring.overrides import quote
@@ -112,8 +112,9 @@ def _pack_package(folder: Path, name: str) -> None:
 
 def _pack_data(folder: Path, config: Config) -> list[str]:
     """Files of rows that are named from here; what is named from the root lies on the nodes already."""
-    parts: dict[str, Data | Part] = {
+    parts: dict[str, Data | Part | EvaluationSet] = {
         "data": config.data,
+        **{f"evaluate.sets.{name}": each for name, each in config.evaluate.sets.items()},
         **{f"data.parts.{name}": part for name, part in config.data.parts.items()},
     }
     settings = []

@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 from entroray.binding import function_name
 from entroray.cli import flags, judge_trial, multirun, signals
 from entroray.cli.flags import CONFIG_DIR, Flag
-from entroray.config import Config, Evaluate
+from entroray.config import Config
 from entroray.errors import ConfigError, EntrorayError, InfrastructureError, Stopped, writing
 from entroray.evaluation.evaluate import heldout_accuracy, heldout_prompts
+from entroray.evaluation.sets import measure_sets
 from entroray.observe.console import Console, summary
 from entroray.observe.health_tracker import HealthTracker, health_lines, moved_settings
 from entroray.observe.journal import REMEDY, SIGNALS, Journal, read_metrics
@@ -29,7 +30,6 @@ from entroray.policy.tokenizer import end_ids, fingerprint, token_name
 from entroray.roles import Generator, Verifier
 from entroray.train.driver import Roles
 from entroray.train.failure_limits import Stagnation
-from entroray.types import Draw
 from entroray.wiring import (
     actors,
     compose,
@@ -75,13 +75,15 @@ def main(arguments: list[str]) -> int:
     preflight.refuse_wrong(config)
     resumed = run_directory.resume_run(config.run, tree)
     read_in = dataset.read_dataset(config, warm_start.run_tokenizer(config))
-    dataset.check_heldout(config.evaluate, parts, read_in)
-    if judge_trial.is_own(read_in):
+    dataset.check_heldout(config, parts, read_in)
+    if read_in.sets or judge_trial.is_own(read_in):
         print("\n".join(judge_trial.try_judges(config, read_in)), flush=True)
+    lines = dataset.set_lines(config, read_in.sets)
     facts = warm_start.ensure_model(config, overrides, config_dir)
     model = warm_start.resolve_model(config)
     read_in = replace(read_in, tokenizer=warm_start.run_tokenizer(config))  # as its files have it now
     facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}
+    facts |= {"evaluation_sets": lines} if lines else {}
     if resumed:
         run_directory.check_same_data(resumed, dataset.identity(config, read_in))
     run = resumed or run_directory.new_run(config.run)
@@ -105,6 +107,7 @@ def _dry(config: Config, parts: Parts) -> str:
     lines = [parts.objective.describe(), *remark_lines(config, parts), ""]
     described = dataset.describe_tasks(config.data, config.model.system, config.reward)
     lines += [f"prompts: {line}" for line in described]
+    lines += [f"evaluated: {name}: {each.task}" for name, each in config.evaluate.sets.items()]
     lines += [f"tool: {tool.describe_tool(config.rollout)}"] if tool.uses_tool(config.rollout.tool) else []
     lines += [f"control: {line}" for line in controllers.describe_controllers(parts, config.driver.max_lag)]
     for role, (count, share) in actors.resource_shares(config).items():
@@ -228,6 +231,7 @@ def _header(
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
         *(f"prompts    {line}" for line in prompts),
         f"data       {len(split.training)} training, {len(split.heldout)} held out; {read_in.dropped}",
+        *(f"evaluated  {line}" for line in facts.get("evaluation_sets", ())),
         f"machine    {facts['resources']}; ready in {facts['start_seconds']:.0f} s, "
         f"probe error {facts['sync/probe_error']:.1e} nats",
         f"run        {folder}",
@@ -251,14 +255,13 @@ async def drive(
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
     verifier = m.verifier_role()
     generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
-    plain = sampler.plain_draw(config.sampler, config.rollout)
     roles = Roles(
         generator,
         verifier,
         m.learner_role(),
         m.sync,
         journal,
-        evaluate=_evaluation(config.evaluate, plain, read_in, generator, verifier),
+        evaluate=_evaluation(config, read_in, generator, verifier, health.say),
         waits=cluster.WAITS.lines,
     )
     began = {"settings": asdict(config), "identity": dataset.identity(config, read_in)}
@@ -302,16 +305,28 @@ async def drive(
 
 
 def _evaluation(
-    e: Evaluate, draw: Draw, read_in: dataset.Dataset, generator: Generator, verifier: Verifier
-) -> Callable[[int], Awaitable[dict[str, float]]]:
-    """Held-out accuracy on the training engines, every `evaluate.every` steps; PreflightError if none is."""
-    asked = f"evaluate.every={e.every}"
-    prompts = heldout_prompts(read_in.split.heldout, e.prompts, asked) if e.every else ()
+    config: Config,
+    read_in: dataset.Dataset,
+    generator: Generator,
+    verifier: Verifier,
+    say: Callable[[str], None],
+) -> Callable[[int, bool], Awaitable[dict[str, float]]]:
+    """On the training engines, every `evaluate.every` steps: held-out accuracy, and the evaluation sets.
 
-    async def evaluate(step: int) -> dict[str, float]:
-        if not e.every or step % e.every:
-            return {}
-        found = await heldout_accuracy(generator, verifier, prompts, draw, e.samples)
+    The sets also before the first step and after the last. PreflightError if nothing is held out, and there
+    are no sets.
+    """
+    e, sets, draw = config.evaluate, read_in.sets, sampler.plain_draw(config.sampler, config.rollout)
+    heldout = e.every and (read_in.split.heldout or not sets)
+    asked = f"evaluate.every={e.every}"
+    prompts = heldout_prompts(read_in.split.heldout, e.prompts, asked) if heldout else ()
+
+    async def evaluate(step: int, last: bool) -> dict[str, float]:
+        due, found = bool(e.every) and step % e.every == 0, dict[str, float]()
+        if due and prompts:
+            found |= await heldout_accuracy(generator, verifier, prompts, draw, e.samples)
+        if due or last or step == 0:
+            found |= await measure_sets(sets, generator, verifier, lambda line: say(f"step {step}: {line}"))
         return {f"eval/{name}": value for name, value in found.items()}
 
     return evaluate
@@ -349,7 +364,7 @@ def _compare(folder: Path, model: str) -> None:
     for name, path in (("before", model), ("after", str(folder / "model"))):
         out = folder / f"eval-{name}.json"
         command = [sys.executable, "-m", "entroray", "eval", f"--config={folder}/config.yaml"]
-        command += [f"--out={out}", f"model.path={quote(path)}"]
+        command += [f"--out={out}", f"model.path={quote(path)}", "evaluate.sets={}"]  # those were evaluated
         try:
             done = subprocess.run(command, check=False, timeout=1800, capture_output=True, text=True)
         except subprocess.TimeoutExpired as error:

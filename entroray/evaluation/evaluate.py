@@ -25,19 +25,22 @@ class EvaluationPlan:
     """Of pass@k, pass^k and maj@k, the first 1 and the last `samples`."""
 
 
-def plan_evaluation(draw: Draw, samples: int, more: Sequence[int] = ()) -> EvaluationPlan:
+def plan_evaluation(
+    draw: Draw, samples: int, more: Sequence[int] = (), place: str = "evaluate"
+) -> EvaluationPlan:
     """k = 1, 2, 4, ..., `samples`, and `more` besides; at temperature 0 the greedy answer is the one sample.
 
-    ConfigError for a k above the samples there are.
+    ConfigError for a k above the samples there are; `place` is the setting that holds both.
     """
     drawn = samples if draw.temperature > 0 else 1
     if any(k < 1 for k in more):
-        raise ConfigError(f"evaluate.k={list(more)}: each k is at least 1")
+        raise ConfigError(f"{place}.k={list(more)}: each k is at least 1")
     if any(k > drawn for k in more):
-        greedy = " and sampler.temperature above 0: a greedy answer is the same each time"
+        heated = "sampler.temperature" if place == "evaluate" else f"{place}.temperature"
+        greedy = f" and {heated} above 0: a greedy answer is the same each time"
         raise ConfigError(
-            f"evaluate.k={list(more)} needs k between 1 and {drawn}, the answers drawn for each "
-            f"prompt: raise evaluate.samples to {max(more)}{'' if draw.temperature > 0 else greedy}"
+            f"{place}.k={list(more)} needs k between 1 and {drawn}, the answers drawn for each "
+            f"prompt: raise {place}.samples to {max(more)}{'' if draw.temperature > 0 else greedy}"
         )
     return EvaluationPlan(draw, drawn, tuple(sorted({*powers_of_two(drawn), *more, drawn})))
 

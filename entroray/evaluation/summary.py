@@ -37,13 +37,13 @@ def summarise(
 ) -> dict[str, Any]:
     """Accuracies with their 95 % intervals over prompts, and what stands behind them.
 
-    `sampled` are n answers to each prompt, `greedy` one; `paths` those of CoT-decoding, or none. A failed
-    answer is wrong in every accuracy, is counted in `failed`, and has no say in anything else.
+    `sampled` are n answers to each prompt, `greedy` one, or none; `paths` those of CoT-decoding, or none.
+    A failed answer is wrong in every accuracy, is counted in `failed`, and has no say in anything else.
     """
-    usable = [keep_pairs(g, lambda r, v: r.status.usable and v.status.usable) for g in sampled]
-    known = [group for group in usable if group.rollouts]
+    known = _usable(sampled)
     confident = _confidences(known)
-    each = {"greedy": _column(greedy, lambda g: float(is_right(g.verdicts[0])))} | accuracies(sampled, ks)
+    first = lambda g: float(is_right(g.verdicts[0]))
+    each = ({"greedy": _column(greedy, first)} if greedy else {}) | accuracies(sampled, ks)
     decoded: dict[str, Any] = {}
     if paths:
         found = [path_gaps(group, words.text) for group in paths]
@@ -64,6 +64,37 @@ def summarise(
         "responses": _shown(known, words),
         "each": {"id": [g.prompt.id for g in sampled], **{name: c.tolist() for name, c in each.items()}},
     }
+
+
+def followed(groups: Sequence[Group], ks: Sequence[int]) -> dict[str, float]:
+    """What is followed of a set over a run: avg@n with its 95 % interval over prompts, pass@k and maj@k.
+
+    Beside them length, truncation and entropy of the answers that were judged, `failed` being the others.
+    Entropy is of the policy's whole distribution at the temperature of the draw, whatever its top-p: nats a
+    token. It is left out where the engine did not note it.
+    """
+    each, mean = accuracies(groups, ks), f"avg@{len(groups[0].verdicts)}"
+    low, high = bootstrap_intervals(each[mean][:, None])[0].tolist()
+    found = {name: float(column.mean()) for name, column in each.items() if not name.startswith("pass^")}
+    found |= {f"{mean}_low": low, f"{mean}_high": high, "failed": float(sum(_failed(groups).values()))}
+    rollouts = [r for group in _usable(groups) for r in group.rollouts]
+    if not rollouts:
+        return found
+    entropy = np.concatenate([np.empty(0), *(_entropy(r) for r in rollouts if r.notes is not None)])
+    drawn = entropy[~np.isnan(entropy)]
+    return found | _lengths(rollouts) | ({"entropy/mean": float(drawn.mean())} if len(drawn) else {})
+
+
+def _usable(groups: Sequence[Group]) -> list[Group]:
+    """The answers that were sampled and judged, of the prompts that have any."""
+    kept = [keep_pairs(g, lambda r, v: r.status.usable and v.status.usable) for g in groups]
+    return [group for group in kept if group.rollouts]
+
+
+def _lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    cut = sum(r.status is Status.TRUNCATED for r in rollouts)
+    mean = sum(r.length for r in rollouts) / len(rollouts)
+    return {"length/mean": mean, "length/truncated": cut / len(rollouts)}
 
 
 def accuracies(groups: Sequence[Group], ks: Sequence[int]) -> dict[str, Column]:
@@ -113,8 +144,7 @@ def _metrics(groups: Sequence[Group], confident: Mapping[str, tuple[Column, Colu
     if not rollouts:
         return {}
     found = distinct(groups) | answers(groups)
-    found["length/mean"] = sum(r.length for r in rollouts) / len(rollouts)
-    found["length/truncated"] = sum(r.status is Status.TRUNCATED for r in rollouts) / len(rollouts)
+    found |= _lengths(rollouts)
     for name, pair in confident.items():
         for kind, score in (("ece", expected_error), ("brier", brier), ("auroc", auroc)):
             found[f"calibration/{kind}_{name}"] = score(*pair)

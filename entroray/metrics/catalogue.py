@@ -19,7 +19,7 @@ FAMILIES: dict[str, str] = json.loads(FILE.with_name("families.json").read_text(
 
 @dataclass(frozen=True)
 class Metric:
-    """One row; `name` may hold `<1,2>` for one of these, and `<n>`, `<d>`, `<rule>`, `<part>`, `<name>`."""
+    """One row; `name` may hold `<1,2>` for one of these, and `<n>`, `<d>`, `<set>`, `<rule>`, ..."""
 
     name: str
     family: str

@@ -10,7 +10,7 @@ import yaml
 
 from entroray.errors import ConfigError
 from entroray.metrics.confidence_interval import Difference, paired_difference
-from entroray.observe.console import plain_table, wide_terminal
+from entroray.observe.console import Terminal, plain_table, wide_terminal
 
 Found = Mapping[str, Any]
 """The JSON that `entroray eval` writes (entroray/evaluation/summary.py)."""
@@ -18,6 +18,10 @@ TEXTS = yaml.safe_load(Path(__file__).with_name("evaluation.yaml").read_text(enc
 SCORES = ("ece", "brier", "auroc")
 SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_tokens")
 """The settings that an evaluation drew its answers with."""
+APART = (
+    "the two share no prompt: give both one data.task, data.settings and data.heldout, or one set of "
+    "evaluate.sets by one name and template"
+)
 
 
 def evaluation_json(found: Found) -> str:
@@ -32,7 +36,7 @@ def load_evaluation(path: Path) -> Found:
         found: Found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is no evaluation: {error}") from error
-    if not isinstance(found, dict) or "each" not in found:
+    if not isinstance(found, dict) or not found.keys() & {"each", "sets"}:
         raise ConfigError(f"{path} is no evaluation: make one with entroray eval --out={path}")
     return found
 
@@ -53,7 +57,14 @@ def number(found: Found, name: str) -> str:
 def head(found: Found) -> str:
     """The prompts, samples and temperature, in one line."""
     drawn = f"{found['samples']} samples, temperature {found['temperature']:g}"
-    return f"{found['prompts']} held-out prompts x {drawn}; 95 % over prompts"
+    prompts = "prompts" if "task" in found else "held-out prompts"
+    left = f"; LEFT OUT: {found['left_out']}" if found.get("left_out") else ""
+    return f"{found['prompts']} {prompts} x {drawn}; 95 % over prompts{left}"
+
+
+def named_parts(found: Found) -> dict[str, Found]:
+    """What was evaluated: the held-out prompts, called "", where there are any, and each set by name."""
+    return ({"": found} if "each" in found else {}) | found.get("sets", {})
 
 
 def accuracy(found: Found) -> list[list[str]]:
@@ -74,7 +85,8 @@ def calibration(found: Found) -> list[list[str]]:
 def lines(found: Found) -> list[str]:
     """A line each: greedy, parts, CoT-decoding, entropy, diversity, failures."""
     mean = next(name for name in found["each"] if name.startswith("avg@"))
-    text = [f"greedy {number(found, 'greedy')}, {mean} {number(found, mean)}"]
+    greedy = f"greedy {number(found, 'greedy')}, " if "greedy" in found else ""
+    text = [f"{greedy}{mean} {number(found, mean)}"]
     for name, part in found.get("domains", {}).items():
         text.append(f"{name}: greedy {part['greedy']:.3f}, {mean} {part[mean]:.3f}")
     if cot := found.get("cot"):
@@ -99,12 +111,15 @@ def lines(found: Found) -> list[str]:
 def show_evaluation(found: Found) -> None:
     """The evaluation on the terminal."""
     terminal = wide_terminal()
-    terminal.print(f"{found['model']}\n{head(found)}", highlight=False, markup=False, soft_wrap=True)
-    terminal.print(plain_table(accuracy(found)))
-    for line in lines(found):
-        terminal.print(line, markup=False, soft_wrap=True)
-    if found["calibration"]:
-        terminal.print(plain_table(calibration(found)))
+    terminal.print(found["model"], highlight=False, markup=False, soft_wrap=True)
+    for name, part in named_parts(found).items():
+        title = f"\n{name}: {part['task']}, {head(part)}" if name else head(part)
+        terminal.print(title, highlight=False, markup=False, soft_wrap=True)
+        terminal.print(plain_table(accuracy(part)))
+        for line in lines(part):
+            terminal.print(line, markup=False, soft_wrap=True)
+        if part["calibration"]:
+            terminal.print(plain_table(calibration(part)))
 
 
 def compare(first: Found, second: Found) -> dict[str, Difference]:
@@ -113,7 +128,7 @@ def compare(first: Found, second: Found) -> dict[str, Difference]:
     at = {prompt: i for i, prompt in enumerate(b["id"])}
     pairs = [(i, at[prompt]) for i, prompt in enumerate(a["id"]) if prompt in at]
     if not pairs:
-        raise ConfigError("the two share no prompt: give both one data.task, data.settings and data.heldout")
+        raise ConfigError(APART)
     one, other = np.array(pairs).T
     column = lambda each, name, rows: np.array(each[name], np.float64)[rows]
     return {n: paired_difference(column(a, n, one), column(b, n, other)) for n in a if n in b and n != "id"}
@@ -127,16 +142,35 @@ def differing_settings(first: Found, second: Found) -> list[str]:
 
 
 def show_comparison(first: Found, second: Found) -> None:
-    """The second against the first on the terminal."""
-    found = compare(first, second)
-    shared = len({*first["each"]["id"]} & {*second["each"]["id"]})
-    rows = [
-        [name, f"{d.first:.3f}", f"{d.second:.3f}", f"{d.mean:+.3f} [{d.low:+.3f} {d.high:+.3f}]", d.sign]
-        for name, d in found.items()
-    ]
+    """The second against the first on the terminal: held-out prompts, and the sets that both have.
+
+    ConfigError where the two share no prompt of any.
+    """
+    parts, others = named_parts(first), named_parts(second)
+    both = [name for name in parts if name in others and share_prompts(parts[name], others[name])]
+    if not both:
+        raise ConfigError(APART)
     terminal = wide_terminal()
     terminal.print(f"first      {first['model']}\nsecond     {second['model']}", markup=False, soft_wrap=True)
-    terminal.print(plain_table([["", "first", "second", "difference", ""], *rows]))
+    for name in both:
+        _show_difference(terminal, name, parts[name], others[name])
+    for name in sorted({*parts, *others} - {*both}):
+        said = f"evaluate.sets.{name}" if name else "held-out prompts"
+        terminal.print(f"{said}: not compared, no prompt is in both", markup=False, soft_wrap=True)
+
+
+def share_prompts(first: Found, second: Found) -> set[str]:
+    """Ids of the prompts that both answered."""
+    return {*first["each"]["id"]} & {*second["each"]["id"]}
+
+
+def _show_difference(terminal: Terminal, name: str, first: Found, second: Found) -> None:
+    rows = [
+        [metric, f"{d.first:.3f}", f"{d.second:.3f}", f"{d.mean:+.3f} [{d.low:+.3f} {d.high:+.3f}]", d.sign]
+        for metric, d in compare(first, second).items()
+    ]
+    terminal.print(plain_table([[name, "first", "second", "difference", ""], *rows]))
+    shared = len(share_prompts(first, second))
     terminal.print(f"{shared} prompts; {TEXTS['compared']}", markup=False, soft_wrap=True)
     if different := differing_settings(first, second):
         terminal.print(f"settings differ: {', '.join(different)}", markup=False, soft_wrap=True)

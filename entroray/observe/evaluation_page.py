@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from entroray.observe.css import render_html
-from entroray.observe.evaluation import TEXTS, Found, accuracy, calibration, head, ks, lines, number
+from entroray.observe.evaluation import (
+    TEXTS,
+    Found,
+    accuracy,
+    calibration,
+    head,
+    ks,
+    lines,
+    named_parts,
+    number,
+)
 from entroray.observe.journal import replace_text
 from entroray.observe.svg import Area, Frame, Line, chart, frame, legend_entry
 from entroray.observe.token_view import ShadedToken, shade_response
@@ -16,10 +26,19 @@ from entroray.observe.token_view import ShadedToken, shade_response
 def write_evaluation_page(path: Path, found: Found) -> Path:
     """Write the page of an evaluation to `path`."""
     title = Path(found["model"]).name
-    body = [
-        f"<header><h1>{escape(title)}</h1><p><code>{escape(found['model'])}</code><br>{escape(head(found))}",
-        "".join(f"<br>{escape(line)}" for line in lines(found)),
-        "</p></header>",
+    body = [f"<header><h1>{escape(title)}</h1><p><code>{escape(found['model'])}</code></p></header>"]
+    body += [section for name, part in named_parts(found).items() for section in _sections(name, part)]
+    replace_text(path, render_html(title, "entroray eval", "".join(body)))
+    return path
+
+
+def _sections(name: str, found: Found) -> list[str]:
+    """Of the held-out prompts, or of a set by its name."""
+    title = f"<h1>{escape(name)}</h1>" if name else ""
+    task = f"<code>{escape(found['task'])}</code><br>" if name else ""
+    said = "<br>".join(map(escape, [head(found), *lines(found)]))
+    return [
+        f"<header>{title}<p>{task}{said}</p></header>",
         _section("Accuracy over k", _accuracy(found)),
         *_part(found, "cot", "CoT-decoding", _cot),
         _section("Calibration", _calibration(found)),
@@ -27,8 +46,6 @@ def write_evaluation_page(path: Path, found: Found) -> Path:
         *_part(found, "uncertain", "Most frequent high-entropy tokens", _uncertain),
         _section("Responses", "".join(map(_response, found["responses"]))),
     ]
-    replace_text(path, render_html(title, "entroray eval", "".join(body)))
-    return path
 
 
 def _part(found: Found, name: str, title: str, draw: Any) -> list[str]:

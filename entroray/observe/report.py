@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def write_report(run_dir: Path) -> Path:
         f'<main class="cards">{"".join(_card(p, metrics) for p in plots)}</main>'
         if metrics
         else _missing("metrics.jsonl", "there are no curves"),
+        _sets(_with_first(metrics, run_dir / "events.jsonl")),
         _tokens(run_dir),
         _events(run_dir / "events.jsonl"),
         _text(run_dir / "config.yaml", "Configuration"),
@@ -136,6 +138,59 @@ def _moved(metrics: Metrics) -> list[Plot]:
         )
         for key in names
     ]
+
+
+_SET = re.compile(r"eval/avg@(\d+):(.+)")
+_SET_MEANING = (
+    "Share of right answers with its 95 % interval over prompts, and the share of prompts that one of the "
+    "samples, or their majority, gets right; step 0 is before training."
+)
+
+
+def _with_first(metrics: Metrics, events: Path) -> Metrics:
+    """The steps, before them the evaluation that preceded the first, which is an event."""
+    entries = read_metrics(events) if events.exists() else []
+    return [*[entry["fields"] for entry in entries if entry["kind"] == "evaluation"][-1:], *metrics]
+
+
+def _sets(metrics: Metrics) -> str:
+    """A curve for each evaluation set, and its first and last numbers with their intervals."""
+    found = dict.fromkeys(m.groups() for entry in metrics for key in entry if (m := _SET.fullmatch(key)))
+    if not found:
+        return ""
+    cards = "".join(_card(_set_plot(name, n), metrics) for n, name in found)
+    head = ["set", "step", "right", "one of n", "majority", "tokens", "truncated", "entropy, nats", "failed"]
+    rows = [row for n, name in found for row in _set_rows(name, n, metrics)]
+    table = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"]
+    table += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    title = "Evaluation sets, first and last <small>95 % bootstrap intervals over prompts</small>"
+    return f'<main class="cards">{cards}</main>' + _section(title, f"<table>{''.join(table)}</table>")
+
+
+def _set_plot(name: str, n: str) -> Plot:
+    key = lambda metric: f"eval/{metric}:{name}"
+    curves = (
+        Curve(key(f"avg@{n}_low"), "low", COLOUR["indigo"], width=0.0),
+        Curve(key(f"avg@{n}_high"), "95 % interval", COLOUR["indigo"], width=0.0, fill=True),
+        Curve(key(f"avg@{n}"), f"avg@{n}", COLOUR["indigo"]),
+        Curve(key(f"pass@{n}"), f"pass@{n}", COLOUR["teal"], dash="dot", width=1.5),
+        Curve(key(f"maj@{n}"), f"maj@{n}", COLOUR["orange"], dash="dot", width=1.5),
+    )
+    return Plot(f"Evaluated: {escape(name)}", _SET_MEANING, "share", curves)
+
+
+def _set_rows(name: str, n: str, metrics: Metrics) -> list[list[str]]:
+    of = [entry for entry in metrics if entry.get(f"eval/avg@{n}:{name}") is not None]
+    return [_set_row(name, n, entry) for entry in (of if len(of) < 2 else (of[0], of[-1]))]
+
+
+def _set_row(name: str, n: str, entry: Mapping[str, Any]) -> list[str]:
+    said = lambda metric, form: "-" if (x := entry.get(f"eval/{metric}:{name}")) is None else format(x, form)
+    low, high = said(f"avg@{n}_low", ".3f"), said(f"avg@{n}_high", ".3f")
+    scores = [f"avg@{n} {said(f'avg@{n}', '.3f')} [{low} {high}]"]
+    scores += [f"{curve}@{n} {said(f'{curve}@{n}', '.3f')}" for curve in ("pass", "maj")]
+    rest = [("length/mean", ".0f"), ("length/truncated", ".1%"), ("entropy/mean", ".4f"), ("failed", ".0f")]
+    return [name, str(entry["step"]), *scores, *(said(*each) for each in rest)]
 
 
 def _card(plot: Plot, metrics: Metrics) -> str:

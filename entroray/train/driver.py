@@ -54,7 +54,7 @@ class LoopSettings:
         return self.max_lag > 0 if self.surplus == "by_lag" else self.surplus == "keep"
 
 
-async def no_evaluation(step: int) -> dict[str, float]:
+async def no_evaluation(step: int, last: bool) -> dict[str, float]:
     return {}
 
 
@@ -67,8 +67,9 @@ class Roles:
     learner: Learner
     sync: Sync
     journal: Journal
-    evaluate: Callable[[int], Awaitable[dict[str, float]]] = no_evaluation
-    """Metrics of the weights served after a step, 0 being the first; empty when none are due."""
+    evaluate: Callable[[int, bool], Awaitable[dict[str, float]]] = no_evaluation
+    """Metrics of the weights served after a step, 0 being the first, and whether it is the run's last; empty
+    when none are due."""
     waits: Callable[[], list[str]] = list
     """What is being waited for and since when, for a run that stalls."""
 
@@ -121,6 +122,7 @@ class Driver:
         self.diagnostics, self.selection = Diagnostics(diagnostics), selection or Selection()
         self.control, self.tune = control or Control(), tune
         self.version: Version = 0
+        self.steps = 0  # of the run, once it is told
         self.drawn = 0  # in groups judged; `stream.lost` are the others
         self.turn: asyncio.Task[dict[str, float]] | None = None
         self.stopping = False
@@ -131,11 +133,12 @@ class Driver:
 
     async def train(self, steps: int, after: After | None = None) -> list[dict[str, float]]:
         """Run until `steps` are committed, `pace.tokens` drawn, or `stop`; `after` comes between steps."""
+        self.steps = steps
         history = []
         try:
-            if self.version == 0 and (first := await self.roles.evaluate(0)):
+            if self.version == 0 and (first := await self.roles.evaluate(0, False)):
                 self.roles.journal.event("evaluation", step=0, **first)
-            while self.version < steps and not self._spent() and not self.stopping:
+            while not self._is_over() and not self.stopping:
                 self._turn_knobs()  # before anything is sampled for this step
                 self.stream.advance(self.version)
                 history.append(await self._step_within_stall())
@@ -149,8 +152,10 @@ class Driver:
             await self.stream.close()
         return history
 
-    def _spent(self) -> bool:
-        return self.pace.tokens is not None and self.drawn + self.stream.lost >= self.pace.tokens
+    def _is_over(self) -> bool:
+        """Whether no further step is begun: the run has made its steps, or drawn its tokens."""
+        spent = self.pace.tokens is not None and self.drawn + self.stream.lost >= self.pace.tokens
+        return spent or self.version >= self.steps
 
     def _turn_knobs(self) -> None:
         values = self.control.turn(self.version + 1)
@@ -256,7 +261,7 @@ class Driver:
         metrics = updated | synced | self._measure(groups, tokens, active) | clock.metrics(len(tokens.row))
         self._report_idle(metrics)
         with clock("evaluate"):
-            metrics |= await self.roles.evaluate(self.version)
+            metrics |= await self.roles.evaluate(self.version, self._is_over())
         metrics |= self.control.observe(metrics)
         self.roles.journal.step(self.version, metrics, groups, tokens)
         return metrics

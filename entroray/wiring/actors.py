@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from entroray.config import Cluster, Config, Data, RolloutConfig
+from entroray.config import Cluster, Config
 from entroray.errors import PreflightError
 from entroray.objective import Objective
 from entroray.wiring import sampler
@@ -129,15 +129,25 @@ def learner_settings(config: Config, model: str, total_updates: int) -> LearnerS
     return LearnerSettings(config.learner, stored, config.generator.transfer, config.seed, total_updates)
 
 
-def sequence_length(data: Data, r: RolloutConfig) -> int:
+def longest_response(config: Config) -> tuple[int, str]:
+    """Most tokens of a response, in training or of an evaluation set, and the setting that says so."""
+    own = {f"evaluate.sets.{name}.max_tokens": s.max_tokens for name, s in config.evaluate.sets.items()}
+    limits = [
+        (config.rollout.max_tokens, "rollout.max_tokens"),
+        *((n or 0, place) for place, n in own.items()),
+    ]
+    return max(limits, key=lambda limit: limit[0])
+
+
+def sequence_length(config: Config) -> int:
     """Most tokens a prompt and its response may have together."""
-    return data.max_prompt + r.max_tokens
+    return config.data.max_prompt + longest_response(config)[0]
 
 
 def engine_options(config: Config) -> dict[str, Any]:
     """vLLM's options: ours, then the user's `generator.engine` over them."""
     # A prompt in chunks rewinds its sampling seed, which vLLM cannot do on CPU ("does not use offset").
-    longest = sequence_length(config.data, config.rollout)
+    longest = sequence_length(config)
     whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, longest)}
     small = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
     cpu = small | whole if cpu_only(config.cluster) else {}
@@ -158,8 +168,14 @@ def _head(config: Config) -> dict[str, Any]:
 
 
 def logits_processors(config: Config, parts: Parts) -> dict[str, Any]:
-    """vLLM's option for a run that shapes or notes what it draws; without any processor, vLLM tracks less."""
-    return noting(config.generator.engine) if sampler.notes_entropy(parts, config.rollout.second) else {}
+    """vLLM's option for a run that shapes or notes what it draws; without any processor, vLLM tracks less.
+
+    Evaluation sets have their entropies noted as they are drawn: the learner would read every answer again,
+    and put engines to sleep that share its card.
+    """
+    sets = any(sampler.set_draw(config, each).notes for each in config.evaluate.sets.values())
+    noted = sets or sampler.notes_entropy(parts, config.rollout.second)
+    return noting(config.generator.engine) if noted else {}
 
 
 def noting(engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +201,7 @@ async def start_actors(
     """
     asked = resource_shares(config)
     settings = learner_settings(config, model, total_updates)
-    limit = max(sequence_length(config.data, config.rollout), len(probe) + 1)
+    limit = max(sequence_length(config), len(probe) + 1)
     within = config.driver.call_deadline
     options = engine_options(config) | logits_processors(config, parts)
 

@@ -73,6 +73,8 @@ def load_config(
         for override in later:
             overrides.put(tree, override)
         overrides.read_line_breaks(tree, given)
+    except ConfigError:
+        raise
     except Exception as error:  # boundary: whatever Hydra and YAML raise is about the words and files given
         raise ConfigError(overrides.explain(error, words, own)) from error
     return _typed(tree, words, training=training), tree
@@ -133,6 +135,7 @@ def check_config(config: Config) -> Parts:
     tool.check_tool(config.rollout, config.sampler, config.evaluate, config.packages)
     dataset.check_mixture(config.data)
     dataset.check_tasks(config)
+    dataset.check_sets(config)
     rollout_plan.check_plan(parts.plan, config.rollout, config.sampler, engine)
     check_evaluation(config)
     check_engine(engine)

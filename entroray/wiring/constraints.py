@@ -24,6 +24,7 @@ BOUNDS = {
     "positive_share": Bound("above 0 and at most 1", lambda x: 0 < x <= 1),
     "count_or_null": Bound("at least 1, or null", lambda x: x is None or x >= 1),
     "natural_or_null": Bound("at least 0, or null", lambda x: x is None or x >= 0),
+    "positive_share_or_null": Bound("above 0 and at most 1, or null", lambda x: x is None or 0 < x <= 1),
     "repeats": Bound("0 (off) or at least 2", lambda x: x == 0 or x >= 2),
     "seed": Bound("from 0 to 2^32 - 1, as NumPy's", lambda x: 0 <= x < 2**32),
     "top_k": Bound("at least 1, or 0 or -1 for all tokens", lambda x: x >= -1),
@@ -39,6 +40,14 @@ NUMBERS = {
     for path, name in map(str.split, Path(__file__).with_name("bounds.tsv").read_text().splitlines())
 }
 """What each number must be; rules between several settings are in `check_config`."""
+OF_SETS = {
+    "prompts": BOUNDS["count_or_null"],
+    "samples": BOUNDS["count_or_null"],
+    "temperature": BOUNDS["natural_or_null"],
+    "top_p": BOUNDS["positive_share_or_null"],
+    "max_tokens": BOUNDS["count_or_null"],
+}
+"""What each number of an evaluation set must be."""
 
 NAMES: dict[str, tuple[object, ...]] = {
     "run.resume": ("never", "auto"),
@@ -67,6 +76,10 @@ def check_bounds(config: Config) -> None:
         value = attrgetter(path)(config)
         if not bound.holds(value):
             raise ConfigError(f"{path}={value} must be {bound.words}")
+    for field, bound in OF_SETS.items():
+        for of, each in config.evaluate.sets.items():
+            if not bound.holds(value := getattr(each, field)):
+                raise ConfigError(f"evaluate.sets.{of}.{field}={value} must be {bound.words}")
     for path, choices in NAMES.items():
         value = attrgetter(path)(config)
         if value not in choices:

@@ -1,16 +1,26 @@
 """Configuration -> tokenizer, prompts in three disjoint parts, and the judge's spec."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from entroray.binding import bind
-from entroray.config import Config, Data, Evaluate, Part, Reward, judge_specs, user_files
+from entroray.config import Config, Data, EvaluationSet, Part, Reward, judge_specs, user_files
 from entroray.data import mixture, prompts, sources
 from entroray.errors import ConfigError, PreflightError
-from entroray.evaluation.evaluate import heldout_prompts
+from entroray.evaluation.evaluate import EvaluationPlan, heldout_prompts, plan_evaluation
+from entroray.evaluation.sets import (
+    SETS,
+    EvaluatedSet,
+    bind_set,
+    describe_sets,
+    read_set,
+    set_domain,
+    set_label,
+)
 from entroray.policy.tokenizer import Chat, chat, load_tokenizer
 from entroray.reward.parts import (
     PLACE,
@@ -24,7 +34,7 @@ from entroray.reward.served import bind_judge
 from entroray.reward.user_file import absolute
 from entroray.roles import GroupObserver, StepMetrics
 from entroray.types import Prompt
-from entroray.wiring import tool
+from entroray.wiring import sampler, tool
 from entroray.wiring.parts import Parts
 
 
@@ -37,6 +47,8 @@ class Dataset:
     judge: Mapping[str, Any]
     dropped: str
     """What was left out, in words."""
+    sets: Mapping[str, EvaluatedSet] = field(default_factory=dict)
+    """Of `evaluate.sets`, by name."""
 
 
 def tasks(d: Data, system: str | None) -> dict[str, Part]:
@@ -62,8 +74,13 @@ def check_mixture(d: Data) -> None:
     for name, weight in weights(d).items():
         if weight <= 0:
             raise ConfigError(f"data.parts.{name}.weight={weight:g} must be above 0, or leave the part out")
-        if not name or set(name) & set(":/|` "):
-            raise ConfigError(f"data.parts: {name!r} is no name for a metric; use letters, digits, _ - .")
+        _check_name("data.parts", name)
+
+
+def _check_name(place: str, name: str) -> None:
+    """ConfigError for a name that metrics cannot end in."""
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ConfigError(f"{place}: {name!r} is no name for a metric; use letters, digits, _ - .")
 
 
 def check_tasks(config: Config) -> None:
@@ -133,7 +150,7 @@ def read_dataset(config: Config, tokenizer: Any) -> Dataset:
     dropped = f"{duplicates} duplicates{_contradictions(made)}, {too_long} too long, {sum(bad)} bad rows"
     if mixture.large_parts(split.training):
         dropped += "; of a large table more show as its rows are drawn (prompts/too_long, prompts/bad)"
-    return Dataset(tokenizer, split, judge_spec(config), dropped)
+    return Dataset(tokenizer, split, judge_spec(config), dropped, read_sets(config, tokenizer))
 
 
 def _refuse_empty(
@@ -196,7 +213,8 @@ def prompt_order(d: Data, of: Sequence[Prompt], seed: int) -> prompts.PromptStre
 def judge_spec(config: Config) -> Mapping[str, Any]:
     """What a verifier builds: a user's function if `reward.path` is set, else the tasks' judges; the tool."""
     spec = tool.tool_spec(config.rollout.tool) if tool.uses_tool(config.rollout.tool) else None
-    return {"judges": _judges(config), "tool": spec, "packages": config.packages}
+    judged = {**_judges(config), **_set_judges(config)}
+    return {"judges": judged, "tool": spec, "packages": config.packages}
 
 
 def _judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
@@ -226,6 +244,61 @@ def domain_judge(r: Reward, own: Mapping[str, Any], place: str) -> Mapping[str, 
     )
 
 
+# Evaluation sets.
+
+
+def check_sets(config: Config) -> None:
+    """ConfigError for an evaluation set that could not be read, drawn, judged or told from others."""
+    for name, of in config.evaluate.sets.items():
+        place = f"{SETS}.{name}"
+        _check_name(SETS, name)
+        if name.startswith("sets."):
+            raise ConfigError(f"{place}: what begins with `sets.` is another set's, leave that out")
+        bind_set(name, of, config.packages)
+        if of.temperature is not None:
+            sampler.check_temperature(of.temperature, f"{place}.temperature")
+        set_plan(config, name, of)
+    _set_judges(config)
+
+
+def set_plan(config: Config, name: str, of: EvaluationSet) -> EvaluationPlan:
+    """How a set is answered; ConfigError for a k above its samples."""
+    samples = config.evaluate.samples if of.samples is None else of.samples
+    return plan_evaluation(sampler.set_draw(config, of), samples, of.k, f"{SETS}.{name}")
+
+
+def _set_judges(config: Config) -> Mapping[str, Mapping[str, Any]]:
+    """A set's own judge, else what judges one task alone, by the domain of the set's prompts."""
+    found = {}
+    for name, of in config.evaluate.sets.items():
+        place = f"{SETS}.{name}.judge"
+        own = written_judge(of.judge, place) if of.judge else domain_judge(config.reward, {}, place)
+        found[set_domain(name)] = own
+    return found
+
+
+def read_sets(config: Config, tokenizer: Any) -> dict[str, EvaluatedSet]:
+    """Every evaluation set, read, rendered and tokenised; errors name the set and its setting."""
+    read, system, variables = {}, config.model.system, config.model.template_args
+    for name, of in config.evaluate.sets.items():
+        asked = chat(tokenizer, of.system or system, variables)
+        label, plan = set_label(name, config.data.parts), set_plan(config, name, of)
+        read[name] = read_set(name, of, plan, label, config.packages, asked, config.data.max_prompt)
+    return read
+
+
+def set_lines(config: Config, sets: Mapping[str, EvaluatedSet]) -> list[str]:
+    """A line for each set: how it is answered, and how much of it the training data has, too."""
+    return describe_sets(sets, _training_questions(config)) if sets else []
+
+
+def _training_questions(config: Config) -> Iterator[str]:
+    """What every row of the training data asks; they are read again, as prompts hold no bare question."""
+    for part in tasks(config.data, config.model.system).values():
+        for question in read_questions(part, config.packages)[0]:
+            yield question.text
+
+
 def describe_tasks(d: Data, shared: str | None, reward: Reward) -> list[str]:
     """How questions are put and judged, in words: a line for each part; `shared` is model.system."""
     lines = []
@@ -238,10 +311,15 @@ def describe_tasks(d: Data, shared: str | None, reward: Reward) -> list[str]:
     return lines
 
 
-def check_heldout(e: Evaluate, parts: Parts, read_in: Dataset) -> None:
-    """PreflightError if something reads held-out prompts and there is none."""
-    asked = [f"evaluate.every={e.every}"] if e.every else ["evaluate.final=true"] if e.final else []
-    read = [c for c in parts.controllers if c.signal == "entropy/prompt_in"]
+def check_heldout(config: Config, parts: Parts, read_in: Dataset) -> None:
+    """PreflightError if something reads held-out prompts and there is none; where there are sets, they do."""
+    e, own = config.evaluate, tuple(f":{each.label}" for each in read_in.sets.values())
+    needed = e.every and (config.learner.reset_after or not e.sets)
+    asked = [f"evaluate.every={e.every}"] if needed else ["evaluate.final=true"] if e.final else []
+    signals = [(c, c.signal or "") for c in parts.controllers]
+    read = [
+        c for c, s in signals if s == "entropy/prompt_in" or (s.startswith("eval/") and not s.endswith(own))
+    ]
     asked += [f"control.{c.name}.signal={c.signal}" for c in read]
     for asker in asked:
         heldout_prompts(read_in.split.heldout, 1, asker)
@@ -272,7 +350,7 @@ def identity(config: Config, read_in: Dataset) -> dict[str, str]:
     words = repr(sorted(read_in.tokenizer.get_vocab().items()))
     named = {"data.task": rows, "model.path": words, "model.template": str(read_in.tokenizer.chat_template)}
     for setting, path in user_files(config).items():
-        if setting not in named:
+        if setting not in named and not setting.startswith(f"{SETS}."):  # sets may change
             named[setting] = Path(absolute(path).rpartition(":")[0]).read_text(errors="replace")
     hashed = lambda text: hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return {setting: hashed(text) for setting, text in named.items()}

@@ -1,13 +1,15 @@
 """The metrics that a run with these settings measures, by their exact names: what a controller may read."""
 
 import difflib
+from collections.abc import Iterator
 
 from entroray.config import Config
 from entroray.errors import ConfigError
-from entroray.metrics.catalogue import expand_names, read_catalogue
+from entroray.evaluation.sets import set_label
+from entroray.metrics.catalogue import expand_names, family_metrics, read_catalogue
 from entroray.metrics.pass_at_k import powers_of_two
 from entroray.objective.activity import counted_functions
-from entroray.wiring import sampler, selection, tool
+from entroray.wiring import dataset, sampler, selection, tool
 from entroray.wiring.parts import Parts
 
 NOT_MEASURED = ("step", "control/<name>")
@@ -45,12 +47,21 @@ def _known_signals(config: Config, parts: Parts) -> dict[str, str]:
     }
     remedies: dict[str, str] = {}
     for metric in read_catalogue():
-        if metric.family in ("parts", "evaluation") or metric.name in NOT_MEASURED:
+        if metric.family in ("parts", "evaluation", "sets") or metric.name in NOT_MEASURED:
             continue
         samples = config.evaluate.samples if metric.family == "heldout" else config.rollout.group_size
         counts = {"<n>": [str(k) for k in powers_of_two(samples)]}
         remedies |= dict.fromkeys(expand_names(metric, fills | counts), missing.get(metric.family, ""))
-    return remedies
+    return remedies | dict.fromkeys(_set_metrics(config), missing.get("heldout", ""))
+
+
+def _set_metrics(config: Config) -> Iterator[str]:
+    """What is measured of each evaluation set."""
+    for name, of in config.evaluate.sets.items():
+        plan, label = dataset.set_plan(config, name, of), set_label(name, config.data.parts)
+        for metric in family_metrics("sets"):
+            counts = [plan.samples] if "avg@" in metric.name else plan.ks
+            yield from expand_names(metric, {"<set>": [label], "<n>": [str(k) for k in counts]})
 
 
 def _missing_families(config: Config, parts: Parts) -> dict[str, str]:

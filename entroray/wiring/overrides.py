@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from entroray.config import Config
 from entroray.errors import ConfigError, first_line, nearest
@@ -25,10 +26,13 @@ from entroray.wiring.own_files import explain_yaml
 PARSER = OverridesParser.create()
 KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w-]*([./][\w-]+)*(@[\w./-]*)?", re.ASCII)
 TEXTS = re.compile(
-    r"data\.(parts\.[^.]+\.)?(template|system)|model\.system|sampler\.(stop|insert)|"
+    r"(data|data\.parts\.[^.]+|evaluate\.sets\.[^.]+)\.(template|system)|model\.system|"
+    r"sampler\.(stop|insert)|"
     r"rollout\.tool\.(open|close|answer)|.*\.rubric"
 )
 """Settings whose text is put to the model or looked for in what it says."""
+NAMED = ("data.parts.", "evaluate.sets.")
+"""What the sections begin with that the user names."""
 MOST = 10_000
 """Values that one word may sweep over."""
 
@@ -177,7 +181,7 @@ def split_whole(words: Sequence[str], given: Sequence[Override]) -> tuple[list[s
     first, later, whole = list[str](), list[Override](), list[str]()
     for word, override in zip(words, given, strict=True):
         key, kind = override.key_or_group, setting_type(override.key_or_group)
-        free = get_origin(kind) is dict or (is_dataclass(kind) and key.startswith("data.parts."))
+        free = get_origin(kind) is dict or (is_dataclass(kind) and key.startswith(NAMED))
         if isinstance(override.value(), dict) and free:
             whole.append(key)
         within = any(f"{key}.".startswith(f"{each}.") for each in whole)
@@ -191,17 +195,23 @@ def split_whole(words: Sequence[str], given: Sequence[Override]) -> tuple[list[s
 def put(tree: DictConfig, override: Override) -> None:
     """Have a setting be what a word gives; a dictionary in place of the one there was."""
     kind = setting_type(override.key_or_group)
-    value = _structured(kind, override.value())
+    value = _structured(override.key_or_group, kind, override.value())
     whole = isinstance(value, dict | DictConfig)
     OmegaConf.update(tree, override.key_or_group, value, merge=not whole, force_add=whole or kind is Any)
 
 
-def _structured(kind: Any, value: Any) -> Any:
-    """A dictionary as the schema wants it, which for parts of a mixture has fields of its own."""
+def _structured(path: str, kind: Any, value: Any) -> Any:
+    """A dictionary as the schema wants it, which for parts and evaluation sets has fields of its own."""
     if isinstance(value, dict) and is_dataclass(kind):
-        return OmegaConf.merge(OmegaConf.structured(kind), value)
+        known = [f.name for f in fields(kind)]
+        if wrong := [name for name in value if name not in known]:
+            raise ConfigError(f"there is no setting `{path}.{wrong[0]}`: {nearest(wrong[0], known)}")
+        try:
+            return OmegaConf.merge(OmegaConf.structured(kind), value)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{path}.{error.full_key}: {first_line(error)}") from error
     if isinstance(value, dict) and get_origin(kind) is dict:
-        return {name: _structured(get_args(kind)[1], inner) for name, inner in value.items()}
+        return {n: _structured(f"{path}.{n}", get_args(kind)[1], inner) for n, inner in value.items()}
     return value
 
 
@@ -281,10 +291,11 @@ def explain(error: Exception, words: Sequence[str], folders: Sequence[Path] = ()
     said = ": ".join(dict.fromkeys(line.rstrip(":.") for line in lines if not _SAID.match(line)))
     found = re.search(r"full_key: (\S+)", whole) or re.search(r"Could not override '([^']+)'", whole)
     key = found[1] if found else ""
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        wanted = str(error.missing_cfg_file).rpartition("/")[2]
-        choices = nearest(wanted, error.options) if error.options else "write `override /data: countdown`"
-        return f"{_place(whole, key, folders)}{first_line(error)}: {choices}"
+    if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
+        group, _, wanted = str(error.missing_cfg_file).rpartition("/")  # of a list, Hydra gives no options
+        there = [f.stem for folder in (conf_folder(), *folders) for f in (folder / group).glob("*.yaml")]
+        choices = nearest(wanted, there) if there else "write `override /data: countdown`"
+        return f"{_place(whole, key, folders)}{first_line(error).rstrip('.')}: {choices}"
     named = "" if key in said else f" ({key})"
     return f"{_place(whole, key, folders)}{said or repr(error)}{named}. {_remedy(key, said, words)}".rstrip()
 
@@ -310,18 +321,29 @@ _KNOWN = {
     "HydraConfig was not set": "`hydra:` is not there: ${{oc.env:PWD}} is the working directory",
     "maximum recursion depth": "The defaults of a file lead back to itself: leave one out",
     "not a subclass of Part": "Give the part whole, 'data.parts.NAME={{task: ...}}'",
+    "not a subclass of EvaluationSet": "Give the set whole, 'evaluate.sets.NAME={{task: ...}}'",
 }
 """What Hydra says -> what to write."""
 
 
+def _beside(key: str) -> list[str]:
+    """The settings of the part or set that `key` is of, which `setting_names` cannot know."""
+    section = key.rpartition(".")[0]
+    kind = setting_type(section) if key.startswith(NAMED) else None
+    return [f"{section}.{f.name}" for f in fields(kind)] if is_dataclass(kind) else []
+
+
 def _remedy(key: str, said: str, words: Sequence[str]) -> str:
     """What to write in place of what was said of `key`; empty if nobody knows."""
-    word = next((w for w in words if f"{key}.".startswith(w.partition("=")[0].lstrip("+~") + ".")), "")
+    given = [w for w in words if f"{key}.".startswith(w.partition("=")[0].lstrip("+~") + ".")]
+    word = max(given, key=lambda w: len(w.partition("=")[0]), default="")
     value, kind = word.partition("=")[2], setting_type(key)
-    near = difflib.get_close_matches(key, setting_names(), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, [*_beside(key), *setting_names()], n=1, cutoff=0.6)
     known = next((remedy for said_so, remedy in _KNOWN.items() if said_so in said), "")
     if ("nterpolation" in said or "${" in said) and not known:
         return "${oc.env:NAME} is a variable of the environment, ${run.name} another setting"
+    if key.startswith(NAMED) and "not in struct" in said and kind is not Any:
+        return f"Give it whole first, '{'.'.join(key.split('.')[:3])}={{task: ...}}'"
     if kind is None and near and not key.startswith(near[0]):
         return f"Did you mean `{near[0]}`?"
     if known:

@@ -57,10 +57,10 @@ def refuse_wrong(config: Config) -> None:
 
 def model(config: Config) -> str:
     """Weights, tokenizer, chat template, vocabulary and context fit each other and what is asked."""
-    needed = actors.sequence_length(config.data, config.rollout)
+    needed = actors.sequence_length(config)
     if warm_start.is_missing(config):
         context = config.model.warm_start.size["max_position_embeddings"]
-        return _context(needed, context, "the tiny model, not made yet")
+        return _context(config, context, "the tiny model, not made yet")
     path = warm_start.resolve_model(config)
     from transformers import AutoConfig
 
@@ -80,7 +80,7 @@ def model(config: Config) -> str:
             "they are not a pair; resize the model's embeddings, or give the tokenizer it was trained with"
         )
     families.check_window(described, needed)
-    fits = _context(needed, getattr(text, "max_position_embeddings", needed), path)
+    fits = _context(config, getattr(text, "max_position_embeddings", needed), path)
     return f"{fits}; {found}"
 
 
@@ -95,10 +95,11 @@ def _check_weights(path: str) -> None:
     )
 
 
-def _context(needed: int, context: int, name: str) -> str:
+def _context(config: Config, context: int, name: str) -> str:
+    needed, (_, longest) = actors.sequence_length(config), actors.longest_response(config)
     if needed > context:
         raise PreflightError(
-            f"data.max_prompt + rollout.max_tokens = {needed} tokens, and {name} reads at most {context}: "
+            f"data.max_prompt + {longest} = {needed} tokens, and {name} reads at most {context}: "
             "lower one of them, or take a model with a longer context"
         )
     return f"{name}; {needed} tokens asked of a context of {context}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from entroray.binding import function_name
-from entroray.config import RolloutConfig, Sampler, Second
+from entroray.config import Config, EvaluationSet, RolloutConfig, Sampler, Second
 from entroray.errors import ConfigError, PreflightError
 from entroray.formula import describe_formula
 from entroray.objective.compatibility import corrects_sampler
@@ -62,6 +62,18 @@ def evaluation_draw(s: Sampler, r: RolloutConfig, engine: Mapping[str, Any]) -> 
     return replace(plain, rule=reshape.FIXED)
 
 
+def set_draw(config: Config, of: EvaluationSet) -> Draw:
+    """As an evaluation set is drawn: what it leaves open is the run's own; entropies are noted."""
+    s, r = config.sampler, config.rollout
+    own = replace(
+        s,
+        temperature=s.temperature if of.temperature is None else of.temperature,
+        top_p=s.top_p if of.top_p is None else of.top_p,
+    )
+    limit = r.max_tokens if of.max_tokens is None else of.max_tokens
+    return evaluation_draw(own, replace(r, max_tokens=limit), config.generator.engine)
+
+
 def insert_token(text: str | None, tokenizer: Any) -> int | None:
     """The one token that `sampler.insert` is; PreflightError if the tokenizer has no such token."""
     if text is None:
@@ -82,16 +94,21 @@ def describe_sampler(rule: partial, insert: str | None) -> str:
     return described if insert is None else f"{described}; insert {insert!r} where unsure, once a response"
 
 
+def check_temperature(temperature: float, place: str) -> None:
+    """ConfigError for a temperature that `place` sets and vLLM would not draw at."""
+    if temperature < 0:
+        raise ConfigError(f"{place}={temperature:g} must be at least 0")
+    if 0 < temperature < MINIMUM:
+        raise ConfigError(
+            f"{place}={temperature:g}: vLLM draws at {MINIMUM:g} instead, and log-probs and "
+            f"entropies would be of another distribution; say {MINIMUM:g} or more (an evaluation may say 0)"
+        )
+
+
 def check_sampler(s: Sampler, rule: partial) -> None:
     """What is wrong with a sampler whatever it is used for."""
     marks_unsure = rule(*torch.zeros(2, 0)).unsure is not None
-    if s.temperature < 0:
-        raise ConfigError(f"sampler.temperature={s.temperature:g} must be at least 0")
-    if 0 < s.temperature < MINIMUM:
-        raise ConfigError(
-            f"sampler.temperature={s.temperature:g}: vLLM draws at {MINIMUM:g} instead, and log-probs and "
-            f"entropies would be of another distribution; say {MINIMUM:g} or more (an evaluation may say 0)"
-        )
+    check_temperature(s.temperature, "sampler.temperature")
     if "" in s.stop:
         raise ConfigError(f"sampler.stop={s.stop}: every response has an empty string in it; leave it out")
     if s.insert is not None and not marks_unsure:

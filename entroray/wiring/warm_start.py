@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from entroray import rows
-from entroray.config import TINY, Config, Model, Part, WarmStartConfig, user_files
+from entroray.config import TINY, Config, Evaluate, Model, Part, WarmStartConfig, user_files
 from entroray.data.demonstrations import NAMES, WorkedAnswer, find_demonstration
 from entroray.data.text_rows import Row
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
@@ -169,7 +169,8 @@ def _supervised(config: Config) -> Config:
     probe = replace(config.driver.probe, every=0)
     generator = replace(config.generator, replicas=1)
     driver = replace(config.driver, probe=probe)
-    return replace(config, learner=learner, driver=driver, generator=generator, seed=SEED)
+    own = replace(config, learner=learner, driver=driver, generator=generator, seed=SEED)
+    return replace(own, evaluate=Evaluate())  # sets would have the engine note entropies
 
 
 def _ended(reached: float, whole: float, steps: float, plan: WarmStartConfig) -> str:

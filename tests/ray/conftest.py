@@ -24,10 +24,13 @@ FEATURES = (
     *("observe.diagnosis.every=2", "checkpoint.every=2", "++data.settings.size=3000"),
     *("evaluate.every=2", "evaluate.prompts=32", "evaluate.samples=2", "evaluate.final=false"),
     *("model.warm_start.band=[0.0,1.0]", "model.warm_start.check_every=40"),
+    "evaluate.sets.sums={source: reasoning_gym, task: chain_sum, template: '{expression:compact}=', "
+    "samples: 4, temperature: 0.7, top_p: 0.9, max_tokens: 40, "
+    "settings: {size: 12, seed: 100000, min_terms: 2, max_terms: 3, min_digits: 1, max_digits: 1}}",
     "+control.high={knob: objective.surrogate.high, fn: band, signal: entropy/mean, at_least: 9, at_most: 9, "
     "step: 0.1, low: 0.2, high: 1}",
 )
-"""Of a run that evaluates, saves, diagnoses, keeps every token and moves a knob."""
+"""Of a run that evaluates held-out prompts and a set, saves, diagnoses, keeps every token, moves a knob."""
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

@@ -42,12 +42,18 @@ def found(trained: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 @pytest.fixture(scope="module")
-def heldout(finished_run: FinishedRun) -> tuple[Any, Any, Sequence[Prompt]]:
-    """(model, tokenizer, held-out prompts) as transformers and the data's own code read them."""
+def read(finished_run: FinishedRun) -> tuple[Any, Any, dataset.Dataset]:
+    """(model, tokenizer, data) as transformers and the data's own code read them."""
     folder = str(finished_run.folder / "model")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(folder)
     config = of_run(finished_run.folder / "config.yaml", SETTINGS)
-    return model, tokenizer, dataset.read_dataset(config, tokenizer).split.heldout
+    return model, tokenizer, dataset.read_dataset(config, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def heldout(read: tuple[Any, Any, dataset.Dataset]) -> tuple[Any, Any, Sequence[Prompt]]:
+    """The same with the held-out prompts alone."""
+    return read[0], read[1], read[2].split.heldout
 
 
 def test_an_evaluation_says_all_it_should(found: tuple[dict[str, Any], Path, str]) -> None:
@@ -58,22 +64,27 @@ def test_an_evaluation_says_all_it_should(found: tuple[dict[str, Any], Path, str
     assert set(result["calibration"]) == {"consistency", "logprob", "gap"}
     assert len(result["each"]["id"]) == len(set(result["each"]["id"])) == 6
     assert result["cot"]["paths"] == 6 * PATHS and sum(result["cot"]["lost"].values()) < 6 * PATHS
+    of_set = result["sets"]["sums"]
+    assert (of_set["samples"], of_set["prompts"], of_set["max_tokens"]) == (4, 12, 40)
+    assert "sums: chain_sum, 12 prompts x 4 samples" in said and "avg@4" in of_set["intervals"]
     assert "pass^k" in said and "CoT-decoding" in said and "AUROC" in said
     page = (folder / "found.html").read_text()
     assert page.count("<svg") >= 5 and "Most frequent high-entropy tokens" in page and "src=" not in page
 
 
 def test_entropies_are_those_of_the_whole_distribution_at_the_temperature(
-    found: tuple[dict[str, Any], Path, str], heldout: tuple[Any, Any, Sequence[Prompt]]
+    found: tuple[dict[str, Any], Path, str], read: tuple[Any, Any, dataset.Dataset]
 ) -> None:
-    result, (model, tokenizer, read) = found[0], heldout
-    prompts = {p.text: p for p in read}
+    """Of a set too, whose top-p of 0.9 cuts what is drawn and not what is measured."""
+    result, (model, tokenizer, data) = found[0], read
+    prompts = {p.text: p for p in (*data.split.heldout, *data.sets["sums"].prompts)}
     names = {words(tokenizer).name(i): i for i in range(len(tokenizer))}
-    assert result["responses"]
-    for response in result["responses"]:
+    of_set = result["sets"]["sums"]["responses"]
+    assert result["responses"] and of_set
+    for response, temperature in [*((r, 0.8) for r in result["responses"]), *((r, 0.7) for r in of_set)]:
         before = prompts[response["prompt"]].token_ids
         ids = [names[name] for name, _ in response["tokens"]]
-        exact, _ = token_entropy(logits(model, before, ids), 0.8)
+        exact, _ = token_entropy(logits(model, before, ids), temperature)
         np.testing.assert_allclose([h for _, h in response["tokens"]], exact, atol=1e-3)
         assert 0.01 < float(exact.mean()) < 5
 

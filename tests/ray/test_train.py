@@ -39,6 +39,25 @@ def test_every_metric_of_a_run_is_in_the_catalogue(finished_run: FinishedRun) ->
     assert [name for name in sorted(names) if not matches(name, IN_A_RUN)] == []
 
 
+def test_a_set_is_evaluated_before_the_first_step_every_few_and_after_the_last(
+    finished_run: FinishedRun,
+) -> None:
+    folder, printed = finished_run.folder, finished_run.printed
+    kept = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    (first,) = [event["fields"] for event in kept if event["kind"] == "evaluation"]
+    found = [first, *(row for row in metrics(folder) if "eval/avg@4:sums" in row)]
+    assert [row["step"] for row in found] == [0, 2, 4, 6]
+    for row in found:
+        low, mean, high = (row[f"eval/avg@4{end}:sums"] for end in ("_low", "", "_high"))
+        assert 0 <= low <= mean <= high <= 1 and row["eval/pass@4:sums"] >= mean == row["eval/pass@1:sums"]
+        assert row["eval/failed:sums"] == 0 and 0 < row["eval/entropy/mean:sums"] < 4
+        assert 1 < row["eval/length/mean:sums"] <= 40 and "eval/greedy" in row
+    assert "evaluated  sums: chain_sum, 12 prompts x 4 samples, temperature 0.7, top-p 0.9" in printed
+    assert "questions are in the training data, too" in printed and "step 6: sums: avg@4 " in printed
+    assert "Evaluated: sums" in (folder / "report.html").read_text()
+    assert json.loads((folder / "manifest.json").read_text())["evaluation_sets"]
+
+
 def test_token_records_give_the_entropy_the_journal_says(finished_run: FinishedRun) -> None:
     table = f"'{finished_run.folder}/tokens/*.parquet'"
     rows = query(
