@@ -6,7 +6,7 @@ from typing import Any
 from entroray.control import Controller
 from entroray.metrics import health, prediction, reward_entropy_law
 from entroray.observe.journal import first_and_last, series
-from entroray.observe.trackers import RunSummary, summarize
+from entroray.observe.run_summary import RunSummary, summarize
 
 STEADY = 5
 """Steps in a row that a new kind of health must hold before it is announced."""

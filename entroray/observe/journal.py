@@ -16,8 +16,9 @@ import torch
 
 from entroray.errors import DataError, InfrastructureError, Stopped, writing
 from entroray.observe import token_records
+from entroray.observe.run_summary import RunSummary, summarize
 from entroray.observe.tracker_thread import LostError, TrackerThread
-from entroray.observe.trackers import SETTING, RunSummary, Tracker, summarize
+from entroray.observe.trackers import SETTING, Tracker
 from entroray.types import Batch, Group, Tokens
 
 

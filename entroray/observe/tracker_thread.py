@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 
-from entroray.observe.trackers import RunSummary, Tracker
+from entroray.observe.run_summary import RunSummary
+from entroray.observe.trackers import Tracker
 
-PATIENCE, END = 60.0, 30.0
+PATIENCE, END = 120.0, 30.0
 """Seconds that a tracker may take for what it was given, and all of them together at the end of a run."""
 
 
@@ -71,9 +72,7 @@ class TrackerThread:
                     break
                 self._given = given
                 call(tracker)
-        except (
-            BaseException
-        ) as error:  # boundary: `check` says it; a copy of the metrics ends no run
+        except BaseException as error:  # boundary: `check` says it; a copy of the metrics ends no run
             self._error = error
         self._over.set()
 

@@ -4,13 +4,11 @@ A tracker is a function of `TrackedRun`, with settings by keyword, that returns 
 called in a thread of its own (tracker_thread.py). One that may have a `finish` is told how the run ended.
 """
 
-import asyncio
 import json
 import os
 import posixpath
 import re
 import secrets
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from csv import DictReader, DictWriter
@@ -20,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from entroray.binding import declare
-from entroray.errors import EntrorayError, PreflightError, Stopped, first_line
+from entroray.errors import PreflightError
+from entroray.observe.run_summary import STEP, RunSummary
 
 SETTING = "observe.trackers"
 
@@ -45,55 +44,6 @@ class TrackedRun:
         for line in self.history:
             if line["step"] < self.first_step:
                 yield line["step"], {k: v for k, v in line.items() if k != "step" and v is not None}
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """What a run came to."""
-
-    status: Literal["finished", "stopped", "failed"]
-    """Stopped is by Ctrl-C or SIGTERM."""
-    exit_code: int
-    reason: str
-    """What ended it, in a sentence; empty where it is finished."""
-    step: int
-    """The last."""
-    metrics: Mapping[str, float]
-    """The last known value of each."""
-    best: tuple[int, float] | None
-    """Step and value of the highest `eval/greedy`; None without an evaluation."""
-    health: str
-    """The verdict on its entropy, in a line."""
-
-    def flat(self) -> dict[str, str | int | float]:
-        """All but the metrics, by name."""
-        best = {"best/step": self.best[0], "best/eval/greedy": self.best[1]} if self.best else {}
-        texts = {"run/status": self.status, "run/reason": self.reason, "run/health": self.health}
-        return {**texts, "run/exit_code": self.exit_code, "run/step": self.step, **best}
-
-
-def _ended(error: BaseException | None) -> tuple[Literal["finished", "stopped", "failed"], int]:
-    """The status and the exit code of a run that `error` ended, or nothing."""
-    if error is None:
-        return "finished", 0
-    signals = {KeyboardInterrupt: signal.SIGINT, asyncio.CancelledError: signal.SIGTERM}
-    if number := signals.get(type(error)):
-        return "stopped", 128 + number
-    code = error.exit_code if isinstance(error, EntrorayError) else 1
-    return ("stopped" if isinstance(error, Stopped) else "failed"), code
-
-
-def summarize(
-    error: BaseException | None, history: Sequence[Mapping[str, Any]] = (), health: str = ""
-) -> RunSummary:
-    """What a run came to that has the metrics `history`, and that `error` ended."""
-    status, code = _ended(error)
-    last = {name: value for line in history for name, value in line.items() if value is not None}
-    known = [(line["eval/greedy"], line["step"]) for line in history if line.get("eval/greedy") is not None]
-    accuracy, step = max(known, key=lambda pair: pair[0], default=(None, 0))
-    best = None if accuracy is None else (step, accuracy)
-    reason = "" if error is None else first_line(error)
-    return RunSummary(status, code, reason, int(last.pop("step", 0)), last, best, health)
 
 
 @runtime_checkable
@@ -143,8 +93,10 @@ def csv(run: TrackedRun) -> Tracker:
 
     A column is empty where its metric was not measured; a new one comes last, and rewrites the file once.
     """
-    table = Csv(run.folder)
-    table.rewrite([{"step": step, **metrics} for step, metrics in run.lines()])
+    table, before = Csv(run.folder), []
+    if run.first_step > 1 and (run.folder / "metrics.csv").is_file():
+        before = [row for row in table.rows() if row["step"] == "0"]  # which no line of metrics.jsonl has
+    table.rewrite([*before, *({"step": step, **metrics} for step, metrics in run.lines())])
     return table
 
 
@@ -161,9 +113,12 @@ class Csv:
         if row.keys() <= set(self.columns):
             self._write("metrics.csv", self.columns, [row], mode="a")
         else:
-            with (self.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-                rows = list(DictReader(file))
-            self.rewrite([*rows, row])
+            self.rewrite([*self.rows(), row])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The file's."""
+        with (self.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            return list(DictReader(file))
 
     def rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Have the file hold `rows`; a reader sees it as it was, or whole."""
@@ -191,8 +146,8 @@ class Continued:
     write: Callable[[int, Mapping[str, float]], None]
     finish: Callable[[RunSummary], None]
     close: Callable[[], None]
-    after: int
-    """It has the steps up to this one; -1: none."""
+    after: int = -1
+    """Its last step from before."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write a step that it has not."""
@@ -200,20 +155,19 @@ class Continued:
             self.write(step, metrics)
 
     def caught_up(self, run: TrackedRun) -> "Continued":
-        """Write the steps from before it: it may be new in a resumed run."""
+        """Write the steps that are missing: a killed run did not write all, or was not tracked."""
         for step, metrics in run.lines():
             self.log(step, metrics)
         return self
 
 
-def _kept_id(run: TrackedRun, tracker: str, make: Callable[[], str]) -> tuple[str, int]:
-    """The id of a run with a tracker, kept in its folder, and the last step that it was told of; -1: none."""
+def _kept_id(run: TrackedRun, tracker: str, make: Callable[[], str]) -> str:
+    """The id of a run with a tracker, made once and kept in its folder."""
     file = run.folder / tracker / "run-id"
-    if file.is_file():
-        return file.read_text().strip(), run.history[-1]["step"] if run.history else -1
     file.parent.mkdir(exist_ok=True)
-    file.write_text(made := make())
-    return made, -1
+    if not file.is_file():
+        file.write_text(make())
+    return file.read_text().strip()
 
 
 def _refuse_missing(extra: str, *modules: str) -> None:
@@ -259,13 +213,13 @@ def wandb(
 ) -> Tracker:
     """A run of Weights & Biases, with its files in the folder `wandb` of the run.
 
-    `settings` go to `wandb.Settings`, untouched.
+    `settings` go to `wandb.Settings`, untouched. A resumed run is the same one. Of it W&B keeps what it has:
+    offline, that is in a folder of each process, and the last one's has every step.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb as library
 
     library.setup(library.Settings(**QUIET))
-    key, after = _kept_id(run, "wandb", lambda: secrets.token_hex(4))
     opened = library.init(
         project=project or os.environ.get("WANDB_PROJECT", "entroray"),
         entity=entity,
@@ -275,7 +229,7 @@ def wandb(
         notes=notes,
         mode=mode,
         dir=run.folder,
-        id=key,
+        id=_kept_id(run, "wandb", lambda: secrets.token_hex(4)),
         name=run.name[:128],
         config=dict(run.settings),
         resume="allow",
@@ -289,7 +243,7 @@ def wandb(
         opened.finish(exit_code=summary.exit_code)
 
     write = lambda step, metrics: opened.log(dict(metrics), step=step)
-    return Continued(write, finish, opened.finish, after).caught_up(run)
+    return Continued(write, finish, opened.finish).caught_up(run)
 
 
 def _mlflow_ready(**_: Any) -> None:
@@ -314,19 +268,26 @@ def mlflow(
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.folder}/mlflow/mlflow.db"
-    (run.folder / "mlflow").mkdir(exist_ok=True)
-    client, name = MlflowClient(uri), experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", "entroray")
+    folder = run.folder / "mlflow"
+    folder.mkdir(exist_ok=True)
+    own = f"sqlite:///{folder}/mlflow.db"
+    store = uri or os.environ.get("MLFLOW_TRACKING_URI") or own
+    client, artifacts = MlflowClient(store), str(folder / "artifacts") if store == own else None
+    name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", "entroray")
     found = client.get_experiment_by_name(name)
-    place = found.experiment_id if found else client.create_experiment(name)
+    place = found.experiment_id if found else client.create_experiment(name, artifacts)
     make = lambda: client.create_run(place, run_name=run.name[:250], tags=tags).info.run_id
-    key, after = _kept_id(run, "mlflow", make)
+    key = _kept_id(run, "mlflow", make)
+    had = client.get_run(key).data.params  # of which none can be changed
+    params = {_mlflow_name(path): str(value)[:6000] for path, value in _flat(run.settings)}
+    for some in _chunks([Param(*pair) for pair in params.items() if pair[0] not in had], 100):
+        client.log_batch(key, params=some)
+    client.update_run(key, status="RUNNING")
 
     def write(step: int, metrics: Mapping[str, float]) -> None:
-        now = int(time.time() * 1000)
-        values = [Metric(_mlflow_name(name), value, now, step) for name, value in metrics.items()]
-        for start in range(0, len(values), 1000):
-            client.log_batch(key, metrics=values[start : start + 1000])
+        now, values = int(time.time() * 1000), {**metrics, STEP: step}
+        for some in _chunks([Metric(_mlflow_name(k), v, now, step) for k, v in values.items()], 1000):
+            client.log_batch(key, metrics=some)
 
     def finish(summary: RunSummary) -> None:
         words = summary.flat()
@@ -336,13 +297,12 @@ def mlflow(
                 client.set_tag(key, word, value[:5000])
         client.set_terminated(key, ENDS[summary.status])
 
-    client.update_run(key, status="RUNNING")
-    had = client.get_run(key).data.params  # of which none can be changed
-    params = {_mlflow_name(path): str(value)[:6000] for path, value in _flat(run.settings)}
-    values = [Param(*pair) for pair in params.items() if pair[0] not in had]
-    for start in range(0, len(values), 100):
-        client.log_batch(key, params=values[start : start + 100])
+    after = max((m.step for m in client.get_metric_history(key, STEP)), default=-1)
     return Continued(write, finish, lambda: None, after).caught_up(run)
+
+
+def _chunks(values: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    return (values[start : start + most] for start in range(0, len(values), most))
 
 
 def _mlflow_name(name: str) -> str:

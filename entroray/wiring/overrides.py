@@ -57,9 +57,20 @@ def _parse(word: str) -> Override:
     if not override.is_delete() and not value:
         null = f", or {key}=null" if setting_type(key) is None or _may_be_null(key) else ""
         raise ConfigError(f"{word} is empty, as a shell's unset variable is: give a value{null}")
+    if setting_type(key) == list[dict[str, Any]] and (listed := _listed(override.value())) is not None:
+        raise ConfigError(f"{word}: {key} is a list of {{fn: NAME, settings}}: write '{key}=[{listed}]'")
     if value == "None" and _may_be_null(key):
         raise ConfigError(f"{word} sets the text `None`; for no value write {key}=null")
     return override
+
+
+def _listed(value: Any) -> str | None:
+    """The inside of the list of functions that `value` was meant as; None if it is one."""
+    given = value if isinstance(value, list) else [] if value in (None, "none", "None") else [value]
+    if given is value and all(isinstance(each, dict) for each in given):
+        return None
+    shown = [each if isinstance(each, dict) else {"fn": each} for each in given]
+    return ", ".join("{" + ", ".join(f"{k}: {v}" for k, v in each.items()) + "}" for each in shown)
 
 
 def _unreadable(word: str) -> str:
