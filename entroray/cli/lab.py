@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     """
     given, overrides = flags.parse_flags("lab", arguments, FLAGS)
     config_dir = given.get("config-dir")
-    folder = Path(given.get("dir", "runs/lab")).expanduser().resolve()
+    folder = run_directory.place(given.get("dir", "runs/lab"), "--dir")
     jobs = plan(folder, overrides, config_dir) if overrides else []
     run_directory.make_folder(folder, "--dir")
     lock = run_directory.lock_folder(folder)

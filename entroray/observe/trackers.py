@@ -284,20 +284,21 @@ def mlflow(
         client.log_batch(key, params=some)
     client.update_run(key, status="RUNNING")
 
-    def write(step: int, metrics: Mapping[str, float]) -> None:
-        now, values = int(time.time() * 1000), {**metrics, STEP: step}
-        for some in _chunks([Metric(_mlflow_name(k), v, now, step) for k, v in values.items()], 1000):
+    def put(step: int, metrics: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        for some in _chunks([Metric(_mlflow_name(k), v, now, step) for k, v in metrics.items()], 1000):
             client.log_batch(key, metrics=some)
 
     def finish(summary: RunSummary) -> None:
         words = summary.flat()
-        write(summary.step, {k: float(v) for k, v in words.items() if not isinstance(v, str)})
-        for word, value in words.items():
-            if isinstance(value, str):
-                client.set_tag(key, word, value[:5000])
+        numbers = {k: float(v) for k, v in words.items() if not isinstance(v, str) and k != STEP}
+        put(summary.step, numbers)
+        for word in words.keys() - numbers.keys():
+            client.set_tag(key, word, str(words[word])[:5000])
         client.set_terminated(key, ENDS[summary.status])
 
     after = max((m.step for m in client.get_metric_history(key, STEP)), default=-1)
+    write = lambda step, metrics: put(step, {**metrics, STEP: step})
     return Continued(write, finish, lambda: None, after).caught_up(run)
 
 

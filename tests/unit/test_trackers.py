@@ -3,6 +3,8 @@
 import asyncio
 import csv
 import io
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -175,7 +177,41 @@ def test_a_summary_says_how_the_run_ended_and_what_it_came_to(error, status, cod
     assert summarize(None).best is None
 
 
-# csv
+HUNG = """
+import sys, threading
+from entroray import cli
+cli.EXIT = 0.5
+threading.Thread(target=threading.Event().wait).start()  # as a library that uploads would
+cli.run = lambda words: 4
+cli.main()
+"""
+
+
+def test_what_hangs_at_exit_keeps_neither_the_process_nor_its_code():
+    done = subprocess.run([sys.executable, "-c", HUNG], timeout=30, check=False)
+    assert done.returncode == 4
+
+
+# tensorboard and csv
+
+
+def test_tensorboard_holds_the_metrics(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    tracker = trackers.tensorboard(TrackedRun(tmp_path, "train", {"seed": 3}, first_step=1))
+    tracker.log(7, {"entropy/mean": 1.5})
+    tracker.finish(summarize(ZeroDivisionError()))
+    tracker.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    found = [(e.step, v.tag, v.tensor) for e in EventFileLoader(str(file)).Load() for v in e.summary.value]
+    values = [(step, tag, tensor.float_val[0]) for step, tag, tensor in found if tensor.float_val]
+    texts = {tag: tensor.string_val[0].decode() for _, tag, tensor in found if tensor.string_val}
+    assert values == [(7, "entropy/mean", 1.5)]
+    assert (
+        '"seed": 3' in texts["run/settings/text_summary"]
+        and texts["run/settings/text_summary"][:6] == "train\n"
+    )
+    assert "run/status: failed" in texts["run/summary/text_summary"]
 
 
 def table(folder, name="metrics.csv"):
