@@ -10,6 +10,7 @@ from entroray.observe.run_summary import RunSummary, summarize
 
 STEADY = 5
 """Steps in a row that a new kind of health must hold before it is announced."""
+TOO_EARLY = f"none before {health.MINIMUM_STEPS} steps"
 FORM = "exact"
 PREDICTED, REALISED = f"entropy/predicted_change_{FORM}", "entropy/realised_change"
 
@@ -28,7 +29,7 @@ class HealthTracker:
         settings: Mapping[str, Any] | None = None,
     ):
         self.report, self.say, self.history, self.settings = report, say, list(history), settings
-        self.announced, self.kind, self.held, self.line = "", "", 0, ""
+        self.announced, self.kind, self.held, self.line = "", "", 0, TOO_EARLY
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Read the run with this step; a step that a resumed run repeats replaces the old one."""
@@ -67,7 +68,7 @@ def health_lines(
 ) -> list[str]:
     """The end of a run in three lines: its health, prediction against what happened, the law."""
     found = health.read_health(history, settings)
-    line = found.line() if found else f"none before {health.MINIMUM_STEPS} steps"
+    line = found.line() if found else TOO_EARLY
     return [f"health: {line}", _prediction_line(history), _law_line(history, settings or {})]
 
 

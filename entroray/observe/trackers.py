@@ -5,6 +5,7 @@ called in a thread of its own (tracker_thread.py). One that may have a `finish` 
 """
 
 import json
+import logging
 import os
 import posixpath
 import re
@@ -264,10 +265,10 @@ def mlflow(
     Parameters are the settings, by dotted path.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # that its tables are made is no news
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # that its tables are made is no news
     folder = run.folder / "mlflow"
     folder.mkdir(exist_ok=True)
     own = f"sqlite:///{folder}/mlflow.db"
