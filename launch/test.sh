@@ -7,7 +7,8 @@ lanes() {
 usage: launch/test.sh [LANE] [pytest arguments, as in: launch/test.sh -k sync -x]
 
   (no lane)  every push: ruff, conf and launch, unit tests, mypy, the real stack on the CPU
-  slow       long tests, and assertions that the default lane makes on a smaller run
+  slow       long tests, and assertions that the default lane makes on a smaller run; installs the extras
+             wandb and mlflow, unless ENTRORAY_EXTRAS names others (ENTRORAY_EXTRAS= for none)
   families   models of other families than Llama
   faults     processes killed on purpose, beyond the deaths of the default lane
   bench      speed and memory against a limit
@@ -19,6 +20,7 @@ case ${1:-} in
 slow | families | faults | bench | cluster) lane=$1 && shift ;;
 *) lane="" ;;
 esac
+[[ $lane != slow ]] || export ENTRORAY_EXTRAS=${ENTRORAY_EXTRAS-wandb,mlflow}
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 exec </dev/null

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -13,9 +14,18 @@ from entroray.home import ensure_home
 USAGE = Path(__file__).with_name("usage.txt").read_text()
 
 
+EXIT = 30.0
+"""Seconds that libraries may take to leave, as a tracker that uploads; then the process ends all the same."""
+
+
 def main() -> None:
     """Run one command; exit codes as DESIGN 7 lists them."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    sys.stdout.flush()
+    leave = threading.Timer(EXIT, os._exit, (code,))
+    leave.daemon = True
+    leave.start()
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:

@@ -7,7 +7,6 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,7 +61,7 @@ def main(arguments: list[str]) -> int:
     """
     given, overrides = flags.parse_flags("lab", arguments, FLAGS)
     config_dir = given.get("config-dir")
-    folder = Path(given.get("dir", "runs/lab")).expanduser().resolve()
+    folder = run_directory.place(given.get("dir", "runs/lab"), "--dir")
     jobs = plan(folder, overrides, config_dir) if overrides else []
     run_directory.make_folder(folder, "--dir")
     lock = run_directory.lock_folder(folder)
@@ -191,7 +190,7 @@ async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
         with (folder / "console.log").open("w") as file:
             journal, _, health = train.open_journal(config, job.parts, folder, read_in.tokenizer, file)
             run = run_directory.RunDirectory(folder)
-            with closing(journal):
+            with journal:
                 await train.drive(config, job.parts, read_in, m, journal, health, run)
     finally:
         signals.cancel_on_sigterm()

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,7 +24,8 @@ from entroray.evaluation.evaluate import heldout_accuracy, heldout_prompts
 from entroray.evaluation.sets import measure_sets
 from entroray.observe.console import Console, summary
 from entroray.observe.health_tracker import HealthTracker, health_lines, moved_settings
-from entroray.observe.journal import REMEDY, SIGNALS, Journal, read_metrics
+from entroray.observe.journal import REMEDY, Journal, read_metrics
+from entroray.observe.tracker_thread import TrackerThread
 from entroray.observe.trackers import TrackedRun
 from entroray.policy.tokenizer import end_ids, fingerprint, token_name
 from entroray.roles import Generator, Verifier
@@ -130,7 +131,7 @@ async def _train(
     try:
         first = run.state.get("version", 0) + 1
         journal, console, health = open_journal(config, parts, folder, read_in.tokenizer, first_step=first)
-        with closing(journal):
+        with journal:
             probe = dataset.probe_ids(read_in.tokenizer)
             updates = config.run.steps * config.learner.updates_per_rollout
             m = await actors.start_actors(
@@ -146,6 +147,7 @@ async def _train(
             journal.cut(first - 1)  # all of it where a run without a checkpoint is started over
             facts |= m.facts | {"start_seconds": round(time.monotonic() - began, 1)}
             run_directory.write_manifest(folder, settings, facts)
+            journal.check()
             console.header("entroray", _header(config, parts, read_in, folder, facts))
             trained = time.monotonic()
             await drive(config, parts, read_in, m, journal, health, run)
@@ -184,25 +186,19 @@ def open_journal(
 ) -> tuple[Journal, Console, HealthTracker]:
     """The journal of a run in `folder`, its console (the terminal, or `file`) and what tracks its health.
 
-    What trackers hold of `first_step` and beyond, from before a resumption, is hidden.
+    What trackers hold of `first_step` and beyond, from before a resumption, is outdated.
     """
     console = Console(file=file)
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     every = config.observe.tokens.every
     journal = Journal(folder, tokens_every=every, trackers=[console], vocabulary=words)
-    run = TrackedRun(folder, config.run.name, asdict(config), first_step)
-    for open_tracker in parts.trackers:
-        try:
-            journal.trackers.append(open_tracker(run))
-        except SIGNALS:
-            raise
-        except BaseException as error:  # boundary: a copy of the metrics must not end the run
-            name = function_name(open_tracker)
-            journal.event("tracker_lost", tracker=name, step=first_step - 1, reason=repr(error))
-            console.say(f"observe.trackers: {name} cannot be opened: {error!r}; the run goes on without")
     history = read_metrics(folder / "metrics.jsonl")
+    name = f"{config.run.name}/{folder.name}"
+    run = TrackedRun(folder, name, asdict(config), first_step, history)
     health = HealthTracker(journal.event, console.say, history, advised_settings(config, parts.controllers))
     journal.trackers.append(health)
+    journal.say, journal.summarize = console.say, health.summarize
+    journal.copies += [TrackerThread(function_name(each), partial(each, run)) for each in parts.trackers]
     return journal, console, health
 
 

@@ -6,9 +6,11 @@ from typing import Any
 from entroray.control import Controller
 from entroray.metrics import health, prediction, reward_entropy_law
 from entroray.observe.journal import first_and_last, series
+from entroray.observe.run_summary import RunSummary, summarize
 
 STEADY = 5
 """Steps in a row that a new kind of health must hold before it is announced."""
+TOO_EARLY = f"none before {health.MINIMUM_STEPS} steps"
 FORM = "exact"
 PREDICTED, REALISED = f"entropy/predicted_change_{FORM}", "entropy/realised_change"
 
@@ -27,7 +29,7 @@ class HealthTracker:
         settings: Mapping[str, Any] | None = None,
     ):
         self.report, self.say, self.history, self.settings = report, say, list(history), settings
-        self.announced, self.kind, self.held = "", "", 0
+        self.announced, self.kind, self.held, self.line = "", "", 0, TOO_EARLY
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Read the run with this step; a step that a resumed run repeats replaces the old one."""
@@ -38,12 +40,16 @@ class HealthTracker:
         if not found:
             return
         self.held = self.held + 1 if found.kind == self.kind else 1
-        self.kind = found.kind
+        self.kind, self.line = found.kind, found.line()
         if self.kind != self.announced and (self.held >= STEADY or not self.announced):
             self.announced = self.kind
             reasons = {"rule": found.rule, "cause": found.cause, "remedy": found.remedy}
             self.report("health", step=step, health=found.kind, words=found.words, **reasons)
-            self.say(f"step {step}: {found.line()}")
+            self.say(f"step {step}: {self.line}")
+
+    def summarize(self, error: BaseException | None) -> RunSummary:
+        """What the run came to, which `error` ended."""
+        return summarize(error, self.history, self.line)
 
     def state(self) -> dict[str, Any]:
         """What was announced, and for how many steps the health has been what it is."""
@@ -62,7 +68,7 @@ def health_lines(
 ) -> list[str]:
     """The end of a run in three lines: its health, prediction against what happened, the law."""
     found = health.read_health(history, settings)
-    line = found.line() if found else f"none before {health.MINIMUM_STEPS} steps"
+    line = found.line() if found else TOO_EARLY
     return [f"health: {line}", _prediction_line(history), _law_line(history, settings or {})]
 
 

@@ -16,12 +16,17 @@ import torch
 
 from entroray.errors import DataError, InfrastructureError, Stopped, writing
 from entroray.observe import token_records
-from entroray.observe.trackers import Tracker
+from entroray.observe.run_summary import RunSummary, summarize
+from entroray.observe.tracker_thread import LostError, TrackerThread
+from entroray.observe.trackers import SETTING, Tracker
 from entroray.types import Batch, Group, Tokens
 
 
 class Journal:
     """Appends to the files of a run directory and copies metrics to trackers; a failing tracker is dropped.
+
+    `trackers` are called as a step is written. `copies`, those of the settings, are given each step and the
+    evaluation before the first; one that is dropped is told to `say`. As a context it closes by what ends it.
 
     Token records are written every `tokens_every` steps from step 1 on, never if it is 0; if the disk refuses
     one, the event `tokens_lost` records it and the run goes on. `vocabulary` is token id -> text.
@@ -38,6 +43,9 @@ class Journal:
         vocabulary: Mapping[int, str] | None = None,
     ):
         self.run_dir, self.tokens_every, self.trackers = run_dir, tokens_every, list(trackers)
+        self.copies: list[TrackerThread] = []
+        self.say: Callable[[str], None] = lambda line: None
+        self.summarize: Callable[[BaseException | None], RunSummary] = summarize
         run_dir.mkdir(parents=True, exist_ok=True)
         dropped = {name: _drop_damaged(run_dir / name) for name in ("metrics.jsonl", "events.jsonl")}
         self._metrics, self._events = (_append_to(run_dir / name) for name in dropped)
@@ -63,7 +71,8 @@ class Journal:
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         _line(self._metrics, {"step": step} | finite)
         self.last_step = step
-        self._track(step, {name: v for name, v in finite.items() if v is not None})
+        known = {name: v for name, v in finite.items() if v is not None}
+        self._track(step, known, [*self.trackers, *self.copies])
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append a line of {time (UTC), kind, fields}; values that JSON cannot hold become text or null.
@@ -74,6 +83,9 @@ class Journal:
             return
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         _line(self._events, {"time": time, "kind": kind, "fields": _plain(fields)})
+        if kind == "evaluation":  # before step 1: it is in no line of metrics
+            values = {k: v for k, v in fields.items() if k != "step" and math.isfinite(v)}
+            self._track(fields["step"], values, self.copies)
 
     def skipped(self, step: int, batch: Batch, tokens: Tokens) -> None:
         """Keep the batch of a skipped update, to be read by `torch.load(path, weights_only=False)`."""
@@ -98,13 +110,29 @@ class Journal:
         if beyond or len(kept) < len(lines):
             self.event("journal_cut", step=step, metrics=len(lines) - len(kept), token_files=len(beyond))
 
-    def close(self) -> None:
-        """Close the files and every tracker still held, once; nothing is raised by a full disk."""
+    def check(self) -> None:
+        """Let go of the copies that have failed or hang, without waiting for a step."""
+        for tracker in tuple(self.copies):
+            self._ask(tracker, self.last_step, tracker.check)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Close the files and every tracker still held, once; nothing is raised by a full disk.
+
+        `error` is what ended the run: the copies are told.
+        """
         if self._events.closed:
             return
-        for tracker in tuple(self.trackers):
+        summary = self.summarize(error)
+        calls = [(tracker, partial(tracker.finish, summary)) for tracker in self.copies]
+        for tracker, call in (*calls, *((each, each.close) for each in (*self.trackers, *self.copies))):
             with suppress(InfrastructureError):
-                self._ask(tracker, self.last_step, tracker.close)
+                self._ask(tracker, self.last_step, call)
         for file in (self._metrics, self._events):
             with suppress(OSError):  # the line that a full disk refused is still in its buffer
                 file.close()
@@ -122,19 +150,26 @@ class Journal:
         except OSError as error:
             self.event("tokens_lost", step=step, reason=str(error))
 
-    def _track(self, step: int, metrics: Mapping[str, float]) -> None:
-        for tracker in tuple(self.trackers):
+    def _track(self, step: int, metrics: Mapping[str, float], trackers: Sequence[Tracker]) -> None:
+        for tracker in tuple(trackers):
             self._ask(tracker, step, partial(tracker.log, step, metrics))
 
     def _ask(self, tracker: Tracker, step: int, call: Callable[[], None]) -> None:
         """Have a tracker do something; one that cannot is let go."""
+        held: list[Any] = self.copies if tracker in self.copies else self.trackers
+        if tracker not in held:
+            return
         try:
             call()
         except SIGNALS:
             raise
         except BaseException as error:  # boundary: a copy of the metrics must not end the run
-            self.trackers.remove(tracker)
-            self.event("tracker_lost", tracker=type(tracker).__name__, step=step, reason=repr(error))
+            held.remove(tracker)
+            name = getattr(tracker, "name", type(tracker).__name__)
+            reason = str(error) if isinstance(error, LostError) else repr(error)
+            self.event("tracker_lost", tracker=name, step=step, reason=reason)
+            if held is self.copies:
+                self.say(f"{SETTING}: {name} is let go at step {step}: {reason}; the run goes on without it")
 
 
 METRICS = "metrics.jsonl"

@@ -1,12 +1,26 @@
 """Where metrics are copied to, beside the journal; the journal alone is the truth.
 
-A tracker is a function of `TrackedRun`, with settings by keyword, that returns a `Tracker`.
+A tracker is a function of `TrackedRun`, with settings by keyword, that returns a `Tracker`. It is opened and
+called in a thread of its own (tracker_thread.py). One that may have a `finish` is told how the run ended.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import logging
+import os
+import posixpath
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from csv import DictReader, DictWriter
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from entroray.binding import declare
+from entroray.errors import PreflightError
+from entroray.observe.run_summary import STEP, RunSummary
 
 SETTING = "observe.trackers"
 
@@ -18,16 +32,27 @@ class TrackedRun:
     folder: Path
     """The run directory; a tracker's own files go into a folder of it."""
     name: str
-    """`run.name`, for people; the folder is what tells two runs apart."""
+    """`run.name` and the folder's own name, for people: of two runs, of a lab's cells too, they differ."""
     settings: Mapping[str, Any]
     """The whole configuration, of plain lists and dictionaries."""
     first_step: int
     """1, or the first step after a resumption: what the tracker holds of it and later ones is outdated."""
+    history: Sequence[Mapping[str, Any]] = ()
+    """Lines of metrics.jsonl from before a resumption, oldest first, those that are outdated included."""
+
+    def lines(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """Step and finite metrics of the lines that are not outdated."""
+        for line in self.history:
+            if line["step"] < self.first_step:
+                yield line["step"], {k: v for k, v in line.items() if k != "step" and v is not None}
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Takes the finite metrics of every step, in order."""
+    """Takes the finite metrics of every step, in order; step 0 is an evaluation before the first.
+
+    `finish(summary: RunSummary)`, where it has one, comes before `close`, however the run ends.
+    """
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
@@ -37,7 +62,10 @@ def tensorboard(run: TrackedRun) -> Tracker:
     """Event files in the folder `tensorboard` of the run: one scalar per metric, under its own name."""
     from torch.utils.tensorboard import SummaryWriter
 
-    return TensorBoard(SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.first_step))
+    writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.first_step)
+    settings = json.dumps(run.settings, indent=2, default=str).replace("\n", "\n    ")
+    writer.add_text("run/settings", f"{run.name}\n\n    {settings}", run.first_step)
+    return TensorBoard(writer)
 
 
 @dataclass(frozen=True)
@@ -51,6 +79,244 @@ class TensorBoard:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
 
+    def finish(self, summary: RunSummary) -> None:
+        """The summary as a list of text."""
+        lines = "\n".join(f"- {name}: {value}" for name, value in summary.flat().items())
+        self.writer.add_text("run/summary", lines, summary.step)
+
     def close(self) -> None:
         """Writes what is still in memory."""
         self.writer.close()
+
+
+def csv(run: TrackedRun) -> Tracker:
+    """`metrics.csv` in the run's folder, a line a step, and `summary.csv` at the end.
+
+    A column is empty where its metric was not measured; a new one comes last, and rewrites the file once.
+    """
+    table, before = Csv(run.folder), []
+    if run.first_step > 1 and (run.folder / "metrics.csv").is_file():
+        before = [row for row in table.rows() if row["step"] == "0"]  # which no line of metrics.jsonl has
+    table.rewrite([*before, *({"step": step, **metrics} for step, metrics in run.lines())])
+    return table
+
+
+@dataclass
+class Csv:
+    """A table of the metrics as a tracker."""
+
+    folder: Path
+    columns: list[str] = field(default_factory=lambda: ["step"])
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line; write them all where a metric is new."""
+        row = {"step": step, **metrics}
+        if row.keys() <= set(self.columns):
+            self._write("metrics.csv", self.columns, [row], mode="a")
+        else:
+            self.rewrite([*self.rows(), row])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The file's."""
+        with (self.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            return list(DictReader(file))
+
+    def rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Have the file hold `rows`; a reader sees it as it was, or whole."""
+        self.columns = list(dict.fromkeys([*self.columns, *(name for row in rows for name in row)]))
+        self._write("metrics.csv.part", self.columns, [{n: n for n in self.columns}, *rows])
+        os.replace(self.folder / "metrics.csv.part", self.folder / "metrics.csv")
+
+    def finish(self, summary: RunSummary) -> None:
+        """The summary, a line each."""
+        rows = [{"name": name, "value": value} for name, value in summary.flat().items()]
+        self._write("summary.csv", ["name", "value"], [{"name": "name", "value": "value"}, *rows])
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _write(self, name: str, columns: Sequence[str], rows: Sequence[Mapping], mode: str = "w") -> None:
+        with (self.folder / name).open(mode, newline="", encoding="utf-8") as file:
+            DictWriter(file, columns, lineterminator="\n").writerows(rows)
+
+
+@dataclass(frozen=True)
+class Continued:
+    """A tracker that a resumed run goes on with, and that cannot take a step back."""
+
+    write: Callable[[int, Mapping[str, float]], None]
+    finish: Callable[[RunSummary], None]
+    close: Callable[[], None]
+    after: int = -1
+    """Its last step from before."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a step that it has not."""
+        if step > self.after:
+            self.write(step, metrics)
+
+    def caught_up(self, run: TrackedRun) -> "Continued":
+        """Write the steps that are missing: a killed run did not write all, or was not tracked."""
+        for step, metrics in run.lines():
+            self.log(step, metrics)
+        return self
+
+
+def _kept_id(run: TrackedRun, tracker: str, make: Callable[[], str]) -> str:
+    """The id of a run with a tracker, made once and kept in its folder."""
+    file = run.folder / tracker / "run-id"
+    file.parent.mkdir(exist_ok=True)
+    if not file.is_file():
+        file.write_text(make())
+    return file.read_text().strip()
+
+
+def _refuse_missing(extra: str, *modules: str) -> None:
+    """PreflightError unless every module of an extra of ours is installed."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise PreflightError(
+            f"{SETTING}: {extra} needs {' and '.join(missing)}, not installed here: pip install "
+            f"'entroray[{extra}]' (in a checkout: ENTRORAY_EXTRAS={extra} launch/setup.sh), or leave it out"
+        )
+
+
+QUIET = {"silent": True, "console": "off"}
+"""What keeps wandb out of the terminal and away from standard input."""
+
+
+def _wandb_ready(*, mode: str | None = None, settings: Mapping[str, Any] | None = None, **_: Any) -> None:
+    """PreflightError without the package, or online without a key."""
+    _refuse_missing("wandb", "wandb")
+    import wandb as library
+
+    given = library.setup(library.Settings(**QUIET)).settings.model_copy(update=dict(settings or {}))
+    if (mode or given.mode) in ("offline", "dryrun", "disabled") or given.api_key:
+        return
+    if not library.login(host=given.base_url, prompt=False, verify=False):
+        raise PreflightError(
+            f"{SETTING}: wandb has no key for {given.base_url}: `wandb login`, or WANDB_API_KEY=..., or "
+            "[{fn: wandb, mode: offline}] and `wandb sync` afterwards"
+        )
+
+
+@declare(ready=_wandb_ready)
+def wandb(
+    run: TrackedRun,
+    *,
+    project: str | None = None,
+    entity: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    job_type: str | None = None,
+    notes: str | None = None,
+    mode: Literal["online", "offline", "disabled", "shared"] | None = None,
+    settings: dict | None = None,
+) -> Tracker:
+    """A run of Weights & Biases, with its files in the folder `wandb` of the run.
+
+    `settings` go to `wandb.Settings`, untouched. A resumed run is the same one. Of it W&B keeps what it has:
+    offline, that is in a folder of each process, and the last one's has every step.
+    """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb as library
+
+    library.setup(library.Settings(**QUIET))
+    opened = library.init(
+        project=project or os.environ.get("WANDB_PROJECT", "entroray"),
+        entity=entity,
+        group=group,
+        tags=list(tags) or None,
+        job_type=job_type,
+        notes=notes,
+        mode=mode,
+        dir=run.folder,
+        id=_kept_id(run, "wandb", lambda: secrets.token_hex(4)),
+        name=run.name[:128],
+        config=dict(run.settings),
+        resume="allow",
+        reinit="create_new",
+        settings={**QUIET, "init_timeout": 45, "finish_timeout": 25, "finish_timeout_raises": True}
+        | (settings or {}),
+    )
+
+    def finish(summary: RunSummary) -> None:
+        opened.summary.update(summary.flat())
+        opened.finish(exit_code=summary.exit_code)
+
+    write = lambda step, metrics: opened.log(dict(metrics), step=step)
+    return Continued(write, finish, opened.finish).caught_up(run)
+
+
+def _mlflow_ready(**_: Any) -> None:
+    """PreflightError without the packages."""
+    _refuse_missing("mlflow", "mlflow", "sqlalchemy", "alembic")
+
+
+ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""Status of a run -> that of MLflow."""
+
+
+@declare(ready=_mlflow_ready)
+def mlflow(
+    run: TrackedRun, *, uri: str | None = None, experiment: str | None = None, tags: dict | None = None
+) -> Tracker:
+    """A run of MLflow, in `mlflow/mlflow.db` of the run's folder unless `uri` is a server or another store.
+
+    Parameters are the settings, by dotted path.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # that its tables are made is no news
+    folder = run.folder / "mlflow"
+    folder.mkdir(exist_ok=True)
+    own = f"sqlite:///{folder}/mlflow.db"
+    store = uri or os.environ.get("MLFLOW_TRACKING_URI") or own
+    client, artifacts = MlflowClient(store), str(folder / "artifacts") if store == own else None
+    name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", "entroray")
+    found = client.get_experiment_by_name(name)
+    place = found.experiment_id if found else client.create_experiment(name, artifacts)
+    make = lambda: client.create_run(place, run_name=run.name[:250], tags=tags).info.run_id
+    key = _kept_id(run, "mlflow", make)
+    had = client.get_run(key).data.params  # of which none can be changed
+    params = {_mlflow_name(path): str(value)[:6000] for path, value in _flat(run.settings)}
+    for some in _chunks([Param(*pair) for pair in params.items() if pair[0] not in had], 100):
+        client.log_batch(key, params=some)
+    client.update_run(key, status="RUNNING")
+
+    def put(step: int, metrics: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        for some in _chunks([Metric(_mlflow_name(k), v, now, step) for k, v in metrics.items()], 1000):
+            client.log_batch(key, metrics=some)
+
+    def finish(summary: RunSummary) -> None:
+        words = summary.flat()
+        numbers = {k: float(v) for k, v in words.items() if not isinstance(v, str) and k != STEP}
+        put(summary.step, numbers)
+        for word in words.keys() - numbers.keys():
+            client.set_tag(key, word, str(words[word])[:5000])
+        client.set_terminated(key, ENDS[summary.status])
+
+    after = max((m.step for m in client.get_metric_history(key, STEP)), default=-1)
+    write = lambda step, metrics: put(step, {**metrics, STEP: step})
+    return Continued(write, finish, lambda: None, after).caught_up(run)
+
+
+def _chunks(values: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    return (values[start : start + most] for start in range(0, len(values), most))
+
+
+def _mlflow_name(name: str) -> str:
+    """As MLflow takes it (mlflow.utils.validation): `pass@8` is `pass_at_8`, at most 250 characters."""
+    plain = re.sub(r"[^/\w.\- :]", "_", name.replace("@", "_at_"))
+    return posixpath.normpath(plain).lstrip("/.")[:250] or "_"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its dotted path; lists are whole."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

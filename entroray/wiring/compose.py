@@ -3,16 +3,19 @@
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from entroray.config import Config
-from entroray.errors import ConfigError
+from entroray.errors import ConfigError, first_line, nearest
 from entroray.evaluation.evaluate import plan_evaluation
 from entroray.rows import conf_folder
 from entroray.wiring import (
@@ -37,6 +40,8 @@ TAKEN = {
 }
 
 
+MOST = 10_000
+"""Values that one word may sweep over."""
 RENAMED = {
     "model.bootstrap": "model.warm_start",
     "data.bad_rows": "data.settings.bad_rows",
@@ -55,12 +60,13 @@ def load_config(
     the nearest right one.
     """
     _refuse_renamed(words)
-    given = overrides.parse_overrides(words)
+    words, given = overrides.read_words(words)
     overrides.refuse_sweeps(words, given)
     own = _own_folder(config_dir)
     overrides.refuse_unknown(words, given, own)
     for folder in own:
-        own_files.check_own_files(given, folder)
+        own_files.check_own_files(given, folder, overrides.setting_type)
+    own_files.refuse_overlaps(given, [conf_folder(), *own])
     found = [f"hydra.searchpath=[{overrides.quote(f'file://{folder.resolve()}')}]" for folder in own]
     conf = str(conf_folder())
     schema = OmegaConf.structured(Config)  # conf/train.yaml begins with it
@@ -101,7 +107,7 @@ def _refuse_renamed(words: list[str]) -> None:
 
 def override_config(tree: DictConfig, words: list[str], *, training: bool = True) -> Config:
     """Composed settings with `path=value` said beside them; no group can be chosen anew."""
-    given = overrides.parse_overrides(words)
+    words, given = overrides.read_words(words)
     overrides.refuse_sweeps(words, given)
     try:
         base = [] if OmegaConf.get_type(tree) is Config else [OmegaConf.structured(Config)]
@@ -212,8 +218,43 @@ def check_evaluation(config: Config) -> None:
 def expand_sweep(words: list[str], config_dir: str | None = None) -> list[list[str]]:
     """Every combination of the words that sweep (`seed=1,2,3`); ConfigError for a word that cannot."""
     folders = [conf_folder(), *_own_folder(config_dir)]
-    parsed = zip(words, overrides.parse_overrides(words), strict=True)
-    return [list(each) for each in itertools.product(*(overrides.sweep(*one, folders) for one in parsed))]
+    parsed = zip(*overrides.read_words(words), strict=True)
+    return [list(each) for each in itertools.product(*(_sweep(*one, folders) for one in parsed))]
+
+
+def _sweep(word: str, override: Override, folders: Sequence[Path]) -> list[str]:
+    """A word for each value that a word sweeps over, or itself; ConfigError where they cannot be listed."""
+    if not override.is_sweep_override():
+        return [word]
+    key = word.partition("=")[0]
+    if override.value_type is ValueType.INTERVAL_SWEEP:
+        raise ConfigError(
+            f"{word} has no list of values: give some, as in {key}=1e-5,1e-4 or '{key}=range(1,4)'"
+        )
+    try:
+        if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+            found: list[str] = _globbed(override, folders)
+        else:
+            found = list(itertools.islice(override.sweep_string_iterator(), MOST + 1))
+    except (HydraException, ArithmeticError, ValueError) as error:
+        why = first_line(error)
+        raise ConfigError(f"{word} cannot be swept over ({why}): give the values, {key}=1,2") from error
+    if not 0 < len(found) <= MOST:
+        number = f"more than {MOST}" if found else "no"
+        raise ConfigError(f"{word} sweeps over {number} values: give the values, {key}=1,2")
+    return [f"{key}={each}" for each in dict.fromkeys(found)]
+
+
+def _globbed(override: Override, folders: Sequence[Path]) -> list[str]:
+    """The choices of a group that a glob fits."""
+    group = override.key_or_group
+    choices = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+    if not choices:
+        raise ValueError(f"glob chooses among the files of a folder of conf/, and there is no conf/{group}")
+    glob: Any = override.value()
+    if not (found := glob.filter(choices)):
+        raise ValueError(nearest(override.input_line, choices))
+    return found
 
 
 def fingerprint(tree: Any) -> str:

@@ -1,11 +1,12 @@
 """What single numbers and names of the settings may be; rules between several stand in `settings.check`."""
 
+import os
 from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from entroray.config import Config
+from entroray.config import USER_FILES, Config
 from entroray.errors import ConfigError
 
 
@@ -70,6 +71,10 @@ NAMES: dict[str, tuple[object, ...]] = {
 """What may be chosen. A schedule is one that transformers makes of two numbers, warm-up and all updates."""
 
 
+PATHS = ("run.dir", "model.path", "model.warm_start.cache", *USER_FILES, "data.task")
+"""Settings that may be a file or a folder."""
+
+
 def check_bounds(config: Config) -> None:
     """ConfigError for a number out of its bounds, or a name that is no choice or no folder."""
     for path, bound in NUMBERS.items():
@@ -85,9 +90,18 @@ def check_bounds(config: Config) -> None:
         if value not in choices:
             *most, last = map(str, choices)
             raise ConfigError(f"{path}={value}: choose {', '.join(most)} or {last}")
+    for path in PATHS:
+        refuse_nobody(path, attrgetter(path)(config))
     name = Path(config.run.name)
     if name.is_absolute() or not name.parts or ".." in name.parts or name.parts[0] == "latest":
         raise ConfigError(
             f"run.name={config.run.name!r} must name a folder below runs/ other than latest; where a run is "
             "written is run.dir"
         )
+
+
+def refuse_nobody(setting: str, path: str | None) -> None:
+    """ConfigError for the home of a user that there is not."""
+    if path and path.startswith("~") and os.path.expanduser(path) == path:
+        user = path.partition("/")[0].removeprefix("~")
+        raise ConfigError(f"{setting}={path}: this machine has no user `{user}`: write the folder out")

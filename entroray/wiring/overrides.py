@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from itertools import islice
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -33,8 +32,9 @@ TEXTS = re.compile(
 """Settings whose text is put to the model or looked for in what it says."""
 NAMED = ("data.parts.", "evaluate.sets.")
 """What the sections begin with that the user names."""
-MOST = 10_000
-"""Values that one word may sweep over."""
+TEXT_TYPES = (str, str | None)
+PIECE = re.compile(r"""\s*(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,])+""")
+"""What stands between two commas."""
 
 
 # Words.
@@ -43,6 +43,40 @@ MOST = 10_000
 def parse_overrides(words: Sequence[str]) -> list[Override]:
     """Each `key=value`; ConfigError, with the word as it should be, for one that cannot be meant."""
     return [_parse(word) for word in words]
+
+
+def read_words(words: Sequence[str]) -> tuple[list[str], list[Override]]:
+    """As `parse_overrides`, each text as it was typed: Hydra reads 1e5 as 100000.0 and true as True."""
+    kept = [_as_typed(word, override) for word, override in zip(words, parse_overrides(words), strict=True)]
+    return kept, parse_overrides(kept)
+
+
+def _as_typed(word: str, override: Override) -> str:
+    """The word with numbers, true and false in quotes where its setting is a text, or a list of texts."""
+    key, _, value = word.partition("=")
+    kind, listed = setting_type(key.lstrip("+~")), value.startswith("[") and value.endswith("]")
+    _refuse_numbers(override.key_or_group, override.value())
+    if kind in TEXT_TYPES and override.value_type is ValueType.SIMPLE_CHOICE_SWEEP:
+        return f"{key}={','.join(_quoted(each) for each in PIECE.findall(value))}"
+    if kind in TEXT_TYPES and isinstance(override.value(), int | float):
+        return f"{key}={_quoted(value)}"
+    if kind == list[str] and listed and isinstance(override.value(), list):
+        return f"{key}=[{','.join(_quoted(each) for each in PIECE.findall(value[1:-1]))}]"
+    return word
+
+
+def _quoted(piece: str) -> str:
+    bare = re.fullmatch(r"[\w.+-]+", piece := piece.strip(), re.ASCII) and piece.lower() != "null"
+    return quote(piece) if bare else piece
+
+
+def _refuse_numbers(path: str, value: Any) -> None:
+    """ConfigError for a text within a dictionary that Hydra has read as a number: what was typed is lost."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_numbers(f"{path}.{name}", inner)
+            if isinstance(inner, int | float) and setting_type(f"{path}.{name}") in TEXT_TYPES:
+                raise ConfigError(f"{path}.{name} is a text and {inner!r} none: put it in double quotes")
 
 
 def _parse(word: str) -> Override:
@@ -61,9 +95,33 @@ def _parse(word: str) -> Override:
     if not override.is_delete() and not value:
         null = f", or {key}=null" if setting_type(key) is None or _may_be_null(key) else ""
         raise ConfigError(f"{word} is empty, as a shell's unset variable is: give a value{null}")
+    if value.strip("'\"") == "???":
+        raise ConfigError(
+            f"{word} says that a value is missing: give one, or leave {key} out for its default"
+        )
+    one = not (override.is_delete() or override.is_sweep_override())
+    if (
+        one
+        and setting_type(key) == list[dict[str, Any]]
+        and (listed := _listed(override.value())) is not None
+    ):
+        raise ConfigError(f"{word}: {key} is a list of {{fn: NAME, settings}}: write '{key}=[{listed}]'")
+    if value.lower() == "null" and setting_type(key) is str:
+        raise ConfigError(
+            f"{word}: {key} is a text: leave it out for its default, or write '{key}=\"{value}\"'"
+        )
     if value == "None" and _may_be_null(key):
         raise ConfigError(f"{word} sets the text `None`; for no value write {key}=null")
     return override
+
+
+def _listed(value: Any) -> str | None:
+    """The inside of the list of functions that `value` was meant as; None if it is one."""
+    given = value if isinstance(value, list) else [] if value in (None, "none", "None") else [value]
+    if given is value and all(isinstance(each, dict) for each in given):
+        return None
+    shown = [each if isinstance(each, dict) else {"fn": each} for each in given]
+    return ", ".join("{" + ", ".join(f"{k}: {v}" for k, v in each.items()) + "}" for each in shown)
 
 
 def _unreadable(word: str) -> str:
@@ -162,9 +220,15 @@ def refuse_sweeps(words: Sequence[str], given: Sequence[Override]) -> None:
 
 
 def refuse_unknown(words: Sequence[str], given: Sequence[Override], own: Sequence[Path]) -> None:
-    """ConfigError for a word that adds what there is no place for, of which Hydra says nothing."""
+    """ConfigError for a word that adds what there is no place for, or takes away what is always there.
+
+    Hydra says nothing of either.
+    """
     for word, override in zip(words, given, strict=True):
         path = override.key_or_group
+        group = any((folder / path).is_dir() for folder in (conf_folder(), *own))
+        if override.is_delete() and path in Config.__dataclass_fields__ and not group:
+            raise ConfigError(f"{word} has no effect: leave {path} out to have its default")
         if not (override.is_add() or override.is_force_add()) or any((f / path).is_dir() for f in own):
             continue
         if (conf_folder() / path).is_dir():
@@ -213,41 +277,6 @@ def _structured(path: str, kind: Any, value: Any) -> Any:
     if isinstance(value, dict) and get_origin(kind) is dict:
         return {n: _structured(f"{path}.{n}", get_args(kind)[1], inner) for n, inner in value.items()}
     return value
-
-
-def sweep(word: str, override: Override, folders: Sequence[Path]) -> list[str]:
-    """A word for each value that a word sweeps over, or itself; ConfigError where they cannot be listed."""
-    if not override.is_sweep_override():
-        return [word]
-    key = word.partition("=")[0]
-    if override.value_type is ValueType.INTERVAL_SWEEP:
-        raise ConfigError(
-            f"{word} has no list of values: give some, as in {key}=1e-5,1e-4 or '{key}=range(1,4)'"
-        )
-    try:
-        if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
-            found: list[str] = _globbed(override, folders)
-        else:
-            found = list(islice(override.sweep_string_iterator(), MOST + 1))
-    except (HydraException, ArithmeticError, ValueError) as error:
-        why = first_line(error)
-        raise ConfigError(f"{word} cannot be swept over ({why}): give the values, {key}=1,2") from error
-    if not 0 < len(found) <= MOST:
-        number = f"more than {MOST}" if found else "no"
-        raise ConfigError(f"{word} sweeps over {number} values: give the values, {key}=1,2")
-    return [f"{key}={each}" for each in dict.fromkeys(found)]
-
-
-def _globbed(override: Override, folders: Sequence[Path]) -> list[str]:
-    """The choices of a group that a glob fits."""
-    group = override.key_or_group
-    choices = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
-    if not choices:
-        raise ValueError(f"glob chooses among the files of a folder of conf/, and there is no conf/{group}")
-    glob: Any = override.value()
-    if not (found := glob.filter(choices)):
-        raise ValueError(nearest(override.input_line, choices))
-    return found
 
 
 def read_line_breaks(tree: DictConfig, given: Sequence[Override]) -> None:
@@ -302,7 +331,7 @@ def explain(error: Exception, words: Sequence[str], folders: Sequence[Path] = ()
 
 def _place(said: str, key: str, folders: Sequence[Path]) -> str:
     """The own file that an error is about, and the line of the key in it where that can be seen."""
-    named = re.search(r"In '([^']+)'", said)
+    named = re.search(r"In '([^']+/[^']+)'", said)  # of a group: train.yaml is ours
     file = next((f for folder in folders if named and (f := folder / f"{named[1]}.yaml").is_file()), None)
     if file is None:
         return ""

@@ -1,35 +1,85 @@
 """Settings files of the user's own: what Hydra would misread is said with file, line and mending."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
 
 from entroray.config import Config
 from entroray.errors import ConfigError, first_line
+from entroray.rows import conf_folder
 
 HEADER = re.compile(r"#\s*@package\s+([\w.]+)\s*")
 
 
-def check_own_files(given: Sequence[Override], folder: Path) -> None:
-    """ConfigError, with file, line and mending, for a chosen file of `folder` that Hydra would misread."""
+def check_own_files(given: Sequence[Override], folder: Path, kind: Callable[[str], Any]) -> None:
+    """ConfigError, with file, line and mending, for a chosen file of `folder` that Hydra would misread.
+
+    `kind` is the type of a setting, by its path.
+    """
     for override in given:
-        group, value = folder / override.key_or_group, override.value()
-        names = value if isinstance(value, list) else [value]
-        if group.is_dir() and not override.is_delete():
-            for name in names:
-                _check_choice(group, str(name).removesuffix(".yaml"))
+        group = folder / override.key_or_group
+        for name in _names(override) if group.is_dir() else ():
+            _check_choice(group, name, kind)
 
 
-def _check_choice(group: Path, name: str) -> None:
+def _names(override: Override) -> list[str]:
+    """The files of a group that a word chooses."""
+    value = override.value()
+    chosen = value if isinstance(value, list) else [value]
+    return [] if override.is_delete() else [str(name).removesuffix(".yaml") for name in chosen]
+
+
+def refuse_overlaps(given: Sequence[Override], folders: Sequence[Path]) -> None:
+    """ConfigError for a list of files of a group of which two set one setting: the last would win, unsaid."""
+    for override in given:
+        if isinstance(override.value(), list):
+            _refuse_overlap(override.key_or_group, _names(override), folders)
+
+
+def _refuse_overlap(group: str, names: Sequence[str], folders: Sequence[Path]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        file = next((f for folder in folders if (f := folder / group / f"{name}.yaml").is_file()), None)
+        for path in _paths(file):
+            if path in seen:
+                raise ConfigError(
+                    f"{group}=[{','.join(names)}]: {seen[path]} and {name} both set {path}: train them one "
+                    f"by one with -m {group}={','.join(names)}, or compare them in entroray lab"
+                )
+        seen |= dict.fromkeys(_paths(file), name)
+
+
+def _paths(file: Path | None) -> list[str]:
+    """The settings of a file by their paths in it, without its `defaults`."""
+    root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader) if file else None
+    return [path for path, _ in _leaves(root, "") if path and path.split(".")[0] != "defaults"]
+
+
+def _leaves(node: yaml.Node | None, path: str) -> Iterator[tuple[str, yaml.Node | None]]:
+    """What a file sets, by path, each item of a list by that of the list."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from _leaves(value, f"{path}.{key.value}".lstrip("."))
+    elif isinstance(node, yaml.SequenceNode) and node.value:
+        yield from ((path, each) for item in node.value for _, each in _leaves(item, path))
+    else:
+        yield path, node
+
+
+def _check_choice(group: Path, name: str, kind: Callable[[str], Any]) -> None:
     file = group / f"{name}.yaml"
     if not file.is_file() and file.with_suffix(".yml").is_file():
         raise ConfigError(f"{file.with_suffix('.yml')} is not looked for: call it {file.name}")
     if not file.is_file():
         return  # of conf/, or of nobody, which is told with the choices there are
+    if (ours := conf_folder() / group.name / file.name).is_file() and not ours.samefile(file):
+        raise ConfigError(f"{file} is not looked for, conf/ has one of that name: give it another")
     text = _text(file)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -52,6 +102,25 @@ def _check_choice(group: Path, name: str) -> None:
             f"{file}, line 1: write `# @package _global_` there, before anything else: without it the file's "
             f"settings are looked for under `{group.name}`"
         )
+    package = header[1] if header else group.name
+    for path, node in _leaves(root, package.removeprefix("_global_").lstrip(".")):
+        _refuse_lost(file, path, node, kind(path))
+
+
+def _refuse_lost(file: Path, path: str, node: yaml.Node | None, kind: Any) -> None:
+    """ConfigError for a value that would be passed over, or a text that YAML reads as something else."""
+    if not isinstance(node, yaml.ScalarNode):
+        return
+    where = f"{file}, line {node.start_mark.line + 1}: {path}"
+    if node.value == "???":
+        raise ConfigError(f"{where} has no value (???): give it one, or leave it out to have its default")
+    if node.style is None and kind in (str, str | None, list[str]):
+        plain: Any = OmegaConf.to_container(OmegaConf.create(f"x: {node.value}"))
+        if plain["x"] is not None and str(plain["x"]) != node.value:
+            raise ConfigError(
+                f"{where} is a text, and {node.value} is read as {plain['x']}: write it in quotes, "
+                f'"{node.value}"'
+            )
 
 
 def _text(file: Path) -> str:

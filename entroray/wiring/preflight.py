@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from entroray.binding import effective_settings, function_name, traits
 from entroray.config import Config
 from entroray.errors import EntrorayError, PreflightError, first_line
 from entroray.policy import families, proof
 from entroray.policy.safetensors_header import tensor_shapes
 from entroray.policy.tokenizer import end_ids, token_name
 from entroray.wiring import actors, dataset, memory, run_directory, tool, warm_start
+from entroray.wiring.parts import build_parts
 from entroray.wiring.sampler import insert_token
 from entroray.workers import cluster
 
@@ -193,5 +195,14 @@ def sampler(config: Config) -> str:
     return f"inserts {text!r}, token {insert_token(text, warm_start.run_tokenizer(config))}"
 
 
-FAST: tuple[Check, ...] = (model, template, sampler, resources, directory, disk, shared_memory)
+def trackers(config: Config) -> str:
+    """What the trackers need is installed, and a key is there for one that has a server."""
+    chosen = build_parts(config).trackers
+    for each in chosen:
+        if ready := traits(each).ready:
+            ready(**effective_settings(each))
+    return ", ".join(map(function_name, chosen)) or "none"
+
+
+FAST: tuple[Check, ...] = (model, template, sampler, resources, directory, disk, shared_memory, trackers)
 """Some seconds; `train` runs them first."""

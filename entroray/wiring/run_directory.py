@@ -111,8 +111,8 @@ def make_folder(folder: Path, setting: str) -> None:
         raise PreflightError(f"{setting}={folder} cannot be made ({error.strerror}): give another") from error
 
 
-def place(given: str) -> Path:
-    """The folder that `run.dir` names, made or not; PreflightError where it can be none."""
+def place(given: str, setting: str = "run.dir") -> Path:
+    """The folder that `setting` names, made or not; PreflightError where it can be none."""
     try:
         if unset := re.search(r"\$\w+", given):
             raise ValueError(f"{unset[0]} is not filled in: write it outside of single quotes")
@@ -123,7 +123,7 @@ def place(given: str) -> Path:
         if folder.exists() and not folder.is_dir():
             raise OSError("it is no folder")
     except (OSError, RuntimeError, ValueError) as error:
-        raise PreflightError(f"run.dir={given}: {error}; give another run.dir") from error
+        raise PreflightError(f"{setting}={given}: {error}; give another {setting}") from error
     return folder
 
 

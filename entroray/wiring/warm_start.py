@@ -22,6 +22,7 @@ from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer, with_templ
 from entroray.train.warm_start import demonstration_group, overshoot_remedy, sampled_accuracy, warm_start
 from entroray.types import Group
 from entroray.wiring import actors, compose, dataset, sampler, tool
+from entroray.wiring.constraints import refuse_nobody
 from entroray.wiring.parts import build_parts
 from entroray.workers import cluster
 
@@ -36,6 +37,7 @@ LEARNING_RATE = 2e-3
 def cached_folder(config: Config) -> Path:
     """Where the model of these settings lies, or would."""
     named = config.model.warm_start.cache or os.environ.get("ENTRORAY_CACHE")
+    refuse_nobody("ENTRORAY_CACHE", named)
     root = Path(named).expanduser() if named else home_folder() / ".cache" / "entroray"
     recipe = asdict(config.model.warm_start) | {"cache": None}
     rendered = [config.data.template, config.sampler.temperature, config.rollout.max_tokens]

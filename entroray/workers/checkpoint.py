@@ -13,6 +13,8 @@ from entroray.errors import first_line, writing
 from entroray.workers.cluster import Gang
 
 MANIFEST, MARKER, STATE = "manifest.json", "COMMITTED", "driver.json"
+MAPPINGS = ("settings", "identity", "stagnation", "health")
+"""What of a driver's state is one."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,16 @@ def complaint(checkpoint: Path) -> str:
                 return f"{name} is not the file that was written"
     except (OSError, ValueError, AttributeError, RecursionError) as error:  # not there, or no JSON mapping
         return f"{MANIFEST} or what it lists cannot be read: {first_line(error)}"
-    if STATE not in manifest or not isinstance(_state(checkpoint).get("version"), int):
-        return f"{MANIFEST} does not list {STATE} of a run"
-    return ""
+    return _wrong_state(checkpoint) if STATE in manifest else f"{MANIFEST} does not list {STATE}"
+
+
+def _wrong_state(checkpoint: Path) -> str:
+    """What of the driver's state no run can go on from; empty if nothing."""
+    state, step = _state(checkpoint), int(checkpoint.name.removeprefix("step-"))
+    if type(state.get("version")) is not int or state["version"] != step:
+        return f"{STATE} is of version {state.get('version')!r}"
+    wrong = [name for name in MAPPINGS if not isinstance(state.get(name, {}), dict)]
+    return f"{STATE} has no mapping under {wrong[0]}" if wrong else ""
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:

@@ -209,6 +209,21 @@ def test_a_gpu_chooses_the_cuda_build_and_a_word_overrules_it(machine):
     assert machine.setup(ENTRORAY_BUILD="tpu").returncode == 3
 
 
+def test_extras_that_are_asked_for_once_stay_and_the_slow_lane_asks_for_both(machine):
+    assert machine.setup().returncode == 0 and "-e .[cpu,dev]" in machine.told()
+    assert (
+        machine.setup(ENTRORAY_EXTRAS="mlflow").returncode == 0 and "-e .[cpu,dev,mlflow]" in machine.told()
+    )
+    assert machine.setup().returncode == 0 and not machine.told(), "nothing more is asked for"
+    machine.stub(machine.checkout / ".venv" / "bin" / "pytest", "#!/bin/sh\n")
+    machine.run("test.sh", "slow")
+    assert "-e .[cpu,dev,mlflow,wandb]" in machine.told()
+    machine.run("test.sh", "slow", ENTRORAY_EXTRAS="")
+    assert not machine.told()
+    refused = machine.setup(ENTRORAY_EXTRAS="wandb,swanlab")
+    assert refused.returncode == 3 and "`swanlab`" in refused.stderr and "wandb" in refused.stderr
+
+
 def test_without_a_cpu_torch_the_size_of_the_other_is_told_first(machine):
     machine.uv(dry=1)
     done = machine.setup()
@@ -244,7 +259,7 @@ LANES = ("slow", "families", "faults", "bench", "cluster")
 @pytest.mark.parametrize("lane", LANES)
 def test_a_lane_runs_its_own_tests_alone(machine, lane):
     machine.tools(ruff=0, mypy=0, pytest=1)
-    assert machine.run("test.sh", lane, "-x", "tests/ray").returncode == 1
+    assert machine.run("test.sh", lane, "-x", "tests/ray", ENTRORAY_EXTRAS="").returncode == 1
     assert machine.told().split(" /")[0] == f"pytest tests -m {lane} --durations=0 -x tests/ray"
 
 

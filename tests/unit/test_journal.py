@@ -6,6 +6,7 @@ import os
 import signal
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +131,7 @@ def ended(error):
 def test_journal_and_trackers_are_closed_however_a_run_ends(tmp_path, monkeypatch, error, raised):
     closed = []
     tracker = SimpleNamespace(log=lambda step, metrics: None, close=lambda: closed.append(True))
-    parts = replace(build_parts(configured()), trackers=(lambda run: tracker,))
+    parts = replace(build_parts(configured()), trackers=(partial(lambda run: tracker),))
     monkeypatch.setattr(train.actors, "join_cluster", lambda config: "")
     monkeypatch.setattr(train.actors, "start_actors", ended(error))
     monkeypatch.setattr(train.cluster, "stop", lambda: None)

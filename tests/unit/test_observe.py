@@ -17,7 +17,6 @@ from entroray.metrics import step_metrics
 from entroray.metrics.by_domain import judged_metrics
 from entroray.observe import console, report, token_records
 from entroray.observe.journal import Journal, read_metrics
-from entroray.observe.trackers import TrackedRun, tensorboard
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.types import Counts, Group, Prompt, Rollout, Status, Tokens, Verdict
 from entroray.wiring.parts import build_parts
@@ -298,21 +297,6 @@ def test_token_records_the_disk_refuses_do_not_end_the_run(tmp_path):
     write(journal(tmp_path, tokens_every=1), 1)
     assert [e["kind"] for e in read_metrics(tmp_path / "events.jsonl")] == ["tokens_lost"]
     assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
-
-
-def test_tensorboard_holds_the_metrics(tmp_path):
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    tracker = tensorboard(TrackedRun(tmp_path, "train", {}, first_step=1))
-    tracker.log(7, {"entropy/mean": 1.5})
-    tracker.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    values = [
-        (e.step, v.tag, v.tensor.float_val[0])
-        for e in EventFileLoader(str(file)).Load()
-        for v in e.summary.value
-    ]
-    assert values == [(7, "entropy/mean", 1.5)]
 
 
 def test_console_prints_aligned_lines_and_repeats_the_header(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -13,17 +14,18 @@ import pytest
 from omegaconf import OmegaConf
 
 from entroray.cli import eval as cli_eval
+from entroray.cli import lab
 from entroray.config import Config, Reward, Run
 from entroray.data.prompts import Split
 from entroray.errors import ConfigError, PreflightError
 from entroray.evaluation.evaluate import heldout_prompts
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.types import Prompt
-from entroray.wiring import run_directory
+from entroray.wiring import run_directory, warm_start
 from entroray.wiring.dataset import Dataset, identity
 from entroray.wiring.run_directory import RESUME, RunDirectory, place, resume_rule
 from entroray.workers.checkpoint import commit
-from tests.composed import composed
+from tests.composed import composed, configured
 
 
 def resume(folder: Path, **settings: Any) -> RunDirectory | None:
@@ -330,3 +332,40 @@ def test_a_setting_that_this_version_has_not_is_said_and_a_checkpoint_is_no_run(
     for inside in (state.parent, state.parent.parent):
         with pytest.raises(PreflightError, match=r"^run\.dir=.*checkpoint"):
             resume(inside)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"version": v} for v in (4, "3", 3.0, None, -3)),
+        *({name: [1]} for name in ("settings", "identity", "stagnation", "health")),
+    ],
+)
+def test_a_state_that_no_run_can_go_on_from_is_refused_by_its_file(begun: Path, wrong: dict) -> None:
+    last = begun / "checkpoints" / "step-000003"
+    state = json.loads((last / "driver.json").read_text()) | wrong
+    (last / "driver.json").write_text(json.dumps(state))
+    for old in ("manifest.json", "COMMITTED"):
+        (last / old).unlink()
+    shutil.move(last, begun / "part")
+    commit(begun / "part", last)
+    with pytest.raises(PreflightError, match=rf"step-000003 .*driver\.json .*{next(iter(wrong))}"):
+        resume(begun)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["run.dir", "model.path", "model.template", "model.warm_start.cache", "reward.path", "data.task"],
+)
+def test_the_home_of_nobody_is_refused_by_its_setting(setting: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{re.escape(setting)}=~no_such_user/x: .*`no_such_user`"):
+        configured(f'{setting}="~no_such_user/x"')
+    configured('model.path="~/x"')
+
+
+def test_a_cache_and_a_lab_in_the_home_of_nobody_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENTRORAY_CACHE", "~no_such_user/x")
+    with pytest.raises(ConfigError, match=r"^ENTRORAY_CACHE=~no_such_user/x"):
+        warm_start.cached_folder(configured())
+    with pytest.raises(PreflightError, match=r"^--dir=~no_such_user/x"):
+        lab.main(["--dir", "~no_such_user/x"])
