@@ -51,6 +51,8 @@ class Prompt:
     """The data row itself, for verifiers that need more than `reference`."""
     domain: str = ""
     """The part of a mixture it is of."""
+    alternatives: tuple[str, ...] = ()
+    """Further right answers, besides `reference`."""
 
 
 @dataclass(frozen=True)
