@@ -1,0 +1,233 @@
+r"""Numbers with their units, as exact fractions: what most answers are, and compared without a parser."""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+from entroray.reward.texts import STYLE, without_words
+from entroray.reward.writing import NUMBER
+
+PLACES = 6
+"""Decimal places that decimals are compared to."""
+SMALL = 3
+"""Zeros behind the point; a number with more of them is compared to as many places more."""
+TINIEST = 20_000
+"""Decimal places that are looked at."""
+
+# Numbers in words.
+
+_DIGIT = {word: n for n, word in enumerate("one two three four five six seven eight nine".split(), 1)}
+_TEEN = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_COUNTS = {"zero": 0, **_DIGIT, **{word: n for n, word in enumerate(_TEEN, 10)}}
+_COUNTS |= {word: n for n, word in zip(range(20, 100, 10), _TENS, strict=True)}
+_TIMES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_PARTS = "half third quarter fourth fifth sixth seventh eighth ninth tenth".split()
+_SHARES = dict(zip(_PARTS, (2, 3, 4, *range(4, 11)), strict=True)) | {"halve": 2}
+_BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[\s-](?:{'|'.join(_DIGIT)}))?|{'|'.join(_TEEN)}|{'|'.join(_DIGIT)})"
+_BELOW_1000 = rf"(?:{_BELOW_100}\s+hundred(?:\s+(?:and\s+)?{_BELOW_100})?|{_BELOW_100})"
+_SPELT = re.compile(
+    rf"(?:(?:a|the)\s+)?(zero|{_BELOW_1000}(?:\s+(?:thousand|million|billion)(?:,?\s+(?:and\s+)?{_BELOW_1000})?)*)"
+    rf"(?:[\s-]({'|'.join(_SHARES)})s?)?(?=\s+[A-Za-z(\\]|\s*\\?%|$)",
+    re.IGNORECASE,
+)
+
+
+def in_digits(text: str) -> str:
+    r"""`twenty-five apples` -> `25 apples`, `two thirds` -> `\frac{2}{3}`; a text with digits stays."""
+    bare = STYLE.sub(r"\1", text).strip()
+    found = None if re.search(r"\d", bare) else _SPELT.match(bare)
+    if not found:
+        return text
+    value, below = 0, 0
+    for word in re.findall(r"[a-z]+", found[1].lower()):
+        times = _TIMES.get(word, 1)
+        below = below * times if times > 1 else below + _COUNTS.get(word, 0)
+        if times > 100:
+            value, below = value + below, 0
+    number = str(value + below)
+    if found[2]:
+        number = rf"\frac{{{number}}}{{{_SHARES[found[2].lower()]}}}"
+    return number + bare[found.end() :]
+
+
+# Units.
+
+_KINDS = {  # its units, each behind its size in the first of them
+    "length": "1 m meter metre|1/100 cm centimeter centimetre|1/1000 mm millimeter millimetre|1000 km kilometer "
+    "kilometre|127/5000 in inch inche|381/1250 ft foot feet|1143/1250 yd yard|201168/125 mi mile",
+    "mass": "1 g gram|1000 kg kilogram kilo|1/1000 mg milligram|45359237/100000 lb pound £|45359237/1600000 oz ounce",
+    "time": "1 s sec second|1/1000 ms millisecond|60 min minute|3600 h hr hour|86400 day|604800 week wk",
+    "month": "1 month|12 yr year",
+    "dollar": "1 dollar usd $ buck|1/100 cent ¢",
+    "euro": "1 euro eur €",
+    "yuan": "1 yuan rmb cny ¥ yen jpy",
+    "rupee": "1 rupee ₹ inr",
+    "angle": "1 degree deg circ",
+    "celsius": "1 circC celsius",
+    "fahrenheit": "1 circF fahrenheit",
+    "radian": "1 rad radian",
+    "gallon": "1 gal gallon|1/4 qt quart|1/8 pt pint|1/16 cup",
+    "newton": "1 N newton|1000 kN",
+    "joule": "1 J joule|1000 kJ",
+    "watt": "1 W watt|1000 kW kilowatt",
+    "volt": "1 V volt",
+    "ampere": "1 A amp ampere|1/1000 mA",
+    "kelvin": "1 K kelvin",
+    "coulomb": "1 C coulomb",
+    "hertz": "1 Hz hertz|1000 kHz|1000000 MHz",
+    "pascal": "1 Pa pascal|1000 kPa",
+    "mole": "1 mol mole",
+    "ohm": "1 ohm Ω",
+    "electronvolt": "1 eV|1000 keV|1000000 MeV",
+    "": "1 unit",
+}
+_UNITS = {
+    name: ({kind: 1}, Fraction(size))
+    for kind, units in _KINDS.items()
+    for size, *names in map(str.split, units.split("|"))
+    for name in names
+}
+_UNITS |= {name: ({"length": 3}, Fraction(1, 1000)) for name in ("L", "l", "liter", "litre")}
+_UNITS |= {name: ({"length": 3}, Fraction(1, 10**6)) for name in ("mL", "ml", "milliliter", "cc")}
+_UNITS |= {name: ({"length": 1, "time": -1}, Fraction(1397, 3125)) for name in ("mph",)}
+_UNITS |= {name: ({"length": 1, "time": -1}, Fraction(5, 18)) for name in ("kmh", "kph", "kmph")}
+_LONG = "|".join(sorted((re.escape(name) for name in _UNITS if len(name) > 1), key=len)[::-1])
+_LETTER = "".join(name for name in _UNITS if len(name) == 1 and name.isalpha() and name.isascii())
+_EXPONENT = r"(?:\s*\^\s*\{?\s*-?\d\s*\}?|\d)?"
+_NAME = (
+    rf"(?:(?:(?:square|sq|cubic|cu)\.?\s+)?(?:{_LONG})(?:e?s)?(?![A-Za-z])"
+    rf"|\^\s*\{{?\s*\\circ\s*\}}?(?:\s*[CF](?![A-Za-z]))?|\\?[$€£¥₹¢]){_EXPONENT}"
+)
+_ANY = rf"(?:{_NAME}|(?-i:[{_LETTER}](?![A-Za-z])){_EXPONENT})"
+_UNIT = re.compile(
+    rf"(?:(?<=[\d}}%)])[\s-]*|(?<=[A-Za-z])\s+)((?:(?:/|\bper\b)\s*)?(?:{_NAME}|(?<=\s){_ANY})"
+    rf"(?:\s*(?:/|\bper\b|\ban?\b|\\cdot|\\times|\*|-)\s*{_ANY}|\s+{_NAME})*)\s*$",
+    re.IGNORECASE,
+)
+_NAMED_UNIT = re.compile(r"(/|\bper\b|\ban?\b)|(square|sq|cubic|cu)\b|(circ[CF]?|[A-Za-z]+|[$€£¥₹¢])(?:\^?(-?\d))?")
+_CURRENCY = re.compile(r"^([-+]?)\s*(?:US)?\\?([$€£¥₹₽₩])\s*(?=[-\d.])")
+_SPACE = re.compile(r"\\[,;:! ]|~|\\q?quad(?![A-Za-z])")
+
+
+class Unit(NamedTuple):
+    powers: tuple[tuple[str, int], ...]
+    """Of each kind, sorted: ((length, 1), (time, -1))."""
+    size: Fraction
+    """In the first unit of each kind."""
+    names: tuple[str, ...]
+
+
+def split_unit(text: str) -> tuple[str, Unit | None]:
+    r"""What stands before a unit, and the unit: `$5 per day`, `2\sqrt{3} \text{ cm}^2`; (`text`, None) without."""
+    bare = _SPACE.sub(" ", STYLE.sub(r" \1 ", text)).strip()
+    bare = re.sub(r"\\frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+)\s*\}$", r" \1/\2", bare)
+    coin = _CURRENCY.match(bare)
+    value = coin[1] + bare[coin.end() :] if coin else bare
+    found = _UNIT.search(value)
+    if not coin and not found:
+        return text, None
+    named = " ".join([coin[2] if coin else "", found[1] if found else ""])
+    value = (value[: found.start()] if found else value).strip()
+    if bare == text and re.match(r"\s[A-Za-z](?![A-Za-z])", named) and not VALUE.fullmatch(value):
+        return text, None  # x^2 m is a product
+    return value, _read_unit(named)
+
+
+def _read_unit(named: str) -> Unit:
+    powers, size, sign, times = Counter[str](), Fraction(1), 1, 1
+    named = re.sub(r"\\cdot|\\times|[{}\\\s^](?=circ)|(?<=circ)[}\s]+(?=[CF])", "", named)
+    names = []
+    for per, shape, name, exponent in _NAMED_UNIT.findall(re.sub(r"\s*\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", named)):
+        if per:
+            sign = -1
+        elif shape:
+            times = 3 if shape.lower().startswith("cu") else 2
+        elif known := _known(name):
+            power = sign * times * int(exponent or 1)
+            powers.update({kind: n * power for kind, n in known[0].items() if kind})
+            size *= known[1] ** power
+            names.append(name.casefold().removesuffix("s"))
+            times = 1
+    return Unit(tuple(sorted((kind, n) for kind, n in powers.items() if n)), size, tuple(names))
+
+
+def _known(name: str) -> tuple[dict[str, int], Fraction] | None:
+    forms = (name, name.lower(), name.lower().removesuffix("s"))
+    return next((_UNITS[form] for form in forms if form in _UNITS), None)
+
+
+# Numbers.
+
+VALUE = re.compile(
+    r"(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)?\s*\\frac\s*\{\s*(?P<top>-?\d+)\s*\}\s*\{\s*(?P<low>-?\d+)\s*\}"
+    rf"|(?P<over>\d+)\s*/\s*(?P<under>\d+)|(?P<plain>{NUMBER}))\s*(?P<percent>\\?%)?"
+)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number as it is written."""
+
+    value: Fraction
+    decimal: bool
+    """Whether with a decimal point: then it agrees to `PLACES`."""
+    percent: bool
+    unit: Unit | None
+    words: frozenset[str]
+    """Around it, the unit's names among them."""
+
+
+def read_quantity(text: str) -> Quantity | None:
+    """`text` as one number, with its unit or the words around it; None if it is anything else."""
+    value, unit = split_unit(text)
+    words = [*unit.names] if unit else []
+    found = VALUE.fullmatch(value)
+    if not found:
+        value, words = without_words(text)
+        found = VALUE.fullmatch(value) if words else None
+    if not found:
+        return None
+    whole, top, low = found["whole"], found["top"] or found["over"], found["low"] or found["under"] or "1"
+    if int(low) == 0 or (whole and (int(top) < 0 or int(low) < 0)):
+        return None
+    number = Fraction(found["plain"]) if found["plain"] else int(whole or 0) + Fraction(int(top), int(low))
+    sign = -1 if found["sign"] == "-" else 1
+    decimal = "." in (found["plain"] or "")
+    return Quantity(sign * number, decimal, bool(found["percent"]), unit, frozenset(words))
+
+
+def same_quantity(ours: Quantity, theirs: Quantity) -> bool:
+    """5 m is 500 cm and no 5 cm; 50% is 50 and 0.5. A unit or words on one side alone do not count."""
+    if not same_unit(ours, theirs):
+        return False
+    a, b, exact = ours.value, theirs.value, not (ours.decimal or theirs.decimal)
+    if ours.unit and theirs.unit:
+        b *= theirs.unit.size / ours.unit.size
+    if _near(a, b, exact) or ours.percent == theirs.percent:
+        return _near(a, b, exact)
+    return _near(a / 100, b, exact) if ours.percent else _near(a, b / 100, exact)
+
+
+def same_unit(ours: Quantity, theirs: Quantity) -> bool:
+    if ours.unit and theirs.unit and ours.unit.powers and theirs.unit.powers:
+        return ours.unit.powers == theirs.unit.powers
+    return not ours.words or not theirs.words or ours.words <= theirs.words
+
+
+def _near(a: Fraction, b: Fraction, exact: bool) -> bool:
+    if a == b or exact:
+        return a == b
+    places = PLACES + max(zeros(a), zeros(b))
+    return round(a, places) == round(b, places)
+
+
+def zeros(value: Fraction) -> int:
+    """How many more zeros than SMALL it has behind the point."""
+    if not value or abs(value) >= Fraction(1, 10**SMALL):
+        return 0
+    digits = math.log10(abs(value.numerator)) - math.log10(value.denominator)
+    return min(TINIEST, math.ceil(-digits) - SMALL)
