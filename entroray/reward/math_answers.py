@@ -106,6 +106,7 @@ def read_reference(text: str) -> Reference | None:
     value = value.replace("\\%", "").replace("%", "")
     values = [] if _SENTENCE.search(cleaned) else _parsed(_with_symbols(value))
     values = values or parse(f"${value}$", parsing_timeout=None)
+    values = [v.rhs if isinstance(v, Eq) and _is_number(v.lhs) else v for v in values]  # 5 - 2 = 3
     wordy = not values and WORD.search(STYLE.sub(r" \1 ", cleaned))
     return Reference(cleaned, bool(wordy), None, values, unit, letter, inside) if values or wordy else None
 
@@ -190,7 +191,8 @@ def _readings(reference: Reference, said: str) -> Iterator[str]:
     value, words = without_words(said)
     if "\n" in said and words:  # something is said behind the answer
         return
-    if not _MARKS.search(said) and (not words or WORD.search(reference.text)):  # else mathematics among words
+    wordy = bool(words) and "=" in said and not WORD.search(reference.text)
+    if not wordy and not _MARKS.search(said):  # else it is mathematics among words
         yield said
     known = reference.quantity.words if reference.quantity else frozenset()
     if value == said or (known and words and not known <= {*words}):

@@ -105,7 +105,7 @@ _NAME = (
 _ANY = rf"(?:{_NAME}|(?-i:[{_LETTER}](?![A-Za-z])){_EXPONENT})"
 _UNIT = re.compile(
     rf"(?:(?<=[\d}}%)])[\s-]*|(?<=[A-Za-z])\s+)((?:(?:/|\bper\b)\s*)?(?:{_NAME}|(?<=\s){_ANY})"
-    rf"(?:\s*(?:/|\bper\b|\ban?\b|\\cdot|\\times|\*|-)\s*{_ANY}|\s+{_NAME})*)\s*$",
+    rf"(?:\s*(?:/|\bper\b|\ban?\b|\\cdot|\\times|\*|-)\s*{_ANY}|\s+{_NAME}){{0,4}})\s*$",
     re.IGNORECASE,
 )
 _NAMED_UNIT = re.compile(r"(/|\bper\b|\ban?\b)|(square|sq|cubic|cu)\b|(circ[CF]?|[A-Za-z]+|[$€£¥₹¢])(?:\^?(-?\d))?")

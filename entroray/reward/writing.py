@@ -25,7 +25,7 @@ _ORDINAL = rf"(?:{_UPRIGHT})?\{{\s*(?:st|nd|rd|th)\s*\}}"
 _CLEANING: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"<<[^<>]*>>"), ""),  # gsm8k's notes
     (re.compile(r"^\s*(?:\\approx|\\sim|[=:~])\s*|\\(?:bf|it|rm|sf)(?![A-Za-z])\s*"), ""),
-    (re.compile(_UPRIGHT + r"\{\s*([-+\d.,/ ]+)\s*\}"), r"\1"),
+    (re.compile(_UPRIGHT + r"\{\s*((?:[-+\d.,/ ]|\band\b|\bor\b)*\d[-+\d.,/ ]*)\}"), r"\1"),
     (re.compile(_UPRIGHT + r"\{\s*([ei])\s*\}"), r"\1"),
     (re.compile(rf"(?<=\d)(?:(?:st|nd|rd|th)(?![A-Za-z])|\^?\s*{_ORDINAL}|\^\{{{_ORDINAL}\}})"), ""),  # 3rd
     (re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|csc|ln|log)(?![A-Za-z])"), r"\\\1"),
@@ -55,7 +55,7 @@ _CLEANING: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     ),
     (re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?"), r"\\overline{\1\2\3}"),
     (
-        re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))|\((\d+)\))"),
+        re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))|\((\d+)\))"),
         lambda m: _repeating(m[1], m[2], m[3] or m[4] or m[5]),
     ),
     (
@@ -67,8 +67,8 @@ _CLEANING: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         lambda m: f"{m[1]}_{{{900 + len(m[2] or m[3].split())}}}",  # f' is not f
     ),
 ]
-_ENDLESS = re.compile(r"(?<!\d)(\d*)\.(\d*?)(\d+?)\3+\s*(?:\.{2,}|\\[lc]?dots)")
-"""0.1666... and 0.12\ldots: the shortest end that stands there twice, for ever."""
+_ENDLESS = re.compile(r"(\.\d{0,20}?)(\d{1,20}?)\2+\s*(?:\.{2,}|\\[lc]?dots)")
+"""0.1666... and 0.1212\\ldots: the shortest end that stands there twice, again and again."""
 _BOLD = re.compile(r"(?<![\w)*])(\*\*|__|`+|\*)(?=\S)([^*`\n]{1,500}?)(?<=\S)\1(?![\w(*])")
 _AROUND = re.compile(
     r"\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]|\\f?box(?:ed)?\s*\{((?:[^{}]|\{[^{}]*\})*)\}", re.DOTALL
@@ -92,14 +92,14 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = _as_latex(text)
     text = _AT_ENDS.sub("", text.strip())
-    text = _ENDLESS.sub(lambda m: _repeating(*m.groups()), text)
+    text = _ENDLESS.sub(lambda m: m[1] + m[2] * 20, text)
     text = _BOLD.sub(r"\2", text)
     for _ in range(2):  # **$42$.**
         text = text.strip("*") if text.startswith("*") else text.removesuffix("**")
         text = text.lstrip("`# ").rstrip("`.,;:?\n ") or text
         if found := _AROUND.fullmatch(text):
             text = next(inside for inside in found.groups() if inside is not None)
-    text = text.replace(r"\varnothing", r"\emptyset")
+    text = re.sub(r"\\varnothing|\\\{\s*\\\}", r"\\emptyset ", text)
     text = _POWER.sub(r"^{\1}", text)
     text = _EUROPEAN.sub(lambda m: f"{re.sub('[. ]', '', m[1])}.{m[2]}", text)
     text = _GROUPED.sub(lambda m: re.sub(r"\D", "", m[0]), text)
