@@ -172,7 +172,9 @@ def _same_number(reference: Reference, said: str) -> bool:
     """As fractions where both are numbers, else as mathematics."""
     if reference.quantity:
         point = reference.quantity.decimal and re.fullmatch(r"[-+]?\d+,\d+", said)  # 3,14
-        theirs = read_quantity(said.replace(",", ".") if point else re.sub(r"(?<=\d)(?=[A-Za-z]$)", " ", said))
+        theirs = read_quantity(
+            said.replace(",", ".") if point else re.sub(r"(?<=\d)(?=[A-Za-z]$)", " ", said)
+        )
         if theirs:
             return same_quantity(reference.quantity, theirs)
     for text in _readings(reference, said):
@@ -270,7 +272,11 @@ _CONFIG = NormalizationConfig(True, False, True, True, "all", False)
 def _parsed(text: str) -> list[Any]:
     if _COMPARES.search(text) and len(ways := _OR.split(text)) > 1:  # x < 1 or x > 2
         regions = [_region(value) for way in ways for value in _parsed(way)]
-        return [Union(*regions)] if len(regions) == len(ways) and all(isinstance(r, Set) for r in regions) else []
+        return (
+            [Union(*regions)]
+            if len(regions) == len(ways) and all(isinstance(r, Set) for r in regions)
+            else []
+        )
     try:
         latex = normalize_latex(text, _CONFIG)
         real = not should_treat_as_complex(latex)

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 from entroray.reward.texts import STYLE, without_words
@@ -19,15 +20,22 @@ TINIEST = 20_000
 
 # Numbers in words.
 
-_DIGIT = {word: n for n, word in enumerate("one two three four five six seven eight nine".split(), 1)}
-_TEEN = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_COUNTS = {"zero": 0, **_DIGIT, **{word: n for n, word in enumerate(_TEEN, 10)}}
+_DIGIT = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+_TEEN = [
+    "ten",
+    "eleven",
+    "twelve",
+    *(f"{n}teen" for n in ("thir", "four", "fif", "six", "seven", "eigh", "nine")),
+]
+_TENS = [f"{n}ty" for n in ("twen", "thir", "for", "fif", "six", "seven", "eigh", "nine")]
+_COUNTS = {word: n for n, word in enumerate(["zero", *_DIGIT, *_TEEN])}
 _COUNTS |= {word: n for n, word in zip(range(20, 100, 10), _TENS, strict=True)}
 _TIMES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_PARTS = "half third quarter fourth fifth sixth seventh eighth ninth tenth".split()
+_PARTS = ["half", "third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 _SHARES = dict(zip(_PARTS, (2, 3, 4, *range(4, 11)), strict=True)) | {"halve": 2}
-_BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[\s-](?:{'|'.join(_DIGIT)}))?|{'|'.join(_TEEN)}|{'|'.join(_DIGIT)})"
+_BELOW_100 = (
+    rf"(?:(?:{'|'.join(_TENS)})(?:[\s-](?:{'|'.join(_DIGIT)}))?|{'|'.join(_TEEN)}|{'|'.join(_DIGIT)})"
+)
 _BELOW_1000 = rf"(?:{_BELOW_100}\s+hundred(?:\s+(?:and\s+)?{_BELOW_100})?|{_BELOW_100})"
 _SPELT = re.compile(
     rf"(?:(?:a|the)\s+)?(zero|{_BELOW_1000}(?:\s+(?:thousand|million|billion)(?:,?\s+(?:and\s+)?{_BELOW_1000})?)*)"
@@ -56,45 +64,13 @@ def in_digits(text: str) -> str:
 
 # Units.
 
-_KINDS = {  # its units, each behind its size in the first of them
-    "length": "1 m meter metre|1/100 cm centimeter centimetre|1/1000 mm millimeter millimetre|1000 km kilometer "
-    "kilometre|127/5000 in inch inche|381/1250 ft foot feet|1143/1250 yd yard|201168/125 mi mile",
-    "mass": "1 g gram|1000 kg kilogram kilo|1/1000 mg milligram|45359237/100000 lb pound £|45359237/1600000 oz ounce",
-    "time": "1 s sec second|1/1000 ms millisecond|60 min minute|3600 h hr hour|86400 day|604800 week wk",
-    "month": "1 month|12 yr year",
-    "dollar": "1 dollar usd $ buck|1/100 cent ¢",
-    "euro": "1 euro eur €",
-    "yuan": "1 yuan rmb cny ¥ yen jpy",
-    "rupee": "1 rupee ₹ inr",
-    "angle": "1 degree deg circ",
-    "celsius": "1 circC celsius",
-    "fahrenheit": "1 circF fahrenheit",
-    "radian": "1 rad radian",
-    "gallon": "1 gal gallon|1/4 qt quart|1/8 pt pint|1/16 cup",
-    "newton": "1 N newton|1000 kN",
-    "joule": "1 J joule|1000 kJ",
-    "watt": "1 W watt|1000 kW kilowatt",
-    "volt": "1 V volt",
-    "ampere": "1 A amp ampere|1/1000 mA",
-    "kelvin": "1 K kelvin",
-    "coulomb": "1 C coulomb",
-    "hertz": "1 Hz hertz|1000 kHz|1000000 MHz",
-    "pascal": "1 Pa pascal|1000 kPa",
-    "mole": "1 mol mole",
-    "ohm": "1 ohm Ω",
-    "electronvolt": "1 eV|1000 keV|1000000 MeV",
-    "": "1 unit",
-}
+_TABLE = (Path(__file__).parent / "units.tsv").read_text(encoding="utf-8").splitlines()[1:]
 _UNITS = {
-    name: ({kind: 1}, Fraction(size))
-    for kind, units in _KINDS.items()
-    for size, *names in map(str.split, units.split("|"))
-    for name in names
+    name: (kind, Fraction(size))
+    for kind, size, names in (line.split("\t") for line in _TABLE)
+    for name in names.split()
 }
-_UNITS |= {name: ({"length": 3}, Fraction(1, 1000)) for name in ("L", "l", "liter", "litre")}
-_UNITS |= {name: ({"length": 3}, Fraction(1, 10**6)) for name in ("mL", "ml", "milliliter", "cc")}
-_UNITS |= {name: ({"length": 1, "time": -1}, Fraction(1397, 3125)) for name in ("mph",)}
-_UNITS |= {name: ({"length": 1, "time": -1}, Fraction(5, 18)) for name in ("kmh", "kph", "kmph")}
+"""Each unit's kind, and its size in the kind's first unit."""
 _LONG = "|".join(sorted((re.escape(name) for name in _UNITS if len(name) > 1), key=len)[::-1])
 _LETTER = "".join(name for name in _UNITS if len(name) == 1 and name.isalpha() and name.isascii())
 _EXPONENT = r"(?:\s*\^\s*\{?\s*-?\d\s*\}?|\d)?"
@@ -108,7 +84,9 @@ _UNIT = re.compile(
     rf"(?:\s*(?:/|\bper\b|\ban?\b|\\cdot|\\times|\*|-)\s*{_ANY}|\s+{_NAME}){{0,4}})\s*$",
     re.IGNORECASE,
 )
-_NAMED_UNIT = re.compile(r"(/|\bper\b|\ban?\b)|(square|sq|cubic|cu)\b|(circ[CF]?|[A-Za-z]+|[$€£¥₹¢])(?:\^?(-?\d))?")
+_NAMED_UNIT = re.compile(
+    r"(/|\bper\b|\ban?\b)|(square|sq|cubic|cu)\b|(circ[CF]?|[A-Za-z]+|[$€£¥₹¢])(?:\^?(-?\d))?"
+)
 _CURRENCY = re.compile(r"^([-+]?)\s*(?:US)?\\?([$€£¥₹₽₩])\s*(?=[-\d.])")
 _SPACE = re.compile(r"\\[,;:! ]|~|\\q?quad(?![A-Za-z])")
 
@@ -122,7 +100,7 @@ class Unit(NamedTuple):
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
-    r"""What stands before a unit, and the unit: `$5 per day`, `2\sqrt{3} \text{ cm}^2`; (`text`, None) without."""
+    r"""What stands before a unit, and the unit: `$5 per day`, `2\sqrt{3} \text{ cm}`; else (`text`, None)."""
     bare = _SPACE.sub(" ", STYLE.sub(r" \1 ", text)).strip()
     bare = re.sub(r"\\frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+)\s*\}$", r" \1/\2", bare)
     coin = _CURRENCY.match(bare)
@@ -141,21 +119,24 @@ def _read_unit(named: str) -> Unit:
     powers, size, sign, times = Counter[str](), Fraction(1), 1, 1
     named = re.sub(r"\\cdot|\\times|[{}\\\s^](?=circ)|(?<=circ)[}\s]+(?=[CF])", "", named)
     names = []
-    for per, shape, name, exponent in _NAMED_UNIT.findall(re.sub(r"\s*\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", named)):
+    for per, shape, name, exponent in _NAMED_UNIT.findall(
+        re.sub(r"\s*\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", named)
+    ):
         if per:
             sign = -1
         elif shape:
             times = 3 if shape.lower().startswith("cu") else 2
         elif known := _known(name):
             power = sign * times * int(exponent or 1)
-            powers.update({kind: n * power for kind, n in known[0].items() if kind})
+            for per, kind, cubed in re.findall(r"(/?)([a-z]+)(\^3)?", known[0]):
+                powers[kind] += power * (3 if cubed else 1) * (-1 if per else 1)
             size *= known[1] ** power
             names.append(name.casefold().removesuffix("s"))
             times = 1
     return Unit(tuple(sorted((kind, n) for kind, n in powers.items() if n)), size, tuple(names))
 
 
-def _known(name: str) -> tuple[dict[str, int], Fraction] | None:
+def _known(name: str) -> tuple[str, Fraction] | None:
     forms = (name, name.lower(), name.lower().removesuffix("s"))
     return next((_UNITS[form] for form in forms if form in _UNITS), None)
 

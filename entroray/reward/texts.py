@@ -35,9 +35,10 @@ def without_words(text: str) -> tuple[str, list[str]]:
     return re.sub(r"[\s,.;]*;[\s,.;]*", " ; ", value).strip(" ;,.:="), words
 
 
-
 _NO_TEXT = re.compile(r"[\d\\^_=+*/<>|{}\[\]%$~]")
-_NUMBERED = re.compile(r"\d{4}[-/]\d\d?[-/]\d\d?|\d+(?:\.\d+){2,}|\d+(?:\s*:\s*\d+){2,}|\d+\s*(?:-|\bto\b)\s*\d+")
+_NUMBERED = re.compile(
+    r"\d{4}[-/]\d\d?[-/]\d\d?|\d+(?:\.\d+){2,}|\d+(?:\s*:\s*\d+){2,}|\d+\s*(?:-|\bto\b)\s*\d+"
+)
 """Dates, versions, ratios of three, ranges and scores: 3-5 is no -2."""
 _NAME = re.compile(r"[A-Z]{2,}|(?=.*[A-Za-z]\d)[A-Za-z\d]+|[A-Za-z](?:\s+[A-Za-z])+")
 """AB, H2O, P1, a b: letters in their order, and no product."""
@@ -45,7 +46,7 @@ _LETTERS = re.compile(r"[A-Za-z\d\s]+")
 
 
 def is_text(text: str) -> bool:
-    """Whether it is words, a name, a date or 1.2.3, and no mathematics, which would read `cat` as a product."""
+    """Whether it is words, a name, a date or 1.2.3: mathematics would read `cat` as a product."""
     bare = STYLE.sub(r"\1", text).strip()
     numbered = _NUMBERED.fullmatch(bare) or _NAME.fullmatch(bare)
     return bool(numbered or (WORD.search(bare) and not _NO_TEXT.search(bare)))
@@ -142,7 +143,9 @@ _ASKED = re.compile(
     r"(?:(?:option|choice|answer)\b\s*(?:is\b|:)?\s*)+",
     re.IGNORECASE,
 )
-_CHOICE = re.compile(r"(?:[(\[]\s*([A-Ja-j])\s*[)\]][.:]?|([A-J])(?:[).:]|$))\s*(?![-=+*/^_<>,;|])(.*)", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:[(\[]\s*([A-Ja-j])\s*[)\]][.:]?|([A-J])(?:[).:]|$))\s*(?![-=+*/^_<>,;|])(.*)", re.DOTALL
+)
 _NEXT = re.compile(r"[(\[]\s*[A-Ja-j]\s*[)\]]|\b[A-J][).:]|^(?:and|or)\b")
 
 

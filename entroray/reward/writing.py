@@ -18,7 +18,7 @@ _SIGNS = str.maketrans(
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", "")
     | {"°": r"^\circ "}
 )
-NUMBER = r"(?:\d+\.?\d*|\.\d+)"
+NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _SCALES = {"thousand": "3", "million": "6", "billion": "9", "trillion": "12"}
 _UPRIGHT = r"\\(?:(?:math|text)(?:rm|bf|it|sf|tt|normal)?|underline|mbox)\s*"
 _ORDINAL = rf"(?:{_UPRIGHT})?\{{\s*(?:st|nd|rd|th)\s*\}}"

@@ -14,16 +14,51 @@ from pathlib import Path
 INTEGERS = [
     (str(n), answer)
     for n in range(1013, 9000, 97)
-    for answer in (f"{n}", f"{n + 1}", f"{n:,}", f"{n}.0", rf"\text{{{n}}}", f"x = {n}", f"{n} dollars", f"2{n}")
+    for answer in (
+        f"{n}",
+        f"{n + 1}",
+        f"{n:,}",
+        f"{n}.0",
+        rf"\text{{{n}}}",
+        f"x = {n}",
+        f"{n} dollars",
+        f"2{n}",
+    )
 ]
 LIKE_MATH = [
-    *((r"\frac{1}{2}", r"\frac12"), (r"\frac{3\sqrt{2}}{5}", r"\frac{3}{5}\sqrt{2}"), (r"2\sqrt{3}", r"\sqrt{12}")),
+    *(
+        (r"\frac{1}{2}", r"\frac12"),
+        (r"\frac{3\sqrt{2}}{5}", r"\frac{3}{5}\sqrt{2}"),
+        (r"2\sqrt{3}", r"\sqrt{12}"),
+    ),
     *(("x^2-1", "(x-1)(x+1)"), ("x^2+2x+1", "x^2+2x+2"), ("(1,2)", "(1, 2)"), ("[1,2)", "[1,2]")),
-    *((r"\{1,2,3\}", "3,2,1"), (r"\frac{14}{3}", "4 2/3"), (r"\pi", "3.14"), ("2x+3", "3+2x"), ("y=2x+3", "2x+3")),
-    *((r"\text{Yes}", "yes"), (r"\pm 2", "2,-2"), ("3+4i", "4i+3"), (r"\frac{\pi}{6}", r"\pi/6"), ("90^\\circ", "90")),
+    *(
+        (r"\{1,2,3\}", "3,2,1"),
+        (r"\frac{14}{3}", "4 2/3"),
+        (r"\pi", "3.14"),
+        ("2x+3", "3+2x"),
+        ("y=2x+3", "2x+3"),
+    ),
+    *(
+        (r"\text{Yes}", "yes"),
+        (r"\pm 2", "2,-2"),
+        ("3+4i", "4i+3"),
+        (r"\frac{\pi}{6}", r"\pi/6"),
+        ("90^\\circ", "90"),
+    ),
     *((r"(-\infty,2)\cup(3,\infty)", r"(-\infty,2)\cup(3,\infty]"), (r"50\%", r"\frac12"), ("12.5", "12.4")),
-    *((r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"), (r"\log_2 8", "3"), ("42", "41")),
-    *((r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"), ("e^2", "2e"), ("x>5", "5<x"), (r"10\,080", "10080"), ("8", "2^3")),
+    *(
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
+        (r"\log_2 8", "3"),
+        ("42", "41"),
+    ),
+    *(
+        (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
+        ("e^2", "2e"),
+        ("x>5", "5<x"),
+        (r"10\,080", "10080"),
+        ("8", "2^3"),
+    ),
 ]
 
 
@@ -56,7 +91,12 @@ def main() -> None:
         for folder in folders:
             environment = os.environ | {"PYTHONPATH": str(folder)}
             out = subprocess.run(
-                [sys.executable, __file__], env=environment, capture_output=True, text=True, check=True, timeout=600
+                [sys.executable, __file__],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=600,
             )
             found[folder].append([float(word) for word in out.stdout.split()[-2:]])
     for n, what in enumerate(("integers", "like MATH")):
