@@ -17,7 +17,21 @@ from typing import Any
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
 from math_verify import parse, verify
 from math_verify.grader import should_treat_as_complex
-from sympy import And, Eq, I, MatrixBase, Product, Rational, Set, Sum, Union, log, preorder_traversal
+from sympy import (
+    And,
+    Eq,
+    FiniteSet,
+    I,
+    MatrixBase,
+    Product,
+    Rational,
+    Set,
+    Sum,
+    Tuple,
+    Union,
+    log,
+    preorder_traversal,
+)
 from sympy.core.relational import Relational
 
 from entroray.reward.extract import boxed
@@ -171,7 +185,7 @@ def _bases(reference: str, said: str) -> bool | None:
 def _same_number(reference: Reference, said: str) -> bool:
     """As fractions where both are numbers, else as mathematics."""
     if reference.quantity:
-        point = reference.quantity.decimal and re.fullmatch(r"[-+]?\d+,\d+", said)  # 3,14
+        point = reference.quantity.value.denominator > 1 and re.fullmatch(r"[-+]?\d+,\d+", said)  # 3,14
         theirs = read_quantity(
             said.replace(",", ".") if point else re.sub(r"(?<=\d)(?=[A-Za-z]$)", " ", said)
         )
@@ -208,7 +222,8 @@ def _readings(reference: Reference, said: str) -> Iterator[str]:
 def _same_value(reference: Reference, said: str) -> bool:
     """50% is 50 and 0.5."""
     values = _read(said)
-    if _equal(reference.values, values) or _equal([*map(_region, reference.values)], [*map(_region, values)]):
+    ours = [*map(_point, reference.values)] if said.startswith("(") else reference.values
+    if _equal(ours, values) or any(_same_region(a, b) for a in ours for b in values):
         return True
     if ("%" in reference.text) == ("%" in said):
         return False
@@ -286,6 +301,28 @@ def _parsed(text: str) -> list[Any]:
         return _parsed(pair) if r"\pm" in text and pair else []
     imaginary = {s: I for s in getattr(value, "free_symbols", ()) if s.name == "i"}
     return [value.subs(imaginary) if imaginary and not value.has(Sum, Product) else value]
+
+
+def _point(value: Any) -> Any:
+    """x=2, y=3 as (2, 3); anything else as it is."""
+    sides = getattr(value, "_unsorted_args", ()) if isinstance(value, FiniteSet) else ()
+    if (
+        not sides
+        or not all(isinstance(side, Eq) for side in sides)
+        or len({s.lhs for s in sides}) < len(sides)
+    ):
+        return value
+    return Tuple(*(side.rhs for side in sides))
+
+
+def _same_region(a: Any, b: Any) -> bool:
+    """Whether inequalities allow the same numbers, of one unknown or of none that is named."""
+    ours, theirs = _region(a), _region(b)
+    if (ours is a and theirs is b) or (
+        a.free_symbols and b.free_symbols and a.free_symbols != b.free_symbols
+    ):
+        return False
+    return _equal([ours], [theirs])
 
 
 def _region(value: Any) -> Any:

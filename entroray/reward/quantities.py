@@ -171,7 +171,7 @@ def read_quantity(text: str) -> Quantity | None:
         value, words = without_words(text)
         found = VALUE.fullmatch(value) if words else None
     if not found:
-        return None
+        return _compound(text)
     whole, top, low = found["whole"], found["top"] or found["over"], found["low"] or found["under"] or "1"
     if int(low) == 0 or (whole and (int(top) < 0 or int(low) < 0)):
         return None
@@ -179,6 +179,18 @@ def read_quantity(text: str) -> Quantity | None:
     sign = -1 if found["sign"] == "-" else 1
     decimal = "." in (found["plain"] or "")
     return Quantity(sign * number, decimal, bool(found["percent"]), unit, frozenset(words))
+
+
+def _compound(text: str) -> Quantity | None:
+    """`2 hours 30 minutes`, `5 dollars and 20 cents` as one; None where the units are not of one kind."""
+    pieces = re.split(r"(?<=[a-z])\s*,?\s+(?:and\s+)?(?=\d)", STYLE.sub(r" \1 ", text))
+    parts = [read_quantity(piece) for piece in pieces] if 1 < len(pieces) < 4 else []
+    units = [part.unit for part in parts if part and part.unit and part.unit.powers]
+    if not parts or len(units) < len(parts) or len({unit.powers for unit in units}) > 1:
+        return None
+    total = sum((p.value * u.size for p, u in zip(filter(None, parts), units, strict=True)), Fraction())
+    words = frozenset(name for unit in units for name in unit.names)
+    return Quantity(total / units[0].size, True, False, units[0], words)
 
 
 def same_quantity(ours: Quantity, theirs: Quantity) -> bool:

@@ -112,7 +112,8 @@ def same_moment(reference: str, answer: str) -> bool | None:
             began[0] == ended[0] or (not (began[3] and ended[3]) and (began[0] - ended[0]) % 12 == 0)
         )
     terms = re.fullmatch(r"(\d+):([0-5]\d)", reference)
-    return False if terms and math.gcd(int(terms[1]), int(terms[2])) != 1 else None
+    clock = terms and (terms[2].startswith("0") or math.gcd(int(terms[1]), int(terms[2])) != 1)
+    return False if clock else None  # else it may be a ratio
 
 
 def _date(text: str) -> tuple[int, ...] | None:

@@ -73,7 +73,9 @@ _BOLD = re.compile(r"(?<![\w)*])(\*\*|__|`+|\*)(?=\S)([^*`\n]{1,500}?)(?<=\S)\1(
 _AROUND = re.compile(
     r"\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]|\\f?box(?:ed)?\s*\{((?:[^{}]|\{[^{}]*\})*)\}", re.DOTALL
 )
-_AT_ENDS = re.compile(r"^(?:\\[,;:! ]\s*)+|(?:\s*(?:\\[,;:!\\]|\\q?quad|</[A-Za-z]\w*>))+\s*$")
+_AT_ENDS = re.compile(
+    r"^(?:(?:\\[,;:! ]|<[A-Za-z]\w*>)\s*)+|(?:\s*(?:\\[,;:!\\]|\\q?quad|</[A-Za-z]\w*>))+\s*$"
+)
 """Space of LaTeX around an answer, and the tag that closes it."""
 _POWER = re.compile(r"(?<=[\w)\]}])\*\*\s*(-?\w+|\([^()]*\))")
 """As Python writes it: x**2."""
