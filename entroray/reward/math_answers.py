@@ -150,8 +150,8 @@ def _by_letter(reference: Reference, said: str) -> bool | None:
     """By the letter of a choice, and by what stands behind it; None where there is none."""
     letter, rest = choice(said) or ("", "")
     if letter and reference.letter:
-        further = bool(rest) and reference.inside is not None
-        return letter == reference.letter and (not further or is_equal(reference.inside, rest))
+        inside = reference.inside if rest else None
+        return letter == reference.letter and (inside is None or is_equal(inside, rest))
     if reference.inside:
         return is_equal(reference.inside, said)
     return is_equal(reference, rest) if rest else None
