@@ -24,7 +24,7 @@ OWN = ("math", "gym")
 
 
 def math(*, extract: str = "boxed", marker: str = "####") -> Judge:
-    """Right if the extracted answer equals `prompt.reference`: 1,000 is 1000, 0.5 is \\frac12, 5 is x=5.
+    """Right if the extracted answer equals `prompt.reference` or one of its alternatives: 0.5 is \\frac12.
 
     By math-verify (Hugging Face) without its timers, which are alarms: they raise off the main thread and do
     not reach C code. The verifier kills from outside. An answer that does not parse is wrong; a reference
@@ -39,14 +39,16 @@ def math(*, extract: str = "boxed", marker: str = "####") -> Judge:
     assert one and is_equal(one, "1")  # loads the grammar, 0.5 s: here, not in every judge process
 
     def by_value(response: str, prompt: Prompt) -> Verdict:
-        reference = read_reference(prompt.reference)
-        if reference is None:
-            return failed(f"prompt {prompt.id}: math-verify cannot read the reference {prompt.reference!r}")
+        references = []
+        for text in (prompt.reference, *prompt.alternatives):
+            if (reference := read_reference(text)) is None:
+                return failed(f"prompt {prompt.id}: math-verify cannot read the reference {text!r}")
+            references.append(reference)
         answer = find(response)
         if answer is None:
             return graded(False, None, f"no answer by rule {extract!r}")
         try:
-            return graded(is_equal(reference, answer), answer)
+            return graded(any(is_equal(reference, answer) for reference in references), answer)
         except Exception as error:  # boundary: sympy raises whatever an answer makes it
             return graded(False, answer, last_line(error))
 

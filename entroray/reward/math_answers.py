@@ -1,183 +1,89 @@
-r"""Whether an answer is the reference: a text as text, anything else as mathematics, which is math-verify's.
+r"""Whether an answer is the reference: text as text, numbers as fractions, anything else as mathematics.
 
-A reference may stand in a sentence or a worked solution. Of an answer all that is written counts: it is one
-expression, or one value among words (`42 dollars`). So a list of guesses is a list, and equal to no number.
+Mathematics is latex2sympy's to read and math-verify's to compare. A reference may stand in a sentence or a
+worked solution. Of an answer all that is written counts: it is one expression, or one value among words
+(`42 dollars`). So a list of guesses is a list, and equal to no number.
 """
 
 import math
 import re
-import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import Eq, MatrixBase, log, preorder_traversal
+from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
+from math_verify import parse, verify
+from math_verify.grader import should_treat_as_complex
+from sympy import (
+    And,
+    Eq,
+    FiniteSet,
+    I,
+    MatrixBase,
+    Product,
+    Rational,
+    Set,
+    Sum,
+    Tuple,
+    Union,
+    log,
+    preorder_traversal,
+)
+from sympy.core.relational import Relational
 
-PLACES, DIGITS = 6, 15
-"""Decimal places that decimals are compared to, and digits that exact numbers are."""
-SMALL = 3
-"""Zeros behind the point; a number with more of them is compared to as many places more."""
+from entroray.reward.extract import boxed
+from entroray.reward.quantities import (
+    PLACES,
+    SMALL,
+    TINIEST,
+    Quantity,
+    Unit,
+    in_digits,
+    read_quantity,
+    same_quantity,
+    split_unit,
+)
+from entroray.reward.texts import (
+    STYLE,
+    WORD,
+    choice,
+    is_name,
+    is_text,
+    same_moment,
+    same_text,
+    without_words,
+)
+from entroray.reward.writing import NUMBER, clean
+
+DIGITS = 15
+"""Digits that exact numbers are compared to."""
 LOOSE = 2
 """Decimal places to which the sides of `x = 1/3 = 0.33` must agree."""
-TINIEST = 20_000
-"""Decimal places that are looked at."""
 LONGEST = 2000
 """Characters of an answer beyond ten times its reference, from which on it is wrong unread."""
 DEEPEST = 50
 """Brackets within each other, from which on an answer is wrong unread."""
 
-# What is written in other ways, as LaTeX.
-
-_NAMED = {
-    **{"×": "times", "·": "cdot", "⋅": "cdot", "π": "pi", "∞": "infty", "≤": "le", "≥": "ge", "≠": "ne"},
-    **{"≈": "approx", "±": "pm", "∪": "cup", "∩": "cap", "∈": "in", "∅": "emptyset", "¬": "neg"},
-    **dict.fromkeys("→⇒⟹⟶⇔↦", "to"),
-}
-_SIGNS = str.maketrans(
-    {sign: rf"\{name} " for sign, name in _NAMED.items()}
-    | dict(zip("−–∕⁄÷，；（）", "--///,;()", strict=True))
-    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", "")
-    | {"°": r"^\circ "}
-)
-_NUMBER = r"(?:\d[\d,]*\.?\d*|\.\d+)"
-_SCALES = {"thousand": "3", "million": "6", "billion": "9", "trillion": "12"}
-_CLEANING: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(r"<<[^<>]*>>"), ""),  # gsm8k's notes
-    (re.compile(r"(?<![\w)*])(\*\*|__|`+|\*)(?=\S)([^*`\n]{1,500}?)(?<=\S)\1(?![\w(*])"), r"\2"),  # **42**
-    (re.compile(r"^\s*(?:\\approx|\\sim|[=:~])\s*|\\(?:bf|it|rm|sf)(?![A-Za-z])\s*"), ""),
-    (re.compile(r"\\(?:(?:math|text)(?:rm|bf|it|sf|tt|normal)?|underline)\s*\{\s*([-+\d.,/ ]+)\s*\}"), r"\1"),
-    (re.compile(r"(\^\{?\\circ\}?)\s*[CF](?![A-Za-z])"), r"\1"),
-    (re.compile(r"\\(?:math|text)(?:rm|bf|it|sf)?\s*\{\s*([ei])\s*\}"), r"\1"),
-    (re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|csc|ln|log)(?![A-Za-z])"), r"\\\1"),
-    (re.compile(r"(?<=[\d}])\s*(?:percent|per cent|pct)\b"), r"\\%"),
-    (
-        re.compile(rf"(?<![\w.])({_NUMBER})\s+(thousand|million|billion|trillion)\b"),
-        lambda m: _plain(m[1], _SCALES[m[2]]),
-    ),
-    (re.compile(r"(?<![\\A-Za-z])(pi|infinity)(?![A-Za-z])"), lambda m: {"pi": r"\pi"}.get(m[1], r"\infty")),
-    (re.compile(r"(?<![\w.,/])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w.])"), r"\1 \\frac{\2}{\3}"),  # 1 1/2
-    (re.compile(rf"(?<![\w.\\^{{])({_NUMBER})[eE]([-+]?\d{{1,3}})(?![\w.{{])"), lambda m: _plain(m[1], m[2])),
-    (
-        re.compile(
-            rf"(?<![\w.\\^{{])({_NUMBER})\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*"
-            r"(?:\{\s*([-+]?\d{1,3})\s*\}|(\d)(?!\d))"
-        ),
-        lambda m: _plain(m[1], m[2] or m[3]),
-    ),
-]
-_AROUND = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
-_AT_ENDS = re.compile(r"^(?:\\[,;:!]\s*)+|(?:\s*(?:\\[,;:!\\]|\\q?quad|</[A-Za-z]\w*>))+\s*$")
-"""Space of LaTeX around an answer, and the tag that closes it."""
-_POWER = re.compile(r"(?<=[\w)\]}])\*\*\s*(-?\w+|\([^()]*\))")
-"""As Python writes it: x**2."""
-_CURRENCY = re.compile(r"^([-+]?)\s*(?:\\?\$|US\$|[€£¥₹₽₩])\s*(?=[\d.])")
-
-
-def clean(text: str) -> str:
-    """`text` without Markdown, Unicode's digits and signs as LaTeX, e-notation in digits."""
-    if not text.isascii():
-        text = _as_latex(text)
-    text = _AT_ENDS.sub("", text.strip())
-    for _ in range(2):  # **$42$.**
-        text = text.strip().lstrip("*`#").rstrip("*`.,;:\n ").strip()
-        if found := _AROUND.fullmatch(text):
-            text = next(inside for inside in found.groups() if inside is not None)
-    text = text.replace(r"\varnothing", r"\emptyset")
-    text = _POWER.sub(r"^{\1}", text)
-    for pattern, plain in _CLEANING:
-        text = pattern.sub(plain, text)
-    return _CURRENCY.sub(r"\1", text).strip()
-
-
-def _as_latex(text: str) -> str:
-    fold = lambda found: unicodedata.normalize("NFKC", found).translate(_SIGNS)
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: f"^{{{fold(m[0])}}}", text)
-    text = re.sub("[₀-₉₊₋]+", lambda m: f"_{{{fold(m[0])}}}", text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda m: r" \frac{{{}}}{{{}}}".format(*fold(m[0]).split("/")), text)
-    text = re.sub(r"√\s*(?:\(([^()]*)\)|(\d+\.?\d*|[A-Za-z]))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
-    text = unicodedata.normalize("NFKC", text.replace("√", r"\sqrt")).translate(_SIGNS)
-    return "".join(str(unicodedata.decimal(sign, sign)) for sign in text)
-
-
-def _plain(number: str, exponent: str) -> str:
-    """`1.5`, `3` -> 1500."""
-    return format(Decimal(f"{number.replace(',', '')}e{exponent}"), "f")
-
-
-# Text.
-
-_STYLE = re.compile(r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|operatorname|boxed|fbox)\s*\{([^{}]*)\}")
-_SHORT = (
-    "am an as at be by do go he if in is it me my no of oh ok on or so to up us we "  # English, and units
-    "mm cm km mg kg ml ft mi oz lb hr pm Hz kW"
-)
-_WORD = re.compile(
-    r"(?<![\\A-Za-z\d])(?<!_\{)(?!(?:exp|sqrt|lim|max|min|gcd|lcm|mod|det|sinh|cosh|tanh|arc\w+)(?![A-Za-z]))"
-    rf"(?:(?:[A-Za-z]{{3,}}|(?i:{_SHORT.replace(' ', '|')}))(?:'[a-z]+|/[a-z]+)?(?:\^\{{?\d\}}?)?(?![A-Za-z])"
-    r"|k?m/[sh]r?(?:\^\{?2\}?)?(?![A-Za-z])|[^\x00-\u03ff\W\d_]+)"
-)
-_NO_TEXT = re.compile(r"[\d\\^_=+*/<>|{}\[\]%!$&~]")
-_DATE = re.compile(r"\d{4}-\d\d-\d\d|\d+(?:\.\d+){2,}")
-_STATED = re.compile(r"\banswer\b(?:\s+is)?\s*:?|(?<=\w)\s+(?:is|are|equals)\b\s*:?", re.IGNORECASE)
 _NO_NUMBER = re.compile(r"[-+]?(?:nan|inf)", re.IGNORECASE)
-
-
-def is_text(text: str) -> bool:
-    """Whether it is words, a date or 1.2.3, and no mathematics, which would read `cat` as a product."""
-    bare = _STYLE.sub(r"\1", text)
-    return bool(_DATE.fullmatch(bare) or (_WORD.search(bare) and not _NO_TEXT.search(bare)))
-
-
-def same_text(reference: str, answer: str) -> bool:
-    """By letters and digits alone, case aside; of a list in any order, unless it is in brackets."""
-    wanted = _listed(reference)
-    return wanted in (_listed(answer), _listed(_stated(answer)))
-
-
-def _listed(text: str) -> list[str]:
-    bare = _STYLE.sub(r" \1 ", text).strip()
-    parts = re.split(r"[,;]|\band\b|\bor\b", bare)
-    words = [re.sub(r"[\W_]+", "", part).casefold() for part in parts]
-    return [word for word in (words if bare.startswith("(") and "," in bare else sorted(words)) if word]
-
-
-def _stated(text: str, known: str = r"\S") -> str:
-    """What stands behind the last `the answer is` that something `known` follows."""
-    tails = (text[found.end() :] for found in reversed([*_STATED.finditer(text)]))
-    return next((tail for tail in tails if re.search(known, tail)), text)
-
-
-def _without_words(text: str) -> tuple[str, list[str]]:
-    """The value among words, and these: `a total of $42 a day` -> (42, [total, of, day])."""
-    bare = re.sub(r"\b(?:and|or)\b", ",", _STYLE.sub(r" \1 ", _stated(text, r"\d")))
-    words = [word.casefold().removesuffix("s") for word in _WORD.findall(bare)]
-    value = re.sub(r"\\?[$€£¥₹₽₩](?=\s*[\d.])", "", _WORD.sub(" ; ", bare))
-    value = re.sub(r"\\?\$|\\[()\[\]]|[€£¥₹₽₩]|\b[aA]\b(?=\s)", " ; ", value)
-    value = re.sub(r"\([\s;-]*\)", " ; ", value)
-    return re.sub(r"[\s,.;]*;[\s,.;]*", " ; ", value).strip(" ;,.:="), words
-
-
-# Values.
-
 _DOUBT = re.compile(
     r"\\(?:\w*arrow|to|implies|iff|mapsto|leadsto|therefore|because|neg|lnot|not|neq?)(?![A-Za-z])|->|=>|!=|~~"
-    r"|(?:\b(?:not|neither|nor|never)|n't)\s+(?:(?:be|equal|equals|to|exactly)\s+)*(?:[-+\d$\\(.]|the\b|a\b|right|correct)"
-    r"|\b(?:wrong|incorrect)\b",
+    r"|(?:\b(?:not|neither|nor|never)|n't)\s+(?:(?:be|equal|equals|to|exactly)\s+)*"
+    r"(?:[-+\d$\\(.]|[A-J](?![A-Za-z])|the\b|a\b|right|correct)|\b(?:wrong|incorrect)\b",
     re.IGNORECASE,
 )
 """Arrows and negations; `20 of them are not sold` is neither."""
-_ARITHMETIC = re.compile(r"[\d\s.+*/^()-]+")
-_EQUALS = re.compile(r"(?<![\\<>!:])=")
+_CUT_OFF = re.compile(r"(?:[-+*/^=<>_]|\\(?:cdot|times|div|pm|mp|leq?|geq?|cup|cap|in|to|frac|sqrt))\s*$")
 _BASE = re.compile(r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*)\)?_\{?\s*\(?(?:\\text\{)?(\d+)\)?\}?\}?")
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 _MARKS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
-_UNIT = re.compile(r"\\?%")
-_PERCENT = re.compile(rf"(-?{_NUMBER})\s*\\?%")
-_PLAIN_NUMBER = re.compile(rf"[-+]?{_NUMBER}(?:\s*\\?%)?")
+_SENTENCE = re.compile(r"(?<!\\)\$|\\[(\[]|\n|\b(?:answer|is|are)\b")
+_PERCENT = re.compile(rf"(-?{NUMBER})\s*\\?%")
+_SIDE_BY_SIDE = re.compile(r"(?<![_\d])\d+\.?(?:\s|\\[,;:! ]|~|\\q?quad)+\.?\d")
+"""`4 2` and `1. 42`, which are no product and no sum."""
+_TURNED = re.compile(r"([^=]*\d[^=]*)=\s*([A-Za-z](?:_\w|_\{\w+\})?(?:\([a-z]\))?)")
+"""42 = x."""
 
 
 @dataclass(frozen=True)
@@ -185,43 +91,70 @@ class Reference:
     """A reference, read once for all answers to its prompt."""
 
     text: str
-    values: list[Any]
-    """As math-verify reads it; of a number with words around it, the number."""
-    words: list[str]
+    is_text: bool = False
+    quantity: Quantity | None = None
+    values: Sequence[Any] = ()
+    """As sympy has it, without its unit; of a number with words around it, the number."""
+    unit: Unit | None = None
+    letter: str = ""
+    """Of a choice: C of (C) 42."""
+    inside: "Reference | None" = None
+    """What stands behind the letter."""
 
 
 @lru_cache(maxsize=4096)
 def read_reference(text: str) -> Reference | None:
-    """None for a reference that math-verify can make nothing of, nor is a text."""
-    cleaned = clean(text)
+    """None for a reference that latex2sympy and math-verify can make nothing of, nor is a text."""
+    if "####" in text:  # gsm8k's worked solutions, and MATH's
+        text = text.rpartition("####")[2]
+    elif r"\boxed" in text:
+        text = boxed(text) or text
+    cleaned = in_digits(clean(text))
+    letter, rest = choice(cleaned) or ("", "")
+    inside = read_reference(rest) if rest else None
     if not cleaned or is_text(cleaned):
-        return Reference(cleaned, [], []) if cleaned else None
-    value, words = _without_words(cleaned)
-    if words and _PLAIN_NUMBER.fullmatch(value):
-        return Reference(cleaned, _read(value), words)
-    values = parse(f"${_UNIT.sub('', cleaned)}$", parsing_timeout=None)
-    return Reference(cleaned, values, words) if values else None
+        return Reference(cleaned, True, letter=letter, inside=inside) if cleaned else None
+    if quantity := read_quantity(cleaned):
+        return Reference(cleaned, False, quantity, [_number(quantity)], quantity.unit, letter, inside)
+    value, unit = split_unit(cleaned)
+    value = value.replace("\\%", "").replace("%", "")
+    values = [] if _SENTENCE.search(cleaned) else _parsed(_with_symbols(value))
+    values = values or parse(f"${value}$", parsing_timeout=None)
+    values = [v.rhs if isinstance(v, Eq) and _is_number(v.lhs) else v for v in values]  # 5 - 2 = 3
+    wordy = not values and WORD.search(STYLE.sub(r" \1 ", cleaned))
+    return Reference(cleaned, bool(wordy), None, values, unit, letter, inside) if values or wordy else None
 
 
 def is_equal(reference: Reference, answer: str) -> bool:
     """Whether an answer is the reference; it is not where it contradicts itself, negates or points on."""
     if _NO_NUMBER.fullmatch(reference.text) or len(answer) > LONGEST + 10 * len(reference.text):
         return False
-    said = clean(answer)
-    if _squeezed(said) == _squeezed(reference.text):
+    said = in_digits(clean(answer))
+    if said == reference.text or (not reference.is_text and _squeezed(said) == _squeezed(reference.text)):
         return True
-    if _depth(said) > DEEPEST:  # math-verify takes seconds over such, and finds nothing
+    if not said or _CUT_OFF.search(said) or _depth(said) > DEEPEST:  # latex2sympy takes seconds over brackets
         return False
-    if is_text(reference.text):
+    for told in (_by_letter(reference, said), same_moment(reference.text, said)):
+        if told is not None:
+            return told
+    if reference.is_text or is_name(said, reference.text):
         return same_text(reference.text, said)
     if _DOUBT.search(said) and not _DOUBT.search(reference.text):
         return False
     if (bases := _bases(reference.text, said)) is not None:
         return bases
-    return any(
-        _same_value(reference, text) or all(_same_value(reference, part) for part in text.split(" ; "))
-        for text in _readings(reference, said)
-    )
+    return _same_number(reference, said)
+
+
+def _by_letter(reference: Reference, said: str) -> bool | None:
+    """By the letter of a choice, and by what stands behind it; None where there is none."""
+    letter, rest = choice(said) or ("", "")
+    if letter and reference.letter:
+        inside = reference.inside if rest else None
+        return letter == reference.letter and (inside is None or is_equal(inside, rest))
+    if reference.inside:
+        return is_equal(reference.inside, said)
+    return is_equal(reference, rest) if rest else None
 
 
 def _depth(text: str) -> int:
@@ -231,24 +164,10 @@ def _depth(text: str) -> int:
 
 
 def _squeezed(text: str) -> str:
-    """Without the white space that is none between digits: `4 2` is not 42, and `1 000` is 1000."""
-    text = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda m: m[0].replace(" ", ""), text)
-    return re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;!: ]|(?<!\d)\s+|\s+(?!\d)", "", text)
-
-
-def _readings(reference: Reference, said: str) -> Iterator[str]:
-    """The answer as it stands, then without the words around its value, where they are not another unit."""
-    value, words = _without_words(said)
-    if "\n" in said and words:  # something is said behind the answer
-        return
-    if not _MARKS.search(said):  # else it is mathematics among words
-        yield said
-    if value == said or (reference.words and words != reference.words):
-        return
-    yield value
-    last = ([part for part in value.split(" ; ") if "=" in part] or [value])[-1]
-    if last != value:  # a sentence that ends in a sum: the sum counts
-        yield re.sub(r"^\s*[-+*/=][^=]*=", "", last).strip(" =")
+    """Without the white space that is none between digits: `4 2` is not 42."""
+    return re.sub(
+        r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! ]|(?<!\d)\s+|\s+(?!\d)|(?<=\d)\s+$", "", text
+    )
 
 
 def _bases(reference: str, said: str) -> bool | None:
@@ -260,15 +179,57 @@ def _bases(reference: str, said: str) -> bool | None:
     return digits(ours) == digits(theirs)
 
 
+# Values.
+
+
+def _same_number(reference: Reference, said: str) -> bool:
+    """As fractions where both are numbers, else as mathematics."""
+    if reference.quantity:
+        point = reference.quantity.value.denominator > 1 and re.fullmatch(r"[-+]?\d+,\d+", said)  # 3,14
+        theirs = read_quantity(
+            said.replace(",", ".") if point else re.sub(r"(?<=\d)(?=[A-Za-z]$)", " ", said)
+        )
+        if theirs:
+            return same_quantity(reference.quantity, theirs)
+    for text in _readings(reference, said):
+        value, unit = split_unit(text)
+        if unit and reference.unit and unit[:2] != reference.unit[:2]:
+            continue
+        if reference.text.startswith("(") and value.startswith(r"\{") and "(" not in value:
+            continue  # a set is no tuple
+        if _same_value(reference, value) or all(_same_value(reference, part) for part in value.split(" ; ")):
+            return True
+    return False
+
+
+def _readings(reference: Reference, said: str) -> Iterator[str]:
+    """The answer as it stands, then without the words around its value, where they are not another unit."""
+    value, words = without_words(said)
+    if "\n" in said and words:  # something is said behind the answer
+        return
+    wordy = bool(words) and "=" in said and not WORD.search(reference.text)
+    if not wordy and not _MARKS.search(said):  # else it is mathematics among words
+        yield said
+    known = reference.quantity.words if reference.quantity else frozenset()
+    if value == said or (known and words and not known <= {*words}):
+        return
+    yield value
+    last = ([part for part in value.split(" ; ") if "=" in part] or [value])[-1]
+    if last != value:  # a sentence that ends in a sum: the sum counts
+        yield re.sub(r"^\s*[-+*/=][^=]*=", "", last).strip(" =")
+
+
 def _same_value(reference: Reference, said: str) -> bool:
     """50% is 50 and 0.5."""
     values = _read(said)
-    if _equal(reference.values, values):
+    ours = [*map(_point, reference.values)] if said.startswith("(") else reference.values
+    if _equal(ours, values) or any(_same_region(a, b) for a in ours for b in values):
         return True
     if ("%" in reference.text) == ("%" in said):
         return False
-    ours, theirs = (_PERCENT.sub(r"(\1/100)", text) for text in (reference.text, said))
-    return _equal(_read(ours), values) if "%" in reference.text else _equal(reference.values, _read(theirs))
+    theirs = said if "%" in reference.text else _PERCENT.sub(r"(\1/100)", said)
+    ours = [value / 100 for value in reference.values] if "%" in reference.text else reference.values
+    return _equal(ours, _read(theirs))
 
 
 def _equal(ours: Sequence[Any], theirs: Sequence[Any], places: int = PLACES) -> bool:
@@ -278,6 +239,7 @@ def _equal(ours: Sequence[Any], theirs: Sequence[Any], places: int = PLACES) -> 
         list(theirs),
         float_rounding=places + more,
         numeric_precision=DIGITS + more,
+        allow_set_relation_comp=True,
         timeout_seconds=None,
     )
 
@@ -302,23 +264,89 @@ def _zeros_of(node: Any) -> int:
 def _read(text: str) -> list[Any]:
     """An answer as one whole expression, or nothing; nothing too where the sides of its equations differ."""
     text = " ".join(re.sub(r"\\(?:boxed|fbox)(?![A-Za-z])", "", text).split())
-    whole = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
-    text = whole if "," not in whole and re.search(r"[=+*/-]", whole) else text
+    if quantity := read_quantity(text):
+        return [_number(quantity)]
+    if _SIDE_BY_SIDE.search(text):
+        return []
     if "%" in text and "=" in text:  # 60% * 40% = 24%
         if not all(map(_agrees, _parsed(_PERCENT.sub(r"(\1/100)", text)))):
             return []
         text = text.rpartition("=")[2]
-    found = _parsed(_UNIT.sub("", text))
-    if len(_EQUALS.findall(text)) > 1 and not any(value.has(Eq) for value in found):
-        return []  # what parsed is the last side alone
+    if turned := _TURNED.fullmatch(text):
+        text = f"{turned[2]} = {turned[1]}"
+    found = _parsed(_with_symbols(text.replace("\\%", "").replace("%", "")))
     return [value for value in found if _agrees(value)]
 
 
+_COMPARES = re.compile(r"[<>]|\\(?:[lg]e|[lg]eq|[lg]eqslant|neq?)(?![A-Za-z])")
+_OR = re.compile(r"\\(?:text|mbox|mathrm)\s*\{\s*or\s*\}|\bor\b|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])")
+_CONFIG = NormalizationConfig(True, False, True, True, "all", False)
+
+
+@lru_cache(maxsize=256)
 def _parsed(text: str) -> list[Any]:
-    found = parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
-    if not found and _ARITHMETIC.fullmatch(text):
-        found = parse(text, [ExprExtractionConfig()], "no_fallback", parsing_timeout=None)
-    return found
+    if _COMPARES.search(text) and len(ways := _OR.split(text)) > 1:  # x < 1 or x > 2
+        regions = [_region(value) for way in ways for value in _parsed(way)]
+        return (
+            [Union(*regions)]
+            if len(regions) == len(ways) and all(isinstance(r, Set) for r in regions)
+            else []
+        )
+    try:
+        latex = normalize_latex(text, _CONFIG)
+        real = not should_treat_as_complex(latex)
+        value = latex2sympy(latex, is_real=real, convert_degrees=False, normalization_config=None)
+    except Exception:  # boundary: the grammar raises whatever a text makes it
+        pair = "" if "," in text else ", ".join(re.sub(r"\\pm(?![A-Za-z])", sign, text) for sign in "+-")
+        return _parsed(pair) if r"\pm" in text and pair else []
+    imaginary = {s: I for s in getattr(value, "free_symbols", ()) if s.name == "i"}
+    return [value.subs(imaginary) if imaginary and not value.has(Sum, Product) else value]
+
+
+def _point(value: Any) -> Any:
+    """x=2, y=3 as (2, 3); anything else as it is."""
+    sides = getattr(value, "_unsorted_args", ()) if isinstance(value, FiniteSet) else ()
+    if (
+        not sides
+        or not all(isinstance(side, Eq) for side in sides)
+        or len({s.lhs for s in sides}) < len(sides)
+    ):
+        return value
+    return Tuple(*(side.rhs for side in sides))
+
+
+def _same_region(a: Any, b: Any) -> bool:
+    """Whether inequalities allow the same numbers, of one unknown or of none that is named."""
+    ours, theirs = _region(a), _region(b)
+    if (ours is a and theirs is b) or (
+        a.free_symbols and b.free_symbols and a.free_symbols != b.free_symbols
+    ):
+        return False
+    return _equal([ours], [theirs])
+
+
+def _region(value: Any) -> Any:
+    """The numbers that inequalities of one unknown allow; anything else as it is."""
+    if not isinstance(value, And | Relational) or isinstance(value, Eq):
+        return value
+    try:
+        return value.as_set()
+    except Exception:  # boundary: sympy solves for one unknown, and not always
+        return value
+
+
+_WORDS = re.compile(
+    r"(?<!_\{)\\(?:text\w*|math(?:rm|bf|it|sf)|mbox)\s*\{(?!\s*(?:and|or)\s*\})([^{}]*[A-Za-z]{2}[^{}]*)\}"
+    r"|\\(?:angle|triangle|odot)\s*([A-Z]{2,})"
+    r"|(?<![\\A-Za-z_{\d])(?!(?:exp|sqrt|lim|max|min|gcd|lcm|mod|det|and|arc\w+)(?![A-Za-z]))"
+    r"((?=[A-Za-z]*[aeiouAEIOU])[A-Za-z]{3,})(?![A-Za-z])"
+)
+
+
+def _with_symbols(text: str) -> str:
+    """Each word as one symbol: `x = cat` is not `x = act`."""
+    code = lambda found: zlib.crc32(re.sub(r"[\W_]+", "", found[0].rpartition("{")[2]).casefold().encode())
+    return _WORDS.sub(lambda found: f" w_{{{code(found)}}} ", text)
 
 
 def _agrees(value: Any) -> bool:
@@ -330,3 +358,8 @@ def _agrees(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return bool(getattr(value, "is_number", False))
+
+
+def _number(quantity: Quantity) -> Any:
+    exact = Rational(quantity.value.numerator, quantity.value.denominator)
+    return exact.evalf(max(DIGITS, len(str(quantity.value.numerator)))) if quantity.decimal else exact
