@@ -185,9 +185,10 @@ class DrawnRows:
     max_tokens: int | None
     taken: frozenset[str] = frozenset()
     """Ids and texts that other parts of a mixture have."""
-    too_long: int = 0
-    met: set[int] = field(default_factory=set)
-    """Rows that were counted."""
+    before: int = 0
+    """Too long ones of the process that this one goes on from."""
+    long: set[int] = field(default_factory=set)
+    bad: set[int] = field(default_factory=set)
 
     def prompt(self, row: int) -> Prompt | None:
         """None for a row that is too long, bad, or another part's; DataError if too many are bad."""
@@ -197,15 +198,14 @@ class DrawnRows:
             self.leave_out(row, error, DataError)
             return None
         if self.max_tokens is not None and len(prompt.token_ids) > self.max_tokens:
-            self.too_long += row not in self.met
-            self.met.add(row)
+            self.long.add(row)
             return None
         return None if {prompt.id, prompt.text} & self.taken else prompt
 
     def leave_out(self, row: int, why: Exception, error: type[EntrorayError]) -> None:
         """Count a bad row, once; raise `error` if they are too many."""
-        if row not in self.met:
-            self.met.add(row)
+        if row not in self.bad:
+            self.bad.add(row)
             self.questions.bad.add(f"{self.questions.place(row)}: {why}")
         self.questions.bad.refuse(error)
 
@@ -214,10 +214,11 @@ class DrawnRows:
 
     def state(self) -> dict[str, int]:
         """Plain JSON."""
-        return {"too_long": self.too_long, "bad": self.questions.bad.count}
+        return {"too_long": self.before + len(self.long), "bad": self.questions.bad.count}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        self.too_long, self.questions.bad.count = state["too_long"], state["bad"]
+        self.long.clear()
+        self.before, self.questions.bad.count = state["too_long"], state["bad"]
 
 
 class LargePrompts(Sequence[Prompt]):

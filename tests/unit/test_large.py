@@ -203,11 +203,11 @@ def test_what_is_too_long_is_passed_over_counted_and_kept_in_the_checkpoint(
     rows = [{**row, "question": row["question"] * (50 if i % 4 == 0 else 1)} for i, row in enumerate(ROWS)]
     config = wide(str(parquet(tmp_path / "rows.parquet", rows)), "data.heldout=0")
     training = dataset.read_dataset(config, TOKENIZER).split.training
+    observers, (measure,) = dataset.count_drawn(training)
     stream = PromptStream(training, seed=0)
     drawn = [next(stream) for _ in range(45)]
     assert len({p.id for p in drawn}) == 45 and all(len(p.token_ids) <= 200 for p in drawn)
     assert stream.position >= 59 and len(training) == COUNT
-    observers, (measure,) = dataset.count_drawn(training)
     assert measure((), (), 1) == {"prompts/too_long": 15.0, "prompts/bad": 0.0}
     again, (measured,) = dataset.count_drawn(dataset.read_dataset(config, TOKENIZER).split.training)
     again["data"].restore(json.loads(json.dumps(observers["data"].state())))
