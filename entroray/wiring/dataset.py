@@ -337,9 +337,11 @@ def _content(training: Sequence[Prompt]) -> Iterator[str]:
 def count_drawn(training: Sequence[Prompt]) -> tuple[dict[str, GroupObserver], list[StepMetrics]]:
     """By the setting of its name, each large table's count of rows that were no prompt; and their metrics."""
     rows = {f"data.parts.{p.domain}" if p.domain else "data": p.drawn for p in mixture.large_parts(training)}
+    for drawn in rows.values():  # of an earlier run of a lab
+        drawn.restore(drawn.state() | {"too_long": 0})
     counts = lambda *_: {
-        "prompts/too_long": float(sum(r.too_long for r in rows.values())),
-        "prompts/bad": float(sum(r.questions.bad.count for r in rows.values())),
+        f"prompts/{why}": float(sum(drawn.state()[why] for drawn in rows.values()))
+        for why in ("too_long", "bad")
     }
     return dict(rows), [counts] if rows else []
 
