@@ -99,11 +99,11 @@ def _check_reward(config: Config) -> None:
     r = config.reward
     check_parts(r.parts, r.correct)
     if r.parts and (r.path or r.judge):
-        other = f"reward.path={r.path}" if r.path else f"reward.judge={{fn: {r.judge.get('fn')}, ...}}"
-        drop = "reward.path=null" if r.path else "'reward.judge={}'"
+        other = f"reward.judge={{fn: {(r.judge or {}).get('fn')}, ...}}, as most rows of conf/data set it"
+        given, drop = (f"reward.path={r.path}", "path") if r.path else (other, "judge")
         raise ConfigError(
-            f"reward.parts and {other}, which a row of conf/data may have set: a reward has parts or one "
-            f"judge. Say {drop} beside reward.parts, and put what that judged among the parts if it counts"
+            f"reward.parts and {given}: a reward has parts or one judge. Say reward.{drop}=null, and put "
+            "what that judges among the parts if it is to count"
         )
     own = [name for name, part in config.data.parts.items() if part.judge]
     if r.parts and own and len(own) == len(config.data.parts):

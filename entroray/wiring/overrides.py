@@ -181,13 +181,19 @@ def setting_type(path: str) -> Any:
     for part in path.split("."):
         if is_dataclass(node):
             node = next((f.type for f in fields(node) if f.name == part), None)
-        elif get_origin(node) is dict:
-            node = get_args(node)[1]
+        elif mapping := _mapping(node):
+            node = get_args(mapping)[1]
         elif node is not Any and get_origin(node) is not list:
             return None
         else:
             return Any
     return node
+
+
+def _mapping(kind: Any) -> Any:
+    """The type of a dictionary that a setting is, or may be beside null; None where it is none."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return next((one for one in kinds if get_origin(one) is dict), None)
 
 
 def _may_be_null(key: str) -> bool:
@@ -245,7 +251,7 @@ def split_whole(words: Sequence[str], given: Sequence[Override]) -> tuple[list[s
     first, later, whole = list[str](), list[Override](), list[str]()
     for word, override in zip(words, given, strict=True):
         key, kind = override.key_or_group, setting_type(override.key_or_group)
-        free = get_origin(kind) is dict or (is_dataclass(kind) and key.startswith(NAMED))
+        free = bool(_mapping(kind)) or (is_dataclass(kind) and key.startswith(NAMED))
         if isinstance(override.value(), dict) and free:
             whole.append(key)
         within = any(f"{key}.".startswith(f"{each}.") for each in whole)
@@ -274,8 +280,8 @@ def _structured(path: str, kind: Any, value: Any) -> Any:
             return OmegaConf.merge(OmegaConf.structured(kind), value)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{path}.{error.full_key}: {first_line(error)}") from error
-    if isinstance(value, dict) and get_origin(kind) is dict:
-        return {n: _structured(f"{path}.{n}", get_args(kind)[1], inner) for n, inner in value.items()}
+    if isinstance(value, dict) and (mapping := _mapping(kind)):
+        return {n: _structured(f"{path}.{n}", get_args(mapping)[1], inner) for n, inner in value.items()}
     return value
 
 
@@ -349,6 +355,7 @@ _KNOWN = {
     "does not support deletion": "Leave {key} out to have its default",
     "HydraConfig was not set": "`hydra:` is not there: ${{oc.env:PWD}} is the working directory",
     "maximum recursion depth": "The defaults of a file lead back to itself: leave one out",
+    "Cannot merge DictConfig with ListConfig": "Give a dictionary, 'SETTING={{name: value}}'",
     "not a subclass of Part": "Give the part whole, 'data.parts.NAME={{task: ...}}'",
     "not a subclass of EvaluationSet": "Give the set whole, 'evaluate.sets.NAME={{task: ...}}'",
 }
