@@ -189,12 +189,11 @@ def _wandb_ready(*, mode: str | None = None, settings: Mapping[str, Any] | None 
     _refuse_missing("wandb", "wandb")
     import wandb as library
 
-    given = library.setup(library.Settings(**QUIET)).settings.model_copy(update=dict(settings or {}))
-    if (mode or given.mode) in ("offline", "dryrun", "disabled") or given.api_key:
-        return
-    if not library.login(host=given.base_url, prompt=False, verify=False):
+    base, own = library.setup(library.Settings(**QUIET)).settings, settings or {}
+    online = (mode or own.get("mode") or base.mode) not in ("offline", "dryrun", "disabled")
+    if online and not {"api_key", "base_url"} & own.keys() and not library.login(prompt=False, verify=False):
         raise PreflightError(
-            f"{SETTING}: wandb has no key for {given.base_url}: `wandb login`, or WANDB_API_KEY=..., or "
+            f"{SETTING}: wandb has no key for {base.base_url}: `wandb login`, or WANDB_API_KEY=..., or "
             "[{fn: wandb, mode: offline}] and `wandb sync` afterwards"
         )
 

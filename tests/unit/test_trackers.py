@@ -142,6 +142,8 @@ def test_one_that_falls_behind_is_lost_and_one_that_catches_up_is_not():
     for step in range(20):
         late.log(step, {})
         time.sleep(0.01)
+    time.sleep(0.15)  # with nothing to do
+    late.check()
 
 
 def test_a_tracker_of_two_methods_is_closed_and_the_run_is_named_by_its_folder(tmp_path):
@@ -287,7 +289,7 @@ def test_a_tracker_of_ones_own_says_what_it_needs(monkeypatch):
         ("observe.trackers=[csv, wandb]", "'observe.trackers=[{fn: csv}, {fn: wandb}]'"),
         ("observe.trackers={fn: csv}", "'observe.trackers=[{fn: csv}]'"),
         ("observe.trackers=null", "'observe.trackers=[]'"),
-        ("observe.trackers=none", "'observe.trackers=[]'"),
+        ("observe.trackers=None", "'observe.trackers=[]'"),
         ("observe.trackers=[{fn: wandb, projekt: x}]", "`project`"),
         ("observe.trackers=[{fn: wandb, mode: ofline}]", "offline"),
         ("observe.trackers=[{fn: wandb, tags: a}]", "a list"),
