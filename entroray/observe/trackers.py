@@ -290,11 +290,11 @@ def mlflow(
             client.log_batch(key, metrics=some)
 
     def finish(summary: RunSummary) -> None:
-        words = summary.flat()
-        numbers = {k: float(v) for k, v in words.items() if not isinstance(v, str) and k != STEP}
-        put(summary.step, numbers)
-        for word in words.keys() - numbers.keys():
-            client.set_tag(key, word, str(words[word])[:5000])
+        words = {name: value for name, value in summary.flat().items() if name != STEP}
+        put(summary.step, {name: float(v) for name, v in words.items() if not isinstance(v, str)})
+        for name, value in words.items():
+            if isinstance(value, str):
+                client.set_tag(key, name, value[:5000])
         client.set_terminated(key, ENDS[summary.status])
 
     after = max((m.step for m in client.get_metric_history(key, STEP)), default=-1)
