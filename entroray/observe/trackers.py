@@ -230,9 +230,10 @@ def wandb(
         mode=mode,
         dir=run.folder,
         id=_kept_id(run, "wandb", lambda: secrets.token_hex(4)),
-        name=run.name[:128],
-        config=dict(run.settings),
+        name=os.environ.get("WANDB_NAME", run.name)[:128],
+        config=json.loads(json.dumps(run.settings, default=str)),
         resume="allow",
+        allow_val_change=True,
         reinit="create_new",
         settings={**QUIET, "init_timeout": 45, "finish_timeout": 25, "finish_timeout_raises": True}
         | (settings or {}),
