@@ -96,32 +96,25 @@ def _parse(word: str) -> Override:
         null = f", or {key}=null" if setting_type(key) is None or _may_be_null(key) else ""
         raise ConfigError(f"{word} is empty, as a shell's unset variable is: give a value{null}")
     if value.strip("'\"") == "???":
-        raise ConfigError(
-            f"{word} says that a value is missing: give one, or leave {key} out for its default"
-        )
-    one = not (override.is_delete() or override.is_sweep_override())
-    if (
-        one
-        and setting_type(key) == list[dict[str, Any]]
-        and (listed := _listed(override.value())) is not None
-    ):
-        raise ConfigError(f"{word}: {key} is a list of {{fn: NAME, settings}}: write '{key}=[{listed}]'")
+        raise ConfigError(f"{word} gives no value: give one, or leave {key} out for its default")
     if value.lower() == "null" and setting_type(key) is str:
-        raise ConfigError(
-            f"{word}: {key} is a text: leave it out for its default, or write '{key}=\"{value}\"'"
-        )
+        raise ConfigError(f"{word}: {key} is a text: leave it out, or write '{key}=\"{value}\"'")
+    if setting_type(key) == list[dict[str, Any]] and not override.is_sweep_override():
+        _refuse_unlisted(word, override.value())
     if value == "None" and _may_be_null(key):
         raise ConfigError(f"{word} sets the text `None`; for no value write {key}=null")
     return override
 
 
-def _listed(value: Any) -> str | None:
-    """The inside of the list of functions that `value` was meant as; None if it is one."""
+def _refuse_unlisted(word: str, value: Any) -> None:
+    """ConfigError, with the list of functions that was meant, for a value that is none."""
     given = value if isinstance(value, list) else [] if value in (None, "none", "None") else [value]
     if given is value and all(isinstance(each, dict) for each in given):
-        return None
+        return
     shown = [each if isinstance(each, dict) else {"fn": each} for each in given]
-    return ", ".join("{" + ", ".join(f"{k}: {v}" for k, v in each.items()) + "}" for each in shown)
+    listed = ", ".join("{" + ", ".join(f"{k}: {v}" for k, v in each.items()) + "}" for each in shown)
+    key = word.partition("=")[0]
+    raise ConfigError(f"{word}: {key} is a list of {{fn: NAME, settings}}: write '{key}=[{listed}]'")
 
 
 def _unreadable(word: str) -> str:
