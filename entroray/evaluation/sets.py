@@ -87,7 +87,7 @@ def read_set(
     counts = {"bad rows": bad, "duplicates": made.duplicates, longer: made.too_long}
     left_out = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     questions = tuple(question_hash(row.text) for row in rows)
-    return EvaluatedSet(of.task, made.prompts[: of.prompts], plan, label, questions, left_out)
+    return EvaluatedSet(of.task, tuple(made.prompts[: of.prompts]), plan, label, questions, left_out)
 
 
 def describe_sets(sets: Mapping[str, EvaluatedSet], training: Iterable[str]) -> list[str]:
