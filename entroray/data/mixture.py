@@ -118,16 +118,9 @@ def large_parts(prompts: Sequence[Prompt]) -> list[LargePrompts]:
 
 
 def _of_domain(prompts: Sequence[Prompt], name: str) -> Sequence[Prompt]:
-    for part in large_parts(prompts):
-        if part.domain == name:
-            return part
-    return [
-        p
-        for part in parts_of(prompts)
-        if not isinstance(part, LargePrompts)
-        for p in part
-        if p.domain == name
-    ]
+    large = {part.domain: part for part in large_parts(prompts)}
+    small = (p for part in parts_of(prompts) if not isinstance(part, LargePrompts) for p in part)
+    return large[name] if name in large else [p for p in small if p.domain == name]
 
 
 def positions_by_domain(prompts: Sequence[Prompt]) -> dict[str, list[int]]:

@@ -20,7 +20,6 @@ from entroray.data.large_questions import LargeQuestions
 from entroray.data.mixture import Interleaved
 from entroray.data.prompts import LargePrompts, PromptStream
 from entroray.data.sources import table
-from entroray.data.tables import lookup
 from entroray.errors import ConfigError, DataError, PreflightError
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.types import Prompt
@@ -339,66 +338,6 @@ def test_a_run_counts_what_was_passed_over(tmp_path: Path, lowered: None) -> Non
     assert dataset.count_drawn((Prompt("p", "q", (1,), ""),)) == ({}, [])
     _, chosen = build_selection(config.rollout, PromptStream(training, seed=0), 9, 0)
     assert "data" not in chosen.observers
-
-
-# Columns and hashes.
-
-
-def test_a_hash_is_of_the_value_whatever_holds_it() -> None:
-    texts = ["", "a", "ab", "eight by", "nine byte", "x" * 100, "x" * 101, "ä" * 7, "\0", "\0\0"]
-    plain = large.hash_column(pa.array(texts))
-    assert len({*plain.tolist()}) == len(texts)
-    for column in (
-        pa.array(texts, pa.large_string()),
-        pa.array(texts, pa.string_view()),
-        pa.array(texts).dictionary_encode(),
-        pa.array(["drop", *texts, "drop"]).slice(1, len(texts)),
-        pa.array([text.encode() for text in texts]),
-    ):
-        assert large.hash_column(column).tolist() == plain.tolist()
-    assert [hex(word) for word in plain[1:5:3]] == ["0x103d4fa17e6f8a70", "0xf38f4453735e10ac"]
-    assert (
-        large.hash_column(pa.array([7, 8], pa.int8())).tolist()
-        == large.hash_column(pa.array(["7", "8"])).tolist()
-    )
-
-
-def test_a_hash_of_lists_and_structs_tells_their_order_and_their_ends() -> None:
-    rows = [[["a", "b"]], [["b", "a"]], [["a"], ["b"]], [["ab"]], [[]], [], None, [["a", "b"]]]
-    hashes = large.hash_column(pa.array(rows)).tolist()
-    assert hashes[0] == hashes[-1] and len({*hashes}) == 6 and hashes[5] == hashes[6]
-    structs = [{"a": "x", "b": "y"}, {"a": "y", "b": "x"}, {"a": "xy", "b": ""}]
-    assert len({*large.hash_column(pa.array(structs)).tolist()}) == 3
-
-
-def test_a_column_is_found_where_a_row_has_it() -> None:
-    rows = [
-        {"a": {"b": [{"c": 1}, {"c": 2}]}, "x.y": {"z": i}, "n": None, "list": [[1], [2, 3]][: i + 1]}
-        for i in range(3)
-    ]
-    column = pa.Table.from_pylist(rows).to_batches()[0].slice(1).to_struct_array()
-    for path in ("a.b", "a.b.0.c", "a.b.-1.c", "x.y.z", "n", "list.1", "list.-1.0", "a.b.2.c"):
-        found = large.find_column(column, path)
-        known = [_found(row, path) for row in rows[1:]]
-        assert found is not None and found.to_pylist() == known, path
-    for path in ("c", "a.c", "a.b.c", "x.z", "n.0"):
-        assert large.find_column(column, path) is None, path
-
-
-def _found(row: Any, path: str) -> Any:
-    try:
-        return lookup(row, path)
-    except KeyError:
-        return None
-
-
-def test_the_first_of_each_stays_and_others_are_compared_with_it() -> None:
-    keys = np.array([5, 1, 5, 9, 1, 5], np.uint64)
-    rows, contradictions = large.first_of_each(keys, np.array([1, 1, 2, 3, 1, 2], np.uint64))
-    assert rows.tolist() == [0, 1, 3] and contradictions == 2
-    rows, contradictions = large.first_of_each(keys[:0], keys[:0])
-    assert rows.tolist() == [] and contradictions == 0
-    assert large.first_of_each(keys[[0, 1]], keys[[0, 1]])[0].tolist() == [0, 1]
 
 
 def test_contradictions_are_of_what_stands_behind_the_marker(tmp_path: Path, lowered: None) -> None:
