@@ -1,8 +1,7 @@
-"""The one command of README's "Your own": data, model, reward, evaluation sets and tracker of a user, killed and gone on."""
+"""The one command of README's "Your own": data, model, reward, sets and tracker, killed and gone on with."""
 
 import json
 import os
-import shutil
 import signal
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +48,8 @@ def typed(tmp_path: Path) -> list[str]:
         "weight: 0.2}, short: {path: 'my_reward.py:short', weight: 0.1}}",
         *("reward.correct=answer", "evaluate.every=2", "run.dir=mine", f"observe.trackers=[{tracker}]"),
         "evaluate.sets={near: {task: near.parquet, settings: {question: prompt, answer: "
-        "reward_model.ground_truth}, judge: {fn: math, extract: last_line}, samples: 2}, far: {task: far.jsonl, "
+        "reward_model.ground_truth}, judge: {fn: math, extract: last_line}, samples: 2}, far: {task: "
+        "far.jsonl, "
         "settings: {question: problem, answer: answers}, judge: {fn: math, extract: last_line}, samples: 2, "
         "temperature: 0.6}}",
         *(f"run.steps={STEPS}", "run.resume=auto", "checkpoint.every=1", "data.max_prompt=96"),
@@ -74,5 +74,9 @@ def test_everything_of_ones_own_is_trained_on_killed_and_gone_on_with(
     assert "5 of 8 questions" in said and "training" in said
     journalled = {name for row in metrics(tmp_path / "mine") for name in row}
     assert {f"reward/part_{part}" for part in ("answer", "form", "short")} <= journalled
-    assert {f"eval/correct:{name}" for name in ("near", "far")} <= {n.split("/")[0] + "/correct:" + n.rpartition(":")[2] for n in journalled if n.startswith("eval/") and ":" in n}
+    assert {f"eval/correct:{name}" for name in ("near", "far")} <= {
+        n.split("/")[0] + "/correct:" + n.rpartition(":")[2]
+        for n in journalled
+        if n.startswith("eval/") and ":" in n
+    }
     assert [*(tmp_path / "mine").glob("wandb/offline-run-*" if find_spec("wandb") else "metrics.csv")]
