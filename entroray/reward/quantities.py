@@ -168,6 +168,8 @@ class Quantity:
 
 def read_quantity(text: str) -> Quantity | None:
     """`text` as one number, with its unit or the words around it; None if it is anything else."""
+    if "\n" in text:  # something is said behind it
+        return None
     value, unit = split_unit(text)
     words = [*unit.names] if unit else []
     found = VALUE.fullmatch(value)

@@ -40,7 +40,7 @@ def typed(tmp_path: Path) -> list[str]:
     far = [{"problem": f"{n} + 1?", "answers": [str(n + 1), f"{n + 1}.0"]} for n in range(900, 906)]
     (tmp_path / "far.jsonl").write_text("\n".join(map(json.dumps, far)))
     (tmp_path / "my_reward.py").write_text(SHORT)
-    tracker = "{fn: wandb, mode: offline}" if find_spec("wandb") else "csv"
+    tracker = "{fn: wandb, mode: offline}" if find_spec("wandb") else "{fn: csv}"
     return [
         *("train", "data=table", "data.task=train.parquet", "model.path=my_llama", "reward.judge={}"),
         "data.settings={question: prompt, answer: reward_model.ground_truth}",
@@ -74,9 +74,6 @@ def test_everything_of_ones_own_is_trained_on_killed_and_gone_on_with(
     assert "5 of 8 questions" in said and "training" in said
     journalled = {name for row in metrics(tmp_path / "mine") for name in row}
     assert {f"reward/part_{part}" for part in ("answer", "form", "short")} <= journalled
-    assert {f"eval/correct:{name}" for name in ("near", "far")} <= {
-        n.split("/")[0] + "/correct:" + n.rpartition(":")[2]
-        for n in journalled
-        if n.startswith("eval/") and ":" in n
-    }
+    evaluated = {name.rpartition(":")[2] for name in journalled if name.startswith("eval/") and ":" in name}
+    assert {"near", "far"} <= evaluated
     assert [*(tmp_path / "mine").glob("wandb/offline-run-*" if find_spec("wandb") else "metrics.csv")]

@@ -265,6 +265,7 @@ def test_a_reference_may_stand_in_a_sentence_or_a_solution(reference: str, right
         ("after", "... **#### 42**", True),
         ("after", "... #### 42.", True),
         ("after", "... #### 42\nI hope this helps!", False),
+        ("after", "... #### 42\nhope this helps", False),
         ("after", "... #### 41\n#### 42", True),
         ("last_line", "thinking\n**42**", True),
         ("last_line", "thinking\n\\[ x = 42 \\]", True),
