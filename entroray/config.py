@@ -87,7 +87,7 @@ class Data:
 @dataclass
 class Reward:
     path: str | None = None  # my_file.py:my_function instead of the judge below
-    judge: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}
+    judge: dict[str, Any] | None = field(default_factory=dict)  # {fn: ..., settings}; null beside parts
     parts: dict[str, Any] = field(
         default_factory=dict
     )  # several judges at once: {name: {fn: ..., settings, weight: 1}}, or {path: ..., weight: 1}
@@ -332,7 +332,7 @@ def judge_specs(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every judge that is set, each part of a reward being one, and the setting that it is set at."""
     yield from ((f"data.parts.{name}.judge", part.judge) for name, part in config.data.parts.items())
     yield from ((f"evaluate.sets.{name}.judge", of.judge) for name, of in config.evaluate.sets.items())
-    yield "reward.judge", config.reward.judge
+    yield "reward.judge", config.reward.judge or {}
     yield from ((f"reward.parts.{name}", part) for name, part in config.reward.parts.items())
 
 

@@ -8,7 +8,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,8 @@ def keep_batches(
     with ThreadPoolExecutor(1) as beside, _nameless_file() as (file, room):
         for stream in streams:
             starts.append(file.tell())
-            sink, seen = None, beside.submit(int)
+            sink, seen = None, Future[Any]()
+            seen.set_result(None)
             for batch in stream:
                 seen.result()  # deadline: it computes
                 seen = beside.submit(see, batch)
@@ -113,7 +114,7 @@ def find_column(column: Any, path: str) -> Any | None:
     return find_column(inner, rest) if rest else inner
 
 
-def find_blank(column: Any | None, *, numbers: bool) -> NDArray[np.bool_] | bool:
+def find_blank(column: Any, *, numbers: bool) -> NDArray[np.bool_] | bool:
     """[rows] whether there is nothing in a column of texts or lists, or of `numbers` and dates; True: never.
 
     Nulls, empty texts and lists, white space, numbers that are not finite, texts that are not UTF-8.

@@ -1,13 +1,13 @@
 """Several tasks in one run: whose turn it is is drawn by weight, and each has its own order."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice, zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from entroray.data.prompts import LargePrompts, PromptStream, next_prompt
+from entroray.data.prompts import LargePrompts, PromptStream, next_prompt, pick
 from entroray.errors import PreflightError
 from entroray.types import Prompt
 
@@ -97,9 +97,7 @@ class Interleaved(Sequence[Prompt]):
         return (p for p in chain.from_iterable(zip_longest(*self.parts)) if p is not None)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [*islice(self, index.start, index.stop, index.step)]
-        return next(islice(self, index, None))
+        return pick(self, index)
 
 
 def interleave(parts: Sequence[Sequence[Prompt]]) -> Sequence[Prompt]:

@@ -15,7 +15,7 @@ from entroray.data.large import Hashes, first_of_each, mix, release_memory
 from entroray.data.large_questions import LargeQuestions
 from entroray.data.questions import BadRow, Message, Question
 from entroray.data.tables import lookup, message_text
-from entroray.errors import ConfigError, DataError, PreflightError, nearest
+from entroray.errors import ConfigError, DataError, EntrorayError, PreflightError, nearest
 from entroray.types import Group, Prompt
 
 # Rendering.
@@ -185,41 +185,46 @@ class DrawnRows:
     max_tokens: int | None
     taken: frozenset[str] = frozenset()
     """Ids and texts that other parts of a mixture have."""
-    too_long: int = 0
-    met: set[int] = field(default_factory=set)
-    """Rows that were counted."""
+    before: int = 0
+    """Too long ones of the process that this one goes on from."""
+    long: set[int] = field(default_factory=set)
+    bad: set[int] = field(default_factory=set)
 
     def prompt(self, row: int) -> Prompt | None:
         """None for a row that is too long, bad, or another part's; DataError if too many are bad."""
         try:
             prompt = self.make(self.questions[row])
         except (BadRow, ConfigError, PreflightError) as error:
-            if row not in self.met:
-                self.met.add(row)
-                self.questions.bad.add(f"{self.questions.place(row)}: {error}")
-            self.questions.bad.refuse(DataError)
+            self.leave_out(row, error, DataError)
             return None
         if self.max_tokens is not None and len(prompt.token_ids) > self.max_tokens:
-            self.too_long += row not in self.met
-            self.met.add(row)
+            self.long.add(row)
             return None
         return None if {prompt.id, prompt.text} & self.taken else prompt
+
+    def leave_out(self, row: int, why: Exception, error: type[EntrorayError]) -> None:
+        """Count a bad row, once; raise `error` if they are too many."""
+        if row not in self.bad:
+            self.bad.add(row)
+            self.questions.bad.add(f"{self.questions.place(row)}: {why}")
+        self.questions.bad.refuse(error)
 
     def observe(self, group: Group) -> None:
         """Groups say nothing of rows."""
 
     def state(self) -> dict[str, int]:
         """Plain JSON."""
-        return {"too_long": self.too_long, "bad": self.questions.bad.count}
+        return {"too_long": self.before + len(self.long), "bad": self.questions.bad.count}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        self.too_long, self.questions.bad.count = state["too_long"], state["bad"]
+        self.long.clear()
+        self.before, self.questions.bad.count = state["too_long"], state["bad"]
 
 
 class LargePrompts(Sequence[Prompt]):
     """Prompts of some rows of a large table, in order of rows; those that are none are passed over."""
 
-    def __init__(self, drawn: DrawnRows, rows: NDArray[np.int64], keys: Hashes, domain: str, digest: str):
+    def __init__(self, drawn: DrawnRows, rows: NDArray[Any], keys: Hashes, domain: str, digest: str):
         self.drawn, self.rows, self.keys = drawn, rows.astype(np.uint32), keys
         self.domain, self.digest = domain, digest
         """Of the questions and answers of all rows."""
@@ -236,15 +241,19 @@ class LargePrompts(Sequence[Prompt]):
         return (prompt for index in range(len(self)) if (prompt := self.at(index)))
 
     def __getitem__(self, index: Any) -> Any:
-        """As in a list of those that are prompts, by drawing all before them."""
-        if isinstance(index, slice):
-            return [*islice(self, index.start, index.stop, index.step)]
-        return next(islice(self, index, None))
+        return pick(self, index)
 
     def cut(self, chosen: NDArray[np.bool_]) -> "LargePrompts":
         """The rows that are `chosen`."""
         keys = self.keys[chosen] if len(self.keys) else self.keys
         return LargePrompts(self.drawn, self.rows[chosen], keys, self.domain, self.digest)
+
+
+def pick(prompts: Sequence[Prompt], index: int | slice) -> Any:
+    """As in a list of those that are prompts, by drawing all before them."""
+    if isinstance(index, slice):
+        return [*islice(prompts, index.start, index.stop, index.step)]
+    return next(islice(prompts, index, None))
 
 
 def _large_prompts(
@@ -255,34 +264,33 @@ def _large_prompts(
     domain: str,
 ) -> PromptSet:
     """Rows with one question, and one value in each other field of the template, are duplicates."""
-    keys = questions.asked
-    for name in _fields(template) - {"question", questions.question}:
-        values = questions.hashes(name)
-        values = questions.hashes(f"metadata.{name}") if values is None else values
-        keys = keys if values is None else mix(keys ^ values)
-    keys, answers = keys[questions.good], questions.answers[questions.good]
-    if template:
-        keys = mix(keys ^ np.uint64(int(prompt_id("", template), 16)))
-    first, contradictions = first_of_each(keys, answers)
-    rows, keys = questions.good[first], keys[first]
-    digest = hashlib.blake2b(mix(keys) ^ answers[first], digest_size=16).hexdigest()
 
     def make(question: Question) -> Prompt:
         return _make_prompt(question, *_shown(question, template), tokenize, domain)
 
-    none = np.empty(0, np.uint64)
+    none, shortest = np.empty(0, np.uint64), float("inf")
     kept = replace(questions, asked=none, answers=none, good=none.astype(np.int64))
     drawn = DrawnRows(kept, make, max_tokens)
-    shortest = float("inf")
-    for row in rows[:PATIENCE]:  # a template that cannot be filled is known now
+    for row in questions.good[:PATIENCE].tolist():  # a template that cannot be filled is refused now
         try:
-            shortest = min(shortest, len(make(kept[int(row)]).token_ids))
-        except BadRow:
-            continue
+            shortest = min(shortest, len(make(kept[row]).token_ids))
+        except BadRow as wrong:
+            drawn.leave_out(row, wrong, PreflightError)
         if max_tokens is None or shortest <= max_tokens:
             break
     else:
-        raise _nothing_left(len(rows), shortest, max_tokens)
+        raise _nothing_left(len(questions), shortest, max_tokens)
+    keys = questions.asked
+    for name in sorted(_fields(template) - {"question", questions.question}):
+        values = questions.hashes(name)
+        values = questions.hashes(f"metadata.{name}") if values is None else values
+        keys = keys if values is None else mix(keys ^ values)
+    if template:
+        keys = mix(keys ^ np.uint64(int(prompt_id("", template), 16)))
+    keys, answers = keys[questions.good], questions.answers[questions.good]
+    first, contradictions = first_of_each(keys, answers)
+    rows, keys = questions.good[first], keys[first]
+    digest = hashlib.blake2b((mix(keys) ^ answers[first]).data, digest_size=16).hexdigest()
     prompts = LargePrompts(drawn, rows, keys, domain, digest)
     return PromptSet(prompts, len(answers) - len(rows), 0, contradictions)
 

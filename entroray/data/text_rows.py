@@ -144,35 +144,19 @@ def _unmarked(raw: bytes) -> bytes:
 
 def _document(path: Path) -> Lines:
     """The rows of a file that is one JSON array; PreflightError for what else is no row a line."""
-    text, number = _decoded(path), 0
     try:
-        if not text.lstrip().startswith("["):
-            document = json.loads(text)
-            lists = [name for name, value in document.items() if isinstance(value, list)]
-            _refuse_object(path, document, [*lists, *document, ""][0])
-        for number, row in enumerate(_elements(text), 1):
-            yield number, _object(row)
+        document = _DECODER.decode(_decoded(path))
     except _RepeatedKey as error:
-        raise PreflightError(f"data.task: {path} line {number + 1}: {error}") from error
+        raise PreflightError(f"data.task: {path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise PreflightError(
             f"data.task: {path} is no JSON array ({error}), nor has it an object a line: "
             f"jq -c . {path.name} > rows.jsonl"
         ) from error
-
-
-def _elements(text: str) -> Iterator[Any]:
-    """Of a JSON array, one after the other, so that each can be said to be wrong by its number."""
-    at = _BEFORE.match(text).end()  # type: ignore[union-attr]  # it is known to begin so
-    while text[at : at + 1] != "]":
-        value, at = _DECODER.raw_decode(text, at)
-        yield value
-        after = _AFTER.match(text, at)
-        if after is None:
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        at = after.end()
-    if text[at + 1 :].strip():
-        raise json.JSONDecodeError("Extra data", text, at + 1)
+    if isinstance(document, dict):
+        lists = [name for name, value in document.items() if isinstance(value, list)]
+        _refuse_object(path, document, [*lists, *document, ""][0])
+    return ((n, _object(row)) for n, row in enumerate(document, 1))
 
 
 def _refuse_wrapped(path: Path, row: Row | str) -> None:
@@ -205,7 +189,6 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
-_BEFORE, _AFTER = re.compile(r"\s*\[\s*"), re.compile(r"\s*(,\s*(?=[^\s\]])|(?=\]))")
 
 
 def _is_json(raw: bytes) -> bool:

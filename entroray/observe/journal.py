@@ -129,8 +129,11 @@ class Journal:
         if self._events.closed:
             return
         summary = self.summarize(error)
-        calls = [(tracker, partial(tracker.finish, summary)) for tracker in self.copies]
-        for tracker, call in (*calls, *((each, each.close) for each in (*self.trackers, *self.copies))):
+        calls: list[tuple[Tracker, Callable[[], None]]] = [
+            *((tracker, partial(tracker.finish, summary)) for tracker in self.copies),
+            *((tracker, tracker.close) for tracker in (*self.trackers, *self.copies)),
+        ]
+        for tracker, call in calls:
             with suppress(InfrastructureError):
                 self._ask(tracker, self.last_step, call)
         for file in (self._metrics, self._events):

@@ -12,8 +12,8 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from csv import DictReader, DictWriter
-from dataclasses import dataclass, field
+from csv import DictReader, writer
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -58,35 +58,44 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Functions:
+    """A tracker of three functions; steps up to `after` are there from before a resumption."""
+
+    write: Callable[[int, Mapping[str, float]], None]
+    finish: Callable[[RunSummary], None]
+    close: Callable[[], None]
+    after: int = -1
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a step that is not there."""
+        if step > self.after:
+            self.write(step, metrics)
+
+    def caught_up(self, run: TrackedRun) -> "Functions":
+        """Write the steps that are missing: a killed run did not write all, or was not tracked."""
+        for step, metrics in run.lines():
+            self.log(step, metrics)
+        return self
+
+
 def tensorboard(run: TrackedRun) -> Tracker:
     """Event files in the folder `tensorboard` of the run: one scalar per metric, under its own name."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.first_step)
+    events: Any = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.first_step)
     settings = json.dumps(run.settings, indent=2, default=str).replace("\n", "\n    ")
-    writer.add_text("run/settings", f"{run.name}\n\n    {settings}", run.first_step)
-    return TensorBoard(writer)
+    events.add_text("run/settings", f"{run.name}\n\n    {settings}", run.first_step)
 
-
-@dataclass(frozen=True)
-class TensorBoard:
-    """A writer of event files as a tracker."""
-
-    writer: Any
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One scalar per metric."""
+    def write(step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+            events.add_scalar(name, value, step)
 
-    def finish(self, summary: RunSummary) -> None:
-        """The summary as a list of text."""
+    def finish(summary: RunSummary) -> None:
         lines = "\n".join(f"- {name}: {value}" for name, value in summary.flat().items())
-        self.writer.add_text("run/summary", lines, summary.step)
+        events.add_text("run/summary", lines, summary.step)
 
-    def close(self) -> None:
-        """Writes what is still in memory."""
-        self.writer.close()
+    return Functions(write, finish, events.close)
 
 
 def csv(run: TrackedRun) -> Tracker:
@@ -94,72 +103,42 @@ def csv(run: TrackedRun) -> Tracker:
 
     A column is empty where its metric was not measured; a new one comes last, and rewrites the file once.
     """
-    table, before = Csv(run.folder), []
-    if run.first_step > 1 and (run.folder / "metrics.csv").is_file():
-        before = [row for row in table.rows() if row["step"] == "0"]  # which no line of metrics.jsonl has
-    table.rewrite([*before, *({"step": step, **metrics} for step, metrics in run.lines())])
-    return table
+    file, columns = run.folder / "metrics.csv", ["step"]
 
+    def rows() -> list[dict[str, Any]]:
+        with file.open(newline="", encoding="utf-8") as opened:
+            return list(DictReader(opened))
 
-@dataclass
-class Csv:
-    """A table of the metrics as a tracker."""
+    def cells(row: Mapping[str, Any]) -> list[Any]:
+        return [row.get(name, "") for name in columns]
 
-    folder: Path
-    columns: list[str] = field(default_factory=lambda: ["step"])
+    def rewrite(new: Sequence[Mapping[str, Any]]) -> None:
+        columns[:] = dict.fromkeys([*columns, *(name for row in new for name in row)])
+        aside = file.with_name("metrics.csv.part")
+        _put_lines(aside, [columns, *map(cells, new)])
+        os.replace(aside, file)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line; write them all where a metric is new."""
+    def write(step: int, metrics: Mapping[str, float]) -> None:
         row = {"step": step, **metrics}
-        if row.keys() <= set(self.columns):
-            self._write("metrics.csv", self.columns, [row], mode="a")
+        if row.keys() <= set(columns):
+            _put_lines(file, [cells(row)], "a")
         else:
-            self.rewrite([*self.rows(), row])
+            rewrite([*rows(), row])
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The file's."""
-        with (self.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            return list(DictReader(file))
+    def finish(summary: RunSummary) -> None:
+        _put_lines(run.folder / "summary.csv", [("name", "value"), *summary.flat().items()])
 
-    def rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Have the file hold `rows`; a reader sees it as it was, or whole."""
-        self.columns = list(dict.fromkeys([*self.columns, *(name for row in rows for name in row)]))
-        self._write("metrics.csv.part", self.columns, [{n: n for n in self.columns}, *rows])
-        os.replace(self.folder / "metrics.csv.part", self.folder / "metrics.csv")
-
-    def finish(self, summary: RunSummary) -> None:
-        """The summary, a line each."""
-        rows = [{"name": name, "value": value} for name, value in summary.flat().items()]
-        self._write("summary.csv", ["name", "value"], [{"name": "name", "value": "value"}, *rows])
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def _write(self, name: str, columns: Sequence[str], rows: Sequence[Mapping], mode: str = "w") -> None:
-        with (self.folder / name).open(mode, newline="", encoding="utf-8") as file:
-            DictWriter(file, columns, lineterminator="\n").writerows(rows)
+    resumed = run.first_step > 1 and file.is_file()
+    before = (
+        [row for row in rows() if row.get("step") == "0"] if resumed else []
+    )  # in no line of metrics.jsonl
+    rewrite([*before, *({"step": step, **metrics} for step, metrics in run.lines())])
+    return Functions(write, finish, lambda: None)
 
 
-@dataclass(frozen=True)
-class Continued:
-    """A tracker that a resumed run goes on with, and that cannot take a step back."""
-
-    write: Callable[[int, Mapping[str, float]], None]
-    finish: Callable[[RunSummary], None]
-    close: Callable[[], None]
-    after: int = -1
-    """Its last step from before."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write a step that it has not."""
-        if step > self.after:
-            self.write(step, metrics)
-
-    def caught_up(self, run: TrackedRun) -> "Continued":
-        """Write the steps that are missing: a killed run did not write all, or was not tracked."""
-        for step, metrics in run.lines():
-            self.log(step, metrics)
-        return self
+def _put_lines(file: Path, lines: Sequence[Sequence[Any]], mode: str = "w") -> None:
+    with file.open(mode, newline="", encoding="utf-8") as opened:
+        writer(opened, lineterminator="\n").writerows(lines)
 
 
 def _kept_id(run: TrackedRun, tracker: str, make: Callable[[], str]) -> str:
@@ -189,12 +168,11 @@ def _wandb_ready(*, mode: str | None = None, settings: Mapping[str, Any] | None 
     _refuse_missing("wandb", "wandb")
     import wandb as library
 
-    given = library.setup(library.Settings(**QUIET)).settings.model_copy(update=dict(settings or {}))
-    if (mode or given.mode) in ("offline", "dryrun", "disabled") or given.api_key:
-        return
-    if not library.login(host=given.base_url, prompt=False, verify=False):
+    base, own = library.setup(library.Settings(**QUIET)).settings, settings or {}
+    online = (mode or own.get("mode") or base.mode) not in ("offline", "dryrun", "disabled")
+    if online and not {"api_key", "base_url"} & own.keys() and not library.login(prompt=False, verify=False):
         raise PreflightError(
-            f"{SETTING}: wandb has no key for {given.base_url}: `wandb login`, or WANDB_API_KEY=..., or "
+            f"{SETTING}: wandb has no key for {base.base_url}: `wandb login`, or WANDB_API_KEY=..., or "
             "[{fn: wandb, mode: offline}] and `wandb sync` afterwards"
         )
 
@@ -231,9 +209,10 @@ def wandb(
         mode=mode,
         dir=run.folder,
         id=_kept_id(run, "wandb", lambda: secrets.token_hex(4)),
-        name=run.name[:128],
-        config=dict(run.settings),
+        name=os.environ.get("WANDB_NAME", run.name)[:128],
+        config=json.loads(json.dumps(run.settings, default=str)),
         resume="allow",
+        allow_val_change=True,
         reinit="create_new",
         settings={**QUIET, "init_timeout": 45, "finish_timeout": 25, "finish_timeout_raises": True}
         | (settings or {}),
@@ -244,7 +223,7 @@ def wandb(
         opened.finish(exit_code=summary.exit_code)
 
     write = lambda step, metrics: opened.log(dict(metrics), step=step)
-    return Continued(write, finish, opened.finish).caught_up(run)
+    return Functions(write, finish, opened.finish).caught_up(run)
 
 
 def _mlflow_ready(**_: Any) -> None:
@@ -291,16 +270,16 @@ def mlflow(
             client.log_batch(key, metrics=some)
 
     def finish(summary: RunSummary) -> None:
-        words = summary.flat()
-        numbers = {k: float(v) for k, v in words.items() if not isinstance(v, str) and k != STEP}
-        put(summary.step, numbers)
-        for word in words.keys() - numbers.keys():
-            client.set_tag(key, word, str(words[word])[:5000])
+        words = {name: value for name, value in summary.flat().items() if name != STEP}
+        put(summary.step, {name: float(v) for name, v in words.items() if not isinstance(v, str)})
+        for name, value in words.items():
+            if isinstance(value, str):
+                client.set_tag(key, name, value[:5000])
         client.set_terminated(key, ENDS[summary.status])
 
     after = max((m.step for m in client.get_metric_history(key, STEP)), default=-1)
     write = lambda step, metrics: put(step, {**metrics, STEP: step})
-    return Continued(write, finish, lambda: None, after).caught_up(run)
+    return Functions(write, finish, lambda: None, after).caught_up(run)
 
 
 def _chunks(values: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:

@@ -43,8 +43,8 @@ def load_function(path: str, setting: str) -> Callable[[str, Prompt], Any]:
     except (TypeError, ValueError) as error:
         takes = f"{name}{inspect.signature(function)}" if isinstance(error, TypeError) else name
         raise ConfigError(
-            f"{setting}={path!r}: {name} must take (text, prompt), and is {takes}: {error}; give every other "
-            "argument a default"
+            f"{setting}={path!r}: {name} must take (text, prompt), and is {takes}: {error}; give what "
+            "else it takes a default, or call it from a function of these two"
         ) from error
     if [*signature.parameters][:1] == ["prompt"]:
         raise ConfigError(

@@ -70,7 +70,8 @@ def load_config(
     found = [f"hydra.searchpath=[{overrides.quote(f'file://{folder.resolve()}')}]" for folder in own]
     conf = str(conf_folder())
     schema = OmegaConf.structured(Config)  # conf/train.yaml begins with it
-    OmegaConf.set_struct(schema.model.template_args, False)  # its keys are the template's
+    for named_by_others in (schema.model.template_args, schema.reward.parts):
+        OmegaConf.set_struct(named_by_others, False)
     ConfigStore.instance().store(name="schema", node=schema)
     try:
         with initialize_config_dir(config_dir=conf, version_base="1.3"):

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,11 @@ def _check_reward(config: Config) -> None:
     r = config.reward
     check_parts(r.parts, r.correct)
     if r.parts and (r.path or r.judge):
-        other = f"reward.path={r.path}" if r.path else f"reward.judge={{fn: {r.judge.get('fn')}, ...}}"
-        drop = "reward.path=null" if r.path else "'reward.judge={}'"
+        other = f"reward.judge={{fn: {(r.judge or {}).get('fn')}, ...}}, as most rows of conf/data set it"
+        given, drop = (f"reward.path={r.path}", "path") if r.path else (other, "judge")
         raise ConfigError(
-            f"reward.parts and {other}, which a row of conf/data may have set: a reward has parts or one "
-            f"judge. Say {drop} beside reward.parts, and put what that judged among the parts if it counts"
+            f"reward.parts and {given}: a reward has parts or one judge. Say reward.{drop}=null, and put "
+            "what that judges among the parts if it is to count"
         )
     own = [name for name, part in config.data.parts.items() if part.judge]
     if r.parts and own and len(own) == len(config.data.parts):
@@ -337,9 +337,11 @@ def _content(training: Sequence[Prompt]) -> Iterator[str]:
 def count_drawn(training: Sequence[Prompt]) -> tuple[dict[str, GroupObserver], list[StepMetrics]]:
     """By the setting of its name, each large table's count of rows that were no prompt; and their metrics."""
     rows = {f"data.parts.{p.domain}" if p.domain else "data": p.drawn for p in mixture.large_parts(training)}
+    for drawn in rows.values():  # of an earlier run of a lab
+        drawn.restore(drawn.state() | {"too_long": 0})
     counts = lambda *_: {
-        "prompts/too_long": float(sum(r.too_long for r in rows.values())),
-        "prompts/bad": float(sum(r.questions.bad.count for r in rows.values())),
+        f"prompts/{why}": float(sum(drawn.state()[why] for drawn in rows.values()))
+        for why in ("too_long", "bad")
     }
     return dict(rows), [counts] if rows else []
 

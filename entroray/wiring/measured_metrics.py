@@ -25,7 +25,7 @@ def check_signal(config: Config, parts: Parts, place: str, signal: str) -> None:
         # the parts of a user's judge, or of a server's, are known only after its first verdict
         name, parts_of = signal.removeprefix(PART), config.reward.parts
         own = f"set reward.parts.{name}, or have a judge of your own give verdicts parts (reward.path)"
-        theirs = config.reward.path or config.reward.judge.get("fn") == "remote"
+        theirs = config.reward.path or (config.reward.judge or {}).get("fn") == "remote"
         remedies[signal] = "" if theirs or name in parts_of or name.partition(".")[0] in parts_of else own
     if signal not in remedies:
         near = difflib.get_close_matches(signal, remedies, n=1)

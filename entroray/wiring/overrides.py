@@ -96,32 +96,25 @@ def _parse(word: str) -> Override:
         null = f", or {key}=null" if setting_type(key) is None or _may_be_null(key) else ""
         raise ConfigError(f"{word} is empty, as a shell's unset variable is: give a value{null}")
     if value.strip("'\"") == "???":
-        raise ConfigError(
-            f"{word} says that a value is missing: give one, or leave {key} out for its default"
-        )
-    one = not (override.is_delete() or override.is_sweep_override())
-    if (
-        one
-        and setting_type(key) == list[dict[str, Any]]
-        and (listed := _listed(override.value())) is not None
-    ):
-        raise ConfigError(f"{word}: {key} is a list of {{fn: NAME, settings}}: write '{key}=[{listed}]'")
+        raise ConfigError(f"{word} gives no value: give one, or leave {key} out for its default")
     if value.lower() == "null" and setting_type(key) is str:
-        raise ConfigError(
-            f"{word}: {key} is a text: leave it out for its default, or write '{key}=\"{value}\"'"
-        )
+        raise ConfigError(f"{word}: {key} is a text: leave it out, or write '{key}=\"{value}\"'")
+    if setting_type(key) == list[dict[str, Any]] and not override.is_sweep_override():
+        _refuse_unlisted(word, override.value())
     if value == "None" and _may_be_null(key):
         raise ConfigError(f"{word} sets the text `None`; for no value write {key}=null")
     return override
 
 
-def _listed(value: Any) -> str | None:
-    """The inside of the list of functions that `value` was meant as; None if it is one."""
+def _refuse_unlisted(word: str, value: Any) -> None:
+    """ConfigError, with the list of functions that was meant, for a value that is none."""
     given = value if isinstance(value, list) else [] if value in (None, "none", "None") else [value]
     if given is value and all(isinstance(each, dict) for each in given):
-        return None
+        return
     shown = [each if isinstance(each, dict) else {"fn": each} for each in given]
-    return ", ".join("{" + ", ".join(f"{k}: {v}" for k, v in each.items()) + "}" for each in shown)
+    listed = ", ".join("{" + ", ".join(f"{k}: {v}" for k, v in each.items()) + "}" for each in shown)
+    key = word.partition("=")[0]
+    raise ConfigError(f"{word}: {key} is a list of {{fn: NAME, settings}}: write '{key}=[{listed}]'")
 
 
 def _unreadable(word: str) -> str:
@@ -181,13 +174,19 @@ def setting_type(path: str) -> Any:
     for part in path.split("."):
         if is_dataclass(node):
             node = next((f.type for f in fields(node) if f.name == part), None)
-        elif get_origin(node) is dict:
-            node = get_args(node)[1]
+        elif mapping := _mapping(node):
+            node = get_args(mapping)[1]
         elif node is not Any and get_origin(node) is not list:
             return None
         else:
             return Any
     return node
+
+
+def _mapping(kind: Any) -> Any:
+    """The type of a dictionary that a setting is, or may be beside null; None where it is none."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return next((one for one in kinds if get_origin(one) is dict), None)
 
 
 def _may_be_null(key: str) -> bool:
@@ -245,7 +244,7 @@ def split_whole(words: Sequence[str], given: Sequence[Override]) -> tuple[list[s
     first, later, whole = list[str](), list[Override](), list[str]()
     for word, override in zip(words, given, strict=True):
         key, kind = override.key_or_group, setting_type(override.key_or_group)
-        free = get_origin(kind) is dict or (is_dataclass(kind) and key.startswith(NAMED))
+        free = bool(_mapping(kind)) or (is_dataclass(kind) and key.startswith(NAMED))
         if isinstance(override.value(), dict) and free:
             whole.append(key)
         within = any(f"{key}.".startswith(f"{each}.") for each in whole)
@@ -274,8 +273,8 @@ def _structured(path: str, kind: Any, value: Any) -> Any:
             return OmegaConf.merge(OmegaConf.structured(kind), value)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{path}.{error.full_key}: {first_line(error)}") from error
-    if isinstance(value, dict) and get_origin(kind) is dict:
-        return {n: _structured(f"{path}.{n}", get_args(kind)[1], inner) for n, inner in value.items()}
+    if isinstance(value, dict) and (mapping := _mapping(kind)):
+        return {n: _structured(f"{path}.{n}", get_args(mapping)[1], inner) for n, inner in value.items()}
     return value
 
 
@@ -349,6 +348,7 @@ _KNOWN = {
     "does not support deletion": "Leave {key} out to have its default",
     "HydraConfig was not set": "`hydra:` is not there: ${{oc.env:PWD}} is the working directory",
     "maximum recursion depth": "The defaults of a file lead back to itself: leave one out",
+    "Cannot merge DictConfig with ListConfig": "Give a dictionary, 'SETTING={{name: value}}'",
     "not a subclass of Part": "Give the part whole, 'data.parts.NAME={{task: ...}}'",
     "not a subclass of EvaluationSet": "Give the set whole, 'evaluate.sets.NAME={{task: ...}}'",
 }

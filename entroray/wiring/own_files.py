@@ -89,8 +89,8 @@ def _check_choice(group: Path, name: str, kind: Callable[[str], Any]) -> None:
     except RecursionError as error:
         raise ConfigError(f"{file}: a value of it contains itself (&name, *name): leave one out") from error
     if not isinstance(root, yaml.MappingNode):
-        kind = "a list" if isinstance(root, yaml.SequenceNode) else "nothing" if root is None else "a text"
-        raise ConfigError(f"{file}, line 1: it holds {kind}: write settings, as in `run: {{steps: 7}}`")
+        found = "a list" if isinstance(root, yaml.SequenceNode) else "nothing" if root is None else "a text"
+        raise ConfigError(f"{file}, line 1: it holds {found}: write settings, as in `run: {{steps: 7}}`")
     for key, _ in root.value:
         if isinstance(key, yaml.ScalarNode) and key.value == "hydra":
             line = key.start_mark.line + 1

@@ -42,7 +42,7 @@ def cached_folder(config: Config) -> Path:
     recipe = asdict(config.model.warm_start) | {"cache": None}
     rendered = [config.data.template, config.sampler.temperature, config.rollout.max_tokens]
     data = {name: value for name, value in asdict(config.data).items() if name != "parts" or value}
-    asked = [FORMAT, recipe, data, config.reward.judge, rendered, *_besides(config)]
+    asked = [FORMAT, recipe, data, config.reward.judge or {}, rendered, *_besides(config)]
     content = compose.fingerprint(asked)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     return root / "models" / f"{_name(config).replace('/', '-')}-{key}"

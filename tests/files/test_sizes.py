@@ -12,8 +12,8 @@ from tests.files.test_layers import ROOT, tracked
 SIZES = {  # what is counted: the most there may be
     # 17,500 before families of models, tables as people have them, words and folders as people type them,
     # resumptions compared, judges and verifiers that die: tests/public_cases.tsv
-    "lines of *.py in entroray/": 21_000,
-    "settings, counted by their leaves": 122,  # model.template, model.template_args
+    "lines of *.py in entroray/": 25_000,
+    "settings, counted by their leaves": 127,
     "modules in one folder of entroray/": 20,
 }
 

@@ -79,6 +79,54 @@ def test_a_conversation_that_cannot_be_answered_is_named(tmp_path: Path, message
         table(str(file(tmp_path, "rows.jsonl", row)), question="messages")
 
 
+SAID = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [json.dumps(SAID), repr(SAID), f" {json.dumps([None, *SAID])}", [None, *SAID], [SAID[0], None, SAID[1]]],
+    ids=["json", "python", "null in json", "null first", "null between"],
+)
+def test_messages_written_as_a_text_or_with_nulls_among_them_are_a_conversation(
+    tmp_path: Path, messages: object
+) -> None:
+    row = {"messages": messages, "answer": "2"}
+    (question,), _ = table(str(file(tmp_path, "rows.jsonl", json.dumps(row).encode())), question="messages")
+    assert (question.text, question.before) == ("1+1", (SAID[0],))
+    assert render(question, "{messages}=") == "1+1="
+
+
+def test_a_text_about_messages_is_a_text_and_messages_that_nobody_can_read_are_named(tmp_path: Path) -> None:
+    text = "[1, 2]: which role has its content?"
+    row = json.dumps({"question": text, "answer": "2"}).encode()
+    assert table(str(file(tmp_path, "rows.jsonl", row)))[0][0].text == text
+    row = json.dumps({"question": "[{'role': 'user', 'content': array(['x'])}]", "answer": "2"}).encode()
+    with pytest.raises(PreflightError, match=r"line 1: 'question' .*array"):
+        table(str(file(tmp_path, "rows.jsonl", row)))
+
+
+def test_a_list_of_answers_is_a_reference_and_its_alternatives(tmp_path: Path) -> None:
+    lists = [["7", "seven", "7"], [0.5, "1/2", True], ["so #### 7", "#### 8"], 7]
+    rows = [{"question": f"q{i}", "answer": answer} for i, answer in enumerate(lists)]
+    lines = file(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    found = [(q.answer, q.alternatives) for q in table(str(lines))[0]]
+    assert found == [("7", ("seven",)), ("0.5", ("1/2", "True")), ("7", ("8",)), ("7", ())]
+    made = make_prompts(table(str(lines))[0], tokenize=lambda text: (1,)).prompts
+    assert {(p.reference, p.alternatives) for p in made} == {*found}
+    for answer in ([], [None], [["7"]], [""], {"a": 1}):
+        row = json.dumps({"question": "q", "answer": answer}).encode()
+        with pytest.raises(PreflightError, match="line 1: 'answer'"):
+            table(str(file(tmp_path, "bad.jsonl", row)))
+
+
+def test_two_rows_contradict_each_other_where_no_answer_is_right_in_both() -> None:
+    row = lambda *right: Question("t", "q", right[0], {}, (), right[1:])
+    made = make_prompts(
+        [row("7", "seven"), row("seven"), row("8"), row("9", "7")], tokenize=lambda text: (1,)
+    )
+    assert (made.duplicates, made.contradictions) == (3, 1)
+
+
 def test_a_conversation_is_rendered_by_the_chat_template_and_its_own_system_message_wins(
     tmp_path: Path,
 ) -> None:

@@ -243,7 +243,7 @@ def test_parts_are_what_a_verifier_is_given(tmp_path: Path, monkeypatch: pytest.
         (["reward.correct=form", "reward.path=a.py:f"], r"reward\.path=a\.py:f.*reward\.path=null"),
         (
             ["reward.correct=form", "reward.judge={fn: text}"],
-            r"reward\.judge=\{fn: text.*'reward\.judge=\{\}'",
+            r"reward\.judge=\{fn: text.*reward\.judge=null",
         ),
         (["reward.correct=form", "reward.parts.form.weight=nan"], r"reward\.parts\.form\.weight=nan"),
         (["reward.correct=form", "reward.parts.form.weight=much"], r"reward\.parts\.form\.weight='much'"),
@@ -265,11 +265,26 @@ def test_parts_that_make_no_reward_are_refused(told: list[str], says: str) -> No
         parted(*told)
 
 
-def test_parts_beside_the_judge_of_a_row_of_data_are_refused_with_what_to_say() -> None:
-    with pytest.raises(ConfigError, match=r"reward\.parts and reward\.judge=\{fn: gym.*'reward\.judge=\{\}'"):
+def test_parts_beside_the_judge_of_a_row_of_data_are_refused_with_what_to_say(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reward\.parts and reward\.judge=\{fn: gym.*reward\.judge=null"):
         compose.load_config(["data=chain_sum", "reward.parts={a: {fn: text}}"])
-    config, _ = compose.load_config(["data=chain_sum", "reward.judge={}", "reward.parts={a: {fn: text}}"])
-    assert config.reward.judge == {} and config.reward.parts == {"a": {"fn": "text"}}
+    for none in ("null", "{}"):
+        told = ["data=chain_sum", f"reward.judge={none}", "reward.parts={a: {fn: text}}"]
+        config, _ = compose.load_config(told)
+        assert not config.reward.judge and config.reward.parts == {"a": {"fn": "text"}}
+    (tmp_path / "experiment").mkdir()
+    mine = "# @package _global_\nreward: {judge: null, parts: {a: {fn: text}}}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(mine)
+    config, _ = compose.load_config(
+        ["experiment=mine", "reward.parts.a.weight=2", "reward.parts.b={fn: math}", "reward.correct=a"],
+        str(tmp_path),
+    )
+    assert (
+        config.reward.parts == {"a": {"fn": "text", "weight": 2}, "b": {"fn": "math"}}
+        and not config.reward.judge
+    )
+    with pytest.raises(ConfigError, match=r"reward\.parts=\[.*'SETTING=\{name: value\}'"):
+        compose.load_config(["reward.judge=null", "reward.parts=[{fn: text}]"])
     with pytest.raises(ConfigError, match=r"^reward\.correct=a .*reward\.parts"):
         compose.load_config(["reward.correct=a"])
     with pytest.raises(ConfigError, match="every weight is 0"):

@@ -140,9 +140,24 @@ def test_conversations_alternatives_and_templates_are_those_of_a_small_table(
 def test_a_template_that_cannot_be_filled_is_refused_before_a_prompt_is_drawn(
     tmp_path: Path, lowered: None
 ) -> None:
-    config = wide(str(parquet(tmp_path / "rows.parquet", ROWS)), 'data.template="{levle}"')
-    with pytest.raises(ConfigError, match=r"levle.*`level`"):
-        dataset.read_dataset(config, TOKENIZER)
+    config = wide(str(parquet(tmp_path / "rows.parquet", ROWS)))
+    for template, says in (("{levle}", r"levle.*`level`"), ("{", r"^template '\{'")):
+        with pytest.raises(ConfigError, match=says):
+            dataset.read_dataset(replace(config, data=replace(config.data, template=template)), TOKENIZER)
+
+
+def test_questions_that_are_none_are_refused_before_a_prompt_is_drawn(tmp_path: Path, lowered: None) -> None:
+    rows = [{"question": ["no message"], "answer": "1"}] * 20
+    with pytest.raises(PreflightError, match=r"(?s)1 of 20 .*line 1: 'question' .*data\.settings\.bad_rows"):
+        dataset.read_dataset(wide(str(parquet(tmp_path / "rows.parquet", rows))), TOKENIZER)
+
+
+def test_the_part_of_a_row_does_not_depend_on_the_process(tmp_path: Path, lowered: None) -> None:
+    """Pinned: sets of names have another order in every process."""
+    template = "{choices.0} {level} {question} {answer}"
+    config = wide(str(parquet(tmp_path / "rows.parquet", ROWS)), "data.heldout=0.1")
+    read = dataset.read_dataset(replace(config, data=replace(config.data, template=template)), TOKENIZER)
+    assert [p.reference for p in read.split.heldout] == ["14", "15", "22", "42"]
 
 
 # The order.
@@ -188,11 +203,11 @@ def test_what_is_too_long_is_passed_over_counted_and_kept_in_the_checkpoint(
     rows = [{**row, "question": row["question"] * (50 if i % 4 == 0 else 1)} for i, row in enumerate(ROWS)]
     config = wide(str(parquet(tmp_path / "rows.parquet", rows)), "data.heldout=0")
     training = dataset.read_dataset(config, TOKENIZER).split.training
+    observers, (measure,) = dataset.count_drawn(training)
     stream = PromptStream(training, seed=0)
     drawn = [next(stream) for _ in range(45)]
     assert len({p.id for p in drawn}) == 45 and all(len(p.token_ids) <= 200 for p in drawn)
     assert stream.position >= 59 and len(training) == COUNT
-    observers, (measure,) = dataset.count_drawn(training)
     assert measure((), (), 1) == {"prompts/too_long": 15.0, "prompts/bad": 0.0}
     again, (measured,) = dataset.count_drawn(dataset.read_dataset(config, TOKENIZER).split.training)
     again["data"].restore(json.loads(json.dumps(observers["data"].state())))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from entroray.cli import doctor, train
+from entroray.cli import doctor, judge_trial, train
 from entroray.config import Config
 from entroray.data.prompts import Split
 from entroray.errors import ConfigError, DataError, NumericsError, PreflightError
@@ -268,6 +268,27 @@ def test_a_doctor_says_what_is_wrong_and_exits_with_3(capsys: pytest.CaptureFixt
     found = doctor.main(["++data.settings.size=50", "model.path=/nowhere", "learner.ranks=9000"])
     said = capsys.readouterr().out
     assert found == 3 and "wrong  model" in said and "wrong  resources" in said and "ok     ports" in said
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_doctor_reads_the_data_once_for_every_check_of_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    read, asked = judge_trial.read_few, list[Config]()
+
+    def counted(config: Config) -> dataset.Dataset:
+        asked.append(config)
+        if fails:
+            raise PreflightError("data.task=x: no rows")
+        return read(config)
+
+    monkeypatch.setattr(judge_trial, "read_few", counted)
+    monkeypatch.setattr(judge_trial, "try_judges", lambda config, read: ["tried"])
+    doctor.main(["++data.settings.size=50"])
+    said = capsys.readouterr().out
+    assert len(asked) == 1
+    for check in ("data", "prompt", "judge"):
+        assert re.search(rf"^{'wrong ' if fails else 'ok '} *{check} ", said, re.MULTILINE), said
 
 
 def test_failed_verdicts_end_the_run_above_their_share() -> None:

@@ -193,6 +193,8 @@ def test_custom_judges_may_return(user_file, returned, reward, correct):
         ("Verdict(1.0, None)", "reward.path"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("exit(3)", "SystemExit: 3"),
+        ("(_ for _ in ()).throw(KeyboardInterrupt)", "KeyboardInterrupt"),
+        ("(_ for _ in ()).throw(ValueError('one\\nother'))", "ValueError: one other"),
     ],
 )
 def test_a_failing_custom_judge_is_never_a_zero(user_file, returned, says):

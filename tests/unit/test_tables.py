@@ -160,6 +160,9 @@ def test_a_null_among_numbers_and_what_is_not_finite_are_named_by_line(tmp_path:
         ),
         *(
             ("bom.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
+            ("boms.json", b"\xef\xbb\xbf" * 2 + json.dumps(ROWS).encode()),
+            ("two.jsonl", b"\xef\xbb\xbf" * 2 + LINES),
+            ("two.csv", b"\xef\xbb\xbf" * 2 + b"question,answer\nSay 0,0\nSay 1,1\nSay 2,2"),
             ("blank.jsonl", b"\n\n" + LINES + b"\n\n"),
         ),
     ],
@@ -209,6 +212,53 @@ def test_a_file_is_called_by_its_name_alone_and_prompts_keep_their_ids() -> None
         ),
         ("rows.csv", "a,b\n1,2".encode("utf-16-be"), PreflightError, r"rows\.csv.*iconv -f UTF-16"),
         ("rows.jsonl", bytes(64), PreflightError, r"rows\.jsonl.*UTF-16"),
+        *(
+            (
+                name,
+                "question,answer\na,1".encode(codec),
+                PreflightError,
+                rf"\.csv is .*iconv -f {said} -t UTF-8",
+            )
+            for name, codec, said in (
+                ("marked.csv", "utf-32", "UTF-32"),
+                ("be.csv", "utf-32-be", "UTF-32BE"),
+                ("le.csv", "utf-32-le", "UTF-32LE"),
+                ("le.csv", "utf-16-le", "UTF-16LE"),
+                ("be.csv", "utf-16-be", "UTF-16BE"),
+            )
+        ),
+        *(
+            (
+                "rows.json",
+                b'{"version": 1, "%s": [{"question": "a"}]}' % name,
+                PreflightError,
+                f"jq -c '\\.{name.decode()}",
+            )
+            for name in (b"data", b"rows", b"examples")
+        ),
+        ("rows.json", b'{"train": [{"question": "a"}], "test": []}', PreflightError, r"jq -c '\.train\[\]'"),
+        (
+            "rows.jsonl",
+            LINES + b'\n{"question": "a", "answer": "1", "answer": "2"}',
+            PreflightError,
+            "line 4: .*'answer'",
+        ),
+        (
+            "rows.jsonl",
+            b'{"question": "a", "answer": 1, "x": [{"k": 1, "k": 2}]}',
+            PreflightError,
+            "line 1: .*'k'",
+        ),
+        (
+            "rows.json",
+            b'[{"question": "a"},\n{"question": "b", "question": "c"}]',
+            PreflightError,
+            r"rows\.json: .*'question'",
+        ),
+        *(
+            ("rows.json", content, PreflightError, r"rows\.json.*jq -c \.")
+            for content in (b'[{"question": "a"},]', b'[{"question": "a"} {}]', b'[{"question": "a"}] 7')
+        ),
         (
             "rows.csv",
             "question,answer\nGröße,1".encode("latin-1"),
@@ -258,6 +308,32 @@ def test_what_is_no_table_is_refused_with_what_to_do(
         table(str(file(tmp_path, name, content)))
 
 
+def test_two_columns_of_one_name_are_refused_whatever_the_file(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays(
+        [pa.array(["a"]), pa.array(["1"]), pa.array(["2"])], ["question", "answer", "answer"]
+    )
+    pq.write_table(twice, tmp_path / "rows.parquet")
+    with pytest.raises(PreflightError, match=r"rows\.parquet: .*'answer'"):
+        answers(tmp_path / "rows.parquet")
+
+
+def test_a_csv_as_excel_writes_it(tmp_path: Path) -> None:
+    sep = file(
+        tmp_path,
+        "sep.csv",
+        'sep=;\r\nquestion;answer\r\n"1,5";="007"\r\nb;="say ""x"""\r\n'.encode("utf-8-sig"),
+    )
+    assert answers(sep) == ["007", 'say "x"'] and table(str(sep))[0][0].text == "1,5"
+    bad = file(tmp_path, "bad.csv", b"sep=\t\nquestion\tanswer\na\t1\nb\n")
+    with pytest.raises(PreflightError, match=r"line 4: 'answer'.*None"):
+        answers(bad)
+
+
+def test_one_row_with_a_list_of_objects_in_it_is_a_row(tmp_path: Path) -> None:
+    rows = {"question": "q", "answer": "7", "train": [{"input": 1}], "tools": [{"name": "x"}]}
+    assert answers(file(tmp_path, "rows.jsonl", json.dumps(rows).encode())) == ["7"]
+
+
 def test_latin_1_is_named_by_line_with_its_remedy_and_may_be_left_out(tmp_path: Path) -> None:
     path = file(tmp_path, "rows.jsonl", LINES + b'\n{"question": "caf\xe9", "answer": "2"}')
     with pytest.raises(
@@ -284,6 +360,39 @@ def test_a_data_set_of_the_hub_is_read_with_the_digits_of_its_own_width(
     )
     monkeypatch.setitem(sys.modules, "datasets", library)
     assert answers("somebody/set") == ["0.1", "0.0000001"]
+
+
+def test_a_name_of_the_hub_has_a_subset_a_split_and_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    columns = pa.table({"question": ["a"], "answer": ["1"]})
+    held = SimpleNamespace(with_format=lambda kind: SimpleNamespace(iter=lambda batch_size: iter([columns])))
+
+    def load_dataset(*names: Any, **settings: Any) -> Any:
+        asked.append((names, settings))
+        if settings.get("revision") == "gone":
+            raise ValueError("no such revision")
+        return held
+
+    library = SimpleNamespace(load_dataset=load_dataset, exceptions=SimpleNamespace(DatasetsError=KeyError))
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert answers("openai/gsm8k", subset="main", split="train[:10%]", revision="v1") == ["1"]
+    assert asked == [(("openai/gsm8k", "main"), {"split": "train[:10%]", "revision": "v1"})]
+    with pytest.raises(PreflightError, match=r"data\.task=openai/gsm8k .*revision gone.*no such revision"):
+        answers("openai/gsm8k", revision="gone")
+
+
+def test_a_folder_of_shards_is_read_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name, numbers in (("train-0", "ab"), ("train-1", "cd"), ("test-0", "e")):
+        parquet(shards, f"{name}.parquet", question=list(numbers), answer=list(numbers))
+    for split, found in (("train", "abcd"), ("test", "e"), ("train[:50%]", "ab"), ("train+test", "abcde")):
+        assert answers(shards, split=split) == list(found)
+    with pytest.raises(PreflightError, match=r"data\.task=.*split dev"):
+        answers(shards, split="dev")
 
 
 def test_a_csv_may_begin_with_empty_lines_and_has_each_column_once(tmp_path: Path) -> None:

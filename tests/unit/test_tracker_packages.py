@@ -73,10 +73,21 @@ def wandb_records(file: Path):
             yield record
 
 
-def wandb_runs(folder: Path):
-    """(id, name, project, tags, steps, summary, exit code) of every offline run in `folder`, oldest first."""
-    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+def ended(file: Path):
+    """The records of a run, of which its process writes the last a moment after the run is finished."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
         found = list(wandb_records(file))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        time.sleep(0.1)
+    raise TimeoutError(f"{file} has no end")
+
+
+def wandb_runs(folder: Path):
+    """(run, steps, summary, exit code) of every offline run in `folder`, oldest first."""
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        found = ended(file)
         (run,) = (r.run for r in found if r.WhichOneof("record_type") == "run")
         history = [r.history for r in found if r.WhichOneof("record_type") == "history"]
         updates = [u for r in found if r.WhichOneof("record_type") == "summary" for u in r.summary.update]

@@ -1,5 +1,6 @@
 """A judge or a tool from a file of the user's: what it may import, and under which name it lives."""
 
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -98,6 +99,8 @@ def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
         ("raise KeyError('key')", r"KeyError\('key'\)"),
         ("def score(r, p) return", "SyntaxError"),
         ("import sys; sys.exit(3)", r"SystemExit\(3\)"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("class Odd(BaseException): pass\nraise Odd('a\\nb')", "Odd"),
     ],
 )
 def test_a_file_that_cannot_be_loaded_is_named_and_leaves_nothing(
@@ -115,6 +118,23 @@ def test_a_path_is_made_whole_where_it_is_given(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HOME", str(tmp_path))
     assert absolute("mine.py:score") == absolute("~/mine.py:score") == f"{tmp_path}/mine.py:score"
     assert absolute("mine.py") == "mine.py"
+
+
+@pytest.mark.parametrize(
+    ("signature", "lacking"),
+    [
+        ("response, prompt, *, strict", "'strict'"),
+        ("data_source, solution_str, ground_truth, extra_info=None", "'ground_truth'"),
+        ("response", "too many positional arguments"),
+    ],
+)
+def test_arguments_that_nobody_gives_are_named_beside_the_functions_own(
+    tmp_path: Path, signature: str, lacking: str
+) -> None:
+    write(tmp_path, mine=f"def score({signature}): return 1.0")
+    said = rf"reward\.path=.*\(text, prompt\).*{re.escape(f'score({signature})')}.*{lacking}.*a default"
+    with pytest.raises(ConfigError, match=said):
+        loaded(tmp_path / "mine.py")
 
 
 def test_a_callable_is_enough_and_an_unreadable_signature_is_refused(tmp_path: Path) -> None:

@@ -101,6 +101,6 @@ def test_a_file_of_a_name_that_conf_has_is_refused_and_a_train_yaml_is_not_blame
     mine = own(tmp_path, train="seed: 1\n", data__chain_sum="task: x\n", learner__mine="lr: 0.5\n")
     with pytest.raises(ConfigError, match=r"data/chain_sum\.yaml .*another"):
         compose.load_config(["data=chain_sum"], mine)
-    with pytest.raises(ConfigError, match=r"`run\.steps`") as refused:
-        compose.load_config(["run.stepz=3", "learner=mine"], mine)
+    with pytest.raises(ConfigError, match=r"data/mxture") as refused:
+        compose.load_config(["data=mxture", "learner=mine"], mine)
     assert "train.yaml" not in str(refused.value)
