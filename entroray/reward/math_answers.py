@@ -222,7 +222,7 @@ def _readings(reference: Reference, said: str) -> Iterator[str]:
 def _same_value(reference: Reference, said: str) -> bool:
     """50% is 50 and 0.5."""
     values = _read(said)
-    ours = [*map(_point, reference.values)] if said.startswith("(") else reference.values
+    ours = [*map(_point, reference.values)] if "=" not in said else reference.values
     if _equal(ours, values) or any(_same_region(a, b) for a in ours for b in values):
         return True
     if ("%" in reference.text) == ("%" in said):

@@ -110,7 +110,7 @@ def same_moment(reference: str, answer: str) -> bool | None:
     began, ended = (_clock(STYLE.sub(r"\1", text).strip()) for text in (reference, answer))
     if began and ended:
         return began[1:3] == ended[1:3] and (
-            began[0] == ended[0] or (not (began[3] and ended[3]) and (began[0] - ended[0]) % 12 == 0)
+            began[0] == ended[0] or (bool(began[3]) != bool(ended[3]) and (began[0] - ended[0]) % 12 == 0)
         )
     terms = re.fullmatch(r"(\d+):([0-5]\d)", reference)
     clock = terms and (terms[2].startswith("0") or math.gcd(int(terms[1]), int(terms[2])) != 1)

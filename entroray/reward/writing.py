@@ -102,7 +102,7 @@ def clean(text: str) -> str:
         if found := _AROUND.fullmatch(text):
             text = next(inside for inside in found.groups() if inside is not None)
     text = re.sub(r"\\varnothing|\\\{\s*\\\}", r"\\emptyset ", text)
-    text = _POWER.sub(r"^{\1}", text)
+    text = _POWER.sub(r"^{\1}", re.sub(r"^\$([^$]+)\$(?=\s*[^$]+$)", r"\1", text))  # $12$ cm
     text = _EUROPEAN.sub(lambda m: f"{re.sub('[. ]', '', m[1])}.{m[2]}", text)
     text = _GROUPED.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     for pattern, plain in _CLEANING:
