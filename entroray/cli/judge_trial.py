@@ -91,6 +91,7 @@ async def _tried(config: Config, read: dataset.Dataset, output: int) -> list[str
         lines = [await _judged(config, read, verifier, prompt) for prompt in _first_prompts(read)]
         for name, one in read.sets.items():
             await _check_references(name, one, read, verifier)
+        lines += await _unread(config, read, verifier)
         return lines + ([await _called(config, read, verifier)] if read.judge["tool"] else [])
     except TimeoutError as error:
         used = "; ".join({describe_judge(judge): None for judge in read.judge["judges"].values()})
@@ -162,6 +163,22 @@ async def _check_references(name: str, one: EvaluatedSet, read: dataset.Dataset,
             f"evaluate.sets.{name}.task={one.task}: {len(wrong)} of {len(one.prompts)} references cannot be "
             f"judged, first {wrong[0]}. Mend them, or set evaluate.sets.{name}.judge"
         )
+
+
+async def _unread(config: Config, read: dataset.Dataset, verifier: Verifier) -> list[str]:
+    """What of the first training references a judge of ours cannot read; DataError where it ends the run."""
+    own = {domain for domain, judge in read.judge["judges"].items() if judge.get("fn") in OWN}
+    few = [*islice((prompt for prompt in read.split.training if prompt.domain in own), ROWS)]
+    given = await asyncio.gather(*(verifier.judge(p, [_response(p, "", [])]) for p in few))
+    wrong = [verdict.detail for (verdict,) in given if not verdict.status.usable]
+    if len(wrong) > config.reward.max_failed * len(few):
+        raise DataError(
+            f"data.settings.answer: {len(wrong)} of the first {len(few)} references cannot be judged, first "
+            f"{wrong[0]}. Name the column of the answer, choose another reward.judge.fn, or raise "
+            f"reward.max_failed={config.reward.max_failed:g}"
+        )
+    said = f"{len(wrong)} of the first {len(few)} references cannot be judged, first "
+    return [said + wrong[0]] if wrong else []
 
 
 def _known_answer(config: Config, read: dataset.Dataset, prompt: Prompt) -> str | None:

@@ -222,7 +222,7 @@ def _readings(reference: Reference, said: str) -> Iterator[str]:
 def _same_value(reference: Reference, said: str) -> bool:
     """50% is 50 and 0.5."""
     values = _read(said)
-    ours = [*map(_point, reference.values)] if said.startswith("(") else reference.values
+    ours = [*map(_point, reference.values)] if "=" not in said else reference.values
     if _equal(ours, values) or any(_same_region(a, b) for a in ours for b in values):
         return True
     if ("%" in reference.text) == ("%" in said):
@@ -280,6 +280,8 @@ def _read(text: str) -> list[Any]:
 
 _COMPARES = re.compile(r"[<>]|\\(?:[lg]e|[lg]eq|[lg]eqslant|neq?)(?![A-Za-z])")
 _OR = re.compile(r"\\(?:text|mbox|mathrm)\s*\{\s*or\s*\}|\bor\b|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])")
+_TIMES = re.compile(r"(?:(?<![_\d.])(\d[\d.]*)|(?<=\)))\s*(?=\()")
+"""2(3) and (2)(3), which latex2sympy takes for two and three."""
 _CONFIG = NormalizationConfig(True, False, True, True, "all", False)
 
 
@@ -293,7 +295,7 @@ def _parsed(text: str) -> list[Any]:
             else []
         )
     try:
-        latex = normalize_latex(text, _CONFIG)
+        latex = normalize_latex(_TIMES.sub(r"\1 \\cdot ", text), _CONFIG)
         real = not should_treat_as_complex(latex)
         value = latex2sympy(latex, is_real=real, convert_degrees=False, normalization_config=None)
     except Exception:  # boundary: the grammar raises whatever a text makes it

@@ -110,7 +110,11 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
         return text, None
     named = " ".join([coin[2] if coin else "", found[1] if found else ""])
     value = (value[: found.start()] if found else value).strip()
-    if bare == text and re.match(r"\s[A-Za-z](?![A-Za-z])", named) and not VALUE.fullmatch(value):
+    if (
+        bare == text
+        and re.match(r"\s[A-Za-z](?![A-Za-z])", named)
+        and not VALUE.fullmatch(value.rpartition("=")[2].strip())
+    ):
         return text, None  # x^2 m is a product
     return value, _read_unit(named)
 
@@ -164,6 +168,8 @@ class Quantity:
 
 def read_quantity(text: str) -> Quantity | None:
     """`text` as one number, with its unit or the words around it; None if it is anything else."""
+    if "\n" in text:  # something is said behind it
+        return None
     value, unit = split_unit(text)
     words = [*unit.names] if unit else []
     found = VALUE.fullmatch(value)

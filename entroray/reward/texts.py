@@ -7,7 +7,7 @@ from fractions import Fraction
 STYLE = re.compile(r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|operatorname|boxed|fbox)\s*\{([^{}]*)\}")
 _SHORT = (
     "am an as at be by do go he if in is it me my no of oh ok on or so to up us we "  # English, and units
-    "mm cm km mg kg ml ft mi oz lb hr pm Hz kW"
+    "mm cm km mg kg ml ft mi oz lb hr pm sq Hz kW"
 )
 WORD = re.compile(
     r"(?<![\\A-Za-z\d])(?<!_\{)(?!(?:exp|sqrt|lim|max|min|gcd|lcm|mod|det|sinh|cosh|tanh|arc\w+)(?![A-Za-z]))"
@@ -28,11 +28,12 @@ def stated(text: str, known: str = r"\S") -> str:
 def without_words(text: str) -> tuple[str, list[str]]:
     """The value among words, and these: `a total of $42 a day` -> (42, [total, of, day])."""
     bare = re.sub(r"\b(?:and|or)\b", ",", stated(STYLE.sub(r" \1 ", text), r"\d"))
+    bare = re.sub(r"(?<=\d)(?=(?:[ap]m|[kcm]?m|k?g|m?[lL]|ft|lbs?|oz)\b)|(?<=\d)/(?=[A-Za-z]{2})", " ", bare)
     words = [word.casefold().removesuffix("s") for word in WORD.findall(bare)]
     value = re.sub(r"\\?[$€£¥₹₽₩](?=\s*[\d.])", "", WORD.sub(" ; ", bare))
     value = re.sub(r"\\?\$|\\[()\[\]]|[€£¥₹₽₩]|\b[aA]\b(?=\s)", " ; ", value)
     value = re.sub(r"\([\s;-]*\)", " ; ", value)
-    return re.sub(r"[\s,.;]*;[\s,.;]*", " ; ", value).strip(" ;,.:="), words
+    return re.sub(r"[\s,.;:]*;[\s,.;:]*", " ; ", value).strip(" ;,.:="), words
 
 
 _NO_TEXT = re.compile(r"[\d\\^_=+*/<>|{}\[\]%$~]")
@@ -109,7 +110,7 @@ def same_moment(reference: str, answer: str) -> bool | None:
     began, ended = (_clock(STYLE.sub(r"\1", text).strip()) for text in (reference, answer))
     if began and ended:
         return began[1:3] == ended[1:3] and (
-            began[0] == ended[0] or (not (began[3] and ended[3]) and (began[0] - ended[0]) % 12 == 0)
+            began[0] == ended[0] or (bool(began[3]) != bool(ended[3]) and (began[0] - ended[0]) % 12 == 0)
         )
     terms = re.fullmatch(r"(\d+):([0-5]\d)", reference)
     clock = terms and (terms[2].startswith("0") or math.gcd(int(terms[1]), int(terms[2])) != 1)

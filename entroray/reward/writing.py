@@ -28,7 +28,7 @@ _CLEANING: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     (re.compile(_UPRIGHT + r"\{\s*((?:[-+\d.,/ ]|\band\b|\bor\b)*\d[-+\d.,/ ]*)\}"), r"\1"),
     (re.compile(_UPRIGHT + r"\{\s*([ei])\s*\}"), r"\1"),
     (re.compile(rf"(?<=\d)(?:(?:st|nd|rd|th)(?![A-Za-z])|\^?\s*{_ORDINAL}|\^\{{{_ORDINAL}\}})"), ""),  # 3rd
-    (re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|csc|ln|log)(?![A-Za-z])"), r"\\\1"),
+    (re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|csc|ln|log|exp)(?![A-Za-z])"), r"\\\1"),
     (re.compile(r"\\log_\{?e\}?(?![A-Za-z])"), r"\\ln"),
     (re.compile(r"(?<=[\d}])\s*(?:percent|per cent|pct)\b"), r"\\%"),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
@@ -102,7 +102,7 @@ def clean(text: str) -> str:
         if found := _AROUND.fullmatch(text):
             text = next(inside for inside in found.groups() if inside is not None)
     text = re.sub(r"\\varnothing|\\\{\s*\\\}", r"\\emptyset ", text)
-    text = _POWER.sub(r"^{\1}", text)
+    text = _POWER.sub(r"^{\1}", re.sub(r"^\$([^$]+)\$(?=\s*[^$]+$)", r"\1", text))  # $12$ cm
     text = _EUROPEAN.sub(lambda m: f"{re.sub('[. ]', '', m[1])}.{m[2]}", text)
     text = _GROUPED.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     for pattern, plain in _CLEANING:

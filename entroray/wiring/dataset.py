@@ -106,7 +106,8 @@ def _check_reward(config: Config) -> None:
             "what that judges among the parts if it is to count"
         )
     own = [name for name, part in config.data.parts.items() if part.judge]
-    if r.parts and own and len(own) == len(config.data.parts):
+    judged = any(not of.judge for of in config.evaluate.sets.values())
+    if r.parts and own and len(own) == len(config.data.parts) and not judged:
         raise ConfigError(
             "reward.parts judges nothing, for each part of the mixture has a judge of its own, which goes "
             f"first: say 'data.parts.{own[0]}.judge={{}}' for each that reward.parts is to judge"

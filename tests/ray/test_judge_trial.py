@@ -1,5 +1,6 @@
 """A judge and a tool of the user's, tried by `doctor` and `train` before anything starts."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,17 @@ def test_a_file_that_is_never_loaded_is_given_up(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(judge_trial, "LOADING", 1.0)
     with pytest.raises(PreflightError, match=r"reward\.path=.*mine\.py:judge.*1 s"):
         doctor.judge(configured(*SMALL, f"reward.path={tmp_path}/mine.py:judge"))
+
+
+@pytest.mark.parametrize(("unread", "wrong"), [(2, False), (15, True)])
+def test_references_that_no_parser_reads_are_found_before_the_start(
+    tmp_path: Path, unread: int, wrong: bool
+) -> None:
+    rows = [{"question": f"{n}?", "answer": "%" if n < unread else str(n)} for n in range(40)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    mine = configured("data=table", f"data.task={tmp_path}/mine.jsonl", "data.heldout=0")
+    if wrong:
+        with pytest.raises(DataError, match=r"15 of the first 40 references.*'%'.*reward\.max_failed=0\.2"):
+            doctor.judge(mine)
+    else:
+        assert "2 of the first 40 references cannot be judged" in doctor.judge(mine)

@@ -103,7 +103,7 @@ def test_several_sets_are_chosen_at_once_and_single_fields_said() -> None:
         (["evaluate.sets={sets.a: {task: x}}"], r"^evaluate\.sets\.sets\.a: "),
         (
             ["evaluate.sets.mine={task: x}", "reward.judge={}"],
-            r"^evaluate\.sets\.mine\.judge .*reward\.judge",
+            r"evaluate\.sets\.mine\.judge .*reward\.parts ",
         ),
     ],
 )

@@ -1,10 +1,6 @@
 r"""What the judge `math` takes for right: literal references and answers, each kind on both of its sides."""
 
-import json
-import os
 import time
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +9,7 @@ from entroray.reward.math_answers import is_equal, read_reference
 from entroray.reward.quantities import read_quantity
 from entroray.reward.texts import choice, is_text, same_moment
 from entroray.reward.writing import clean
-from entroray.types import Prompt, Status
+from entroray.types import Prompt
 
 RIGHT = {
     "numbers": [
@@ -269,6 +265,7 @@ def test_a_reference_may_stand_in_a_sentence_or_a_solution(reference: str, right
         ("after", "... **#### 42**", True),
         ("after", "... #### 42.", True),
         ("after", "... #### 42\nI hope this helps!", False),
+        ("after", "... #### 42\nhope this helps", False),
         ("after", "... #### 41\n#### 42", True),
         ("last_line", "thinking\n**42**", True),
         ("last_line", "thinking\n\\[ x = 42 \\]", True),
@@ -346,100 +343,6 @@ def test_the_last_line_is_the_last_that_says_something() -> None:
     for text in ("is\n\\[\n42\n\\]", "```\n42\n```", "$$\n42\n$$\n", "42", "<answer>\n42\n</answer>"):
         assert extract.last_line(text) == "42"
     assert extract.last_line("```") == "```" and extract.last_line(" \n") is None
-
-
-DATA = Path(__file__).parent / "data"
-PAIRS = [line.split("\t") for line in (DATA / "math_pairs.tsv").read_text(encoding="utf-8").splitlines()[1:]]
-KINDS = sorted({kind for kind, *_ in PAIRS})
-"""Of the labelled pairs: how answers are written in MATH, AIME, AMC, GSM8K and OlympiadBench."""
-
-
-def misjudged(pairs: Iterable[list[str]]) -> list[tuple[str, str, bool]]:
-    """Pairs whose verdict is not their label, each with the verdict."""
-    found = ((reference, answer, right == "1") for _, reference, answer, right in pairs)
-    return [(r, a, not right) for r, a, right in found if judged_alone(r, a) is not right]
-
-
-def judged_alone(reference: str, answer: str) -> bool:
-    verdict = ALONE(answer, Prompt("0" * 16, "?", (1,), reference))
-    assert verdict.status.usable, verdict.detail
-    return verdict.correct
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_some_labelled_pairs_of_each_kind_are_judged_as_labelled(kind: str) -> None:
-    assert misjudged([pair for pair in PAIRS if pair[0] == kind][::8]) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_labelled_pair_is_judged_as_labelled(kind: str) -> None:
-    assert misjudged(pair for pair in PAIRS if pair[0] == kind) == []
-
-
-LEFT = {  # of issue 15, each of a kind that math_pairs.tsv has more of
-    True: [
-        *(("1/3", r"0.\overline{3}"), ("1/3", "0.(3)"), ("1/3", "0.3\u0305"), ("1/3", "0.333...")),
-        *(("42", "42 m^2"), ("42", r"42\text{ cm}^2"), ("42", "42 km/h"), ("C", "(C) 42")),
-        *(("B", r"\textbf{(B)}\ 12"), (r"\textbf{(B)}\ 12", "B"), ("42", r"\text{Answer: }42")),
-        *(("42", "42 = x"), (r"\sqrt2", "2^{0.5}"), ("hello world", "Hello, world!"), ("5 m", "500 cm")),
-        *(("5 cm", "5"), ("5", "5 cm"), ("$5", "500 cents"), ("xy", "yx"), ("12", "twelve")),
-    ],
-    False: [
-        *(("x = cat", "x = act"), ("AB", "BA"), ("H2O", "HO2"), ("a b", "b a"), ("P1", "1P"), ("1P", "P1")),
-        *(("f'(x)", "f(x)"), ("f(x)", "f'(x)"), ("5", "5+"), ("5 dollars", "5 cents"), ("5 cm", "5 m")),
-        *(("3-5", "-2"), ("-2", "3-5"), ("2-1", "1"), ("42", "1. 42"), ("42", "40 2"), ("2t", "2")),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    ("reference", "answer", "right"), [(*pair, how) for how in LEFT for pair in LEFT[how]]
-)
-def test_what_was_judged_the_other_way_round(reference: str, answer: str, right: bool) -> None:
-    assert judged(reference, answer) == {right}
-
-
-def worked(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Solution, its answer, and the answer plus 1."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        solution = json.loads(line)["answer"]
-        answer = solution.rpartition("####")[2].strip()
-        yield solution, answer, str(int(answer.replace(",", "")) + 1)
-
-
-def wrong_solutions(path: Path) -> list[str]:
-    """Solutions not right by their answer, as a reference of it, or right by the answer plus 1."""
-    after = build_judge({"fn": "math", "extract": "after"})
-    right = lambda judge, response, reference: judge(response, Prompt("0" * 16, "?", (1,), reference)).correct
-    return [
-        solution
-        for solution, answer, more in worked(path)
-        if not (right(after, solution, answer) and right(IN_BOX, rf"\boxed{{{answer}}}", solution))
-        or right(after, solution, more)
-        or right(IN_BOX, rf"\boxed{{{more}}}", solution)
-    ]
-
-
-def test_solutions_of_gsm8k_are_right_and_none_is_right_against_one_more() -> None:
-    assert wrong_solutions(DATA / "gsm8k_solutions.jsonl") == []
-
-
-@pytest.mark.slow
-def test_every_solution_of_gsm8k_is_right_and_none_is_right_against_one_more() -> None:
-    path = os.environ.get("GSM8K_TRAIN")
-    if not path:
-        pytest.skip("NOT TESTED: set GSM8K_TRAIN to a copy of gsm8k's train.jsonl")
-    assert len([*worked(Path(path))]) == 7473 and wrong_solutions(Path(path)) == []
-
-
-def test_one_of_several_references_is_enough_and_each_must_be_readable() -> None:
-    several = Prompt("0" * 16, "?", (1,), "42", alternatives=("cat", r"\frac{1}{2}"))
-    for answer, right in (("42", True), ("Cat.", True), ("0.5", True), ("43", False), ("dog", False)):
-        verdict = ALONE(answer, several)
-        assert verdict.status.usable and verdict.correct is right, answer
-    unread = ALONE("42", Prompt("0" * 16, "?", (1,), "42", alternatives=("%",)))
-    assert unread.status is Status.DATA_FAILED and "'%'" in unread.detail
 
 
 def test_long_rows_of_digits_units_and_brackets_are_read_at_once() -> None:
