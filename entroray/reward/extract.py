@@ -29,6 +29,13 @@ def after(text: str, *, marker: str) -> str | None:
     return (rest.strip() or None) if found else None
 
 
+def answer_tag(text: str) -> str | None:
+    """What stands between the last `<answer>` and its `</answer>`, stripped; an open tag holds nothing."""
+    before, closed, _ = text.rpartition("</answer>")
+    inside = before.rpartition("<answer>")[2] if closed and "<answer>" in before else ""
+    return inside.strip() or None
+
+
 _TOKENS = re.compile(r"(\\+(?:boxed|fbox)\s*\{)|(\{)|(\})|(\\+(?:boxed|fbox)(?![A-Za-z]))|\\.", re.DOTALL)
 _UNBRACED = re.compile(r"\s*([-+]?(?:\d|\\[A-Za-z])(?:[^\s${}]|\{[^{}]*\})*)")
 
@@ -62,7 +69,12 @@ def rule(name: str, marker: str) -> Rule:
         if not marker:
             raise ConfigError("reward.extract=after needs reward.marker, for example '####'")
         return lambda text: after(text, marker=marker)
-    rules: dict[str, Rule] = {"response": response, "last_line": last_line, "boxed": boxed}
+    rules: dict[str, Rule] = {
+        "response": response,
+        "last_line": last_line,
+        "boxed": boxed,
+        "answer_tag": answer_tag,
+    }
     if name not in rules:
         raise ConfigError(f"reward.extract={name!r} is unknown; {nearest(name, [*rules, 'after'])}")
     return rules[name]
