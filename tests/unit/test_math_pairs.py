@@ -1,7 +1,6 @@
 """The judge `math` on labelled pairs of references and answers, and on the solutions of gsm8k."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from entroray.types import Prompt, Status
 
 IN_BOX, ALONE = build_judge({"fn": "math"}), build_judge({"fn": "math", "extract": "response"})
 DATA = Path(__file__).parent / "data"
+GSM8K = Path(__file__).parents[2] / "../shared/data/gsm8k/train.jsonl"
 PAIRS = [line.split("\t") for line in (DATA / "math_pairs.tsv").read_text(encoding="utf-8").splitlines()[1:]]
 KINDS = sorted({kind for kind, *_ in PAIRS})
 """Of the labelled pairs: how answers are written in MATH, AIME, AMC, GSM8K and OlympiadBench."""
@@ -90,10 +90,9 @@ def test_solutions_of_gsm8k_are_right_and_none_is_right_against_one_more() -> No
 
 @pytest.mark.slow
 def test_every_solution_of_gsm8k_is_right_and_none_is_right_against_one_more() -> None:
-    path = os.environ.get("GSM8K_TRAIN")
-    if not path:
-        pytest.skip("NOT TESTED: set GSM8K_TRAIN to a copy of gsm8k's train.jsonl")
-    assert len([*worked(Path(path))]) == 7473 and wrong_solutions(Path(path)) == []
+    if not GSM8K.is_file():
+        pytest.skip(f"NOT TESTED: GSM8K is not at {GSM8K}")
+    assert len([*worked(GSM8K)]) == 7473 and wrong_solutions(GSM8K) == []
 
 
 def test_one_of_several_references_is_enough_and_each_must_be_readable() -> None:
