@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -21,7 +22,8 @@ EXIT = 30.0
 def main() -> None:
     """Run one command; exit codes as DESIGN 7 lists them."""
     code = run(sys.argv[1:])
-    sys.stdout.flush()
+    with suppress(OSError):  # `entroray ... | head`
+        sys.stdout.flush()
     leave = threading.Timer(EXIT, os._exit, (code,))
     leave.daemon = True
     leave.start()

@@ -128,7 +128,7 @@ def data(config: Config, read: Read = judge_trial.read_few) -> str:
     found = read(config)
     parts = f"{len(found.split.training)} training, {len(found.split.heldout)} held out"
     tasks = ", ".join(part.task for part in dataset.tasks(config.data, config.model.system).values())
-    sets = "".join(f"; {line}" for line in dataset.set_lines(config, found.sets))
+    sets = "".join(f"; {line}" for line in dataset.set_lines(config, found))
     return f"{tasks}: {parts}; {found.dropped}{sets}"
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ from entroray.workers.generator import Generator
 from entroray.workers.roles import GeneratorRole
 from entroray.workers.verifier import Verifier
 
-FLAGS = (Flag("config", "FILE"), Flag("out", "FILE"), Flag("html", "FILE"), CONFIG_DIR, Flag("compare"))
+FILES = (Flag("config", "FILE"), Flag("out", "FILE"), Flag("html", "FILE"))
+FLAGS = (*FILES, Flag("heldout"), CONFIG_DIR, Flag("compare"))
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a table; `--out` keeps everything as JSON, a page beside it, which `--html` puts elsewhere."""
+    """Prints a table; `--out` keeps everything as JSON, a page beside it, which `--html` puts elsewhere.
+
+    With `--heldout` the evaluation sets are left out.
+    """
     given, others = flags.parse_flags("eval", arguments, FLAGS)
     if "compare" in given:
         return _compare(others)
@@ -35,6 +40,8 @@ def main(arguments: list[str]) -> int:
     config = (
         of_run(Path(source), others) if source else compose.load_config(others, config_dir, training=False)[0]
     )
+    if "heldout" in given:
+        config = replace(config, evaluate=replace(config.evaluate, sets={}))
     result = asyncio.run(evaluate(config))
     evaluation.show_evaluation(result)
     if "out" in given:

@@ -108,7 +108,7 @@ def _first_prompts(read: dataset.Dataset) -> Iterator[Prompt]:
     """One of each part; with demonstrations if there are any."""
     of_sets = [each.prompts for each in read.sets.values()]
     for domain in read.judge["judges"]:
-        prompts = chain(*of_sets, read.split.demonstrations, read.split.training)
+        prompts = chain(*of_sets, islice(read.split.demonstrations, ROWS), read.split.training)
         yield from islice((prompt for prompt in prompts if prompt.domain == domain), 1)
 
 
@@ -168,7 +168,7 @@ async def _check_references(name: str, one: EvaluatedSet, read: dataset.Dataset,
 async def _unread(config: Config, read: dataset.Dataset, verifier: Verifier) -> list[str]:
     """What of the first training references a judge of ours cannot read; DataError where it ends the run."""
     own = {domain for domain, judge in read.judge["judges"].items() if judge.get("fn") in OWN}
-    few = [*islice((prompt for prompt in read.split.training if prompt.domain in own), ROWS)]
+    few = [p for p in islice(read.split.training, ROWS) if p.domain in own] if own else []
     given = await asyncio.gather(*(verifier.judge(p, [_response(p, "", [])]) for p in few))
     wrong = [verdict.detail for (verdict,) in given if not verdict.status.usable]
     if len(wrong) > config.reward.max_failed * len(few):

@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
     dataset.check_heldout(config, parts, read_in)
     if read_in.sets or judge_trial.is_own(read_in):
         print("\n".join(judge_trial.try_judges(config, read_in)), flush=True)
-    lines = dataset.set_lines(config, read_in.sets)
+    lines = dataset.set_lines(config, read_in)
     facts = warm_start.ensure_model(config, overrides, config_dir)
     model = warm_start.resolve_model(config)
     read_in = replace(read_in, tokenizer=warm_start.run_tokenizer(config))  # as its files have it now
@@ -360,7 +360,7 @@ def _compare(folder: Path, model: str) -> None:
     for name, path in (("before", model), ("after", str(folder / "model"))):
         out = folder / f"eval-{name}.json"
         command = [sys.executable, "-m", "entroray", "eval", f"--config={folder}/config.yaml"]
-        command += [f"--out={out}", f"model.path={quote(path)}", "evaluate.sets={}"]  # those were evaluated
+        command += [f"--out={out}", f"model.path={quote(path)}", "--heldout"]
         try:
             done = subprocess.run(command, check=False, timeout=1800, capture_output=True, text=True)
         except subprocess.TimeoutExpired as error:

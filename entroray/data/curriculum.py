@@ -46,18 +46,20 @@ class Curriculum:
         return self.inner.at(position)
 
     def __next__(self) -> Prompt:
-        start, spare = self.position, None
+        start, none, spare = self.position, 0, None
         for position in range(start, start + self.count):
             prompt = self.at(position)
             if prompt and self.drawn(prompt.id, position):
-                return self._go(position)
+                return self._go(position, none)
             if spare is None and prompt and not self.mastered(prompt.id):
-                spare = position
+                spare = position, none
+            none += prompt is None
         self.forced += 1
-        return self._go(start if spare is None else spare)
+        return self._go(*(spare or (start, 0)))
 
-    def _go(self, position: int) -> Prompt:
-        self.passed += position - self.position
+    def _go(self, position: int, none: int) -> Prompt:
+        """The prompt at `position`; of those before it `none` are no prompts."""
+        self.passed += position - self.position - none
         self.position = position
         return next(self.inner)
 

@@ -3,6 +3,7 @@
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -23,6 +24,7 @@ from entroray.data.large import (
 from entroray.data.questions import BadRow, BadRows, Question
 from entroray.data.tables import Shard, batch_rows, lookup
 from entroray.data.text_rows import Row
+from entroray.errors import PreflightError
 
 Seen = tuple[Hashes, Hashes, NDArray[np.bool_]]
 """[rows] of a batch: hashes of what is asked and of what is right; whether the row is left out."""
@@ -69,6 +71,30 @@ class LargeQuestions(Sequence[Question]):
         finally:
             self.forget()
 
+    def __iter__(self) -> Iterator[Question]:
+        """Those of rows that are not left out; PreflightError in the end if too many are bad."""
+        for row in self.good.tolist():
+            try:
+                question = self[row]
+            except BadRow as wrong:
+                self.bad.add(f"{self.place(row)}: {wrong}")
+                continue
+            yield question
+        self.bad.refuse(PreflightError)
+
+    def texts(self, rows: NDArray[np.integer]) -> Iterator[str]:
+        """What these `rows`, in order, ask; nothing of bad ones. Columns of texts are read as a whole."""
+        for start, batch in zip(self.starts[:-1].tolist(), self.batches, strict=True):
+            first, last = np.searchsorted(rows, [start, start + batch.num_rows])
+            column = self.column(batch, self.question) if self.question and first < last else None
+            if column is not None and str(column.type) in ("string", "large_string"):
+                yield from column.take(rows[first:last] - start).to_pylist()
+                continue
+            for row in rows[first:last].tolist():
+                with suppress(BadRow):
+                    yield self[row].text
+        self.forget()
+
     def place(self, row: int) -> str:
         """Where a row stands, as in `line 3`."""
         name, first = next((f for f in reversed(self.files) if f[1] <= row), ("", 0))
@@ -77,7 +103,11 @@ class LargeQuestions(Sequence[Question]):
     def hashes(self, path: str) -> Hashes | None:
         """[rows] of a column; None if there is none."""
         found = [self.column(batch, path) for batch in self.batches]
-        return None if any(c is None for c in found) else np.concatenate([*map(hash_column, found)])
+        if all(column is None for column in found):
+            return None
+        none = lambda batch: np.zeros(batch.num_rows, np.uint64)
+        pairs = zip(found, self.batches, strict=True)
+        return np.concatenate([none(batch) if c is None else hash_column(c) for c, batch in pairs])
 
 
 def keep_columns(
@@ -163,9 +193,11 @@ def keep_rows(questions: Iterable[Question], bad: BadRows) -> LargeQuestions:
             rows = pa.array(map(pickle.dumps, some), pa.large_binary())
             yield pa.record_batch({"asked": texts, "answers": known, "row": rows})
 
-    def column(batch: Any, path: str) -> Any:
-        rows = (pickle.loads(row.as_py()).row for row in batch["row"])
-        return pa.array([repr(_found(row, path)) for row in rows], pa.large_string())
+    def column(batch: Any, path: str) -> Any | None:
+        values = [_found(pickle.loads(row.as_py()).row, path) for row in batch["row"]]
+        if all(value is None for value in values):
+            return None
+        return pa.array(map(repr, values), pa.large_string())
 
     hashes = lambda batch: (hash_column(batch["asked"]), hash_column(batch["answers"]))
     see = lambda batch: (*hashes(batch), np.zeros(batch.num_rows, np.bool_))

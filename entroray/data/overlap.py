@@ -29,8 +29,8 @@ def _normalise(text: str) -> str:
     return " ".join(kept) or " ".join(folded.split())
 
 
-def count_shared(training: Iterable[str], sets: Mapping[str, Collection[int]]) -> dict[str, int]:
-    """How many questions of each set, given by their hashes, are among the texts `training`."""
-    left = {value for hashes in sets.values() for value in hashes}
+def count_shared(training: Iterable[str], sets: Mapping[str, Collection[frozenset[int]]]) -> dict[str, int]:
+    """How many questions of each set, given by the hashes of their forms, are among the texts `training`."""
+    left = {value for questions in sets.values() for forms in questions for value in forms}
     found = {value for value in map(question_hash, training) if value in left} if left else set[int]()
-    return {name: sum(value in found for value in hashes) for name, hashes in sets.items()}
+    return {name: sum(bool(forms & found) for forms in questions) for name, questions in sets.items()}

@@ -175,18 +175,13 @@ def _differing(row: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
 
 @dataclass
 class DrawnRows:
-    """A large table whose rows become prompts when they are drawn, and what became of those that did not.
-
-    It is in the checkpoint, so that a resumed run goes on counting.
-    """
+    """A large table whose rows become prompts when drawn, and those that did not; kept in the checkpoint."""
 
     questions: LargeQuestions
     make: Callable[[Question], Prompt]
     max_tokens: int | None
     taken: frozenset[str] = frozenset()
     """Ids and texts that other parts of a mixture have."""
-    before: int = 0
-    """Too long ones of the process that this one goes on from."""
     long: set[int] = field(default_factory=set)
     bad: set[int] = field(default_factory=set)
 
@@ -212,13 +207,17 @@ class DrawnRows:
     def observe(self, group: Group) -> None:
         """Groups say nothing of rows."""
 
-    def state(self) -> dict[str, int]:
-        """Plain JSON."""
-        return {"too_long": self.before + len(self.long), "bad": self.questions.bad.count}
+    def counts(self) -> dict[str, int]:
+        """Rows that were no prompt, by why."""
+        return {"too_long": len(self.long), "bad": self.questions.bad.count}
 
-    def restore(self, state: Mapping[str, int]) -> None:
-        self.long.clear()
-        self.before, self.questions.bad.count = state["too_long"], state["bad"]
+    def state(self) -> dict[str, Any]:
+        """Plain JSON: the rows by number, for each counts once however often it is met."""
+        return {"long": sorted(self.long), "bad": sorted(self.bad), "count": self.questions.bad.count}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.long, self.bad = set(state["long"]), set(state["bad"])
+        self.questions.bad.count = state["count"]
 
 
 class LargePrompts(Sequence[Prompt]):
@@ -242,6 +241,10 @@ class LargePrompts(Sequence[Prompt]):
 
     def __getitem__(self, index: Any) -> Any:
         return pick(self, index)
+
+    def texts(self) -> Iterator[str]:
+        """What each row asks."""
+        return self.drawn.questions.texts(self.rows)
 
     def cut(self, chosen: NDArray[np.bool_]) -> "LargePrompts":
         """The rows that are `chosen`."""

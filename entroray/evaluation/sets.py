@@ -9,7 +9,7 @@ from entroray.binding import bind
 from entroray.config import EvaluationSet
 from entroray.data import sources
 from entroray.data.overlap import count_shared, question_hash
-from entroray.data.prompts import make_prompts
+from entroray.data.prompts import make_prompts, render
 from entroray.errors import ConfigError, PreflightError
 from entroray.evaluation import summary
 from entroray.evaluation.cot_decoding import Words
@@ -40,8 +40,8 @@ class EvaluatedSet:
     plan: EvaluationPlan
     label: str
     """What its metrics end in."""
-    questions: tuple[int, ...]
-    """Hashes of its questions (data/overlap.py)."""
+    questions: tuple[frozenset[int], ...]
+    """Hashes of its questions, bare and in the template (data/overlap.py)."""
     left_out: str
     """What is not among the prompts, and why; empty where all of it is."""
 
@@ -86,7 +86,8 @@ def read_set(
     longer = f"longer than data.max_prompt={max_prompt} tokens"
     counts = {"bad rows": bad, "duplicates": made.duplicates, longer: made.too_long}
     left_out = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    questions = tuple(question_hash(row.text) for row in rows)
+    forms = ({row.text, render(row, of.template)} for row in rows)
+    questions = tuple(frozenset(map(question_hash, texts)) for texts in forms)
     return EvaluatedSet(of.task, tuple(made.prompts[: of.prompts]), plan, label, questions, left_out)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
+from urllib.parse import urlsplit
 
 from entroray.binding import declare
 from entroray.errors import PreflightError
@@ -152,7 +153,8 @@ def _kept_id(run: TrackedRun, tracker: str, make: Callable[[], str]) -> str:
 
 def _refuse_missing(extra: str, *modules: str) -> None:
     """PreflightError unless every module of an extra of ours is installed."""
-    if missing := [name for name in modules if find_spec(name) is None]:
+    found = {name: find_spec(name) for name in modules}  # a folder of that name has no origin
+    if missing := [name for name, spec in found.items() if spec is None or spec.origin is None]:
         raise PreflightError(
             f"{SETTING}: {extra} needs {' and '.join(missing)}, not installed here: pip install "
             f"'entroray[{extra}]' (in a checkout: ENTRORAY_EXTRAS={extra} launch/setup.sh), or leave it out"
@@ -164,13 +166,17 @@ QUIET = {"silent": True, "console": "off"}
 
 
 def _wandb_ready(*, mode: str | None = None, settings: Mapping[str, Any] | None = None, **_: Any) -> None:
-    """PreflightError without the package, or online without a key."""
+    """PreflightError without the package, with a key that would be written, or online without a key."""
+    if "api_key" in (settings or {}):
+        raise PreflightError(
+            f"{SETTING}: wandb's settings.api_key would be written with the run: set WANDB_API_KEY instead"
+        )
     _refuse_missing("wandb", "wandb")
     import wandb as library
 
     base, own = library.setup(library.Settings(**QUIET)).settings, settings or {}
     online = (mode or own.get("mode") or base.mode) not in ("offline", "dryrun", "disabled")
-    if online and not {"api_key", "base_url"} & own.keys() and not library.login(prompt=False, verify=False):
+    if online and "base_url" not in own and not library.login(prompt=False, verify=False):
         raise PreflightError(
             f"{SETTING}: wandb has no key for {base.base_url}: `wandb login`, or WANDB_API_KEY=..., or "
             "[{fn: wandb, mode: offline}] and `wandb sync` afterwards"
@@ -226,8 +232,13 @@ def wandb(
     return Functions(write, finish, opened.finish).caught_up(run)
 
 
-def _mlflow_ready(**_: Any) -> None:
-    """PreflightError without the packages."""
+def _mlflow_ready(*, uri: str | None = None, **_: Any) -> None:
+    """PreflightError without the packages, or with a password that would be written."""
+    if "@" in urlsplit(uri or "").netloc:
+        raise PreflightError(
+            f"{SETTING}: mlflow's uri holds a password, which would be written with the run: set "
+            "MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, instead"
+        )
     _refuse_missing("mlflow", "mlflow", "sqlalchemy", "alembic")
 
 
@@ -264,22 +275,24 @@ def mlflow(
         client.log_batch(key, params=some)
     client.update_run(key, status="RUNNING")
 
-    def put(step: int, metrics: Mapping[str, float]) -> None:
+    def put(*lines: tuple[int, Mapping[str, float]]) -> None:
         now = int(time.time() * 1000)
-        for some in _chunks([Metric(_mlflow_name(k), v, now, step) for k, v in metrics.items()], 1000):
+        rows = [Metric(_mlflow_name(k), v, now, step) for step, each in lines for k, v in each.items()]
+        for some in _chunks(rows, 1000):
             client.log_batch(key, metrics=some)
 
     def finish(summary: RunSummary) -> None:
         words = {name: value for name, value in summary.flat().items() if name != STEP}
-        put(summary.step, {name: float(v) for name, v in words.items() if not isinstance(v, str)})
+        put((summary.step, {name: float(v) for name, v in words.items() if not isinstance(v, str)}))
         for name, value in words.items():
             if isinstance(value, str):
                 client.set_tag(key, name, value[:5000])
         client.set_terminated(key, ENDS[summary.status])
 
     after = max((m.step for m in client.get_metric_history(key, STEP)), default=-1)
-    write = lambda step, metrics: put(step, {**metrics, STEP: step})
-    return Functions(write, finish, lambda: None, after).caught_up(run)
+    stepped = lambda step, metrics: (step, {**metrics, STEP: step})
+    put(*(stepped(*line) for line in run.lines() if line[0] > after))  # in few calls, for they may be many
+    return Functions(lambda *line: put(stepped(*line)), finish, lambda: None, after)
 
 
 def _chunks(values: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:

@@ -171,6 +171,8 @@ def url_misfit(name: str, url: str) -> str:
     """What is wrong with a URL that is set as `name`; empty if nothing is."""
     try:
         parts = urlsplit(url)
+        if "@" in parts.netloc:
+            return f"{name} holds a password, which would be written with the run: use key_env=NAME"
         right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         right = False
@@ -206,7 +208,8 @@ def _without(key: str, text: str) -> str:
 def _proxy(url: str) -> str | None:
     """The proxy that the environment names for a URL (http_proxy, https_proxy, no_proxy)."""
     parts = urlsplit(url)
-    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+    found = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+    return f"http://{found}" if found and "://" not in found else found
 
 
 def _excerpt(text: str) -> str:

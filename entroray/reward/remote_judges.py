@@ -184,7 +184,7 @@ def _reply(answer: Any, place: str) -> str:
             Status.DATA_FAILED, f"{place} answers with no chat completion: {shown_answer}"
         ) from None
     text = said.rpartition("</think>")[2].strip() if isinstance(said, str) else ""
-    if not text:
+    if not text or text.startswith("<think>"):
         cut = ": raise max_tokens" if choice.get("finish_reason") == "length" else ""
         raise Unjudged(Status.DATA_FAILED, f"{place} answers with an empty reply{cut}")
     return text
@@ -199,8 +199,7 @@ def _score(
         reply = found[-1][found[-1].re.groups] or "" if found else ""
     if words:
         return _spoken(reply, words)
-    labelled = _within(_LABELLED.findall(reply), scale)
-    return _within(_ANY.findall(reply), scale) if labelled is None else labelled
+    return _within(_LABELLED.findall(reply) or _ANY.findall(reply), scale)
 
 
 def _spoken(reply: str, words: Mapping[str, float]) -> float | None:

@@ -12,7 +12,8 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _IN_NUMBERS = re.compile(r"(?<=\d)[.,:/-](?=\d)|(?<![\w.])[-.](?=\.?\d)")
 _JOINING = frozenset(".'’‘`\"“”´")
 """Punctuation that stands within words, or around them: U.S. is us."""
-_ARTICLES = re.compile(r"\b(?:a|an|the)\s+(?=\S)", re.IGNORECASE)
+_ARTICLES = re.compile(r"\b(?:an?\s+(?=\w\w|\d)|the\s+(?=\S))", re.IGNORECASE)
+"""`A, C` are two choices, and no article."""
 
 
 def normalise(text: str, keep: Sequence[str] = ()) -> str:

@@ -29,6 +29,7 @@ def without_words(text: str) -> tuple[str, list[str]]:
     """The value among words, and these: `a total of $42 a day` -> (42, [total, of, day])."""
     bare = re.sub(r"\b(?:and|or)\b", ",", stated(STYLE.sub(r" \1 ", text), r"\d"))
     bare = re.sub(r"(?<=\d)(?=(?:[ap]m|[kcm]?m|k?g|m?[lL]|ft|lbs?|oz)\b)|(?<=\d)/(?=[A-Za-z]{2})", " ", bare)
+    bare = re.sub(r"(?<=\d)(?=[^\x00-\u03ff\W\d_])", " ", bare)  # 42元
     words = [word.casefold().removesuffix("s") for word in WORD.findall(bare)]
     value = re.sub(r"\\?[$€£¥₹₽₩](?=\s*[\d.])", "", WORD.sub(" ; ", bare))
     value = re.sub(r"\\?\$|\\[()\[\]]|[€£¥₹₽₩]|\b[aA]\b(?=\s)", " ; ", value)

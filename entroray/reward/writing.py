@@ -14,7 +14,7 @@ _NAMED = {
 }
 _SIGNS = str.maketrans(
     {sign: rf"\{name} " for sign, name in _NAMED.items()}
-    | dict(zip("−–∕⁄÷，；（）′’⟨⟩", "--///,;()''()", strict=True))
+    | dict(zip("−–∕⁄÷，；（）′’⟨⟩。、", "--///,;()''().,", strict=True))
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", "")
     | {"°": r"^\circ "}
 )

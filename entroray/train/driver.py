@@ -125,7 +125,7 @@ class Driver:
         self.steps = 0  # of the run, once it is told
         self.drawn = 0  # in groups judged; `stream.lost` are the others
         self.turn: asyncio.Task[dict[str, float]] | None = None
-        self.stopping = False
+        self.stopping = self.over = False
         self.clock = Clock()
         self.committed = self.state()
 
@@ -138,7 +138,8 @@ class Driver:
         try:
             if self.version == 0 and (first := await self.roles.evaluate(0, False)):
                 self.roles.journal.event("evaluation", step=0, **first)
-            while not self._is_over() and not self.stopping:
+            self.over = self._is_over()
+            while not self.over and not self.stopping:
                 self._turn_knobs()  # before anything is sampled for this step
                 self.stream.advance(self.version)
                 history.append(await self._step_within_stall())
@@ -260,8 +261,9 @@ class Driver:
         self.version += 1
         metrics = updated | synced | self._measure(groups, tokens, active) | clock.metrics(len(tokens.row))
         self._report_idle(metrics)
+        self.over = self._is_over()  # before the evaluation, in which groups may be lost
         with clock("evaluate"):
-            metrics |= await self.roles.evaluate(self.version, self._is_over())
+            metrics |= await self.roles.evaluate(self.version, self.over)
         metrics |= self.control.observe(metrics)
         self.roles.journal.step(self.version, metrics, groups, tokens)
         return metrics

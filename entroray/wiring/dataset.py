@@ -288,16 +288,19 @@ def read_sets(config: Config, tokenizer: Any) -> dict[str, EvaluatedSet]:
     return read
 
 
-def set_lines(config: Config, sets: Mapping[str, EvaluatedSet]) -> list[str]:
+def set_lines(config: Config, read_in: Dataset) -> list[str]:
     """A line for each set: how it is answered, and how much of it the training data has, too."""
-    return describe_sets(sets, _training_questions(config)) if sets else []
+    return describe_sets(read_in.sets, _training_questions(config, read_in.split)) if read_in.sets else []
 
 
-def _training_questions(config: Config) -> Iterator[str]:
-    """What every row of the training data asks; they are read again, as prompts hold no bare question."""
-    for part in tasks(config.data, config.model.system).values():
-        for question in read_questions(part, config.packages)[0]:
-            yield question.text
+def _training_questions(config: Config, split: prompts.Split) -> Iterator[str]:
+    """What every row asks; but for large tables they are read again, as prompts hold no bare question."""
+    large = [part for name in SPLITS for part in mixture.large_parts(getattr(split, name))]
+    for rows in large:
+        yield from rows.texts()
+    for name, part in tasks(config.data, config.model.system).items():
+        if name not in {rows.domain for rows in large}:
+            yield from (question.text for question in read_questions(part, config.packages)[0])
 
 
 def describe_tasks(d: Data, shared: str | None, reward: Reward) -> list[str]:
@@ -339,9 +342,9 @@ def count_drawn(training: Sequence[Prompt]) -> tuple[dict[str, GroupObserver], l
     """By the setting of its name, each large table's count of rows that were no prompt; and their metrics."""
     rows = {f"data.parts.{p.domain}" if p.domain else "data": p.drawn for p in mixture.large_parts(training)}
     for drawn in rows.values():  # of an earlier run of a lab
-        drawn.restore(drawn.state() | {"too_long": 0})
+        drawn.restore(drawn.state() | {"long": []})
     counts = lambda *_: {
-        f"prompts/{why}": float(sum(drawn.state()[why] for drawn in rows.values()))
+        f"prompts/{why}": float(sum(drawn.counts()[why] for drawn in rows.values()))
         for why in ("too_long", "bad")
     }
     return dict(rows), [counts] if rows else []

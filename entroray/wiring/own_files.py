@@ -38,7 +38,8 @@ def _names(override: Override) -> list[str]:
 def refuse_overlaps(given: Sequence[Override], folders: Sequence[Path]) -> None:
     """ConfigError for a list of files of a group of which two set one setting: the last would win, unsaid."""
     for override in given:
-        if isinstance(override.value(), list):
+        group = override.key_or_group
+        if isinstance(override.value(), list) and any((folder / group).is_dir() for folder in folders):
             _refuse_overlap(override.key_or_group, _names(override), folders)
 
 

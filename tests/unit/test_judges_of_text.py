@@ -58,6 +58,7 @@ def test_texts_that_are_one(one: str, other: str) -> None:
         *(
             ("3.14", "314"),
             ("-5", "5"),
+            ("A, C", "C"),
             ("1/2", "12"),
             ("C++", "C"),
             ("C#", "C"),

@@ -221,7 +221,7 @@ def test_a_curriculum_passes_over_what_is_too_long(tmp_path: Path, lowered: None
         wide(str(parquet(tmp_path / "rows.parquet", rows)), "data.heldout=0"), TOKENIZER
     ).split.training
     chosen = Curriculum(PromptStream(training, seed=0), COUNT, Rule(retire=1.0), seed=0)
-    assert len({next(chosen).id for _ in range(30)}) == 30
+    assert len({next(chosen).id for _ in range(30)}) == 30 and chosen.passed == 0
 
 
 def test_nothing_short_enough_is_said_before_the_run_or_ends_it(
@@ -292,8 +292,35 @@ def test_what_shows_when_a_row_is_drawn_is_passed_over_until_it_is_too_much(
     ).split.training
     drawn = [*islice(PromptStream(training, seed=0), 38)]
     assert len({p.id for p in drawn}) == 38
-    _, (measure,) = dataset.count_drawn(training)
+    observers, (measure,) = dataset.count_drawn(training)
     assert measure((), (), 1) == {"prompts/too_long": 0.0, "prompts/bad": 2.0}
+    resumed = dataset.read_dataset(wide(path, "data.heldout=0", "data.settings.bad_rows=0.05"), TOKENIZER)
+    again, (measured,) = dataset.count_drawn(resumed.split.training)
+    again["data"].restore(json.loads(json.dumps(observers["data"].state())))
+    assert len([*islice(PromptStream(resumed.split.training, seed=0, position=40), 76)]) == 76
+    assert measured((), (), 1) == {"prompts/too_long": 0.0, "prompts/bad": 2.0}
+
+
+@pytest.mark.parametrize("write", [parquet, lines], ids=["columns", "texts"])
+def test_overlap_with_a_set_is_counted_over_the_rows_that_are_good(
+    write: Any, tmp_path: Path, lowered: None
+) -> None:
+    bad = {**ROWS[0], "question": "Say no", "answer": "work ####"}
+    path = write(tmp_path / "rows.data", [*ROWS, {**ROWS[0], "question": " "}, bad, ROWS[0]])
+    mine = lines(tmp_path / "mine.jsonl", [ROWS[7], ROWS[8], {"question": "Other", "answer": "1"}])
+    word = f'evaluate.sets.mine={{task: "{mine}"}}'
+    config = wide(str(path), "data.settings.bad_rows=0.1", "data.heldout=0.2", word)
+    read = dataset.read_dataset(config, TOKENIZER)
+    assert isinstance(read.split.training, LargePrompts)
+    assert dataset.set_lines(config, read)[0].endswith("2 of 3 questions are in the training data, too")
+
+
+def test_questions_of_texts_that_differ_in_the_metadata_of_the_template_are_two(
+    tmp_path: Path, lowered: None
+) -> None:
+    rows = [{"question": "Work", "answer": str(i), "metadata": {"expression": f"{i}+0"}} for i in range(20)]
+    config = wide(str(lines(tmp_path / "rows.jsonl", rows)), "data.heldout=0", 'data.template="{expression}"')
+    assert len([*dataset.read_dataset(config, TOKENIZER).split.training]) == 20
 
 
 # Beside other parts, and resumed.

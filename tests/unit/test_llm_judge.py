@@ -51,6 +51,8 @@ def test_a_score_is_read_from_a_reply(reply: str, more: dict[str, Any], reward: 
     [
         (completion("I cannot say."), {}, "no score from 0 to 10"),
         (completion("11"), {}, "no score"),
+        (completion("1. Facts are right. Score: 85"), {}, "no score from 0 to 10"),
+        (completion("<think>maybe a score of 8"), {}, "empty reply"),
         (completion("7"), {"score": r"verdict=(\d)"}, "no score"),
         (completion("7"), {"words": {"yes": 1}}, "no score"),
         (completion(None, finish_reason="length"), {}, "max_tokens"),

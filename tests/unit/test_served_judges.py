@@ -164,7 +164,7 @@ def test_a_server_that_is_down_is_named_and_one_that_comes_back_answers() -> Non
         port = server.sockets[0].getsockname()[1]
         server.close()
         await server.wait_closed()
-        url = f"http://user:word@127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{port}"
         (gone,) = await asked({}, url, ("42",), PROMPT, 0.1)
         waiting = asyncio.create_task(asked({}, url, ("42",), PROMPT, 5.0))
         await asyncio.sleep(0.1)
@@ -298,6 +298,8 @@ def test_a_url_is_shown_without_its_secrets() -> None:
         ({"fn": "remote"}, "`remote` needs `url`"),
         ({"fn": "remote", "url": "localhost:8000"}, r"url=localhost:8000 .*url=http://HOST"),
         ({"fn": "remote", "url": "http://"}, "url=http://"),
+        ({"fn": "remote", "url": "http://me:pw@h"}, "url .*key_env=NAME"),
+        ({**LLM, "base_url": "http://me:pw@h/v1"}, "base_url .*key_env=NAME"),
         ({"fn": "remote", "url": "http://h:99999999/x"}, "url=http://h:99999999/x"),
         ({"fn": "remote", "url": "http://h", "concurrency": 0}, r"`remote\.concurrency` .* 0"),
         ({"fn": "remote", "url": "http://h", "deadline": 0}, r"`remote\.deadline` .* 0"),
