@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,38 +22,41 @@ from entroray.home import home_folder
 
 LARGE = 100_000
 """Rows from which a table is kept so."""
-BATCH = 1 << 14
-"""Rows taken in at once: their hashes are made within a core's cache."""
+BATCH = 1 << 16
+"""Rows taken in at once."""
+AHEAD = 2
+"""Batches that may wait for their hashes while the next is read."""
 Hashes = NDArray[np.uint64]
+T = TypeVar("T")
 _ODD, _HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
 
 
 def keep_batches(
-    streams: Iterable[Iterable[Any]], see: Callable[[Any], None], *, mapped: bool = False
-) -> tuple[list[Any], Callable[[], None]]:
+    streams: Iterable[Iterable[Any]], see: Callable[[Any], T], *, mapped: bool = False
+) -> tuple[list[Any], list[T], Callable[[], None]]:
     """Record batches mapped from a file that goes with the process, and what lets go of pages read so far.
 
-    A stream has one schema. `see` is called with each batch, in order, beside the writing. What is `mapped`
-    already is not written. InfrastructureError if the disk is full.
+    A stream has one schema. Between them is what `see` finds in each batch, beside the writing. What is
+    `mapped` already is not written. InfrastructureError if the disk is full.
     """
     import pyarrow as pa
 
     kept, starts, forget = list[Any](), list[int](), lambda: None
-    with ThreadPoolExecutor(1) as beside, _nameless_file() as (file, room):
+    seen: list[Future[T]] = []
+    with ThreadPoolExecutor(AHEAD) as beside, _nameless_file() as (file, room):
         for stream in streams:
             starts.append(file.tell())
-            sink, seen = None, Future[Any]()
-            seen.set_result(None)
+            sink = None
             for batch in stream:
-                seen.result()  # deadline: it computes
-                seen = beside.submit(see, batch)
+                seen.append(beside.submit(see, batch))
+                if len(seen) > AHEAD:
+                    seen[-AHEAD - 1].result()  # deadline: it computes
                 if mapped:
                     kept.append(batch)
                     continue
                 with writing(*room):
                     sink = sink or pa.ipc.new_stream(file, batch.schema)
                     sink.write_batch(batch)
-            seen.result()  # deadline: it computes
             if sink is None:
                 starts.pop()
                 continue
@@ -64,7 +67,7 @@ def keep_batches(
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             forget, buffer = partial(pages.madvise, mmap.MADV_DONTNEED), pa.py_buffer(pages)
             kept = [batch for start in starts for batch in pa.ipc.open_stream(buffer.slice(start))]
-    return kept, forget
+    return kept, [each.result() for each in seen], forget  # deadline: they have computed
 
 
 def release_memory() -> None:

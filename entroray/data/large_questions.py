@@ -156,8 +156,7 @@ def _keep(
     mapped: bool = False,
     **more: Any,
 ) -> LargeQuestions:
-    seen: list[Seen] = []
-    batches, forget = keep_batches(streams, lambda batch: seen.append(see(batch)), mapped=mapped)
+    batches, seen, forget = keep_batches(streams, see, mapped=mapped)
     asked, answers, left_out = map(np.concatenate, zip(*seen, strict=True))
     return LargeQuestions(
         batches,

@@ -260,11 +260,7 @@ def pick(prompts: Sequence[Prompt], index: int | slice) -> Any:
 
 
 def _large_prompts(
-    questions: LargeQuestions,
-    tokenize: Tokenize,
-    template: str | None,
-    max_tokens: int | None,
-    domain: str,
+    questions: LargeQuestions, tokenize: Tokenize, template: str | None, max_tokens: int | None, domain: str
 ) -> PromptSet:
     """Rows with one question, and one value in each other field of the template, are duplicates."""
 
@@ -283,19 +279,21 @@ def _large_prompts(
             break
     else:
         raise _nothing_left(len(questions), shortest, max_tokens)
-    keys = questions.asked
+    keys, answers, rows = questions.asked, questions.answers, questions.good
     for name in sorted(_fields(template) - {"question", questions.question}):
         values = questions.hashes(name)
         values = questions.hashes(f"metadata.{name}") if values is None else values
         keys = keys if values is None else mix(keys ^ values)
     if template:
         keys = mix(keys ^ np.uint64(int(prompt_id("", template), 16)))
-    keys, answers = keys[questions.good], questions.answers[questions.good]
+    if len(rows) < len(keys):
+        keys, answers = keys[rows], answers[rows]
     first, contradictions = first_of_each(keys, answers)
-    rows, keys = questions.good[first], keys[first]
-    digest = hashlib.blake2b((mix(keys) ^ answers[first]).data, digest_size=16).hexdigest()
-    prompts = LargePrompts(drawn, rows, keys, domain, digest)
-    return PromptSet(prompts, len(answers) - len(rows), 0, contradictions)
+    if len(first) < len(rows):
+        rows, keys, answers = rows[first], keys[first], answers[first]
+    digest = hashlib.blake2b((mix(keys) ^ answers).data, digest_size=16).hexdigest()
+    large = LargePrompts(drawn, rows, keys, domain, digest)
+    return PromptSet(large, len(questions) - len(rows), 0, contradictions)
 
 
 def _fields(template: str | None) -> set[str]:

@@ -165,7 +165,7 @@ def _parquet(path: Path, whole: Any, size: int) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     try:
-        yield from pq.ParquetFile(whole).iter_batches(batch_size=size)
+        yield from pq.ParquetFile(whole, memory_map=True).iter_batches(batch_size=size)
     except (OSError, ValueError) as error:
         raise PreflightError(f"{path} cannot be read as Parquet: {error}") from error
 

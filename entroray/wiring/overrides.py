@@ -32,6 +32,7 @@ TEXTS = re.compile(
 """Settings whose text is put to the model or looked for in what it says."""
 NAMED = ("data.parts.", "evaluate.sets.")
 """What the sections begin with that the user names."""
+BREAK = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|\s*\n\s*""", re.DOTALL)
 TEXT_TYPES = (str, str | None)
 PIECE = re.compile(r"""\s*(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,])+""")
 """What stands between two commas."""
@@ -47,8 +48,15 @@ def parse_overrides(words: Sequence[str]) -> list[Override]:
 
 def read_words(words: Sequence[str]) -> tuple[list[str], list[Override]]:
     """As `parse_overrides`, each text as it was typed: Hydra reads 1e5 as 100000.0 and true as True."""
+    words = [_in_one_line(word) for word in words]
     kept = [_as_typed(word, override) for word, override in zip(words, parse_overrides(words), strict=True)]
     return kept, parse_overrides(kept)
+
+
+def _in_one_line(word: str) -> str:
+    """A list or dictionary that is typed over several lines; a line break within quotes stays."""
+    plain = word.partition("=")[2][:1] not in ("{", "[")
+    return word if plain else BREAK.sub(lambda found: found[1] or " ", word)
 
 
 def _as_typed(word: str, override: Override) -> str:

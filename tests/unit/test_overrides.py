@@ -17,6 +17,7 @@ from entroray.errors import ConfigError, PreflightError
 from entroray.rows import conf_folder
 from entroray.wiring import compose
 from entroray.wiring.overrides import parse_overrides, read_line_breaks, refuse_sweeps, refuse_unknown
+from tests.composed import configured
 
 # What is put to the model.
 
@@ -99,6 +100,14 @@ def test_a_word_that_cannot_be_read_is_refused_with_the_word_that_can(
     written = str(refused.value).partition(": write ")[2]
     assert shlex.split(written) == [instead] and "hydra.cc" not in str(refused.value)
     assert parse_overrides(shlex.split(written))[0].value() == value
+
+
+def test_a_dictionary_may_be_typed_over_several_lines() -> None:
+    word = """reward.judge={fn: math,
+        extract: last_line}"""
+    assert configured(word).reward.judge == {"fn": "math", "extract": "last_line"}
+    config = configured('evaluate.sets={\n a: {task: x, template: "1\n2"},\n b: {task: y}\n}')
+    assert config.evaluate.sets["a"].template == "1\n2" and config.evaluate.sets["b"].task == "y"
 
 
 def test_a_home_that_no_shell_fills_in_is_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
