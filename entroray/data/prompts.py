@@ -51,11 +51,9 @@ def render(question: Question, template: str | None) -> str:
     if template is None:
         return question.text
     metadata = question.row.get("metadata")
-    fields = {
-        "question": question.text,
-        **(metadata if isinstance(metadata, Mapping) else {}),
-        **question.row,
-    }
+    fields = {**(metadata if isinstance(metadata, Mapping) else {}), **question.row}
+    if not isinstance(fields.get("question"), list | tuple):  # messages, which a template reads by path
+        fields["question"] = question.text  # whatever column of that name there is beside the one asked
     try:
         return _Formatter().vformat(template, (), fields)
     except KeyError as error:

@@ -14,6 +14,10 @@ from entroray.errors import EntrorayError
 
 _WRITTEN = re.compile(r"""\s*\[\s*(?:(?:null|None)\s*,\s*)*\{\s*["'](?:role|content)["']\s*:""")
 """How a list of messages begins that was written as a text."""
+_APART = re.compile(r"\}\s+\{")
+"""What NumPy writes between two messages."""
+_ALONE = re.compile(r"""\s*\[\s*("(?:[^"\\]|\\["\\/bfnrtu])*")\s*\]\s*""")
+"""One answer as a JSON list in a text, as Skywork-OR1 has them: `["7"]`."""
 Message = Mapping[str, Any]
 """`{role, content}`, as chat templates take them."""
 
@@ -83,6 +87,9 @@ def read_question(task: str, row: Row | str, *, question: str, answer: str | Non
 
 def _references(value: Any, column: str, marker: str) -> list[str]:
     """The right answers: those of a list, each once, else the one."""
+    if isinstance(value, str) and (alone := _ALONE.fullmatch(value)):
+        decoded = json.loads(alone[1])
+        value = decoded if decoded.isprintable() else alone[1][1:-1]  # "\\frac12" with its escape forgotten
     several = value if isinstance(value, list | tuple) else [value]
     if not several:
         raise BadRow(f"{column!r} is [], which is empty")
@@ -94,7 +101,7 @@ def _reference(value: Any, column: str, marker: str) -> str:
     if text is None:
         raise BadRow(f"{column!r} is {_shown(value)}, neither a text nor a number, nor a list of them")
     _check_filled(column, text)
-    reference = text.rpartition(marker)[2].strip()
+    reference = (text.rpartition(marker)[2] if marker else text).strip()
     if not reference:
         raise BadRow(f"{column!r} has nothing behind {marker!r}")
     return reference
@@ -113,10 +120,12 @@ def _messages(value: Any, column: str) -> Any:
 
 
 def _literal(text: str, column: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        raise BadRow(f"{column!r} is {_shown(text)}, messages that are neither JSON nor Python") from None
+    for form in (text, _APART.sub("}, {", text)):
+        try:
+            return ast.literal_eval(form)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    raise BadRow(f"{column!r} is {_shown(text)}, messages that are neither JSON nor Python")
 
 
 def _conversation(value: Any, column: str) -> list[Message]:

@@ -164,7 +164,7 @@ def _refuse_wrapped(path: Path, row: Row | str) -> None:
     lists = {n: v for n, v in row.items() if isinstance(v, list)} if isinstance(row, dict) else {}
     for name in sorted(lists, key=lambda name: name not in _WRAPPERS):
         inside = lists[name]
-        holds_rows = bool(inside) and isinstance(inside[0], dict) and "role" not in inside[0]
+        holds_rows = bool(inside) and isinstance(inside[0], dict) and not {"role", "from"} & {*inside[0]}
         if holds_rows and (name in _WRAPPERS or len(lists) == len(row)):
             _refuse_object(path, row, name)
 

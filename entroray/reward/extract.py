@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Callable
+from typing import Literal
 
 from entroray.errors import ConfigError, nearest
 
 Rule = Callable[[str], str | None]
+Extract = Literal["boxed", "after", "answer_tag", "last_line", "response"]
 
 
 def response(text: str) -> str | None:
@@ -67,7 +69,7 @@ def rule(name: str, marker: str) -> Rule:
     """The rule called `name`; raises ConfigError naming the nearest one, or when `after` has no marker."""
     if name == "after":
         if not marker:
-            raise ConfigError("reward.extract=after needs reward.marker, for example '####'")
+            raise ConfigError("a judge's extract: after needs its marker, for example '####'")
         return lambda text: after(text, marker=marker)
     rules: dict[str, Rule] = {
         "response": response,
@@ -76,5 +78,5 @@ def rule(name: str, marker: str) -> Rule:
         "answer_tag": answer_tag,
     }
     if name not in rules:
-        raise ConfigError(f"reward.extract={name!r} is unknown; {nearest(name, [*rules, 'after'])}")
+        raise ConfigError(f"a judge's extract={name!r} is unknown; {nearest(name, [*rules, 'after'])}")
     return rules[name]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from entroray.binding import Count, declare
 from entroray.reward import gym as reasoning_gym
-from entroray.reward.extract import rule
+from entroray.reward.extract import Extract, rule
 from entroray.reward.text_match import normalise
 from entroray.reward.user_file import load_function
 from entroray.reward.verdicts import CORRECT_FROM, Judge, failed, graded, guarded, last_line, scored
@@ -23,7 +23,7 @@ OWN = ("math", "gym")
 """Judges of ours, which any answer may be given to: one that they cannot finish with is a wrong answer."""
 
 
-def math(*, extract: str = "boxed", marker: str = "####") -> Judge:
+def math(*, extract: Extract = "boxed", marker: str = "####") -> Judge:
     """Right if the extracted answer equals `prompt.reference` or one of its alternatives: 0.5 is \\frac12.
 
     By math-verify (Hugging Face) without its timers, which are alarms: they raise off the main thread and do
@@ -55,7 +55,7 @@ def math(*, extract: str = "boxed", marker: str = "####") -> Judge:
     return by_value
 
 
-def gym(*, task: str, extract: str = "response", marker: str = "=", partial: bool = False) -> Judge:
+def gym(*, task: str, extract: Extract = "response", marker: str = "=", partial: bool = False) -> Judge:
     """The reasoning-gym task's own scorer on `prompt.entry`; right from 0.99 on.
 
     The reward is 1 if right, else 0; with `partial` it is the score.
@@ -83,7 +83,7 @@ def _score(score: Callable[[str, Mapping[str, Any]], float], answer: str, entry:
 
 def text(
     *,
-    extract: str = "response",
+    extract: Extract = "response",
     marker: str = "####",
     keep: Sequence[Literal["case", "punctuation", "articles"]] = (),
 ) -> Judge:
@@ -160,7 +160,11 @@ def length(
             over = count - (maximum - buffer)
             reward = -min(1.0, max(0, over) / buffer) if buffer else -float(over > 0)
         else:
-            goal = float(prompt.entry[target] if isinstance(target, str) else target or 0)
+            goal = prompt.entry.get(target) if isinstance(target, str) else target
+            if not isinstance(goal, int | float) or not goal > 0:
+                columns = ", ".join(map(str, prompt.entry)) or "none"
+                return failed(f"length.target={target}: {goal!r} is no length above 0 (columns: {columns})")
+            goal = float(goal)
             reward = -min(1.0, abs(count - goal) / goal)
         return Verdict(reward + 0.0, reward == 0, detail=f"{count} {unit}")
 

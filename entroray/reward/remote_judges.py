@@ -72,6 +72,9 @@ def _verdict(answer: Any, place: str) -> Verdict:
         raise Unjudged(Status.DATA_FAILED, f"{place} answers without a number as `{name}`: {shown_answer}")
     right = float(reward) >= CORRECT_FROM if found.get("correct") is None else found["correct"]
     parts, detail = found.get("parts") or {}, str(found.get("detail") or "")
+    if not isinstance(parts, Mapping) or not all(isinstance(x, bool | int | float) for x in parts.values()):
+        shown_parts = json.dumps(parts)[:200]
+        raise Unjudged(Status.DATA_FAILED, f"{place} answers with `parts` that are no numbers: {shown_parts}")
     return as_verdict(Verdict(float(reward), right, found.get("answer"), parts, detail=detail), place)
 
 
@@ -81,11 +84,14 @@ def _only(value: Any) -> Any:
 
 
 _FIELD = re.compile(r"\{(question|response|reference|alternatives)\}")
-_PLAIN = r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)"
-_RANGE = rf"{_PLAIN}\s*(?:-|–|to)\s*\d+(?:\.\d+)?(?!\w)"
-_NUMBER = rf"({_PLAIN})(?:\s*(?:/|out of)\s*\d+(?:\.\d+)?(?!\w))?"
+_END = r"(?![A-Za-z0-9_])"
+"""Not `\w`: 8分 is 8, and 答案正确 has the word 正确."""
+_PLAIN = rf"(?<![A-Za-z0-9_.])(?<!\d[eE][-+])-?(?:\d+(?:\.\d+)?|\.\d+){_END}"
+_RANGE = rf"{_PLAIN}\s*(?:-|–|to)\s*\d+(?:\.\d+)?{_END}"
+_NUMBER = rf"({_PLAIN})(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?){_END})?"
 _LABELLED = re.compile(
-    rf"\b(?:score|rating|grade)\b(?:{_RANGE}|[^\d\n-]){{0,20}}(?!{_RANGE}){_NUMBER}", re.IGNORECASE
+    rf"(?:\b(?:score|rating|grade)\b|分数|评分|得分)(?:{_RANGE}|[^\d\n.-]){{0,20}}(?!{_RANGE}){_NUMBER}",
+    re.IGNORECASE,
 )
 _ANY = re.compile(rf"{_RANGE}|{_NUMBER}")
 _TAIL = 20_000
@@ -207,14 +213,15 @@ def _spoken(reply: str, words: Mapping[str, float]) -> float | None:
     longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
     values = {word.casefold(): float(value) for word, value in words.items()}
     for flags in (re.NOFLAG, re.IGNORECASE):
-        if spoken := re.findall(rf"(?<!\w)(?:{longest_first})(?!\w)", reply, flags):
+        if spoken := re.findall(rf"(?<![A-Za-z0-9_])(?:{longest_first}){_END}", reply, flags):
             return values[spoken[-1].casefold()]
     return None
 
 
-def _within(numbers: Sequence[str], scale: Sequence[float]) -> float | None:
-    """The last of them within a scale."""
-    return next((x for x in map(float, filter(None, reversed(numbers))) if _in_scale(x, scale)), None)
+def _within(found: Sequence[tuple[str, str]], scale: Sequence[float]) -> float | None:
+    """The last number within a scale, out of the scale's end if out of anything."""
+    fitting = (number for number, of in reversed(found) if number and float(of or scale[1]) == scale[1])
+    return next((x for x in map(float, fitting) if _in_scale(x, scale)), None)
 
 
 def _in_scale(value: object, scale: Sequence[float]) -> bool:

@@ -84,8 +84,11 @@ SAID = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"
 
 @pytest.mark.parametrize(
     "messages",
-    [json.dumps(SAID), repr(SAID), f" {json.dumps([None, *SAID])}", [None, *SAID], [SAID[0], None, SAID[1]]],
-    ids=["json", "python", "null in json", "null first", "null between"],
+    [
+        *(json.dumps(SAID), repr(SAID), repr(SAID).replace("}, {", "}\n {"), f" {json.dumps([None, *SAID])}"),
+        *([None, *SAID], [SAID[0], None, SAID[1]]),
+    ],
+    ids=["json", "python", "numpy", "null in json", "null first", "null between"],
 )
 def test_messages_written_as_a_text_or_with_nulls_among_them_are_a_conversation(
     tmp_path: Path, messages: object
@@ -103,6 +106,27 @@ def test_a_text_about_messages_is_a_text_and_messages_that_nobody_can_read_are_n
     row = json.dumps({"question": "[{'role': 'user', 'content': array(['x'])}]", "answer": "2"}).encode()
     with pytest.raises(PreflightError, match=r"line 1: 'question' .*array"):
         table(str(file(tmp_path, "rows.jsonl", row)))
+
+
+def test_the_question_of_a_template_is_the_one_that_is_asked(tmp_path: Path) -> None:
+    row = {"problem": "1+1", "question": "id-7", "metadata": {"question": "no"}, "answer": "2"}
+    (question,), _ = table(str(file(tmp_path, "rows.jsonl", json.dumps(row).encode())), question="problem")
+    assert render(question, "{question}= {problem}") == "1+1= 1+1"
+
+
+@pytest.mark.parametrize(
+    ("written", "answers"),
+    [
+        *(('["7"]', ("7", ())), (r'["\\frac12"]', (r"\frac12", ())), (r'["\frac12"]', (r"\frac12", ()))),
+        *(("[7]", ("[7]", ())), ('["a", "b"]', ('["a", "b"]', ())), ("a #### 7", ("a #### 7", ()))),
+    ],
+)
+def test_one_answer_in_a_list_in_a_text_is_it(
+    written: str, answers: tuple[str, tuple[str, ...]], tmp_path: Path
+) -> None:
+    row = {"question": "1+1", "answer": written}
+    (question,), _ = table(str(file(tmp_path, "rows.jsonl", json.dumps(row).encode())), marker="")
+    assert (question.answer, question.alternatives) == answers
 
 
 def test_a_list_of_answers_is_a_reference_and_its_alternatives(tmp_path: Path) -> None:

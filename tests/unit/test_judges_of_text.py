@@ -149,8 +149,8 @@ def test_a_length_may_be_in_words_or_characters_and_its_column_must_be_there() -
     )
     assert [measure(unit).reward for unit in ("words", "characters", "tokens")] == [-0.5, -0.25, -1.0]
     lost = build_judge({"fn": "length", "target": "gold"})(Response("x", 1), prompt(""))
-    assert lost.status is Status.DATA_FAILED and "KeyError: 'gold'" in lost.detail
-    for value in (0, "x", None):
+    assert lost.status is Status.DATA_FAILED and "length.target=gold: None" in lost.detail
+    for value in (0, "x", None, -5, float("nan")):
         assert build_judge({"fn": "length", "target": "n"})(Response("x", 1), prompt("", n=value)).status is (
             Status.DATA_FAILED
         )
