@@ -56,6 +56,10 @@ Condition = bool | Callable[..., bool]
 """True or False, or a function of the settings, by keyword, that says which."""
 
 
+COLUMNS = frozenset({"logprobs", "old_logprobs", "entropy", "varentropy", "ref_logprobs"})
+"""Fields of `Tokens` that are known only once the policy has read the tokens."""
+
+
 @dataclass(frozen=True)
 class Traits:
     """What a function needs and how it behaves: the table of traits is in entroray/objective/README.md.
@@ -64,6 +68,7 @@ class Traits:
     """
 
     needs: frozenset[str] = frozenset()
+    reads: frozenset[str] | None = None
     min_group: int = 1
     neutral: Condition = False
     caveat: str = ""
@@ -85,7 +90,7 @@ class Traits:
     idle_at_one: bool = False
     restrains: bool = False
     counts_kept: bool = False
-    before: Mapping[str, Callable] = field(default_factory=dict)
+    before: Mapping[str, Callable] | Callable[..., Mapping[str, Callable]] = field(default_factory=dict)
     siblings: bool = False
     misfit: Callable[..., str] | None = None
     ready: Callable[..., None] | None = None
@@ -104,8 +109,14 @@ def holds(choice: partial, trait: str) -> bool:
 
 
 def declare(**given: Any) -> Callable[[F], F]:
-    """Write `Traits` on a function; `needs` may be any iterable. TypeError for a trait that there is not."""
-    declared = replace(Traits(), **given | {"needs": frozenset(given.get("needs", ()))})
+    """Write `Traits` on a function; `needs` and `reads` may be any iterable.
+
+    TypeError for a trait that there is not; ValueError for `reads` that names no column.
+    """
+    sets = {name: frozenset(given[name]) for name in ("needs", "reads") if name in given}
+    if unknown := sets.get("reads", COLUMNS) - COLUMNS:
+        raise ValueError(f"reads={sorted(unknown)}: choose among {', '.join(sorted(COLUMNS))}")
+    declared = replace(Traits(), **given | sets)
 
     def mark(fn: F) -> F:
         vars(fn)["traits"] = declared

@@ -192,6 +192,7 @@ class LearnerConfig:
     ranks: int = 1  # DeepSpeed processes, one GPU each where there are any
     zero_stage: int = 1  # 0 | 1 | 2 | 3: what of optimizer, gradients and weights is split over ranks
     updates_per_rollout: int = 1  # optimizer updates a step, each over whole groups
+    score: str = "auto"  # auto | always: rows are scored before their update only if something reads it
     token_budget: int = 8192  # padded tokens of one micro-batch
     lr: float = 1e-3  # of AdamW
     weight_decay: float = 0.0  # of AdamW

@@ -85,6 +85,15 @@ class Learner(Protocol):
         `lr` takes the place of the learning-rate schedule's base; None leaves it.
         """
 
+    async def score_and_update(
+        self, batch: Batch, tokens: Tokens, objective: Objective, lr: float | None = None
+    ) -> tuple[dict[str, float], Scores]:
+        """One `update` of tokens that nothing has scored (`unknown_scores`): metrics, and their scores.
+
+        Those are of the weights before it, read by its own forward pass; the weights after it are what
+        `score` and `update` would have made, bit for bit.
+        """
+
 
 class Sync(Protocol):
     async def __call__(self, version: Version) -> dict[str, float]:

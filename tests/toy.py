@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from entroray.metrics import token_entropy
-from entroray.objective import Objective
+from entroray.objective import Objective, corrected
 from entroray.policy.vocabulary_statistics import named
 from entroray.roles import Prompts
 from entroray.rollout.selection import Selection
+from entroray.train.batching import with_scores
 from entroray.train.diagnostics import NO_DIAGNOSTICS, DiagnosticsSchedule
 from entroray.train.driver import Driver, Knobs, LoopSettings, Roles
 from entroray.types import Batch, Draw, Group, Prompt, Rollout, Status, Tokens, TopTokens, Verdict
@@ -118,6 +119,13 @@ class ToyWorld:
         with torch.no_grad():
             self.logits -= self.lr * grad
         return {"update/loss": loss.item()}
+
+    async def score_and_update(
+        self, batch: Batch, tokens: Tokens, objective: Objective, lr: float | None = None
+    ) -> tuple[dict[str, float], Mapping[str, np.ndarray]]:
+        scores = await self.score(batch, tokens.group.numpy())
+        known = corrected(objective, with_scores(tokens, scores))
+        return await self.update(batch, known, objective, lr=lr), scores
 
     async def __call__(self, version: int) -> dict[str, float]:
         self.served, self.version = self.logits.detach().clone(), version

@@ -11,7 +11,7 @@ from entroray.binding import Limit, effective_settings, function_name, keyword_s
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR
 from entroray.errors import ConfigError
-from entroray.objective import Objective, build_objective, check_group_size
+from entroray.objective import Objective, build_objective, check_group_size, why_scored
 from entroray.objective.compatibility import Schedule, remarks
 from entroray.objective.objective import MANY, SLOTS
 from entroray.rows import conf_folder, objective_names, objective_row
@@ -97,8 +97,8 @@ def head(name: str) -> tuple[str, str]:
 def table() -> str:
     """The rows as a Markdown table: what each chooses otherwise than `grpo`."""
     lines = [
-        "| row | what it is | otherwise than `grpo` | units | entropy | without effect |",
-        "|---|---|---|---|---|---|",
+        "| row | what it is | otherwise than `grpo` | units | entropy | without effect | scored for |",
+        "|---|---|---|---|---|---|---|",
     ]
     return "\n".join(lines + [_line(name) for name in objective_names()])
 
@@ -109,7 +109,8 @@ def _line(name: str) -> str:
     objective = build_objective(spec)
     idle = [r.text for r in remarks(objective, Schedule(1, 0)) if r.kind == "inert"]
     what, entropy = head(name)
-    cells = (f"`{name}`", what, "; ".join(changed), _units(objective), entropy, "; ".join(idle))
+    told = f"`{name}`", what, "; ".join(changed), _units(objective), entropy, "; ".join(idle)
+    cells = (*told, why_scored(objective))
     return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
 

@@ -3,6 +3,7 @@
 from entroray.objective.activity import active_tokens, active_tokens_inside, flat_tokens, gradient_weight
 from entroray.objective.masking import count_tokens
 from entroray.objective.objective import Objective, build_objective, check_group_size
+from entroray.objective.scoring import corrected, why_scored
 
 __all__ = [
     "Objective",
@@ -10,7 +11,9 @@ __all__ = [
     "active_tokens_inside",
     "build_objective",
     "check_group_size",
+    "corrected",
     "count_tokens",
     "flat_tokens",
     "gradient_weight",
+    "why_scored",
 ]

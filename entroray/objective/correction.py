@@ -1,7 +1,8 @@
 """Tokens of the whole step -> detached weight that corrects for sampler and learner disagreeing.
 
 It multiplies the surrogate, never the penalties; correct once, so a row has one. ρ = π_old / π_sampler. The
-denominator keeps the tokens a weight of 0 drops.
+denominator keeps the tokens a weight of 0 drops. One that reads no more than old log-probs, row by row, is
+made where the update knows them (`scoring.corrected`).
 """
 
 import math
@@ -16,7 +17,7 @@ from entroray.ops import BOUND, log_ratio, segment_sum
 from entroray.types import Tokens
 
 
-@declare(neutral=True)
+@declare(reads=(), neutral=True)
 def none(t: Tokens) -> Float[Tensor, " N"]:
     """Trust the sampler's log-probs to be the learner's.
 
@@ -25,6 +26,7 @@ def none(t: Tokens) -> Float[Tensor, " N"]:
     return torch.ones_like(t.old_logprobs)
 
 
+@declare(reads=["old_logprobs"])
 def truncated_importance(t: Tokens, *, cap: RatioBound = 2.0) -> Float[Tensor, " N"]:
     """Token-level truncated importance sampling (TIS; cap 2 as in verl and slime).
 
@@ -34,6 +36,7 @@ def truncated_importance(t: Tokens, *, cap: RatioBound = 2.0) -> Float[Tensor, "
     return _log_weight(t).exp().clamp(max=cap)
 
 
+@declare(reads=["old_logprobs"])
 def sequence_product(t: Tokens, *, cap: RatioBound = 2.0) -> Float[Tensor, " N"]:
     """The whole response's importance weight, truncated ("sequence" in verl and NeMo-RL).
 
@@ -42,6 +45,7 @@ def sequence_product(t: Tokens, *, cap: RatioBound = 2.0) -> Float[Tensor, " N"]
     return segment_sum(_log_weight(t), t.row, len(t.length)).clamp(-BOUND, BOUND).exp().clamp(max=cap)[t.row]
 
 
+@declare(reads=["old_logprobs"])
 def sequence_geometric(t: Tokens, *, cap: RatioBound = 2.0) -> Float[Tensor, " N"]:
     """The response's mean importance weight, truncated ("sequence" in ms-swift).
 
@@ -50,6 +54,7 @@ def sequence_geometric(t: Tokens, *, cap: RatioBound = 2.0) -> Float[Tensor, " N
     return row_mean(_log_weight(t), t).exp().clamp(max=cap)[t.row]
 
 
+@declare(reads=["old_logprobs"])
 def icepop(t: Tokens, *, low: RatioBound = 0.5, high: RatioBound = 5.0) -> Float[Tensor, " N"]:
     """Drop tokens on which sampler and learner disagree too much (IcePop; 0.5 and 5 as in slime, verl).
 
@@ -60,7 +65,10 @@ def icepop(t: Tokens, *, low: RatioBound = 0.5, high: RatioBound = 5.0) -> Float
     return weight.masked_fill((weight < low) | (weight > high), 0.0)
 
 
-@declare(rollout_tolerance=lambda low, high: max(abs(math.log(low)), abs(math.log(high))))
+@declare(
+    reads=["old_logprobs"],
+    rollout_tolerance=lambda low, high: max(abs(math.log(low)), abs(math.log(high))),
+)
 def sequence_mask(t: Tokens, *, low: RatioBound = 0.999, high: RatioBound = 1.002) -> Float[Tensor, " N"]:
     """Drop responses on which sampler and learner disagree too much; ρ per token elsewhere (NeMo-RL).
 

@@ -1,7 +1,7 @@
 """The equation: what a row of choices computes, before the update and inside it."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -95,7 +95,7 @@ class Objective:
     def _statistics(self, seen: Tokens) -> dict[str, Tensor]:
         """What terms inside the update want to know of the whole step."""
         inside = (self.ratio, self.surrogate, *self.penalties)
-        wanted = [(c, name, fn) for c in inside for name, fn in traits(c).before.items()]
+        wanted = [(c, name, fn) for c in inside for name, fn in before(c).items()]
         return {name: fn(seen, **effective_settings(choice)) for choice, name, fn in wanted}
 
     def loss(self, t: Tokens) -> Float[Tensor, ""]:
@@ -130,7 +130,7 @@ class Objective:
     @property
     def needs(self) -> frozenset[str]:
         """What must be provided beyond the plain fields of `Tokens`: see `binding.Traits`."""
-        return frozenset().union(*map(_needs, self.choices()))
+        return frozenset().union(*map(function_needs, self.choices()))
 
     def choices(self) -> Iterator[partial]:
         """Every bound function, in the order of the equation."""
@@ -157,8 +157,14 @@ class Objective:
         return f"loss = Σ s (c w S + P) / denominator, over response tokens\n{body}"
 
 
-def _needs(choice: partial) -> frozenset[str]:
+def function_needs(choice: partial) -> frozenset[str]:
     return frozenset(n.format(**effective_settings(choice)) for n in traits(choice).needs)
+
+
+def before(choice: partial) -> Mapping[str, Callable]:
+    """The step statistics that a function inside the update reads with its settings, by name."""
+    declared = traits(choice).before
+    return declared(**effective_settings(choice)) if callable(declared) else declared
 
 
 def live_shapes(shapes: Iterable[partial]) -> list[partial]:
@@ -176,7 +182,7 @@ def apply_shapes(t: Tokens, shapes: Iterable[partial]) -> Tokens:
 def _shown(t: Tokens, choices: Iterable[partial]) -> Tokens:
     """What `choices` are given to read; ConfigError if something they need is not there."""
     for choice in choices:
-        for name in _needs(choice) - PROMISES:
+        for name in function_needs(choice) - PROMISES:
             if getattr(t, name, t.extra.get(name)) is None:
                 raise ConfigError(
                     f"`{function_name(choice)}` needs `{name}`, which these tokens do not carry: "

@@ -52,7 +52,10 @@ def kl_k2(t: Tokens, *, coef: NonNegative = 0.04) -> Float[Tensor, " N"]:
     return coef * _moved(t).square() / 2
 
 
-@declare(needs=["entropy_grad", "whole_step"], before={"step_entropy": mean_entropy})
+@declare(
+    needs=["entropy_grad", "whole_step"],
+    before=lambda below, **_: {} if below is None else {"step_entropy": mean_entropy},
+)
 def entropy_bonus(t: Tokens, *, coef: float = 1e-3, below: Nats | None = None) -> Float[Tensor, " N"]:
     """Reward hesitation directly, through the gradient of the full-vocabulary entropy.
 

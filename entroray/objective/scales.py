@@ -10,7 +10,7 @@ from entroray.binding import Fraction, NonNegative, declare
 from entroray.types import Tokens
 
 
-@declare(reads_selected=True, neutral=lambda inside, outside: inside == outside == 1)
+@declare(reads=(), reads_selected=True, neutral=lambda inside, outside: inside == outside == 1)
 def selected(t: Tokens, *, inside: float = 1.0, outside: float = 0.0) -> Float[Tensor, " N"]:
     """Keep the selected tokens and drop the rest, or the other way round (80/20, arXiv 2506.01939).
 
@@ -20,7 +20,7 @@ def selected(t: Tokens, *, inside: float = 1.0, outside: float = 0.0) -> Float[T
     return torch.where(t.selected, number(inside), number(outside))
 
 
-@declare(needs=["whole_step"])
+@declare(needs=["whole_step"], reads=["logprobs", "entropy"])
 def steady(t: Tokens, *, minimum: Fraction = 0.8, floor: NonNegative = 0.02) -> Float[Tensor, " N"]:
     """Damp tokens by how much they would move the entropy, whichever way (STEER, arXiv 2510.10150).
 

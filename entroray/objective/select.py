@@ -18,7 +18,7 @@ from entroray.ops import as_count, covariance, discriminator
 from entroray.types import Tokens
 
 
-@declare(neutral=True)
+@declare(reads=(), neutral=True)
 def everything(t: Tokens) -> Bool[Tensor, " N"]:
     """No token is special.
 
@@ -27,7 +27,7 @@ def everything(t: Tokens) -> Bool[Tensor, " N"]:
     return t.mask
 
 
-@declare(needs=["whole_step"])
+@declare(needs=["whole_step"], reads=["entropy"])
 def top_entropy(t: Tokens, *, share: Fraction = 0.2) -> Bool[Tensor, " N"]:
     """Forking tokens: those the policy hesitated over most when the step began (80/20, arXiv 2506.01939).
 
@@ -36,7 +36,7 @@ def top_entropy(t: Tokens, *, share: Fraction = 0.2) -> Bool[Tensor, " N"]:
     return _lowest(-t.entropy, t.mask, share, t)
 
 
-@declare(needs=["whole_step"])
+@declare(needs=["whole_step"], reads=["logprobs"])
 def top_covariance(t: Tokens, *, share: Fraction = 2e-3) -> Bool[Tensor, " N"]:
     """Tokens that lower the entropy most by the paper's proxy (KL-Cov, arXiv 2505.22617).
 
@@ -46,7 +46,7 @@ def top_covariance(t: Tokens, *, share: Fraction = 2e-3) -> Bool[Tensor, " N"]:
     return _lowest(-covariance(t.logprobs, t.advantages), t.mask, share, t)
 
 
-@declare(needs=["whole_step"], wants_deviations=True)
+@declare(needs=["whole_step"], reads=["logprobs"], wants_deviations=True)
 def covariance_band(
     t: Tokens, *, share: Fraction = 2e-4, low: float = 1.0, high: float = 5.0
 ) -> Bool[Tensor, " N"]:
@@ -59,7 +59,7 @@ def covariance_band(
     return _lowest(_draw(t), (c > low) & (c < high), share, t)
 
 
-@declare(needs=["whole_step"])
+@declare(needs=["whole_step"], reads=())
 def random_positive(t: Tokens, *, share: Fraction = 2e-4) -> Bool[Tensor, " N"]:
     """A random few among reinforced tokens: the control arm of Clip-Cov (arXiv 2511.05993).
 
@@ -69,7 +69,7 @@ def random_positive(t: Tokens, *, share: Fraction = 2e-4) -> Bool[Tensor, " N"]:
     return _lowest(_draw(t), t.advantages > 0, share, t)
 
 
-@declare(needs=["whole_step"])
+@declare(needs=["whole_step"], reads=["entropy"])
 def top_entropy_of_rollout(t: Tokens, *, share: Fraction = 0.2) -> Bool[Tensor, " N"]:
     """The tokens of each rollout that the policy hesitated over most (ASPO, arXiv 2510.06062; SIREN).
 
@@ -85,7 +85,7 @@ def top_entropy_of_rollout(t: Tokens, *, share: Fraction = 0.2) -> Bool[Tensor, 
     return chosen
 
 
-@declare(needs=["whole_step"])
+@declare(needs=["whole_step"], reads=["logprobs", "entropy"])
 def low_discriminator(t: Tokens, *, mu: Deviations = 2.5) -> Bool[Tensor, " N"]:
     """Punished tokens that would lower the entropy most (Clip_B, arXiv 2602.03392; mu as in Trinity-RFT).
 
@@ -96,7 +96,7 @@ def low_discriminator(t: Tokens, *, mu: Deviations = 2.5) -> Bool[Tensor, " N"]:
     return (t.advantages < 0) & (d - _mean(d) < -mu * _deviation(d))
 
 
-@declare(needs=["whole_step", "mean_discriminator"])
+@declare(needs=["whole_step", "mean_discriminator"], reads=["logprobs", "entropy"])
 def below_expected(t: Tokens, *, mu: Deviations = 8.5, share: Fraction = 1e-4) -> Bool[Tensor, " N"]:
     """Punished tokens far below the vocabulary's expectation, worst first (Clip_V, arXiv 2602.03392).
 
@@ -107,7 +107,7 @@ def below_expected(t: Tokens, *, mu: Deviations = 8.5, share: Fraction = 1e-4) -
     return _lowest(-gap, (t.advantages < 0) & (gap > mu * _deviation(gap)), share, t)
 
 
-@declare(needs=["whole_step", "max_logprob"])
+@declare(needs=["whole_step", "max_logprob"], reads=["old_logprobs"])
 def rare_but_plausible(t: Tokens, *, share: Fraction = 0.01, kappa: Fraction = 0.02) -> Bool[Tensor, " N"]:
     """Punished tokens among the rarest, yet not noise (Lp-Reg, arXiv 2510.03222: 1 % at 14B, 0.5 % at 32B).
 

@@ -20,7 +20,7 @@ def _weigh(advantage: float, *, positive: float, negative: float) -> float:
     return advantage * (positive if advantage > 0 else negative)
 
 
-@declare(weighs=_weigh, neutral=lambda positive, negative: positive == negative == 1)
+@declare(reads=(), weighs=_weigh, neutral=lambda positive, negative: positive == negative == 1)
 def by_sign(t: Tokens, *, positive: NonNegative = 0.1, negative: NonNegative = 1.0) -> Float[Tensor, " N"]:
     """Weigh reinforced and punished tokens apart (W-REINFORCE, arXiv 2506.01347; NSR at positive 0).
 
@@ -30,7 +30,7 @@ def by_sign(t: Tokens, *, positive: NonNegative = 0.1, negative: NonNegative = 1
     return torch.where(t.advantages > 0, positive * t.advantages, negative * t.advantages)
 
 
-@declare(needs=["whole_step"], uniform_advantage=lambda **_: (-1.0, 1.0))
+@declare(reads=(), needs=["whole_step"], uniform_advantage=lambda **_: (-1.0, 1.0))
 def whiten(t: Tokens, *, eps: Positive = 1e-8) -> Float[Tensor, " N"]:
     """Centred and scaled over all tokens of the step (REINFORCE++, arXiv 2501.03262; Bessel as in verl).
 
@@ -44,7 +44,7 @@ def whiten(t: Tokens, *, eps: Positive = 1e-8) -> Float[Tensor, " N"]:
     return centred / (variance + eps).sqrt()
 
 
-@declare(live=True)
+@declare(live=True, reads=["entropy"])
 def add_entropy(t: Tokens, *, alpha: NonNegative = 0.4, kappa: AboveOne = 2.0) -> Float[Tensor, " N"]:
     """Lift A where the policy hesitates, never past a change of sign (arXiv 2506.14758).
 
@@ -55,7 +55,7 @@ def add_entropy(t: Tokens, *, alpha: NonNegative = 0.4, kappa: AboveOne = 2.0) -
     return t.advantages + torch.minimum(alpha * t.entropy, t.advantages.abs() / kappa)
 
 
-@declare(live=True)
+@declare(live=True, reads=["logprobs"])
 def surprise_weighted(t: Tokens, *, zeta: NonNegative = 0.01) -> Float[Tensor, " N"]:
     """Weigh rare reinforced tokens up and rare punished ones down (REPO-R, arXiv 2603.11682).
 
@@ -69,6 +69,7 @@ def surprise_weighted(t: Tokens, *, zeta: NonNegative = 0.01) -> Float[Tensor, "
 
 @declare(
     needs=["whole_step"],
+    reads=["entropy"],
     uniform_advantage=lambda **_: (-1.0, 1.0),
     needs_uniform_groups=True,
     steers_entropy=True,
@@ -89,6 +90,7 @@ def entropy_band(t: Tokens, *, low: Nats = 0.6, high: Nats = 0.7) -> Float[Tenso
 
 @declare(
     needs=["whole_step"],
+    reads=["entropy", "logprobs"],
     by_token=lambda above, **_: above > 0,
     steers_entropy=lambda gain, **_: gain > 0,
 )
@@ -120,7 +122,12 @@ def lean(
     )
 
 
-@declare(needs=["whole_step", "mean_logprob"], min_group=2, uniform_advantage=lambda **_: (-1.0, 1.0))
+@declare(
+    needs=["whole_step", "mean_logprob"],
+    reads=(),
+    min_group=2,
+    uniform_advantage=lambda **_: (-1.0, 1.0),
+)
 def self_certainty(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     """The model's own confidence in place of a reward: a control arm (Intuitor, arXiv 2505.19590).
 
@@ -130,7 +137,7 @@ def self_certainty(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     return _standardised(-row_mean(t.extra["mean_logprob"], t), t, eps)
 
 
-@declare(needs=["whole_step"], min_group=2, uniform_advantage=lambda **_: (-1.0, 1.0))
+@declare(needs=["whole_step"], reads=["entropy"], min_group=2, uniform_advantage=lambda **_: (-1.0, 1.0))
 def low_entropy(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     """Low token entropy in place of a reward: a control arm (RENT, arXiv 2505.22660; arXiv 2506.17219).
 
@@ -139,7 +146,7 @@ def low_entropy(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     return _standardised(-row_mean(t.entropy, t), t, eps)
 
 
-@declare(needs=["whole_step"], min_group=2, uniform_advantage=lambda **_: (-1.0, 1.0))
+@declare(needs=["whole_step"], reads=["old_logprobs"], min_group=2, uniform_advantage=lambda **_: (-1.0, 1.0))
 def trajectory_likelihood(t: Tokens, *, eps: Positive = 1e-6) -> Float[Tensor, " N"]:
     """The response's own log-prob in place of a reward: a control arm (trajectory entropy, arXiv 2506.17219).
 

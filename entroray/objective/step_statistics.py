@@ -8,23 +8,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from entroray.binding import declare
 from entroray.ops import as_count, log_ratio
 from entroray.types import Tokens
 
 
+@declare(reads=["entropy"])
 def mean_entropy(t: Tokens, **_: Any) -> Float[Tensor, " N"]:
     """Mean entropy of the step's tokens at its start, in nats."""
     return torch.full_like(t.entropy, float(t.entropy.mean()) if len(t.entropy) else 0.0)
 
 
+@declare(reads=["logprobs"])
 def balanced_low(t: Tokens, **settings: Any) -> Float[Tensor, " N"]:
     """The lower bound, a ratio, that BAPO's search ends at."""
-    return torch.full_like(t.entropy, balance(t, **settings)[0])
+    return torch.full_like(t.logprobs, balance(t, **settings)[0])
 
 
+@declare(reads=["logprobs"])
 def balanced_high(t: Tokens, **settings: Any) -> Float[Tensor, " N"]:
     """The upper bound, a ratio, that BAPO's search ends at."""
-    return torch.full_like(t.entropy, balance(t, **settings)[1])
+    return torch.full_like(t.logprobs, balance(t, **settings)[1])
 
 
 def balance(t: Tokens, *, share: float, **settings: Any) -> tuple[float, float]:

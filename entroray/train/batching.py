@@ -1,6 +1,8 @@
 """Groups -> Batch for the learner, and its scores -> Tokens for the objective."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from entroray.objective import Objective
 from entroray.roles import Scores
 from entroray.types import Batch, Counts, Group, Rollout, Tokens, Version
 
@@ -42,6 +45,26 @@ def observed_tokens(rollouts: Sequence[Rollout]) -> NDArray[np.int8]:
     return np.concatenate([np.empty(0, dtype=np.int8), *(r.observed for r in rollouts)])
 
 
+def unknown_scores(batch: Batch, objective: Objective) -> Scores:
+    """NaN in place of what `objective` has scored, for a step whose scores come from its update."""
+    names = {"logprobs", "entropy", "varentropy", *objective.statistics, *objective.needs & {"ref_logprobs"}}
+    return dict.fromkeys(names, np.full(len(batch.response_ids), np.nan, dtype=np.float32))
+
+
+def with_scores(tokens: Tokens, scores: Scores) -> Tokens:
+    """`tokens` of a step under the policy that is about to be updated, as `scores` have it."""
+    columns = _columns(scores)
+    return replace(tokens, **{**columns, "extra": {**tokens.extra, **columns["extra"]}})
+
+
+def _columns(scores: Scores) -> dict[str, Any]:
+    """Fields of `Tokens`."""
+    column = {k: torch.from_numpy(np.asarray(v)) for k, v in scores.items()}
+    known = {name: column.pop(name) for name in ("logprobs", "entropy", "varentropy")}
+    old = {"old_logprobs": known["logprobs"], "ref_logprobs": column.pop("ref_logprobs", None)}
+    return {**known, **old, "extra": column}
+
+
 def tokens_of(
     groups: Sequence[Group],
     advantages: Sequence[Float[Tensor, " G"]],
@@ -55,9 +78,7 @@ def tokens_of(
     """
     rollouts = rollouts_of(groups)
     verdicts = [v for g in groups for v in g.verdicts]
-    column = {k: torch.from_numpy(np.asarray(v)) for k, v in scores.items()}
     mask = torch.from_numpy(observed_tokens(rollouts) < 0)
-    known = ("logprobs", "entropy", "varentropy", "ref_logprobs")
     lengths = [r.length for r in rollouts]
     temperatures = torch.tensor([r.temperature for r in rollouts])
     return Tokens.from_columns(
@@ -65,12 +86,8 @@ def tokens_of(
         groups=group_index(groups).tolist(),
         advantages=torch.cat(list(advantages)).tolist(),
         mask=mask,
-        logprobs=column["logprobs"],
-        entropy=column["entropy"],
-        varentropy=column["varentropy"],
-        old_logprobs=column["logprobs"],
+        **_columns(scores),
         behavior_logprobs=torch.from_numpy(np.concatenate([r.logprobs for r in rollouts])),
-        ref_logprobs=column.get("ref_logprobs"),
         temperature=temperatures.repeat_interleave(torch.tensor(lengths)),
         selected=mask,
         reward=torch.tensor([v.reward for v in verdicts]),
@@ -79,7 +96,6 @@ def tokens_of(
         step=step,
         seed=seed,
         counts=Counts(int(mask.sum()), int(mask.sum()), len(rollouts), len(groups)),
-        extra={k: v for k, v in column.items() if k not in known},
         drawn_before=_drawn_before(rollouts),
     )
 

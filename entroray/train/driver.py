@@ -10,7 +10,7 @@ from entroray.control import Control
 from entroray.errors import InfrastructureError
 from entroray.metrics.by_domain import domain_metrics, judged_metrics
 from entroray.metrics.step import step_metrics
-from entroray.objective import Objective, active_tokens, gradient_weight
+from entroray.objective import Objective, active_tokens, corrected, gradient_weight, why_scored
 from entroray.objective.activity import counted_functions
 from entroray.roles import Generator, Journal, Learner, Prompts, Resumable, Sync, Verifier
 from entroray.rollout.branch_points import Attempt, sort_members
@@ -18,7 +18,7 @@ from entroray.rollout.plans import Plan, independent
 from entroray.rollout.selection import Selection
 from entroray.rollout.stream import Dropped, Stream
 from entroray.seeds import seeds
-from entroray.train.batching import assemble, group_index, tokens_of
+from entroray.train.batching import assemble, group_index, tokens_of, unknown_scores, with_scores
 from entroray.train.clock import Clock
 from entroray.train.diagnostics import NO_DIAGNOSTICS, Diagnostics, DiagnosticsSchedule
 from entroray.train.failure_limits import IdleFunctions, SkippedUpdates, VerdictFailures
@@ -48,6 +48,7 @@ class LoopSettings:
     tokens: int | None = None
     """Response tokens drawn after which no further step is begun."""
     surplus: str = "by_lag"
+    score: str = "auto"
 
     @property
     def keeps_surplus(self) -> bool:
@@ -241,12 +242,20 @@ class Driver:
         with clock("score"):
             batch, index = assemble(groups), group_index(groups)
             wants = self.diagnostics.wants(self.version + 1)
-            scores = await learner.score(batch, index, knobs.updates, wants)
+            scored = self.pace.score == "always" or bool(why_scored(objective, knobs.updates, wants))
+            scores = unknown_scores(batch, objective)
+            if scored:
+                scores = await learner.score(batch, index, knobs.updates, wants)
         advantages = [objective.estimate(g) for g in groups]
         given = tokens_of(groups, advantages, scores, self.version, self.seed)
-        tokens, active = objective.credit(given), active_tokens(objective, given)
+        tokens = objective.credit(given)
         with clock("update"):
-            updated = await learner.update(batch, tokens, objective, knobs.updates, knobs.lr)
+            if scored:
+                updated = await learner.update(batch, tokens, objective, knobs.updates, knobs.lr)
+            else:
+                updated, scores = await learner.score_and_update(batch, tokens, objective, knobs.lr)
+                given, tokens = with_scores(given, scores), corrected(objective, with_scores(tokens, scores))
+        active = active_tokens(objective, given)
         if skipped := bool(updated.get("update/skipped")):
             self.roles.journal.skipped(self.version + 1, batch, tokens)
         self.skipped.observe(skipped)

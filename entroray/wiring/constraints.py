@@ -56,6 +56,7 @@ NAMES: dict[str, tuple[object, ...]] = {
     "rollout.second.when": ("at_once", "next_time"),
     "rollout.surplus": ("by_lag", "keep", "drop"),
     "driver.stale": ("wait", "drop"),
+    "learner.score": ("auto", "always"),
     "learner.zero_stage": (0, 1, 2, 3),
     "learner.schedule": (
         "linear",

@@ -51,6 +51,7 @@ def loop_settings(config: Config) -> LoopSettings:
         tokens=config.run.tokens or None,
         extra=r.early.extra,
         surplus=r.surplus,
+        score=config.learner.score,
     )
 
 

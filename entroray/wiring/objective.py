@@ -7,7 +7,7 @@ from typing import Any
 from entroray.binding import traits
 from entroray.config import Config
 from entroray.control import Controller
-from entroray.objective import check_group_size
+from entroray.objective import check_group_size, why_scored
 from entroray.objective.compatibility import Schedule, check_combinations, remarks
 from entroray.policy.vocabulary_statistics import named
 from entroray.wiring import sampler, selection
@@ -46,9 +46,21 @@ def objective_schedule(config: Config, parts: Parts) -> Schedule:
 
 
 def remark_lines(config: Config, parts: Parts) -> list[str]:
-    """What is refused, inert, or to beware of, one a line."""
+    """What is refused, inert, or to beware of, and whether steps are scored first, one a line."""
     found = remarks(parts.objective, objective_schedule(config, parts))
-    return [f"  {r.kind:<12} {r.text}" for r in found]
+    return [*(f"  {r.kind:<12} {r.text}" for r in found), f"  scoring pass {_scoring(config, parts)}"]
+
+
+def _scoring(config: Config, parts: Parts) -> str:
+    """Whether a forward pass of its own scores the rows of a step before their update, and why."""
+    if config.learner.score == "always":
+        return "of every step: learner.score=always"
+    _, updates = updates_range(config.learner.updates_per_rollout, parts.controllers)
+    if why := why_scored(parts.objective, updates):
+        return f"needed by {why}"
+    every = config.observe.prediction.every
+    due = f" but once in {every} steps, for observe.prediction.every" if every else ""
+    return f"skipped{due}: nothing reads it before the update"
 
 
 ADVISED = (

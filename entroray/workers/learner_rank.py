@@ -17,11 +17,13 @@ from torch import Tensor
 from entroray.config import LearnerConfig, Model
 from entroray.errors import PreflightError
 from entroray.metrics.update import SUMS, update_sums
-from entroray.objective import Objective, active_tokens_inside, flat_tokens
+from entroray.objective import Objective, active_tokens_inside, corrected, flat_tokens
 from entroray.policy import families
 from entroray.policy.head import TokenStats
-from entroray.policy.model import Policy, load_policy, pad
+from entroray.policy.model import Padded, Policy, load_policy, pad
 from entroray.policy.proof import check_loaded
+from entroray.roles import Scores
+from entroray.train.batching import with_scores
 from entroray.types import Batch, Tokens
 from entroray.workers.weight_sender import Delivery, GeneratorClient
 
@@ -147,10 +149,18 @@ class LearnerRank:
 
     def _score(self, micro: Batch, extra: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         padded = pad(micro if micro.num_rows else EMPTY, self.device)
-        stats = dict(self.backend.forward(padded, (*self.objective.statistics, *extra)))
+        stats = self.backend.forward(padded, (*self.objective.statistics, *extra))
+        return self._columns(micro, padded, stats)
+
+    @torch.no_grad()
+    def _columns(
+        self, micro: Batch, padded: Padded, stats: Mapping[str, Tensor]
+    ) -> dict[str, NDArray[np.float32]]:
+        """`stats` of a forward pass and the reference's log-probs, [n] of the tokens of `micro`."""
+        scored = {name: x.detach() for name, x in stats.items()}
         if self.reference is not None:
-            stats["ref_logprobs"] = self.reference(padded)["logprobs"]
-        return {k: v.float().cpu().numpy()[: len(micro.response_ids)] for k, v in stats.items()}
+            scored["ref_logprobs"] = self.reference(padded)["logprobs"]
+        return {k: v.float().cpu().numpy()[: len(micro.response_ids)] for k, v in scored.items()}
 
     def update(
         self,
@@ -163,6 +173,22 @@ class LearnerRank:
         `objective` and `lr`, the schedule's base, are in effect from this update on; None changes nothing.
         An update whose gradient is not finite on any rank changes nothing on all of them: `skipped` is 1.
         """
+        return self._update(micros, objective, lr, None)
+
+    def score_and_update(
+        self, micros: Sequence[tuple[Batch, Tokens]], objective: Objective, lr: float | None = None
+    ) -> tuple[dict[str, float], list[Scores]]:
+        """`update` of tokens without scores, and the scores of each micro-batch, from its forward pass."""
+        scores: list[Scores] = []
+        return self._update(micros, objective, lr, scores), scores
+
+    def _update(
+        self,
+        micros: Sequence[tuple[Batch, Tokens]],
+        objective: Objective | None,
+        lr: float | None,
+        scores: list[Scores] | None,
+    ) -> dict[str, float]:
         if objective is not None:
             self.objective = objective
         if lr is not None:
@@ -170,19 +196,27 @@ class LearnerRank:
         self.backend.train(True)
         sums = dict.fromkeys(("loss", "tokens", "ratio_max", "entropy", *SUMS), 0.0)
         for index, (batch, tokens) in enumerate(micros):
-            self.backend.backward(self._loss(batch, tokens, sums), last=index == len(micros) - 1)
+            self.backend.backward(self._loss(batch, tokens, sums, scores), last=index == len(micros) - 1)
         done = self.backend.step()
         self.updated |= not done["skipped"]
         return sums | done
 
-    def _loss(self, batch: Batch, tokens: Tokens, sums: dict[str, float]) -> Tensor:
-        """This micro-batch's part of the update's loss; what it counts is added to `sums`."""
+    def _loss(
+        self, batch: Batch, tokens: Tokens, sums: dict[str, float], scores: list[Scores] | None
+    ) -> Tensor:
+        """This micro-batch's part of the update's loss; what it counts is added to `sums`.
+
+        If it was not scored before, its scores are appended to `scores`.
+        """
         empty = batch.num_rows == 0
         padded = pad(EMPTY if empty else batch, self.device)
         stats = self.backend.forward(padded, tuple(self.objective.statistics))
+        if scores is not None:
+            scores.append(self._columns(batch, padded, stats))
+            tokens = tokens if empty else with_scores(tokens, scores[-1])
         if empty:
             return stats["logprobs"].sum() * 0.0
-        live = with_live_statistics(tokens_on(tokens, self.device), stats)
+        live = corrected(self.objective, with_live_statistics(tokens_on(tokens, self.device), stats))
         loss = self.objective.loss(live) / self.objective.denominator(tokens.counts)
         _add_sums(self.objective, live, loss, sums)
         return loss

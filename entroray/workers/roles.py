@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,8 +66,7 @@ class LearnerRole:
         self, batch: Batch, group: NDArray[np.int64], updates: int = 1, extra: Sequence[str] = ()
     ) -> Scores:
         """Scored in the micro-batches it will be updated in, so that the first ratio is exactly 1."""
-        if self.engines:
-            await self.engines.call_all(lambda h: h.sleep.remote(), deadline=self.deadline, what="sleeping")
+        await self._take_card()
         plans = self._plans(batch, group, min(updates, len(np.unique(group))))
         per_rank = [[m for p in plans for m in p[rank]] for rank in range(len(self.gang.handles))]
         scored = await self.gang.all(
@@ -79,24 +79,35 @@ class LearnerRole:
         self, batch: Batch, tokens: Tokens, objective: Objective, updates: int = 1, lr: float | None = None
     ) -> dict[str, float]:
         """`updates` optimizer updates, each over whole groups, with its own global counts."""
-        sums: list[list[dict[str, float]]] = []
-        for micros in self._plans(batch, tokens.group.numpy(), updates):
-            rows = np.sort(np.concatenate([*chain.from_iterable(micros)]))
-            counts = count_tokens(tokens.take(torch.from_numpy(rows)))
-            sums.append(
-                await self.gang.all(
-                    lambda rank, h, m=micros, c=counts: h.update.remote(  # type: ignore[misc]
-                        [
-                            (batch.rows(r), replace(tokens.take(torch.from_numpy(r)), counts=c))
-                            for r in m[rank]
-                        ],
-                        objective,
-                        lr,
-                    ),
-                    deadline=self.deadline,
-                )
-            )
-        return _summary(sums)
+        plans = self._plans(batch, tokens.group.numpy(), updates)
+        return _summary([await self._update("update", batch, tokens, m, objective, lr) for m in plans])
+
+    async def score_and_update(
+        self, batch: Batch, tokens: Tokens, objective: Objective, lr: float | None = None
+    ) -> tuple[dict[str, float], Scores]:
+        """In the micro-batches that `score` and `update` would take."""
+        await self._take_card()
+        (micros,) = self._plans(batch, tokens.group.numpy(), 1)
+        done = await self._update("score_and_update", batch, tokens, micros, objective, lr)
+        sums, columns = zip(*done, strict=True)
+        return _summary([list(sums)]), _scatter(batch.response_lengths, micros, list(columns))
+
+    async def _update(
+        self, call: str, batch: Batch, tokens: Tokens, micros: list[list[Rows]], *settings: Any
+    ) -> list[Any]:
+        """What each rank's `call` gives for one optimizer update over its `micros`."""
+        rows = np.sort(np.concatenate([*chain.from_iterable(micros)]))
+        counts = count_tokens(tokens.take(torch.from_numpy(rows)))
+        part = lambda r: (batch.rows(r), replace(tokens.take(torch.from_numpy(r)), counts=counts))
+        return await self.gang.all(
+            lambda rank, h: getattr(h, call).remote([part(r) for r in micros[rank]], *settings),
+            deadline=self.deadline,
+        )
+
+    async def _take_card(self) -> None:
+        """The engines leave the card that they share with the learner, if they do."""
+        if self.engines:
+            await self.engines.call_all(lambda h: h.sleep.remote(), deadline=self.deadline, what="sleeping")
 
     def _plans(self, batch: Batch, group: NDArray[np.int64], updates: int) -> list[list[list[Rows]]]:
         """[update][rank][micro-batch] -> rows."""
