@@ -255,7 +255,9 @@ class DiagnosisConfig:
 
 @dataclass
 class PredictionConfig:
-    every: int = 10  # steps between predictions of entropy's change, each one more scoring pass; 0: none
+    every: int = (
+        10  # steps between predictions of entropy's change, which need scoring passes; 0: none
+    )
 
 
 @dataclass

@@ -329,7 +329,8 @@ class Tokens:
     """Response tokens as one policy sees them, flat: all that an objective may read.
 
     Before the update `logprobs` equals `old_logprobs` and nothing carries a gradient; inside it,
-    `logprobs` and `entropy` are live. Per-token fields are [N], per-row fields [B].
+    `logprobs` and `entropy` are live. What the update itself is to score is NaN before it. Per-token fields
+    are [N], per-row fields [B].
     """
 
     row: Int[Tensor, " N"]

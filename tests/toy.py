@@ -125,7 +125,7 @@ class ToyWorld:
     ) -> tuple[dict[str, float], Mapping[str, np.ndarray]]:
         scores = await self.score(batch, tokens.group.numpy())
         known = corrected(objective, with_scores(tokens, scores))
-        return await self.update(batch, known, objective, lr=lr), scores
+        return await self.update(batch, known, objective, 1, lr), scores
 
     async def __call__(self, version: int) -> dict[str, float]:
         self.served, self.version = self.logits.detach().clone(), version

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from entroray.binding import COLUMNS, function_name, holds, traits
+from entroray.binding import COLUMNS, function_name, traits
 from entroray.objective.masking import masked_in, scatter_masked
 from entroray.objective.objective import PROMISES, Objective, before, function_needs, live_shapes
 from entroray.types import Tokens
@@ -33,11 +33,10 @@ def scores_read(objective: Objective) -> dict[str, frozenset[str]]:
     o = objective
     inside = (o.ratio, o.surrogate, *o.penalties)
     statistics = [partial(fn) for choice in inside for fn in before(choice).values()]
-    shown = [*(choice for choice in (o.select, *o.scales) if not holds(choice, "neutral")), *statistics]
+    correction = [] if corrects_inside(o.correction) else [o.correction]
+    shown = [c for c in (o.select, *o.scales, *correction, *statistics) if traits(c).neutral is not True]
     live = live_shapes(o.shapes) if shown else []  # applied before the update only for these to see
     choices = [*(s for s in o.shapes if not traits(s).live), *live, *shown]
-    if not corrects_inside(o.correction):
-        choices.append(o.correction)
     return {function_name(choice): read for choice in choices if (read := _reads(choice))}
 
 

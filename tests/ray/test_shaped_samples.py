@@ -224,6 +224,7 @@ def test_a_weighted_run_starts_at_ratio_one_and_the_engine_measures_what_the_lea
         "data.max_prompt=64",
     ]
     settings += ["generator.replicas=1", "learner.updates_per_rollout=1", f"sampler={name}"]
+    settings += ["learner.score=always"]
     (row,) = stack.wait(stack.drive(tmp_path / name, *settings))
     assert row["update/ratio_max"] == pytest.approx(1.0, abs=1e-6)
     if name == "fixed":

@@ -159,6 +159,11 @@ def lifted(t: Tokens):
     return t.advantages + t.entropy
 
 
+@declare(reads=())
+def by_sign(t: Tokens):
+    return torch.where(t.advantages > 0, 1.0, 0.5)
+
+
 @declare(reads=["old_logprobs"], needs=["whole_step"])
 def by_mean(t: Tokens):
     return torch.full_like(t.old_logprobs, float(t.old_logprobs.mean()))
@@ -175,7 +180,9 @@ def by_mean(t: Tokens):
         ({"correction": partial(correction.sequence_mask)}, ""),
         ({"shapes": (partial(lifted),)}, ""),
         ({"shapes": (partial(lifted),), "select": partial(select.random_positive)}, "`lifted` (entropy)"),
-        ({"shapes": (partial(lifted),), "scales": (partial(scales.selected, inside=1.0, outside=1.0),)}, ""),
+        ({"shapes": (partial(lifted),), "scales": (partial(scales.selected),)}, "`lifted` (entropy)"),
+        ({"shapes": (partial(lifted),), "correction": partial(by_sign)}, "`lifted` (entropy)"),
+        ({"correction": partial(by_sign)}, ""),
     ],
 )
 def test_the_reason_for_scoring_first_names_function_and_columns(change, why):
