@@ -113,7 +113,7 @@ def declare(**given: Any) -> Callable[[F], F]:
 
     TypeError for a trait that there is not; ValueError for `reads` that names no column.
     """
-    sets = {name: frozenset(given[name]) for name in ("needs", "reads") if name in given}
+    sets: dict[str, Any] = {k: frozenset(given[k]) for k in ("needs", "reads") if k in given}
     if unknown := sets.get("reads", COLUMNS) - COLUMNS:
         raise ValueError(f"reads={sorted(unknown)}: choose among {', '.join(sorted(COLUMNS))}")
     declared = replace(Traits(), **given | sets)

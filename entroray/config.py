@@ -255,9 +255,7 @@ class DiagnosisConfig:
 
 @dataclass
 class PredictionConfig:
-    every: int = (
-        10  # steps between predictions of entropy's change, which need scoring passes; 0: none
-    )
+    every: int = 10  # steps between predictions of entropy's change, which need scoring passes; 0: none
 
 
 @dataclass

@@ -54,7 +54,7 @@ def unknown_scores(batch: Batch, objective: Objective) -> Scores:
 def with_scores(tokens: Tokens, scores: Scores) -> Tokens:
     """`tokens` of a step under the policy that is about to be updated, as `scores` have it."""
     columns = _columns(scores)
-    return replace(tokens, **{**columns, "extra": {**tokens.extra, **columns["extra"]}})
+    return replace(tokens, **columns | {"extra": {**tokens.extra, **columns["extra"]}})
 
 
 def _columns(scores: Scores) -> dict[str, Any]:

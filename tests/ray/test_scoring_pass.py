@@ -63,7 +63,7 @@ async def five_updates(
         (1, ("learner.zero_stage=3", CHECKPOINTED)),
         (2, ("learner.zero_stage=1", "objective=prorl")),
         (2, ("learner.zero_stage=2",)),
-        (2, ("learner.zero_stage=3", "objective=clamped_entropy")),
+        (2, ("learner.zero_stage=3",)),
         (1, ("model.dtype=bfloat16", "objective=entropy_advantage")),
     ],
 )
