@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from entroray.policy.vocabulary_statistics import named
 
-TILE_ELEMENTS = 1 << 18
-"""Logits held at a time, rows x columns: two buffers of 1 MiB in FP32 stay in a core's cache."""
+TILE_ELEMENTS = 1 << 20
+"""Logits held at a time, rows x columns: two buffers of 4 MiB in FP32, of which cores keep much in their caches."""
 COLUMNS = 1024
 """Of a tile at least, where the vocabulary has as many."""
 WHOLE_ROW_ELEMENTS = 1 << 23
@@ -66,7 +66,7 @@ def token_stats(
     """
     if readout.hidden != 1.0:
         hidden = hidden * readout.hidden
-    tile = _tile(len(hidden), len(weight), hidden.device, bool(names), tile_elements)
+    tile = _tile(hidden.shape, len(weight), hidden.device, bool(names), tile_elements)
     out = _TiledStats.apply(hidden, weight, bias, token_ids, temperature, readout, tile, names)
     return dict(zip((*TokenStats._fields, *names), out, strict=True))
 
@@ -77,12 +77,13 @@ class _Tile(NamedTuple):
 
 
 def _tile(
-    rows: int, vocabulary: int, device: torch.device, whole: bool, elements: int | None = None
+    shape: Sequence[int], vocabulary: int, device: torch.device, whole: bool, elements: int | None = None
 ) -> _Tile:
-    """`whole`: a row's logits are needed at once."""
+    """For states of `shape` (N, D); `whole`: a row's logits are needed at once."""
     card = device.type == "cuda"
     elements = elements or (CARD_TILE_ELEMENTS if card else WHOLE_ROW_ELEMENTS if whole else TILE_ELEMENTS)
-    wanted = vocabulary if card or whole else min(max(COLUMNS, elements // max(rows, 1)), elements)
+    # few rows take more columns each, but the weight of a tile is no larger than the tile
+    wanted = vocabulary if card or whole else min(max(COLUMNS, elements // max(*shape, 1)), elements)
     columns = max(1, min(vocabulary, wanted))
     return _Tile(max(1, elements // columns), columns)
 
