@@ -46,9 +46,9 @@ def active_tokens(objective: Objective, t: Tokens) -> Counter[str]:
 def activity_inside(objective: Objective, t: Tokens) -> tuple[Bool[Tensor, " N"], dict[str, Tensor]]:
     """The tokens of `t`, live or detached, that no policy loss moves; on how many each rule acts, by rule.
 
-    The first are in the mask, have an advantage, and are clipped or dropped; a penalty may move them all the
-    same. A surrogate acts where it differs from an unclipped -r A, a penalty where it pulls. Counts stay on the
-    device.
+    The first are in the mask, have an advantage, and are clipped or dropped; a penalty may move them all
+    the same. A surrogate acts where it differs from an unclipped -r A, a penalty where it pulls. The counts
+    are on the tokens' device.
     """
     leaves = _leaves(t)
     seen = masked_in(leaves)
@@ -59,7 +59,9 @@ def activity_inside(objective: Objective, t: Tokens) -> tuple[Bool[Tensor, " N"]
     pull = _slopes((objective.aggregate(seen) * (seen.correction * seen.scale * terms)).sum(), leaves)[0]
     counts: dict[str, Tensor] = {}
     if _acts(objective.surrogate):
-        slopes = zip(_slopes(terms.sum(), leaves), _slopes(-(ratio * seen.advantages).sum(), leaves), strict=True)
+        slopes = zip(
+            _slopes(terms.sum(), leaves), _slopes(-(ratio * seen.advantages).sum(), leaves), strict=True
+        )
         differs = [~torch.isclose(gated, plain, rtol=1e-4) for gated, plain in slopes]
         counts[function_name(objective.surrogate)] = torch.stack(differs).any(0).sum()
     for penalty in objective.penalties:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from entroray.policy.vocabulary_statistics import named
 
 TILE_ELEMENTS = 1 << 20
-"""Logits held at a time, rows x columns: two buffers of 4 MiB in FP32, of which cores keep much in their caches."""
+"""Logits held at a time, rows x columns: two buffers of 4 MiB in FP32, near what caches of cores hold."""
 COLUMNS = 1024
 """Of a tile at least, where the vocabulary has as many."""
 WHOLE_ROW_ELEMENTS = 1 << 23
@@ -143,7 +143,7 @@ class _Logits:
         self.states = self.hidden * self.factor if self.early else self.hidden
         self.scale, self.tile = readout.scale, tile
         elements = min(tile.rows, len(hidden)) * min(tile.columns, len(weight))
-        self.buffers = hidden.new_empty((2, elements), dtype=self.dtype)
+        self.buffers = [hidden.new_empty(elements, dtype=self.dtype) for _ in range(2 - self.narrow)]
 
     def rows(self) -> Iterator[slice]:
         return _slices(len(self.hidden), self.tile.rows)
@@ -156,12 +156,13 @@ class _Logits:
 
     def tiles(self, rows: slice, columns: slice, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The tile, and a spare one of its size."""
-        shape = len(self.hidden[rows]), len(weight)
-        z, spare = (buffer[: shape[0] * shape[1]].view(shape) for buffer in self.buffers)
+        states = self.states[rows]
+        shape = len(states), len(weight)
+        spare, *own = (buffer[: shape[0] * shape[1]].view(shape) for buffer in self.buffers)
         if self.narrow:  # rounded to bf16, a logit near 16 would be off by up to 1/16
-            z = torch.mm(self.states[rows], weight.T, out_dtype=self.dtype)
+            z = torch.mm(states, weight.T, out_dtype=self.dtype)
         else:
-            torch.mm(self.states[rows], weight.T, out=z)
+            z = torch.mm(states, weight.T, out=own[0])
         return z if self.early else self._read_out(z, rows, columns), spare
 
     def _read_out(self, z: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -234,25 +235,27 @@ class _TiledStats(torch.autograd.Function):
         live = (sent != 0).any(0).nonzero()[:, 0]  # the others move nothing
         hidden, ids, temperature, entropy, logsumexp = (x[live] for x in ctx.saved_tensors)
         logits = _Logits(hidden, ctx.weight, ctx.bias, temperature, ctx.readout, ctx.tile)
-        slopes = _Slopes(ids, entropy[:, None], logsumexp[:, None], sent[:, live, None] * logits.factor, ctx.more)
-        needed = [x if need else None for x, need in zip((ctx.weight, ctx.bias), ctx.needs_input_grad[1:3], strict=True)]
-        grad_weight, grad_bias = (None if x is None else torch.zeros_like(x) for x in needed)
+        factors = sent[:, live, None] * logits.factor
+        slopes = _Slopes(ids, entropy[:, None], logsumexp[:, None], factors, ctx.more)
+        needs_hidden, *needed = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=logits.dtype)
+        held = zip((ctx.weight, ctx.bias), needed, strict=True)
+        totals = [torch.zeros_like(x) if need else None for x, need in held]
         for columns, part in logits.columns():
-            of_weight, of_bias = (None if x is None else x[columns].to(logits.dtype) for x in (grad_weight, grad_bias))
+            sums = [None if x is None else x[columns].to(logits.dtype) for x in totals]
             for rows in logits.rows():
                 dz = slopes.of(*logits.tiles(rows, columns, part), rows, columns, logits)
-                if ctx.needs_input_grad[0]:
+                if needs_hidden:
                     _add_product(grad_hidden[rows], dz.to(part.dtype), part)
-                if of_weight is not None:
-                    _add_product(of_weight, dz.T, logits.hidden[rows].to(dz.dtype))
-                if of_bias is not None:
-                    of_bias += dz.sum(0)
-            for total, done in ((grad_weight, of_weight), (grad_bias, of_bias)):
-                if total is not None and total.dtype != done.dtype:
-                    total[columns] = done
+                if sums[0] is not None:
+                    _add_product(sums[0], dz.T, logits.hidden[rows].to(dz.dtype))
+                if sums[1] is not None:
+                    sums[1] += dz.sum(0)
+            for total, found in zip(totals, sums, strict=True):
+                if total is not None and found is not None and total.dtype != found.dtype:
+                    total[columns] = found  # else it is a view
         full = torch.zeros_like(ctx.saved_tensors[0]).index_copy_(0, live, grad_hidden.to(hidden.dtype))
-        return full if ctx.needs_input_grad[0] else None, grad_weight, grad_bias, *[None] * 5
+        return full if needs_hidden else None, *totals, *[None] * 5
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

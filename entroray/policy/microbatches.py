@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
-OVERHEAD = 256
+OVERHEAD = 64
 """What a micro-batch costs besides its tokens, in tokens."""
 
 

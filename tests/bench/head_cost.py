@@ -9,6 +9,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,12 +108,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
-    print("rows, width, vocabulary   forward, ours / chunks of 128 rows   both ways   MB, ours   MB, chunks   error")
+    print(
+        "rows, width, vocabulary: forward and both ways, of chunks; MB of both ways, ours and theirs; error"
+    )
     for shape in SHAPES:
-        given = inputs(*shape)
-        memory = [megabytes(lambda head=head: both_ways(head, given)) for head in (tiles, row_chunks)]
-        columns = [f"{r:.2f} ({a:.4f} s / {b:.4f} s)" for r, a, b in (ratio(way, given, asked.rounds) for way in (forward, both_ways))]
-        print(shape, *columns, *(f"{m:.0f}" for m in memory), f"{error(given):.1e}", sep="   ", flush=True)
+        print(shape, *row(inputs(*shape), asked.rounds), sep="   ", flush=True)
+
+
+def row(given: Inputs, rounds: int) -> list[str]:
+    """What is printed of one shape."""
+    memory = [megabytes(partial(both_ways, head, given)) for head in (tiles, row_chunks)]
+    times = [ratio(way, given, rounds) for way in (forward, both_ways)]
+    columns = [f"{of:.2f} ({ours:.4f} s / {theirs:.4f} s)" for of, ours, theirs in times]
+    return [*columns, *(f"{mb:.0f}" for mb in memory), f"{error(given):.1e}"]
 
 
 if __name__ == "__main__":

@@ -168,7 +168,9 @@ def test_gradients_of_bf16_weights_are_summed_in_fp32_where_deepspeed_can() -> N
 def test_tiles_are_larger_on_a_card_and_hold_whole_rows() -> None:
     cpu, card = torch.device("cpu"), torch.device("cuda", 0)
     assert _tile((2048, 256), 32_000, cpu, False) == (TILE_ELEMENTS // 1024, 1024)
-    assert _tile((2048, 256), 32_000, cpu, True) == (WHOLE_ROW_ELEMENTS // 32_000, 32_000), "a statistic sorts"
+    assert _tile((2048, 256), 32_000, cpu, True) == (WHOLE_ROW_ELEMENTS // 32_000, 32_000), (
+        "a statistic sorts"
+    )
     for whole in (False, True):
         assert _tile((2048, 256), 32_000, card, whole) == (CARD_TILE_ELEMENTS // 32_000, 32_000)
     assert _tile((2048, 256), 32, cpu, False).columns == 32, "no more than there are"
