@@ -13,26 +13,25 @@ SUMS = ("kl", "kl_k1", "silent", *CLIPPED)
 
 
 @torch.no_grad()
-def update_sums(live: Tokens, silent: Bool[Tensor, " N"]) -> dict[str, float]:
-    """Sums over these tokens, which add up over micro-batches, ranks and updates.
+def update_sums(live: Tokens, silent: Bool[Tensor, " N"]) -> dict[str, Tensor]:
+    """Sums over these tokens, which add up over micro-batches, ranks and updates; still on the device.
 
     `clip_<side>_<sign>` counts tokens with a weight in which the loss is flat: their ratio is above
     (`high`) or below (`low`) 1, their advantage positive or negative. `kl` is k3 and `kl_k1` is k1 of
     KL(scored, live), nats.
     """
-    log_ratio = (live.logprobs - live.old_logprobs)[live.mask].double()
-    flat, up = silent[live.mask], live.advantages[live.mask] > 0
-    weighed = (live.scale * live.correction)[live.mask] != 0  # else dropped before the update, not clipped
-    count = lambda where: float((flat & weighed & where).sum())
-    high, low = log_ratio > 0, log_ratio < 0
+    log_ratio = torch.where(live.mask, live.logprobs - live.old_logprobs, 0.0).double()
+    flat = silent & live.mask
+    clipped = flat & (live.scale * live.correction != 0)  # else dropped before the update
+    up, high, low = live.advantages > 0, log_ratio > 0, log_ratio < 0
     return {
-        "kl": float((torch.expm1(log_ratio) - log_ratio).sum()),
-        "kl_k1": float((-log_ratio).sum()),
-        "silent": float(flat.sum()),
-        "clip_high_positive": count(high & up),
-        "clip_high_negative": count(high & ~up),
-        "clip_low_positive": count(low & up),
-        "clip_low_negative": count(low & ~up),
+        "kl": (torch.expm1(log_ratio) - log_ratio).sum(),
+        "kl_k1": (-log_ratio).sum(),
+        "silent": flat.sum(),
+        "clip_high_positive": (clipped & high & up).sum(),
+        "clip_high_negative": (clipped & high & ~up).sum(),
+        "clip_low_positive": (clipped & low & up).sum(),
+        "clip_low_negative": (clipped & low & ~up).sum(),
     }
 
 

@@ -15,7 +15,7 @@ from entroray.types import Tokens
 
 
 def counted_functions(objective: Objective) -> list[str]:
-    """Names of what `active_tokens` and `active_tokens_inside` count the tokens of."""
+    """Names of what `active_tokens` and `activity_inside` count the tokens of."""
     o = objective
     chosen = [*o.shapes, o.select, *o.scales, o.correction, o.surrogate, *o.penalties]
     return sorted({function_name(choice) for choice in chosen if _acts(choice)})
@@ -43,32 +43,31 @@ def active_tokens(objective: Objective, t: Tokens) -> Counter[str]:
 
 
 @torch.enable_grad()
-def active_tokens_inside(objective: Objective, t: Tokens) -> Counter[str]:
-    """Tokens on which the surrogate differs from an unclipped -r A, and on which each penalty pulls, by rule.
+def activity_inside(objective: Objective, t: Tokens) -> tuple[Bool[Tensor, " N"], dict[str, Tensor]]:
+    """The tokens of `t`, live or detached, that no policy loss moves; on how many each rule acts, by rule.
 
-    `t` is live or detached, credited either way.
+    The first are in the mask, have an advantage, and are clipped or dropped; a penalty may move them all
+    the same. A surrogate acts where it differs from an unclipped -r A, a penalty where it pulls. The counts
+    are on the tokens' device.
     """
-    leaves = _leaves(masked_in(t))
+    leaves = _leaves(t)
+    seen = masked_in(leaves)
     with torch.no_grad():
-        seen = apply_shapes(leaves, live_shapes(objective.shapes))
-    counts = Counter[str]()
+        seen = apply_shapes(seen, live_shapes(objective.shapes))
+    ratio = objective.ratio(seen)
+    terms = objective.surrogate(seen, ratio)
+    pull = _slopes((objective.aggregate(seen) * (seen.correction * seen.scale * terms)).sum(), leaves)[0]
+    counts: dict[str, Tensor] = {}
     if _acts(objective.surrogate):
-        plain = _slopes((-objective.ratio(seen) * seen.advantages).sum(), seen)
-        gated = _slopes(objective.surrogate(seen, objective.ratio(seen)).sum(), seen)
-        differs = [~torch.isclose(a, b, rtol=1e-4) for a, b in zip(gated, plain, strict=True)]
-        counts[function_name(objective.surrogate)] = int(torch.stack(differs).any(0).sum())
+        slopes = zip(
+            _slopes(terms.sum(), leaves), _slopes(-(ratio * seen.advantages).sum(), leaves), strict=True
+        )
+        differs = [~torch.isclose(gated, plain, rtol=1e-4) for gated, plain in slopes]
+        counts[function_name(objective.surrogate)] = torch.stack(differs).any(0).sum()
     for penalty in objective.penalties:
-        pulls = [slope != 0 for slope in _slopes(penalty(seen).sum(), seen)]
-        counts[function_name(penalty)] += int(torch.stack(pulls).any(0).sum())
-    return counts
-
-
-def flat_tokens(objective: Objective, t: Tokens) -> Bool[Tensor, " N"]:
-    """Tokens in the mask, with an advantage, that the surrogate moves nowhere: clipped or dropped.
-
-    A penalty may move them all the same.
-    """
-    return t.mask & (t.advantages != 0) & (_pull(objective, t) == 0)
+        pulls = [slope != 0 for slope in _slopes(penalty(seen).sum(), leaves)]
+        counts[function_name(penalty)] = torch.stack(pulls).any(0).sum()
+    return t.mask & (t.advantages != 0) & (pull == 0), counts
 
 
 def gradient_weight(objective: Objective, t: Tokens) -> Float[Tensor, " N"]:
@@ -98,7 +97,7 @@ def _slopes(total: Tensor, t: Tokens) -> list[Tensor]:
     leaves = [t.logprobs, t.entropy, *t.extra.values()]
     if not total.requires_grad:
         return [torch.zeros_like(x) for x in leaves]
-    return list(torch.autograd.grad(total, leaves, materialize_grads=True))
+    return list(torch.autograd.grad(total, leaves, retain_graph=True, materialize_grads=True))
 
 
 def _acts(choice: partial) -> bool:

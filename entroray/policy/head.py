@@ -3,7 +3,7 @@
 In the learner this is the only place where logits exist: never more than one tile of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +12,16 @@ from torch import Tensor, nn
 
 from entroray.policy.vocabulary_statistics import named
 
-TILE_ELEMENTS = 1 << 23
-"""Logits held at a time, rows x vocabulary: 32 MiB in FP32; a pass holds about four such buffers."""
+TILE_ELEMENTS = 1 << 20
+"""Logits held at a time, rows x columns: two buffers of 4 MiB in FP32, near what caches of cores hold."""
+COLUMNS = 1024
+"""Of a tile at least, where the vocabulary has as many."""
+WHOLE_ROW_ELEMENTS = 1 << 23
+"""The same where a statistic sorts or renormalises a whole row: 32 MiB a buffer."""
 CARD_TILE_ELEMENTS = 1 << 27
-"""The same on a GPU, 0.5 GiB: smaller matrices would leave most of it idle."""
+"""The same on a GPU, 0.5 GiB in whole rows: smaller matrices would leave most of it idle."""
+_LEAST = -1e4
+"""Least log-prob in sums, p being 0 already: 0 * -inf were not a number."""
 
 
 class Readout(NamedTuple):
@@ -58,55 +64,131 @@ def token_stats(
     `weight` and `bias`, save through varentropy. `hidden[t]` is the state that predicts
     `token_ids[t]`. Logits of -inf are outcomes of probability 0.
     """
-    tile = tile_elements or _tile_on(hidden.device)
     if readout.hidden != 1.0:
         hidden = hidden * readout.hidden
+    tile = _tile(hidden.shape, len(weight), hidden.device, bool(names), tile_elements)
     out = _TiledStats.apply(hidden, weight, bias, token_ids, temperature, readout, tile, names)
     return dict(zip((*TokenStats._fields, *names), out, strict=True))
 
 
-def _tile_on(device: torch.device) -> int:
-    return CARD_TILE_ELEMENTS if device.type == "cuda" else TILE_ELEMENTS
+class _Tile(NamedTuple):
+    rows: int
+    columns: int
 
 
-def _tiles(rows: int, vocabulary: int, tile_elements: int) -> list[slice]:
-    size = max(1, tile_elements // max(vocabulary, 1))
-    return [slice(start, start + size) for start in range(0, rows, size)]
+def _tile(
+    shape: Sequence[int], vocabulary: int, device: torch.device, whole: bool, elements: int | None = None
+) -> _Tile:
+    """For states of `shape` (N, D); `whole`: a row's logits are needed at once."""
+    card = device.type == "cuda"
+    elements = elements or (CARD_TILE_ELEMENTS if card else WHOLE_ROW_ELEMENTS if whole else TILE_ELEMENTS)
+    # few rows take more columns each, but the weight of a tile is no larger than the tile
+    wanted = vocabulary if card or whole else min(max(COLUMNS, elements // max(*shape, 1)), elements)
+    columns = max(1, min(vocabulary, wanted))
+    return _Tile(max(1, elements // columns), columns)
 
 
-def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
-    return (logits / temperature.to(logits.dtype)[:, None]).log_softmax(-1)
+class _Moments(NamedTuple):
+    """Of the logits z of one tile, under p = exp(z - top) / total; [n] each, or [tiles, N] of all."""
+
+    top: Tensor
+    total: Tensor
+    mean: Tensor
+    """Of z - top."""
+    variance: Tensor
+
+    @classmethod
+    def of(cls, z: Tensor, spare: Tensor) -> "_Moments":
+        """Of a tile [n, k]; it and `spare` are overwritten."""
+        top = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
+        p = torch.exp(z.sub_(top).clamp_(min=_LEAST), out=spare)
+        total = p.sum(-1)
+        share = total.clamp(min=1e-30).reciprocal_()
+        mean = torch.linalg.vecdot(p, z) * share
+        variance = torch.linalg.vecdot(p, z.sub_(mean[:, None]).square_()) * share
+        return cls(top[:, 0], total, mean, variance)
+
+    def joined(self) -> "_Moments":
+        """Of whole rows, [N]: variance within tiles and between them."""
+        top = self.top.amax(0)
+        shift = (self.top - top).clamp_(min=_LEAST)
+        weight = self.total * shift.exp()
+        total = weight.sum(0)
+        means = self.mean + shift
+        mean = (weight * means).sum(0) / total
+        return _Moments(top, total, mean, (weight * (self.variance + (means - mean).square())).sum(0) / total)
 
 
-def _read_out(hidden: Tensor, weight: Tensor, bias: Tensor | None, readout: Readout) -> Tensor:
-    logits = _logits(hidden, weight)
-    if bias is not None:
-        logits += bias
-    if readout.scale != 1.0:
-        logits *= readout.scale
-    if readout.softcap is not None:
-        logits = (logits / readout.softcap).tanh_().mul_(readout.softcap)
-    return logits
+class _Logits:
+    """Logits / temperature of [n, D] states, a tile at a time, each written over the last."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: Tensor,
+        readout: Readout,
+        tile: _Tile,
+    ):
+        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.weight, self.bias, self.softcap = weight, bias, readout.softcap
+        self.narrow = hidden.is_cuda and hidden.dtype != self.dtype
+        """Factors are in the narrow type, and products in the wide: no copy of the weight on a GPU."""
+        self.temperature = temperature.to(self.dtype)[:, None]
+        self.factor = readout.scale / self.temperature
+        self.hidden = hidden if self.narrow else hidden.to(self.dtype)
+        self.early = not self.narrow and bias is None and readout.softcap is None
+        """Whether states are divided by the temperature, n D numbers, in place of logits, n V."""
+        self.states = self.hidden * self.factor if self.early else self.hidden
+        self.scale, self.tile = readout.scale, tile
+        elements = min(tile.rows, len(hidden)) * min(tile.columns, len(weight))
+        self.buffers = [hidden.new_empty(elements, dtype=self.dtype) for _ in range(2 - self.narrow)]
+
+    def rows(self) -> Iterator[slice]:
+        return _slices(len(self.hidden), self.tile.rows)
+
+    def columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of a tile, and the weight of these: FP32 or wider, whatever the model's data type."""
+        for columns in _slices(len(self.weight), self.tile.columns):
+            part = self.weight[columns]
+            yield columns, part if self.narrow else part.to(self.dtype)
+
+    def tiles(self, rows: slice, columns: slice, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The tile, and a spare one of its size."""
+        states = self.states[rows]
+        shape = len(states), len(weight)
+        spare, *own = (buffer[: shape[0] * shape[1]].view(shape) for buffer in self.buffers)
+        if self.narrow:  # rounded to bf16, a logit near 16 would be off by up to 1/16
+            z = torch.mm(states, weight.T, out_dtype=self.dtype)
+        else:
+            z = torch.mm(states, weight.T, out=own[0])
+        return z if self.early else self._read_out(z, rows, columns), spare
+
+    def _read_out(self, z: Tensor, rows: slice, columns: slice) -> Tensor:
+        if self.bias is not None:
+            z += self.bias[columns]
+        if self.softcap is None:
+            return z.mul_(self.factor[rows])
+        z.mul_(self.scale / self.softcap).tanh_()
+        return z.mul_(self.softcap / self.temperature[rows])
+
+    def slope(self, z: Tensor, rows: slice) -> Tensor | None:
+        """Of the softcap, which made `z`."""
+        if self.softcap is None:
+            return None
+        return 1.0 - (z * (self.temperature[rows] / self.softcap)).square_()
 
 
-def _slope(logits: Tensor, readout: Readout) -> Tensor | float | None:
-    """Of the logits in hidden weight^T + bias; None where it is 1."""
-    if readout.softcap is None:
-        return None if readout.scale == 1.0 else readout.scale
-    return (1.0 - (logits / readout.softcap).square()) * readout.scale
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """In FP32 or wider: rounded to bf16, a logit near 16 would be off by up to 1/16."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    if hidden.is_cuda and hidden.dtype != wide:
-        return torch.mm(hidden, weight.T, out_dtype=wide)  # no copy of the weight
-    return hidden.to(wide) @ weight.to(wide).T
-
-
-def _surprise(logp: Tensor, p: Tensor) -> Tensor:
-    """-p log p with 0 log 0 = 0."""
-    return -(p * logp.masked_fill(p == 0, 0.0))
+def _place(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Where in these columns each token [n] is, [n, 1], and whether it is there at all."""
+    at = ids.long()[:, None] - columns.start
+    width = columns.stop - columns.start
+    return at.clamp(0, width - 1), (at >= 0) & (at < width)
 
 
 class _TiledStats(torch.autograd.Function):
@@ -119,78 +201,102 @@ class _TiledStats(torch.autograd.Function):
         ids: Tensor,
         temperature: Tensor,
         readout: Readout,
-        tile: int,
+        tile: _Tile,
         names: tuple[str, ...],
     ) -> Any:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logits = _Logits(hidden, weight, bias, temperature, readout, tile)
         more = [named(name) for name in names]
-        out = [torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3 + len(more))]
-        for rows in _tiles(len(hidden), len(weight), tile):
-            logp = _log_softmax(_read_out(hidden[rows], weight, bias, readout), temperature[rows])
-            p = logp.exp()
-            entropy = _surprise(logp, p).sum(-1)
-            out[0][rows] = logp.gather(-1, ids[rows, None].long()).squeeze(-1)
-            out[1][rows] = entropy
-            out[2][rows] = (p * (-logp.masked_fill(p == 0, 0.0) - entropy[:, None]).square()).sum(-1)
-            for column, statistic in zip(out[3:], more, strict=True):
-                column[rows] = statistic(logp)
+        further = [hidden.new_empty(len(hidden), dtype=logits.dtype) for _ in more]
+        own = hidden.new_zeros(len(hidden), dtype=logits.dtype)
+        count = -(-len(weight) // tile.columns)
+        parts = _Moments(*hidden.new_empty((4, count, len(hidden)), dtype=logits.dtype))
+        for index, (columns, part) in enumerate(logits.columns()):
+            for rows in logits.rows():
+                z, spare = logits.tiles(rows, columns, part)
+                at, here = _place(ids[rows], columns)
+                own[rows] += torch.where(here, z.gather(1, at), 0.0)[:, 0]
+                for column, statistic in zip(further, more, strict=True):
+                    column[rows] = statistic(z.log_softmax(-1))
+                for whole, of_tile in zip(parts, _Moments.of(z, spare), strict=True):
+                    whole[index, rows] = of_tile
+        top, total, mean, variance = parts.joined()
+        log_total = total.log()
+        out = own - top - log_total, log_total - mean, variance, *further
         ctx.more = more
-        ctx.save_for_backward(hidden, ids, temperature, out[1])
+        ctx.save_for_backward(hidden, ids, temperature, out[1], top + log_total)
         ctx.weight, ctx.bias = weight, bias  # by reference: ZeRO-3 swaps the parameter's storage in between
         ctx.readout, ctx.tile = readout, tile
         ctx.mark_non_differentiable(out[2])
-        return tuple(out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        hidden, ids, temperature, entropy = ctx.saved_tensors
-        weight, bias, readout = ctx.weight, ctx.bias, ctx.readout
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=entropy.dtype) if ctx.needs_input_grad[2] else None
-        for rows in _tiles(len(hidden), len(weight), ctx.tile):
-            logits = _read_out(hidden[rows], weight, bias, readout)
-            logp = _log_softmax(logits, temperature[rows])
-            slope = _slope(logits, readout)
-            del logits  # a tile less while the gradient is made
-            dz = _logit_gradient(logp, ids[rows], entropy[rows], grads[0][rows], grads[1][rows])
-            if ctx.more:
-                dz += _further_gradient(logp, ctx.more, [g[rows] for g in grads[3:]])
-            dz = dz / temperature[rows, None]
-            if slope is not None:
-                dz *= slope
-            if grad_hidden is not None:
-                grad_hidden[rows] = (dz.to(weight.dtype) @ weight).to(hidden.dtype)
-            if grad_weight is not None:
-                _add_product(grad_weight, dz.T, hidden[rows].to(dz.dtype))
-            if grad_bias is not None:
-                grad_bias += dz.sum(0)
-        narrow = lambda grad, like: None if grad is None else grad.to(like.dtype)
-        return grad_hidden, narrow(grad_weight, weight), narrow(grad_bias, bias), *[None] * 5
+        sent = torch.stack([grad for index, grad in enumerate(grads) if index != 2])
+        live = (sent != 0).any(0).nonzero()[:, 0]  # the others move nothing
+        hidden, ids, temperature, entropy, logsumexp = (x[live] for x in ctx.saved_tensors)
+        logits = _Logits(hidden, ctx.weight, ctx.bias, temperature, ctx.readout, ctx.tile)
+        factors = sent[:, live, None] * logits.factor
+        slopes = _Slopes(ids, entropy[:, None], logsumexp[:, None], factors, ctx.more)
+        needs_hidden, *needed = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden, dtype=logits.dtype)
+        held = zip((ctx.weight, ctx.bias), needed, strict=True)
+        totals = [torch.zeros_like(x) if need else None for x, need in held]
+        for columns, part in logits.columns():
+            sums = [None if x is None else x[columns].to(logits.dtype) for x in totals]
+            for rows in logits.rows():
+                dz = slopes.of(*logits.tiles(rows, columns, part), rows, columns, logits)
+                if needs_hidden:
+                    _add_product(grad_hidden[rows], dz.to(part.dtype), part)
+                if sums[0] is not None:
+                    _add_product(sums[0], dz.T, logits.hidden[rows].to(dz.dtype))
+                if sums[1] is not None:
+                    sums[1] += dz.sum(0)
+            for total, found in zip(totals, sums, strict=True):
+                if total is not None and found is not None and total.dtype != found.dtype:
+                    total[columns] = found  # else it is a view
+        full = torch.zeros_like(ctx.saved_tensors[0]).index_copy_(0, live, grad_hidden.to(hidden.dtype))
+        return full if needs_hidden else None, *totals, *[None] * 5
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b. On a GPU without a buffer of the weight's size; a CPU's fused sum rounds otherwise."""
-    if total.is_cuda:
+    """total += a b, without a buffer of its size where all three have one type."""
+    if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
         total += a @ b
 
 
-def _logit_gradient(logp: Tensor, ids: Tensor, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor) -> Tensor:
-    """d log p_a / dz = onehot - p;  dH / dz = -p (log p + H)."""
-    p = logp.exp()
-    finite = logp.masked_fill(p == 0, 0.0)
-    dz = -p * (g_logp[:, None] + g_entropy[:, None] * (finite + entropy[:, None]))
-    return dz.scatter_add_(-1, ids[:, None].long(), g_logp[:, None].to(dz.dtype))
+class _Slopes(NamedTuple):
+    """What the loss sends back to logits / temperature."""
+
+    ids: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+    sent: Tensor
+    """[2 + further, n, 1], times the slope of logits / temperature in hidden weight^T."""
+    more: Sequence[Callable[[Tensor], Tensor]]
+
+    def of(self, z: Tensor, spare: Tensor, rows: slice, columns: slice, logits: _Logits) -> Tensor:
+        """d log p_a / dz = onehot - p;  dH / dz = -p (log p + H). Both tiles are overwritten."""
+        further = _further_gradient(z, self.more, self.sent[2:, rows, 0]) if self.more else None
+        bend = logits.slope(z, rows)
+        g_logp, g_entropy = self.sent[0, rows], self.sent[1, rows]
+        logp = z.sub_(self.logsumexp[rows]).clamp_(min=_LEAST)
+        p = torch.exp(logp, out=spare)
+        dz = logp.mul_(-g_entropy).sub_(g_logp + g_entropy * self.entropy[rows]).mul_(p)
+        at, here = _place(self.ids[rows], columns)
+        dz.scatter_add_(1, at, torch.where(here, g_logp, 0.0))
+        if further is not None:
+            dz += further
+        return dz if bend is None else dz.mul_(bend)
 
 
 @torch.enable_grad()
-def _further_gradient(logp: Tensor, more: list[Callable[[Tensor], Tensor]], grads: list[Tensor]) -> Tensor:
+def _further_gradient(logits: Tensor, more: Sequence[Callable[[Tensor], Tensor]], grads: Tensor) -> Tensor:
     """The gradient in the logits that further statistics send back, by autograd inside the tile."""
-    z = logp.detach().requires_grad_()
-    again = z.log_softmax(-1)  # log-probs are logits of their own softmax
-    return torch.autograd.grad([statistic(again) for statistic in more], z, grads)[0]
+    z = logits.detach().clone().requires_grad_()
+    logp = z.log_softmax(-1)
+    return torch.autograd.grad([statistic(logp) for statistic in more], z, list(grads))[0]
 
 
 class StreamedHead(nn.Module):

@@ -21,7 +21,6 @@ class Padded:
     """One micro-batch, right-padded: [b, T] ids, and where each of its n response tokens is predicted."""
 
     ids: Int[Tensor, "b T"]
-    attention: Int[Tensor, "b T"]
     source: Int[Tensor, " n"]
     """Flat index into [b * T] of the state that predicts each response token: one before it."""
     targets: Int[Tensor, " n"]
@@ -42,7 +41,6 @@ def pad(batch: Batch, device: torch.device) -> Padded:
     on = lambda x: torch.from_numpy(x).to(device)
     return Padded(
         ids=on(ids),
-        attention=on(in_row.astype(np.int64)),
         source=on(source),
         targets=on(batch.response_ids.astype(np.int64)),
         temperature=on(np.repeat(batch.temperatures, batch.response_lengths).astype(np.float32)),
@@ -66,9 +64,9 @@ class Policy(nn.Module):
 
     def forward(self, micro: Padded, more: Sequence[str] = ()) -> dict[str, Tensor]:
         """`head.TokenStats` by name, and the further `policy.statistics` named in `more`."""
-        states = families.body(self.model)(
-            input_ids=micro.ids, attention_mask=micro.attention, use_cache=False
-        )
+        # No mask of padding: it is on the right, where a causal model's response tokens do not look, and a
+        # mask costs torch its causal kernel.
+        states = families.body(self.model)(input_ids=micro.ids, use_cache=False)
         hidden = states.last_hidden_state.flatten(0, 1)[micro.source]
         return self.model.get_output_embeddings()(hidden, micro.targets, micro.temperature, more)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from entroray.config import LearnerConfig, Model
 from entroray.errors import PreflightError
 from entroray.metrics.update import SUMS, update_sums
-from entroray.objective import Objective, active_tokens_inside, corrected, flat_tokens
+from entroray.objective import Objective, activity_inside, corrected
 from entroray.policy import families
 from entroray.policy.head import TokenStats
 from entroray.policy.model import Padded, Policy, load_policy, pad
@@ -194,15 +194,16 @@ class LearnerRank:
         if lr is not None:
             self.backend.set_base_lr(lr)
         self.backend.train(True)
-        sums = dict.fromkeys(("loss", "tokens", "ratio_max", "entropy", *SUMS), 0.0)
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = dict.fromkeys(("loss", "tokens", "ratio_max", "entropy", *SUMS), zero)
         for index, (batch, tokens) in enumerate(micros):
             self.backend.backward(self._loss(batch, tokens, sums, scores), last=index == len(micros) - 1)
         done = self.backend.step()
         self.updated |= not done["skipped"]
-        return sums | done
+        return dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True)) | done
 
     def _loss(
-        self, batch: Batch, tokens: Tokens, sums: dict[str, float], scores: list[Scores] | None
+        self, batch: Batch, tokens: Tokens, sums: dict[str, Tensor], scores: list[Scores] | None
     ) -> Tensor:
         """This micro-batch's part of the update's loss; what it counts is added to `sums`.
 
@@ -323,14 +324,17 @@ def with_live_statistics(tokens: Tokens, stats: Mapping[str, Tensor]) -> Tokens:
     return replace(tokens, **own, extra={**tokens.extra, **extra})  # type: ignore[arg-type]
 
 
-def _add_sums(objective: Objective, live: Tokens, loss: Tensor, sums: dict[str, float]) -> None:
+def _add_sums(objective: Objective, live: Tokens, loss: Tensor, sums: dict[str, Tensor]) -> None:
+    """All of it stays on the device, which the host does not wait for."""
+    flat, counts = activity_inside(objective, live)
     with torch.no_grad():
-        ratio = (live.logprobs - live.old_logprobs)[live.mask].exp()
-        sums["loss"] += float(loss)
-        sums["tokens"] += int(live.mask.sum())
-        sums["entropy"] += float(live.entropy[live.mask].sum())
-        sums["ratio_max"] = max(sums["ratio_max"], float(ratio.max()) if len(ratio) else 0.0)
-    for name, value in update_sums(live, flat_tokens(objective, live)).items():
-        sums[name] += value
-    for rule, number in active_tokens_inside(objective, live).items():
-        sums[f"rule:{rule}"] = sums.get(f"rule:{rule}", 0.0) + number
+        ratio = torch.where(live.mask, (live.logprobs - live.old_logprobs).exp(), 0.0).double()
+        sums["ratio_max"] = torch.maximum(sums["ratio_max"], ratio.max() if len(ratio) else ratio.sum())
+        own = {
+            "loss": loss.detach(),
+            "tokens": live.mask.sum(),
+            "entropy": torch.where(live.mask, live.entropy, 0.0).sum(),
+        }
+        rules = {f"rule:{rule}": number for rule, number in counts.items()}
+        for name, value in (own | update_sums(live, flat) | rules).items():
+            sums[name] = sums.get(name, 0.0) + value.double()

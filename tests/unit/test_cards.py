@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from entroray.errors import ConfigError, PreflightError
-from entroray.policy.head import CARD_TILE_ELEMENTS, TILE_ELEMENTS, _tile_on
+from entroray.policy.head import CARD_TILE_ELEMENTS, TILE_ELEMENTS, WHOLE_ROW_ELEMENTS, _tile
 from entroray.wiring import actors
 from entroray.wiring.actors import learner_settings
 from entroray.workers import cluster, engine_pool, verifier_pool
@@ -165,9 +165,17 @@ def test_gradients_of_bf16_weights_are_summed_in_fp32_where_deepspeed_can() -> N
     assert sums("model=bf16", own) == {"grad_accum_dtype": "bf16"}
 
 
-def test_tiles_are_larger_on_a_card() -> None:
-    assert _tile_on(torch.device("cpu")) == TILE_ELEMENTS == 1 << 23
-    assert _tile_on(torch.device("cuda", 0)) == CARD_TILE_ELEMENTS == 1 << 27
+def test_tiles_are_larger_on_a_card_and_hold_whole_rows() -> None:
+    cpu, card = torch.device("cpu"), torch.device("cuda", 0)
+    assert _tile((2048, 256), 32_000, cpu, False) == (TILE_ELEMENTS // 1024, 1024)
+    assert _tile((2048, 256), 32_000, cpu, True) == (WHOLE_ROW_ELEMENTS // 32_000, 32_000), (
+        "a statistic sorts"
+    )
+    for whole in (False, True):
+        assert _tile((2048, 256), 32_000, card, whole) == (CARD_TILE_ELEMENTS // 32_000, 32_000)
+    assert _tile((2048, 256), 32, cpu, False).columns == 32, "no more than there are"
+    few = _tile((8, 256), 152_000, cpu, False)
+    assert few.columns == TILE_ELEMENTS // 256, "few rows: wider, but not the whole weight"
 
 
 @pytest.mark.parametrize(("cards", "alone"), [("one_gpu", True), ("gpu", False)])

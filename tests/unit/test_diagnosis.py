@@ -196,7 +196,8 @@ def test_clipped_tokens_are_told_apart_by_side_and_sign():
     t = tokens_of(groups, [1.0] * 6, [1.0, 1.0, -1.0, -1.0, 1.0, -1.0])
     live = replace(t, logprobs=t.old_logprobs + torch.tensor([LN2, -LN2, LN2, -LN2, 0.0, LN2]))
     flat = torch.tensor([True, True, True, True, False, False])
-    found = update_metrics([update_sums(live, flat), update_sums(live, flat)], 12.0)
+    sums = {name: float(x) for name, x in update_sums(live, flat).items()}
+    found = update_metrics([sums, sums], 12.0)
     sides = [found[f"update/clip_{s}_{a}"] for s in ("high", "low") for a in ("positive", "negative")]
     assert sides == pytest.approx([1 / 6] * 4)
     assert found["objective/silent_tokens"] == pytest.approx(4 / 6)
@@ -206,7 +207,7 @@ def test_clipped_tokens_are_told_apart_by_side_and_sign():
     dropped = replace(
         live, scale=torch.tensor([0.0, 1, 1, 1, 1, 1]), correction=torch.tensor([1.0, 0, 1, 1, 1, 1])
     )
-    found = update_metrics([update_sums(dropped, flat)], 6.0)
+    found = update_metrics([{name: float(x) for name, x in update_sums(dropped, flat).items()}], 6.0)
     assert [found[f"update/clip_{s}_positive"] for s in ("high", "low")] == [0, 0], "no weight, no clip"
     assert found["update/clip_high_negative"] == 1 / 6 and found["objective/silent_tokens"] == 4 / 6
 

@@ -40,6 +40,98 @@ def test_values_equal_the_brute_force_whatever_the_tile(tile_elements):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def narrow(monkeypatch, columns):
+    monkeypatch.setattr(head, "COLUMNS", columns)
+
+
+@pytest.mark.parametrize("elements", [12, 40, 800])
+def test_rows_are_put_together_of_tiles_of_columns(monkeypatch, elements):
+    """101 columns by 4: the last tile is narrower, and each holds 3, 10 or 200 rows."""
+    narrow(monkeypatch, 4)
+    inputs = case()
+    assert head._tile((37, 16), 101, torch.device("cpu"), False, elements).columns < 101
+    for ours, theirs in zip(token_stats(*inputs, tile_elements=elements), brute(*inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_put_together_of_tiles_of_columns(monkeypatch):
+    narrow(monkeypatch, 2)
+    hidden, weight, ids, temperature = case(n=5, d=4, v=7)
+    bias = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    for readout in (head.PLAIN, head.Readout(scale=-0.6, softcap=0.9)):
+
+        def f(h, w, b, readout=readout):
+            stats = token_stats(h, w, ids, temperature, bias=b, readout=readout, tile_elements=4)
+            return stats.logprobs, stats.entropy
+
+        assert torch.autograd.gradcheck(f, inputs, atol=1e-7)
+
+
+@pytest.mark.parametrize("impossible", [[0, 1, 2, 3], [2, 3], [4, 6, 8], [1, 8]])
+def test_tiles_of_minus_infinite_logits_are_outcomes_of_probability_zero(monkeypatch, impossible):
+    """A tile of two columns may hold none, one or two possible tokens, the first tile too."""
+    narrow(monkeypatch, 2)
+    hidden, weight, _, temperature = case(n=4, d=3, v=9)
+    possible = [i for i in range(9) if i not in impossible]
+    bias = torch.zeros(9, dtype=torch.float64)
+    bias[impossible] = -torch.inf
+    given = [x.clone().requires_grad_() for x in (hidden, weight)]
+    ids = torch.tensor(possible[-1:] * 4)
+    ours = token_stats(*given, ids, temperature, bias=bias, tile_elements=4)
+    place = torch.full((4,), len(possible) - 1)
+    for mine, theirs in zip(ours, brute(hidden, weight[possible], place, temperature), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    (ours.logprobs.sum() + ours.entropy.sum()).backward()
+    wide = weight[possible].clone().requires_grad_()
+    logprobs, entropy, _ = brute(hidden, wide, place, temperature)
+    (logprobs.sum() + entropy.sum()).backward()
+    torch.testing.assert_close(given[1].grad[possible], wide.grad, rtol=1e-10, atol=1e-12)
+    assert not given[1].grad[impossible].any() and given[0].grad.isfinite().all()
+
+
+def test_rows_that_nothing_is_sent_back_to_are_skipped(monkeypatch):
+    hidden, weight, ids, temperature = case()
+    sent = torch.zeros(37, dtype=torch.float64)
+    sent[[3, 20]] = torch.tensor([1.5, -2.0], dtype=torch.float64)
+    seen = []
+    of = head._Slopes.of
+    monkeypatch.setattr(head._Slopes, "of", lambda self, z, *rest: seen.append(len(z)) or of(self, z, *rest))
+    for name in ("logprobs", "entropy"):
+        given = [x.clone().requires_grad_() for x in (hidden, weight)]
+        (getattr(token_stats(*given, ids, temperature), name) * sent).sum().backward()
+        plain = [x.clone().requires_grad_() for x in (hidden, weight)]
+        exact = dict(zip(head.TokenStats._fields, brute(*plain, ids, temperature), strict=True))
+        (exact[name] * sent).sum().backward()
+        for ours, theirs in zip(given, plain, strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+    assert seen == [2, 2]
+
+
+def test_a_pass_without_gradients_has_the_same_bits(monkeypatch):
+    """The first ratio between what was scored and the update is then exactly 1."""
+    narrow(monkeypatch, 16)
+    hidden, weight, ids, temperature = case(torch.float32)
+    with torch.no_grad():
+        scored = token_stats(hidden, weight, ids, temperature, tile_elements=160)
+    again = token_stats(hidden.requires_grad_(), weight, ids, temperature, tile_elements=160)
+    assert all(torch.equal(a, b) for a, b in zip(scored, again, strict=True))
+
+
+def test_the_weight_may_lie_elsewhere_when_the_gradient_is_made():
+    """ZeRO-3 releases the parameter behind the forward pass, and gathers it into another storage."""
+    hidden, weight, ids, temperature = case()
+    weight.requires_grad_()
+    loss = token_stats(hidden, weight, ids, temperature).logprobs.sum()
+    kept = weight.detach().clone()
+    weight.data.fill_(torch.nan)
+    weight.data = kept
+    (gradient,) = torch.autograd.grad(loss, weight)
+    plain = kept.clone().requires_grad_()
+    brute(hidden, plain, ids, temperature)[0].sum().backward()
+    torch.testing.assert_close(gradient, plain.grad, rtol=1e-10, atol=1e-12)
+
+
 def test_float32_agrees_with_float64_to_rounding():
     inputs = case()
     single = token_stats(*(x.float() if x.is_floating_point() else x for x in inputs))
@@ -234,6 +326,26 @@ def test_bf16_weights_give_the_log_probs_of_fp32_logits():
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
 
 
+def test_a_bf16_weight_is_widened_a_tile_at_a_time(monkeypatch):
+    """Its gradient is summed in FP32 and rounded once."""
+    narrow(monkeypatch, 32)
+    widened = []
+    columns = head._Logits.columns
+    held = lambda w: w.untyped_storage().nbytes() // 4
+    note = lambda self: (widened.append(held(w)) or (c, w) for c, w in columns(self))
+    monkeypatch.setattr(head._Logits, "columns", note)
+    hidden, weight, ids, temperature = case(torch.bfloat16, d=8)
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    sum(brute(*exact, ids, temperature.double())[:2]).sum().backward()
+    given = [x.requires_grad_() for x in (hidden, weight)]
+    stats = token_stats(*given, ids, temperature, tile_elements=320)
+    (stats.logprobs + stats.entropy).sum().backward()
+    assert set(widened) == {32 * 8, (101 - 96) * 8}
+    for ours, theirs in zip(given, exact, strict=True):
+        assert ours.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-2, atol=2e-3)
+
+
 def test_no_tokens_at_all():
     weight = torch.randn(5, 3, requires_grad=True)
     stats = token_stats(torch.empty(0, 3), weight, torch.empty(0, dtype=torch.long), torch.empty(0))
@@ -252,7 +364,7 @@ def forget_peak() -> None:
 
 
 def test_peak_memory_stays_far_below_one_logits_matrix():
-    """[512, 32000] in FP32 is 62 MiB; tiles of 512 Ki elements need a few times 2 MiB."""
+    """[512, 32000] in FP32 is 62 MiB; tiles of 512 Ki elements need twice 2 MiB."""
     n, d, v = 512, 16, 32000
     h, w = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
     ids, t = torch.randint(0, v, (n,)), torch.ones(n)

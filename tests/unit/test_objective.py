@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entroray.binding import function_name, slot_functions
 from entroray.errors import ConfigError
-from entroray.objective import build_objective, count_tokens, flat_tokens, shapes
+from entroray.objective import activity_inside, build_objective, count_tokens, shapes
 from entroray.objective.masking import masked_in
 from entroray.objective.objective import SLOTS
 from entroray.types import Counts, Tokens
@@ -232,26 +232,26 @@ def test_silent_tokens_are_the_clipped_ones():
     t = live(objective.credit(t))
     r = (t.logprobs - t.old_logprobs).exp()
     expected = t.mask & (t.advantages != 0) & ~gate(t.advantages, r, 0.2, 0.2)
-    assert torch.equal(flat_tokens(objective, t), expected) and 0 < expected.sum() < N
+    assert torch.equal(activity_inside(objective, t)[0], expected) and 0 < expected.sum() < N
     with torch.no_grad():
-        assert torch.equal(flat_tokens(objective, t), expected)
+        assert torch.equal(activity_inside(objective, t)[0], expected)
     assert t.logprobs.grad is None
 
 
 def test_a_penalty_hides_no_clipped_token():
     plain = ROWS["grpo"]
     t = live(build_objective(plain).credit(tokens()))
-    clipped = flat_tokens(build_objective(plain), t)
+    clipped = activity_inside(build_objective(plain), t)[0]
     pulls = [{"fn": "kl_k3", "coef": 0.04}, {"fn": "entropy_bonus", "coef": 0.01}]
     held = build_objective(plain | {"penalties": pulls})
     t = replace(t, ref_logprobs=t.old_logprobs - 0.1)
-    assert torch.equal(flat_tokens(held, t), clipped) and clipped.any()
+    assert torch.equal(activity_inside(held, t)[0], clipped) and clipped.any()
 
 
 def test_silent_tokens_of_other_rows():
     for name, count_of_silent in {"cispo": 0, "rloo": 0, "supervised": 0}.items():
         objective = BUILT[name]
-        assert flat_tokens(objective, objective.credit(tokens())).sum() == count_of_silent
+        assert activity_inside(objective, objective.credit(tokens()))[0].sum() == count_of_silent
     dropped = build_objective(ROWS["cispo"] | {"scales": [{"fn": "selected", "inside": 0.0}]})
     t = dropped.credit(tokens())
-    assert torch.equal(flat_tokens(dropped, t), t.mask & (t.advantages != 0))
+    assert torch.equal(activity_inside(dropped, t)[0], t.mask & (t.advantages != 0))

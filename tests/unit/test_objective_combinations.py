@@ -10,7 +10,7 @@ from torch import Tensor
 from entroray.binding import declare
 from entroray.cli import objectives
 from entroray.errors import ConfigError
-from entroray.objective import active_tokens, active_tokens_inside, build_objective, penalties, ratio
+from entroray.objective import active_tokens, activity_inside, build_objective, penalties, ratio
 from entroray.objective.activity import counted_functions
 from entroray.objective.compatibility import Schedule, check_combinations, remarks
 from entroray.train.failure_limits import IdleFunctions
@@ -273,13 +273,13 @@ def test_rules_count_the_tokens_they_touched():
 def test_rules_inside_the_update_count_too():
     o = build_objective(ROWS["kl_cov"])
     t = o.credit(tokens())
-    assert active_tokens_inside(o, t) == {"kl_cov": 1}
+    assert activity_inside(o, t)[1] == {"kl_cov": 1}
     still = o.credit(tokens(drift=0.0))
-    assert active_tokens_inside(o, still) == {"kl_cov": 0}, "inert at r = 1"
+    assert activity_inside(o, still)[1] == {"kl_cov": 0}, "inert at r = 1"
     grpo = build_objective(ROWS["grpo"])
     r = (t.logprobs - t.old_logprobs).exp()
     clipped = t.mask & torch.where(t.advantages > 0, r > 1.2, (r < 0.8) & (t.advantages < 0))
-    assert active_tokens_inside(grpo, grpo.credit(tokens())) == {"clip": int(clipped.sum())}
+    assert activity_inside(grpo, grpo.credit(tokens()))[1] == {"clip": int(clipped.sum())}
 
 
 def test_a_rule_that_touches_nothing_is_named_once_until_it_acts():
@@ -325,4 +325,4 @@ def test_a_function_of_a_user_is_not_taken_for_ours_of_the_same_name():
         ROWS["grpo"] | {"surrogate": {"fn": f"{__name__}.reinforce"}}, packages=[__name__]
     )
     assert counted_functions(clipped) == ["reinforce"]
-    assert active_tokens_inside(clipped, clipped.credit(tokens()))["reinforce"] > 0
+    assert activity_inside(clipped, clipped.credit(tokens()))[1]["reinforce"] > 0

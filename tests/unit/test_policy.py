@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from entroray.errors import PreflightError
+from entroray.policy import microbatches
 from entroray.policy.microbatches import cut_by_groups, plan_microbatches
 from entroray.policy.model import load_policy, pad
 from entroray.policy.tiny_model import build_tiny_model
@@ -113,6 +114,41 @@ def test_a_plan_holds_every_row_once_with_equal_counts_within_the_budget(lengths
     assert len({len(rank) for rank in cut}) == 1
     for micro in (m for rank in cut for m in rank if len(m) > 1):
         assert sizes[micro].max() * len(micro) <= budget
+
+
+def cost(lengths, cut):
+    """Of one rank's micro-batches, in tokens."""
+    return sum(microbatches.OVERHEAD + lengths[rows].max() * len(rows) for rows in cut)
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=9), st.integers(200, 3000))
+def test_no_other_cut_of_rows_by_length_costs_less(lengths, budget):
+    sizes = np.sort(np.array(lengths))[::-1]
+    (cut,) = plan_microbatches(sizes, ranks=1, token_budget=budget)
+    fits = lambda rows: len(rows) == 1 or sizes[rows].max() * len(rows) <= budget
+    every = [
+        np.split(np.arange(len(sizes)), [i + 1 for i in range(len(sizes) - 1) if places >> i & 1])
+        for places in range(2 ** (len(sizes) - 1))
+    ]
+    assert cost(sizes, cut) == min(cost(sizes, other) for other in every if all(map(fits, other)))
+
+
+@pytest.mark.parametrize("rows", [256, 1024, 8192])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_padding_is_at_most_a_tenth_of_lengths_by_chance(rows, ranks):
+    rng = np.random.default_rng(rows)
+    lengths = rng.integers(12, 20, rows) + np.minimum(256, 1 + rng.exponential(56, rows).astype(int))
+    cut = plan_microbatches(lengths, ranks=ranks, token_budget=8192)
+    padded = sum(lengths[m].max() * len(m) for rank in cut for m in rank if len(m))
+    assert padded <= 1.1 * lengths.sum()
+    assert padded + microbatches.OVERHEAD * sum(map(len, cut)) <= 1.25 * lengths.sum(), "few micro-batches"
+    again = plan_microbatches(lengths, ranks=ranks, token_budget=8192)
+    assert [[rows.tolist() for rows in r] for r in again] == [[rows.tolist() for rows in r] for r in cut]
+
+
+def test_rows_of_one_length_fill_their_micro_batches():
+    cut = plan_microbatches(np.full(8192, 80), ranks=2, token_budget=8192)
+    assert [len(rank) for rank in cut] == [41, 41]  # 40.2 full ones
 
 
 def test_updates_are_cut_by_whole_groups():
