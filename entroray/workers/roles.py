@@ -1,9 +1,10 @@
 """Pools and gangs of actors in the shape of the roles the driver knows."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from entroray.metrics.update import update_metrics
 from entroray.objective import Objective, count_tokens
+from entroray.ops import token_places
 from entroray.policy.microbatches import Rows, cut_by_groups, plan_microbatches
 from entroray.roles import Scores
 from entroray.types import Answer, Batch, Draw, Prompt, Rollout, Tokens, Verdict
@@ -69,9 +71,9 @@ class LearnerRole:
             await self.engines.call_all(lambda h: h.sleep.remote(), deadline=self.deadline, what="sleeping")
         plans = self._plans(batch, group, min(updates, len(np.unique(group))))
         per_rank = [[m for p in plans for m in p[rank]] for rank in range(len(self.gang.handles))]
+        batches = await asyncio.to_thread(lambda: [*map(batch.cut, per_rank)])
         scored = await self.gang.all(
-            lambda rank, h: h.score.remote([batch.rows(rows) for rows in per_rank[rank]], tuple(extra)),
-            deadline=self.deadline,
+            lambda rank, h: h.score.remote(batches[rank], tuple(extra)), deadline=self.deadline
         )
         return _scatter(batch.response_lengths, per_rank, scored)
 
@@ -82,17 +84,14 @@ class LearnerRole:
         sums: list[list[dict[str, float]]] = []
         for micros in self._plans(batch, tokens.group.numpy(), updates):
             rows = np.sort(np.concatenate([*chain.from_iterable(micros)]))
-            counts = count_tokens(tokens.take(torch.from_numpy(rows)))
+            own = tokens if len(rows) == batch.num_rows else tokens.take(torch.from_numpy(rows))
+            counted = replace(tokens, counts=count_tokens(own))
+            cut = await asyncio.to_thread(
+                lambda m=micros, t=counted: [[*zip(batch.cut(r), t.cut(r), strict=True)] for r in m]  # type: ignore[misc]
+            )
             sums.append(
                 await self.gang.all(
-                    lambda rank, h, m=micros, c=counts: h.update.remote(  # type: ignore[misc]
-                        [
-                            (batch.rows(r), replace(tokens.take(torch.from_numpy(r)), counts=c))
-                            for r in m[rank]
-                        ],
-                        objective,
-                        lr,
-                    ),
+                    lambda rank, h, c=cut: h.update.remote(c[rank], objective, lr),  # type: ignore[misc]
                     deadline=self.deadline,
                 )
             )
@@ -114,14 +113,13 @@ def _scatter(
     lengths: NDArray[np.int32], per_rank: list[list[Rows]], scored: list[list[dict[str, NDArray]]]
 ) -> Scores:
     """Each rank's columns back to the order of the batch."""
-    edges = np.concatenate([[0], np.cumsum(lengths)])
-    spans = [np.arange(a, b) for a, b in pairwise(edges)]
     out: dict[str, NDArray[np.float32]] = {}
     for micros, columns in zip(per_rank, scored, strict=True):
-        for rows, column in zip(micros, columns, strict=True):
-            index = np.concatenate([spans[r] for r in rows]) if len(rows) else np.empty(0, dtype=np.int64)
+        for places, column in zip(token_places(lengths, micros), columns, strict=True):
             for name, values in column.items():
-                out.setdefault(name, np.zeros(edges[-1], dtype=np.float32))[index] = values[: len(index)]
+                if name not in out:
+                    out[name] = np.zeros(lengths.sum(), dtype=np.float32)
+                out[name][places] = values[: len(places)]
     return out
 
 
