@@ -303,17 +303,13 @@ class Batch:
         return len(self.response_lengths)
 
     def cut(self, pieces: Sequence[NDArray[np.int64]]) -> list["Batch"]:
-        """For each piece, which is a choice of rows, a batch of these in that order."""
-        prompts, responses = (token_places(x, pieces) for x in (self.prompt_lengths, self.response_lengths))
+        """For each piece, a choice of rows, a batch of these in that order."""
+        lengths = self.prompt_lengths, self.response_lengths
+        places = zip(pieces, *(token_places(length, pieces) for length in lengths), strict=True)
+        ids, temperatures = (self.prompt_ids, self.response_ids), self.temperatures
         return [
-            Batch(
-                self.prompt_ids[prompt],
-                self.prompt_lengths[rows],
-                self.response_ids[response],
-                self.response_lengths[rows],
-                self.temperatures[rows],
-            )
-            for rows, prompt, response in zip(pieces, prompts, responses, strict=True)
+            Batch(ids[0][p], lengths[0][rows], ids[1][r], lengths[1][rows], temperatures[rows])
+            for rows, p, r in places
         ]
 
     def rows(self, index: NDArray[np.int64]) -> "Batch":
@@ -383,23 +379,18 @@ class Tokens:
         return cls(**{"counts": Counts(tokens, tokens, rollouts, prompts)} | filled)
 
     def cut(self, pieces: Sequence[NDArray[np.int64]]) -> list["Tokens"]:
-        """For each piece, a choice of rows, its tokens re-indexed; `counts` stay those of the whole update."""
-        length = self.length.numpy()
-        return [
-            self._piece(rows, places, length[rows])
-            for rows, places in zip(pieces, token_places(length, pieces), strict=True)
-        ]
+        """For each piece, a choice of rows, its tokens re-indexed; `counts` stay those of the update."""
+        places = token_places(self.length.numpy(), pieces)
+        pairs = zip(pieces, places, strict=True)
+        return [self._piece(torch.from_numpy(rows), torch.from_numpy(at)) for rows, at in pairs]
 
-    def _piece(self, rows: NDArray, places: NDArray, length: NDArray) -> "Tokens":
-        row, token = torch.from_numpy(rows), torch.from_numpy(places)
+    def _piece(self, rows: Tensor, places: Tensor) -> "Tokens":
         cut = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in cut.items():
-            if name == "extra":
-                cut[name] = {k: v.index_select(0, token) for k, v in value.items()}
-            elif isinstance(value, Tensor):
-                cut[name] = value.index_select(0, row if name in PER_ROW else token)
-        local = torch.from_numpy(np.repeat(np.arange(len(rows)), length))
-        return Tokens(**cut | {"row": local})
+            if isinstance(value, Tensor):
+                cut[name] = value.index_select(0, rows if name in PER_ROW else places)
+        cut["extra"] = {name: value.index_select(0, places) for name, value in self.extra.items()}
+        return Tokens(**cut | {"row": torch.arange(len(rows)).repeat_interleave(cut["length"])})
 
     def take(self, rows: Int[Tensor, " b"]) -> "Tokens":
         """The tokens of `rows`, in that order, as `cut` gives them."""
