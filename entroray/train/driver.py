@@ -129,7 +129,7 @@ class Driver:
         self.turn: asyncio.Future[Any] | None = None
         self.stopping = self.over = False
         self.clock = Clock()
-        self._commit()
+        self.marked = self._of_loop()
 
     # The run.
 
@@ -148,7 +148,7 @@ class Driver:
                 self._turn_knobs()  # before anything is sampled for this step
                 self.stream.advance(self.version)
                 history.append(await self.within_stall(self.step()))
-                self._commit()
+                self.marked = self._of_loop()
                 if after:
                     with self.clock("checkpoint"):
                         await self.within_stall(after(self.version, history[-1]))
@@ -300,33 +300,28 @@ class Driver:
             for observer in self.selection.observers.values():
                 observer.observe(group)
         judged = [draw for group in finished for draw in group.draws]
-        metrics = await asyncio.to_thread(self._of_tokens, groups, tokens, judged)
-        metrics |= (
-            {f"objective/{name}_tokens": float(n) for name, n in active.items()}
-            | judged_metrics(judged)
-            | {
-                "correct/trained_mean": sum(correct) / len(correct),
-                "reward/shaped_mean": sum(rewards) / len(rewards),
-                "groups/dropped": float(self.stream.dropped.total()),
-                "groups/refused": float(self.stream.refused),
-                "verdicts/failed": self.failures.share,
-                "groups/surplus": float(self.stream.surplus),
-                "groups/held": float(self.stream.held),
-                "tokens/drawn": float(self.drawn + self.stream.lost),
-            }
+        counts = {f"objective/{name}_tokens": float(n) for name, n in active.items()} | {
+            "correct/trained_mean": sum(correct) / len(correct),
+            "reward/shaped_mean": sum(rewards) / len(rewards),
+            "groups/dropped": float(self.stream.dropped.total()),
+            "groups/refused": float(self.stream.refused),
+            "verdicts/failed": self.failures.share,
+            "groups/surplus": float(self.stream.surplus),
+            "groups/held": float(self.stream.held),
+            "tokens/drawn": float(self.drawn + self.stream.lost),
+        }
+        metrics = await asyncio.to_thread(
+            lambda: (
+                step_metrics(groups, tokens)
+                | self.diagnostics.diagnosed(self.version, groups, tokens, judged)
+                | judged_metrics(judged)
+                | domain_metrics(groups, tokens, judged)
+                | counts
+            )
         )
         for measure in self.selection.metrics:
             metrics |= measure(groups, judged, self.version)
         return metrics | self.diagnostics.fitted(metrics)
-
-    def _of_tokens(
-        self, groups: Sequence[Group], tokens: Tokens, judged: Sequence[Group]
-    ) -> dict[str, float]:
-        return (
-            step_metrics(groups, tokens)
-            | self.diagnostics.diagnosed(self.version, groups, tokens, judged)
-            | domain_metrics(groups, tokens, judged)
-        )
 
     def _report_idle(self, metrics: Mapping[str, float]) -> None:
         counts = [f"objective/{name}_tokens" for name in counted_functions(self.knobs.objective)]
@@ -337,17 +332,14 @@ class Driver:
 
     def state(self) -> dict[str, Any]:
         """Everything the driver remembers between two steps, as plain JSON."""
-        return self._running() | self._observed()
+        return self._of_loop() | self._of_prompts()
 
     @property
     def committed(self) -> dict[str, Any]:
-        """The state after the last step, whatever has happened since."""
-        return self._marked | self._observed()  # what is remembered of prompts moves at a step's end alone
+        """The state after the last step; what is of prompts is long, and moves at a step's end alone."""
+        return self.marked | self._of_prompts()
 
-    def _commit(self) -> None:
-        self._marked = self._running()
-
-    def _running(self) -> dict[str, Any]:
+    def _of_loop(self) -> dict[str, Any]:
         return {
             "version": self.version,
             "drawn": self.drawn,
@@ -357,8 +349,7 @@ class Driver:
             "limits": {name: limit.state() for name, limit in self.limits.items()},
         }
 
-    def _observed(self) -> dict[str, Any]:
-        """Of every prompt and every replayed token: made where it is saved, not after each step."""
+    def _of_prompts(self) -> dict[str, Any]:
         return {"observers": {name: each.state() for name, each in self.selection.observers.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -373,7 +364,7 @@ class Driver:
         for name, limit in self.limits.items():
             limit.restore(state["limits"][name])
         self.selection.restore(state["observers"])
-        self._commit()
+        self.marked = self._of_loop()
 
 
 def _drawn(rollouts: Iterable[Rollout]) -> int:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,25 +15,14 @@ async def in_thread(work: Callable[[], T]) -> T:
     The end of the process does not wait for it, as it would for `asyncio.to_thread`: a disk that hangs must
     not outlast `driver.stall`.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def give(result: T | None, error: BaseException | None) -> None:
-        if done.done():  # nobody waits any more
-            return
-        if error is None:
-            done.set_result(result)  # type: ignore[arg-type]
-        else:
-            done.set_exception(error)
+    done: Future[T] = Future()
+    done.set_running_or_notify_cancel()
 
     def run() -> None:
-        result, failed = None, None
         try:
-            result = work()
+            done.set_result(work())
         except BaseException as error:  # boundary: whoever awaits it is told, whatever it is
-            failed = error
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(give, result, failed)
+            done.set_exception(error)
 
     threading.Thread(target=run, name="in_thread", daemon=True).start()
-    return await done
+    return await asyncio.wrap_future(done)
