@@ -380,17 +380,16 @@ class Tokens:
 
     def cut(self, pieces: Sequence[NDArray[np.int64]]) -> list["Tokens"]:
         """For each piece, a choice of rows, its tokens re-indexed; `counts` stay those of the update."""
-        places = token_places(self.length.numpy(), pieces)
-        pairs = zip(pieces, places, strict=True)
-        return [self._piece(torch.from_numpy(rows), torch.from_numpy(at)) for rows, at in pairs]
+        columns = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
 
-    def _piece(self, rows: Tensor, places: Tensor) -> "Tokens":
-        cut = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in cut.items():
-            if isinstance(value, Tensor):
-                cut[name] = value.index_select(0, rows if name in PER_ROW else places)
-        cut["extra"] = {name: value.index_select(0, places) for name, value in self.extra.items()}
-        return Tokens(**cut | {"row": torch.arange(len(rows)).repeat_interleave(cut["length"])})
+        def piece(rows: Tensor, places: Tensor) -> Tokens:
+            on = lambda name: rows if name in PER_ROW else places
+            cut: dict[str, Any] = {name: x.index_select(0, on(name)) for name, x in columns.items()}
+            cut["extra"] = {name: x.index_select(0, places) for name, x in self.extra.items()}
+            return replace(self, **cut | {"row": torch.arange(len(rows)).repeat_interleave(cut["length"])})
+
+        pairs = zip(pieces, token_places(self.length.numpy(), pieces), strict=True)
+        return [piece(torch.from_numpy(rows), torch.from_numpy(at)) for rows, at in pairs]
 
     def take(self, rows: Int[Tensor, " b"]) -> "Tokens":
         """The tokens of `rows`, in that order, as `cut` gives them."""

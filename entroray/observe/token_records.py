@@ -124,8 +124,9 @@ def write_records(file: Path, records: pa.Table, half: Sequence[str] = ()) -> No
     aside = file.with_name(file.name + ".part")
     file.parent.mkdir(parents=True, exist_ok=True)
     words = [name for name in records.column_names if name not in ENCODINGS]
+    encodings = {name: how for name, how in ENCODINGS.items() if name not in half}  # DuckDB reads no others
     try:
-        pq.write_table(records, aside, compression="zstd", use_dictionary=words, column_encoding=ENCODINGS)
+        pq.write_table(records, aside, compression="zstd", use_dictionary=words, column_encoding=encodings)
         os.replace(aside, file)
     finally:
         aside.unlink(missing_ok=True)
@@ -158,7 +159,7 @@ def _reasons(
 
 def _words(per_row: Sequence[str], row: NDArray, null: NDArray[np.bool_] | None = None) -> pa.Array:
     """A text per token, stored once for each distinct text."""
-    words, code = np.unique(np.array(per_row, dtype=object), return_inverse=True)
-    code = code.astype(np.int32)[row]
+    words = {word: place for place, word in enumerate(dict.fromkeys(per_row))}
+    code = np.array([words[word] for word in per_row], np.int32)[row]
     index = pa.array(code) if null is None else _unless(null, code)
-    return pa.DictionaryArray.from_arrays(index, pa.array(words.tolist(), pa.string()))
+    return pa.DictionaryArray.from_arrays(index, pa.array([*words], pa.string()))

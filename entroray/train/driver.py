@@ -1,6 +1,7 @@
 """The one process that sees the whole loop; it knows roles, never Ray or an engine (rollout/README.md)."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -249,7 +250,7 @@ class Driver:
             batch, index = assemble(groups), group_index(groups)
             wants = self.diagnostics.wants(self.version + 1)
             scores = await learner.score(batch, index, knobs.updates, wants)
-        tokens, active = await asyncio.to_thread(self._credit, objective, groups, scores)
+        tokens, active = await asyncio.to_thread(lambda: self._credit(groups, scores, objective))
         with clock("update"):
             updated = await learner.update(batch, tokens, objective, knobs.updates, knobs.lr)
         if skipped := bool(updated.get("update/skipped")):
@@ -280,13 +281,10 @@ class Driver:
             await in_thread(lambda: self.roles.journal.step(self.version, metrics, groups, tokens))
         return metrics
 
-    def _credit(
-        self, objective: Objective, groups: Sequence[Group], scores: Scores
-    ) -> tuple[Tokens, Mapping[str, int]]:
+    def _credit(self, groups: list[Group], scores: Scores, o: Objective) -> tuple[Tokens, Counter[str]]:
         """The step's tokens as the update reads them, and how many each rule acts on."""
-        advantages = [objective.estimate(g) for g in groups]
-        given = tokens_of(groups, advantages, scores, self.version, self.seed)
-        return objective.credit(given), active_tokens(objective, given)
+        given = tokens_of(groups, [o.estimate(g) for g in groups], scores, self.version, self.seed)
+        return o.credit(given), active_tokens(o, given)
 
     async def _measure(
         self, groups: Sequence[Group], tokens: Tokens, active: Mapping[str, int]

@@ -71,11 +71,6 @@ NAMES: dict[str, tuple[object, ...]] = {
 """What may be chosen. A schedule is one that transformers makes of two numbers, warm-up and all updates."""
 
 
-HALVES = (
-    *("logprob_behavior", "logprob_old", "entropy", "varentropy"),
-    *("sampler_entropy", "sampler_varentropy"),
-)
-"""Columns of the token records that may have 16 bits."""
 PATHS = ("run.dir", "model.path", "model.warm_start.cache", *USER_FILES, "data.task")
 """Settings that may be a file or a folder."""
 
@@ -95,8 +90,11 @@ def check_bounds(config: Config) -> None:
         if value not in choices:
             *most, last = map(str, choices)
             raise ConfigError(f"{path}={value}: choose {', '.join(most)} or {last}")
-    if wrong := [name for name in config.observe.tokens.half if name not in HALVES]:
-        raise ConfigError(f"observe.tokens.half={wrong}: choose among {', '.join(HALVES)}")
+    if half := config.observe.tokens.half:
+        from entroray.observe.token_records import MEASURED  # pyarrow takes a while
+
+        if wrong := [name for name in half if name not in MEASURED]:
+            raise ConfigError(f"observe.tokens.half={wrong}: choose among {', '.join(MEASURED)}")
     for path in PATHS:
         refuse_nobody(path, attrgetter(path)(config))
     name = Path(config.run.name)
