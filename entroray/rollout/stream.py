@@ -188,7 +188,7 @@ class Stream:
         return [s.group for s in ready]  # type: ignore[misc]
 
     def _sift(self, keep: Callable[[Group], bool], *, wait: bool) -> None:
-        """Send back what is too old or not worth training on, of what is not sifted yet, in order of issue."""
+        """Send back what is too old or not worth training on; each group is looked at once, oldest first."""
         fresh, self.fresh = sorted(self.fresh, key=lambda s: s.serial), []
         for slot in fresh:
             assert slot.group is not None

@@ -150,8 +150,8 @@ class Driver:
                 self.stream.advance(self.version)
                 history.append(await self.within_stall(self.step()))
                 self.marked = self._of_loop()
-                if after:
-                    with self.clock("checkpoint"):
+                with self.clock("checkpoint"):
+                    if after:
                         await self.within_stall(after(self.version, history[-1]))
         except asyncio.CancelledError:
             if not self.stopping:
