@@ -120,6 +120,28 @@ def test_a_stream_trains_drops_refuses_and_holds_what_its_definition_does(
         assert runs[0] == runs[1], settings
 
 
+def test_whether_the_rest_can_still_be_trained_is_what_its_definition_says() -> None:
+    """Windows by chance, more crowded than a run makes them, of versions that never fall."""
+    found = Counter[bool]()
+    for seed in range(400):
+        chance = random.Random(seed)
+        per_step, max_lag, version = chance.randint(1, 3), chance.randint(1, 3), 5
+        stream = Stream(ToyPrompts(), None, per_step=per_step, max_lag=max_lag, keeps=False)  # type: ignore[arg-type]
+        stream.version = version
+        for serial, old in enumerate(sorted(chance.choices(range(max_lag + 1), k=9), reverse=True)):
+            group = group_of(Prompt("q", "q", (0,), ""), 0) if chance.random() < 0.6 else None
+            stream.slots[serial] = slot = Slot(
+                serial, serial, Prompt("q", "q", (0,), ""), version - old, group
+            )
+            for count in (stream.issued, stream.finished) if group else (stream.issued,):
+                count[slot.version] += 1
+        ready = [s for s in stream.slots.values() if s.group][:per_step]
+        if len(ready) == per_step:
+            found[answer := stream._feasible()] += 1
+            assert answer == Plain.feasible(stream, ready), seed  # type: ignore[arg-type]
+    assert min(found[True], found[False]) > 20
+
+
 class Counted(dict[int, Slot]):
     """Slots that count how many of them were looked through."""
 
