@@ -246,6 +246,7 @@ class Cluster:
 @dataclass
 class TokensConfig:
     every: int = 10  # steps between token records; 0: none
+    half: list[str] = field(default_factory=list)  # their measured columns kept at 16 bits, as [entropy]
 
 
 @dataclass

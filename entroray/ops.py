@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 FLOOR = -1e4
@@ -21,6 +23,16 @@ def as_count(product: float, rounded: Callable[[float], int]) -> int:
     """
     nearest = round(product)
     return nearest if math.isclose(product, nearest, rel_tol=1e-12) else rounded(product)
+
+
+def token_places(lengths: NDArray, pieces: Sequence[NDArray]) -> list[NDArray[np.int64]]:
+    """Places on the flat axis of the tokens of each piece, a choice of rows, where row r has `lengths[r]`."""
+    rows = np.concatenate([np.empty(0, np.int64), *pieces])
+    own, starts = lengths[rows].astype(np.int64), np.cumsum(lengths, dtype=np.int64) - lengths
+    ends = np.cumsum(own)
+    places = np.arange(own.sum()) + np.repeat(starts[rows] - (ends - own), own)
+    edges = np.concatenate([[0], ends])[np.cumsum([len(piece) for piece in pieces], dtype=np.int64)]
+    return np.split(places, edges[:-1])
 
 
 def segment_sum(x: Float[Tensor, " N"], row: Int[Tensor, " N"], num_rows: int) -> Float[Tensor, " B"]:
@@ -80,7 +92,7 @@ def fill_columns(
     one, unknown = torch.ones_like(old_logprobs), old_logprobs.new_full((len(lengths),), torch.nan)
     columns: dict[str, Any] = {
         "row": row,
-        "position": torch.cat([torch.arange(n) for n in lengths]),
+        "position": torch.arange(len(row)) - (length.cumsum(0) - length)[row],
         "uid": torch.arange(len(row)),
         "mask": one.bool(),
         "logprobs": logprobs,

@@ -101,6 +101,8 @@ class Sync(Protocol):
 
 
 class Journal(Protocol):
+    """`step` and `skipped` are called in a thread, one at a time; `event` also meanwhile."""
+
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], tokens: Tokens) -> None:
         """Record one committed step."""
 

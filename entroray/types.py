@@ -4,9 +4,10 @@ Axes: G rollouts of one prompt, B rows (rollouts) of a step, L tokens of one res
 tokens of all rows, flat. Index t always means response token t: `logprobs[t]` scores `token_ids[t]`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from entroray.ops import fill_columns
+from entroray.ops import fill_columns, token_places
 
 Version = int
 """Committed steps a set of weights has been through; 0 is the model the run started from."""
@@ -168,10 +169,12 @@ class Rollout:
     def length(self) -> int:
         return len(self.token_ids)
 
-    @property
+    @cached_property
     def observed(self) -> NDArray[np.int8]:
         """[L] index into `REASONS` of what is an observation, -1 where the policy drew the token."""
-        return self._observed(self.spans)
+        why = self._observed(self.spans)
+        why.setflags(write=False)  # everybody is given the same
+        return why
 
     def _observed(self, spans: Iterable[Span]) -> NDArray[np.int8]:
         why = np.full(self.length, -1, dtype=np.int8)
@@ -195,9 +198,11 @@ class Rollout:
     @property
     def drawn(self) -> int:
         """Tokens that the policy drew for it; none where it was replayed."""
+        if self.notes is None and not self.spans:
+            return 0 if self.replayed else self.length
         return 0 if self.replayed else int((self.observed < 0).sum())
 
-    @property
+    @cached_property
     def version(self) -> Version:
         """Oldest weights used."""
         return int(self.versions.min()) if self.length else 0
@@ -269,14 +274,15 @@ class Group:
 
     @property
     def share_right(self) -> float:
-        """Share of right answers among those drawn for it: without what was replayed."""
-        return float(self.correct[[not r.replayed for r in self.rollouts]].mean())
+        """Share of right answers among those drawn for it: without what was replayed; NaN of none."""
+        drawn = [v.correct for r, v in zip(self.rollouts, self.verdicts, strict=True) if not r.replayed]
+        return sum(drawn) / len(drawn) if drawn else float("nan")
 
     @property
     def lengths(self) -> Float[Tensor, " G"]:
         return torch.tensor([r.length for r in self.rollouts], dtype=torch.float64)
 
-    @property
+    @cached_property
     def version(self) -> Version:
         """Oldest weights that sampled any of its tokens, those of replayed rollouts apart."""
         return min(r.version for r in self.rollouts if not r.replayed)
@@ -296,20 +302,19 @@ class Batch:
     def num_rows(self) -> int:
         return len(self.response_lengths)
 
+    def cut(self, pieces: Sequence[NDArray[np.int64]]) -> list["Batch"]:
+        """For each piece, a choice of rows, a batch of these in that order."""
+        lengths = self.prompt_lengths, self.response_lengths
+        places = zip(pieces, *(token_places(length, pieces) for length in lengths), strict=True)
+        ids, temperatures = (self.prompt_ids, self.response_ids), self.temperatures
+        return [
+            Batch(ids[0][p], lengths[0][rows], ids[1][r], lengths[1][rows], temperatures[rows])
+            for rows, p, r in places
+        ]
+
     def rows(self, index: NDArray[np.int64]) -> "Batch":
         """The rows at `index`, in that order."""
-        return Batch(
-            _ragged_take(self.prompt_ids, self.prompt_lengths, index),
-            self.prompt_lengths[index],
-            _ragged_take(self.response_ids, self.response_lengths, index),
-            self.response_lengths[index],
-            self.temperatures[index],
-        )
-
-
-def _ragged_take(flat: NDArray, lengths: NDArray, index: NDArray) -> NDArray:
-    pieces = np.split(flat, np.cumsum(lengths)[:-1])
-    return np.concatenate([pieces[i] for i in index]) if len(index) else flat[:0]
+        return self.cut([index])[0]
 
 
 @dataclass(frozen=True)
@@ -374,20 +379,22 @@ class Tokens:
         tokens, rollouts, prompts = len(filled["row"]), len(filled["length"]), len(filled["group"].unique())
         return cls(**{"counts": Counts(tokens, tokens, rollouts, prompts)} | filled)
 
+    def cut(self, pieces: Sequence[NDArray[np.int64]]) -> list["Tokens"]:
+        """For each piece, a choice of rows, its tokens re-indexed; `counts` stay those of the update."""
+        columns = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+
+        def piece(rows: Tensor, places: Tensor) -> Tokens:
+            on = lambda name: rows if name in PER_ROW else places
+            cut: dict[str, Any] = {name: x.index_select(0, on(name)) for name, x in columns.items()}
+            cut["extra"] = {name: x.index_select(0, places) for name, x in self.extra.items()}
+            return replace(self, **cut | {"row": torch.arange(len(rows)).repeat_interleave(cut["length"])})
+
+        pairs = zip(pieces, token_places(self.length.numpy(), pieces), strict=True)
+        return [piece(torch.from_numpy(rows), torch.from_numpy(at)) for rows, at in pairs]
+
     def take(self, rows: Int[Tensor, " b"]) -> "Tokens":
-        """The tokens of `rows`, in that order, re-indexed; `counts` stay those of the whole update."""
-        starts = torch.cumsum(self.length, 0) - self.length
-        lengths = self.length[rows]
-        local = torch.repeat_interleave(torch.arange(len(rows)), lengths)
-        within = torch.arange(int(lengths.sum())) - (torch.cumsum(lengths, 0) - lengths)[local]
-        index = starts[rows][local] + within
-        cut = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in cut.items():
-            if name == "extra":
-                cut[name] = {k: v[index] for k, v in value.items()}
-            elif isinstance(value, Tensor):
-                cut[name] = value[rows] if name in PER_ROW else value[index]
-        return replace(self, **cut | {"row": local})
+        """The tokens of `rows`, in that order, as `cut` gives them."""
+        return self.cut([rows.numpy()])[0]
 
 
 PER_ROW = frozenset({"group", "length", "reward", "correct", "version", "drawn_before"})

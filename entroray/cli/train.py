@@ -190,8 +190,8 @@ def open_journal(
     """
     console = Console(file=file)
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
-    every = config.observe.tokens.every
-    journal = Journal(folder, tokens_every=every, trackers=[console], vocabulary=words)
+    told = {"tokens_every": config.observe.tokens.every, "tokens_half": config.observe.tokens.half}
+    journal = Journal(folder, **told, trackers=[console], vocabulary=words)
     history = read_metrics(folder / "metrics.jsonl")
     name = f"{config.run.name}/{folder.name}"
     run = TrackedRun(folder, name, asdict(config), first_step, history)
@@ -275,7 +275,8 @@ async def drive(
 
     async def save(accuracy: float | None = None) -> Path:
         stagnated = {"best": stagnation.best, "since": stagnation.since}
-        state = {**driver.committed, **began, "stagnation": stagnated, "health": health.state()}
+        moved = {**began, "stagnation": stagnated, "health": health.state()}
+        state = await asyncio.to_thread(lambda: driver.committed | moved)
         return await saves.save(driver.version, state, accuracy)
 
     async def after(step: int, metrics: Mapping[str, float]) -> None:
@@ -291,7 +292,7 @@ async def drive(
     caught = signals.stop_on_signals(driver)
     await driver.train(config.run.steps, after)
     if caught:
-        saved = await save()
+        saved = await driver.within_stall(save())
         journal.event("stopped", signal=caught[0], step=driver.version, folder=str(saved))
         raise Stopped(
             caught[0],

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from entroray.metrics.calibration import mean_ranks
+from entroray.metrics.step import array
 from entroray.types import Tokens
 
 FORMS = ("exact", "natural", "proxy")
@@ -56,7 +58,7 @@ def compare_forms(t: Tokens, weight: Float[Tensor, " N"], entropy: Float[Tensor,
     metrics = {"entropy/realised_change": float(change.mean())}
     for name, value in predicted.items():
         metrics[f"entropy/predicted_change_{name}"] = float(value.mean())
-        metrics[f"entropy/prediction_tokens_{name}"] = rank_correlation(value.tolist(), change.tolist())
+        metrics[f"entropy/prediction_tokens_{name}"] = rank_correlation(array(value), array(change))
     return metrics
 
 
@@ -83,9 +85,9 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return sum(a * b for a, b in zip(x, y, strict=True)) / square if square else 0.0
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+def rank_correlation(x: Sequence[float] | NDArray, y: Sequence[float] | NDArray) -> float:
     """Spearman's, ties sharing their mean rank, in [-1, 1]; 0 if either does not vary."""
-    a, b = (torch.from_numpy(mean_ranks(np.array(v, np.float64))) for v in (x, y))
+    a, b = (torch.from_numpy(mean_ranks(np.asarray(v, np.float64))) for v in (x, y))
     a, b = a - a.mean(), b - b.mean()
     size = a.norm() * b.norm()
     return float((a @ b) / size) if size > 0 else 0.0

@@ -67,6 +67,8 @@ class Objective:
 
     def estimate(self, group: Group) -> Float[Tensor, " G"]:
         """One advantage per rollout, from the shaped rewards."""
+        if not self.rewards:
+            return self.estimator(group)
         rewards = self.shape_rewards(group).tolist()
         verdicts = tuple(replace(v, reward=r) for v, r in zip(group.verdicts, rewards, strict=True))
         return self.estimator(replace(group, verdicts=verdicts))

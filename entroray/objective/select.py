@@ -130,11 +130,15 @@ def _lowest(
     key: Float[Tensor, " N"], among: Bool[Tensor, " N"], share: float, t: Tokens
 ) -> Bool[Tensor, " N"]:
     """The tokens of `among` with the lowest `key`: a share of all, at least one where there are any."""
-    count = max(1, as_count(share * len(key), math.floor))
+    count = min(len(key), max(1, as_count(share * len(key), math.floor)))
+    if not count:
+        return among
     uid, keys = t.uid.cpu().numpy(), key.masked_fill(~among, torch.inf).cpu().numpy()
-    chosen = torch.zeros_like(among)
-    chosen[torch.from_numpy(np.lexsort((uid, keys))[:count]).to(among.device)] = True
-    return chosen & among
+    last = np.partition(keys, count - 1)[count - 1]
+    below, ties = (keys < last, keys == last) if last == last else (keys == keys, keys != keys)  # NaN is last
+    tied = np.flatnonzero(ties)
+    below[tied[np.argsort(uid[tied], kind="stable")[: count - below.sum()]]] = True
+    return torch.from_numpy(below).to(among.device) & among
 
 
 def _draw(t: Tokens) -> Float[Tensor, " N"]:

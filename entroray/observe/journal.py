@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -28,7 +29,10 @@ class Journal:
     `trackers` are called as a step is written. `copies`, those of the settings, are given each step and the
     evaluation before the first; one that is dropped is told to `say`. As a context it closes by what ends it.
 
-    Token records are written every `tokens_every` steps from step 1 on, never if it is 0; if the disk refuses
+    `step` and `skipped` may run in a thread beside `event`; `close` waits for them.
+
+    Token records are written every `tokens_every` steps from step 1 on, never if it is 0, the columns of
+    `tokens_half` at 16 bits; if the disk refuses
     one, the event `tokens_lost` records it and the run goes on. `vocabulary` is token id -> text.
     InfrastructureError if the disk refuses a line of metrics or events. What a crash left of a line is
     dropped when the files are opened; where it is more than the last one, the file is kept as `*.damaged`.
@@ -41,7 +45,9 @@ class Journal:
         tokens_every: int,
         trackers: Sequence[Tracker] = (),
         vocabulary: Mapping[int, str] | None = None,
+        tokens_half: Sequence[str] = (),
     ):
+        self.tokens_half, self._writing, self._line_by_line = tokens_half, threading.RLock(), threading.Lock()
         self.run_dir, self.tokens_every, self.trackers = run_dir, tokens_every, list(trackers)
         self.copies: list[TrackerThread] = []
         self.say: Callable[[str], None] = lambda line: None
@@ -60,29 +66,31 @@ class Journal:
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], tokens: Tokens) -> None:
         """Append a line of metrics, NaN and infinity as null; ValueError unless `step` is past the last."""
-        if step <= self.last_step:
-            raise ValueError(
-                f"{self.run_dir / 'metrics.jsonl'} already holds step {self.last_step}, so step {step} "
-                f"cannot follow; to run it again call Journal.cut({step - 1}) first"
-            )
-        if self.tokens_every and (step - 1) % self.tokens_every == 0:
-            self._record(step, groups, tokens)
-        values = {name: float(value) for name, value in metrics.items() if name != "step"}
-        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        _line(self._metrics, {"step": step} | finite)
-        self.last_step = step
-        known = {name: v for name, v in finite.items() if v is not None}
-        self._track(step, known, [*self.trackers, *self.copies])
+        with self._writing:
+            if step <= self.last_step:
+                raise ValueError(
+                    f"{self.run_dir / 'metrics.jsonl'} already holds step {self.last_step}, so step {step} "
+                    f"cannot follow; to run it again call Journal.cut({step - 1}) first"
+                )
+            if self.tokens_every and (step - 1) % self.tokens_every == 0:
+                self._record(step, groups, tokens)
+            values = {name: float(value) for name, value in metrics.items() if name != "step"}
+            finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+            _line(self._metrics, {"step": step} | finite)
+            self.last_step = step
+            known = {name: v for name, v in finite.items() if v is not None}
+            self._track(step, known, [*self.trackers, *self.copies])
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append a line of {time (UTC), kind, fields}; values that JSON cannot hold become text or null.
 
         What is reported after `close`, by what is still being taken down, is not kept.
         """
-        if self._events.closed:
-            return
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        _line(self._events, {"time": time, "kind": kind, "fields": _plain(fields)})
+        with self._line_by_line:
+            if self._events.closed:
+                return
+            _line(self._events, {"time": time, "kind": kind, "fields": _plain(fields)})
         if kind == "evaluation":  # before step 1: it is in no line of metrics
             values = {k: v for k, v in fields.items() if k != "step" and math.isfinite(v)}
             self._track(fields["step"], values, self.copies)
@@ -90,7 +98,7 @@ class Journal:
     def skipped(self, step: int, batch: Batch, tokens: Tokens) -> None:
         """Keep the batch of a skipped update, to be read by `torch.load(path, weights_only=False)`."""
         path = self.run_dir / "skipped" / f"step-{step:06d}.pt"
-        with writing(path):
+        with self._writing, writing(path):
             path.parent.mkdir(exist_ok=True)
             torch.save({"batch": batch, "tokens": tokens}, path)
         self.event("update_skipped", step=step, kept=str(path))
@@ -124,10 +132,11 @@ class Journal:
     def close(self, error: BaseException | None = None) -> None:
         """Close the files and every tracker still held, once; nothing is raised by a full disk.
 
-        `error` is what ended the run: the copies are told.
+        `error` is what ended the run: the copies are told. A step still being written has `LAST` seconds.
         """
         if self._events.closed:
             return
+        self._writing.acquire(timeout=LAST)  # never released: nothing is written any more
         summary = self.summarize(error)
         calls: list[tuple[Tracker, Callable[[], None]]] = [
             *((tracker, partial(tracker.finish, summary)) for tracker in self.copies),
@@ -149,7 +158,8 @@ class Journal:
     def _record(self, step: int, groups: Sequence[Group], tokens: Tokens) -> None:
         table = token_records.record_table(step, groups, tokens)
         try:
-            token_records.write_records(token_records.record_path(self.run_dir, step), table)
+            path = token_records.record_path(self.run_dir, step)
+            token_records.write_records(path, table, self.tokens_half)
         except OSError as error:
             self.event("tokens_lost", step=step, reason=str(error))
 
@@ -176,6 +186,8 @@ class Journal:
 
 
 METRICS = "metrics.jsonl"
+LAST = 30.0
+"""Seconds that the disk has for a step's lines and records when the run ends, by an error or a signal."""
 SIGNALS = (KeyboardInterrupt, Stopped, asyncio.CancelledError)
 """What Ctrl-C and SIGTERM raise wherever the process is, in a tracker too."""
 

@@ -18,6 +18,14 @@ from entroray.types import REASONS, Group, Rollout, Status, Tokens
 
 WORD = pa.dictionary(pa.int32(), pa.string())
 TYPES = {"text": WORD, "int32": pa.int32(), "float": pa.float32(), "bool": pa.bool_()}
+MEASURED = (
+    *("logprob_behavior", "logprob_old", "entropy", "varentropy"),
+    *("sampler_entropy", "sampler_varentropy"),
+)
+"""Columns that hold another number at each token: a dictionary of them would be longer than they are."""
+ENCODINGS = dict.fromkeys(MEASURED, "BYTE_STREAM_SPLIT") | dict.fromkeys(
+    ("rollout", "position"), "DELTA_BINARY_PACKED"
+)
 
 
 def _schema() -> pa.Schema:
@@ -55,44 +63,48 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
     """
     rollouts = aligned(groups, tokens)
     judged = [(g.prompt.id, v) for g in groups for v in g.verdicts]
-    row, mask = tokens.row.cpu().numpy(), tokens.mask.cpu().numpy()
+    length, mask = tokens.length.cpu().numpy(), tokens.mask.cpu().numpy()
     pairs = zip(rollouts, judged, strict=True)
     status = [str(r.status if v.status is Status.OK else v.status) for r, (_, v) in pairs]
     reason = [s if s != Status.OK else "masked" for s in status]
     parts = [_object(v.parts) for _, v in judged]
-    drawn = _drawn(rollouts)
 
     def learnt(x: Tensor) -> pa.Array:
         values = x.detach().cpu().float().numpy()
-        return pa.array(values, mask=~mask & ~np.isfinite(values))
+        return _unless(~mask & ~np.isfinite(values), values)
 
     sampled = lambda name: np.concatenate([np.empty(0, np.int32), *(getattr(r, name) for r in rollouts)])
-    per_row = lambda values: np.array(values, np.float32)[row]
+    per_row = lambda values, kind=np.float32: np.repeat(np.array(values, kind), length)
+    row = per_row(range(len(rollouts)), np.int32)
 
     columns = {
-        "step": np.full(len(row), step),
+        "step": np.full(len(row), step, np.int32),
         "version": sampled("versions"),
         "prompt_id": _words([name for name, _ in judged], row),
         "rollout": row,
-        "position": tokens.position.cpu().numpy(),
+        "position": tokens.position.cpu().numpy().astype(np.int32),
         "token_id": sampled("token_ids"),
         "logprob_behavior": learnt(tokens.behavior_logprobs),
         "logprob_old": learnt(tokens.old_logprobs),
         "entropy": learnt(tokens.entropy),
         "varentropy": learnt(tokens.varentropy),
         "temperature": learnt(tokens.temperature),
-        **{f"sampler_{name}": pa.array(x, mask=np.isnan(x)) for name, x in drawn.items()},
+        **{f"sampler_{name}": _unless(np.isnan(x), x) for name, x in _drawn(rollouts, per_row).items()},
         "advantage": learnt(tokens.advantages),
         "scale": learnt(tokens.scale),
         "selected": tokens.selected.cpu().numpy(),
         "mask_reason": _reasons(reason, row, mask, observed_tokens(rollouts)),
         "reward": per_row([v.reward for _, v in judged]),
         "correct": per_row([v.correct for _, v in judged]),
-        "parts": _words(parts, row, null=np.array([not each for each in parts], bool)[row]),
+        "parts": _words(parts, row, null=per_row([not each for each in parts], bool)),
         "status": _words(status, row),
-        "replayed": np.array([r.replayed for r in rollouts], bool)[row],
+        "replayed": per_row([r.replayed for r in rollouts], bool),
     }
     return pa.table(columns, schema=SCHEMA)
+
+
+def _unless(null: NDArray[np.bool_], values: NDArray) -> pa.Array:
+    return pa.array(values, mask=null if null.any() else None)
 
 
 def _object(parts: Mapping[str, float]) -> str:
@@ -101,31 +113,40 @@ def _object(parts: Mapping[str, float]) -> str:
     return json.dumps(finite) if finite else ""
 
 
-def write_records(file: Path, records: pa.Table) -> None:
-    """Write aside and rename, so that a reader sees the whole file or none."""
+def write_records(file: Path, records: pa.Table, half: Sequence[str] = ()) -> None:
+    """Write aside and rename, so that a reader sees the whole file or none.
+
+    Nothing is lost, but in the columns of `half`, which get 16 bits: 3 digits of a number up to 65,504.
+    """
+    for name in half:
+        place, field = records.schema.get_field_index(name), records.schema.field(name)
+        records = records.set_column(place, field.with_type(pa.float16()), records[name].cast(pa.float16()))
     aside = file.with_name(file.name + ".part")
     file.parent.mkdir(parents=True, exist_ok=True)
+    words = [name for name in records.column_names if name not in ENCODINGS]
+    encodings = {name: how for name, how in ENCODINGS.items() if name not in half}  # DuckDB reads no others
     try:
-        pq.write_table(records, aside, compression="zstd")
+        pq.write_table(records, aside, compression="zstd", use_dictionary=words, column_encoding=encodings)
         os.replace(aside, file)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _drawn(rollouts: Sequence[Rollout]) -> dict[str, NDArray[np.float32]]:
+def _drawn(rollouts: Sequence[Rollout], per_row: Callable[..., NDArray]) -> dict[str, NDArray[np.float32]]:
     """The sampler's own columns, NaN without notes."""
-
-    def column(name: str, otherwise: Callable[[Rollout], float]) -> NDArray[np.float32]:
-        plain = lambda r: np.full(r.length, otherwise(r), np.float32)
-        pieces = [getattr(r.notes, name) if r.notes else plain(r) for r in rollouts]
-        return np.concatenate(pieces or [[]]).astype(np.float32)
-
-    unknown = lambda r: np.nan
-    return {
-        "entropy": column("entropy", unknown),
-        "varentropy": column("varentropy", unknown),
-        "temperature": column("temperature", lambda r: r.temperature),
+    otherwise = {
+        "entropy": per_row([np.nan] * len(rollouts)),
+        "varentropy": per_row([np.nan] * len(rollouts)),
+        "temperature": per_row([r.temperature for r in rollouts]),
     }
+    if not any(r.notes for r in rollouts):
+        return otherwise
+    edges = np.cumsum([r.length for r in rollouts])
+    for name, column in otherwise.items():
+        for r, end in zip(rollouts, edges, strict=True):
+            if r.notes:
+                column[end - r.length : end] = getattr(r.notes, name)
+    return otherwise
 
 
 def _reasons(
@@ -138,6 +159,7 @@ def _reasons(
 
 def _words(per_row: Sequence[str], row: NDArray, null: NDArray[np.bool_] | None = None) -> pa.Array:
     """A text per token, stored once for each distinct text."""
-    words, code = np.unique(np.array(per_row, dtype=object), return_inverse=True)
-    index = pa.array(code.astype(np.int32)[row], mask=null)
-    return pa.DictionaryArray.from_arrays(index, pa.array(words.tolist(), pa.string()))
+    words = {word: place for place, word in enumerate(dict.fromkeys(per_row))}
+    code = np.array([words[word] for word in per_row], np.int32)[row]
+    index = pa.array(code) if null is None else _unless(null, code)
+    return pa.DictionaryArray.from_arrays(index, pa.array([*words], pa.string()))

@@ -71,8 +71,8 @@ def sort_members(judged: Sequence[tuple[Rollout, Verdict]]) -> Attempt:
     abandoned, failed = list[Rollout](), list[Rollout]()
     for index, (rollout, verdict) in enumerate(judged):
         if rollout.status.usable and verdict.status.usable and rollout.parent in place:
-            place[index] = len(kept)
-            kept.append((replace(rollout, parent=place[rollout.parent]), verdict))
+            place[index], parent = len(kept), place[rollout.parent]
+            kept.append((rollout if parent == rollout.parent else replace(rollout, parent=parent), verdict))
         elif rollout.status is Status.ABANDONED:
             abandoned.append(rollout)
         else:

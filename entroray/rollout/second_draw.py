@@ -27,7 +27,8 @@ class SecondDraw:
 
     def first(self, prompt: Prompt, draw: Draw) -> Draw:
         """`draw` as the prompt's next group is drawn."""
-        return replace(draw, factor=self.factors.get(prompt.id, 1.0))
+        factor = self.factors.get(prompt.id, 1.0)
+        return draw if factor == draw.factor else replace(draw, factor=factor)
 
     async def __call__(self, group: Group | Dropped, draw: Draw, again: DrawAgain) -> Group | Dropped:
         if not isinstance(group, Group):

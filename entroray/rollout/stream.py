@@ -34,6 +34,8 @@ class Slot:
     prompt: Prompt
     version: Version
     group: Group | None = None
+    kept_by: object = None
+    """The rule that has found its group worth training on."""
 
 
 def wave(missing: int, kept_share: float) -> int:
@@ -63,7 +65,11 @@ Rollouts = Callable[[Prompt, int], Awaitable[Group | Dropped]]
 
 
 class Stream:
-    """A bounded window of `per_step * (max_lag + 1)` groups in flight (README.md here)."""
+    """A bounded window of `per_step * (max_lag + 1)` groups in flight (README.md here).
+
+    A finished group is sifted once, and the counters say whether a step may go: what a group costs does not
+    grow with their number. `slots` is in order of issue, and there `Slot.version` never falls.
+    """
 
     def __init__(self, prompts: Prompts, rollout: Rollouts, *, per_step: int, max_lag: int, keeps: bool):
         if keeps and max_lag == 0:
@@ -73,9 +79,15 @@ class Stream:
         self.version: Version = 0
         self.serial = 0
         self.slots: dict[int, Slot] = {}
+        self.issued: Counter[Version] = Counter()
+        """Slots by their version; `finished` counts those with a group, `fresh` are not sifted yet."""
+        self.finished: Counter[Version] = Counter()
+        self.fresh: list[Slot] = []
         self.tasks: set[asyncio.Task[None]] = set()
+        self.errors: list[BaseException] = []
         self.changed = asyncio.Event()
         self.dropped: Counter[str] = Counter()
+        self.dropped_now = 0  # since `take` was called
         self.refused = 0
         self.lost = 0
         self.surplus = self.held = 0
@@ -93,7 +105,7 @@ class Stream:
             self._issue(prompt, self.prompts.position - 1)  # afterwards: it may have passed over some
 
     def _unfinished(self) -> bool:
-        return any(slot.group is None for slot in self.slots.values())
+        return self.finished.total() < len(self.slots)
 
     def _issue(self, prompt: Prompt, position: int) -> None:
         self.serial += 1
@@ -101,32 +113,39 @@ class Stream:
 
     def _start(self, slot: Slot) -> None:
         self.slots[slot.serial] = slot
+        self.issued[slot.version] += 1
         task = asyncio.get_running_loop().create_task(self._one(slot))
         self.tasks.add(task)
-        task.add_done_callback(self._finished)
+        task.add_done_callback(self._ended)
 
     async def _one(self, slot: Slot) -> None:
         result = await self.rollout(slot.prompt, slot.serial)
         if isinstance(result, Group):
             slot.group = result
+            self.finished[slot.version] += 1
+            self.fresh.append(slot)
         else:
             self.lost += result.drawn
             self._free(slot, result.reason)
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
         self.changed.set()
-        if task.cancelled() or task.exception() is None:
-            self.tasks.discard(task)
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self.errors.append(error)
 
     def _free(self, slot: Slot, reason: str) -> None:
         """Give up a slot's group; `fill` draws the next prompt in its place."""
         self.dropped[reason] += 1
-        del self.slots[slot.serial]
+        self.dropped_now += 1
+        self._remove(slot)
 
-    def _raise_failed(self) -> None:
-        for task in self.tasks:
-            if task.done() and not task.cancelled() and (error := task.exception()):
-                raise error
+    def _remove(self, slot: Slot) -> None:
+        del self.slots[slot.serial]
+        for count in (self.issued, self.finished) if slot.group else (self.issued,):
+            count[slot.version] -= 1
+            if not count[slot.version]:
+                del count[slot.version]
 
     async def take(self, keep: Callable[[Group], bool], *, wait: bool, limit: int) -> list[Group]:
         """The oldest `per_step` finished groups worth training on, in order of issue.
@@ -134,46 +153,53 @@ class Stream:
         `wait` holds until nothing left behind can grow older than `max_lag`; without it groups that did
         are refused and their prompts re-issued. DataError when more than `limit` groups are dropped.
         """
-        before = Counter(self.dropped)
+        before, self.dropped_now = Counter(self.dropped), 0
+        self.fresh = [s for s in self.slots.values() if s.group]  # the rule or the version may have changed
         while True:
             self.changed.clear()
-            self._raise_failed()
+            if self.errors:
+                raise self.errors[0]
             self._sift(keep, wait=wait)
-            if (since := self.dropped - before).total() > limit:
-                raise DataError(_too_many(since, limit))
+            if self.dropped_now > limit:
+                raise DataError(_too_many(self.dropped - before, limit))
             self.fill()
-            ready = [s for _, s in sorted(self.slots.items()) if s.group][: self.per_step]
-            if len(ready) == self.per_step and self._may_go(ready, wait=wait):
-                return self._leave(ready)
+            if self._may_go(wait=wait):
+                return self._leave()
             await self.changed.wait()
 
-    def _may_go(self, ready: list[Slot], *, wait: bool) -> bool:
-        return not self._unfinished() if self.max_lag == 0 else not wait or self._feasible(ready)
+    def _may_go(self, *, wait: bool) -> bool:
+        if self.finished.total() < self.per_step:
+            return False
+        return not self._unfinished() if self.max_lag == 0 else not wait or self._feasible()
 
-    def _leave(self, ready: list[Slot]) -> list[Group]:
-        """The groups of `ready`; the other finished ones are held, or put aside."""
+    def _leave(self) -> list[Group]:
+        """The oldest `per_step` finished groups; the others are held, or put aside."""
         if self.max_lag == 0:
             kept = len(self.slots)
             self.kept_share = kept / (kept + len(self.judged))
-        taken = {s.serial for s in ready}
-        surplus = [s for s in self.slots.values() if s.group and s.serial not in taken]
+        there = [s for s in self.slots.values() if s.group]
+        ready, surplus = there[: self.per_step], there[self.per_step :]
         self.held = len(surplus) if self.keeps else 0
         if not self.keeps:
             self.surplus += len(surplus)
-        for slot in ready if self.keeps else [*ready, *surplus]:
+        for slot in ready if self.keeps else there:
             self.judged[slot.serial] = slot.group  # type: ignore[assignment]
-            del self.slots[slot.serial]
+            self._remove(slot)
         return [s.group for s in ready]  # type: ignore[misc]
 
     def _sift(self, keep: Callable[[Group], bool], *, wait: bool) -> None:
-        for slot in [s for s in self.slots.values() if s.group]:
+        """Send back what is too old or not worth training on; each group is looked at once, oldest first."""
+        fresh, self.fresh = sorted(self.fresh, key=lambda s: s.serial), []
+        for slot in fresh:
             assert slot.group is not None
             if not wait and self.version - slot.group.version > self.max_lag:
                 self.refused += 1
                 self.lost += slot.group.drawn
-                del self.slots[slot.serial]
+                self._remove(slot)
                 self._issue(slot.prompt, slot.position)
-            elif not keep(slot.group):
+            elif slot.kept_by is keep or keep(slot.group):
+                slot.kept_by = keep
+            else:
                 self.judged[slot.serial] = slot.group
                 self._free(slot, NO_SIGNAL)
 
@@ -182,13 +208,15 @@ class Stream:
         found, self.judged = self.judged, {}
         return [found[serial] for serial in sorted(found)]
 
-    def _feasible(self, ready: list[Slot]) -> bool:
-        """Whether all others can still be trained within `max_lag`, `per_step` of them a step."""
-        taken = {s.serial for s in ready}
-        left = [s.version for s in self.slots.values() if s.serial not in taken]
+    def _feasible(self) -> bool:
+        """Whether all but the oldest `per_step` can still be trained within `max_lag`, so many a step."""
         for ahead in range(1, self.max_lag + 2):
-            due = sum(v + self.max_lag <= self.version + ahead - 1 for v in left)
-            if due > (ahead - 1) * self.per_step:
+            last = self.version + ahead - 1 - self.max_lag
+            issued, finished = (
+                sum(n for version, n in count.items() if version <= last)
+                for count in (self.issued, self.finished)
+            )
+            if issued - min(finished, self.per_step) > (ahead - 1) * self.per_step:
                 return False
         return True
 
@@ -224,6 +252,7 @@ class Stream:
 
     async def close(self) -> None:
         """Cancel what is in flight and wait until it is gone."""
-        for task in self.tasks:
+        tasks = [*self.tasks]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Times the phases of one step; `phase` is the one under way, or the last."""
+    """Times phases from one step's metrics to the next; `phase` is the one under way, or the last."""
 
     def __init__(self, phase: str = "start") -> None:
         self.phase, self.began, self.seconds = phase, time.monotonic(), dict[str, float]()
@@ -17,10 +17,11 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[phase] = time.monotonic() - entered
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - entered
 
-    def metrics(self, tokens: int) -> dict[str, float]:
-        """Seconds by phase and response tokens trained a second."""
-        total = time.monotonic() - self.began
-        phases = {f"seconds/{phase}": s for phase, s in self.seconds.items()}
+    def lap(self, tokens: int) -> dict[str, float]:
+        """Seconds by phase, and of everything, since the last lap; response tokens trained a second."""
+        ended = time.monotonic()
+        total, phases = ended - self.began, {f"seconds/{phase}": s for phase, s in self.seconds.items()}
+        self.began, self.seconds = ended, {}
         return phases | {"seconds/step": total, "tokens/per_second": tokens / total}

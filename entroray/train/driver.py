@@ -1,10 +1,11 @@
 """The one process that sees the whole loop; it knows roles, never Ray or an engine (rollout/README.md)."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from entroray.control import Control
 from entroray.errors import InfrastructureError
@@ -12,7 +13,7 @@ from entroray.metrics.by_domain import domain_metrics, judged_metrics
 from entroray.metrics.step import step_metrics
 from entroray.objective import Objective, active_tokens, corrected, gradient_weight, why_scored
 from entroray.objective.activity import counted_functions
-from entroray.roles import Generator, Journal, Learner, Prompts, Resumable, Sync, Verifier
+from entroray.roles import Generator, Journal, Learner, Prompts, Resumable, Scores, Sync, Verifier
 from entroray.rollout.branch_points import Attempt, sort_members
 from entroray.rollout.plans import Plan, independent
 from entroray.rollout.selection import Selection
@@ -22,6 +23,7 @@ from entroray.train.batching import assemble, group_index, tokens_of, unknown_sc
 from entroray.train.clock import Clock
 from entroray.train.diagnostics import NO_DIAGNOSTICS, Diagnostics, DiagnosticsSchedule
 from entroray.train.failure_limits import IdleFunctions, SkippedUpdates, VerdictFailures
+from entroray.train.threads import in_thread
 from entroray.types import Draw, Group, Prompt, Rollout, Status, Tokens, Verdict, Version
 
 UNTOUCHED = 20
@@ -90,6 +92,7 @@ class Knobs:
 Tune = Callable[[Mapping[str, float], Knobs], Knobs]
 """Values of settings by path, knobs -> the knobs with those values in effect."""
 After = Callable[[int, Mapping[str, float]], Awaitable[None]]
+T = TypeVar("T")
 
 
 class Driver:
@@ -125,28 +128,32 @@ class Driver:
         self.version: Version = 0
         self.steps = 0  # of the run, once it is told
         self.drawn = 0  # in groups judged; `stream.lost` are the others
-        self.turn: asyncio.Task[dict[str, float]] | None = None
+        self.turn: asyncio.Future[Any] | None = None
         self.stopping = self.over = False
         self.clock = Clock()
-        self.committed = self.state()
+        self.marked = self._of_loop()
 
     # The run.
 
     async def train(self, steps: int, after: After | None = None) -> list[dict[str, float]]:
         """Run until `steps` are committed, `pace.tokens` drawn, or `stop`; `after` comes between steps."""
-        self.steps = steps
+        self.steps, self.clock = steps, Clock()
         history = []
         try:
-            if self.version == 0 and (first := await self.roles.evaluate(0, False)):
-                self.roles.journal.event("evaluation", step=0, **first)
+            if self.version == 0:
+                with self.clock("evaluate"):
+                    first = await self.within_stall(self.roles.evaluate(0, False))
+                if first:
+                    self.roles.journal.event("evaluation", step=0, **first)
             self.over = self._is_over()
             while not self.over and not self.stopping:
                 self._turn_knobs()  # before anything is sampled for this step
                 self.stream.advance(self.version)
-                history.append(await self._step_within_stall())
-                self.committed = self.state()
-                if after:
-                    await after(self.version, history[-1])
+                history.append(await self.within_stall(self.step()))
+                self.marked = self._of_loop()
+                with self.clock("checkpoint"):
+                    if after:
+                        await self.within_stall(after(self.version, history[-1]))
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
@@ -164,16 +171,17 @@ class Driver:
         if self.tune and values:
             self.knobs = self.tune(values, self.knobs)
 
-    async def _step_within_stall(self) -> dict[str, float]:
-        step = self.turn = asyncio.ensure_future(self.step())
-        done, _ = await asyncio.wait({step}, timeout=self.pace.stall)
+    async def within_stall(self, work: Awaitable[T]) -> T:
+        """What `work` gives, a part of the run; InfrastructureError if `driver.stall` seconds pass."""
+        turn = self.turn = asyncio.ensure_future(work)
+        done, _ = await asyncio.wait({turn}, timeout=self.pace.stall)
         if done:
-            return step.result()
+            return turn.result()
         phase, waits = self.clock.phase, self.roles.waits()
         stacks = [_stack(task) for task in asyncio.all_tasks()]
         self.roles.journal.event("stalled", phase=phase, waits=waits, stacks=stacks)
-        step.cancel()
-        await asyncio.wait({step}, timeout=1.0)
+        turn.cancel()
+        await asyncio.wait({turn}, timeout=1.0)
         unfinished = [s.prompt.id for s in self.stream.slots.values() if s.group is None]
         raise InfrastructureError(
             f"no step finished within {self.pace.stall:.0f} s (driver.stall): the phase is `{phase}` "
@@ -234,7 +242,7 @@ class Driver:
 
     async def step(self) -> dict[str, float]:
         """One committed step; returns its metrics."""
-        clock = self.clock = Clock()
+        clock = self.clock
         knobs, objective, learner = self.knobs, self.knobs.objective, self.roles.learner
         with clock("sample"):
             limit = self.pace.refill_limit * self.pace.groups_per_step
@@ -246,38 +254,48 @@ class Driver:
             scores = unknown_scores(batch, objective)
             if scored:
                 scores = await learner.score(batch, index, knobs.updates, wants)
-        advantages = [objective.estimate(g) for g in groups]
-        given = tokens_of(groups, advantages, scores, self.version, self.seed)
-        tokens = objective.credit(given)
+        given, tokens = await asyncio.to_thread(lambda: self._credit(groups, scores, objective))
         with clock("update"):
             if scored:
                 updated = await learner.update(batch, tokens, objective, knobs.updates, knobs.lr)
             else:
                 updated, scores = await learner.score_and_update(batch, tokens, objective, knobs.lr)
                 given, tokens = with_scores(given, scores), corrected(objective, with_scores(tokens, scores))
-        active = active_tokens(objective, given)
+        active = await asyncio.to_thread(lambda: active_tokens(objective, given))
         if skipped := bool(updated.get("update/skipped")):
-            self.roles.journal.skipped(self.version + 1, batch, tokens)
+            with clock("journal"):
+                skip = self.roles.journal.skipped
+                await in_thread(lambda: skip(self.version + 1, batch, tokens))
         self.skipped.observe(skipped)
         if wants and not skipped:
             with clock("rescore"):
                 after = await learner.score(batch, index, knobs.updates)
-            updated |= self.diagnostics.changed(tokens, gradient_weight(objective, tokens), after)
+            changed = self.diagnostics.changed
+            updated |= await asyncio.to_thread(
+                lambda: changed(tokens, gradient_weight(objective, tokens), after)
+            )
         with clock("probe"):
             updated |= await self.diagnostics.read(self.version + 1, learner)
         with clock("sync"):
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
-        metrics = updated | synced | self._measure(groups, tokens, active) | clock.metrics(len(tokens.row))
+        metrics = updated | synced | await self._measure(groups, tokens, active)
         self._report_idle(metrics)
         self.over = self._is_over()  # before the evaluation, in which groups may be lost
         with clock("evaluate"):
             metrics |= await self.roles.evaluate(self.version, self.over)
+        metrics |= clock.lap(len(tokens.row))
         metrics |= self.control.observe(metrics)
-        self.roles.journal.step(self.version, metrics, groups, tokens)
+        with clock("journal"):
+            await in_thread(lambda: self.roles.journal.step(self.version, metrics, groups, tokens))
         return metrics
 
-    def _measure(
+    def _credit(self, groups: list[Group], scores: Scores, o: Objective) -> tuple[Tokens, Tokens]:
+        """The step's tokens as they were drawn, and as the update reads them."""
+        given = tokens_of(groups, [o.estimate(g) for g in groups], scores, self.version, self.seed)
+        return given, o.credit(given)
+
+    async def _measure(
         self, groups: Sequence[Group], tokens: Tokens, active: Mapping[str, int]
     ) -> dict[str, float]:
         """Metrics of the groups trained on and of all judged since the last step, which observers take in."""
@@ -289,22 +307,24 @@ class Driver:
             for observer in self.selection.observers.values():
                 observer.observe(group)
         judged = [draw for group in finished for draw in group.draws]
-        metrics = (
-            step_metrics(groups, tokens)
-            | self.diagnostics.diagnosed(self.version, groups, tokens, judged)
-            | {f"objective/{name}_tokens": float(n) for name, n in active.items()}
-            | judged_metrics(judged)
-            | domain_metrics(groups, tokens, judged)
-            | {
-                "correct/trained_mean": sum(correct) / len(correct),
-                "reward/shaped_mean": sum(rewards) / len(rewards),
-                "groups/dropped": float(self.stream.dropped.total()),
-                "groups/refused": float(self.stream.refused),
-                "verdicts/failed": self.failures.share,
-                "groups/surplus": float(self.stream.surplus),
-                "groups/held": float(self.stream.held),
-                "tokens/drawn": float(self.drawn + self.stream.lost),
-            }
+        counts = {f"objective/{name}_tokens": float(n) for name, n in active.items()} | {
+            "correct/trained_mean": sum(correct) / len(correct),
+            "reward/shaped_mean": sum(rewards) / len(rewards),
+            "groups/dropped": float(self.stream.dropped.total()),
+            "groups/refused": float(self.stream.refused),
+            "verdicts/failed": self.failures.share,
+            "groups/surplus": float(self.stream.surplus),
+            "groups/held": float(self.stream.held),
+            "tokens/drawn": float(self.drawn + self.stream.lost),
+        }
+        metrics = await asyncio.to_thread(
+            lambda: (
+                step_metrics(groups, tokens)
+                | self.diagnostics.diagnosed(self.version, groups, tokens, judged)
+                | judged_metrics(judged)
+                | domain_metrics(groups, tokens, judged)
+                | counts
+            )
         )
         for measure in self.selection.metrics:
             metrics |= measure(groups, judged, self.version)
@@ -319,15 +339,25 @@ class Driver:
 
     def state(self) -> dict[str, Any]:
         """Everything the driver remembers between two steps, as plain JSON."""
-        parts = {"limits": self.limits, "observers": self.selection.observers}
+        return self._of_loop() | self._of_prompts()
+
+    @property
+    def committed(self) -> dict[str, Any]:
+        """The state after the last step; what is of prompts is long, and moves at a step's end alone."""
+        return self.marked | self._of_prompts()
+
+    def _of_loop(self) -> dict[str, Any]:
         return {
             "version": self.version,
             "drawn": self.drawn,
             "stream": self.stream.state(),
             "diagnostics": self.diagnostics.state(),
             "control": self.control.state(),
-            **{kind: {name: each.state() for name, each in of.items()} for kind, of in parts.items()},
+            "limits": {name: limit.state() for name, limit in self.limits.items()},
         }
+
+    def _of_prompts(self) -> dict[str, Any]:
+        return {"observers": {name: each.state() for name, each in self.selection.observers.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on after the step that `state` was taken at; call inside the running loop, before `train`.
@@ -341,7 +371,7 @@ class Driver:
         for name, limit in self.limits.items():
             limit.restore(state["limits"][name])
         self.selection.restore(state["observers"])
-        self.committed = self.state()
+        self.marked = self._of_loop()
 
 
 def _drawn(rollouts: Iterable[Rollout]) -> int:

@@ -17,14 +17,19 @@ class VerdictFailures:
     least: int = 100
     """Verdicts to have seen before the share is judged."""
     recent: deque[str] = field(default_factory=deque)
+    """Why each failed; empty where it did not."""
+    failed: int = 0
+    """How many of these did."""
 
     def observe(self, verdicts: Sequence[Verdict], asked: int) -> None:
         """Count the verdicts on `asked` responses; DataError when some are missing or too many failed."""
         if len(verdicts) != asked:
             raise DataError(f"the verifier gave {len(verdicts)} verdicts on {asked} responses")
-        self.recent += ["" if v.status.usable else f"{v.status}: {v.detail}" for v in verdicts]
+        for v in verdicts:
+            self.recent.append("" if v.status.usable else f"{v.status}: {v.detail}")
+            self.failed += not v.status.usable
         while len(self.recent) > self.window:
-            self.recent.popleft()
+            self.failed -= bool(self.recent.popleft())
         if len(self.recent) >= self.least and self.share > self.most:
             reasons = Counter(filter(None, self.recent)).most_common(3)
             raise DataError(
@@ -36,13 +41,13 @@ class VerdictFailures:
     @property
     def share(self) -> float:
         """Of the responses looked back on; 0 of none."""
-        return sum(map(bool, self.recent)) / max(1, len(self.recent))
+        return self.failed / max(1, len(self.recent))
 
     def state(self) -> list[str]:
         return list(self.recent)
 
     def restore(self, state: Sequence[str]) -> None:
-        self.recent = deque(state)
+        self.recent, self.failed = deque(state), sum(map(bool, state))
 
 
 @dataclass

@@ -91,6 +91,11 @@ def check_bounds(config: Config) -> None:
         if value not in choices:
             *most, last = map(str, choices)
             raise ConfigError(f"{path}={value}: choose {', '.join(most)} or {last}")
+    if half := config.observe.tokens.half:
+        from entroray.observe.token_records import MEASURED  # pyarrow takes a while
+
+        if wrong := [name for name in half if name not in MEASURED]:
+            raise ConfigError(f"observe.tokens.half={wrong}: choose among {', '.join(MEASURED)}")
     for path in PATHS:
         refuse_nobody(path, attrgetter(path)(config))
     name = Path(config.run.name)

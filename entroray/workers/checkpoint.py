@@ -1,5 +1,6 @@
 """Checkpoints: written to a hidden folder, listed with sizes and hashes, committed by a marker file."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from entroray.errors import first_line, writing
+from entroray.train.threads import in_thread
 from entroray.workers.cluster import Gang
 
 MANIFEST, MARKER, STATE = "manifest.json", "COMMITTED", "driver.json"
@@ -38,12 +40,17 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 await self.learner.all(lambda rank, h: h.save.remote(str(partial)), deadline=self.deadline)
-                (partial / STATE).write_text(json.dumps({**state, "accuracy": accuracy}))
-                done = commit(partial, final)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-            for old in expired(committed(self.folder), self.keep):
-                shutil.rmtree(old)
+                return await in_thread(lambda: self._seal(partial, final, {**state, "accuracy": accuracy}))
+            except BaseException as error:  # boundary: it is raised again
+                if not isinstance(error, asyncio.CancelledError):  # else the thread may be at it still
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+    def _seal(self, partial: Path, final: Path, state: Mapping[str, Any]) -> Path:
+        (partial / STATE).write_text(json.dumps(state))
+        done = commit(partial, final)
+        for old in expired(committed(self.folder), self.keep):
+            shutil.rmtree(old)
         return done
 
 

@@ -32,6 +32,8 @@ class Notes:
 
     def __init__(self) -> None:
         self.values: NDArray[np.float32] = np.full((64, 64, 3), np.nan, dtype=np.float32)
+        self.length: NDArray[np.int64] = np.zeros(64, dtype=np.int64)
+        """Positions noted in each slot."""
         self.slots: dict[str, int] = {}
         self.free = list(range(64))
 
@@ -48,19 +50,26 @@ class Notes:
     def _grow(self, slots: int, room: int) -> None:
         old, self.values = self.values, np.full((slots, room, 3), np.nan, dtype=np.float32)
         self.values[: len(old), : old.shape[1]] = old
+        self.length = np.pad(self.length, (0, slots - len(old)))
         self.free += range(len(old), slots)
+
+    def note(self, slots: NDArray[np.int64], positions: NDArray[np.int64], values: NDArray) -> None:
+        """`values` [slots, 3] at one position of each."""
+        self.values[slots, positions] = values
+        self.length[slots] = np.maximum(self.length[slots], positions + 1)
 
     def inserted(self, slot: int, position: int) -> bool:
         """Whether a token was put before `position`: one without a temperature."""
         return bool(np.isnan(self.values[slot, :position, 2]).any())
 
     def close(self, name: str) -> NDArray[np.float32] | None:
-        """[room, 3] of a request that is over; its slot is free again."""
+        """[positions, 3] of a request that is over, up to the last one noted; its slot is free again."""
         slot = self.slots.pop(name, None)
         if slot is None:
             return None
-        values = self.values[slot].copy()
-        self.values[slot] = np.nan
+        noted = self.values[slot, : self.length[slot]]
+        values = noted.copy()
+        noted[:], self.length[slot] = np.nan, 0
         self.free.append(slot)
         return values
 
@@ -174,7 +183,7 @@ def _draw_from(logits: Tensor, bundle: Bundle) -> None:
     if bundle.inserts and choice.unsure is not None:
         _insert(logits, bundle, choice.unsure, values)
     positions = np.array([len(row.tokens) for row in bundle.rows])
-    NOTES.values[bundle.slots, positions] = values
+    NOTES.note(bundle.slots, positions, values)
 
 
 def _insert(logits: Tensor, bundle: Bundle, unsure: Tensor, values: NDArray[np.float32]) -> None:

@@ -1,9 +1,10 @@
 """Pools and gangs of actors in the shape of the roles the driver knows."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from entroray.metrics.update import update_metrics
 from entroray.objective import Objective, count_tokens
+from entroray.ops import token_places
 from entroray.policy.microbatches import Rows, cut_by_groups, plan_microbatches
 from entroray.roles import Scores
 from entroray.types import Answer, Batch, Draw, Prompt, Rollout, Tokens, Verdict
@@ -69,9 +71,9 @@ class LearnerRole:
         await self._take_card()
         plans = self._plans(batch, group, min(updates, len(np.unique(group))))
         per_rank = [[m for p in plans for m in p[rank]] for rank in range(len(self.gang.handles))]
+        batches = await asyncio.to_thread(lambda: [*map(batch.cut, per_rank)])
         scored = await self.gang.all(
-            lambda rank, h: h.score.remote([batch.rows(rows) for rows in per_rank[rank]], tuple(extra)),
-            deadline=self.deadline,
+            lambda rank, h: h.score.remote(batches[rank], tuple(extra)), deadline=self.deadline
         )
         return _scatter(batch.response_lengths, per_rank, scored)
 
@@ -97,11 +99,12 @@ class LearnerRole:
     ) -> list[Any]:
         """What each rank's `call` gives for one optimizer update over its `micros`."""
         rows = np.sort(np.concatenate([*chain.from_iterable(micros)]))
-        counts = count_tokens(tokens.take(torch.from_numpy(rows)))
-        part = lambda r: (batch.rows(r), replace(tokens.take(torch.from_numpy(r)), counts=counts))
+        own = tokens if len(rows) == batch.num_rows else tokens.take(torch.from_numpy(rows))
+        counted = replace(tokens, counts=count_tokens(own))
+        parts = lambda r: [*zip(batch.cut(r), counted.cut(r), strict=True)]
+        cut = await asyncio.to_thread(lambda: [*map(parts, micros)])
         return await self.gang.all(
-            lambda rank, h: getattr(h, call).remote([part(r) for r in micros[rank]], *settings),
-            deadline=self.deadline,
+            lambda rank, h: getattr(h, call).remote(cut[rank], *settings), deadline=self.deadline
         )
 
     async def _take_card(self) -> None:
@@ -125,14 +128,13 @@ def _scatter(
     lengths: NDArray[np.int32], per_rank: list[list[Rows]], scored: list[list[dict[str, NDArray]]]
 ) -> Scores:
     """Each rank's columns back to the order of the batch."""
-    edges = np.concatenate([[0], np.cumsum(lengths)])
-    spans = [np.arange(a, b) for a, b in pairwise(edges)]
     out: dict[str, NDArray[np.float32]] = {}
     for micros, columns in zip(per_rank, scored, strict=True):
-        for rows, column in zip(micros, columns, strict=True):
-            index = np.concatenate([spans[r] for r in rows]) if len(rows) else np.empty(0, dtype=np.int64)
+        for places, column in zip(token_places(lengths, micros), columns, strict=True):
             for name, values in column.items():
-                out.setdefault(name, np.zeros(edges[-1], dtype=np.float32))[index] = values[: len(index)]
+                if name not in out:
+                    out[name] = np.zeros(lengths.sum(), dtype=np.float32)
+                out[name][places] = values[: len(places)]
     return out
 
 

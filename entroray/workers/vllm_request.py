@@ -126,7 +126,7 @@ def _text(request: Request, completion: Any, read: Read) -> str:
 
 def _sampler_notes(notes: np.ndarray | None, length: int) -> SamplerNotes:
     """The first `length` positions of a request's notes; InfrastructureError when one is missing."""
-    if notes is None or np.isnan(notes[:length, :2]).any():
+    if notes is None or len(notes) < length or np.isnan(notes[:length, :2]).any():
         raise InfrastructureError(
             f"the sampler has no notes on some of {length} tokens it was asked to measure: the engine must "
             "be started with the logits processor of entroray/workers/logits_processor.py "

@@ -3,11 +3,12 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from entroray.objective import build_objective
+from entroray.objective import build_objective, select
 from entroray.objective.estimator import sign
 from entroray.types import Tokens
 from tests.cases import ROWS, group, tokens
@@ -138,3 +139,20 @@ def test_aspo_looks_for_hesitation_inside_each_rollout():
             if (mine & ~chosen).any()
             else True
         )
+
+
+def test_the_lowest_are_those_that_a_whole_sort_puts_first_ties_by_uid() -> None:
+    """Keys of few values, NaN and infinity among them, and uids in no order."""
+    made = np.random.default_rng(0)
+    for n in (1, 2, 7, 40):
+        whole = tokens(masked_out=()).take(torch.tensor([0] * n))
+        for share in (1e-9, 0.1, 0.5, 1.0):
+            uid = torch.from_numpy(made.permutation(len(whole.uid)))
+            key = torch.from_numpy(made.choice([0.0, -0.0, 1.0, 2.0, np.inf, np.nan], len(uid)))
+            among = torch.from_numpy(made.random(len(uid)) < 0.7)
+            count = max(1, math.floor(share * len(key)))
+            order = np.lexsort((uid.numpy(), key.masked_fill(~among, torch.inf).numpy()))[:count]
+            wanted = torch.zeros(len(uid), dtype=torch.bool)
+            wanted[torch.from_numpy(order)] = True
+            found = select._lowest(key, among, share, replace(whole, uid=uid))
+            assert torch.equal(found, wanted & among), (n, share)
