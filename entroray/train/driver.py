@@ -22,6 +22,7 @@ from entroray.train.batching import assemble, group_index, tokens_of
 from entroray.train.clock import Clock
 from entroray.train.diagnostics import NO_DIAGNOSTICS, Diagnostics, DiagnosticsSchedule
 from entroray.train.failure_limits import IdleFunctions, SkippedUpdates, VerdictFailures
+from entroray.train.trace import NO_TRACE, Trace
 from entroray.types import Draw, Group, Prompt, Rollout, Status, Tokens, Verdict, Version
 
 UNTOUCHED = 20
@@ -72,6 +73,9 @@ class Roles:
     when none are due."""
     waits: Callable[[], list[str]] = list
     """What is being waited for and since when, for a run that stalls."""
+    busy: Callable[[], Mapping[str, float]] = dict
+    """Seconds at work by actor, since any moment, for idle shares."""
+    trace: Trace = NO_TRACE
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,7 @@ class Driver:
 
     async def step(self) -> dict[str, float]:
         """One committed step; returns its metrics."""
-        clock = self.clock = Clock()
+        clock = self.clock = Clock(self.version + 1, self.roles.busy, self.roles.trace)
         knobs, objective, learner = self.knobs, self.knobs.objective, self.roles.learner
         with clock("sample"):
             limit = self.pace.refill_limit * self.pace.groups_per_step
