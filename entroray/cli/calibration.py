@@ -3,11 +3,10 @@
 import asyncio
 import io
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -15,10 +14,9 @@ from typing import Any
 from entroray.cli import train
 from entroray.config import Config, Evaluate
 from entroray.observe.journal import read_metrics
-from entroray.planning.rates import Step, Wave, on_shared_cores, rates
+from entroray.planning.rates import LEARNER, Step, Wave, on_shared_cores, rates
 from entroray.planning.simulate import Rates, Shape
 from entroray.seeds import seeds
-from entroray.types import Rollout
 from entroray.wiring import actors, dataset, sampler
 from entroray.wiring.parts import Parts
 from entroray.wiring.run_directory import RunDirectory
@@ -30,25 +28,20 @@ SEATS = 256
 
 def shape_of(config: Config) -> Shape:
     """What there is of each role, and what a step is made of."""
-    r, n = config.rollout, config.learner
-    return Shape(
-        engines=config.generator.replicas,
-        seats=int(config.generator.engine.get("max_num_seqs", SEATS)),
-        ranks=n.ranks,
-        updates=n.updates_per_rollout,
-        groups=r.groups_per_step,
-        group_size=r.group_size,
-        max_lag=config.driver.max_lag,
-        verifiers=config.verifier.replicas,
-    )
+    r, n, g = config.rollout, config.learner, config.generator
+    seats, lag = int(g.engine.get("max_num_seqs", SEATS)), config.driver.max_lag
+    sizes = (n.ranks, n.updates_per_rollout, r.groups_per_step, r.group_size)
+    return Shape(g.replicas, seats, *sizes, lag, config.verifier.replicas)
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Rates, and what the measurements after took over those before."""
+class Alone:
+    """Measured while no two roles were at work; `*_cores` are those that an engine and a rank keep busy."""
 
-    rates: Rates
-    drift: float
+    waves: list[Wave]
+    steps: list[Step]
+    engine_cores: float
+    learner_cores: float
 
 
 @dataclass
@@ -60,95 +53,75 @@ class Bench:
     read_in: dataset.Dataset
     model: str
     machine: actors.Actors
-    lengths: list[int]
+    lengths: list[int] = field(default_factory=list)
 
-    async def calibrate(self, steps: int = 3) -> Calibration:
-        """Waves and steps at lag 0, steps at lag 1 where cores are shared, and the first again."""
-        await self.wave(self.config.rollout.groups_per_step)  # what is compiled and cached comes first
+    async def calibrate(self, steps: int = 3) -> tuple[Rates, float]:
+        """Rates, with steps at lag 1 where cores are shared; and what steps after took of those before."""
+        c, cores = self.config, len(os.sched_getaffinity(0))
+        await self.wave(c.rollout.groups_per_step)  # what is compiled and cached comes first
         before = await self._alone(steps)
-        shared = actors.cpu_only(self.config.cluster) and not self.config.cluster.address
-        lagged = await self.steps(self._with(lag=1), steps + 3) if shared else []
+        shared = actors.cpu_only(c.cluster) and not c.cluster.address
+        lagged = await self.steps(_changed(c, 1, c.rollout.groups_per_step), steps + 3) if shared else []
         after = await self._alone(steps)
-        waves, measured = before[0] + after[0], before[1] + after[1]
-        prompt = fmean(len(p.token_ids) for p in self.read_in.split.training[:256])
-        found = rates(waves, measured, self.lengths, prompt)
+        prompt = fmean(len(p.token_ids) for p in self.read_in.split.training[:SEATS])
+        found = rates(before.waves + after.waves, before.steps + after.steps, self.lengths, prompt)
         if shared:
-            used = fmean([before[2], after[2]]), fmean([before[3], after[3]])
-            took, cores = median(s.seconds for s in lagged[2:]), len(os.sched_getaffinity(0))
-            found = on_shared_cores(found, shape_of(self.config), cores, *used, took)
-        took_each = [
-            median(s.seconds for s in x[1] if s.shape == measured[-1].shape) for x in (before, after)
-        ]
-        return Calibration(found, took_each[1] / took_each[0])
+            used = [fmean([getattr(x, f"{r}_cores") for x in (before, after)]) for r in ("engine", "learner")]
+            took = median(s.seconds for s in lagged[2:])
+            found = on_shared_cores(found, shape_of(c), cores, *(min(cores, x) for x in used), took)
+        return found, sum(s.seconds for s in after.steps) / sum(s.seconds for s in before.steps)
 
-    async def _alone(self, steps: int) -> tuple[list[Wave], list[Step], float, float]:
-        """Waves and steps at lag 0, and the cores that an engine and a rank keep busy."""
-        groups = self.config.rollout.groups_per_step
-        sizes = sorted({1, max(1, groups // 4), groups})
-        engines, learner = self.machine.engines.handles, self.machine.learner.handles
+    async def _alone(self, steps: int) -> Alone:
+        c, engines, ranks = self.config, self.machine.engines.handles, self.machine.learner.handles
+        groups = c.rollout.groups_per_step
         spent, began = await _processor_seconds(engines), time.monotonic()
-        waves = [await self.wave(size) for size in sizes]
+        waves = [await self.wave(size) for size in sorted({1, max(1, groups // 4), groups})]
         share = (await _processor_seconds(engines) - spent) / (time.monotonic() - began) / len(engines)
-        few = await self.steps(self._with(groups=max(self._fewest(), groups // 4)), steps)
-        spent = await _processor_seconds(learner)
-        many = await self.steps(self._with(), steps)
-        worked = sum(s.phases("score", "update", "rescore", "probe", "sync") for s in many)
-        used = (await _processor_seconds(learner) - spent) / worked / len(learner)
-        cores = len(os.sched_getaffinity(0))
-        return waves, [*few[1:], *many[1:]], min(share, cores), min(used, cores)
-
-    def _fewest(self) -> int:
-        return self.config.learner.updates_per_rollout
-
-    def _with(self, lag: int = 0, groups: int = 0) -> Config:
-        c = self.config
-        of = replace(c.rollout, groups_per_step=groups or c.rollout.groups_per_step)
-        return replace(c, rollout=of, driver=replace(c.driver, max_lag=lag))
+        few = await self.steps(_changed(c, 0, max(c.learner.updates_per_rollout, groups // 4)), steps)
+        spent = await _processor_seconds(ranks)
+        many = await self.steps(_changed(c, 0, groups), steps)
+        worked = sum(s.phases("sync", *LEARNER) for s in many)
+        used = (await _processor_seconds(ranks) - spent) / worked / len(ranks)
+        return Alone(waves, [*few[1:], *many[1:]], share, used)
 
     async def wave(self, groups: int) -> Wave:
         """So many groups asked for at once."""
-        c, prompts = self.config, self.read_in.split.training
+        c, prompts, size = self.config, self.read_in.split.training, self.config.rollout.group_size
         draw = sampler.training_draw(c.sampler, c.rollout, self.parts, self.read_in.tokenizer)
-        generator, size = self.machine.generator_role(), c.rollout.group_size
-        asked = [
-            (prompts[i % len(prompts)], seeds(c.seed, len(self.lengths) + i, 0, size)) for i in range(groups)
-        ]
+        role, first = self.machine.generator_role(), len(self.lengths)
+        asked = [(prompts[i % len(prompts)], seeds(c.seed, first + i, 0, size)) for i in range(groups)]
         began = time.monotonic()
-        answers = await asyncio.gather(*(generator.sample(p, s, draw) for p, s in asked))
-        seconds = time.monotonic() - began
-        drawn: list[Rollout] = [rollout for group in answers for rollout in group]
-        lengths = [rollout.length for rollout in drawn]
+        drawn = await asyncio.gather(*(role.sample(prompt, drawn, draw) for prompt, drawn in asked))
+        seconds, lengths = time.monotonic() - began, [r.length for group in drawn for r in group]
         self.lengths += lengths
         engines = min(groups, len(self.machine.engines.handles))
         return Wave(seconds, max(lengths), sum(lengths) / engines, len(lengths) / engines)
 
     async def steps(self, config: Config, count: int) -> list[Step]:
         """`count` steps of a run of `config`, by the true driver."""
-        config = replace(config, run=replace(config.run, steps=count, tokens=0), evaluate=Evaluate())
-        config = replace(config, checkpoint=replace(config.checkpoint, every=0))
-        updates = count * config.learner.updates_per_rollout
-        self.machine = await self.machine.reset(
-            config, self.model, self.parts.objective, total_updates=updates
-        )
+        run, checkpoint = replace(config.run, steps=count, tokens=0), replace(config.checkpoint, every=0)
+        config = replace(config, run=run, checkpoint=checkpoint, evaluate=Evaluate())
+        updates, parts = count * config.learner.updates_per_rollout, replace(self.parts, trackers=())
+        self.machine = await self.machine.reset(config, self.model, parts.objective, total_updates=updates)
         with tempfile.TemporaryDirectory() as name:
-            folder, quiet = Path(name), replace(self.parts, trackers=())
-            journal, _, health = train.open_journal(
-                config, quiet, folder, self.read_in.tokenizer, io.StringIO()
-            )
+            folder, words = Path(name), self.read_in.tokenizer
+            journal, _, health = train.open_journal(config, parts, folder, words, io.StringIO())
             with journal:
-                await train.drive(
-                    config, quiet, self.read_in, self.machine, journal, health, RunDirectory(folder)
-                )
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().remove_signal_handler(number)
+                run_in = RunDirectory(folder)
+                await train.drive(config, parts, self.read_in, self.machine, journal, health, run_in)
             return [Step(shape_of(config), line) for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def _changed(config: Config, lag: int, groups: int) -> Config:
+    of = replace(config.rollout, groups_per_step=groups)
+    return replace(config, rollout=of, driver=replace(config.driver, max_lag=lag))
 
 
 async def open_bench(config: Config, parts: Parts, read_in: dataset.Dataset, model: str) -> Bench:
     """Actors as `entroray train` starts them."""
     probe = dataset.probe_ids(read_in.tokenizer)
     machine = await actors.start_actors(config, model, parts, read_in.judge, probe, total_updates=1)
-    return Bench(config, parts, read_in, model, machine, [])
+    return Bench(config, parts, read_in, model, machine)
 
 
 async def _processor_seconds(handles: Sequence[Any]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from entroray.cli import flags
-from entroray.cli.calibration import Calibration, open_bench, shape_of
+from entroray.cli.calibration import open_bench, shape_of
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
 from entroray.errors import ConfigError, PreflightError
@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
     if "rates" in given:
         rates, source = _read(Path(given["rates"]))
     else:
-        found = _measure(config, parts, overrides, given.get("config-dir"))
-        rates, source = found.rates, f"measured here; steps after took {found.drift:.2f} of those before"
+        rates, drift = _measure(config, parts, overrides, given.get("config-dir"))
+        source = f"measured here; steps after took {drift:.2f} of those before"
     held = memory.memory_lines(config, parts.objective)
     modelled = _model(shape_of(config), rates, counts)
     if "json" in given:
@@ -82,7 +82,9 @@ def _of_run(folder: Path) -> Rates:
     return run_rates([Step(shape_of(config), line) for line in lines])
 
 
-def _measure(config: Config, parts: Parts, overrides: list[str], config_dir: str | None) -> Calibration:
+def _measure(
+    config: Config, parts: Parts, overrides: list[str], config_dir: str | None
+) -> tuple[Rates, float]:
     try:
         actors.check_gpus(config.cluster)
     except PreflightError as error:
@@ -92,7 +94,7 @@ def _measure(config: Config, parts: Parts, overrides: list[str], config_dir: str
     read_in = dataset.read_dataset(config, warm_start.run_tokenizer(config))
     actors.join_cluster(config)
 
-    async def measured() -> Calibration:
+    async def measured() -> tuple[Rates, float]:
         bench = await open_bench(config, parts, read_in, warm_start.resolve_model(config))
         found = await bench.calibrate()
         await bench.machine.stop()

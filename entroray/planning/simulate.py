@@ -233,7 +233,7 @@ class _Loop:
         self._take()
 
 
-def simulate(shape: Shape, rates: Rates, *, warm: int = 3, steps: int = 5) -> dict[str, float]:
+def simulate(shape: Shape, rates: Rates, *, warm: int = 2, steps: int = 3) -> dict[str, float]:
     """Means of `steps` steps after `warm` others: seconds by phase, tokens, idle shares by role."""
     loop = _Loop(shape, rates)
     loop.run(warm + steps)

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from entroray.cli.calibration import Bench, Calibration, open_bench, shape_of
+from entroray.cli.calibration import Bench, open_bench, shape_of
 from entroray.config import Config, WarmStartConfig
 from entroray.planning.simulate import simulate
 from entroray.policy.tiny_model import build_tiny_model
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--lengths", nargs="*", default=list(LENGTHS))
-    parser.add_argument("--steps", type=int, default=5, help="of each run, after three others")
+    parser.add_argument("--steps", type=int, default=5, help="of each run, after two others")
     parser.add_argument("--keep", type=Path, help="a JSON file of rows, added to")
     return parser.parse_args()
 
@@ -65,16 +65,16 @@ async def measure(folder: str, engines: int, kinds: list[str], steps: int) -> li
     for kind in sorted(kinds):  # `by chance` first: its engine reads longer sequences
         config = settings(folder, engines, kind)
         parts, read_in = build_parts(config), dataset.load_dataset(config, folder)
-        bench = Bench(config, parts, read_in, folder, machine, []) if machine else None
+        bench = Bench(config, parts, read_in, folder, machine) if machine else None
         bench = bench or await open_bench(config, parts, read_in, folder)
         began = time.monotonic()
-        found: Calibration = await bench.calibrate(3)
-        print(f"{kind}, {engines} engines: {time.monotonic() - began:.0f} s, drift {found.drift:.2f}")
-        print({k: v for k, v in vars(found.rates).items() if k != "lengths"}, flush=True)
+        rates, drift = await bench.calibrate(3)
+        print(f"{kind}, {engines} engines: {time.monotonic() - began:.0f} s, drift {drift:.2f}")
+        print({k: v for k, v in vars(rates).items() if k != "lengths"}, flush=True)
         for groups, lag, updates in CASES:
             of = case(config, groups, lag, updates)
-            real = (await bench.steps(of, steps + 3))[3:]
-            model = simulate(shape_of(of), found.rates)
+            real = (await bench.steps(of, steps + 2))[2:]
+            model = simulate(shape_of(of), rates)
             row = {
                 "engines": engines,
                 "lengths": kind,
