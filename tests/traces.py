@@ -10,13 +10,13 @@ from typing import Any
 def events(path: Path) -> list[dict[str, Any]]:
     """What a viewer reads, whether or not the array ends."""
     text = gzip.decompress(path.read_bytes()).decode().rstrip()
-    return [event for event in json.loads(text if text.endswith("]") else text + "]") if event]
+    return json.loads(text if text.endswith("]") else text + "]")
 
 
 def spans(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The spans of each track."""
     read = events(path)
-    names = {e["pid"]: e["args"]["name"] for e in read if e["ph"] == "M"}
+    names = {e["pid"]: e["args"]["name"] for e in read if e["ph"] == "M" and e["pid"]}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names.values()}
     for event in read:
         if event["ph"] == "X":

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from entroray.cli import train
@@ -61,14 +61,14 @@ class Bench:
         await self.wave(c.rollout.groups_per_step)  # what is compiled and cached comes first
         before = await self._alone(steps)
         shared = actors.cpu_only(c.cluster) and not c.cluster.address
-        lagged = await self.steps(_changed(c, 1, c.rollout.groups_per_step), steps + 3) if shared else []
+        sizes = (self._few(), c.rollout.groups_per_step) if shared else ()
+        lagged = [s for n in sizes for s in (await self.steps(_changed(c, 1, n), steps + 3))[2:]]
         after = await self._alone(steps)
         prompt = fmean(len(p.token_ids) for p in self.read_in.split.training[:SEATS])
         found = rates(before.waves + after.waves, before.steps + after.steps, self.lengths, prompt)
         if shared:
             used = [fmean([getattr(x, f"{r}_cores") for x in (before, after)]) for r in ("engine", "learner")]
-            took = median(s.seconds for s in lagged[2:])
-            found = on_shared_cores(found, shape_of(c), cores, *(min(cores, x) for x in used), took)
+            found = on_shared_cores(found, shape_of(c), cores, *(min(cores, x) for x in used), lagged)
         return found, sum(s.seconds for s in after.steps) / sum(s.seconds for s in before.steps)
 
     async def _alone(self, steps: int) -> Alone:
@@ -77,12 +77,16 @@ class Bench:
         spent, began = await _processor_seconds(engines), time.monotonic()
         waves = [await self.wave(size) for size in sorted({1, max(1, groups // 4), groups})]
         share = (await _processor_seconds(engines) - spent) / (time.monotonic() - began) / len(engines)
-        few = await self.steps(_changed(c, 0, max(c.learner.updates_per_rollout, groups // 4)), steps)
+        few = await self.steps(_changed(c, 0, self._few()), steps)
         spent = await _processor_seconds(ranks)
         many = await self.steps(_changed(c, 0, groups), steps)
         worked = sum(s.phases("sync", *LEARNER) for s in many)
         used = (await _processor_seconds(ranks) - spent) / worked / len(ranks)
         return Alone(waves, [*few[1:], *many[1:]], share, used)
+
+    def _few(self) -> int:
+        """Groups of a smaller step."""
+        return max(self.config.learner.updates_per_rollout, self.config.rollout.groups_per_step // 4)
 
     async def wave(self, groups: int) -> Wave:
         """So many groups asked for at once."""

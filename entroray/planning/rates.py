@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from statistics import fmean, median
 from typing import Any
 
@@ -48,6 +49,12 @@ class Step:
     def at_work(self, role: str) -> float:
         return (1 - float(self.metrics.get(f"idle/{role}", 1.0))) * self.seconds
 
+    def wave(self, kept: float) -> Wave:
+        """What an engine did, of a step that trained on a share of the groups."""
+        each = self.tokens, float(self.shape.responses)
+        shares = (x / kept / self.shape.engines for x in each)
+        return Wave(self.at_work("generator"), float(self.metrics["length/max"]), *shares)
+
 
 def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
     """Non-negative seconds for each column of `rows` that add up to `seconds`, by least relative squares."""
@@ -65,6 +72,8 @@ def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float
 
 def rates(waves: Sequence[Wave], steps: Sequence[Step], lengths: Sequence[int], prompt: float) -> Rates:
     """Of waves, and of steps at lag 0; `prompt` tokens are read with every response."""
+    kept = _kept(steps)
+    waves = [*waves, *(s.wave(kept) for s in steps)]
     engine = fit([(w.longest, w.tokens, w.sequences) for w in waves], [w.seconds for w in waves])
     read = [(s.tokens + prompt * s.shape.responses) / s.shape.ranks for s in steps]
     sizes = [(s.shape.updates, tokens) for s, tokens in zip(steps, read, strict=True)]
@@ -83,7 +92,7 @@ def rates(waves: Sequence[Wave], steps: Sequence[Step], lengths: Sequence[int], 
         verify=each(judging),
         driver=each(loop),
         driver_step=each(rest),
-        kept=_kept(steps),
+        kept=kept,
     )
 
 
@@ -114,26 +123,25 @@ def run_rates(steps: Sequence[Step]) -> Rates:
     """
     kept = [s for s in steps if s.metrics["step"] > 1] or list(steps)
     mean, longest = (fmean(s.metrics[f"length/{name}"] for s in kept) for name in ("mean", "max"))
-    share = lambda s: (s.tokens / s.shape.engines, s.shape.responses / s.shape.engines)
-    waves = [Wave(s.phases("sample"), s.metrics["length/max"], *share(s)) for s in kept]
-    return rates(waves, kept, lengths_of(mean, longest), 0.0)
+    return rates([], kept, lengths_of(mean, longest), 0.0)
 
 
 def on_shared_cores(
-    alone: Rates, shape: Shape, cores: float, engine: float, learner: float, lagged: float
+    alone: Rates, shape: Shape, cores: float, engine: float, learner: float, lagged: Sequence[Step]
 ) -> Rates:
     """`alone`, measured on `shape`, where engines and learner share cores and keep so many busy.
 
-    `lagged` is what a step took at lag 1: the overlap is the one with which the simulation takes as long.
+    The overlap is the one with which steps take as long as those of `lagged` did on the geometric mean.
     """
     crowd = max(1.0, shape.engines * engine / cores)
     r = replace(alone, cores=cores, engine_cores=engine, learner_cores=learner)
     r = replace(r, **{name: getattr(r, name) / crowd for name in ("decode", "decode_sequence", "prefill")})
+    took = {of: fmean(s.seconds for s in lagged if s.shape == of) for of in {s.shape for s in lagged}}
     low, high = 0.2, 2.0
     for _ in range(20):
-        middle = (low + high) / 2
-        slow = simulate(replace(shape, max_lag=1), replace(r, overlap=middle))["seconds"] > lagged
-        low, high = (middle, high) if slow else (low, middle)
+        middle = replace(r, overlap=(low + high) / 2)
+        ratio = prod(simulate(of, middle)["seconds"] / seconds for of, seconds in took.items())
+        low, high = (middle.overlap, high) if ratio > 1 else (low, middle.overlap)
     return replace(r, overlap=(low + high) / 2)
 
 

@@ -47,7 +47,7 @@ class Trace:
         self.values = Counter[str]()
         self.drawn, self.since = 0, self.origin
         if path:
-            self._write(b"[\n{}", "wb")
+            self._write(b"[\n" + json.dumps(_named("counters", 0)).encode(), "wb")
 
     def span(self, track: str, name: str, began: float, ended: float, **args: float | str) -> None:
         """One thing that `track`, such as `generator 0`, did from `began` to `ended` (monotonic seconds)."""
@@ -94,7 +94,7 @@ class Trace:
         if track not in self.lanes:
             number = len(self.lanes) + 1
             self.lanes[track] = number, []
-            self._add({"name": "process_name", "ph": "M", "pid": number, "args": {"name": track}})
+            self._add(_named(track, number))
         number, lanes = self.lanes[track]
         free = next((i for i, last in enumerate(lanes) if last <= began), len(lanes))
         lanes[free : free + 1] = [ended]  # spans come as they end
@@ -128,6 +128,10 @@ class Trace:
         except OSError as error:
             path, self.path = self.path, None
             self.report("trace_lost", path=str(path), error=str(error))
+
+
+def _named(track: str, number: int) -> dict[str, Any]:
+    return {"name": "process_name", "ph": "M", "pid": number, "args": {"name": track}}
 
 
 NO_TRACE = Trace()

@@ -1,8 +1,8 @@
 """Step times that `entroray plan` predicts against real runs: python -m tests.bench.plan_accuracy --engines 1
 
-One calibration for each number of engines and kind of lengths, on 128 responses a step; the runs beside it in
-the same process have 64 and 256, lag 0 and 1, one and two updates. Alone on the machine, about four minutes
-for each number of engines. `--keep FILE` adds the rows to a file, and the table is of all rows in it.
+One calibration for each number of engines and kind of lengths, on 128 and 32 responses a step; runs beside
+it in the same process have 64 and 256, lag 0 and 1, one and two updates. Alone on the machine, about five
+minutes for each number of engines. `--keep FILE` adds the rows to a file, and the table is of all in it.
 """
 
 import argparse
@@ -10,14 +10,16 @@ import asyncio
 import json
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from entroray.cli.calibration import Bench, open_bench, shape_of
 from entroray.config import Config, WarmStartConfig
-from entroray.planning.simulate import simulate
+from entroray.planning.rates import LEARNER
+from entroray.planning.simulate import Rates, simulate
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.wiring import actors, compose, dataset
 from entroray.wiring.parts import build_parts
@@ -40,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--lengths", nargs="*", default=list(LENGTHS))
-    parser.add_argument("--steps", type=int, default=5, help="of each run, after two others")
+    parser.add_argument("--steps", type=int, default=4, help="of each run, after two others")
     parser.add_argument("--keep", type=Path, help="a JSON file of rows, added to")
     return parser.parse_args()
 
@@ -59,8 +61,22 @@ def case(config: Config, groups: int, lag: int, updates: int) -> Config:
     )
 
 
-async def measure(folder: str, engines: int, kinds: list[str], steps: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+async def compare(bench: Bench, kind: str, rates: Rates, steps: int) -> AsyncIterator[dict[str, Any]]:
+    """A real run of each case beside what the rates say: [measured, modelled]."""
+    for groups, lag, updates in CASES:
+        of = case(bench.config, groups, lag, updates)
+        real, model = (await bench.steps(of, steps + 2))[2:], simulate(shape_of(of), rates)
+        told = {"engines": of.generator.replicas, "lengths": kind, "responses": 8 * groups, "lag": lag}
+        row = {**told, "updates": updates, "seconds": [fmean(s.seconds for s in real), model["seconds"]]}
+        for name, phases in {"sample": ["sample"], "learn": LEARNER, "sync": ["sync"]}.items():
+            row[name] = [fmean(s.phases(*phases) for s in real), model[name]]
+        for name in ("idle/generator", "idle/learner"):
+            row[name] = [fmean(s.metrics[name] for s in real), model[name]]
+        yield row
+
+
+async def measure(folder: str, engines: int, kinds: list[str], steps: int, keep: Path) -> None:
+    """Every row is kept as it comes, so that a run that is cut leaves the others."""
     machine = None
     for kind in sorted(kinds):  # `by chance` first: its engine reads longer sequences
         config = settings(folder, engines, kind)
@@ -68,71 +84,46 @@ async def measure(folder: str, engines: int, kinds: list[str], steps: int) -> li
         bench = Bench(config, parts, read_in, folder, machine) if machine else None
         bench = bench or await open_bench(config, parts, read_in, folder)
         began = time.monotonic()
-        rates, drift = await bench.calibrate(3)
+        rates, drift = await bench.calibrate()
         print(f"{kind}, {engines} engines: {time.monotonic() - began:.0f} s, drift {drift:.2f}")
         print({k: v for k, v in vars(rates).items() if k != "lengths"}, flush=True)
-        for groups, lag, updates in CASES:
-            of = case(config, groups, lag, updates)
-            real = (await bench.steps(of, steps + 2))[2:]
-            model = simulate(shape_of(of), rates)
-            row = {
-                "engines": engines,
-                "lengths": kind,
-                "responses": groups * 8,
-                "lag": lag,
-                "updates": updates,
-            }
-            row |= {"measured": median(s.seconds for s in real), "predicted": model["seconds"]}
-            for name, phases in {
-                "sample": ["sample"],
-                "learn": ["score", "update"],
-                "sync": ["sync"],
-            }.items():
-                row[name] = [median(s.phases(*phases) for s in real), model[name]]
-            for role in ("generator", "learner"):
-                row[f"idle/{role}"] = [median(s.metrics[f"idle/{role}"] for s in real), model[f"idle/{role}"]]
+        async for row in compare(bench, kind, rates, steps):
             print(json.dumps(row), flush=True)
-            rows.append(row)
+            keep.write_text(json.dumps([*kept(keep), row], indent=1))
         machine = bench.machine
     await machine.stop()
-    return rows
+
+
+def kept(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text()) if file.exists() else []
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Every run, then the median and the worst error, and pairs over 20 % apart in the wrong order."""
-    errors = [abs(r["predicted"] / r["measured"] - 1) for r in rows]
-    lines = [
-        "| engines | lengths | responses a step | lag | updates | measured s | modelled s | error |",
-        "|---" * 8 + "|",
-    ]
-    for r in rows:
-        cells = [r["engines"], r["lengths"], r["responses"], r["lag"], r["updates"]]
-        error = r["predicted"] / r["measured"] - 1
-        lines.append(
-            "| "
-            + " | ".join(map(str, cells))
-            + f" | {r['measured']:.3f} | {r['predicted']:.3f} | {error:+.0%} |"
-        )
-    pairs = [(a, b) for a in rows for b in rows if a["measured"] > 1.2 * b["measured"]]
-    wrong = sum(a["predicted"] <= b["predicted"] for a, b in pairs)
-    lines.append(
-        f"\n{len(rows)} runs: median error {median(errors):.0%}, worst {max(errors):.0%}; "
+    head = ["engines", "lengths", "responses", "lag", "updates"]
+    lines = [f"| {' | '.join(head)} | measured s | modelled s | error |", "|---" * 8 + "|"]
+    errors = [r["seconds"][1] / r["seconds"][0] - 1 for r in rows]
+    for r, error in zip(rows, errors, strict=True):
+        cells = [*(str(r[name]) for name in head), *(f"{s:.2f}" for s in r["seconds"]), f"{error:+.0%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    each = [r["seconds"] for r in rows]
+    pairs = [(a, b) for a in each for b in each if a[0] > 1.2 * b[0]]
+    wrong = sum(a[1] <= b[1] for a, b in pairs)
+    sizes = [abs(error) for error in errors]
+    return "\n".join(lines) + (
+        f"\n\n{len(rows)} runs: median error {median(sizes):.0%}, worst {max(sizes):.0%}; "
         f"{wrong} of {len(pairs)} pairs that differ by over 20 % in the wrong order"
     )
-    return "\n".join(lines)
 
 
 def main() -> None:
     asked = arguments()
     with tempfile.TemporaryDirectory() as folder:
         build_tiny_model(Path(folder), WarmStartConfig().size, seed=0)
+        keep = asked.keep or Path(folder, "rows.json")
         actors.join_cluster(settings(folder, asked.engines, asked.lengths[0]))
-        rows = asyncio.run(measure(folder, asked.engines, asked.lengths, asked.steps))
-    if asked.keep:
-        before = json.loads(asked.keep.read_text()) if asked.keep.exists() else []
-        rows = before + rows
-        asked.keep.write_text(json.dumps(rows, indent=1))
-    print(table(rows), flush=True)
+        asyncio.run(measure(folder, asked.engines, asked.lengths, asked.steps, keep))
+        print(table(kept(keep)), flush=True)
     cluster.stop()
 
 

@@ -31,7 +31,7 @@ FEATURES = (
     "+control.high={knob: objective.surrogate.high, fn: band, signal: entropy/mean, at_least: 9, at_most: 9, "
     "step: 0.1, low: 0.2, high: 1}",
 )
-"""Of a run that evaluates held-out prompts and a set, saves, diagnoses, keeps every token, moves a knob, is traced."""
+"""Of a run that evaluates prompts and a set, saves, diagnoses, keeps every token, moves a knob, is traced."""
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

@@ -134,11 +134,12 @@ def test_a_finished_run_gives_the_rates_that_make_its_steps() -> None:
     assert seconds(EIGHT, again) == pytest.approx(steps[0].seconds, rel=0.02)
 
 
-def test_the_overlap_is_the_one_that_makes_a_step_at_lag_1_as_long_as_measured() -> None:
-    rates = replace(ONE, learner_token=1 / 6400)
-    found = on_shared_cores(rates, EIGHT, 2.0, 2.0, 2.0, 2.5)
+def test_the_overlap_is_the_one_that_makes_steps_at_lag_1_as_long_as_measured() -> None:
+    rates, lagged = replace(ONE, learner_token=1 / 6400), replace(EIGHT, max_lag=1)
+    measured = [Step(lagged, {"seconds/step": seconds}) for seconds in (2.0, 3.0)]
+    found = on_shared_cores(rates, EIGHT, 2.0, 2.0, 2.0, measured)
     assert found.overlap == pytest.approx(0.8, rel=0.01)
-    assert seconds(replace(EIGHT, max_lag=1), found) == pytest.approx(2.5, rel=0.01)
+    assert seconds(lagged, found) == pytest.approx(2.5, rel=0.01)
 
 
 FAST = ["experiment=quickstart", "objective=grpo"]

@@ -71,7 +71,7 @@ def test_a_trace_is_bounded_in_memory_and_on_disk(tmp_path: Path) -> None:
         trace.span("driver", "x", trace.origin + i, trace.origin + i + 1)
         assert len(trace.events) <= 2_000
     trace.close()
-    assert len(events(tmp_path / "trace.json.gz")) == 5_000 and heard == ["trace_full"]
+    assert len(events(tmp_path / "trace.json.gz")) == 5_001 and heard == ["trace_full"]
 
 
 def test_a_disk_that_refuses_ends_the_trace_and_not_the_run(tmp_path: Path) -> None:
