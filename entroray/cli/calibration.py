@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from entroray.cli import train
+from entroray.cli import signals, train
 from entroray.config import Config, Evaluate
 from entroray.observe.journal import read_metrics
 from entroray.planning.rates import LEARNER, Step, Wave, on_shared_cores, rates
@@ -113,6 +113,7 @@ class Bench:
             with journal:
                 run_in = RunDirectory(folder)
                 await train.drive(config, parts, self.read_in, self.machine, journal, health, run_in)
+            signals.cancel_on_sigterm()
             return [Step(shape_of(config), line) for line in read_metrics(folder / "metrics.jsonl")]
 
 
@@ -122,9 +123,10 @@ def _changed(config: Config, lag: int, groups: int) -> Config:
 
 
 async def open_bench(config: Config, parts: Parts, read_in: dataset.Dataset, model: str) -> Bench:
-    """Actors as `entroray train` starts them."""
-    probe = dataset.probe_ids(read_in.tokenizer)
-    machine = await actors.start_actors(config, model, parts, read_in.judge, probe, total_updates=1)
+    """Actors as `entroray train` starts them where there is a lag, which also run without."""
+    probe, lag = dataset.probe_ids(read_in.tokenizer), max(1, config.driver.max_lag)
+    started = _changed(config, lag, config.rollout.groups_per_step)
+    machine = await actors.start_actors(started, model, parts, read_in.judge, probe, total_updates=1)
     return Bench(config, parts, read_in, model, machine)
 
 

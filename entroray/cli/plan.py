@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -92,6 +93,7 @@ def _measure(
     preflight.refuse_wrong(config)
     warm_start.ensure_model(config, overrides, config_dir)
     read_in = dataset.read_dataset(config, warm_start.run_tokenizer(config))
+    print("measuring engines, learner, verifiers and driver: a minute or more", file=sys.stderr, flush=True)
     actors.join_cluster(config)
 
     async def measured() -> tuple[Rates, float]:

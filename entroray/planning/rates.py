@@ -37,17 +37,18 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        return float(self.metrics["seconds/step"])
+        """Without evaluation and checkpoint."""
+        return float(self.metrics["seconds/step"]) - self.phases("evaluate", "checkpoint")
 
     @property
     def tokens(self) -> float:
-        return float(self.metrics["tokens/per_second"]) * self.seconds
+        return float(self.metrics["tokens/per_second"]) * float(self.metrics["seconds/step"])
 
     def phases(self, *names: str) -> float:
         return sum(float(self.metrics.get(f"seconds/{name}") or 0.0) for name in names)
 
     def at_work(self, role: str) -> float:
-        return (1 - float(self.metrics.get(f"idle/{role}", 1.0))) * self.seconds
+        return (1 - float(self.metrics.get(f"idle/{role}", 1.0))) * float(self.metrics["seconds/step"])
 
     def wave(self, kept: float) -> Wave:
         """What an engine did, of a step that trained on a share of the groups."""

@@ -29,17 +29,18 @@ class BusyTime:
 
 
 class Clock:
-    """Times the phases of one step; `phase` is the one under way, or the last.
+    """Times the phases of a step; `phase` is the one under way, or the last.
 
     `busy()` gives seconds at work by actor (`generator 0`, `learner rank 1`), since any moment.
     """
 
-    def __init__(
-        self, step: int = 0, busy: Callable[[], Mapping[str, float]] = dict, trace: Trace = NO_TRACE
-    ) -> None:
-        self.step, self.busy, self.trace = step, busy, trace
-        self.phase, self.began, self.seconds = "start", time.monotonic(), dict[str, float]()
-        self.first, self.thread = busy(), time.thread_time()
+    def __init__(self, busy: Callable[[], Mapping[str, float]] = dict, trace: Trace = NO_TRACE) -> None:
+        self.busy, self.trace, self.phase = busy, trace, "start"
+        self._begin(time.monotonic())
+
+    def _begin(self, now: float) -> None:
+        self.began, self.seconds = now, dict[str, float]()
+        self.first, self.thread = self.busy(), time.thread_time()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -49,17 +50,18 @@ class Clock:
             yield
         finally:
             ended = time.monotonic()
-            self.seconds[phase] = ended - entered
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + ended - entered
             self.trace.span("sync" if phase == "sync" else "driver", phase, entered, ended)
 
-    def metrics(self, tokens: int) -> dict[str, float]:
-        """Seconds by phase, idle shares by role, and response tokens trained a second."""
-        now = time.monotonic()
-        total = now - self.began
+    def lap(self, tokens: int, step: int) -> dict[str, float]:
+        """Of `step`, which ends: seconds by phase, idle shares by role, response tokens trained a second."""
+        ended = time.monotonic()
+        total = ended - self.began
         phases = {f"seconds/{phase}": s for phase, s in self.seconds.items()}
         idle, speed = self._idle(total), {"tokens/per_second": tokens / total}
-        self.trace.span("steps", f"step {self.step}", self.began, now, tokens=tokens, **idle)
+        self.trace.span("steps", f"step {step}", self.began, ended, tokens=tokens, **idle)
         self.trace.flush()
+        self._begin(ended)
         return phases | {"seconds/step": total} | speed | idle
 
     def _idle(self, total: float) -> dict[str, float]:

@@ -237,7 +237,7 @@ class Driver:
 
     async def step(self) -> dict[str, float]:
         """One committed step; returns its metrics."""
-        clock = self.clock = Clock(self.version + 1, self.roles.busy, self.roles.trace)
+        clock = self.clock = Clock(self.roles.busy, self.roles.trace)
         knobs, objective, learner = self.knobs, self.knobs.objective, self.roles.learner
         with clock("sample"):
             limit = self.pace.refill_limit * self.pace.groups_per_step
@@ -263,7 +263,12 @@ class Driver:
         with clock("sync"):
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
-        metrics = updated | synced | self._measure(groups, tokens, active) | clock.metrics(len(tokens.row))
+        metrics = (
+            updated
+            | synced
+            | self._measure(groups, tokens, active)
+            | clock.lap(len(tokens.row), self.version)
+        )
         self._report_idle(metrics)
         self.over = self._is_over()  # before the evaluation, in which groups may be lost
         with clock("evaluate"):

@@ -29,16 +29,19 @@ def test_idle_shares_are_the_mean_and_the_idlest_of_a_role(monkeypatch: pytest.M
     now, worked = [100.0], {"generator 0": 7.0, "generator 1": 0.0, "learner rank 0": 3.0}
     ticking = SimpleNamespace(monotonic=lambda: now[0], thread_time=lambda: now[0] / 10)
     monkeypatch.setattr(clock, "time", ticking)
-    timed = Clock(1, lambda: dict(worked))
+    timed = Clock(lambda: dict(worked))
     with timed("sample"):
         now[0] += 4.0
     worked |= {"generator 0": 11.0, "generator 1": 2.0, "generator 2": 50.0}  # the last joined meanwhile
     now[0] += 4.0
-    found = timed.metrics(tokens=80)
+    found = timed.lap(tokens=80, step=1)
     assert found["seconds/sample"] == 4.0 and found["seconds/step"] == 8.0
     assert found["idle/generator"] == pytest.approx((0.5 + 0.75) / 2) and found["idle/generator_max"] == 0.75
     assert found["idle/learner"] == found["idle/learner_max"] == 1.0
     assert found["idle/driver"] == pytest.approx(0.9) and found["tokens/per_second"] == 10.0
+    now[0] += 2.0
+    again = timed.lap(tokens=0, step=2)
+    assert again["seconds/step"] == 2.0 and again["idle/generator"] == 1.0 and "seconds/sample" not in again
 
 
 def test_a_track_has_a_lane_for_each_span_at_once(tmp_path: Path) -> None:
