@@ -2,7 +2,7 @@
 
 import heapq
 import random
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -79,8 +79,8 @@ class _Loop:
         self.unfinished, self.finished = Counter[int](), Counter[int]()
         self.speed, self.working, self.worked_at, self.stamp = 1.0, 0.0, 0.0, 0
         self.driver_free = self.verifier_free = self.began = 0.0
-        self.spent: Counter[str] = Counter()
-        self.marks = [(0.0, Counter[str]())]
+        self.spent: defaultdict[str, float] = defaultdict(float)
+        self.marks = [(0.0, self.spent.copy())]
 
     def run(self, steps: int) -> None:
         self._fill(self.drawn * (self.shape.max_lag + 1))
@@ -91,9 +91,6 @@ class _Loop:
     def _at(self, seconds: float, act: Callable[..., None], *arguments: object) -> None:
         self.serial += 1
         heapq.heappush(self.events, (seconds, self.serial, act, arguments))
-
-    def _spend(self, what: str, seconds: float) -> None:
-        self.spent[what] += seconds  # type: ignore[assignment]
 
     # Engines.
 
@@ -117,7 +114,7 @@ class _Loop:
     def _advance(self, engine: _Engine) -> None:
         if engine.active:
             work = (self.now - engine.at) * self.speed
-            self._spend("generator", self.now - engine.at)
+            self.spent["generator"] += self.now - engine.at
             paid = min(engine.debt, work)
             engine.debt -= paid
             engine.steps += (work - paid) / self._step(engine)
@@ -172,8 +169,8 @@ class _Loop:
         self.verifier_free = (
             max(self.driver_free, self.verifier_free) + r.verify * size / self.shape.verifiers
         )
-        self._spend("driver", r.driver * size)
-        self._spend("verifier", r.verify * size / self.shape.verifiers)
+        self.spent["driver"] += r.driver * size
+        self.spent["verifier"] += r.verify * size / self.shape.verifiers
         self._at(self.verifier_free, self._judged, group)
 
     def _judged(self, group: _Group) -> None:
@@ -194,7 +191,7 @@ class _Loop:
             left -= taken
         r, s = self.rates, self.shape
         tokens = s.responses * sum(r.lengths) / len(r.lengths)
-        self._spend("tokens", tokens)
+        self.spent["tokens"] += tokens
         self._enter("learn", "sample")
         read = tokens + r.prompt_tokens * s.responses
         self.working, self.worked_at = (
@@ -205,7 +202,7 @@ class _Loop:
         self._plan_end()
 
     def _enter(self, phase: str, last: str) -> None:
-        self._spend(last, self.now - self.began)
+        self.spent[last] += self.now - self.began
         self.phase, self.began = phase, self.now
 
     def _plan_end(self) -> None:
@@ -233,15 +230,18 @@ class _Loop:
         self._take()
 
 
-def simulate(shape: Shape, rates: Rates, *, warm: int = 2, steps: int = 3) -> dict[str, float]:
-    """Means of `steps` steps after `warm` others: seconds by phase, tokens, idle shares by role."""
-    loop = _Loop(shape, rates)
+def simulate(shape: Shape, rates: Rates, warm: int = 2) -> dict[str, float]:
+    """Means of the steps after `warm` others: seconds by phase, tokens, idle shares by role.
+
+    With a lag long and short steps may take turns, so that means are of twice as many as take part.
+    """
+    loop, steps = _Loop(shape, rates), 2 * (shape.max_lag + 1)
     loop.run(warm + steps)
     (begun, before), (ended, after) = loop.marks[warm], loop.marks[-1]
     seconds = (ended - begun) / steps
     spent = {name: (after[name] - before[name]) / steps for name in after}
     at_work = {
-        "generator": spent.get("generator", 0.0) / shape.engines,
+        "generator": spent["generator"] / shape.engines,
         "learner": spent["learn"] + spent["sync"],
         "verifier": spent["verifier"],
         "driver": spent["driver"] + spent["rest"],

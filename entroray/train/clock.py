@@ -1,7 +1,7 @@
 """Seconds of each phase of a step, and the share of it in which a role had nothing to do."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,7 +12,8 @@ class BusyTime:
     """Seconds in which each actor had something to do: at least one call to it was open."""
 
     def __init__(self) -> None:
-        self.open, self.since, self.total = Counter[str](), dict[str, float](), Counter[str]()
+        self.open, self.since = Counter[str](), dict[str, float]()
+        self.total: defaultdict[str, float] = defaultdict(float)
 
     def began(self, actor: str, now: float) -> None:
         if not self.open[actor]:
@@ -22,7 +23,7 @@ class BusyTime:
     def ended(self, actor: str, now: float) -> None:
         self.open[actor] -= 1
         if not self.open[actor]:
-            self.total[actor] += now - self.since[actor]  # type: ignore[assignment]
+            self.total[actor] += now - self.since[actor]
 
     def seconds(self, actor: str, now: float) -> float:
         return self.total[actor] + (now - self.since[actor] if self.open[actor] else 0.0)

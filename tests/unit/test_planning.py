@@ -6,12 +6,14 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from omegaconf import OmegaConf
 
 from entroray import cli
 from entroray.cli import plan
 from entroray.errors import ConfigError, PreflightError
 from entroray.planning.rates import Step, fit, lengths_of, load_rates, on_shared_cores, run_rates
 from entroray.planning.simulate import Rates, Shape, bounds, simulate
+from entroray.wiring import compose
 
 ONE = Rates(lengths=(100,), decode=0.01)
 """Every response takes a second, however many are decoded with it."""
@@ -72,9 +74,14 @@ def test_on_cores_that_both_keep_busy_a_lag_gains_nothing(overlap: float, expect
 
 
 def test_engines_stand_still_in_a_sync() -> None:
-    rates = replace(ONE, sync=0.3, sync_engine=0.1)
+    rates = replace(ONE, decode=0.0, decode_sequence=1 / 3200, sync=0.3, sync_engine=0.1)
     assert seconds(replace(EIGHT, engines=2), rates) == pytest.approx(1.5)
     assert seconds(replace(EIGHT, engines=2, max_lag=1), rates) == pytest.approx(1.5)
+
+
+def test_steps_that_take_turns_are_counted_alike() -> None:
+    rates = replace(ONE, sync=0.5)  # two waves are decoded at once: a step of 1.5 s, then one of 0.5
+    assert seconds(replace(EIGHT, max_lag=1), rates) == pytest.approx(1.0)
 
 
 def test_ranks_divide_tokens_and_no_update_is_divided() -> None:
@@ -142,7 +149,7 @@ def test_the_overlap_is_the_one_that_makes_steps_at_lag_1_as_long_as_measured() 
     assert seconds(lagged, found) == pytest.approx(2.5, rel=0.01)
 
 
-FAST = ["experiment=quickstart", "objective=grpo"]
+FAST = ["experiment=quickstart", "objective=grpo", "rollout.groups_per_step=2", "generator.replicas=1"]
 
 
 def kept(folder: Path) -> Path:
@@ -158,17 +165,17 @@ def test_rates_are_read_as_they_were_printed(tmp_path: Path) -> None:
 def test_a_plan_of_rates_from_a_file_starts_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["plan", f"--rates={kept(tmp_path)}", "--engines=2,8", *FAST, "driver=async", "cluster=gpu"]
+    command = ["plan", f"--rates={kept(tmp_path)}", "--engines=1,2", *FAST, "driver=async", "cluster=gpu"]
     assert cli.run(command) == 0
     told = capsys.readouterr().out
     assert "rates (worked out" in told and "not measured" in told and "memory of a learner rank" in told
     assert [
-        word for word in ("lag 0", "lag 1", "another engine", "8 engines", "bound: ") if word not in told
+        word for word in ("lag 0", "lag 1", "another engine", "2 engines", "bound: ") if word not in told
     ] == []
     assert cli.run([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["modelled"]["lag 1"]["seconds"] < found["modelled"]["lag 0"]["seconds"]
-    assert set(found["modelled"]["8 engines"]["without"]) >= {"engines", "driver", "sync", "long responses"}
+    assert set(found["modelled"]["2 engines"]["without"]) >= {"engines", "driver", "sync", "long responses"}
 
 
 @pytest.mark.parametrize(
@@ -182,7 +189,8 @@ def test_what_plan_cannot_read_is_refused_by_its_flag(told: str, tmp_path: Path)
 
 def test_a_run_whose_phases_overlap_gives_no_rates(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    (tmp_path / "config.yaml").write_text("driver: {max_lag: 1}\n")
+    _, tree = compose.load_config([*FAST, "driver=async"])
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(tree, resolve=True))
     with pytest.raises(ConfigError, match="max_lag"):
         plan.main([f"--rates={tmp_path}/metrics.jsonl", *FAST])
 
