@@ -75,7 +75,9 @@ def rates(waves: Sequence[Wave], steps: Sequence[Step], lengths: Sequence[int], 
     """Of waves, and of steps at lag 0; `prompt` tokens are read with every response."""
     kept = _kept(steps)
     waves = [*waves, *(s.wave(kept) for s in steps)]
-    engine = fit([(w.longest, w.tokens, w.sequences) for w in waves], [w.seconds for w in waves])
+    decode, sequence, prefill = fit(
+        [(w.longest, w.tokens, w.sequences) for w in waves], [w.seconds for w in waves]
+    )
     read = [(s.tokens + prompt * s.shape.responses) / s.shape.ranks for s in steps]
     sizes = [(s.shape.updates, tokens) for s, tokens in zip(steps, read, strict=True)]
     update, token = fit(sizes, [s.phases(*LEARNER) for s in steps])
@@ -85,7 +87,9 @@ def rates(waves: Sequence[Wave], steps: Sequence[Step], lengths: Sequence[int], 
     each = lambda seconds: fmean(x / s.shape.responses for x, s in zip(seconds, steps, strict=True))
     return Rates(
         _quantiles(lengths),
-        *engine,
+        decode,
+        sequence,
+        prefill,
         prompt_tokens=prompt,
         learner_update=update,
         learner_token=token,
