@@ -24,6 +24,8 @@ from entroray.wiring.parts import Parts, build_parts
 from entroray.workers import cluster
 
 FLAGS = (Flag("rates", "FILE"), Flag("engines", "LIST"), Flag("json"), CONFIG_DIR)
+ALIKE = 64
+"""Engines that are simulated one by one."""
 COLUMNS = ("seconds", "tokens/per_second", "sample", "learn", "sync", "rest")
 IDLE = ("idle/generator", "idle/learner", "idle/verifier", "idle/driver")
 
@@ -118,16 +120,23 @@ def _model(shape: Shape, rates: Rates, counts: list[int]) -> dict[str, Any]:
     rows: dict[str, Any] = {name: simulate(of, rates) for name, of in (lags | more).items()}
     rows[f"lag {shape.max_lag}"]["without"] = bounds(shape, rates)
     for count in counts:
-        of = _grown(shape, rates, count)
-        rows[f"{count} engines"] = {**simulate(*of), "without": bounds(*of)}
+        *of, each = _grown(shape, rates, count)
+        row = {**simulate(*of), "without": bounds(*of)}
+        rows[f"{count} engines"] = row | {"tokens/per_second": each * row["tokens/per_second"]}
     return rows
 
 
-def _grown(shape: Shape, rates: Rates, engines: int) -> tuple[Shape, Rates]:
-    """So many engines, and ranks, verifiers, cores and groups a step in proportion."""
-    by = engines / shape.engines
-    grown = {name: max(1, round(getattr(shape, name) * by)) for name in ("ranks", "verifiers", "groups")}
-    return replace(shape, engines=engines, **grown), replace(rates, cores=rates.cores * by)
+def _grown(shape: Shape, rates: Rates, engines: int) -> tuple[Shape, Rates, float]:
+    """So many engines, and ranks, verifiers, cores and groups a step in proportion; how many each stands for.
+
+    Beyond `ALIKE` engines one stands for several, and what there is one of works as much more for it.
+    """
+    each = max(1.0, engines / ALIKE)
+    by = engines / each / shape.engines
+    names = ("engines", "ranks", "verifiers", "groups")
+    grown = replace(shape, **{name: max(1, round(getattr(shape, name) * by)) for name in names})
+    single = {name: each * getattr(rates, name) for name in ("driver", "driver_step", "sync_engine")}
+    return grown, replace(rates, **single, cores=rates.cores * by), each
 
 
 def _table(modelled: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
