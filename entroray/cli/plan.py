@@ -24,7 +24,7 @@ from entroray.wiring.parts import Parts, build_parts
 from entroray.workers import cluster
 
 FLAGS = (Flag("rates", "FILE"), Flag("engines", "LIST"), Flag("json"), CONFIG_DIR)
-ALIKE = 64
+ALIKE = 32
 """Engines that are simulated one by one."""
 COLUMNS = ("seconds", "tokens/per_second", "sample", "learn", "sync", "rest")
 IDLE = ("idle/generator", "idle/learner", "idle/verifier", "idle/driver")

@@ -193,9 +193,9 @@ def test_many_engines_are_simulated_by_those_that_are_like_them() -> None:
     rates = replace(
         ONE, decode_sequence=1e-4, learner_token=1e-4, driver_step=1e-4, sync=0.1, sync_engine=1e-3
     )
-    shape, few, each = plan._grown(Shape(groups=1, group_size=2), rates, 128)
-    assert (shape.engines, shape.ranks, shape.groups, each) == (64, 64, 64, 2.0)
-    whole = Shape(engines=128, ranks=128, groups=128, group_size=2, verifiers=128)
+    shape, few, each = plan._grown(Shape(groups=1, group_size=2), rates, 64)
+    assert (shape.engines, shape.ranks, shape.groups, each) == (32, 32, 32, 2.0)
+    whole = Shape(engines=64, ranks=64, groups=64, group_size=2, verifiers=64)
     found = simulate(shape, few)
     assert found["seconds"] == pytest.approx(seconds(whole, rates))
     assert each * found["tokens/per_second"] == pytest.approx(simulate(whole, rates)["tokens/per_second"])
