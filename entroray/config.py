@@ -18,6 +18,7 @@ class Run:
     steps: int = 100  # each trains on rollout.groups_per_step groups in learner.updates_per_rollout updates
     tokens: int = 0  # response tokens drawn that end a run before run.steps, for fair comparisons; 0: none
     resume: str = "never"  # never | auto: go on with run.dir, else with the newest unfinished run like this
+    trace: bool = False  # write trace.json.gz, which ui.perfetto.dev shows: what each role did when
     dry: bool = False  # print resources and memory by role, start nothing
 
 

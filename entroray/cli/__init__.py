@@ -63,6 +63,7 @@ COMMANDS = {
         "doctor",
         "submit",
         "verify-resume",
+        "plan",
         "objectives",
         "reference",
     )

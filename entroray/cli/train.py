@@ -31,6 +31,7 @@ from entroray.policy.tokenizer import end_ids, fingerprint, token_name
 from entroray.roles import Generator, Verifier
 from entroray.train.driver import Roles
 from entroray.train.failure_limits import Stagnation
+from entroray.train.trace import Trace, trace_path
 from entroray.wiring import (
     actors,
     compose,
@@ -131,7 +132,8 @@ async def _train(
     try:
         first = run.state.get("version", 0) + 1
         journal, console, health = open_journal(config, parts, folder, read_in.tokenizer, first_step=first)
-        with journal:
+        cluster.WAITS.trace = Trace(trace_path(folder, first) if config.run.trace else None, journal.event)
+        with journal, cluster.WAITS.trace:
             probe = dataset.probe_ids(read_in.tokenizer)
             updates = config.run.steps * config.learner.updates_per_rollout
             m = await actors.start_actors(
@@ -251,15 +253,9 @@ async def drive(
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
     verifier = m.verifier_role()
     generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
-    roles = Roles(
-        generator,
-        verifier,
-        m.learner_role(),
-        m.sync,
-        journal,
-        evaluate=_evaluation(config, read_in, generator, verifier, health.say),
-        waits=cluster.WAITS.lines,
-    )
+    evaluate = _evaluation(config, read_in, generator, verifier, health.say)
+    watched: dict[str, Any] = {"waits": cluster.WAITS.lines, "busy": m.busy, "trace": cluster.WAITS.trace}
+    roles = Roles(generator, verifier, m.learner_role(), m.sync, journal, evaluate=evaluate, **watched)
     began = {"settings": asdict(config), "identity": dataset.identity(config, read_in)}
     state = {name: value for name, value in run.state.items() if name not in began}
     pace = asdict(loop_settings(config))

@@ -24,6 +24,7 @@ from entroray.train.clock import Clock
 from entroray.train.diagnostics import NO_DIAGNOSTICS, Diagnostics, DiagnosticsSchedule
 from entroray.train.failure_limits import IdleFunctions, SkippedUpdates, VerdictFailures
 from entroray.train.threads import in_thread
+from entroray.train.trace import NO_TRACE, Trace
 from entroray.types import Draw, Group, Prompt, Rollout, Status, Tokens, Verdict, Version
 
 UNTOUCHED = 20
@@ -75,6 +76,9 @@ class Roles:
     when none are due."""
     waits: Callable[[], list[str]] = list
     """What is being waited for and since when, for a run that stalls."""
+    busy: Callable[[], Mapping[str, float]] = dict
+    """Seconds at work by actor, since any moment, for idle shares."""
+    trace: Trace = NO_TRACE
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Driver:
         self.drawn = 0  # in groups judged; `stream.lost` are the others
         self.turn: asyncio.Future[Any] | None = None
         self.stopping = self.over = False
-        self.clock = Clock()
+        self.clock = Clock(roles.busy, roles.trace)
         self.marked = self._of_loop()
 
     # The run.
@@ -284,7 +288,7 @@ class Driver:
         self.over = self._is_over()  # before the evaluation, in which groups may be lost
         with clock("evaluate"):
             metrics |= await self.roles.evaluate(self.version, self.over)
-        metrics |= clock.lap(len(tokens.row))
+        metrics |= clock.lap(len(tokens.row), self.version)
         metrics |= self.control.observe(metrics)
         with clock("journal"):
             await in_thread(lambda: self.roles.journal.step(self.version, metrics, groups, tokens))

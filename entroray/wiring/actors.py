@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -67,6 +68,13 @@ class Actors:
         resting = self.engines if self.config.generator.sleep else None
         budget, deadline = self.config.learner.token_budget, self.config.driver.call_deadline
         return LearnerRole(self.learner, budget, deadline, resting)
+
+    def busy(self) -> dict[str, float]:
+        """Seconds at work of every actor there is, since it was first asked for anything."""
+        members = [*self.engines.live, *self.verifiers.members]
+        names = [*(m.name for m in members), *map(self.learner.member, range(len(self.learner.handles)))]
+        now = time.monotonic()
+        return {name: cluster.WAITS.busy.seconds(name, now) for name in names}
 
     def checkpoints(self, run: Path) -> Checkpoints:
         """Where this run's checkpoints go."""

@@ -17,24 +17,36 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from entroray.errors import EntrorayError, InfrastructureError, PreflightError, Stopped, first_line
+from entroray.train.clock import BusyTime
+from entroray.train.trace import NO_TRACE
 from entroray.workers import orphans
 
 
 class OpenWaits:
-    """What this process is waiting for over Ray, and since when, for the report of a stall."""
+    """What this process is waiting for over Ray, and since when: for reports of stalls, idle shares, traces.
+
+    What is waited for is an actor, or an actor, a comma and what it does.
+    """
 
     def __init__(self) -> None:
         self.started: dict[object, tuple[str, float]] = {}
+        self.busy, self.trace = BusyTime(), NO_TRACE
 
     @contextmanager
     def record(self, what: str) -> Iterator[None]:
         """Count `what` as waited for while inside."""
-        key = object()
-        self.started[key] = what, time.monotonic()
+        key, began = object(), time.monotonic()
+        actor, _, name = what.partition(", ")
+        self.started[key] = what, began
+        self.busy.began(actor, began)
         try:
             yield
         finally:
             del self.started[key]
+            ended = time.monotonic()
+            self.busy.ended(actor, ended)
+            if name != SAMPLING:  # an engine's requests are spans of their own
+                self.trace.span(actor, name, began, ended)
 
     def lines(self, limit: int = 20) -> list[str]:
         """The longest waits, one a line."""
@@ -42,6 +54,7 @@ class OpenWaits:
         return [f"{what}: {now - start:.1f} s" for what, start in list(self.started.values())[:limit]]
 
 
+SAMPLING = "sampling"
 WAITS = OpenWaits()
 KILL = "ray.kill"
 """Name of the threads that kill actors."""
@@ -223,10 +236,13 @@ class Gang:
     def __init__(self, name: str, handles: Sequence[Any]):
         self.name, self.handles = name, list(handles)
 
+    def member(self, rank: int) -> str:
+        """What a rank is called."""
+        return f"{self.name} rank {rank}"
+
     async def all(self, method: Callable[[int, Any], Any], *, deadline: float) -> list[Any]:
         """`method(rank, handle)` on every rank; the first failure or the deadline ends the wait."""
         calls = [
-            settle(method(r, h), deadline=deadline, what=f"{self.name} rank {r}")
-            for r, h in enumerate(self.handles)
+            settle(method(r, h), deadline=deadline, what=self.member(r)) for r, h in enumerate(self.handles)
         ]
         return list(await asyncio.gather(*calls))

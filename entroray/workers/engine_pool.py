@@ -1,6 +1,7 @@
 """The generators as one pool: spreads requests, re-issues those of a dead engine, and replaces it."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from ray.exceptions import RayTaskError
 
 from entroray.errors import InfrastructureError, SyncError
 from entroray.types import Rollout
-from entroray.workers.cluster import await_starts, kill_actors, settle, settle_next
+from entroray.workers.cluster import SAMPLING, WAITS, await_starts, kill_actors, settle, settle_next
 from entroray.workers.generator import Request
 from entroray.workers.weight_sender import WeightSender
 
@@ -156,7 +157,8 @@ class EnginePool:
 
     async def _serve(self, engine: Engine, share: list[Pending]) -> None:
         """One call for all of `share`; what a lost engine has not answered is dispatched again."""
-        left = dict(enumerate(share))
+        left, began = dict(enumerate(share)), time.monotonic()
+        WAITS.trace.change("groups in flight", len(left))
         deadline = max(p.request.deadline for p in share) + GRACE
         try:
             answers = engine.handle.sample_all.options(num_returns="streaming").remote(
@@ -164,12 +166,13 @@ class EnginePool:
             )
             while left:
                 index, rollouts = await settle_next(
-                    answers, deadline=deadline, what=f"{engine.name}, sampling"
+                    answers, deadline=deadline, what=f"{engine.name}, {SAMPLING}"
                 )
                 if index < 0:
                     continue  # it is at work, and none of these has finished
                 pending = left.pop(index)
                 engine.in_flight -= len(pending.request.seeds)
+                _trace(engine, pending.request, began, rollouts)
                 if not pending.answer.done():
                     pending.answer.set_result(rollouts)
         except InfrastructureError as error:
@@ -180,6 +183,7 @@ class EnginePool:
             _fail(left.values(), error)
         finally:
             engine.in_flight -= sum(len(p.request.seeds) for p in left.values())
+            WAITS.trace.change("groups in flight", -len(left))
 
     async def _dispatch_later(self, pending: list[Pending]) -> None:
         try:
@@ -323,6 +327,14 @@ def _start(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> a
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
+
+
+def _trace(engine: Engine, request: Request, began: float, rollouts: Sequence[Rollout]) -> None:
+    """The span of a request that has been answered."""
+    if WAITS.trace.path:
+        counts = {"samples": len(rollouts), "tokens": sum(r.drawn for r in rollouts)}
+        WAITS.trace.span(engine.name, request.prompt_id, began, time.monotonic(), **counts)
+        WAITS.trace.change("groups in flight", -1)
 
 
 def _fail(pending: Iterable[Pending], error: Exception) -> None:

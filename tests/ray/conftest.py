@@ -22,6 +22,7 @@ FEATURES = (
     *("experiment=quickstart", "objective=grpo", "run.steps=6", "rollout.groups_per_step=8"),
     *("generator.replicas=1", "learner.threads=1", "learner.updates_per_rollout=2", "observe.tokens.every=1"),
     *("observe.diagnosis.every=2", "checkpoint.every=2", "++data.settings.size=3000"),
+    "run.trace=true",
     *("evaluate.every=2", "evaluate.prompts=32", "evaluate.samples=2", "evaluate.final=false"),
     *("model.warm_start.band=[0.0,1.0]", "model.warm_start.check_every=40"),
     "evaluate.sets.sums={source: reasoning_gym, task: chain_sum, template: '{expression:compact}=', "
@@ -30,7 +31,7 @@ FEATURES = (
     "+control.high={knob: objective.surrogate.high, fn: band, signal: entropy/mean, at_least: 9, at_most: 9, "
     "step: 0.1, low: 0.2, high: 1}",
 )
-"""Of a run that evaluates held-out prompts and a set, saves, diagnoses, keeps every token, moves a knob."""
+"""Of a run that evaluates prompts and a set, saves, diagnoses, keeps every token, moves a knob, is traced."""
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

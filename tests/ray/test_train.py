@@ -18,6 +18,7 @@ from entroray.workers.generator import Generator, Request
 from tests.documented import IN_A_RUN, matches
 from tests.ray.stack import FinishedRun, entroray, entroray_here, metrics
 from tests.records import query
+from tests.traces import overlaps, spans
 
 
 def test_a_run_writes_what_it_promises(finished_run: FinishedRun) -> None:
@@ -56,6 +57,25 @@ def test_a_set_is_evaluated_before_the_first_step_every_few_and_after_the_last(
     assert "questions are in the training data, too" in printed and "step 6: sums: avg@4 " in printed
     assert "Evaluated: sums" in (folder / "report.html").read_text()
     assert json.loads((folder / "manifest.json").read_text())["evaluation_sets"]
+
+
+def test_the_trace_of_a_run_has_every_role_and_its_seconds(finished_run: FinishedRun) -> None:
+    rows, found = metrics(finished_run.folder), spans(finished_run.folder / "trace.json.gz")
+    assert {"generator 0", "learner rank 0", "verifier 0", "driver", "sync", "steps"} <= found.keys()
+    assert [e["name"] for e in found["steps"]] == [f"step {row['step']}" for row in rows]
+    for step, row in zip(found["steps"], rows, strict=True):
+        within = [e for e in found["driver"] if 0 <= e["ts"] - step["ts"] < step["dur"]]
+        for phase in ("sample", "score", "update"):
+            lasted = sum(e["dur"] for e in within if e["name"] == phase)
+            assert lasted == pytest.approx(1e6 * row.get(f"seconds/{phase}", 0.0), abs=2)
+        calls = [e for e in found["learner rank 0"] if 0 <= e["ts"] - step["ts"] < step["dur"]]
+        at_work = sum(e["dur"] for e in calls) / step["dur"]
+        assert at_work == pytest.approx(1 - row["idle/learner"], abs=0.02), "one call to a rank at a time"
+        assert {e["name"] for e in calls} >= {"update", "sync"}
+        assert 0 < row["idle/generator"] < 1 and 0 < row["idle/driver"] < 1 and 0 < row["idle/verifier"] < 1
+    drawn = sum(e["args"].get("tokens", 0) for e in found["generator 0"])
+    assert drawn >= rows[-1]["tokens/drawn"] > 0, "evaluations are drawn too"
+    assert all(overlaps(track) == 0 for track in found.values())
 
 
 def test_token_records_give_the_entropy_the_journal_says(finished_run: FinishedRun) -> None:

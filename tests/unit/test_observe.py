@@ -366,7 +366,7 @@ def test_report_of_a_run(tmp_path):
     book.event("engine_lost", reason="<i>")
     (tmp_path / "config.yaml").write_text("name: <script>")
     text = page(tmp_path)
-    assert text.count('class="plotly-graph-div"') == len(report.PLOTS) + 2 == 12
+    assert text.count('class="plotly-graph-div"') == len(report.PLOTS) + 2 == 13
     assert "Setting moved by bonus" in text and "Parts of the reward" in text
     ranking = re.findall(r"<tr><td>(.{5})</td>", text)
     assert ranking == ["0.700", "0.600", "0.400", "0.300", "0.200", "0.100"]
