@@ -129,6 +129,11 @@ class EnginePool:
         started, what = engine.handle.start.remote(), f"{engine.name}, starting"
         await settle(started, deadline=self.start_deadline, what=what)
 
+    @property
+    def busy(self) -> bool:
+        """Whether an engine has samples to draw."""
+        return any(engine.in_flight for engine in self.live)
+
     # --- sampling ---
 
     async def sample(self, request: Request) -> list[Rollout]:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import set_num_threads  # vLLM on a CPU puts one that does nothing in its place
 
 from entroray.errors import InfrastructureError
 from entroray.policy.tokenizer import response_text
@@ -59,6 +60,11 @@ class Waiting:
         """
         since = max(self.admitted, idle_since)
         return {n for n in self.left if self.begun.get(n, since) + self.request.deadline < now}
+
+
+def _use_threads(worker: Any, number: int) -> None:
+    """For `LLM.collective_rpc`, in the thread that steps."""
+    set_num_threads(number)
 
 
 class Generator:
@@ -158,6 +164,10 @@ class Generator:
     async def finish_weight_update(self, version: int, keep_kv: bool) -> tuple[int, str | None]:
         """Commit, drop keys and values of the old weights, go on; acknowledges (version, hash)."""
         return await self._run(lambda: self._commit(version, keep_kv))
+
+    async def use_threads(self, number: int) -> None:
+        """Compute with `number` CPU threads from the next step on."""
+        await self._run(lambda: self.llm.collective_rpc(_use_threads, args=(number,)))
 
     async def check_alive(self) -> None:
         """Return once the engine's thread answers; InfrastructureError if it has died."""

@@ -65,6 +65,8 @@ class LearnerRank:
         self.backend: Any = None
         self.reference: Policy | None = None
         self.transfer: Any = None
+        self.threads: int | None = None
+        """CPU threads to compute with; None: as many as there are now."""
 
     def address(self) -> tuple[str, int]:
         """An address and free port of this node, where others may meet this rank."""
@@ -145,7 +147,16 @@ class LearnerRank:
         with torch.no_grad():
             return [self._score(micro, extra) for micro in micros]
 
+    def use_threads(self, number: int) -> None:
+        """Compute with `number` CPU threads from the next micro-batch on; called while another method runs."""
+        self.threads = number
+
+    def _take_threads(self) -> None:
+        if self.threads is not None and self.threads != torch.get_num_threads():
+            torch.set_num_threads(self.threads)  # of the thread that calls
+
     def _score(self, micro: Batch, extra: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        self._take_threads()
         padded = pad(micro if micro.num_rows else EMPTY, self.device)
         stats = dict(self.backend.forward(padded, (*self.objective.statistics, *extra)))
         if self.reference is not None:
@@ -177,6 +188,7 @@ class LearnerRank:
 
     def _loss(self, batch: Batch, tokens: Tokens, sums: dict[str, float]) -> Tensor:
         """This micro-batch's part of the update's loss; what it counts is added to `sums`."""
+        self._take_threads()
         empty = batch.num_rows == 0
         padded = pad(EMPTY if empty else batch, self.device)
         stats = self.backend.forward(padded, tuple(self.objective.statistics))
