@@ -168,15 +168,12 @@ class EnginePool:
                 [p.request for p in share]
             )
             while left:
-                index, rollouts = await settle_next(
-                    answers, deadline=deadline, what=f"{engine.name}, sampling"
-                )
-                if index < 0:
-                    continue  # it is at work, and none of these has finished
-                pending = left.pop(index)
-                engine.in_flight -= len(pending.request.seeds)
-                if not pending.answer.done():
-                    pending.answer.set_result(rollouts)
+                found = await settle_next(answers, deadline=deadline, what=f"{engine.name}, sampling")
+                for index, rollouts in found.items():  # none, where it is at work and none has finished
+                    pending = left.pop(index)
+                    engine.in_flight -= len(pending.request.seeds)
+                    if not pending.answer.done():
+                        pending.answer.set_result(rollouts)
         except InfrastructureError as error:
             self.drop(engine, error)
             self.queue += [p for p in left.values() if not p.answer.done()]
