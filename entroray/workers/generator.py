@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import set_num_threads  # vLLM on a CPU puts one that does nothing in its place
 
 from entroray.errors import InfrastructureError
 from entroray.policy.tokenizer import response_text
 from entroray.types import Draw, Rollout, Status
+from entroray.workers.step_threads import StepThreads
 from entroray.workers.vllm_request import (
     Request,
     as_rollout,
@@ -60,11 +60,6 @@ class Waiting:
         """
         since = max(self.admitted, idle_since)
         return {n for n in self.left if self.begun.get(n, since) + self.request.deadline < now}
-
-
-def _use_threads(worker: Any, number: int) -> None:
-    """For `LLM.collective_rpc`, in the thread that steps."""
-    set_num_threads(number)
 
 
 class Generator:
@@ -155,9 +150,7 @@ class Generator:
         """Leave the card to the learner until the next sync: weights to the host, keys and values dropped."""
         await self._run(self._sleep)
 
-    async def replace_weights(
-        self, info: Mapping[str, Any], version: int, keep_kv: bool
-    ) -> tuple[int, str | None]:
+    async def replace_weights(self, info: Mapping[str, Any], version: int, keep_kv: bool) -> Any:
         """The three calls below between two steps, on what is staged."""
 
         def replaced() -> tuple[int, str | None]:
@@ -179,8 +172,8 @@ class Generator:
         return await self._run(lambda: self._commit(version, keep_kv))
 
     async def use_threads(self, number: int) -> None:
-        """Compute with `number` CPU threads from the next step on."""
-        await self._run(lambda: self.llm.collective_rpc(_use_threads, args=(number,)))
+        """Compute with at most `number` CPU threads from the next step on."""
+        await self._run(lambda: setattr(self.threads, "most", number))
 
     async def check_alive(self) -> None:
         """Return once the engine's thread answers; InfrastructureError if it has died."""
@@ -219,6 +212,7 @@ class Generator:
         )
         self.engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         self.read = response_text(tokenizer, end_tokens(self.llm.model_config, tokenizer))
+        self.threads = StepThreads(self.llm)
         self.llm.update_weight_version("0")
         self._warm_up()
         self.ready.set_result(time.monotonic() - began)
@@ -239,7 +233,8 @@ class Generator:
                 action(future)
             except Exception as error:  # boundary: the caller gets it, the engine thread lives on
                 future.set_exception(error)
-        if self.engine.has_unfinished_requests() and not self.paused:
+        if (samples := self.engine.get_num_unfinished_requests()) and not self.paused:
+            self.threads.fit(samples)
             self._collect(self.engine.step())
         self._expire(time.monotonic())
 
@@ -372,6 +367,7 @@ class Generator:
         elif self.asleep:  # keys and values wake last: the learner still holds what it sends
             self.llm.wake_up(tags=["weights"])
         self.paused = True
+        self.threads.take(self.threads.most)
         self.llm.start_weight_update()
 
     def _load_staged(self, info: Mapping[str, Any]) -> None:

@@ -148,7 +148,7 @@ class LearnerRank:
             return [self._score(micro, extra) for micro in micros]
 
     def use_threads(self, number: int) -> None:
-        """Compute with `number` CPU threads from the next micro-batch on; called while another method runs."""
+        """Compute with `number` CPU threads from the next micro-batch on; called while another runs."""
         self.threads = number
 
     def _take_threads(self) -> None:
