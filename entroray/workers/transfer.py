@@ -182,7 +182,7 @@ class PlasmaTrainer(TrainerWeightTransferEngine[PlasmaTrainerInit]):
             hashed = beside.submit(digest, payload)
             staged = ray.put(payload)
             client: Any = self.client
-            client.stage(staged, hashed.result())
+            client.stage(staged, hashed.result(timeout=client.deadline))
         client.replace_weights({"manifest": manifest})
 
 

@@ -1,13 +1,18 @@
 """Cores divided between engines and learner."""
 
 import asyncio
+import importlib.util
+import os
+import signal
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from entroray import cli
 from entroray.wiring import actors, compose
-from entroray.workers import cores
+from entroray.workers import cluster, cores
 from entroray.workers.cores import BESIDE, SharingLearner, Threads, divide_cores
 
 
@@ -36,7 +41,6 @@ def test_cores_are_halved_and_threads_that_were_set_are_kept(
         ([], False),
         (["driver=async"], True),
         (["driver=async", "cluster=gpu"], False),
-        (["driver=async", "cluster=one_gpu"], False),
     ],
 )
 def test_cores_are_shared_on_cpus_where_there_is_a_lag(overrides: list[str], shared: bool) -> None:
@@ -76,3 +80,28 @@ def test_engines_give_cores_to_a_learner_at_work_and_it_takes_all_where_they_res
     sharing = SharingLearner(learner, pool, Threads(4, 1), Threads(4, 3))
     assert asyncio.run(sharing.update()) == {"update/loss": 1.0}
     assert engine.numbers == [1, 4] and rank.numbers == [3, 4, 3]
+
+
+@pytest.mark.parametrize(("own", "policy"), [(None, "passive"), ("active", "active"), ("PASSIVE", "PASSIVE")])
+def test_waiting_threads_sleep_in_command_and_actors_unless_the_user_said_otherwise(
+    own: str | None, policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        with patch.dict(os.environ, {"OMP_WAIT_POLICY": own} if own else {}):
+            if own is None:
+                os.environ.pop("OMP_WAIT_POLICY", None)
+            cli.run(["no-such-command"])
+            assert os.environ["OMP_WAIT_POLICY"] == policy
+            assert again(cluster).CPU_ONLY["OMP_WAIT_POLICY"] == policy
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def again(module: Any) -> Any:
+    """The module as another process would import it now."""
+    spec: Any = importlib.util.spec_from_file_location("again", module.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    with patch.dict("sys.modules", {"again": fresh}):
+        spec.loader.exec_module(fresh)
+    return fresh
