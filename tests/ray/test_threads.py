@@ -27,13 +27,16 @@ def test_threads_of_every_actor_wait_asleep_from_its_beginning(stack: Stack) -> 
         assert found == cluster.CPU_ONLY["OMP_WAIT_POLICY"] == "passive"
 
 
-async def threads_in_use(engine: Any) -> int:
-    import torch
-
-    return int(await engine._run(torch.get_num_threads))
-
-
 def test_an_engine_steps_with_as_many_threads_as_it_is_told_and_its_samples_are_worth(stack: Stack) -> None:
+    def threads_in_use(engine: Any) -> int:
+        from concurrent.futures import Future
+
+        import torch
+
+        answer: Future[int] = Future()
+        engine.inbox.put((lambda future: future.set_result(torch.get_num_threads()), answer))
+        return answer.result(timeout=30.0)
+
     engine = stack.wait(stack.engine())
     many = Request("q", (1, 2, 3), tuple(range(1024)), Draw(1.0, 3), 60.0)
     few = Request("q", (1, 2, 3), (0,), Draw(1.0, 3), 60.0)
