@@ -18,6 +18,7 @@ from entroray.workers import cluster
 from entroray.workers.checkpoint import Checkpoints
 from entroray.workers.cluster import Gang, Share
 from entroray.workers.cores import BESIDE, SharingLearner, Threads, divide_cores
+from entroray.workers.cpu_kernels import PRIORITY
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.engine_pool import EnginePool
 from entroray.workers.generator import Generator
@@ -163,7 +164,7 @@ def engine_options(config: Config) -> dict[str, Any]:
     # A prompt in chunks rewinds its sampling seed, which vLLM cannot do on CPU ("does not use offset").
     longest = sequence_length(config)
     whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, longest)}
-    small = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
+    small = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20, "ir_op_priority": PRIORITY}
     cpu = small | whole if cpu_only(config.cluster) else {}
     ours = {
         "tensor_parallel_size": config.generator.tensor_parallel,

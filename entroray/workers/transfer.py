@@ -30,6 +30,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
 from entroray.errors import ConfigError, SyncError
+from entroray.workers import cpu_kernels
 from entroray.workers.weight_sender import GeneratorClient
 
 BACKEND = "plasma"
@@ -40,6 +41,7 @@ def register() -> None:
     """Entry point `vllm.general_plugins`: runs in every process that vLLM starts."""
     WeightTransferEngineFactory.register_engine(BACKEND, __name__, "PlasmaEngine")
     WeightTransferTrainerFactory.register_engine(BACKEND, __name__, "PlasmaTrainer")
+    cpu_kernels.register()
 
 
 Manifest = dict[str, list[Any]]

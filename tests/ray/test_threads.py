@@ -73,3 +73,13 @@ def test_a_rank_hears_of_its_threads_while_another_method_runs(stack: Stack) -> 
         assert ask(stack, working) == 3
     finally:
         cluster.kill_actors([actor])
+
+
+def test_an_engine_on_a_cpu_normalises_by_one_kernel(stack: Stack) -> None:
+    def priority(engine: Any) -> list[str]:
+        from vllm import ir
+
+        return [*ir.ops.rms_norm.get_priority(), *ir.ops.fused_add_rms_norm.get_priority()]
+
+    engine = stack.wait(stack.engine())
+    assert ask(stack, engine.__ray_call__.remote(priority)) == ["entroray", "native"] * 2
