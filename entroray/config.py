@@ -204,7 +204,7 @@ class LearnerConfig:
     reference: bool = False  # a frozen copy of the first weights, even where no penalty needs one
     reset_after: int = 0  # stagnant evaluations after which reference and optimizer begin anew; 0: never
     gradient_checkpointing: bool = False  # less memory for a second forward pass
-    threads: int | None = None  # null: all cores of the node
+    threads: int | None = None  # null: all cores of the node, halved while engines work too (max_lag >= 1)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # to DeepSpeed, untouched
 
 
@@ -216,7 +216,7 @@ class GeneratorConfig:
     restarts: int = 2  # engines started in place of those that died or failed to start
     sleep: bool = False  # free the engines' GPU memory while the learner works on the same card (unproved)
     keep_kv: bool = False  # keep keys and values of old weights across a sync
-    threads: int | None = None  # of one engine on CPU; null: all cores of the node
+    threads: int | None = None  # of one engine on CPU; null: all cores, halved beside a learner at work
     engine: dict[str, Any] = field(default_factory=dict)  # to vLLM, untouched
 
 

@@ -40,6 +40,7 @@ def run(argv: list[str]) -> int:
     os.environ.setdefault(
         "RAY_AUTH_MODE", "token"
     )  # Ray's default, which it announces unless it is asked for
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its threads spin between two sums
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -141,7 +141,7 @@ class Driver:
 
     async def train(self, steps: int, after: After | None = None) -> list[dict[str, float]]:
         """Run until `steps` are committed, `pace.tokens` drawn, or `stop`; `after` comes between steps."""
-        self.steps, self.clock = steps, Clock()
+        self.steps, self.clock = steps, Clock(self.roles.busy, self.roles.trace)
         history = []
         try:
             if self.version == 0:

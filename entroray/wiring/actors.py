@@ -18,6 +18,8 @@ from entroray.wiring.parts import Parts
 from entroray.workers import cluster
 from entroray.workers.checkpoint import Checkpoints
 from entroray.workers.cluster import Gang, Share
+from entroray.workers.cores import BESIDE, SharingLearner, Threads, divide_cores
+from entroray.workers.cpu_kernels import PRIORITY
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.engine_pool import EnginePool
 from entroray.workers.generator import Generator
@@ -35,11 +37,21 @@ def resource_shares(config: Config) -> dict[str, tuple[int, Share]]:
     cores = len(os.sched_getaffinity(0))  # a job of a scheduler may use fewer than the machine has
     c, g, n = config.cluster, config.generator, config.learner
     gpus = c.gpus_per_generator * g.tensor_parallel
+    beside = (BESIDE,) if core_shares(config) else ()
     return {
         "generators": (g.replicas, Share(c.cpus.generator, gpus, g.threads or cores)),
-        "learner ranks": (n.ranks, Share(c.cpus.learner, c.gpus_per_learner, n.threads or cores)),
+        "learner ranks": (n.ranks, Share(c.cpus.learner, c.gpus_per_learner, n.threads or cores, beside)),
         "verifiers": (config.verifier.replicas, Share(c.cpus.verifier, 0.0, 1)),
     }
+
+
+def core_shares(config: Config) -> tuple[Threads, Threads] | None:
+    """Threads of an engine and of a rank; None where they never share cores: without a lag, or on GPUs."""
+    g, n = config.generator, config.learner
+    if not (config.driver.max_lag and cpu_only(config.cluster)):
+        return None
+    cores = len(os.sched_getaffinity(0))
+    return divide_cores(cores, (g.replicas, g.threads), (n.ranks, n.threads))
 
 
 def cpu_only(c: Cluster) -> bool:
@@ -64,10 +76,12 @@ class Actors:
     def verifier_role(self) -> VerifierRole:
         return VerifierRole(self.verifiers, self.config.driver.call_deadline)
 
-    def learner_role(self) -> LearnerRole:
+    def learner_role(self) -> LearnerRole | SharingLearner:
         resting = self.engines if self.config.generator.sleep else None
         budget, deadline = self.config.learner.token_budget, self.config.driver.call_deadline
-        return LearnerRole(self.learner, budget, deadline, resting)
+        learner = LearnerRole(self.learner, budget, deadline, resting)
+        shares = core_shares(self.config) if cluster.on_one_node() else None
+        return SharingLearner(learner, self.engines, *shares) if shares else learner
 
     def busy(self) -> dict[str, float]:
         """Seconds at work of every actor there is, since it was first asked for anything."""
@@ -126,6 +140,7 @@ def lasting(config: Config, parts: Parts) -> dict[str, Any]:
     freed = ("seed", "run", "objective", "control", "driver", "observe", "checkpoint")
     kept = {name: value for name, value in every.items() if name not in freed}
     kept["learner"] = {name: every["learner"][name] for name in ("ranks", "threads")}
+    kept["cores"] = core_shares(config)
     kept["processors"] = logits_processors(config, parts)
     kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline", "turns", "tool")}
     return kept | {"call_deadline": every["driver"]["call_deadline"]}
@@ -157,7 +172,7 @@ def engine_options(config: Config) -> dict[str, Any]:
     # A prompt in chunks rewinds its sampling seed, which vLLM cannot do on CPU ("does not use offset").
     longest = sequence_length(config)
     whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, longest)}
-    small = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
+    small = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20, "ir_op_priority": PRIORITY}
     cpu = small | whole if cpu_only(config.cluster) else {}
     ours = {
         "tensor_parallel_size": config.generator.tensor_parallel,

@@ -110,10 +110,15 @@ class DeepSpeedBackend:
 
     @staticmethod
     def gather(parameter: nn.Parameter) -> Tensor:
-        """A copy of the full parameter on every rank, whatever the ZeRO stage; all ranks must call."""
+        """The full parameter on every rank, whatever the ZeRO stage; all ranks must call.
+
+        It is a copy where ranks hold parts, else the parameter itself, which the next update changes.
+        """
+        if not hasattr(parameter, "ds_id"):
+            return parameter.detach()
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        with GatheredParameters([parameter]):
             return parameter.detach().clone()
 
     def save(self, folder: Path) -> None:

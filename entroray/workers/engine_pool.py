@@ -130,6 +130,11 @@ class EnginePool:
         started, what = engine.handle.start.remote(), f"{engine.name}, starting"
         await settle(started, deadline=self.start_deadline, what=what)
 
+    @property
+    def busy(self) -> bool:
+        """Whether an engine has samples to draw."""
+        return any(engine.in_flight for engine in self.live)
+
     # --- sampling ---
 
     async def sample(self, request: Request) -> list[Rollout]:
@@ -165,16 +170,13 @@ class EnginePool:
                 [p.request for p in share]
             )
             while left:
-                index, rollouts = await settle_next(
-                    answers, deadline=deadline, what=f"{engine.name}, {SAMPLING}"
-                )
-                if index < 0:
-                    continue  # it is at work, and none of these has finished
-                pending = left.pop(index)
-                engine.in_flight -= len(pending.request.seeds)
-                _trace(engine, pending.request, began, rollouts)
-                if not pending.answer.done():
-                    pending.answer.set_result(rollouts)
+                found = await settle_next(answers, deadline=deadline, what=f"{engine.name}, {SAMPLING}")
+                for index, rollouts in found.items():  # none, where it is at work and none has finished
+                    pending = left.pop(index)
+                    engine.in_flight -= len(pending.request.seeds)
+                    _trace(engine, pending.request, began, rollouts)
+                    if not pending.answer.done():
+                        pending.answer.set_result(rollouts)
         except InfrastructureError as error:
             self.drop(engine, error)
             self.queue += [p for p in left.values() if not p.answer.done()]

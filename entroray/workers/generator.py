@@ -21,6 +21,7 @@ import numpy as np
 from entroray.errors import InfrastructureError
 from entroray.policy.tokenizer import response_text
 from entroray.types import Draw, Rollout, Status
+from entroray.workers.step_threads import StepThreads
 from entroray.workers.vllm_request import (
     Request,
     as_rollout,
@@ -76,7 +77,7 @@ class Generator:
         self.paused = self.asleep = False
         self.moved = self.next_look = self.turned = 0.0
         """When a sample last ended or was under way, when to look again, when the thread last turned."""
-        self.staged: tuple[str, np.ndarray] | None = None
+        self.staged: tuple[str, list[np.ndarray]] | None = None
         self.failure: InfrastructureError | None = None
         self.ready: Future[float] = Future()
         self.thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -92,8 +93,8 @@ class Generator:
         """One rollout per seed; those not done `deadline` seconds after their first token are `timeout`."""
         return await self._post(lambda future: self._admit(request, future))
 
-    async def sample_all(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, list[Rollout]]]:
-        """(index, what `sample` gives) of each request as it finishes; (-1, []) where none has for a while.
+    async def sample_all(self, requests: Sequence[Request]) -> AsyncIterator[dict[int, list[Rollout]]]:
+        """What `sample` gives, by index, of requests as they finish; {} where none has for a while.
 
         All are admitted between two steps of the engine, so the batches they run in are always the same.
         """
@@ -119,24 +120,26 @@ class Generator:
         while left:
             seen = self.turned
             try:
-                index = await asyncio.wait_for(finished.get(), BEAT)
+                ended = [await asyncio.wait_for(finished.get(), BEAT)]
             except TimeoutError:
                 if self.turned > seen:  # a thread that is stuck says nothing
-                    yield -1, []
+                    yield {}
                 continue
-            left -= 1
-            yield index, await waiting[index]
+            while not finished.empty():  # each answer costs Ray a message: what ended together goes together
+                ended.append(finished.get_nowait())
+            left -= len(ended)
+            yield {index: await waiting[index] for index in ended}
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-prob (nats, T=1) of every token but the first, under the weights served now."""
         request = Request("probe", tuple(token_ids), (0,), Draw(1.0, 1), deadline=60.0)
         return await self._post(lambda future: self._admit(request, future, probe=True))
 
-    async def stage(self, payload: np.ndarray) -> str:
+    async def stage(self, payload: list[np.ndarray]) -> str:
         """Hold new weights beside the engine while it goes on; returns the hash of what arrived."""
         from entroray.workers.transfer import digest
 
-        received = digest(payload)
+        received = await asyncio.to_thread(digest, payload)
         self.staged = (received, payload)
         return received
 
@@ -147,17 +150,30 @@ class Generator:
         """Leave the card to the learner until the next sync: weights to the host, keys and values dropped."""
         await self._run(self._sleep)
 
+    async def replace_weights(self, info: Mapping[str, Any], version: int, keep_kv: bool) -> Any:
+        """The three calls below between two steps, on what is staged."""
+
+        def replaced() -> tuple[int, str | None]:
+            self._open()
+            self._load_staged(info)
+            return self._commit(version, keep_kv)
+
+        return await self._run(replaced)
+
     async def start_weight_update(self) -> None:
         """Pause between two steps and open the model for loading."""
         await self._run(self._open)
 
     async def update_weights(self, info: Mapping[str, Any]) -> None:
-        staged = {} if self.staged is None else {"payload": self.staged[1]}
-        await self._run(lambda: self.llm.update_weights({"update_info": dict(info) | staged}))
+        await self._run(lambda: self._load_staged(info))
 
     async def finish_weight_update(self, version: int, keep_kv: bool) -> tuple[int, str | None]:
         """Commit, drop keys and values of the old weights, go on; acknowledges (version, hash)."""
         return await self._run(lambda: self._commit(version, keep_kv))
+
+    async def use_threads(self, number: int) -> None:
+        """Compute with at most `number` CPU threads from the next step on."""
+        await self._run(lambda: setattr(self.threads, "most", number))
 
     async def check_alive(self) -> None:
         """Return once the engine's thread answers; InfrastructureError if it has died."""
@@ -196,6 +212,7 @@ class Generator:
         )
         self.engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         self.read = response_text(tokenizer, end_tokens(self.llm.model_config, tokenizer))
+        self.threads = StepThreads(self.llm)
         self.llm.update_weight_version("0")
         self._warm_up()
         self.ready.set_result(time.monotonic() - began)
@@ -216,7 +233,8 @@ class Generator:
                 action(future)
             except Exception as error:  # boundary: the caller gets it, the engine thread lives on
                 future.set_exception(error)
-        if self.engine.has_unfinished_requests() and not self.paused:
+        if (samples := self.engine.get_num_unfinished_requests()) and not self.paused:
+            self.threads.fit(samples)
             self._collect(self.engine.step())
         self._expire(time.monotonic())
 
@@ -349,7 +367,12 @@ class Generator:
         elif self.asleep:  # keys and values wake last: the learner still holds what it sends
             self.llm.wake_up(tags=["weights"])
         self.paused = True
+        self.threads.take(self.threads.most)
         self.llm.start_weight_update()
+
+    def _load_staged(self, info: Mapping[str, Any]) -> None:
+        staged = {} if self.staged is None else {"payload": self.staged[1]}
+        self.llm.update_weights({"update_info": dict(info) | staged})
 
     def _commit(self, version: int, keep_kv: bool) -> tuple[int, str | None]:
         self.llm.finish_weight_update(weight_version=str(version))

@@ -67,6 +67,8 @@ class LearnerRank:
         self.backend: Any = None
         self.reference: Policy | None = None
         self.transfer: Any = None
+        self.threads: int | None = None
+        """CPU threads to compute with; None: as many as there are now."""
 
     def address(self) -> tuple[str, int]:
         """An address and free port of this node, where others may meet this rank."""
@@ -147,7 +149,16 @@ class LearnerRank:
         with torch.no_grad():
             return [self._score(micro, extra) for micro in micros]
 
+    def use_threads(self, number: int) -> None:
+        """Compute with `number` CPU threads from the next micro-batch on; called while another runs."""
+        self.threads = number
+
+    def _take_threads(self) -> None:
+        if self.threads is not None and self.threads != torch.get_num_threads():
+            torch.set_num_threads(self.threads)  # of the thread that calls
+
     def _score(self, micro: Batch, extra: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        self._take_threads()
         padded = pad(micro if micro.num_rows else EMPTY, self.device)
         stats = self.backend.forward(padded, (*self.objective.statistics, *extra))
         return self._columns(micro, padded, stats)
@@ -209,6 +220,7 @@ class LearnerRank:
 
         If it was not scored before, its scores are appended to `scores`.
         """
+        self._take_threads()
         empty = batch.num_rows == 0
         padded = pad(EMPTY if empty else batch, self.device)
         stats = self.backend.forward(padded, tuple(self.objective.statistics))

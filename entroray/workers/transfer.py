@@ -1,13 +1,14 @@
 """Weights from learner to engines through vLLM's own weight-transfer API.
 
 On GPUs the built-in `nccl` or `ipc` engines do it. Neither works on CPU, so `plasma` is registered here
-by the same interface: rank 0 packs the weights into Ray's object store (shared memory on a node, a
-transfer between nodes), every engine pulls, hashes and checks them while it still generates, then commits.
+by the same interface: rank 0 puts the weights into Ray's object store (shared memory on a node, a transfer
+between nodes), every engine on a node reads that one copy, hashes and checks it while it still generates,
+then loads from it in one pause.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import ray
 import torch
+import xxhash
 from torch import nn
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
@@ -28,6 +30,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
 from entroray.errors import ConfigError, SyncError
+from entroray.workers import cpu_kernels
 from entroray.workers.weight_sender import GeneratorClient
 
 BACKEND = "plasma"
@@ -38,10 +41,13 @@ def register() -> None:
     """Entry point `vllm.general_plugins`: runs in every process that vLLM starts."""
     WeightTransferEngineFactory.register_engine(BACKEND, __name__, "PlasmaEngine")
     WeightTransferTrainerFactory.register_engine(BACKEND, __name__, "PlasmaTrainer")
+    cpu_kernels.register()
 
 
 Manifest = dict[str, list[Any]]
-"""[data type, shape] of every parameter, in the order of a packed buffer."""
+"""[data type, shape] of every parameter, in the order of their bytes."""
+Payload = list[np.ndarray]
+"""The bytes of every parameter."""
 
 
 def describe_weights(weights: Iterable[ParamMeta]) -> Manifest:
@@ -59,28 +65,29 @@ def check_manifest(received: Manifest, expected: Manifest) -> None:
         )
 
 
-def digest(payload: np.ndarray) -> str:
-    """Hash of packed weights as received."""
-    return hashlib.blake2b(payload.data, digest_size=16).hexdigest()
+def digest(payload: Payload) -> str:
+    """Hash of weights as sent or received, one after another: against damage, not against malice."""
+    found = xxhash.xxh3_128()
+    for each in payload:
+        found.update(each.data)
+    return found.hexdigest()
 
 
-def pack(weights: list[tuple[str, torch.Tensor]]) -> tuple[Manifest, np.ndarray]:
-    """One flat byte buffer of all weights, on the CPU."""
+def pack(weights: list[tuple[str, torch.Tensor]]) -> tuple[Manifest, Payload]:
+    """The bytes of all weights, on the CPU; those that lie there already are not copied."""
     manifest = describe_weights(ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in weights)
-    flat = [t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in weights]
-    return manifest, np.concatenate(flat)
+    return manifest, [t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in weights]
 
 
-def unpack(manifest: Manifest, payload: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a packed buffer, copied out of it."""
-    offset = 0
-    for name, (dtype_name, shape) in manifest.items():
-        dtype = getattr(torch, dtype_name)
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        yield name, torch.from_numpy(payload[offset : offset + size].copy()).view(dtype).view(shape)
-        offset += size
-    if offset != len(payload):
-        raise SyncError(f"weights received hold {len(payload)} bytes, their manifest says {offset}")
+def unpack(manifest: Manifest, payload: Payload) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights whose bytes these are, without a copy: they may be read, not written."""
+    described = [(name, getattr(torch, dtype), shape) for name, (dtype, shape) in manifest.items()]
+    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in described]
+    if sizes != [each.nbytes for each in payload]:
+        received = sum(each.nbytes for each in payload)
+        raise SyncError(f"weights received hold {received} bytes, their manifest says {sum(sizes)}")
+    for (name, dtype, shape), each in zip(described, payload, strict=True):
+        yield name, torch.from_numpy(each).view(dtype).view(shape)
 
 
 @dataclass
@@ -95,7 +102,7 @@ class PlasmaUpdate(WeightTransferUpdateInfo):
     """One whole model: its manifest and its bytes."""
 
     manifest: Manifest
-    payload: np.ndarray
+    payload: Payload
 
 
 class PlasmaEngine(WeightTransferEngine[PlasmaInit, PlasmaUpdate]):
@@ -173,11 +180,12 @@ class PlasmaTrainer(TrainerWeightTransferEngine[PlasmaTrainerInit]):
                 pass
             return
         manifest, payload = pack(list(self.source))
-        staged = ray.put(payload)
-        self.client.stage(staged, digest(payload))  # type: ignore[attr-defined]
-        self.client.start_weight_update()
-        self.client.update_weights({"manifest": manifest})
-        self.client.finish_weight_update()
+        with ThreadPoolExecutor(1) as beside:
+            hashed = beside.submit(digest, payload)
+            staged = ray.put(payload)
+            client: Any = self.client
+            client.stage(staged, hashed.result(timeout=client.deadline))
+        client.replace_weights({"manifest": manifest})
 
 
 class GatheredSource(WeightSource):

@@ -66,8 +66,8 @@ def arguments() -> argparse.Namespace:
 async def wave(engine: Counting, requests: list[Request]) -> list[list[int]]:
     """What was drawn for each request, one sample each."""
     found: dict[int, list[int]] = {}
-    async for index, rollouts in engine.sample_all(requests):
-        found[index] = rollouts[0].token_ids.tolist()
+    async for ended in engine.sample_all(requests):
+        found |= {index: rollouts[0].token_ids.tolist() for index, rollouts in ended.items()}
     return [found[i] for i in range(len(requests))]
 
 

@@ -46,8 +46,8 @@ async def speed(engine: Generator, draw: Draw, group: int, seed: int) -> float:
     seeds = tuple(range(seed, seed + group))
     wave = [Request("q", prompt, seeds, draw, 600.0) for prompt in PROMPTS]
     began, tokens = time.perf_counter(), 0
-    async for _, rollouts in engine.sample_all(wave):
-        tokens += sum(r.length for r in rollouts)
+    async for found in engine.sample_all(wave):
+        tokens += sum(r.length for rollouts in found.values() for r in rollouts)
     return tokens / (time.perf_counter() - began)
 
 

@@ -42,14 +42,10 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where every process of the session looks for a warm-started model before it makes one.
-
-    Threads of OpenMP wait asleep: those that spin take a busy machine's cores from what they wait for.
-    """
+    """Where every process of the session looks for a warm-started model before it makes one."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENTRORAY_CACHE", str(folder))
-        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
         yield folder
 
 

@@ -44,10 +44,12 @@ class Saboteur(LearnerRank):
         if how == "skip":
             self.transfer.send_weights = lambda: None
         if how == "cut":
-            self.transfer.client.finish_weight_update = self.cut_short
+            self.transfer.client.replace_weights = self.cut_short
 
-    def cut_short(self, weight_version: str | None = None) -> None:
-        del self.transfer.client.finish_weight_update
+    def cut_short(self, update_info: Any) -> None:
+        del self.transfer.client.replace_weights
+        self.transfer.client.start_weight_update()
+        self.transfer.client.update_weights(update_info)
         raise InfrastructureError("cut short")
 
 
@@ -217,7 +219,7 @@ def test_tensors_survive_packing() -> None:
     for (name, value), (back, copy) in zip(weights, unpack(manifest, payload), strict=True):
         assert name == back and torch.equal(value, copy)
     with pytest.raises(SyncError, match="bytes"):
-        list(unpack(manifest, np.concatenate([payload, payload[:1]])))
+        list(unpack(manifest, [*payload[:-1], payload[0]]))
 
 
 @pytest.mark.parametrize(("largest", "size"), [(5, 1 << 30), (5 << 30, 5 << 30)])

@@ -268,7 +268,7 @@ class Sampling(Handle):
             for index, _ in enumerate(requests):
                 if self.error:
                     raise self.error
-                yield index, [self.name]
+                yield {index: [self.name]}
 
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=stream))
 
