@@ -4,18 +4,19 @@ Axes: G rollouts of one prompt, B rows (rollouts) of a step, L tokens of one res
 tokens of all rows, flat. Index t always means response token t: `logprobs[t]` scores `token_ids[t]`.
 """
 
+from __future__ import annotations  # without torch, which a verifier does not need and takes seconds
+
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from torch import Tensor
 
-from entroray.ops import fill_columns
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
 
 Version = int
 """Committed steps a set of weights has been through; 0 is the model the run started from."""
@@ -89,7 +90,7 @@ class Draw:
         """Whether the sampler notes entropies (`Rollout.notes`)."""
         return bool(self.rule) or self.factor != 1.0
 
-    def greedy(self, top_tokens: int = 0) -> "Draw":
+    def greedy(self, top_tokens: int = 0) -> Draw:
         """The most probable token each time, nothing reshaped or noted."""
         return replace(self, temperature=0.0, rule={}, factor=1.0, top_tokens=top_tokens)
 
@@ -235,7 +236,7 @@ class Group:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     verdicts: tuple[Verdict, ...]
-    earlier: tuple["Group", ...] = ()
+    earlier: tuple[Group, ...] = ()
     """Judged draws of this prompt that this one took the place of; the first at the policy's temperature."""
     abandoned: tuple[Rollout, ...] = ()
     """Drawn beside these and given up when enough had finished."""
@@ -255,16 +256,20 @@ class Group:
         return here + sum(g.drawn for g in self.earlier) + self.lost
 
     @property
-    def draws(self) -> tuple["Group", ...]:
+    def draws(self) -> tuple[Group, ...]:
         """Every judged draw of this prompt, this one last."""
         return (*self.earlier, self)
 
     @property
     def rewards(self) -> Float[Tensor, " G"]:
+        import torch
+
         return torch.tensor([v.reward for v in self.verdicts], dtype=torch.float64)
 
     @property
     def correct(self) -> Float[Tensor, " G"]:
+        import torch
+
         return torch.tensor([v.correct for v in self.verdicts], dtype=torch.float64)
 
     @property
@@ -274,6 +279,8 @@ class Group:
 
     @property
     def lengths(self) -> Float[Tensor, " G"]:
+        import torch
+
         return torch.tensor([r.length for r in self.rollouts], dtype=torch.float64)
 
     @property
@@ -296,7 +303,7 @@ class Batch:
     def num_rows(self) -> int:
         return len(self.response_lengths)
 
-    def rows(self, index: NDArray[np.int64]) -> "Batch":
+    def rows(self, index: NDArray[np.int64]) -> Batch:
         """The rows at `index`, in that order."""
         return Batch(
             _ragged_take(self.prompt_ids, self.prompt_lengths, index),
@@ -367,14 +374,18 @@ class Tokens:
     """Of the run: with step and uid it decides what is selected by chance."""
 
     @classmethod
-    def from_columns(cls, **columns: Any) -> "Tokens":
+    def from_columns(cls, **columns: Any) -> Tokens:
         """Tokens of one update from the columns that `ops.fill_columns` takes, which fills in the others."""
+        from entroray.ops import fill_columns
+
         filled = fill_columns(**columns)
         tokens, rollouts, prompts = len(filled["row"]), len(filled["length"]), len(filled["group"].unique())
         return cls(**{"counts": Counts(tokens, tokens, rollouts, prompts)} | filled)
 
-    def take(self, rows: Int[Tensor, " b"]) -> "Tokens":
+    def take(self, rows: Int[Tensor, " b"]) -> Tokens:
         """The tokens of `rows`, in that order, re-indexed; `counts` stay those of the whole update."""
+        import torch
+
         starts = torch.cumsum(self.length, 0) - self.length
         lengths = self.length[rows]
         local = torch.repeat_interleave(torch.arange(len(rows)), lengths)
@@ -384,7 +395,7 @@ class Tokens:
         for name, value in cut.items():
             if name == "extra":
                 cut[name] = {k: v[index] for k, v in value.items()}
-            elif isinstance(value, Tensor):
+            elif isinstance(value, torch.Tensor):
                 cut[name] = value[rows] if name in PER_ROW else value[index]
         return replace(self, **cut | {"row": local})
 

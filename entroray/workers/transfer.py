@@ -1,8 +1,9 @@
 """Weights from learner to engines through vLLM's own weight-transfer API.
 
 On GPUs the built-in `nccl` or `ipc` engines do it. Neither works on CPU, so `plasma` is registered here
-by the same interface (`plasma_engine.py` is vLLM's end): rank 0 packs the weights into Ray's object store (shared memory on a node, a
-transfer between nodes), every engine pulls, hashes and checks them while it still generates, then commits.
+by the same interface (`plasma_engine.py` is vLLM's end): rank 0 packs the weights into Ray's object store
+(shared memory on a node, a transfer between nodes), every engine pulls, hashes and checks them while it
+still generates, then commits. A learner with `plasma` does not import vLLM, which takes seconds.
 """
 
 import hashlib
@@ -84,7 +85,7 @@ def unpack(manifest: Manifest, payload: np.ndarray) -> Iterator[tuple[str, torch
 
 
 class PlasmaTrainer:
-    """Learner side: all ranks gather, rank 0 packs, stages and commits. No vLLM, whose import takes seconds."""
+    """Learner side: all ranks gather, rank 0 packs, stages and commits."""
 
     def __init__(self, rank: int, client: GeneratorClient, source: "GatheredSource"):
         self.is_sender, self.client, self.source = rank == 0, client, source

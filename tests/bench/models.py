@@ -13,7 +13,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from entroray.policy.tokenizer import END, PAD, TEMPLATE, USER, ASSISTANT
+from entroray.policy.tokenizer import ASSISTANT, END, PAD, TEMPLATE, USER
 
 SIZES: Mapping[str, tuple[int, Mapping[str, int]]] = {
     "0.8 M": (

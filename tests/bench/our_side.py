@@ -1,4 +1,4 @@
-"""`entroray train` behind a gate: python -m tests.bench.our_side OVERRIDES, by tests/bench/side_by_side.py."""
+"""`entroray train` behind a gate: python -m tests.bench.our_side OVERRIDES, called by side_by_side.py."""
 
 import sys
 from collections.abc import Mapping
