@@ -21,7 +21,7 @@ def newest() -> list[dict[str, Any]]:
 def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table in Markdown, what explains each miss, and where it was measured."""
     head = [
-        "| row | load | beside | tokens/s there | ours | ratio (range) | wanted (aim) | memory, MB: there, ours |",
+        "| row | load | beside | tokens/s there | ours | ratio (range) | wanted (aim) | MB there, ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
     missing = [name for name in ROWS if name not in {row["row"] for row in found}]
@@ -41,7 +41,8 @@ def _line(row: Mapping[str, Any]) -> str:
     aim = f" ({row['aim']:g})" if row["aim"] else ""
     said = "" if ratio(row) >= row["wanted"] else " MISS"
     return (
-        f"| {row['row']} | {row['load']} | {row['against']} | {_rates(row['other'])} | {_rates(row['ours'])} | "
+        f"| {row['row']} | {row['load']} | {row['against']} | {_rates(row['other'])} "
+        f"| {_rates(row['ours'])} | "
         f"{ratio(row):.2f} ({low:.2f} to {high:.2f}){said} | {row['wanted']:g}{aim} | "
         f"{row['other']['memory_mb']:,}, {row['ours']['memory_mb']:,} |"
     )

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     torch.set_num_threads(asked["threads"])
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
-    questions = [json.loads(line)["question"] for line in open(asked["questions"])]
+    rows = Path(asked["questions"]).read_text().splitlines()
+    questions = [json.loads(row)["question"] for row in rows]
     held = Held()
 
     def reward(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
