@@ -134,6 +134,8 @@ CPU_ONLY = {
 def start(address: str | None, *, cpu_only: bool) -> None:
     """Join the Ray cluster at `address`, or start one on this machine, bound to loopback."""
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
+    # Ray's spare workers have none of an actor's variables: nobody could use them.
+    os.environ.update({"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"})
     if not address:
         orphans.end_with_parent()
     variables = environment() | (CPU_ONLY if cpu_only else {})
