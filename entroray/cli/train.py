@@ -73,6 +73,16 @@ def main(arguments: list[str]) -> int:
         print(said)
         return 0
     signals.take_sigterm()
+    try:
+        return _run(config, parts, tree, overrides, config_dir)
+    finally:
+        cluster.stop_forking()
+
+
+def _run(config: Config, parts: Parts, tree: Any, overrides: list[str], config_dir: str | None) -> int:
+    """Check, read, make the model if it is not there, train: so ordered that little is done in vain."""
+    if not warm_start.is_missing(config):
+        actors.prepare_engines(config)
     preflight.refuse_wrong(config)
     resumed = run_directory.resume_run(config.run, tree)
     read_in = dataset.read_dataset(config, warm_start.run_tokenizer(config))
