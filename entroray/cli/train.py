@@ -91,6 +91,7 @@ def _run(config: Config, parts: Parts, tree: Any, overrides: list[str], config_d
         print("\n".join(judge_trial.try_judges(config, read_in)), flush=True)
     lines = dataset.set_lines(config, read_in)
     facts = warm_start.ensure_model(config, overrides, config_dir)
+    actors.prepare_engines(config)
     model = warm_start.resolve_model(config)
     read_in = replace(read_in, tokenizer=warm_start.run_tokenizer(config))  # as its files have it now
     facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}

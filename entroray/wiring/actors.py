@@ -260,8 +260,8 @@ async def _introduce(
 
 
 def prepare_engines(config: Config) -> None:
-    """Have vLLM imported for engines on this machine's CPU, before anything else of the run starts."""
-    if cpu_only(config.cluster) and not config.cluster.address:
+    """Have vLLM imported for engines on this machine's CPU, before anything else of the run starts; once."""
+    if cpu_only(config.cluster) and not config.cluster.address and not cluster.FORKED:
         cluster.fork_engines(resource_shares(config)["generators"][1].threads)
 
 
