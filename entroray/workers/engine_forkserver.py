@@ -47,8 +47,10 @@ def serve(path: str, modules: Iterable[str] = MODULES) -> None:
     server.bind(f"{path}.new")
     server.listen()
     os.rename(f"{path}.new", path)
+    sys.modules["ray"] = None  # type: ignore[assignment]  # Ray reads a worker's variables when imported
     for module in modules:
         import_module(module)
+    del sys.modules["ray"]
     gc.collect()
     gc.freeze()  # pages that no collection touches stay shared
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever ends is gone
