@@ -4,19 +4,20 @@ Axes: G rollouts of one prompt, B rows (rollouts) of a step, L tokens of one res
 tokens of all rows, flat. Index t always means response token t: `logprobs[t]` scores `token_ids[t]`.
 """
 
+from __future__ import annotations  # without torch, which a verifier does not need and takes seconds
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from torch import Tensor
 
-from entroray.ops import fill_columns, token_places
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
 
 Version = int
 """Committed steps a set of weights has been through; 0 is the model the run started from."""
@@ -90,7 +91,7 @@ class Draw:
         """Whether the sampler notes entropies (`Rollout.notes`)."""
         return bool(self.rule) or self.factor != 1.0
 
-    def greedy(self, top_tokens: int = 0) -> "Draw":
+    def greedy(self, top_tokens: int = 0) -> Draw:
         """The most probable token each time, nothing reshaped or noted."""
         return replace(self, temperature=0.0, rule={}, factor=1.0, top_tokens=top_tokens)
 
@@ -240,7 +241,7 @@ class Group:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     verdicts: tuple[Verdict, ...]
-    earlier: tuple["Group", ...] = ()
+    earlier: tuple[Group, ...] = ()
     """Judged draws of this prompt that this one took the place of; the first at the policy's temperature."""
     abandoned: tuple[Rollout, ...] = ()
     """Drawn beside these and given up when enough had finished."""
@@ -260,16 +261,20 @@ class Group:
         return here + sum(g.drawn for g in self.earlier) + self.lost
 
     @property
-    def draws(self) -> tuple["Group", ...]:
+    def draws(self) -> tuple[Group, ...]:
         """Every judged draw of this prompt, this one last."""
         return (*self.earlier, self)
 
     @property
     def rewards(self) -> Float[Tensor, " G"]:
+        import torch
+
         return torch.tensor([v.reward for v in self.verdicts], dtype=torch.float64)
 
     @property
     def correct(self) -> Float[Tensor, " G"]:
+        import torch
+
         return torch.tensor([v.correct for v in self.verdicts], dtype=torch.float64)
 
     @property
@@ -280,6 +285,8 @@ class Group:
 
     @property
     def lengths(self) -> Float[Tensor, " G"]:
+        import torch
+
         return torch.tensor([r.length for r in self.rollouts], dtype=torch.float64)
 
     @cached_property
@@ -302,8 +309,10 @@ class Batch:
     def num_rows(self) -> int:
         return len(self.response_lengths)
 
-    def cut(self, pieces: Sequence[NDArray[np.int64]]) -> list["Batch"]:
+    def cut(self, pieces: Sequence[NDArray[np.int64]]) -> list[Batch]:
         """For each piece, a choice of rows, a batch of these in that order."""
+        from entroray.ops import token_places
+
         lengths = self.prompt_lengths, self.response_lengths
         places = zip(pieces, *(token_places(length, pieces) for length in lengths), strict=True)
         ids, temperatures = (self.prompt_ids, self.response_ids), self.temperatures
@@ -312,7 +321,7 @@ class Batch:
             for rows, p, r in places
         ]
 
-    def rows(self, index: NDArray[np.int64]) -> "Batch":
+    def rows(self, index: NDArray[np.int64]) -> Batch:
         """The rows at `index`, in that order."""
         return self.cut([index])[0]
 
@@ -373,15 +382,21 @@ class Tokens:
     """Of the run: with step and uid it decides what is selected by chance."""
 
     @classmethod
-    def from_columns(cls, **columns: Any) -> "Tokens":
+    def from_columns(cls, **columns: Any) -> Tokens:
         """Tokens of one update from the columns that `ops.fill_columns` takes, which fills in the others."""
+        from entroray.ops import fill_columns
+
         filled = fill_columns(**columns)
         tokens, rollouts, prompts = len(filled["row"]), len(filled["length"]), len(filled["group"].unique())
         return cls(**{"counts": Counts(tokens, tokens, rollouts, prompts)} | filled)
 
-    def cut(self, pieces: Sequence[NDArray[np.int64]]) -> list["Tokens"]:
+    def cut(self, pieces: Sequence[NDArray[np.int64]]) -> list[Tokens]:
         """For each piece, a choice of rows, its tokens re-indexed; `counts` stay those of the update."""
-        columns = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        import torch
+
+        from entroray.ops import token_places
+
+        columns = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)}
 
         def piece(rows: Tensor, places: Tensor) -> Tokens:
             on = lambda name: rows if name in PER_ROW else places
@@ -392,7 +407,7 @@ class Tokens:
         pairs = zip(pieces, token_places(self.length.numpy(), pieces), strict=True)
         return [piece(torch.from_numpy(rows), torch.from_numpy(at)) for rows, at in pairs]
 
-    def take(self, rows: Int[Tensor, " b"]) -> "Tokens":
+    def take(self, rows: Int[Tensor, " b"]) -> Tokens:
         """The tokens of `rows`, in that order, as `cut` gives them."""
         return self.cut([rows.numpy()])[0]
 

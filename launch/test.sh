@@ -11,7 +11,7 @@ usage: launch/test.sh [LANE] [pytest arguments, as in: launch/test.sh -k sync -x
              wandb and mlflow, unless ENTRORAY_EXTRAS names others (ENTRORAY_EXTRAS= for none)
   families   models of other families than Llama
   faults     processes killed on purpose, beyond the deaths of the default lane
-  bench      speed and memory against a limit
+  bench      speed and memory against a limit; bench ROW, one row of tests/bench/README.md (8 minutes)
   cluster    more nodes than this one, or what starts them
 END
 }
@@ -36,10 +36,13 @@ check() { # NAME COMMAND...
     took+="$name $((SECONDS - from)) s, "
 }
 
-one_lane() { # PYTEST ARGUMENTS...
-    local rc=0
+one_lane() { # [ROW of bench] PYTEST ARGUMENTS...
+    local rc=0 what=tests
+    if [[ $lane == bench && ${1:-} =~ ^[a-z][a-z0-9_]*$ ]]; then
+        what="tests/bench/test_rows.py::test_row[$1]" && shift
+    fi
     printf '\n== lane %s\n' "$lane"
-    pytest tests -m "$lane" --durations=0 "$@" || rc=$?
+    pytest "$what" -m "$lane" --durations=0 "$@" || rc=$?
     ((rc != 5)) || echo "lane $lane: no such test yet"
     [[ $lane != families ]] || python -m tests.families.table
     exit $((rc == 5 ? 0 : rc))

@@ -74,6 +74,16 @@ def main(arguments: list[str]) -> int:
         print(said)
         return 0
     signals.take_sigterm()
+    try:
+        return _run(config, parts, tree, overrides, config_dir)
+    finally:
+        cluster.stop_forking()
+
+
+def _run(config: Config, parts: Parts, tree: Any, overrides: list[str], config_dir: str | None) -> int:
+    """Check, read, make the model if it is not there, train: so ordered that little is done in vain."""
+    if not warm_start.is_missing(config):
+        actors.prepare_engines(config)
     preflight.refuse_wrong(config)
     resumed = run_directory.resume_run(config.run, tree)
     read_in = dataset.read_dataset(config, warm_start.run_tokenizer(config))
@@ -82,6 +92,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(judge_trial.try_judges(config, read_in)), flush=True)
     lines = dataset.set_lines(config, read_in)
     facts = warm_start.ensure_model(config, overrides, config_dir)
+    actors.prepare_engines(config)
     model = warm_start.resolve_model(config)
     read_in = replace(read_in, tokenizer=warm_start.run_tokenizer(config))  # as its files have it now
     facts |= {"seed": config.seed, "model": model, "tokenizer": fingerprint(read_in.tokenizer)}

@@ -282,6 +282,12 @@ async def _introduce(
     return sync, facts[0] | await sync(version)
 
 
+def prepare_engines(config: Config) -> None:
+    """Have vLLM imported for engines on this machine's CPU, before anything else of the run starts; once."""
+    if cpu_only(config.cluster) and not config.cluster.address and not cluster.FORKED:
+        cluster.fork_engines(resource_shares(config)["generators"][1].threads)
+
+
 def check_gpus(c: Cluster) -> None:
     """PreflightError when a role asks for GPUs and this machine, alone, has none."""
     if not cpu_only(c) and not c.address and not torch.cuda.is_available():

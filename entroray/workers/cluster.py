@@ -3,8 +3,11 @@
 import asyncio
 import logging
 import os
+import shlex
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -19,7 +22,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from entroray.errors import EntrorayError, InfrastructureError, PreflightError, Stopped, first_line
 from entroray.train.clock import BusyTime
 from entroray.train.trace import NO_TRACE
-from entroray.workers import orphans
+from entroray.workers import engine_forkserver, orphans
 
 
 class OpenWaits:
@@ -151,6 +154,8 @@ CPU_ONLY = {
 def start(address: str | None, *, cpu_only: bool) -> None:
     """Join the Ray cluster at `address`, or start one on this machine, bound to loopback."""
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
+    # Ray's spare workers have none of an actor's variables: nobody could use them.
+    os.environ.update({"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"})
     if not address:
         orphans.end_with_parent()
     variables = environment() | (CPU_ONLY if cpu_only else {})
@@ -219,12 +224,45 @@ def _fits(share: Share, nodes: Sequence[Mapping[str, float]]) -> bool:
     return any(n.get("CPU", 0) >= share.cpus and n.get("GPU", 0) >= share.gpus for n in nodes)
 
 
+FORKED: dict[str, str] = {}
+"""By name of a class: what Ray runs in place of Python to start its actors."""
+SERVERS: list[subprocess.Popen[bytes]] = []
+"""What forks them."""
+
+
+def fork_engines(threads: int) -> None:
+    """Let engines on this machine's CPU be forked from a process that imports vLLM from now on."""
+    path = os.path.join(tempfile.mkdtemp(prefix="entroray-"), "engines")
+    server = subprocess.Popen(  # it ends when this process does, whose end of the pipe then closes
+        [sys.executable, "-m", engine_forkserver.__name__, path],
+        env=os.environ | environment() | CPU_ONLY | _threads(threads),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    SERVERS.append(server)
+    FORKED["Generator"] = shlex.join([sys.executable, "-I", "-S", engine_forkserver.__file__, path])
+
+
+def stop_forking() -> None:
+    """End what `fork_engines` started, if anything; engines that were forked live on."""
+    FORKED.clear()
+    while SERVERS:
+        SERVERS.pop().communicate(timeout=10.0)
+
+
+def _threads(number: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(number), "MKL_NUM_THREADS": str(number)}
+
+
 def spawn(cls: type, share: Share, *args: Any, **kwargs: Any) -> Any:
     """A Ray actor of a plain class; returns its handle at once, before its constructor has run."""
     groups = {"concurrency_groups": dict.fromkeys(share.beside, 1)} if share.beside else {}
     remote: Any = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0, **groups)(cls)
-    threads = {"OMP_NUM_THREADS": str(share.threads), "MKL_NUM_THREADS": str(share.threads)}
-    return remote.options(runtime_env={"env_vars": threads}).remote(*args, **kwargs)
+    forked = {"py_executable": FORKED[cls.__name__]} if cls.__name__ in FORKED else {}
+    own = {"env_vars": _threads(share.threads), **forked}
+    return remote.options(runtime_env=own).remote(*args, **kwargs)
 
 
 def kill_actors(handles: Sequence[Any]) -> None:
@@ -238,6 +276,7 @@ def stop() -> None:
     for thread in [t for t in threading.enumerate() if t.name == KILL]:
         thread.join(timeout=1.0)  # Ray must not be left in the middle of a call
     ray.shutdown()
+    stop_forking()
 
 
 class Gang:

@@ -1,9 +1,10 @@
 """Weights from learner to engines through vLLM's own weight-transfer API.
 
 On GPUs the built-in `nccl` or `ipc` engines do it. Neither works on CPU, so `plasma` is registered here
-by the same interface: rank 0 puts the weights into Ray's object store (shared memory on a node, a transfer
-between nodes), every engine on a node reads that one copy, hashes and checks it while it still generates,
-then loads from it in one pause.
+by the same interface (`plasma_engine.py` is vLLM's end): rank 0 puts the weights into Ray's object store
+(shared memory on a node, a transfer between nodes), every engine on a node reads that one copy, hashes and
+checks it while it still generates, then loads from it in one pause. A learner with `plasma` does not import
+vLLM, which takes seconds.
 """
 
 import math
@@ -11,26 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 import xxhash
 from torch import nn
-from vllm.distributed.weight_transfer.base import (
-    ParamMeta,
-    TrainerInitInfo,
-    TrainerWeightTransferEngine,
-    WeightSource,
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
 from entroray.errors import ConfigError, SyncError
-from entroray.workers import cpu_kernels
 from entroray.workers.weight_sender import GeneratorClient
 
 BACKEND = "plasma"
@@ -39,9 +29,21 @@ BACKEND = "plasma"
 @cache
 def register() -> None:
     """Entry point `vllm.general_plugins`: runs in every process that vLLM starts."""
-    WeightTransferEngineFactory.register_engine(BACKEND, __name__, "PlasmaEngine")
-    WeightTransferTrainerFactory.register_engine(BACKEND, __name__, "PlasmaTrainer")
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    from entroray.workers import cpu_kernels
+
+    WeightTransferEngineFactory.register_engine(BACKEND, "entroray.workers.plasma_engine", "PlasmaEngine")
     cpu_kernels.register()
+
+
+@dataclass(frozen=True)
+class ParamMeta:
+    """A parameter as vLLM's class of this name describes it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 Manifest = dict[str, list[Any]]
@@ -90,91 +92,15 @@ def unpack(manifest: Manifest, payload: Payload) -> Iterator[tuple[str, torch.Te
         yield name, torch.from_numpy(each).view(dtype).view(shape)
 
 
-@dataclass
-class PlasmaInit(WeightTransferInitInfo):
-    """No rendezvous: the manifest of a whole model, against which every update is checked."""
-
-    manifest: Manifest
-
-
-@dataclass
-class PlasmaUpdate(WeightTransferUpdateInfo):
-    """One whole model: its manifest and its bytes."""
-
-    manifest: Manifest
-    payload: Payload
-
-
-class PlasmaEngine(WeightTransferEngine[PlasmaInit, PlasmaUpdate]):
-    """Engine side: load a packed buffer by vLLM's layerwise reload (CPU linear weights are pre-packed)."""
-
-    init_info_cls = PlasmaInit
-    update_info_cls = PlasmaUpdate
-
-    def init_transfer_engine(self, init_info: PlasmaInit) -> None:
-        self.expected = init_info.manifest
-
-    def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        initialize_layerwise_reload(self.model)
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        # The base class waits for an accelerator here; the copy below is done when it returns.
-        self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update_info: PlasmaUpdate) -> None:
-        check_manifest(update_info.manifest, self.expected)
-        model: Any = self.model
-        model.load_weights(unpack(update_info.manifest, update_info.payload))
-
-    def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._refresh_tied_head()
-
-    def _refresh_tied_head(self) -> None:
-        """A tied head has nothing of its own to load, but on CPU keeps a packed copy of the old weights."""
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
-        model: Any = self.model
-        parts: list[Any] = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
-        embedded = {m.weight.data_ptr() for m in parts if not isinstance(m, ParallelLMHead)}
-        heads: list[Any] = [m for m in parts if isinstance(m, ParallelLMHead)]
-        for head in heads:
-            if head.weight.data_ptr() in embedded:
-                head.quant_method.process_weights_after_loading(head)
-
-    def shutdown(self) -> None:
-        pass
-
-
-@dataclass
-class PlasmaTrainerInit(TrainerInitInfo):
-    """Which learner rank this is; rank 0 sends."""
-
-    backend: ClassVar[str] = BACKEND
-
-
-class PlasmaTrainer(TrainerWeightTransferEngine[PlasmaTrainerInit]):
+class PlasmaTrainer:
     """Learner side: all ranks gather, rank 0 packs, stages and commits."""
 
-    init_info_cls = PlasmaTrainerInit
-
-    @classmethod
-    def trainer_init(
-        cls, init_info: PlasmaTrainerInit, *, client: Any, source: WeightSource | None = None
-    ) -> Self:
-        if source is None:
-            raise ValueError("plasma sends whole models: it needs a WeightSource")
-        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        if engine.is_sender:
+    def __init__(self, rank: int, client: GeneratorClient, source: "GatheredSource"):
+        self.is_sender, self.client, self.source = rank == 0, client, source
+        if self.is_sender:
             client.init_weight_transfer_engine({"manifest": describe_weights(source.metadata())})
-        return engine
 
     def send_weights(self) -> None:
-        assert self.source is not None
         if not self.is_sender:
             for _ in self.source:  # gathering is collective: every rank takes part, one keeps
                 pass
@@ -183,18 +109,20 @@ class PlasmaTrainer(TrainerWeightTransferEngine[PlasmaTrainerInit]):
         with ThreadPoolExecutor(1) as beside:
             hashed = beside.submit(digest, payload)
             staged = ray.put(payload)
-            client: Any = self.client
-            client.stage(staged, hashed.result(timeout=client.deadline))
-        client.replace_weights({"manifest": manifest})
+            self.client.stage(staged, hashed.result(timeout=self.client.deadline))
+        self.client.replace_weights({"manifest": manifest})
+
+    def shutdown(self) -> None:
+        pass
 
 
-class GatheredSource(WeightSource):
+class GatheredSource:
     """The learner's parameters by name, which its backend makes whole one by one, on all ranks together."""
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]], backend: Any):
         self.named, self.backend = named, backend
 
-    def metadata(self) -> list[ParamMeta]:
+    def metadata(self) -> list[Any]:
         return [ParamMeta(name, p.dtype, self.backend.full_shape(p)) for name, p in self.named]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -202,25 +130,27 @@ class GatheredSource(WeightSource):
 
 
 def connect(
-    backend: str, *, rank: int, client: GeneratorClient, source: WeightSource, rendezvous: tuple[str, int]
-) -> TrainerWeightTransferEngine:
+    backend: str, *, rank: int, client: GeneratorClient, source: GatheredSource, rendezvous: tuple[str, int]
+) -> Any:
     """The learner's end of transfer `backend` on this rank: plasma, or nccl and ipc (GPUs only).
 
     `rendezvous` is an address and port of rank 0, where an NCCL group of it and all engines may meet.
     """
-    register()
+    if backend == BACKEND:
+        return PlasmaTrainer(rank, client, source)
+    from vllm.distributed.weight_transfer.base import WeightSource
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    whole = type("VLLMSource", (GatheredSource, WeightSource), {})(source.named, source.backend)
     largest = max(math.prod(m.shape) * m.dtype.itemsize for m in source.metadata())
-    return WeightTransferTrainerFactory.trainer_init(
-        _init_info(backend, rank, client, largest, rendezvous), client=client, source=source
-    )
+    asked = _init_info(backend, rank, client, largest, rendezvous)
+    return WeightTransferTrainerFactory.trainer_init(asked, client=client, source=whole)
 
 
 def _init_info(
     backend: str, rank: int, client: GeneratorClient, largest: int, rendezvous: tuple[str, int]
-) -> TrainerInitInfo:
+) -> Any:
     """`largest` is the size of the largest parameter in bytes."""
-    if backend == BACKEND:
-        return PlasmaTrainerInit(rank=rank)
     if backend == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 

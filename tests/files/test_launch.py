@@ -263,6 +263,17 @@ def test_a_lane_runs_its_own_tests_alone(machine, lane):
     assert machine.told().split(" /")[0] == f"pytest tests -m {lane} --durations=0 -x tests/ray"
 
 
+def test_a_row_of_the_bench_lane_runs_alone_and_takes_pytest_s_arguments(machine):
+    machine.tools(pytest=0)
+    for given, asked in (
+        (["fixed_64", "-x"], "tests/bench/test_rows.py::test_row[fixed_64] -m bench --durations=0 -x"),
+        (["-x", "fixed_64"], "tests -m bench --durations=0 -x fixed_64"),
+        (["tests/bench/test_large_table.py"], "tests -m bench --durations=0 tests/bench/test_large_table.py"),
+    ):
+        assert machine.run("test.sh", "bench", *given).returncode == 0
+        assert machine.told().split(" /")[0] == f"pytest {asked}"
+
+
 def test_a_lane_without_tests_says_so(machine):
     machine.tools(pytest=5)
     done = machine.run("test.sh", "families")
