@@ -129,10 +129,12 @@ def bind(
     spec: object,
     packages: Iterable[str] = (),
     place: str | None = None,
+    beside: Sequence[str] = (),
 ) -> partial:
     """The function `spec["fn"]` of a slot, one module or several, with its settings applied.
 
-    ConfigError names the setting (`place`, by default the slot's own), the nearest right name, the remedy.
+    ConfigError names the setting (`place`, by default the slot's own), the nearest right name, `beside` being
+    those that whoever calls takes himself, and the remedy.
     """
     slots = [slot] if isinstance(slot, types.ModuleType) else list(slot)
     place = place or slot_setting(slots[0])
@@ -147,7 +149,7 @@ def bind(
         fn = functions[name]
     else:
         raise ConfigError(f"{place} has no `{name}`: {nearest(name, functions)}")
-    check_settings(place, fn.__name__, fn, settings)
+    check_settings(place, fn.__name__, fn, settings, beside)
     return partial(fn, **settings)
 
 
@@ -212,7 +214,9 @@ def positional_arguments(fn: Callable) -> list[str]:
     return [p.name for p in inspect.signature(fn).parameters.values() if p.kind in kinds]
 
 
-def check_settings(place: str, name: str, fn: Callable, settings: Mapping[str, Any]) -> None:
+def check_settings(
+    place: str, name: str, fn: Callable, settings: Mapping[str, Any], beside: Sequence[str] = ()
+) -> None:
     """ConfigError if `fn`, which is chosen as `name`, does not take `settings` or needs others."""
     takes = keyword_settings(fn)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(fn).parameters.values())
@@ -220,7 +224,7 @@ def check_settings(place: str, name: str, fn: Callable, settings: Mapping[str, A
         if key not in takes and takes_any:
             continue
         if key not in takes:
-            raise ConfigError(f"{place}: `{name}` has no setting `{key}`: {nearest(key, takes)}")
+            raise ConfigError(f"{place}: `{name}` has no setting `{key}`: {nearest(key, [*takes, *beside])}")
         if wanted := _complaint(value, takes[key].annotation):
             raise ConfigError(f"{place}: `{name}.{key}` must be {wanted}, got {value!r}")
     for key, parameter in takes.items():

@@ -22,7 +22,7 @@ from entroray.data.large import (
     strip_before,
 )
 from entroray.data.questions import BadRow, BadRows, Question
-from entroray.data.tables import Shard, batch_rows, lookup
+from entroray.data.tables import Shard, batch_rows, find
 from entroray.data.text_rows import Row
 from entroray.errors import PreflightError
 
@@ -193,7 +193,7 @@ def keep_rows(questions: Iterable[Question], bad: BadRows) -> LargeQuestions:
             yield pa.record_batch({"asked": texts, "answers": known, "row": rows})
 
     def column(batch: Any, path: str) -> Any | None:
-        values = [_found(pickle.loads(row.as_py()).row, path) for row in batch["row"]]
+        values = [find(pickle.loads(row.as_py()).row, path) for row in batch["row"]]
         if all(value is None for value in values):
             return None
         return pa.array(map(repr, values), pa.large_string())
@@ -201,10 +201,3 @@ def keep_rows(questions: Iterable[Question], bad: BadRows) -> LargeQuestions:
     hashes = lambda batch: (hash_column(batch["asked"]), hash_column(batch["answers"]))
     see = lambda batch: (*hashes(batch), np.zeros(batch.num_rows, np.bool_))
     return _keep([batches()], see, bad, read=lambda b: pickle.loads(b["row"][0].as_py()), column=column)
-
-
-def _found(row: Row, path: str) -> Any:
-    try:
-        return lookup(row, path)
-    except KeyError:
-        return None

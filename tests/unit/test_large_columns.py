@@ -57,6 +57,15 @@ def _found(row: Any, path: str) -> Any:
         return None
 
 
+def test_a_column_is_found_within_texts_that_hold_it() -> None:
+    texts = ['{"a": {"b": "x"}}', "{'a': {'b': [1, 2]}}", "{'a': {'b': []}}", "no", None, '{"a": 3}']
+    column = pa.Table.from_pydict({"t": texts}).to_batches()[0].to_struct_array()
+    found = large.find_column(column, "t.a.b")
+    assert found.to_pylist() == ["x", "[1, 2]", "", "", "", ""]
+    assert large.find_blank(found, numbers=True).tolist() == [False, False, True, True, True, True]
+    assert large.find_column(column, "t.c") is None
+
+
 def test_the_first_of_each_stays_and_others_are_compared_with_it() -> None:
     keys = np.array([5, 1, 5, 9, 1, 5], np.uint64)
     rows, contradictions = large.first_of_each(keys, np.array([1, 1, 2, 3, 1, 2], np.uint64))

@@ -3,6 +3,8 @@
 import asyncio
 import csv
 import io
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from entroray.binding import declare
-from entroray.cli import train
+from entroray.cli import signals, train
 from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, PreflightError, Stopped
 from entroray.observe import trackers
@@ -158,13 +160,33 @@ def test_a_tracker_of_two_methods_is_closed_and_the_run_is_named_by_its_folder(t
     assert seen == ["mine/grpo-0", 1, "closed", "mine/grpo-1", 1, "closed"]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_first_step_is_told_as_the_process_ends(number: int, code: int) -> None:
+    told: list[int] = []
+
+    async def begin() -> None:
+        signals.cancel_on_sigterm()
+        asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), number)
+        try:
+            async with asyncio.timeout(20.0):
+                await asyncio.gather(asyncio.sleep(10.0), asyncio.sleep(10.0))
+        except BaseException as error:
+            told.append(summarize(error).exit_code)
+            raise
+
+    with pytest.raises((KeyboardInterrupt, asyncio.CancelledError)):
+        asyncio.run(begin())
+    assert told == [code]
+
+
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
         (None, "finished", 0),
         (Stopped(2, "stopped by SIGINT"), "stopped", 130),
         (KeyboardInterrupt(), "stopped", 130),
-        (asyncio.CancelledError(), "stopped", 143),
+        (asyncio.CancelledError(signals.OUTSIDE), "stopped", 143),
+        (asyncio.CancelledError(), "stopped", 130),
         (InfrastructureError("a node is lost\nhere"), "failed", 4),
         (ZeroDivisionError("x"), "failed", 1),
     ],
