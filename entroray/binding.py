@@ -225,7 +225,7 @@ def check_settings(
             continue
         if key not in takes:
             raise ConfigError(f"{place}: `{name}` has no setting `{key}`: {nearest(key, [*takes, *beside])}")
-        if wanted := _complaint(value, takes[key].annotation):
+        if wanted := complaint(value, takes[key].annotation):
             raise ConfigError(f"{place}: `{name}.{key}` must be {wanted}, got {value!r}")
     for key, parameter in takes.items():
         if parameter.default is inspect.Parameter.empty and key not in settings:
@@ -238,23 +238,23 @@ def keyword_settings(fn: Callable) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _complaint(value: object, hint: Any) -> str:
+def complaint(value: object, hint: Any) -> str:
     """What `value` should have been to satisfy `hint`; empty if it does."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         limits = (x for x in inner[1:] if isinstance(x, Limit))
-        wrong = _complaint(value, inner[0])
+        wrong = complaint(value, inner[0])
         return wrong or next((x.text for x in limits if not x.holds(value)), "")  # type: ignore[arg-type]
     if origin is Literal:
         return "" if value in inner else f"one of {', '.join(map(str, inner))}"
     if origin in (Union, types.UnionType):
-        wrongs = [_complaint(value, option) for option in inner]
+        wrongs = [complaint(value, option) for option in inner]
         return "" if "" in wrongs else " or ".join(wrongs)
-    if origin is Sequence:
+    if origin in (Sequence, list):
         if not isinstance(value, list | tuple):
             return "a list"
-        return next((f"a list, each {wrong}" for x in value if (wrong := _complaint(x, inner[0]))), "")
-    if hint not in KINDS:
+        return next((f"a list, each {wrong}" for x in value if (wrong := complaint(x, inner[0]))), "")
+    if (hint := origin or hint) not in KINDS:
         return ""
     accepted, name = KINDS[hint]
     fits = isinstance(value, accepted) and isinstance(value, bool) == (hint is bool) and value == value

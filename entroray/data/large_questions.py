@@ -86,14 +86,22 @@ class LargeQuestions(Sequence[Question]):
         """What these `rows`, in order, ask; nothing of bad ones. Columns of texts are read as a whole."""
         for start, batch in zip(self.starts[:-1].tolist(), self.batches, strict=True):
             first, last = np.searchsorted(rows, [start, start + batch.num_rows])
-            column = self.column(batch, self.question) if self.question and first < last else None
-            if column is not None and str(column.type) in ("string", "large_string"):
-                yield from column.take(rows[first:last] - start).to_pylist()
-                continue
-            for row in rows[first:last].tolist():
+            some = rows[first:last]
+            for row, text in zip(some.tolist(), self._last_texts(batch, some - start), strict=True):
+                if text is not None:
+                    yield text
+                    continue
                 with suppress(BadRow):
                     yield self[row].text
         self.forget()
+
+    def _last_texts(self, batch: Any, rows: NDArray[np.integer]) -> list[str | None]:
+        """What these rows of a batch ask, by columns: texts, or what the last messages say; None: unknown."""
+        for path in (self.question, f"{self.question}.-1.content", f"{self.question}.-1.value"):
+            column = self.column(batch, path) if self.question and len(rows) else None
+            if column is not None and str(column.type) in ("string", "large_string"):
+                return [None if (text or "")[:1] == "[" else text for text in column.take(rows).to_pylist()]
+        return [None] * len(rows)
 
     def place(self, row: int) -> str:
         """Where a row stands, as in `line 3`."""

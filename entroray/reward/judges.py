@@ -7,6 +7,7 @@ are in `remote_judges`.
 
 import logging
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ def math(*, extract: Extract = "boxed", marker: str = "####") -> Judge:
     that does not parse is DATA_FAILED. conf/README.md says what is read.
     """
     find = rule(extract, marker)
+    sys.set_int_max_str_digits(0)  # a reference may be of any length, and the deadline bounds an answer
     for name in ("math_verify.parser", "math_verify.grader"):  # each warns once that its timer is off
         logging.getLogger(name).setLevel(logging.ERROR)
     from entroray.reward.math_answers import is_equal, read_reference

@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from entroray.binding import complaint
 from entroray.config import Config
 from entroray.errors import ConfigError, first_line, nearest
 from entroray.evaluation.evaluate import plan_evaluation
@@ -265,13 +266,12 @@ def _structured(path: str, kind: Any, value: Any) -> Any:
         kinds = {f.name: f.type for f in fields(kind)}
         if wrong := [name for name in value if name not in kinds]:
             raise ConfigError(f"there is no setting `{path}.{wrong[0]}`: {nearest(wrong[0], kinds)}")
-        one = lambda name, x: [x] if kinds[name] in overrides.NUMBERS and isinstance(x, int | float) else x
-        try:
-            return OmegaConf.merge(OmegaConf.structured(kind), {n: one(n, x) for n, x in value.items()})
-        except OmegaConfBaseException as error:
-            key = f"{path}.{error.full_key}"
-            said = overrides.describe_misfit(key, f"{key}: {first_line(error)}")
-            raise ConfigError(f"{said}, and {value.get(error.full_key or '')!r} is none") from error
+        held = {name: _structured(f"{path}.{name}", kinds[name], x) for name, x in value.items()}
+        return OmegaConf.merge(OmegaConf.structured(kind), held)
+    if kind in overrides.NUMBERS and isinstance(value, int | float):
+        return [value]
+    if (wanted := complaint(value, kind)) and not (isinstance(value, str) and "${" in value):
+        raise ConfigError(f"{path} must be {wanted}, got {value!r}")
     if isinstance(value, dict) and (mapping := overrides.mapping_type(kind)):
         return {n: _structured(f"{path}.{n}", get_args(mapping)[1], inner) for n, inner in value.items()}
     return value

@@ -138,20 +138,15 @@ def _refuse_bare(word: str, key: str, value: Any) -> None:
     wanted = above and (named or within or above == "reward.parts")
     if not wanted or isinstance(value, dict) or (value is None and _may_be_null(key)):
         return
-    if value is None and named:
-        raise ConfigError(f"{word}: to leave it out write '~{key}'")
     text = value if isinstance(value, str) else ""
     held = text if re.fullmatch(r"[\w./-]+", text) else quote(text) if text else "..."
-    tasks = named or key + "." in NAMED
-    first = "task" if tasks else "path" if ".py" in text else "fn" if _chooses(key) else "NAME"
+    chooses = key.startswith("reward.parts") or key.rpartition(".")[2] in ("judge", "rule", "plan")
+    first = (
+        "task" if named or f"{key}." in NAMED else "path" if ".py" in text else "fn" if chooses else "NAME"
+    )
     form = f"{{{first}: {held}}}"
-    form = f"{{NAME: {form}}}" if key + "." in (*NAMED, "reward.parts.") else form
+    form = f"{{NAME: {form}}}" if f"{key}." in (*NAMED, "reward.parts.") else form
     raise ConfigError(f"{word}: {key} is a dictionary of settings: write '{key}={form}'")
-
-
-def _chooses(key: str) -> bool:
-    """Whether a dictionary names a function, its `fn`."""
-    return key.startswith("reward.parts") or key.rpartition(".")[2] in ("judge", "rule", "plan")
 
 
 def _unreadable(word: str) -> str:
@@ -287,24 +282,6 @@ def _line_breaks(text: str) -> str:
 
 # What Hydra, OmegaConf and YAML say.
 
-_MISFIT = re.compile(r"Invalid value assigned|could not be converted|Cannot (?:assign|convert)")
-_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-_WANTED |= {
-    list[int]: "a list of whole numbers",
-    list[float]: "a list of numbers",
-    list[str]: "a list of texts",
-}
-
-
-def describe_misfit(key: str, said: str) -> str:
-    """What `key` should be, where OmegaConf said that a value is not of its type; else what was said."""
-    kind = setting_type(key)
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    wanted = next((words for one, words in _WANTED.items() if one in kinds), "")
-    wanted = wanted or ("a dictionary, {name: value}" if mapping_type(kind) else "")
-    return f"{key} is {wanted}" if wanted and _MISFIT.search(said) else said
-
-
 _SAID = re.compile(r"full_key:|reference_type=|object_type=|To append to|Search path:|provider=|$")
 """The beginning of a line that helps nobody here."""
 
@@ -324,7 +301,6 @@ def explain(error: Exception, words: Sequence[str], folders: Sequence[Path] = ()
         there = [f.stem for folder in (conf_folder(), *folders) for f in (folder / group).glob("*.yaml")]
         choices = nearest(wanted, there) if there else "write `override /data: countdown`"
         return f"{_place(whole, key, folders)}{first_line(error).rstrip('.')}: {choices}"
-    said = describe_misfit(key, said) if key else said
     named = "" if key in said else f" ({key})"
     return f"{_place(whole, key, folders)}{said or repr(error)}{named}. {_remedy(key, said, words)}".rstrip()
 
@@ -349,7 +325,6 @@ _KNOWN = {
     "does not support deletion": "Leave {key} out to have its default",
     "HydraConfig was not set": "`hydra:` is not there: ${{oc.env:PWD}} is the working directory",
     "maximum recursion depth": "The defaults of a file lead back to itself: leave one out",
-    "Cannot merge DictConfig with ListConfig": "Give a dictionary, 'SETTING={{name: value}}'",
     "not a subclass of Part": "Give the part whole, 'data.parts.NAME={{task: ...}}'",
     "not a subclass of EvaluationSet": "Give the set whole, 'evaluate.sets.NAME={{task: ...}}'",
 }

@@ -25,6 +25,8 @@ HOMES = {  # heavy library -> the only folders that may import it
     "transformers": {"policy", "workers", "wiring", "cli"},
     "tokenizers": {"policy", "workers", "wiring", "cli"},
     "hydra": {"wiring", "cli"},
+    "wandb": {"observe"},
+    "mlflow": {"observe"},
 }
 ONLY = {"deepspeed": "entroray/workers/deepspeed_backend.py"}  # heavy library -> the only file
 PURE = {"objective", "metrics", "control"}

@@ -290,6 +290,17 @@ def test_the_answer_is_found_where_the_rule_says(rule: str, response: str, right
     assert verdict.status.usable and verdict.correct is right
 
 
+def test_a_reference_of_more_digits_than_python_reads_is_judged() -> None:
+    digits = "7" * 5000
+    for reference, answer in (
+        (digits, digits),
+        (f"0.{digits}", f"0.{digits}1"),
+        (rf"\frac{{{digits}}}{{2}}", f"{digits}/2"),
+    ):
+        assert judged(reference, answer) == {True} and judged(reference, "7") == {False}
+    assert judged(digits, digits[:-1] + "8") == {False} == judged("7", digits)
+
+
 def test_boxes_without_end_are_read_in_one_pass() -> None:
     began = time.process_time()
     assert extract.boxed("\\boxed{" * 20_000 + "5" + "}" * 20_000) is not None

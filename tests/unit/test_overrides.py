@@ -337,7 +337,6 @@ def test_what_hydra_says_comes_with_what_to_write(word: str, says: str) -> None:
         (["data=table", "data.settings=main"], r"'data\.settings=\{NAME: main\}'$"),
         (["reward.judge=math"], r"'reward\.judge=\{fn: math\}'$"),
         (["reward.parts.x=my.py:f"], r"""'reward\.parts\.x=\{path: "my\.py:f"\}'$"""),
-        (["data=table", "data.task=[a.jsonl,b.jsonl]"], r"data\.task is a text"),
     ],
 )
 def test_what_stands_in_a_free_dictionary_is_refused_by_its_name(words: list[str], said: str) -> None:

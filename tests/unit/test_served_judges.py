@@ -74,6 +74,12 @@ def test_what_is_no_verdict_is_a_failure_of_the_data_and_never_a_zero(answer: st
     assert "\n" not in verdict.detail and len(verdict.detail) <= 2000 and verdict.detail
 
 
+def test_a_verdict_that_is_a_text_is_named() -> None:
+    (verdict,) = served(answering({"reward": 1, "correct": "false"}), "42")
+    assert verdict.status is Status.DATA_FAILED
+    assert verdict.detail.endswith('/judge answers with `correct`: "false": send true or false')
+
+
 def test_a_server_is_told_all_that_a_judge_knows_as_json() -> None:
     seen: list[Any] = []
     served(answering(1, seen=seen), 'a "quoted"\n\ud800 text')

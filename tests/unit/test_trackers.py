@@ -338,3 +338,13 @@ def test_names_are_as_mlflow_takes_them():
         "x" * 300: "x" * 250,
     }
     assert {name: trackers._mlflow_name(name) for name in names} == names
+
+
+def test_two_trackers_of_one_place_are_refused() -> None:
+    for name in ("csv", "wandb", "mlflow", "tensorboard"):
+        two = f"observe.trackers=[{{fn: {name}}},{{fn: tensorboard}},{{fn: {name}}}]"
+        with pytest.raises(
+            ConfigError, match=rf"^observe\.trackers has \{{fn: {name}\}} and \{{fn: {name}\}}"
+        ):
+            configured(two)
+    assert len(build_parts(configured("observe.trackers=[{fn: csv},{fn: tensorboard}]")).trackers) == 2
