@@ -104,14 +104,14 @@ _RANGE = rf"{_PLAIN}\s*(?:-|–|to)\s*\d+(?:\.\d+)?{_END}"
 _NUMBER = rf"({_PLAIN})(?:[\s*_`(]*(?:points?\s*)?(?:/|out of)[\s*_`]*(\d+(?:\.\d+)?){_END})?"
 _LABELS = r"\b(?:score|rating|grade)\b|分数|评分|得分"
 _STATED = rf"(?:{_LABELS})(?:\s*\([^()\n]*\))?[\s\"'*_`]*[:=：|][\s\"'*_`:=|>\[(]*(?!{_RANGE}){_NUMBER}"
-_LAST = r"\W*(?:(?:so|my|the|final|overall|total|verdict|answer|judgement|最终|总)\b\W*)*"
+_LAST = r"[^\w-]*(?:(?:so|my|the|final|overall|total|verdict|answer|judgement|最终|总)\b[^\w-]*)*"
 """What a last line may begin with that says nothing but a score."""
 _ALONE = re.compile(rf"{_LAST}(?:{_STATED}|{_NUMBER})\W*(?:points?\W*)?", re.IGNORECASE)
 _SCORED, _ANY = re.compile(_STATED, re.IGNORECASE), re.compile(rf"{_RANGE}|{_NUMBER}")
-_NEGATED = re.compile(
-    r"(?:\b(?:not|never|neither|nor|cannot|hardly|far from)\b|n['’]t\b|[不非没未])(?:\s*[\w'’]+){0,3}\W?$"
-)
+_DENIAL = r"(?:\b(?:not|never|neither|nor|cannot|hardly|far from)\b|n['’]t\b)(?:\s*[\w'’]+){0,3}"
+_NEGATED = re.compile(rf"(?:{_DENIAL}|[不没未]\w{{0,2}})\W?$", re.IGNORECASE)
 _ASKED = re.compile(rf"(?:{_LABELS})[\"'*`]*\s*[:=：]", re.IGNORECASE)
+_FORM = "\n\nEnd with a line of its own: `Score: N`, N being a number from {:g} to {:g}."
 PATIENCE = 1.0
 """Seconds that a pattern of the user's may take for one reply."""
 _TAIL = 20_000
@@ -174,13 +174,7 @@ async def llm(
     Right from `right_from` on, by default the upper end. `body` goes into the request; null leaves a key out.
     """
     asked = score or words or "response_format" in (body or {}) or _ASKED.search(rubric)
-    form = (
-        ""
-        if asked
-        else (
-            f"\n\nEnd with a line of its own: `Score: N`, N being a number from {scale[0]:g} to {scale[1]:g}."
-        )
-    )
+    form = "" if asked else _FORM.format(*scale)
     request = {
         "model": model,
         "messages": [{"role": "user", "content": _filled(rubric, response, prompt) + form}],
@@ -194,10 +188,11 @@ async def llm(
     found = _scores(await _captured(reply[-_TAIL:], score), scale, words)
     if len(found) != 1:
         what = f"several scores, {' and '.join(f'{x:g}' for x in found)}," if found else "no score"
+        last = f"a last line with one of {', '.join(words)}" if words else "a last line `Score: N`"
         raise Unjudged(
             Status.DATA_FAILED,
             f"{shown(url)}: {what} from {scale[0]:g} to {scale[1]:g} in the reply, which ends "
-            f"{reply[-200:]!r}: have the rubric ask for a last line `Score: N`, or set `score` to a pattern",
+            f"{reply[-200:]!r}: have the rubric ask for {last}, or set `score` to a pattern",
         )
     low, high = scale
     right = found[0] >= (high if right_from is None else right_from)

@@ -31,6 +31,8 @@ LLM = {"fn": "llm", "model": "m", "rubric": "Q: {question} R: {reference}\nA: {r
         ("The score cannot be 10.\nScore: 3", {}, 0.3),
         ("Score: 4\nWait, step 2 is right.\nFinal score: **7/10**.", {}, 0.7),
         ("**8**/10", {}, 0.8),
+        ("-3", {"scale": [-5, 5]}, 0.2),
+        ("非常正确", {"words": {"正确": 10, "错误": 0}}, 1.0),
         ("0 points out of 10", {}, 0.0),
         ('{"score": 7, "reason": "2 errors, 1 of them small"}', {}, 0.7),
         ("Score: 8. It has 3 flaws.", {}, 0.8),
@@ -95,7 +97,7 @@ def test_a_reply_without_a_score_is_no_verdict(answer: Any, more: dict[str, Any]
         ('{"accuracy_score": 3, "clarity_score": 2}', {}, "3 and 2"),
         ("Step 2 is wrong. I give 7.", {}, "2 and 7"),
         ("Yes, it is right. No errors.", {"words": {"Yes": 10, "No": 0}}, "10 and 0"),
-        ("not correct", {"words": {"correct": 10, "wrong": 0}}, "no score"),
+        ("Not correct", {"words": {"correct": 10, "wrong": 0}}, "no score"),
         ("It isn't entirely correct.", {"words": {"correct": 10, "wrong": 0}}, "no score"),
         ("答案不正确", {"words": {"正确": 10, "错误": 0}}, "no score"),
         ("x: 1 or 2", {"score": "x: (.*)"}, "1 and 2"),
@@ -106,7 +108,8 @@ def test_a_reply_that_may_mean_several_scores_is_no_verdict(
 ) -> None:
     (verdict,) = served(answering(completion(reply)), "42", **LLM | more)
     assert verdict.status is Status.DATA_FAILED and says in verdict.detail
-    assert "last line `Score: N`, or set `score` to a pattern" in verdict.detail
+    last = "line with one of" if "words" in more else "line `Score: N`, or set `score` to a pattern"
+    assert f"have the rubric ask for a last {last}" in verdict.detail
 
 
 def test_a_pattern_without_end_fails_its_reply_and_holds_nobody() -> None:
