@@ -126,7 +126,7 @@ def _renamed(message: Any) -> Any:
     if not isinstance(message, Mapping) or "role" in message or not {"from", "value"} <= message.keys():
         return message
     rest = {name: value for name, value in message.items() if name not in ("from", "value")}
-    return {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"], **rest}
+    return {"role": _ROLES.get(str(message["from"]), message["from"]), "content": message["value"], **rest}
 
 
 def _conversation(value: Any, column: str, said: str) -> list[Message]:
@@ -162,6 +162,8 @@ def _value(row: Row, column: str) -> Any:
     except KeyError:
         inner = [f"{name}.{key}" for name, v in row.items() if isinstance(v, Mapping) for key in v]
         known = ", ".join(map(str, [*row, *inner])) or "none"
+        if isinstance(text := row.get(column.partition(".")[0]), str):
+            known = f"{known}; it is not within {_shown(text)}, read as JSON or as Python"
         raise BadRow(f"no {column!r} (columns: {known})") from None
 
 

@@ -66,6 +66,8 @@ def test_verls_layout_is_read_from_json_and_parquet_alike(tmp_path: Path) -> Non
     [
         ([], r"\[\]"),
         ([{"from": "human", "text": "Say 1"}], "role and content"),
+        *(([{"from": x, "value": "Say 1"}], "role and content") for x in ([1], 3)),
+        ([{"from": "human", "value": None}], "role and content"),
         (
             [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
             r"'assistant'.*question=messages\.0\.value",
@@ -115,7 +117,7 @@ def test_a_column_is_found_within_a_text_that_holds_it(
             rows, tokenize=lambda text: (1,), template="{reward_model.ground_truth}: {prompt}"
         )
         assert {p.text for p in made.prompts} >= {"0: Say 0", "1: Say 1"}
-    with pytest.raises(PreflightError, match=r"reward_model\.truth'"):
+    with pytest.raises(PreflightError, match=r"reward_model\.truth'.*not within .*ground_truth.*JSON"):
         table(str(tmp_path / name), question="prompt", answer="reward_model.truth")
 
 

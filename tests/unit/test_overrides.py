@@ -334,6 +334,7 @@ def test_what_hydra_says_comes_with_what_to_write(word: str, says: str) -> None:
             r"no `data\.parts\.countdwn`: did you mean `countdown`",
         ),
         (["data=mixture", "data.parts.countdown=x"], r"'data\.parts\.countdown=\{task: x\}'$"),
+        (["data=table", "data.settings.subset=2024"], r"""must be text or null, got 2024: write '"2024"'$"""),
         (["data=table", "data.settings=main"], r"'data\.settings=\{NAME: main\}'$"),
         (["reward.judge=math"], r"'reward\.judge=\{fn: math\}'$"),
         (["reward.parts.x=my.py:f"], r"""'reward\.parts\.x=\{path: "my\.py:f"\}'$"""),
