@@ -226,12 +226,8 @@ def check_settings(
         if key not in takes:
             raise ConfigError(f"{place}: `{name}` has no setting `{key}`: {nearest(key, [*takes, *beside])}")
         if wanted := complaint(value, takes[key].annotation):
-            quoted = (
-                f": write '\"{value}\"'"
-                if wanted.startswith("text") and not isinstance(value, dict | list)
-                else ""
-            )
-            raise ConfigError(f"{place}: `{name}.{key}` must be {wanted}, got {value!r}{quoted}")
+            quotes = ", in double quotes" if wanted.startswith("text") else ""
+            raise ConfigError(f"{place}: `{name}.{key}` must be {wanted}{quotes}, got {value!r}")
     for key, parameter in takes.items():
         if parameter.default is inspect.Parameter.empty and key not in settings:
             raise ConfigError(f"{place}: `{name}` needs `{key}`, which has no default")

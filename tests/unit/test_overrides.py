@@ -107,8 +107,8 @@ def test_a_dictionary_may_be_typed_over_several_lines() -> None:
     word = """reward.judge={fn: math,
         extract: last_line}"""
     assert configured(word).reward.judge == {"fn": "math", "extract": "last_line"}
-    config = configured('evaluate.sets={\n a: {task: x, template: "1\n2"},\n b: {task: y}\n}')
-    assert config.evaluate.sets["a"].template == "1\n2" and config.evaluate.sets["b"].task == "y"
+    config = configured('evaluate.sets={\n a: {task: x, template: "1\n{q}"},\n b: {task: y}\n}')
+    assert config.evaluate.sets["a"].template == "1\n{q}" and config.evaluate.sets["b"].task == "y"
 
 
 def test_a_home_that_no_shell_fills_in_is_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +334,7 @@ def test_what_hydra_says_comes_with_what_to_write(word: str, says: str) -> None:
             r"no `data\.parts\.countdwn`: did you mean `countdown`",
         ),
         (["data=mixture", "data.parts.countdown=x"], r"'data\.parts\.countdown=\{task: x\}'$"),
-        (["data=table", "data.settings.subset=2024"], r"""must be text or null, got 2024: write '"2024"'$"""),
+        (["data=table", "data.settings.subset=2024"], r"must be text or null, in double quotes, got 2024$"),
         (["data=table", "data.settings=main"], r"'data\.settings=\{NAME: main\}'$"),
         (["reward.judge=math"], r"'reward\.judge=\{fn: math\}'$"),
         (["reward.parts.x=my.py:f"], r"""'reward\.parts\.x=\{path: "my\.py:f"\}'$"""),
@@ -352,6 +352,6 @@ def test_what_a_source_and_a_judge_take_needs_no_plus() -> None:
         **{"subset": "main", "revision": "v1", "marker": "B"}
     }
     assert config.reward.judge and config.reward.judge["marker"] == "A"
-    told = ["data=mixture", "data.parts.countdown.settings.seed=3", "+data.parts.countdown.settings.size=7"]
+    told = ["data=mixture", "data.parts.countdown.settings.seed=3", "+data.parts.countdown.settings.min_value=7"]
     settings = compose.load_config(told)[0].data.parts["countdown"].settings
-    assert (settings["seed"], settings["size"]) == (3, 7)
+    assert (settings["seed"], settings["min_value"]) == (3, 7)
