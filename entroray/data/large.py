@@ -128,9 +128,8 @@ def _find_in_texts(column: Any, path: str) -> Any | None:
     found = [find(text, path) for text in texts]
     if all(value is None for value in found):
         return None
-    return pa.array(
-        [value if isinstance(value, str) else repr(value or "") for value in found], pa.large_string()
-    )
+    plain = [x if isinstance(x, str) else "" if x in (None, [], {}) else repr(x) for x in found]
+    return pa.array(plain, pa.large_string())
 
 
 def find_blank(column: Any, *, numbers: bool) -> NDArray[np.bool_] | bool:

@@ -271,7 +271,7 @@ def _structured(path: str, kind: Any, value: Any) -> Any:
     if kind in overrides.NUMBERS and isinstance(value, int | float):
         return [value]
     wanted = "a mapping" if is_dataclass(kind) else complaint(value, kind)
-    if wanted and not (isinstance(value, str) and "${" in value):
+    if wanted and value == value and "${" not in str(value):  # NaN has bounds
         raise ConfigError(f"{path} must be {wanted}, got {value!r}")
     if isinstance(value, dict) and (mapping := overrides.mapping_type(kind)):
         return {n: _structured(f"{path}.{n}", get_args(mapping)[1], inner) for n, inner in value.items()}

@@ -315,29 +315,6 @@ def test_overlap_with_a_set_is_counted_over_the_rows_that_are_good(
     assert dataset.set_lines(config, read)[0].endswith("2 of 3 questions are in the training data, too")
 
 
-def test_what_conversations_ask_is_read_by_columns(
-    tmp_path: Path, lowered: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    human = [{"asked": [{"from": "human", "value": f"Say {i}"}], "answer": "1"} for i in range(COUNT)]
-    nulls = [{**row, "prompt": [*row["prompt"], None]} for row in VERL[:3]]
-    packed = parquet(tmp_path / "a.parquet", VERL), parquet(tmp_path / "b.parquet", human)
-    found = [
-        table(str(packed[0]), question="prompt", answer="reward_model.ground_truth")[0],
-        table(str(packed[1]), question="asked")[0],
-    ]
-    ended = table(str(parquet(tmp_path / "c.parquet", nulls * 4)), question="prompt", answer=None)[0]
-    assert isinstance(ended, LargeQuestions) and [*ended.texts(np.arange(4))] == [
-        "Say 0",
-        "Say 1",
-        "Say 2",
-        "Say 0",
-    ]
-    monkeypatch.setattr(LargeQuestions, "__getitem__", lambda *_: 1 / 0)
-    for rows in found:
-        assert isinstance(rows, LargeQuestions)
-        assert [*rows.texts(np.array([0, 17, 59]))] == ["Say 0", "Say 17", "Say 59"]
-
-
 def test_questions_of_texts_that_differ_in_the_metadata_of_the_template_are_two(
     tmp_path: Path, lowered: None
 ) -> None:

@@ -352,6 +352,10 @@ def test_what_a_source_and_a_judge_take_needs_no_plus() -> None:
         **{"subset": "main", "revision": "v1", "marker": "B"}
     }
     assert config.reward.judge and config.reward.judge["marker"] == "A"
-    told = ["data=mixture", "data.parts.countdown.settings.seed=3", "+data.parts.countdown.settings.min_value=7"]
+    told = [
+        "data=mixture",
+        "data.parts.countdown.settings.seed=3",
+        "+data.parts.countdown.settings.min_value=7",
+    ]
     settings = compose.load_config(told)[0].data.parts["countdown"].settings
     assert (settings["seed"], settings["min_value"]) == (3, 7)
