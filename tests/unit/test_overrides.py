@@ -355,7 +355,7 @@ def test_what_a_source_and_a_judge_take_needs_no_plus() -> None:
     told = [
         "data=mixture",
         "data.parts.countdown.settings.seed=3",
-        "+data.parts.countdown.settings.min_value=7",
+        "+data.parts.countdown.settings.other=7",
     ]
     settings = compose.load_config(told)[0].data.parts["countdown"].settings
-    assert (settings["seed"], settings["min_value"]) == (3, 7)
+    assert (settings["seed"], settings["other"]) == (3, 7)
