@@ -140,10 +140,12 @@ def bind(
     spec: object,
     packages: Iterable[str] = (),
     place: str | None = None,
+    beside: Sequence[str] = (),
 ) -> partial:
     """The function `spec["fn"]` of a slot, one module or several, with its settings applied.
 
-    ConfigError names the setting (`place`, by default the slot's own), the nearest right name, the remedy.
+    ConfigError names the setting (`place`, by default the slot's own), the nearest right name, `beside` being
+    those that whoever calls takes himself, and the remedy.
     """
     slots = [slot] if isinstance(slot, types.ModuleType) else list(slot)
     place = place or slot_setting(slots[0])
@@ -158,7 +160,7 @@ def bind(
         fn = functions[name]
     else:
         raise ConfigError(f"{place} has no `{name}`: {nearest(name, functions)}")
-    check_settings(place, fn.__name__, fn, settings)
+    check_settings(place, fn.__name__, fn, settings, beside)
     return partial(fn, **settings)
 
 
@@ -223,7 +225,9 @@ def positional_arguments(fn: Callable) -> list[str]:
     return [p.name for p in inspect.signature(fn).parameters.values() if p.kind in kinds]
 
 
-def check_settings(place: str, name: str, fn: Callable, settings: Mapping[str, Any]) -> None:
+def check_settings(
+    place: str, name: str, fn: Callable, settings: Mapping[str, Any], beside: Sequence[str] = ()
+) -> None:
     """ConfigError if `fn`, which is chosen as `name`, does not take `settings` or needs others."""
     takes = keyword_settings(fn)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(fn).parameters.values())
@@ -231,9 +235,10 @@ def check_settings(place: str, name: str, fn: Callable, settings: Mapping[str, A
         if key not in takes and takes_any:
             continue
         if key not in takes:
-            raise ConfigError(f"{place}: `{name}` has no setting `{key}`: {nearest(key, takes)}")
-        if wanted := _complaint(value, takes[key].annotation):
-            raise ConfigError(f"{place}: `{name}.{key}` must be {wanted}, got {value!r}")
+            raise ConfigError(f"{place}: `{name}` has no setting `{key}`: {nearest(key, [*takes, *beside])}")
+        if wanted := complaint(value, takes[key].annotation):
+            quotes = ", in double quotes" if wanted.startswith("text") else ""
+            raise ConfigError(f"{place}: `{name}.{key}` must be {wanted}{quotes}, got {value!r}")
     for key, parameter in takes.items():
         if parameter.default is inspect.Parameter.empty and key not in settings:
             raise ConfigError(f"{place}: `{name}` needs `{key}`, which has no default")
@@ -245,23 +250,23 @@ def keyword_settings(fn: Callable) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _complaint(value: object, hint: Any) -> str:
+def complaint(value: object, hint: Any) -> str:
     """What `value` should have been to satisfy `hint`; empty if it does."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         limits = (x for x in inner[1:] if isinstance(x, Limit))
-        wrong = _complaint(value, inner[0])
+        wrong = complaint(value, inner[0])
         return wrong or next((x.text for x in limits if not x.holds(value)), "")  # type: ignore[arg-type]
     if origin is Literal:
         return "" if value in inner else f"one of {', '.join(map(str, inner))}"
     if origin in (Union, types.UnionType):
-        wrongs = [_complaint(value, option) for option in inner]
+        wrongs = [complaint(value, option) for option in inner]
         return "" if "" in wrongs else " or ".join(wrongs)
-    if origin is Sequence:
+    if origin in (Sequence, list):
         if not isinstance(value, list | tuple):
             return "a list"
-        return next((f"a list, each {wrong}" for x in value if (wrong := _complaint(x, inner[0]))), "")
-    if hint not in KINDS:
+        return next((f"a list, each {wrong}" for x in value if (wrong := complaint(x, inner[0]))), "")
+    if (hint := origin or hint) not in KINDS:
         return ""
     accepted, name = KINDS[hint]
     fits = isinstance(value, accepted) and isinstance(value, bool) == (hint is bool) and value == value

@@ -29,8 +29,11 @@ def main(arguments: list[str]) -> int:
     read = judge_trial.ReadOnce()
     of_data = [wraps(check)(partial(check, read=read)) for check in (data, prompt, judge)]
     findings = preflight.run_checks(config, (packages, tools, *preflight.FAST, ports, ray_clusters, *of_data))
+    first = {found.said: found.name for found in reversed(findings) if found.wrong}
     for found in findings:
-        print(f"{'wrong' if found.wrong else 'ok':7}{found.name:14}{found.said}", flush=True)
+        again = found.wrong and first[found.said] != found.name
+        said = f"not asked: `{first[found.said]}` says why" if again else found.said
+        print(f"{'wrong' if found.wrong else 'ok':7}{found.name:14}{said}", flush=True)
     return 3 if any(f.wrong for f in findings) else 0
 
 

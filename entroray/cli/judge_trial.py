@@ -2,20 +2,21 @@
 
 import asyncio
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
-from entroray.config import Config
+from entroray.binding import effective_settings
+from entroray.config import Config, judge_specs
 from entroray.data.demonstrations import find_demonstration
 from entroray.errors import DataError, EntrorayError, PreflightError
 from entroray.evaluation.sets import EvaluatedSet, set_domain
 from entroray.reward.judges import OWN
-from entroray.reward.parts import describe_judge, judge_parts
-from entroray.reward.served import may_be_served
+from entroray.reward.parts import describe_judge, judge_parts, unweighted
+from entroray.reward.served import bind_judge, may_be_served
 from entroray.types import Prompt, Rollout, Status, Verdict
 from entroray.wiring import dataset, tool, warm_start
 from entroray.workers.verifier import Verifier
@@ -114,15 +115,17 @@ def _first_prompts(read: dataset.Dataset) -> Iterator[Prompt]:
 
 async def _judged(config: Config, read: dataset.Dataset, verifier: Verifier, prompt: Prompt) -> str:
     known = _known_answer(config, read, prompt)
-    texts = [prompt.reference if known is None else known, "", _long(config)]
+    judge = read.judge["judges"][prompt.domain]
+    right = _answered(judge, read.judge["packages"], prompt.reference) if known is None else known
+    texts = [right, "", _long(config)]
     tokens = [read.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     drawn = [_response(prompt, *each) for each in zip(texts, tokens, strict=True)]
     verdicts = await verifier.judge(prompt, drawn)
-    name = describe_judge(read.judge["judges"][prompt.domain])
+    name = describe_judge(judge)
     name = f"{prompt.domain.replace(':', '.')}: {name}" if ":" in prompt.domain else name
     for text, verdict in zip(texts, verdicts, strict=True):
         if not verdict.status.usable:
-            raise _no_verdict(config, name, text, verdict)
+            raise _no_verdict(config, prompt.domain, name, text, verdict)
     if known is not None and not verdicts[0].correct:
         raise DataError(
             f"the judge finds the right answer {known!r} wrong: make reward.judge and data.demonstration fit"
@@ -134,7 +137,29 @@ async def _judged(config: Config, read: dataset.Dataset, verifier: Verifier, pro
     )
 
 
-def _no_verdict(config: Config, name: str, text: str, verdict: Verdict) -> DataError | PreflightError:
+def _answered(judge: Mapping[str, Any], packages: Sequence[str], reference: str) -> str:
+    """A reference in the form in which its judge looks for an answer."""
+    spec = unweighted(judge["parts"][judge["correct"]] if "parts" in judge else judge)
+    settings = effective_settings(bind_judge(spec, packages))
+    forms = {
+        "boxed": "\\boxed{%s}",
+        "answer_tag": "<answer>%s</answer>",
+        "after": f"{settings.get('marker')} %s",
+    }
+    return forms.get(settings.get("extract", ""), "%s").replace("%s", reference)
+
+
+def _setting(config: Config, domain: str) -> str:
+    """Where the judge of a domain is set."""
+    own = f"{domain.replace(':', '.') if ':' in domain else f'data.parts.{domain}'}.judge"
+    places = [place for place, spec in judge_specs(config) if spec]
+    shared = "reward.parts" if config.reward.parts else "reward.judge"
+    return "reward.path" if config.reward.path else own if own in places else shared
+
+
+def _no_verdict(
+    config: Config, domain: str, name: str, text: str, verdict: Verdict
+) -> DataError | PreflightError:
     """That a judge must judge every response; of a server that is not there, that it must be."""
     said = f"{name} gave no verdict on {text[:40]!r}: {verdict.status}: {verdict.detail}"
     if verdict.status is Status.INFRA_FAILED:
@@ -142,7 +167,9 @@ def _no_verdict(config: Config, name: str, text: str, verdict: Verdict) -> DataE
     late = (
         f"raise reward.deadline={config.reward.deadline:g} (or the judge's own deadline), or make it faster"
     )
-    remedy = late if verdict.status is Status.TIMEOUT else "a judge (reward.path) must judge every response"
+    remedy = (
+        late if verdict.status is Status.TIMEOUT else f"{_setting(config, domain)} must judge every response"
+    )
     return DataError(f"{said}; {remedy}")
 
 

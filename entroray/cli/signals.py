@@ -26,7 +26,7 @@ def cancel_on_sigterm() -> None:
     assert task
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.remove_signal_handler(number)
-    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    loop.add_signal_handler(signal.SIGTERM, task.cancel, OUTSIDE)  # asyncio's own, of Ctrl-C, says nothing
 
 
 def stop_on_signals(driver: Driver) -> list[int]:

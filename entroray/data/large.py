@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from entroray.data.tables import find
 from entroray.errors import writing
 from entroray.home import home_folder
 
@@ -107,6 +108,8 @@ def find_column(column: Any, path: str) -> Any | None:
         if name in names:
             inner = pc.struct_field(column, [names.index(name)])
             return find_column(inner, rest) if rest else inner
+    if _is_text(kind):
+        return _find_in_texts(column, path)
     if not _is_list(kind) or not parts[0].removeprefix("-").isdigit():
         return None
     place, rest = int(parts[0]), ".".join(parts[1:])
@@ -115,6 +118,18 @@ def find_column(column: Any, path: str) -> Any | None:
     chosen = np.where(within, starts + place + (counts if place < 0 else 0), 0)
     inner = values.take(pa.array(chosen, mask=~within))
     return find_column(inner, rest) if rest else inner
+
+
+def _find_in_texts(column: Any, path: str) -> Any | None:
+    """As `find_column` in a column of texts that hold lists or mappings: what is there, as a text."""
+    import pyarrow as pa
+
+    texts = (text and text.decode(errors="replace") for text in column.cast(pa.large_binary()).to_pylist())
+    found = [find(text, path) for text in texts]
+    if all(value is None for value in found):
+        return None
+    plain = [x if isinstance(x, str) else "" if x in (None, [], {}) else repr(x) for x in found]
+    return pa.array(plain, pa.large_string())
 
 
 def find_blank(column: Any, *, numbers: bool) -> NDArray[np.bool_] | bool:

@@ -22,7 +22,7 @@ from entroray.data.large import (
     strip_before,
 )
 from entroray.data.questions import BadRow, BadRows, Question
-from entroray.data.tables import Shard, batch_rows, lookup
+from entroray.data.tables import Shard, batch_rows, find
 from entroray.data.text_rows import Row
 from entroray.errors import PreflightError
 
@@ -86,14 +86,22 @@ class LargeQuestions(Sequence[Question]):
         """What these `rows`, in order, ask; nothing of bad ones. Columns of texts are read as a whole."""
         for start, batch in zip(self.starts[:-1].tolist(), self.batches, strict=True):
             first, last = np.searchsorted(rows, [start, start + batch.num_rows])
-            column = self.column(batch, self.question) if self.question and first < last else None
-            if column is not None and str(column.type) in ("string", "large_string"):
-                yield from column.take(rows[first:last] - start).to_pylist()
-                continue
-            for row in rows[first:last].tolist():
+            some = rows[first:last]
+            for row, text in zip(some.tolist(), self._last_texts(batch, some - start), strict=True):
+                if text is not None:
+                    yield text
+                    continue
                 with suppress(BadRow):
                     yield self[row].text
         self.forget()
+
+    def _last_texts(self, batch: Any, rows: NDArray[np.integer]) -> list[str | None]:
+        """What these rows of a batch ask, by columns: texts, or what the last messages say; None: unknown."""
+        for path in (self.question, f"{self.question}.-1.content", f"{self.question}.-1.value"):
+            column = self.column(batch, path) if self.question and len(rows) else None
+            if column is not None and str(column.type) in ("string", "large_string"):
+                return [None if (text or "")[:1] == "[" else text for text in column.take(rows).to_pylist()]
+        return [None] * len(rows)
 
     def place(self, row: int) -> str:
         """Where a row stands, as in `line 3`."""
@@ -193,7 +201,7 @@ def keep_rows(questions: Iterable[Question], bad: BadRows) -> LargeQuestions:
             yield pa.record_batch({"asked": texts, "answers": known, "row": rows})
 
     def column(batch: Any, path: str) -> Any | None:
-        values = [_found(pickle.loads(row.as_py()).row, path) for row in batch["row"]]
+        values = [find(pickle.loads(row.as_py()).row, path) for row in batch["row"]]
         if all(value is None for value in values):
             return None
         return pa.array(map(repr, values), pa.large_string())
@@ -201,10 +209,3 @@ def keep_rows(questions: Iterable[Question], bad: BadRows) -> LargeQuestions:
     hashes = lambda batch: (hash_column(batch["asked"]), hash_column(batch["answers"]))
     see = lambda batch: (*hashes(batch), np.zeros(batch.num_rows, np.bool_))
     return _keep([batches()], see, bad, read=lambda b: pickle.loads(b["row"][0].as_py()), column=column)
-
-
-def _found(row: Row, path: str) -> Any:
-    try:
-        return lookup(row, path)
-    except KeyError:
-        return None

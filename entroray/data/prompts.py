@@ -119,15 +119,15 @@ def make_prompts(
     found: dict[str, Prompt] = {}
     shortest, too_long, contradictions, differing = float("inf"), set[str](), 0, set[str]()
     for question in questions:
-        turns, shown = _shown(question, template)
-        key = prompt_id(question.task, shown)
+        turns, text = shown(question, template)
+        key = prompt_id(question.task, text)
         if first := found.get(key):
             right = {question.answer, *question.alternatives}
             contradictions += right.isdisjoint({first.reference, *first.alternatives})
             differing |= _differing(first.entry, question.row)
         if first or key in too_long:
             continue
-        prompt = _make_prompt(question, turns, shown, tokenize, domain)
+        prompt = _make_prompt(question, turns, text, tokenize, domain)
         shortest = min(shortest, len(prompt.token_ids))
         if max_tokens is not None and len(prompt.token_ids) > max_tokens:
             too_long.add(key)
@@ -140,7 +140,7 @@ def make_prompts(
     return PromptSet(prompts, duplicates, len(too_long), contradictions, frozenset(differing))
 
 
-def _shown(question: Question, template: str | None) -> tuple[list[Message], str]:
+def shown(question: Question, template: str | None) -> tuple[list[Message], str]:
     """The messages of a prompt, and its text."""
     text = render(question, template)
     turns: list[Message] = [*question.before, {"role": "user", "content": text}]
@@ -263,7 +263,7 @@ def _large_prompts(
     """Rows with one question, and one value in each other field of the template, are duplicates."""
 
     def make(question: Question) -> Prompt:
-        return _make_prompt(question, *_shown(question, template), tokenize, domain)
+        return _make_prompt(question, *shown(question, template), tokenize, domain)
 
     none, shortest = np.empty(0, np.uint64), float("inf")
     kept = replace(questions, asked=none, answers=none, good=none.astype(np.int64))
@@ -278,7 +278,7 @@ def _large_prompts(
     else:
         raise _nothing_left(len(questions), shortest, max_tokens)
     keys, answers, rows = questions.asked, questions.answers, questions.good
-    for name in sorted(_fields(template) - {"question", questions.question}):
+    for name in sorted(template_fields(template) - {"question", questions.question}):
         values = questions.hashes(name)
         values = questions.hashes(f"metadata.{name}") if values is None else values
         keys = keys if values is None else mix(keys ^ values)
@@ -294,7 +294,7 @@ def _large_prompts(
     return PromptSet(large, len(questions) - len(rows), 0, contradictions)
 
 
-def _fields(template: str | None) -> set[str]:
+def template_fields(template: str | None) -> set[str]:
     """What a template names, by path."""
     return {
         re.sub(r"\[([^]]*)\]", r".\1", name)

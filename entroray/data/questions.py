@@ -1,6 +1,5 @@
 """A row of data -> a question with its right answers, or what is wrong with the row."""
 
-import ast
 import json
 import re
 import textwrap
@@ -8,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from entroray.data.tables import lookup, message_text, written
+from entroray.data.tables import find, lookup, message_text, unpack, written
 from entroray.data.text_rows import Row, recoded
 from entroray.errors import EntrorayError
 
-_WRITTEN = re.compile(r"""\s*\[\s*(?:(?:null|None)\s*,\s*)*\{\s*["'](?:role|content)["']\s*:""")
-"""How a list of messages begins that was written as a text."""
-_APART = re.compile(r"\}\s+\{")
-"""What NumPy writes between two messages."""
+_WRITTEN = re.compile(r"""\s*\[\s*(?:(?:null|None)\s*,\s*)*\{\s*["'](?:(role|content|from)|\w+)["']\s*:""")
+"""How a list begins that was written as a text; one of messages, if its first key is theirs."""
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+"""Of ShareGPT's form, {from, value}."""
 _ALONE = re.compile(r"""\s*\[\s*("(?:[^"\\]|\\["\\/bfnrtu])*")\s*\]\s*""")
 """One answer as a JSON list in a text, as Skywork-OR1 has them: `["7"]`."""
 Message = Mapping[str, Any]
@@ -77,10 +76,12 @@ def read_question(task: str, row: Row | str, *, question: str, answer: str | Non
     """The question of a row; BadRow where it has none, or no answer."""
     if isinstance(row, str):
         raise BadRow(row)
-    value = _messages(_value(row, question), question)
+    given = _value(row, question)
+    value = _messages(given, question)
     if question in row:
         row = {**row, question: value}  # a template reads messages from here, too
-    *before, last = _conversation(value, question)
+    said = "content" if find(given, "0.from") is None else "value"
+    *before, last = _conversation(value, question, said)
     reference, *others = _references(_value(row, answer), answer, marker) if answer else [""]
     return Question(task, last["content"], reference, row, tuple(before), tuple(others))
 
@@ -108,27 +109,27 @@ def _reference(value: Any, column: str, marker: str) -> str:
 
 
 def _messages(value: Any, column: str) -> Any:
-    """Messages without the nulls among them, also where a text holds them as JSON or as Python does."""
-    if isinstance(value, str) and _WRITTEN.match(value):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            value = _literal(value, column)
+    """Messages without the nulls among them, also in ShareGPT's form, and where a text holds them."""
+    if isinstance(value, str) and (begins := _WRITTEN.match(value)):
+        held = unpack(value)
+        if held is None and begins[1]:
+            raise BadRow(f"{column!r} is {_shown(value)}, messages that are neither JSON nor Python")
+        spoken = held and all(m is None or "role" in m or "from" in m for m in held)
+        value = held if held and (begins[1] or spoken) else value
     if isinstance(value, list | tuple) and any(isinstance(message, Mapping) for message in value):
-        return [message for message in value if message is not None]
+        return [_renamed(message) for message in value if message is not None]
     return value
 
 
-def _literal(text: str, column: str) -> Any:
-    for form in (text, _APART.sub("}, {", text)):
-        try:
-            return ast.literal_eval(form)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    raise BadRow(f"{column!r} is {_shown(text)}, messages that are neither JSON nor Python")
+def _renamed(message: Any) -> Any:
+    """ShareGPT's {from, value} as {role, content}."""
+    if not isinstance(message, Mapping) or "role" in message or not {"from", "value"} <= message.keys():
+        return message
+    rest = {name: value for name, value in message.items() if name not in ("from", "value")}
+    return {"role": _ROLES.get(str(message["from"]), message["from"]), "content": message["value"], **rest}
 
 
-def _conversation(value: Any, column: str) -> list[Message]:
+def _conversation(value: Any, column: str, said: str) -> list[Message]:
     """The messages that a column holds, the last one the user's; a text is one message."""
     if isinstance(value, str):
         _check_filled(column, value)
@@ -137,9 +138,10 @@ def _conversation(value: Any, column: str) -> list[Message]:
         raise BadRow(f"{column!r} is {_shown(value)}, not a text or a list of messages (role, content)")
     messages = [_message(m, column) for m in value]
     if messages[-1]["role"] != "user":
+        first = next((at for at, m in enumerate(messages) if m["role"] == "user"), 0)
         raise BadRow(
             f"{column!r} ends with a message of {messages[-1]['role']!r}, and the user's is answered: "
-            f"data.settings.question={column}.0.content takes the first alone"
+            f"data.settings.question={column}.{first}.{said} takes the first alone"
         )
     _check_filled(column, messages[-1]["content"])
     return messages
@@ -160,6 +162,8 @@ def _value(row: Row, column: str) -> Any:
     except KeyError:
         inner = [f"{name}.{key}" for name, v in row.items() if isinstance(v, Mapping) for key in v]
         known = ", ".join(map(str, [*row, *inner])) or "none"
+        if isinstance(text := row.get(column.partition(".")[0]), str):
+            known = f"{known}; it is not within {_shown(text)}, read as JSON or as Python"
         raise BadRow(f"no {column!r} (columns: {known})") from None
 
 

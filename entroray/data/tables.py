@@ -3,16 +3,19 @@
 What a file is is read from its content first and its suffix second; each row comes with its place.
 """
 
+import ast
 import datetime
 import glob
 import io
+import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ from entroray.data.text_rows import (
 )
 from entroray.errors import PreflightError
 
+_APART = re.compile(r"\}\s+\{")
+"""What NumPy writes between two messages."""
 _BATCH = 1000
 """Rows of a data set of the hub that are objects in memory at once."""
 
@@ -78,7 +83,10 @@ def table_name(source: str) -> str:
 
 
 def lookup(row: Any, path: str) -> Any:
-    """What lies at `a.b.0.c` in mappings and lists; a name with dots goes before its parts; else KeyError."""
+    """What lies at `a.b.0.c` in mappings, lists and texts that hold them; else KeyError.
+
+    A name with dots goes before its parts.
+    """
     parts = path.split(".")
     for count in range(len(parts), 0, -1):
         name, rest = ".".join(parts[:count]), ".".join(parts[count:])
@@ -88,7 +96,29 @@ def lookup(row: Any, path: str) -> Any:
         place, rest = int(parts[0]), ".".join(parts[1:])
         if -len(row) <= place < len(row):
             return lookup(row[place], rest) if rest else row[place]
+    if isinstance(row, str) and (held := unpack(row)) is not None:
+        return lookup(held, path)
     raise KeyError(path)
+
+
+def find(row: Any, path: str) -> Any:
+    """`lookup`, with None for nowhere."""
+    try:
+        return lookup(row, path)
+    except KeyError:
+        return None
+
+
+def unpack(text: str) -> Any:
+    """The list or mapping that a text holds as JSON, Python or NumPy write it; None where it holds none."""
+    ways: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
+    forms = (text, _APART.sub("}, {", text)) if text.lstrip()[:1] in ("{", "[") else ()
+    for read, form in product(ways, dict.fromkeys(forms)):
+        try:
+            return read(form)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
 
 
 def message_text(message: Mapping[str, Any]) -> Any:

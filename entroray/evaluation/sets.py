@@ -9,7 +9,7 @@ from entroray.binding import bind
 from entroray.config import EvaluationSet
 from entroray.data import sources
 from entroray.data.overlap import count_shared, question_hash
-from entroray.data.prompts import make_prompts, render
+from entroray.data.prompts import make_prompts, prompt_id, render, shown
 from entroray.errors import ConfigError, PreflightError
 from entroray.evaluation import summary
 from entroray.evaluation.cot_decoding import Words
@@ -41,7 +41,7 @@ class EvaluatedSet:
     label: str
     """What its metrics end in."""
     questions: tuple[frozenset[int], ...]
-    """Hashes of its questions, bare and in the template (data/overlap.py)."""
+    """Hashes of what each prompt asks, bare and in the template (data/overlap.py)."""
     left_out: str
     """What is not among the prompts, and why; empty where all of it is."""
 
@@ -86,9 +86,12 @@ def read_set(
     longer = f"longer than data.max_prompt={max_prompt} tokens"
     counts = {"bad rows": bad, "duplicates": made.duplicates, longer: made.too_long}
     left_out = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    forms = ({row.text, render(row, of.template)} for row in rows)
-    questions = tuple(frozenset(map(question_hash, texts)) for texts in forms)
-    return EvaluatedSet(of.task, tuple(made.prompts[: of.prompts]), plan, label, questions, left_out)
+    prompts = tuple(made.prompts[: of.prompts])
+    forms: dict[str, set[int]] = {prompt.id: set() for prompt in prompts}
+    for row in rows:
+        hashes = map(question_hash, {row.text, render(row, of.template)})
+        forms.get(prompt_id(name, shown(row, of.template)[1]), set()).update(hashes)
+    return EvaluatedSet(of.task, prompts, plan, label, tuple(map(frozenset, forms.values())), left_out)
 
 
 def describe_sets(sets: Mapping[str, EvaluatedSet], training: Iterable[str]) -> list[str]:

@@ -40,9 +40,8 @@ def _ended(error: BaseException | None) -> tuple[Literal["finished", "stopped", 
     """The status and the exit code of a run that `error` ended, or nothing."""
     if error is None:
         return "finished", 0
-    signals = {KeyboardInterrupt: signal.SIGINT, asyncio.CancelledError: signal.SIGTERM}
-    if number := signals.get(type(error)):
-        return "stopped", 128 + number
+    if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):  # cancelled by SIGTERM with its words
+        return "stopped", 128 + (signal.SIGTERM if error.args else signal.SIGINT)
     code = error.exit_code if isinstance(error, EntrorayError) else 1
     return ("stopped" if isinstance(error, Stopped) else "failed"), code
 

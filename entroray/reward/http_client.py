@@ -6,7 +6,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -81,6 +81,8 @@ class Client:
     """Seconds from `began` after which nothing is tried again."""
     began: float
     """By `time.monotonic`."""
+    is_down: Callable[[], bool] = lambda: False
+    """Whether others have found that nothing is to be hoped for."""
     trouble: str = ""
     """What went wrong last, or what is waited for."""
 
@@ -109,6 +111,8 @@ class Client:
             except Unjudged as error:
                 raise Unjudged(error.status, _without(key, error.detail)) from None
             await asyncio.sleep(wait)
+            if self.is_down():
+                raise Unjudged(Status.INFRA_FAILED, self.trouble)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _try(

@@ -41,8 +41,14 @@ def math(*, extract: Extract = "boxed", marker: str = "####") -> Judge:
     def by_value(response: str, prompt: Prompt) -> Verdict:
         references = []
         for text in (prompt.reference, *prompt.alternatives):
-            if (reference := read_reference(text)) is None:
-                return failed(f"prompt {prompt.id}: math-verify cannot read the reference {text!r}")
+            try:
+                reference, why = read_reference(text), ""
+            except ValueError as error:  # more digits than Python reads
+                reference, why = None, f": {error}"
+            if reference is None:
+                return failed(
+                    f"prompt {prompt.id}: math-verify cannot read the reference {text[:200]!r}{why}"
+                )
             references.append(reference)
         answer = find(response)
         if answer is None:

@@ -4,8 +4,9 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -14,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from entroray.binding import complaint
 from entroray.config import Config
 from entroray.errors import ConfigError, first_line, nearest
 from entroray.evaluation.evaluate import plan_evaluation
@@ -61,7 +63,7 @@ def load_config(
     """
     _refuse_renamed(words)
     words, given = overrides.read_words(words)
-    overrides.refuse_sweeps(words, given)
+    refuse_sweeps(words, given)
     own = _own_folder(config_dir)
     overrides.refuse_unknown(words, given, own)
     for folder in own:
@@ -70,15 +72,13 @@ def load_config(
     found = [f"hydra.searchpath=[{overrides.quote(f'file://{folder.resolve()}')}]" for folder in own]
     conf = str(conf_folder())
     schema = OmegaConf.structured(Config)  # conf/train.yaml begins with it
-    for named_by_others in (schema.model.template_args, schema.reward.parts):
-        OmegaConf.set_struct(named_by_others, False)
     ConfigStore.instance().store(name="schema", node=schema)
     try:
         with initialize_config_dir(config_dir=conf, version_base="1.3"):
-            first, later = overrides.split_whole(words, given)
+            first, later = _split_whole(words, given)
             tree = compose("train", overrides=first + found)
         for override in later:
-            overrides.put(tree, override)
+            _put(tree, override)
         overrides.read_line_breaks(tree, given)
     except ConfigError:
         raise
@@ -109,13 +109,13 @@ def _refuse_renamed(words: list[str]) -> None:
 def override_config(tree: DictConfig, words: list[str], *, training: bool = True) -> Config:
     """Composed settings with `path=value` said beside them; no group can be chosen anew."""
     words, given = overrides.read_words(words)
-    overrides.refuse_sweeps(words, given)
+    refuse_sweeps(words, given)
     try:
         base = [] if OmegaConf.get_type(tree) is Config else [OmegaConf.structured(Config)]
         merged = OmegaConf.merge(*base, tree)
         assert isinstance(merged, DictConfig)
         for each in given:
-            overrides.put(merged, each)
+            _put(merged, each)
         overrides.read_line_breaks(merged, given)
     except OmegaConfBaseException as error:
         raise ConfigError(overrides.explain(error, words)) from error
@@ -214,6 +214,81 @@ def check_evaluation(config: Config) -> None:
             f"evaluate.cot={e.cot} reads probabilities and generator.engine.logprobs_mode="
             f"{engine['logprobs_mode']} reports logits: drop it, or set evaluate.cot=0"
         )
+
+
+def _is_inner(key: str) -> bool:
+    """Whether a setting is of a part or set, which must be there."""
+    return key.startswith(overrides.NAMED) and key.count(".") > 2
+
+
+def _split_whole(words: Sequence[str], given: Sequence[Override]) -> tuple[list[str], list[Override]]:
+    """The words that Hydra composes, and those for afterwards: free dictionaries, and what goes into them.
+
+    Hydra would merge `reward.judge={fn: mine.judge}` into the judge of conf/data, settings and all.
+    """
+    first, later, whole = list[str](), list[Override](), list[str]()
+    for word, override in zip(words, given, strict=True):
+        key, kind = override.key_or_group, overrides.setting_type(override.key_or_group)
+        free = bool(overrides.mapping_type(kind)) or (is_dataclass(kind) and key.startswith(overrides.NAMED))
+        if isinstance(override.value(), dict) and free:
+            whole.append(key)
+        within = any(f"{key}.".startswith(f"{each}.") for each in whole)
+        bare = word.startswith(key) and ((kind is Any and key.startswith(overrides.TAKEN)) or _is_inner(key))
+        if (within or bare) and not override.is_delete():
+            later.append(override)
+        else:
+            first.append(word)
+    return first, later
+
+
+def _put(tree: DictConfig, override: Override) -> None:
+    """Have a setting be what a word gives; a dictionary in place of the one there was."""
+    kind = overrides.setting_type(override.key_or_group)
+    _refuse_unnamed(tree, override.key_or_group)
+    value = _structured(override.key_or_group, kind, override.value())
+    whole = isinstance(value, dict | DictConfig)
+    OmegaConf.update(tree, override.key_or_group, value, merge=not whole, force_add=whole or kind is Any)
+
+
+def _refuse_unnamed(tree: DictConfig, key: str) -> None:
+    """ConfigError for a setting of a part or set that there is not: a typing error would make one."""
+    section = ".".join(key.split(".")[:3])
+    place, _, name = section.rpartition(".")
+    there = OmegaConf.select(tree, place) or {}
+    if key.startswith(overrides.NAMED) and section != key and name not in there:
+        choices = f"{nearest(name, there)}, or " if there else ""
+        raise ConfigError(f"there is no `{section}`: {choices}give it whole first, '{section}={{task: ...}}'")
+
+
+def _structured(path: str, kind: Any, value: Any) -> Any:
+    """A dictionary as the schema wants it, which for parts and evaluation sets has fields of its own."""
+    if isinstance(value, dict) and is_dataclass(kind):
+        kinds = {f.name: f.type for f in fields(kind)}
+        if wrong := [name for name in value if name not in kinds]:
+            raise ConfigError(f"there is no setting `{path}.{wrong[0]}`: {nearest(wrong[0], kinds)}")
+        held = {name: _structured(f"{path}.{name}", kinds[name], x) for name, x in value.items()}
+        return OmegaConf.merge(OmegaConf.structured(kind), held)
+    if kind in overrides.NUMBERS and isinstance(value, int | float):
+        return [value]
+    wanted = "a mapping" if is_dataclass(kind) else complaint(value, kind)
+    if wanted and value == value and "${" not in str(value):  # NaN has bounds
+        raise ConfigError(f"{path} must be {wanted}, got {value!r}")
+    if isinstance(value, dict) and (mapping := overrides.mapping_type(kind)):
+        return {n: _structured(f"{path}.{n}", get_args(mapping)[1], inner) for n, inner in value.items()}
+    return value
+
+
+def refuse_sweeps(words: Sequence[str], given: Sequence[Override]) -> None:
+    """ConfigError for a word that names several values, where there is one run."""
+    for word, override in zip(words, given, strict=True):
+        if override.is_sweep_override():
+            key, _, value = word.partition("=")
+            spelt = overrides.spell(key, value)
+            alone = f"; as one value with commas in it write {spelt}" if spelt else ""
+            raise ConfigError(
+                f"{word} sweeps over several values: train them one by one with --multirun, or compare them "
+                f"with entroray lab{alone}"
+            )
 
 
 def expand_sweep(words: list[str], config_dir: str | None = None) -> list[list[str]]:

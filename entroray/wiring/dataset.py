@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,24 @@ def _check_name(place: str, name: str) -> None:
 def check_tasks(config: Config) -> None:
     """ConfigError for a source or a judge that there is not, or whose settings are wrong."""
     _check_reward(config)
-    for part in tasks(config.data, config.model.system).values():
-        _bind_source(part, config.packages)
+    for name, part in tasks(config.data, config.model.system).items():
+        place = f"data.parts.{name}" if name else "data"
+        _bind_source(part, config.packages, f"{place}.source")
+        _check_template(part.template, place)
     for place, spec in judge_specs(config):
         judge = unweighted(spec) if place.startswith(PLACE) else spec
         if judge:
             bind_judge(written_judge(judge, place), config.packages, place)
+
+
+def _check_template(template: str | None, place: str) -> None:
+    """ConfigError for a template that makes one prompt of all rows; one that is broken is refused later."""
+    with suppress(ValueError):
+        if template is not None and not prompts.template_fields(template):
+            raise ConfigError(
+                f"{place}.template={template!r} names no field, so that every prompt would be the same: "
+                "{question} stands for the question, in single braces"
+            )
 
 
 def _check_reward(config: Config) -> None:
@@ -120,9 +133,9 @@ def read_questions(part: Part, packages: Sequence[str]) -> tuple[Sequence[source
 
 
 def _bind_source(
-    part: Part, packages: Sequence[str]
+    part: Part, packages: Sequence[str], place: str = sources.SETTING
 ) -> Callable[[str], tuple[Sequence[sources.Question], int]]:
-    return bind(sources, {**part.settings, "fn": part.source}, packages)
+    return bind(sources, {**part.settings, "fn": part.source}, packages, place)
 
 
 def load_dataset(config: Config, model: str) -> Dataset:
@@ -256,6 +269,7 @@ def check_sets(config: Config) -> None:
         if name.startswith("sets."):
             raise ConfigError(f"{place}: what begins with `sets.` is another set's, leave that out")
         bind_set(name, of, config.packages)
+        _check_template(of.template, place)
         if of.temperature is not None:
             sampler.check_temperature(of.temperature, f"{place}.temperature")
         set_plan(config, name, of)

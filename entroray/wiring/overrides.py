@@ -15,7 +15,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from entroray.config import Config
 from entroray.errors import ConfigError, first_line, nearest
@@ -32,8 +31,11 @@ TEXTS = re.compile(
 """Settings whose text is put to the model or looked for in what it says."""
 NAMED = ("data.parts.", "evaluate.sets.")
 """What the sections begin with that the user names."""
+TAKEN = ("data.", "evaluate.sets.", "reward.", "rollout.tool.", "model.template_args.")
+"""What free dictionaries begin with that need no + : whoever takes them knows what there is."""
 BREAK = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|\s*\n\s*""", re.DOTALL)
 TEXT_TYPES = (str, str | None)
+NUMBERS = (list[int], list[float])
 PIECE = re.compile(r"""\s*(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,])+""")
 """What stands between two commas."""
 
@@ -68,6 +70,8 @@ def _as_typed(word: str, override: Override) -> str:
         return f"{key}={','.join(_quoted(each) for each in PIECE.findall(value))}"
     if kind in TEXT_TYPES and isinstance(override.value(), int | float):
         return f"{key}={_quoted(value)}"
+    if kind in NUMBERS and isinstance(override.value(), int | float):
+        return f"{key}=[{value}]"
     if kind == list[str] and listed and isinstance(override.value(), list):
         return f"{key}=[{','.join(_quoted(each) for each in PIECE.findall(value[1:-1]))}]"
     return word
@@ -109,6 +113,8 @@ def _parse(word: str) -> Override:
         raise ConfigError(f"{word}: {key} is a text: leave it out, or write '{key}=\"{value}\"'")
     if setting_type(key) == list[dict[str, Any]] and not override.is_sweep_override():
         _refuse_unlisted(word, override.value())
+    if not override.is_delete() and not override.is_sweep_override():
+        _refuse_bare(word, override.key_or_group, override.value())
     if value == "None" and _may_be_null(key):
         raise ConfigError(f"{word} sets the text `None`; for no value write {key}=null")
     return override
@@ -123,6 +129,24 @@ def _refuse_unlisted(word: str, value: Any) -> None:
     listed = ", ".join("{" + ", ".join(f"{k}: {v}" for k, v in each.items()) + "}" for each in shown)
     key = word.partition("=")[0]
     raise ConfigError(f"{word}: {key} is a list of {{fn: NAME, settings}}: write '{key}=[{listed}]'")
+
+
+def _refuse_bare(word: str, key: str, value: Any) -> None:
+    """ConfigError, with a dictionary to paste, for something else where one is wanted."""
+    kind, above = setting_type(key), key.rpartition(".")[0]
+    named, within = is_dataclass(kind) and key.startswith(NAMED), mapping_type(kind)
+    wanted = above and (named or within or above == "reward.parts")
+    if not wanted or isinstance(value, dict) or (value is None and _may_be_null(key)):
+        return
+    text = value if isinstance(value, str) else ""
+    held = text if re.fullmatch(r"[\w./-]+", text) else quote(text) if text else "..."
+    chooses = key.startswith("reward.parts") or key.rpartition(".")[2] in ("judge", "rule", "plan")
+    first = (
+        "task" if named or f"{key}." in NAMED else "path" if ".py" in text else "fn" if chooses else "NAME"
+    )
+    form = f"{{{first}: {held}}}"
+    form = f"{{NAME: {form}}}" if f"{key}." in (*NAMED, "reward.parts.") else form
+    raise ConfigError(f"{word}: {key} is a dictionary of settings: write '{key}={form}'")
 
 
 def _unreadable(word: str) -> str:
@@ -182,7 +206,7 @@ def setting_type(path: str) -> Any:
     for part in path.split("."):
         if is_dataclass(node):
             node = next((f.type for f in fields(node) if f.name == part), None)
-        elif mapping := _mapping(node):
+        elif mapping := mapping_type(node):
             node = get_args(mapping)[1]
         elif node is not Any and get_origin(node) is not list:
             return None
@@ -191,7 +215,7 @@ def setting_type(path: str) -> Any:
     return node
 
 
-def _mapping(kind: Any) -> Any:
+def mapping_type(kind: Any) -> Any:
     """The type of a dictionary that a setting is, or may be beside null; None where it is none."""
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     return next((one for one in kinds if get_origin(one) is dict), None)
@@ -213,19 +237,6 @@ def setting_names(schema: Any = Config, prefix: str = "") -> Iterator[str]:
 # What a word means.
 
 
-def refuse_sweeps(words: Sequence[str], given: Sequence[Override]) -> None:
-    """ConfigError for a word that names several values, where there is one run."""
-    for word, override in zip(words, given, strict=True):
-        if override.is_sweep_override():
-            key, _, value = word.partition("=")
-            spelt = spell(key, value)
-            alone = f"; as one value with commas in it write {spelt}" if spelt else ""
-            raise ConfigError(
-                f"{word} sweeps over several values: train them one by one with --multirun, or compare them "
-                f"with entroray lab{alone}"
-            )
-
-
 def refuse_unknown(words: Sequence[str], given: Sequence[Override], own: Sequence[Path]) -> None:
     """ConfigError for a word that adds what there is no place for, or takes away what is always there.
 
@@ -242,48 +253,6 @@ def refuse_unknown(words: Sequence[str], given: Sequence[Override], own: Sequenc
             raise ConfigError(f"{word}: {path} has a choice already, so leave out the +: {word.lstrip('+')}")
         if setting_type(path) is None:
             raise ConfigError(f"{word}: there is no setting `{path}`. {_guess(path)}".rstrip())
-
-
-def split_whole(words: Sequence[str], given: Sequence[Override]) -> tuple[list[str], list[Override]]:
-    """The words that Hydra composes, and those for afterwards: free dictionaries, and what goes into them.
-
-    Hydra would merge `reward.judge={fn: mine.judge}` into the judge of conf/data, settings and all.
-    """
-    first, later, whole = list[str](), list[Override](), list[str]()
-    for word, override in zip(words, given, strict=True):
-        key, kind = override.key_or_group, setting_type(override.key_or_group)
-        free = bool(_mapping(kind)) or (is_dataclass(kind) and key.startswith(NAMED))
-        if isinstance(override.value(), dict) and free:
-            whole.append(key)
-        within = any(f"{key}.".startswith(f"{each}.") for each in whole)
-        if within and not override.is_delete():
-            later.append(override)
-        else:
-            first.append(word)
-    return first, later
-
-
-def put(tree: DictConfig, override: Override) -> None:
-    """Have a setting be what a word gives; a dictionary in place of the one there was."""
-    kind = setting_type(override.key_or_group)
-    value = _structured(override.key_or_group, kind, override.value())
-    whole = isinstance(value, dict | DictConfig)
-    OmegaConf.update(tree, override.key_or_group, value, merge=not whole, force_add=whole or kind is Any)
-
-
-def _structured(path: str, kind: Any, value: Any) -> Any:
-    """A dictionary as the schema wants it, which for parts and evaluation sets has fields of its own."""
-    if isinstance(value, dict) and is_dataclass(kind):
-        known = [f.name for f in fields(kind)]
-        if wrong := [name for name in value if name not in known]:
-            raise ConfigError(f"there is no setting `{path}.{wrong[0]}`: {nearest(wrong[0], known)}")
-        try:
-            return OmegaConf.merge(OmegaConf.structured(kind), value)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{path}.{error.full_key}: {first_line(error)}") from error
-    if isinstance(value, dict) and (mapping := _mapping(kind)):
-        return {n: _structured(f"{path}.{n}", get_args(mapping)[1], inner) for n, inner in value.items()}
-    return value
 
 
 def read_line_breaks(tree: DictConfig, given: Sequence[Override]) -> None:
@@ -356,7 +325,6 @@ _KNOWN = {
     "does not support deletion": "Leave {key} out to have its default",
     "HydraConfig was not set": "`hydra:` is not there: ${{oc.env:PWD}} is the working directory",
     "maximum recursion depth": "The defaults of a file lead back to itself: leave one out",
-    "Cannot merge DictConfig with ListConfig": "Give a dictionary, 'SETTING={{name: value}}'",
     "not a subclass of Part": "Give the part whole, 'data.parts.NAME={{task: ...}}'",
     "not a subclass of EvaluationSet": "Give the set whole, 'evaluate.sets.NAME={{task: ...}}'",
 }

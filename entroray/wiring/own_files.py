@@ -22,10 +22,27 @@ def check_own_files(given: Sequence[Override], folder: Path, kind: Callable[[str
 
     `kind` is the type of a setting, by its path.
     """
-    for override in given:
-        group = folder / override.key_or_group
-        for name in _names(override) if group.is_dir() else ():
-            _check_choice(group, name, kind)
+    left = [(folder / each.key_or_group, name) for each in given for name in _names(each)]
+    seen = set[tuple[Path, str]]()
+    while left:
+        group, name = left.pop(0)
+        if group.is_dir() and (group, name) not in seen:
+            root = _check_choice(group, name, kind)
+            left += _defaults(folder, group, root) if root else []
+        seen.add((group, name))
+
+
+def _defaults(folder: Path, group: Path, root: yaml.Node) -> list[tuple[Path, str]]:
+    """The files that a file takes as its defaults: their folder and name."""
+    found = list[tuple[Path, str]]()
+    given = yaml.safe_load(yaml.serialize(root)).get("defaults")
+    for each in given if isinstance(given, list) else ():
+        for key, value in each.items() if isinstance(each, dict) else [("", each)]:
+            path = str(key).rpartition(" ")[2].partition("@")[0]
+            place = folder / path[1:] if path.startswith("/") else group / path
+            names = value if isinstance(value, list) else [value]
+            found += [(place, str(name).removesuffix(".yaml")) for name in names if name != "_self_"]
+    return found
 
 
 def _names(override: Override) -> list[str]:
@@ -73,12 +90,13 @@ def _leaves(node: yaml.Node | None, path: str) -> Iterator[tuple[str, yaml.Node 
         yield path, node
 
 
-def _check_choice(group: Path, name: str, kind: Callable[[str], Any]) -> None:
+def _check_choice(group: Path, name: str, kind: Callable[[str], Any]) -> yaml.Node | None:
+    """What the file holds; None where the folder has none of that name."""
     file = group / f"{name}.yaml"
     if not file.is_file() and file.with_suffix(".yml").is_file():
         raise ConfigError(f"{file.with_suffix('.yml')} is not looked for: call it {file.name}")
     if not file.is_file():
-        return  # of conf/, or of nobody, which is told with the choices there are
+        return None  # of conf/, or of nobody, which is told with the choices there are
     if (ours := conf_folder() / group.name / file.name).is_file() and not ours.samefile(file):
         raise ConfigError(f"{file} is not looked for, conf/ has one of that name: give it another")
     text = _text(file)
@@ -106,6 +124,7 @@ def _check_choice(group: Path, name: str, kind: Callable[[str], Any]) -> None:
     package = header[1] if header else group.name
     for path, node in _leaves(root, package.removeprefix("_global_").lstrip(".")):
         _refuse_lost(file, path, node, kind(path))
+    return root
 
 
 def _refuse_lost(file: Path, path: str, node: yaml.Node | None, kind: Any) -> None:

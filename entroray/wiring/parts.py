@@ -1,7 +1,9 @@
 """The functions that the settings name, each found and bound once."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from entroray.binding import bind, holds, traits
 from entroray.config import Config
@@ -52,5 +54,15 @@ def build_parts(config: Config) -> Parts:
         rule=reshape.build_rule(config.sampler.rule, packages),
         plan=bind(plans, config.rollout.plan or INDEPENDENT, packages),
         controllers=build_controllers(config.control, packages),
-        trackers=tuple(bind(trackers, spec, packages) for spec in config.observe.trackers),
+        trackers=_build_trackers(config.observe.trackers, packages),
     )
+
+
+def _build_trackers(specs: Sequence[Mapping[str, Any]], packages: Sequence[str]) -> tuple[partial, ...]:
+    """ConfigError for two of ours that would write the same files, or go on with the same run."""
+    bound = tuple(bind(trackers, spec, packages) for spec in specs)
+    ours = [each.func.__name__ for each in bound if each.func.__module__ == trackers.__name__]
+    if twice := [name for name in ours if ours.count(name) > 1]:
+        both = " and ".join(f"{{fn: {name}}}" for name in twice)
+        raise ConfigError(f"{trackers.SETTING} has {both}, which are one place in a run's folder: drop one")
+    return bound

@@ -31,11 +31,10 @@ FLOORS = [  # each may import from those before it
 GROUND = {"types", "ops", "config", "errors", "rows", "seeds", "binding", "formula", "home"}
 TOP = {"__init__", "__main__"}
 HOMES = {  # heavy library -> the only folders that may import it
-    "ray": {"workers", "wiring", "cli"},
-    "vllm": {"workers", "wiring", "cli"},
-    "transformers": {"policy", "workers", "wiring", "cli"},
-    "tokenizers": {"policy", "workers", "wiring", "cli"},
+    **{name: {"workers", "wiring", "cli"} for name in ("ray", "vllm")},
+    **{name: {"policy", "workers", "wiring", "cli"} for name in ("transformers", "tokenizers")},
     "hydra": {"wiring", "cli"},
+    **{name: {"observe"} for name in ("wandb", "mlflow")},
 }
 ONLY = {"deepspeed": "entroray/workers/deepspeed_backend.py"}  # heavy library -> the only file
 PURE = {"objective", "metrics", "control", "planning"}

@@ -170,7 +170,7 @@ def test_the_command_line_grows_groups_and_says_so(model: str, tmp_path: Path) -
     ]
     said = entroray(
         "train", "experiment=quickstart", "generator.replicas=1", "rollout=branching",
-        "objective.keep.fn=always", *small, f"run.dir={tmp_path}/run",
+        "objective.keep.fn=always", "objective.estimator={fn: subtree}", *small, f"run.dir={tmp_path}/run",
     )  # fmt: skip
     assert "groups     branching: 4 from the prompt; the rest from 1 position(s) of each" in said
     assert "advantage A  mean R of it and its branches" in said

@@ -1,6 +1,7 @@
 """A judge and a tool of the user's, tried by `doctor` and `train` before anything starts."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,42 @@ def test_references_that_no_parser_reads_are_found_before_the_start(
             doctor.judge(mine)
     else:
         assert "2 of the first 40 references cannot be judged" in doctor.judge(mine)
+
+
+@pytest.mark.parametrize(
+    "form", ["extract: boxed", "extract: after, marker: 'A:'", "extract: answer_tag", "extract: last_line"]
+)
+def test_a_reference_is_tried_in_the_form_that_its_judge_looks_for(tmp_path: Path, form: str) -> None:
+    rows = [{"question": f"{n}?", "answer": str(n)} for n in range(40)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = ("data=table", f"data.task={tmp_path}/mine.jsonl", "data.heldout=0", "data.max_prompt=64")
+    assert "math gives 1 for " in doctor.judge(configured(*table, f"reward.judge={{fn: math, {form}}}"))
+    parts = f"reward.parts={{a: {{fn: math, {form}}}, b: {{fn: length, maximum: 99}}}}"
+    assert " 1 (a 1, b 0) for " in doctor.judge(
+        configured(*table, "reward.judge=null", parts, "reward.correct=a")
+    )
+
+
+def test_a_judge_without_a_verdict_is_named_by_its_setting(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TRIED)
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"question": "1?", "answer": "1"}))
+    none, table = (
+        f"{{path: {tmp_path}/mine.py:none}}",
+        ("data=table", f"data.task={tmp_path}/mine.jsonl", "data.heldout=0"),
+    )
+    for words, place in (
+        ([*SMALL, f'reward.judge={{path: "{tmp_path}/mine.py:none"}}'], "reward.judge"),
+        (
+            [*table, f"evaluate.sets.m={{task: {tmp_path}/mine.jsonl, judge: {none}}}"],
+            "evaluate.sets.m.judge",
+        ),
+        ([*table, "reward.judge=null", f"reward.parts={{a: {none}}}"], "reward.parts"),
+    ):
+        with pytest.raises(DataError, match=f"; {re.escape(place)} must judge every response"):
+            doctor.judge(configured(*words, "data.max_prompt=64"))
+
+
+def test_what_is_wrong_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert doctor.main([*SMALL, f"evaluate.sets.m={{task: {tmp_path}/none.jsonl}}"]) == 3
+    said = capsys.readouterr().out
+    assert said.count("there is no file") == 1 and said.count("not asked: `data` says why") == 2

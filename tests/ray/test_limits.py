@@ -18,7 +18,11 @@ WILD = [
     "learner.updates_per_rollout=2",
 ]
 """The first update throws the weights out of reach of fp32, so the second has nothing finite left."""
-JUDGE = "def judge(response, prompt):\n    return 1.0 if len(response) % 2 else 1 / 0\n"
+JUDGE = """def judge(response, prompt):
+    tried = response in ("", prompt.reference) or response.startswith("word ")
+    return 1.0 if tried or len(response) % 2 else 1 / 0
+"""
+"""It judges what is tried before the start."""
 LENGTHS = f"reward.path={__file__}:lengths"
 
 
@@ -40,7 +44,7 @@ def test_a_verifier_that_raises_on_every_other_answer_ends_the_run_with_5(
     with pytest.raises(DataError) as ended:
         stack.wait(stack.drive(tmp_path / "run", *settings))
     assert ended.value.exit_code == 5
-    for part in (r"reward.max_failed", "ZeroDivisionError", "mine.py:2"):
+    for part in (r"reward.max_failed", "ZeroDivisionError", "mine.py:3"):
         assert part in str(ended.value)
 
 

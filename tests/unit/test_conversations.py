@@ -2,12 +2,16 @@
 
 import json
 import re
+from collections.abc import Callable
+from csv import DictWriter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from entroray.data import large
 from entroray.data.prompts import make_prompts, prompt_id, render
 from entroray.data.sources import Question, table
 from entroray.data.tables import lookup
@@ -61,7 +65,17 @@ def test_verls_layout_is_read_from_json_and_parquet_alike(tmp_path: Path) -> Non
     ("messages", "says"),
     [
         ([], r"\[\]"),
-        ([{"from": "human", "value": "Say 1"}], "role and content"),
+        ([{"from": "human", "text": "Say 1"}], "role and content"),
+        *(([{"from": x, "value": "Say 1"}], "role and content") for x in ([1], 3)),
+        ([{"from": "human", "value": None}], "role and content"),
+        (
+            [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+            r"'assistant'.*question=messages\.0\.value",
+        ),
+        (
+            [*({"role": r, "content": "a"} for r in ("system", "user", "assistant"))],
+            r"'assistant'.*question=messages\.1\.content",
+        ),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
             r"'assistant'.*question=messages\.0\.content",
@@ -77,6 +91,65 @@ def test_a_conversation_that_cannot_be_answered_is_named(tmp_path: Path, message
     row = json.dumps({"messages": messages, "answer": "1"}).encode()
     with pytest.raises(PreflightError, match=f"line 1: 'messages'.*{says}"):
         table(str(file(tmp_path, "rows.jsonl", row)), question="messages")
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+@pytest.mark.parametrize("count", [2, large.LARGE])
+def test_a_column_is_found_within_a_text_that_holds_it(
+    tmp_path: Path, write: Callable[[Any], str], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(large, "LARGE", 5)
+    count = min(count, 20)
+    given = [
+        {"prompt": write(VERL[i % 2]["prompt"]), "reward_model": write(VERL[i % 2]["reward_model"])}
+        for i in range(count)
+    ]
+    given[-1] = {**given[0], "reward_model": write({"ground_truth": ["0", "00"]})} if count > 2 else given[-1]
+    pq.write_table(pa.Table.from_pylist(given), tmp_path / "verl.parquet")
+    with (tmp_path / "verl.csv").open("w", newline="") as opened:
+        writer = DictWriter(opened, ["prompt", "reward_model"])
+        writer.writeheader()
+        writer.writerows(given)
+    for name in ("verl.parquet", "verl.csv"):
+        rows, _ = table(str(tmp_path / name), **COLUMNS)
+        assert [(q.text, q.answer) for q in rows][:2] == [("Say 0", "0"), ("Say 1", "1")]
+        made = make_prompts(
+            rows, tokenize=lambda text: (1,), template="{reward_model.ground_truth}: {prompt}"
+        )
+        assert {p.text for p in made.prompts} >= {"0: Say 0", "1: Say 1"}
+    with pytest.raises(PreflightError, match=r"reward_model\.truth'.*not within .*ground_truth.*JSON"):
+        table(str(tmp_path / name), question="prompt", answer="reward_model.truth")
+
+
+HUMAN = [{"from": "system", "value": "Add."}, {"from": "human", "value": "1+1", "weight": 1}]
+
+
+@pytest.mark.parametrize("write", [lambda given: given, json.dumps, repr])
+def test_sharegpts_form_is_a_conversation(tmp_path: Path, write: Callable[[Any], Any]) -> None:
+    answered = write([*HUMAN, {"from": "gpt", "value": "2"}])
+    row = {"asked": write(HUMAN), "conversations": answered, "answer": "2"}
+    lines = str(file(tmp_path, "rows.jsonl", json.dumps(row).encode()))
+    (question,), _ = table(lines, question="asked")
+    assert (question.text, question.before) == ("1+1", (SAID[0],))
+    (question,), _ = table(lines, question="conversations.1.value", answer="conversations.2.value")
+    assert (question.text, question.answer) == ("1+1", "2")
+
+
+def test_messages_in_a_text_may_begin_with_another_key_and_other_lists_are_texts(tmp_path: Path) -> None:
+    named = [{"name": "me", **message} for message in SAID]
+    texts = ['[{"x": 1}, {"x": 2}] has how many?', '[{"x": 1}]', "[{'a': 1"]
+    rows = [{"question": text, "answer": "2"} for text in (json.dumps(named), repr(named), *texts)]
+    found, _ = table(str(file(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows)).encode())))
+    assert [q.text for q in found] == ["1+1", "1+1", *texts]
+    assert [len(q.before) for q in found] == [1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("template", ["{{question}}", "Answer this.", "", "{}"])
+@pytest.mark.parametrize("place", ["data", "data.parts.countdown"])
+def test_a_template_that_names_no_field_is_refused(template: str, place: str) -> None:
+    data = "mixture" if "parts" in place else "chain_sum"
+    with pytest.raises(ConfigError, match=rf"^{re.escape(place)}\.template=.*\{{question\}}.*single braces"):
+        configured(f"data={data}", f'{place}.template="{template}"')
 
 
 SAID = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}]

@@ -80,8 +80,32 @@ def test_several_sets_are_chosen_at_once_and_single_fields_said() -> None:
     ("told", "said"),
     [
         (["evaluate.sets.mine.samples=4"], r"evaluate\.sets\.\w+=\{task: "),
+        (["evaluate.sets.mine=q3.jsonl"], r"'evaluate\.sets\.mine=\{task: q3\.jsonl\}'$"),
+        (["evaluate.sets=q3.jsonl"], r"'evaluate\.sets=\{NAME: \{task: q3\.jsonl\}\}'$"),
+        (
+            ["evaluate.sets.mine={task: x, settings: y}"],
+            r"^evaluate\.sets\.mine\.settings must be a mapping, got 'y'",
+        ),
+        (
+            ["evaluate.sets.mine={task: x, k: many}"],
+            r"^evaluate\.sets\.mine\.k must be a list, got 'many'",
+        ),
+        (["evaluate=aime24", "evaluate.sets.aime24.k=many"], r"aime24\.k must be a list, got 'many'"),
+        (["evaluate=aime24", "evaluate.sets.aime24.task=[a,b]"], r"aime24\.task must be text, got"),
+        (
+            ["evaluate=aime24", "evaluate.sets.aime.samples=4"],
+            r"no `evaluate\.sets\.aime`: did you mean `aime24`",
+        ),
+        (["evaluate=aime24", "evaluate.sets.aime24.settings.splt=x"], r"`splt`: did you mean `split`"),
+        (
+            ["evaluate=aime24", "evaluate.sets.aime24.template='{{question}}'"],
+            r"^evaluate\.sets\.aime24\.template=",
+        ),
         (["evaluate.sets.mine={tsk: x}"], r"evaluate\.sets\.mine\.tsk`: did you mean `task`"),
-        (["evaluate.sets.mine={task: x, samples: many}"], r"^evaluate\.sets\.mine\.samples: .*many"),
+        (
+            ["evaluate.sets.mine={task: x, samples: many}"],
+            r"^evaluate\.sets\.mine\.samples must be a whole number.*'many'",
+        ),
         (["evaluate=aime24", "evaluate.sets.aime24.sampels=4"], r"evaluate\.sets\.aime24\.samples`"),
         (["evaluate=aime24", "evaluate.sets.aime24.samples=0"], r"^evaluate\.sets\.aime24\.samples=0 .*1"),
         (["evaluate=aime24", "evaluate.sets.aime24.prompts=0"], r"^evaluate\.sets\.aime24\.prompts=0 .*1"),
@@ -110,6 +134,13 @@ def test_several_sets_are_chosen_at_once_and_single_fields_said() -> None:
 def test_a_mistake_in_a_set_is_said_by_its_setting(told: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         configured(*told)
+
+
+def test_a_single_k_is_a_list_of_one_wherever_it_is_said() -> None:
+    said = ["evaluate=aime24", "evaluate.sets.aime24.k=16", "evaluate.sets.mine={task: x, samples: 8, k: 4}"]
+    config = configured(*said, "evaluate.k=2", "evaluate.sets.aime24.settings.revision=main")
+    assert [config.evaluate.k, *(s.k for s in config.evaluate.sets.values())] == [[2], [16], [4]]
+    assert config.evaluate.sets["aime24"].settings["revision"] == "main"
 
 
 def test_what_a_set_leaves_open_is_the_runs_own(mine: str) -> None:
@@ -190,7 +221,7 @@ def test_what_is_left_out_of_a_set_is_counted_and_said(tmp_path: Path) -> None:
     (line,) = dataset.set_lines(config, read)
     assert line.startswith(f"mine: {file}, 3 prompts x 2 samples, temperature 1, top-p 1, at most 256 tokens")
     assert "LEFT OUT: 1 bad rows, 1 duplicates, 1 longer than data.max_prompt=100 tokens" in line
-    assert line.endswith("; none of 5 questions are in the training data, too")
+    assert line.endswith("; none of 3 questions are in the training data, too")
     few = configured(*TABLE, "data.max_prompt=100", word, "evaluate.sets.mine.prompts=2")
     assert dataset.read_dataset(few, TOKENIZER).sets["mine"].prompts == read.sets["mine"].prompts[:2]
 

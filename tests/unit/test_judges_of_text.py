@@ -257,8 +257,13 @@ def test_parts_are_what_a_verifier_is_given(tmp_path: Path, monkeypatch: pytest.
             ["reward.correct=form", "reward.parts.form.fn=formt"],
             r"^reward\.parts\.form has no `formt`: .*`format`",
         ),
-        (["reward.correct=form", "reward.parts.form=5"], r"reward\.parts\.form .*\{fn: name.*5"),
+        (
+            ["reward.correct=form", "reward.parts.form=5"],
+            r"reward\.parts\.form=5: .*'reward\.parts\.form=\{fn: \.\.\.\}'",
+        ),
         (["reward.correct=form", "+reward.parts.a:b={fn: text}"], "a:b"),
+        (["reward.correct=form", "reward.parts.form.wieght=2"], "did you mean `weight`"),
+        (["reward.correct=form", "reward.parts.own={path: a.py:f, wieght: 2}"], "did you mean `weight`"),
     ],
 )
 def test_parts_that_make_no_reward_are_refused(told: list[str], says: str) -> None:
@@ -284,7 +289,7 @@ def test_parts_beside_the_judge_of_a_row_of_data_are_refused_with_what_to_say(tm
         config.reward.parts == {"a": {"fn": "text", "weight": 2}, "b": {"fn": "math"}}
         and not config.reward.judge
     )
-    with pytest.raises(ConfigError, match=r"reward\.parts=\[.*'SETTING=\{name: value\}'"):
+    with pytest.raises(ConfigError, match=r"reward\.parts=\[.*'reward\.parts=\{NAME: \{fn: \.\.\.\}\}'"):
         compose.load_config(["reward.judge=null", "reward.parts=[{fn: text}]"])
     with pytest.raises(ConfigError, match=r"^reward\.correct=a .*reward\.parts"):
         compose.load_config(["reward.correct=a"])

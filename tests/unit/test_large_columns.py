@@ -1,11 +1,16 @@
 """Columns of large tables: found by path, hashed by value, the first of each key."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
 from entroray.data import large
+from entroray.data.large_questions import LargeQuestions
+from entroray.data.sources import table
 from entroray.data.tables import lookup
 
 
@@ -57,6 +62,15 @@ def _found(row: Any, path: str) -> Any:
         return None
 
 
+def test_a_column_is_found_within_texts_that_hold_it() -> None:
+    texts = ['{"a": {"b": "x"}}', "{'a': {'b': [1, 2]}}", "{'a': {'b': []}}", "no", None, '{"a": 3}']
+    column = pa.Table.from_pydict({"t": texts}).to_batches()[0].to_struct_array()
+    found = large.find_column(column, "t.a.b")
+    assert found.to_pylist() == ["x", "[1, 2]", "", "", "", ""]
+    assert large.find_blank(found, numbers=True).tolist() == [False, False, True, True, True, True]
+    assert large.find_column(column, "t.c") is None
+
+
 def test_the_first_of_each_stays_and_others_are_compared_with_it() -> None:
     keys = np.array([5, 1, 5, 9, 1, 5], np.uint64)
     rows, contradictions = large.first_of_each(keys, np.array([1, 1, 2, 3, 1, 2], np.uint64))
@@ -64,3 +78,23 @@ def test_the_first_of_each_stays_and_others_are_compared_with_it() -> None:
     rows, contradictions = large.first_of_each(keys[:0], keys[:0])
     assert rows.tolist() == [] and contradictions == 0
     assert large.first_of_each(keys[[0, 1]], keys[[0, 1]])[0].tolist() == [0, 1]
+
+
+def test_what_conversations_ask_is_read_by_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENTRORAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(large, "LARGE", 10)
+    said = lambda i: [{"role": "system", "content": "Add."}, {"role": "user", "content": f"Say {i}"}]
+    forms = [
+        [{"asked": said(i)} for i in range(20)],
+        [{"asked": [{"from": "human", "value": f"Say {i}"}]} for i in range(20)],
+        [{"asked": f"Say {i}"} for i in range(20)],
+        [{"asked": [*said(i), None]} for i in range(20)],
+    ]
+    for number, rows in enumerate(forms):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        found = table(str(tmp_path / "rows.parquet"), question="asked", answer=None)[0]
+        assert isinstance(found, LargeQuestions)
+        with monkeypatch.context() as columns:
+            if number < 3:  # the last ends in nulls, and is read row by row
+                columns.setattr(LargeQuestions, "__getitem__", lambda *_: 1 / 0)
+            assert [*found.texts(np.array([0, 7, 19]))] == ["Say 0", "Say 7", "Say 19"]

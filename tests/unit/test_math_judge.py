@@ -9,7 +9,7 @@ from entroray.reward.math_answers import is_equal, read_reference
 from entroray.reward.quantities import read_quantity
 from entroray.reward.texts import choice, is_text, same_moment
 from entroray.reward.writing import clean
-from entroray.types import Prompt
+from entroray.types import Prompt, Status
 
 RIGHT = {
     "numbers": [
@@ -288,6 +288,14 @@ def test_a_reference_may_stand_in_a_sentence_or_a_solution(reference: str, right
 def test_the_answer_is_found_where_the_rule_says(rule: str, response: str, right: bool) -> None:
     verdict = build_judge({"fn": "math", "extract": rule})(response, Prompt("0" * 16, "?", (1,), "42"))
     assert verdict.status.usable and verdict.correct is right
+
+
+@pytest.mark.parametrize("reference", ["7" * 5000, "0." + "7" * 5000, rf"\frac{{{'7' * 5000}}}{{2}}"])
+def test_a_reference_of_more_digits_than_python_reads_is_a_failure_of_the_data(reference: str) -> None:
+    verdict = ALONE("7", Prompt("0" * 16, "?", (1,), reference))
+    assert verdict.status is Status.DATA_FAILED and "cannot read the reference" in verdict.detail
+    assert "4300" in verdict.detail and len(verdict.detail) < 600
+    assert not ALONE("7" * 5000, Prompt("0" * 16, "?", (1,), "7")).correct
 
 
 def test_boxes_without_end_are_read_in_one_pass() -> None:

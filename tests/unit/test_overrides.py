@@ -16,7 +16,8 @@ from entroray.config import Config, Run
 from entroray.errors import ConfigError, PreflightError
 from entroray.rows import conf_folder
 from entroray.wiring import compose
-from entroray.wiring.overrides import parse_overrides, read_line_breaks, refuse_sweeps, refuse_unknown
+from entroray.wiring.compose import refuse_sweeps
+from entroray.wiring.overrides import parse_overrides, read_line_breaks, refuse_unknown
 from tests.composed import configured
 
 # What is put to the model.
@@ -106,8 +107,8 @@ def test_a_dictionary_may_be_typed_over_several_lines() -> None:
     word = """reward.judge={fn: math,
         extract: last_line}"""
     assert configured(word).reward.judge == {"fn": "math", "extract": "last_line"}
-    config = configured('evaluate.sets={\n a: {task: x, template: "1\n2"},\n b: {task: y}\n}')
-    assert config.evaluate.sets["a"].template == "1\n2" and config.evaluate.sets["b"].task == "y"
+    config = configured('evaluate.sets={\n a: {task: x, template: "1\n{q}"},\n b: {task: y}\n}')
+    assert config.evaluate.sets["a"].template == "1\n{q}" and config.evaluate.sets["b"].task == "y"
 
 
 def test_a_home_that_no_shell_fills_in_is_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,3 +322,40 @@ def test_a_run_of_many_passes_sigterm_on_and_ends_with_a_run_that_a_signal_ended
 def test_what_hydra_says_comes_with_what_to_write(word: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         compose.load_config([word])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data=table", "data.settings.subst=main"], r"^data\.source: .*`subst`: did you mean `subset`"),
+        (["data=table", "reward.judge.markr=x"], r"^reward\.judge: .*`markr`: did you mean `marker`"),
+        (
+            ["data=mixture", "data.parts.countdwn.weight=2"],
+            r"no `data\.parts\.countdwn`: did you mean `countdown`",
+        ),
+        (["data=mixture", "data.parts.countdown=x"], r"'data\.parts\.countdown=\{task: x\}'$"),
+        (["data=table", "data.settings.subset=2024"], r"must be text or null, in double quotes, got 2024$"),
+        (["data=table", "data.settings=main"], r"'data\.settings=\{NAME: main\}'$"),
+        (["reward.judge=math"], r"'reward\.judge=\{fn: math\}'$"),
+        (["reward.parts.x=my.py:f"], r"""'reward\.parts\.x=\{path: "my\.py:f"\}'$"""),
+    ],
+)
+def test_what_stands_in_a_free_dictionary_is_refused_by_its_name(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose.load_config(words)
+
+
+def test_what_a_source_and_a_judge_take_needs_no_plus() -> None:
+    more = ["data.settings.subset=main", "data.settings.revision=v1", "data.settings.marker='=='"]
+    config, _ = compose.load_config(["data=table", *more, "reward.judge.marker=A", "data.settings.marker=B"])
+    assert {k: config.data.settings[k] for k in ("subset", "revision", "marker")} == {
+        **{"subset": "main", "revision": "v1", "marker": "B"}
+    }
+    assert config.reward.judge and config.reward.judge["marker"] == "A"
+    told = [
+        "data=mixture",
+        "data.parts.countdown.settings.seed=3",
+        "+data.parts.countdown.settings.other=7",
+    ]
+    settings = compose.load_config(told)[0].data.parts["countdown"].settings
+    assert (settings["seed"], settings["other"]) == (3, 7)

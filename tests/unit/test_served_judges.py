@@ -73,6 +73,12 @@ def test_what_is_no_verdict_is_a_failure_of_the_data_and_never_a_zero(answer: st
     assert "\n" not in verdict.detail and len(verdict.detail) <= 2000 and verdict.detail
 
 
+def test_a_verdict_that_is_a_text_is_named() -> None:
+    (verdict,) = served(answering({"reward": 1, "correct": "false"}), "42")
+    assert verdict.status is Status.DATA_FAILED
+    assert verdict.detail.endswith('/judge answers with `correct`: "false": send true or false')
+
+
 def test_a_server_is_told_all_that_a_judge_knows_as_json() -> None:
     seen: list[Any] = []
     served(answering(1, seen=seen), 'a "quoted"\n\ud800 text')
@@ -251,8 +257,8 @@ def test_one_limit_holds_for_a_server_whatever_the_parts_that_ask_it() -> None:
     one = {"fn": "remote", "url": "http://h/x", "concurrency": 2}
     parts = {"a": one, "b": {**one, "weight": 2}, "c": {**one, "url": "http://h/y"}}
     judges = {"": {"parts": parts, "correct": "a"}, "d": one}
-    limits = ServedJudges({"judges": judges}, 5.0)._limit
-    assert limits["", "a"] is limits["", "b"] is limits["d", ""] is not limits["", "c"]
+    servers = ServedJudges({"judges": judges}, 5.0)._server
+    assert servers["", "a"] is servers["", "b"] is servers["d", ""] is not servers["", "c"]
 
 
 # Keys.
@@ -307,6 +313,9 @@ def test_a_url_is_shown_without_its_secrets() -> None:
         ({"fn": "remot", "url": "http://h"}, "`remot`: .*`remote`"),
         ({**LLM, "base_url": "ftp://h"}, "base_url=ftp://h"),
         ({**LLM, "rubric": "Good?"}, r"rubric='Good\?' .*\{response\}"),
+        ({**LLM, "rubric": "{respons}"}, r"rubric='\{respons\}' .*`response`.*written twice"),
+        ({**LLM, "rubric": "{answer} {response}"}, r"no field \{answer\}: .*reference"),
+        ({**LLM, "rubric": "{{response}}"}, r"does not show the response"),
         ({**LLM, "scale": [1]}, r"scale=\[1\] .*scale: \[0, 10\]"),
         ({**LLM, "scale": [10, 0]}, r"scale=\[10, 0\]"),
         ({**LLM, "score": "("}, r"score='\('"),

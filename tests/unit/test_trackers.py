@@ -3,6 +3,8 @@
 import asyncio
 import csv
 import io
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from entroray.binding import declare
-from entroray.cli import train
+from entroray.cli import signals, train
 from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, PreflightError, Stopped
 from entroray.observe import trackers
@@ -158,13 +160,35 @@ def test_a_tracker_of_two_methods_is_closed_and_the_run_is_named_by_its_folder(t
     assert seen == ["mine/grpo-0", 1, "closed", "mine/grpo-1", 1, "closed"]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_first_step_is_told_as_the_process_ends(number: int, code: int) -> None:
+    told: list[int] = []
+
+    async def begin() -> None:
+        signals.cancel_on_sigterm()
+        asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), number)
+        try:
+            async with asyncio.timeout(20.0):
+                await asyncio.gather(asyncio.sleep(10.0), asyncio.sleep(10.0))
+        except BaseException as error:
+            told.append(summarize(error).exit_code)
+            raise
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    with pytest.raises((KeyboardInterrupt, asyncio.CancelledError)):
+        asyncio.run(begin())
+    signal.signal(signal.SIGINT, before)
+    assert told == [code]
+
+
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
         (None, "finished", 0),
         (Stopped(2, "stopped by SIGINT"), "stopped", 130),
         (KeyboardInterrupt(), "stopped", 130),
-        (asyncio.CancelledError(), "stopped", 143),
+        (asyncio.CancelledError(signals.OUTSIDE), "stopped", 143),
+        (asyncio.CancelledError(), "stopped", 130),
         (InfrastructureError("a node is lost\nhere"), "failed", 4),
         (ZeroDivisionError("x"), "failed", 1),
     ],
@@ -316,3 +340,13 @@ def test_names_are_as_mlflow_takes_them():
         "x" * 300: "x" * 250,
     }
     assert {name: trackers._mlflow_name(name) for name in names} == names
+
+
+def test_two_trackers_of_one_place_are_refused() -> None:
+    for name in ("csv", "wandb", "mlflow", "tensorboard"):
+        two = f"observe.trackers=[{{fn: {name}}},{{fn: tensorboard}},{{fn: {name}}}]"
+        with pytest.raises(
+            ConfigError, match=rf"^observe\.trackers has \{{fn: {name}\}} and \{{fn: {name}\}}"
+        ):
+            configured(two)
+    assert len(build_parts(configured("observe.trackers=[{fn: csv},{fn: tensorboard}]")).trackers) == 2

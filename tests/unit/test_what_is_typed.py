@@ -90,6 +90,18 @@ def test_a_value_of_a_file_that_would_be_lost_is_named_with_its_line(
         compose.load_config(["experiment=mine"], mine)
 
 
+@pytest.mark.parametrize("default", ["override /data: own", "base", "override /data: [own]"])
+def test_files_that_are_reached_by_the_defaults_of_another_are_looked_at_too(
+    tmp_path: Path, default: str
+) -> None:
+    lost = {"data__own": "task: ???\n", "experiment__base": f"{HEAD}data:\n  task: ???\n"}
+    first = f"{HEAD}defaults: [{{{default}}}]\n" if ":" in default else f"{HEAD}defaults: [{default}, mine]\n"
+    mine = own(tmp_path, **lost, experiment__mine=first)
+    where = r"own\.yaml, line 1" if ":" in default else r"base\.yaml, line 3"
+    with pytest.raises(ConfigError, match=rf"{where}: data\.task has no value"):
+        compose.load_config(["experiment=mine"], mine)
+
+
 def test_a_file_that_says_nothing_wrong_is_read(tmp_path: Path) -> None:
     text = 'run: {name: "007", dir: ~, steps: 7}\nmodel: {path: "${run.name}", system: 42}\nseed: 0x10\n'
     config = compose.load_config(["experiment=mine"], own(tmp_path, experiment__mine=HEAD + text))[0]
