@@ -1,7 +1,6 @@
 """The one process that sees the whole loop; it knows roles, never Ray or an engine (rollout/README.md)."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
