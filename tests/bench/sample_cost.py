@@ -1,5 +1,8 @@
-"""`sample` through Ray beside the same requests in process: python -m tests.bench.sample_cost
+"""`sample` through Ray beside the same requests in process:
 
+OMP_WAIT_POLICY=passive python -m tests.bench.sample_cost
+
+OpenMP reads that variable as torch is imported; without it the engine in this process would spin.
 An engine in this process and one in an actor take turns at the same wave, so that a machine that drifts does
 not show as one of them. At most 1.15 is wanted.
 """
@@ -61,6 +64,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=64, help="of each response")
     asked = parser.parse_args()
+    if os.environ.get("OMP_WAIT_POLICY") != "passive":
+        parser.error("start it with OMP_WAIT_POLICY=passive, as actors are")
     os.environ.update(cluster.environment() | cluster.CPU_ONLY)
     cluster.start(None, cpu_only=True)
     with tempfile.TemporaryDirectory() as folder:
