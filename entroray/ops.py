@@ -32,7 +32,7 @@ def token_places(lengths: NDArray, pieces: Sequence[NDArray]) -> list[NDArray[np
     ends = np.cumsum(own)
     places = np.arange(own.sum()) + np.repeat(starts[rows] - (ends - own), own)
     edges = np.concatenate([[0], ends])[np.cumsum([len(piece) for piece in pieces], dtype=np.int64)]
-    return np.split(places, edges[:-1])
+    return np.split(places, edges[:-1])[: len(pieces)]
 
 
 def segment_sum(x: Float[Tensor, " N"], row: Int[Tensor, " N"], num_rows: int) -> Float[Tensor, " B"]:

@@ -203,8 +203,8 @@ def open_journal(
     """
     console = Console(file=file)
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
-    told = {"tokens_every": config.observe.tokens.every, "tokens_half": config.observe.tokens.half}
-    journal = Journal(folder, **told, trackers=[console], vocabulary=words)
+    o = config.observe.tokens
+    journal = Journal(folder, tokens_every=o.every, tokens_half=o.half, trackers=[console], vocabulary=words)
     history = read_metrics(folder / "metrics.jsonl")
     name = f"{config.run.name}/{folder.name}"
     run = TrackedRun(folder, name, asdict(config), first_step, history)

@@ -20,4 +20,4 @@ def informative(group: Group) -> bool:
     `0 < #correct < G`
     Reads `correct`, never the reward: shaping would keep all-wrong groups (verl-recipe PR 125).
     """
-    return 0 < int(group.correct.sum()) < len(group.rollouts)
+    return 0 < int(sum(v.correct for v in group.verdicts)) < len(group.rollouts)

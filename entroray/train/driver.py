@@ -302,7 +302,7 @@ class Driver:
         self, groups: Sequence[Group], tokens: Tokens, active: Mapping[str, int]
     ) -> dict[str, float]:
         """Metrics of the groups trained on and of all judged since the last step, which observers take in."""
-        rewards = [float(r) for g in groups for r in self.knobs.objective.shape_rewards(g)]
+        rewards = [r for g in groups for r in self.knobs.objective.shape_rewards(g).tolist()]
         correct = [v.correct for g in groups for v in g.verdicts]
         finished = self.stream.judged_since()
         self.drawn += sum(group.drawn for group in finished)

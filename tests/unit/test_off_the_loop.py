@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,14 +99,17 @@ def test_a_run_told_to_stop_while_a_step_is_written_has_its_line_and_its_checkpo
 @pytest.mark.parametrize("phase", ["evaluate", "checkpoint", "journal"])
 def test_a_stall_is_noticed_before_the_first_step_while_writing_and_in_a_checkpoint(phase: str) -> None:
     w, never = world(), threading.Event()
-    d = driver(w, stall=0.4)
+    d = driver(w, stall=1.0 if phase == "journal" else 20.0)
+    soon = replace(d.pace, stall=0.1)
 
     async def hang(*_: object) -> dict[str, float]:
         await asyncio.sleep(5.0)
         return {}
 
     if phase == "evaluate":
-        d.roles = Roles(w, w, w, w, w, evaluate=hang)  # type: ignore[arg-type]
+        d.roles, d.pace = Roles(w, w, w, w, w, evaluate=hang), soon  # type: ignore[arg-type]
+    if phase == "checkpoint":
+        w.step = lambda *_: setattr(d, "pace", soon)  # type: ignore[method-assign]
     if phase == "journal":
         w.step = lambda *_: never.wait(5.0)  # type: ignore[method-assign,assignment]
     with pytest.raises(InfrastructureError, match=rf"driver\.stall.*`{phase}`"):
