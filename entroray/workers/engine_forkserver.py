@@ -61,7 +61,8 @@ def serve(path: str, modules: Iterable[str] = MODULES) -> None:
         if os.fork() == 0:
             server.close()
             channel.sendall(b"1")
-            return _become(streams, *json.loads(message), channel)
+            arguments, variables, folder = json.loads(message)
+            return _become(streams, arguments, variables, folder, channel)
         for each in (channel.detach(), *streams):
             os.close(each)
 
