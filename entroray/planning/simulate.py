@@ -129,14 +129,18 @@ class _Loop:
             engine.debt += self.rates.prefill
         engine.stamp += 1
         if engine.active and self.speed:
-            left = max(0.0, engine.active[0][0] - engine.steps) * self._step(engine)
-            self._at(self.now + (engine.debt + left) / self.speed, self._decoded, engine, engine.stamp)
+            self._at(self.now + self._left(engine) / self.speed, self._decoded, engine, engine.stamp)
+
+    def _left(self, engine: _Engine) -> float:
+        """Seconds at full speed until the next sequence ends."""
+        return engine.debt + max(0.0, engine.active[0][0] - engine.steps) * self._step(engine)
 
     def _decoded(self, engine: _Engine, stamp: int) -> None:
         if engine.stamp != stamp:
             return
         self._advance(engine)
-        while engine.active and engine.active[0][0] <= engine.steps + 1e-6:
+        soon = 1e-9 * max(1.0, self.now)  # less than the clock resolves would never pass
+        while engine.active and self._left(engine) <= soon:
             group = heapq.heappop(engine.active)[2]
             group.left -= 1
             if not group.left:

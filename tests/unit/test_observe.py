@@ -32,6 +32,7 @@ METRICS = {"correct/mean": 0.25, "entropy/mean": 1.2345, "entropy/p80": 2.5, "la
     "seconds/update": 2.0,
     "seconds/sync": 0.07,
     "seconds/step": 6.0,
+    "idle/generator": 0.4,
 }
 
 

@@ -33,6 +33,11 @@ def test_with_a_learner_that_takes_no_time_the_engine_is_the_bound() -> None:
     assert next(iter(bounds(EIGHT, rates))) == "engines"
 
 
+def test_engines_that_take_no_time_are_no_endless_loop_however_late_it_is() -> None:
+    rates = replace(ONE, lengths=(8191, 17), prefill=0.01, learner_update=1e5, learner_token=0.1)
+    assert bounds(EIGHT, rates)["engines"] == pytest.approx(1e5 + 0.1 * 64 * 4104)
+
+
 def test_one_group_takes_as_long_as_its_longest_response() -> None:
     assert seconds(Shape(groups=1, group_size=64), replace(ONE, lengths=(10, 50))) == pytest.approx(0.5)
 
