@@ -233,7 +233,8 @@ def _split_whole(words: Sequence[str], given: Sequence[Override]) -> tuple[list[
         if isinstance(override.value(), dict) and free:
             whole.append(key)
         within = any(f"{key}.".startswith(f"{each}.") for each in whole)
-        bare = word.startswith(key) and ((kind is Any and key.startswith(overrides.TAKEN)) or _is_inner(key))
+        plain = word.removeprefix("++").startswith(key)  # the last word holds, with or without
+        bare = plain and ((kind is Any and key.startswith(overrides.TAKEN)) or _is_inner(key))
         if (within or bare) and not override.is_delete():
             later.append(override)
         else:

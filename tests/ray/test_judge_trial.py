@@ -109,7 +109,13 @@ def test_references_that_no_parser_reads_are_found_before_the_start(
 def test_a_reference_is_tried_in_the_form_that_its_judge_looks_for(tmp_path: Path, form: str) -> None:
     rows = [{"question": f"{n}?", "answer": str(n)} for n in range(40)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    table = ("data=table", f"data.task={tmp_path}/mine.jsonl", "data.heldout=0", "data.max_prompt=64")
+    table = (
+        "data=table",
+        f"data.task={tmp_path}/mine.jsonl",
+        "data.heldout=0",
+        "data.max_prompt=64",
+        "reward.deadline=60",
+    )
     assert "math gives 1 for " in doctor.judge(configured(*table, f"reward.judge={{fn: math, {form}}}"))
     parts = f"reward.parts={{a: {{fn: math, {form}}}, b: {{fn: length, maximum: 99}}}}"
     assert " 1 (a 1, b 0) for " in doctor.judge(
@@ -133,7 +139,7 @@ def test_a_judge_without_a_verdict_is_named_by_its_setting(tmp_path: Path) -> No
         ([*table, "reward.judge=null", f"reward.parts={{a: {none}}}"], "reward.parts"),
     ):
         with pytest.raises(DataError, match=f"; {re.escape(place)} must judge every response"):
-            doctor.judge(configured(*words, "data.max_prompt=64"))
+            doctor.judge(configured(*words, "data.max_prompt=64", "reward.deadline=60"))
 
 
 def test_what_is_wrong_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

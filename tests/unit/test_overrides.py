@@ -352,6 +352,9 @@ def test_what_a_source_and_a_judge_take_needs_no_plus() -> None:
         **{"subset": "main", "revision": "v1", "marker": "B"}
     }
     assert config.reward.judge and config.reward.judge["marker"] == "A"
+    for last in ("data.settings.subset=b", "++data.settings.subset=b"):
+        words = ["data=table", "data.settings.subset=a", "++data.settings.subset=c", last]
+        assert compose.load_config(words)[0].data.settings["subset"] == "b"
     told = [
         "data=mixture",
         "data.parts.countdown.settings.seed=3",
