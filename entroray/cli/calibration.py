@@ -68,7 +68,8 @@ class Bench:
         found = rates(before.waves + after.waves, before.steps + after.steps, self.lengths, prompt)
         if shared:
             used = [fmean([getattr(x, f"{r}_cores") for x in (before, after)]) for r in ("engine", "learner")]
-            found = on_shared_cores(found, shape_of(c), cores, *(min(cores, x) for x in used), lagged)
+            engine, learner = (min(cores, x) for x in used)
+            found = on_shared_cores(found, shape_of(c), cores, engine, learner, lagged)
         return found, sum(s.seconds for s in after.steps) / sum(s.seconds for s in before.steps)
 
     async def _alone(self, steps: int) -> Alone:

@@ -120,8 +120,8 @@ def _model(shape: Shape, rates: Rates, counts: list[int]) -> dict[str, Any]:
     rows: dict[str, Any] = {name: simulate(of, rates) for name, of in (lags | more).items()}
     rows[f"lag {shape.max_lag}"]["without"] = bounds(shape, rates)
     for count in counts:
-        *of, each = _grown(shape, rates, count)
-        row = {**simulate(*of), "without": bounds(*of)}
+        grown, scaled, each = _grown(shape, rates, count)
+        row = {**simulate(grown, scaled), "without": bounds(grown, scaled)}
         rows[f"{count} engines"] = row | {"tokens/per_second": each * row["tokens/per_second"]}
     return rows
 

@@ -13,6 +13,7 @@ import torch
 from entroray.config import Cluster, Config
 from entroray.errors import PreflightError
 from entroray.objective import Objective
+from entroray.roles import Learner
 from entroray.wiring import sampler
 from entroray.wiring.parts import Parts
 from entroray.workers import cluster
@@ -76,7 +77,7 @@ class Actors:
     def verifier_role(self) -> VerifierRole:
         return VerifierRole(self.verifiers, self.config.driver.call_deadline)
 
-    def learner_role(self) -> LearnerRole | SharingLearner:
+    def learner_role(self) -> Learner:
         resting = self.engines if self.config.generator.sleep else None
         budget, deadline = self.config.learner.token_budget, self.config.driver.call_deadline
         learner = LearnerRole(self.learner, budget, deadline, resting)
@@ -85,8 +86,8 @@ class Actors:
 
     def busy(self) -> dict[str, float]:
         """Seconds at work of every actor there is, since it was first asked for anything."""
-        members = [*self.engines.live, *self.verifiers.members]
-        names = [*(m.name for m in members), *map(self.learner.member, range(len(self.learner.handles)))]
+        ranks = map(self.learner.member, range(len(self.learner.handles)))
+        names = [*(e.name for e in self.engines.live), *(v.name for v in self.verifiers.members), *ranks]
         now = time.monotonic()
         return {name: cluster.WAITS.busy.seconds(name, now) for name in names}
 

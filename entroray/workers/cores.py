@@ -67,6 +67,11 @@ class SharingLearner:
         async with self._working():
             return await self.learner.update(*args, **kwargs)
 
+    async def score_and_update(self, *args: Any, **kwargs: Any) -> tuple[dict[str, float], Scores]:
+        """As `LearnerRole.score_and_update`."""
+        async with self._working():
+            return await self.learner.score_and_update(*args, **kwargs)
+
     @asynccontextmanager
     async def _working(self) -> AsyncIterator[None]:
         self._tell_engines(self.engine.shared)
