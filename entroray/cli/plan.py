@@ -117,12 +117,12 @@ def _model(shape: Shape, rates: Rates, counts: list[int]) -> dict[str, Any]:
         "another engine": replace(shape, engines=shape.engines + 1),
         "another rank": replace(shape, ranks=shape.ranks + 1),
     }
-    rows: dict[str, Any] = {name: simulate(of, rates) for name, of in (lags | more).items()}
+    rows: dict[str, Any] = {name: simulate(each, rates) for name, each in (lags | more).items()}
     rows[f"lag {shape.max_lag}"]["without"] = bounds(shape, rates)
     for count in counts:
-        grown, scaled, each = _grown(shape, rates, count)
-        row = {**simulate(grown, scaled), "without": bounds(grown, scaled)}
-        rows[f"{count} engines"] = row | {"tokens/per_second": each * row["tokens/per_second"]}
+        of, scaled, alike = _grown(shape, rates, count)
+        row: dict[str, Any] = {**simulate(of, scaled), "without": bounds(of, scaled)}
+        rows[f"{count} engines"] = row | {"tokens/per_second": alike * row["tokens/per_second"]}
     return rows
 
 
