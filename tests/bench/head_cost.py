@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from entroray.data.large import release_memory
 from entroray.policy.head import token_stats
 
 SHAPES = ((2048, 256, 32_000), (2048, 128, 32), (2048, 128, 1_000), (2048, 512, 16_384), (512, 256, 152_000))
@@ -77,13 +78,20 @@ def ratio(way: Callable[[Head, Inputs], object], given: Inputs, rounds: int) -> 
     return statistics.median(ratios), statistics.median(ours), statistics.median(theirs)
 
 
+def resident(name: str) -> int:
+    """VmRSS or VmHWM of this process, in KiB."""
+    found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1])
+
+
 def megabytes(run: Callable[[], object]) -> float:
     """By how much more than before this process was resident while it ran."""
-    size = lambda name: int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+    release_memory()  # what the allocator kept of earlier runs would hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the high-water mark
-    before = size("VmRSS")
+    before = resident("VmRSS")
     run()
-    return (size("VmHWM") - before) * 1024 / 1e6
+    return (resident("VmHWM") - before) * 1024 / 1e6
 
 
 def error(given: Inputs) -> float:
