@@ -1,7 +1,7 @@
 """Arithmetic on the flat token axis: segments of it, and what several formulas take of each token."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -114,3 +114,15 @@ def fill_columns(
         "step": 1,
     }
     return columns | others
+
+
+def cut_columns(
+    columns: Mapping[str, Any], per_row: Set[str], pieces: Sequence[NDArray[np.int64]]
+) -> Iterator[dict[str, Any]]:
+    """For each piece, a choice of rows, the tensors of `columns` and of its `extra` there, re-indexed."""
+    named = {name: x for name, x in columns.items() if isinstance(x, Tensor)}
+    for rows, places in zip(pieces, token_places(columns["length"].numpy(), pieces), strict=True):
+        row, token = torch.from_numpy(rows), torch.from_numpy(places)
+        cut: dict[str, Any] = {n: x.index_select(0, row if n in per_row else token) for n, x in named.items()}
+        cut["extra"] = {name: x.index_select(0, token) for name, x in columns["extra"].items()}
+        yield cut | {"row": torch.arange(len(rows)).repeat_interleave(cut["length"])}

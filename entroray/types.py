@@ -7,7 +7,7 @@ tokens of all rows, flat. Index t always means response token t: `logprobs[t]` s
 from __future__ import annotations  # without torch, which a verifier does not need and takes seconds
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -321,10 +321,6 @@ class Batch:
             for rows, p, r in places
         ]
 
-    def rows(self, index: NDArray[np.int64]) -> Batch:
-        """The rows at `index`, in that order."""
-        return self.cut([index])[0]
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -392,20 +388,9 @@ class Tokens:
 
     def cut(self, pieces: Sequence[NDArray[np.int64]]) -> list[Tokens]:
         """For each piece, a choice of rows, its tokens re-indexed; `counts` stay those of the update."""
-        import torch
+        from entroray.ops import cut_columns
 
-        from entroray.ops import token_places
-
-        columns = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)}
-
-        def piece(rows: Tensor, places: Tensor) -> Tokens:
-            on = lambda name: rows if name in PER_ROW else places
-            cut: dict[str, Any] = {name: x.index_select(0, on(name)) for name, x in columns.items()}
-            cut["extra"] = {name: x.index_select(0, places) for name, x in self.extra.items()}
-            return replace(self, **cut | {"row": torch.arange(len(rows)).repeat_interleave(cut["length"])})
-
-        pairs = zip(pieces, token_places(self.length.numpy(), pieces), strict=True)
-        return [piece(torch.from_numpy(rows), torch.from_numpy(at)) for rows, at in pairs]
+        return [replace(self, **cut) for cut in cut_columns(vars(self), PER_ROW, pieces)]
 
     def take(self, rows: Int[Tensor, " b"]) -> Tokens:
         """The tokens of `rows`, in that order, as `cut` gives them."""

@@ -20,7 +20,7 @@ from entroray.workers import cluster
 from entroray.workers.checkpoint import Checkpoints
 from entroray.workers.cluster import Gang, Share
 from entroray.workers.cores import BESIDE, SharingLearner, Threads, divide_cores
-from entroray.workers.cpu_kernels import PRIORITY
+from entroray.workers.cpu_engine import PRIORITY
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.engine_pool import EnginePool
 from entroray.workers.generator import Generator

@@ -21,7 +21,7 @@ import numpy as np
 from entroray.errors import InfrastructureError
 from entroray.policy.tokenizer import response_text
 from entroray.types import Draw, Rollout, Status
-from entroray.workers.step_threads import StepThreads
+from entroray.workers.cpu_engine import StepThreads
 from entroray.workers.vllm_request import (
     Request,
     as_rollout,

@@ -31,10 +31,10 @@ def register() -> None:
     """Entry point `vllm.general_plugins`: runs in every process that vLLM starts."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from entroray.workers import cpu_kernels
+    from entroray.workers import cpu_engine
 
     WeightTransferEngineFactory.register_engine(BACKEND, "entroray.workers.plasma_engine", "PlasmaEngine")
-    cpu_kernels.register()
+    cpu_engine.register()
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,10 @@ def test_a_run_that_does_not_branch_is_what_it_was() -> None:
             d.plan = plan
         asyncio.run(d.train(3))
         seen.append(
-            [{k: v for k, v in s.items() if not k.startswith(("seconds", "tokens/"))} for s in world.steps]
+            [
+                {k: v for k, v in s.items() if not k.startswith(("seconds", "idle", "tokens/"))}
+                for s in world.steps
+            ]
         )
     assert seen[0] == seen[1] and not [k for k in seen[0][0] if k.startswith("branches")]
 

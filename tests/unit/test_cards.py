@@ -121,6 +121,7 @@ def test_a_sleeping_engine_has_no_keys_and_values_on_the_card_until_its_weights_
     alone = object.__new__(Generator)
     alone.llm = alone.engine = llm = SleepingEngine()  # type: ignore[assignment]
     alone.staged, alone.asleep, alone.paused = None, False, False
+    alone.threads = SimpleNamespace(most=2, take=lambda number: None)  # type: ignore[assignment]
     if asleep:
         alone._sleep()
     alone._open()

@@ -26,7 +26,7 @@ def own_statistics(model, b: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies of the responses by the model's own logits, row by row, without padding."""
     found, at = [], 0
     for i in range(b.num_rows):
-        one = b.rows(np.array([i]))
+        one = b.cut([np.array([i])])[0]
         ids = torch.from_numpy(np.concatenate([one.prompt_ids, one.response_ids])).long()
         logits = model(input_ids=ids[None], use_cache=False).logits[0, 2:-1] / float(one.temperatures[0])
         logp = logits.log_softmax(-1)

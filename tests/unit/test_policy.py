@@ -92,7 +92,7 @@ def test_policy_statistics_equal_the_plain_model_row_by_row(folder):
         stats = policy(pad(b, torch.device("cpu")))
     at = 0
     for i in range(6):
-        one = b.rows(np.array([i]))
+        one = b.cut([np.array([i])])[0]
         ids = torch.from_numpy(np.concatenate([one.prompt_ids, one.response_ids])).long()
         with torch.no_grad():
             logits = plain(ids[None]).logits[0] / float(one.temperatures[0])

@@ -249,7 +249,7 @@ def five_steps(row, *, every: int = 0, updates: int = 1, **pace) -> Counted:
 
 def measured(metrics):
     """Without what a clock says."""
-    return {k: v for k, v in metrics.items() if not k.startswith(("seconds/", "tokens/per_second"))}
+    return {k: v for k, v in metrics.items() if not k.startswith(("seconds/", "idle/", "tokens/per_second"))}
 
 
 CORRECTED = ROWS["grpo"] | {"correction": {"fn": "truncated_importance", "cap": 1.5}}

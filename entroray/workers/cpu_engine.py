@@ -1,10 +1,15 @@
-"""Normalisation by vLLM's own kernels for CPUs, which vLLM without a compiler leaves for six torch calls."""
+"""What an engine on CPUs does otherwise than vLLM: its normalisation, and its threads by the size of a step."""
 
-from torch import Tensor, empty_like, float32, ops
+from typing import Any
+
+from torch import Tensor, empty_like, float32, get_num_threads, ops
+from torch import set_num_threads as use_threads  # as it is before vLLM puts one there that does nothing
 
 PROVIDER = "entroray"
 PRIORITY = {"rms_norm": [PROVIDER], "fused_add_rms_norm": [PROVIDER]}
 """vLLM's option `ir_op_priority`: ours first, then its own."""
+SMALL = 6e7
+"""Multiply-adds of a step up to which one thread is quicker: 64 samples of the tiny model."""
 
 
 def register() -> None:
@@ -42,3 +47,32 @@ def _fused_add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
     return x, x_residual
+
+
+class StepThreads:
+    """Numbers of threads by the samples under way; steps of an engine on a GPU are left alone."""
+
+    def __init__(self, llm: Any):
+        from vllm.platforms import current_platform
+
+        config = llm.model_config
+        layers = config.get_num_layers(llm.llm_engine.vllm_config.parallel_config)
+        width = config.get_hidden_size()
+        self.work = 12 * layers * width**2 + width * config.get_vocab_size()
+        """About the multiply-adds of one token."""
+        self.llm, self.cpu = llm, current_platform.is_cpu()
+        self.most = self.now = get_num_threads()
+
+    def fit(self, samples: int) -> None:
+        """Take as many threads as a step with `samples` samples is worth; in the thread that steps."""
+        self.take(self.most if samples * self.work > SMALL else 1)
+
+    def take(self, wanted: int) -> None:
+        """Go on with `wanted` threads."""
+        if wanted != self.now and self.cpu:
+            self.now = wanted
+            self.llm.collective_rpc(_take_threads, args=(wanted,))
+
+
+def _take_threads(worker: Any, number: int) -> None:
+    use_threads(number)
