@@ -82,7 +82,13 @@ def _of_run(folder: Path) -> Rates:
             f"plan --rates: {folder} is a run of driver.max_lag={config.driver.max_lag}, in which phases "
             "overlap: give one of driver.max_lag=0"
         )
-    return run_rates([Step(shape_of(config), line) for line in lines])
+    try:
+        return run_rates([Step(shape_of(config), line) for line in lines])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"plan --rates: the metrics of {folder} are not enough ({error}): give a run of this version with "
+            "some steps that no evaluation follows (evaluate.every=0)"
+        ) from error
 
 
 def _measure(

@@ -66,7 +66,8 @@ def activity_inside(objective: Objective, t: Tokens) -> tuple[Bool[Tensor, " N"]
         counts[function_name(objective.surrogate)] = torch.stack(differs).any(0).sum()
     for penalty in objective.penalties:
         pulls = [slope != 0 for slope in _slopes(penalty(seen).sum(), leaves)]
-        counts[function_name(penalty)] = torch.stack(pulls).any(0).sum()
+        name = function_name(penalty)
+        counts[name] = torch.stack(pulls).any(0).sum() + counts.get(name, 0)
     return t.mask & (t.advantages != 0) & (pull == 0), counts
 
 

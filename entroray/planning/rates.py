@@ -48,7 +48,7 @@ class Step:
         return sum(float(self.metrics.get(f"seconds/{name}") or 0.0) for name in names)
 
     def at_work(self, role: str) -> float:
-        return (1 - float(self.metrics.get(f"idle/{role}", 1.0))) * float(self.metrics["seconds/step"])
+        return (1 - float(self.metrics[f"idle/{role}"])) * float(self.metrics["seconds/step"])
 
     def wave(self, kept: float) -> Wave:
         """What an engine did, of a step that trained on a share of the groups."""
@@ -122,11 +122,14 @@ def lengths_of(mean: float, longest: float) -> tuple[int, ...]:
 
 
 def run_rates(steps: Sequence[Step]) -> Rates:
-    """Of a finished run at lag 0, its first step left out; lengths by their mean and longest alone.
+    """Of a finished run at lag 0; lengths by their mean and longest alone.
 
-    Prompts are not in its metrics: what they cost is counted with the responses.
+    Its first step is left out, and those that an evaluation followed, which idle shares are of too. Prompts
+    are not in its metrics: what they cost is counted with the responses. ValueError if no step is left.
     """
-    kept = [s for s in steps if s.metrics["step"] > 1] or list(steps)
+    kept = [s for s in steps if s.metrics["step"] > 1 and s.phases("evaluate") < 0.01 * s.seconds]
+    if not kept:
+        raise ValueError("no step after the first was without an evaluation")
     mean, longest = (fmean(s.metrics[f"length/{name}"] for s in kept) for name in ("mean", "max"))
     return rates([], kept, lengths_of(mean, longest), 0.0)
 

@@ -82,7 +82,7 @@ def _tile(
     """For states of `shape` (N, D); `whole`: a row's logits are needed at once."""
     card = device.type == "cuda"
     elements = elements or (CARD_TILE_ELEMENTS if card else WHOLE_ROW_ELEMENTS if whole else TILE_ELEMENTS)
-    # few rows take more columns each, but the weight of a tile is no larger than the tile
+    # few rows take more columns each; beyond COLUMNS the weight of a tile is no larger than the tile
     wanted = vocabulary if card or whole else min(max(COLUMNS, elements // max(*shape, 1)), elements)
     columns = max(1, min(vocabulary, wanted))
     return _Tile(max(1, elements // columns), columns)

@@ -257,14 +257,14 @@ class Driver:
             scores = unknown_scores(batch, objective)
             if scored:
                 scores = await learner.score(batch, index, knobs.updates, wants)
-        given, tokens = await asyncio.to_thread(lambda: self._credit(groups, scores, objective))
+        given, tokens = await in_thread(lambda: self._credit(groups, scores, objective))
         with clock("update"):
             if scored:
                 updated = await learner.update(batch, tokens, objective, knobs.updates, knobs.lr)
             else:
                 updated, scores = await learner.score_and_update(batch, tokens, objective, knobs.lr)
                 given, tokens = with_scores(given, scores), corrected(objective, with_scores(tokens, scores))
-        active = await asyncio.to_thread(lambda: active_tokens(objective, given))
+        active = await in_thread(lambda: active_tokens(objective, given))
         if skipped := bool(updated.get("update/skipped")):
             with clock("journal"):
                 skip = self.roles.journal.skipped
@@ -274,9 +274,7 @@ class Driver:
             with clock("rescore"):
                 after = await learner.score(batch, index, knobs.updates)
             changed = self.diagnostics.changed
-            updated |= await asyncio.to_thread(
-                lambda: changed(tokens, gradient_weight(objective, tokens), after)
-            )
+            updated |= await in_thread(lambda: changed(tokens, gradient_weight(objective, tokens), after))
         with clock("probe"):
             updated |= await self.diagnostics.read(self.version + 1, learner)
         with clock("sync"):
@@ -320,7 +318,7 @@ class Driver:
             "groups/held": float(self.stream.held),
             "tokens/drawn": float(self.drawn + self.stream.lost),
         }
-        metrics = await asyncio.to_thread(
+        metrics = await in_thread(
             lambda: (
                 step_metrics(groups, tokens)
                 | self.diagnostics.diagnosed(self.version, groups, tokens, judged)

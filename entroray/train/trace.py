@@ -9,8 +9,11 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from entroray.errors import InfrastructureError
 
 LIMIT = 1_000_000
 """Events of one file, about 100 bytes each before they are packed; those that come later are left out."""
@@ -115,7 +118,7 @@ class Trace:
         self.left -= 1
         self.events.append(json.dumps(event, separators=(",", ":")))
         if self.left == 0:
-            self.report("trace_full", path=str(self.path))
+            self._tell("trace_full", path=str(self.path))
         if len(self.events) >= BUFFER:
             self.flush()
 
@@ -127,7 +130,12 @@ class Trace:
                 file.write(gzip.compress(text, compresslevel=1))
         except OSError as error:
             path, self.path = self.path, None
-            self.report("trace_lost", path=str(path), error=str(error))
+            self._tell("trace_lost", path=str(path), error=str(error))
+
+    def _tell(self, kind: str, **fields: str) -> None:
+        """In the run's events; what the disk refuses there ends the run elsewhere, not who is traced."""
+        with suppress(InfrastructureError):
+            self.report(kind, **fields)
 
 
 def _named(track: str, number: int) -> dict[str, Any]:

@@ -139,6 +139,8 @@ def _refuse_bare(word: str, key: str, value: Any) -> None:
     if not wanted or isinstance(value, dict) or (value is None and _may_be_null(key)):
         return
     text = value if isinstance(value, str) else ""
+    if "${" in text:  # of a file of settings, resolved later
+        return
     held = text if re.fullmatch(r"[\w./-]+", text) else quote(text) if text else "..."
     chooses = key.startswith("reward.parts") or key.rpartition(".")[2] in ("judge", "rule", "plan")
     first = (

@@ -36,13 +36,15 @@ class Checkpoints:
         final, partial = self.folder / f"step-{step:06d}", self.folder / f".step-{step:06d}.part"
         remedy = f"free some space, or lower checkpoint.keep={self.keep}; then go on with run.resume=auto"
         with writing(final, remedy):
+            sealing = False
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 await self.learner.all(lambda rank, h: h.save.remote(str(partial)), deadline=self.deadline)
+                sealing = True
                 return await in_thread(lambda: self._seal(partial, final, {**state, "accuracy": accuracy}))
             except BaseException as error:  # boundary: it is raised again
-                if not isinstance(error, asyncio.CancelledError):  # else the thread may be at it still
+                if not sealing or not isinstance(error, asyncio.CancelledError):  # else the thread is at it
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
 

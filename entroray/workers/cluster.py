@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,7 +250,13 @@ def stop_forking() -> None:
     """End what `fork_engines` started, if anything; engines that were forked live on."""
     FORKED.clear()
     while SERVERS:
-        SERVERS.pop().communicate(timeout=10.0)
+        server = SERVERS.pop()
+        try:
+            server.communicate(timeout=10.0)
+        except subprocess.TimeoutExpired:  # it loads a library, and hears nothing meanwhile
+            server.kill()
+            server.wait(timeout=10.0)
+        shutil.rmtree(os.path.dirname(server.args[-1]), ignore_errors=True)  # type: ignore[index]
 
 
 def _threads(number: int) -> dict[str, str]:
@@ -258,7 +265,7 @@ def _threads(number: int) -> dict[str, str]:
 
 def spawn(cls: type, share: Share, *args: Any, **kwargs: Any) -> Any:
     """A Ray actor of a plain class; returns its handle at once, before its constructor has run."""
-    groups = {"concurrency_groups": dict.fromkeys(share.beside, 1)} if share.beside else {}
+    groups: dict[str, Any] = {"concurrency_groups": dict.fromkeys(share.beside, 1)} if share.beside else {}
     remote: Any = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0, **groups)(cls)
     forked = {"py_executable": FORKED[cls.__name__]} if cls.__name__ in FORKED else {}
     own = {"env_vars": _threads(share.threads), **forked}

@@ -75,25 +75,25 @@ class SharingLearner:
     @asynccontextmanager
     async def _working(self) -> AsyncIterator[None]:
         self._tell_engines(self.engine.shared)
-        watch = asyncio.create_task(self._follow(self._tell_ranks()))
+        watch = asyncio.create_task(self._follow(self._tell_ranks(self._due())))
         try:
             yield
         finally:
             watch.cancel()
             self._tell_engines(self.engine.alone)
+            self._tell_ranks(self.rank.alone)
 
     async def _follow(self, told: int) -> None:
         """Give the ranks the cores of engines that have run out of work, and take them back."""
         while True:
             await asyncio.sleep(LOOK)
             if self._due() != told:
-                told = self._tell_ranks()
+                told = self._tell_ranks(self._due())
 
     def _due(self) -> int:
         return self.rank.shared if self.engines.busy else self.rank.alone
 
-    def _tell_ranks(self) -> int:
-        number = self._due()
+    def _tell_ranks(self, number: int) -> int:
         for handle in self.learner.gang.handles:  # nobody waits: a rank that died is told of by its call
             handle.use_threads.options(concurrency_group=BESIDE).remote(number)
         return number

@@ -1,4 +1,4 @@
-"""What an engine on CPUs does otherwise than vLLM: its normalisation, and its threads by the size of a step."""
+"""What an engine on CPUs does otherwise than vLLM: normalisation, and threads by the size of a step."""
 
 from typing import Any
 

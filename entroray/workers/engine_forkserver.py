@@ -57,8 +57,9 @@ def serve(path: str, modules: Iterable[str] = MODULES) -> None:
     while True:
         channel, _ = server.accept()
         header, streams, _, _ = socket.recv_fds(channel, SIZE.size, 3)
-        message = channel.recv(SIZE.unpack(header)[0], socket.MSG_WAITALL)
-        if os.fork() == 0:
+        whole = len(header) == SIZE.size  # else whoever asked is dead
+        message = channel.recv(SIZE.unpack(header)[0], socket.MSG_WAITALL) if whole else b""
+        if whole and os.fork() == 0:
             server.close()
             channel.sendall(b"1")
             arguments, variables, folder = json.loads(message)
