@@ -86,8 +86,8 @@ def _of_run(folder: Path) -> Rates:
         return run_rates([Step(shape_of(config), line) for line in lines])
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            f"plan --rates: the metrics of {folder} are not enough ({error}): give a run of this version with "
-            "some steps that no evaluation follows (evaluate.every=0)"
+            f"plan --rates: the metrics of {folder} are not enough ({error}): give a run of this version, "
+            "with steps that no evaluation follows (evaluate.every=0)"
         ) from error
 
 

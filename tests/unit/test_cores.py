@@ -79,7 +79,7 @@ def test_engines_give_cores_to_a_learner_at_work_and_it_takes_all_where_they_res
     learner: Any = Working()
     sharing = SharingLearner(learner, pool, Threads(4, 1), Threads(4, 3))
     assert asyncio.run(sharing.update()) == {"update/loss": 1.0}
-    assert engine.numbers == [1, 4] and rank.numbers == [3, 4, 3]
+    assert engine.numbers == [1, 4] and rank.numbers == [3, 4, 3, 4]
 
 
 @pytest.mark.parametrize(("own", "policy"), [(None, "passive"), ("active", "active"), ("PASSIVE", "PASSIVE")])
