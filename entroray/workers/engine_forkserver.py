@@ -79,6 +79,7 @@ def _become(
 ) -> None:
     """Go on as `python <arguments>`; the channel closes with this process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgid(0, 0)  # Ray ends the whole group of a worker that died
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)

@@ -44,7 +44,7 @@ def prompts(folder: Path) -> dict[int, set[str]]:
 
 def steady(row: dict[str, Any]) -> dict[str, Any]:
     """What the clock and an evaluation have no part in."""
-    return {k: v for k, v in row.items() if not k.startswith(("seconds/", "tokens/", "eval/"))}
+    return {k: v for k, v in row.items() if not k.startswith(("seconds/", "idle/", "tokens/", "eval/"))}
 
 
 @dataclass(frozen=True)
