@@ -227,8 +227,8 @@ def _fits(share: Share, nodes: Sequence[Mapping[str, float]]) -> bool:
 
 FORKED: dict[str, str] = {}
 """By name of a class: what Ray runs in place of Python to start its actors."""
-SERVERS: list[subprocess.Popen[bytes]] = []
-"""What forks them."""
+SERVERS: dict[subprocess.Popen[bytes], str] = {}
+"""What forks them, and the folder of its socket."""
 
 
 def fork_engines(threads: int) -> None:
@@ -242,7 +242,7 @@ def fork_engines(threads: int) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    SERVERS.append(server)
+    SERVERS[server] = os.path.dirname(path)
     FORKED["Generator"] = shlex.join([sys.executable, "-I", "-S", engine_forkserver.__file__, path])
 
 
@@ -250,13 +250,13 @@ def stop_forking() -> None:
     """End what `fork_engines` started, if anything; engines that were forked live on."""
     FORKED.clear()
     while SERVERS:
-        server = SERVERS.pop()
+        server, folder = SERVERS.popitem()
         try:
             server.communicate(timeout=10.0)
         except subprocess.TimeoutExpired:  # it loads a library, and hears nothing meanwhile
             server.kill()
             server.wait(timeout=10.0)
-        shutil.rmtree(os.path.dirname(server.args[-1]), ignore_errors=True)  # type: ignore[index]
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _threads(number: int) -> dict[str, str]:

@@ -41,9 +41,8 @@ class Memory:
         self.rows: dict[int, dict[str, float]] = {}
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], tokens: Tokens) -> None:
-        lasting = {
-            k: v for k, v in metrics.items() if not k.startswith(("seconds/", "idle/", "tokens/", "sync/"))
-        }
+        timed = ("seconds/", "idle/", "tokens/", "sync/")
+        lasting = {k: v for k, v in metrics.items() if not k.startswith(timed)}
         self.rows[step] = lasting | {"temperature": float(tokens.temperature[0])}
 
     def skipped(self, step: int, batch: Batch, tokens: Tokens) -> None:

@@ -1,9 +1,10 @@
 """Responses in turns: what the policy reads in each, whose tokens are whose, how a response ends."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -294,6 +295,12 @@ class Calling(ToyWorld):
 def test_the_driver_trains_responses_of_several_turns(monkeypatch: pytest.MonkeyPatch, max_lag: int) -> None:
     """With a lag the weights change between two turns of one response, and its tokens say so."""
     monkeypatch.setattr("tests.toy.LENGTH", 5)
+
+    async def at_once(work: Callable[[], Any]) -> Any:
+        return work()
+
+    # else all responses of this world, which take no time, are drawn while a thread works
+    monkeypatch.setattr("entroray.train.driver.in_thread", at_once)
     world = Calling(build_objective(yaml.safe_load(GRPO.read_text())), lr=0.1)
     marked = lambda ids: "".join("[]" if i == 7 else str(i) for i in ids)
     d = driver(world, max_lag=max_lag)
