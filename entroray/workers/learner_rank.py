@@ -227,12 +227,14 @@ class LearnerRank:
         if scores is not None:
             scores.append(self._columns(batch, padded, stats))
             tokens = tokens if empty else with_scores(tokens, scores[-1])
+        # ZeRO 3 gathers once for each output with a gradient: these must be the same on every rank
+        nothing = sum((x[:0].sum() for x in stats.values() if x.requires_grad), start=torch.zeros(()))
         if empty:
-            return stats["logprobs"].sum() * 0.0
+            return nothing
         live = corrected(self.objective, with_live_statistics(tokens_on(tokens, self.device), stats))
         loss = self.objective.loss(live) / self.objective.denominator(tokens.counts)
         _add_sums(self.objective, live, loss, sums)
-        return loss
+        return loss + nothing
 
     # --- weights ---
 

@@ -113,3 +113,25 @@ def test_a_run_has_the_same_weights_however_it_scores_and_is_looked_at(stack: St
             assert {name.partition("/")[0] for name in differ} <= timed, differ
     predicted = ["entropy/realised_change" in row for row in watched[0]]
     assert predicted == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("row", ["grpo", "clamped_entropy"])
+def test_a_rank_without_a_row_gathers_as_often_as_the_others(stack: Stack, row: str) -> None:
+    """Under ZeRO 3, with seven rows that stand alone, and losses that read one head's output or several."""
+    told = ["learner.ranks=2", "learner.token_budget=1", "learner.zero_stage=3", f"objective={row}"]
+    config, _ = compose.load_config(told)
+    objective = build_objective(config.objective)
+
+    async def updated() -> Mapping[str, float]:
+        settings, gang = actors.learner_settings(config, stack.model, 10), await stack.gang(2)
+        await gang.all(lambda r, h: h.reset.remote(settings, objective), deadline=180.0)
+        learner = LearnerRole(gang, config.learner.token_budget, 60.0)
+        first, second = groups(2, seed=0)
+        g = [replace(first, rollouts=first.rollouts[:3], verdicts=first.verdicts[:3]), second]
+        batch, index = assemble(g), group_index(g)
+        scores = await learner.score(batch, index)
+        tokens = objective.credit(tokens_of(g, [objective.estimate(x) for x in g], scores, 0))
+        return await learner.update(batch, tokens, objective)
+
+    metrics = stack.wait(updated())
+    assert metrics["update/skipped"] == 0 and metrics["update/ratio_max"] == 1.0
