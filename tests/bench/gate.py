@@ -43,7 +43,8 @@ class Gate:
         reading, writing = (int(number) for number in os.environ[PIPES].split(","))
         self.asked, self.answers = os.fdopen(reading), os.fdopen(writing, "w", buffering=1)
         self.steps = self.left = 0
-        self.began = self.tokens = 0.0
+        self.began = self.tokens = self.held = 0.0
+        """`held`: seconds it held still after the last step."""
         self.phases: Counter[str] = Counter()
 
     def step(self, tokens: float, phases: Mapping[str, float]) -> None:
@@ -51,14 +52,17 @@ class Gate:
         self.tokens += tokens
         self.phases.update(phases)
         self.left -= 1
+        self.held = 0.0
         if self.left > 0:
             return
         self._answer()
+        ended = time.perf_counter()
         if not (line := self.asked.readline()):
             self.left = sys.maxsize  # nobody measures: a signal is on its way
         else:
             self.steps = self.left = int(line)
         self.tokens, self.phases, self.began = 0.0, Counter(), time.perf_counter()
+        self.held = self.began - ended
 
     def _answer(self) -> None:
         seconds = time.perf_counter() - self.began

@@ -14,7 +14,9 @@ def main() -> int:
     def log(console: Console, step: int, metrics: Mapping[str, float]) -> None:
         """In the place of a line on the terminal: the driver goes on when this returns."""
         if step:
-            phases = {k: v for k, v in metrics.items() if k.startswith(("seconds/", "idle/"))}
+            phases = {k: v for k, v in metrics.items() if k.startswith("seconds/")}
+            for name in ("seconds/journal", "seconds/step"):  # in which the step before was held still
+                phases[name] = phases.get(name, 0.0) - gate.held
             gate.step(metrics["tokens/per_second"] * metrics["seconds/step"], phases)
 
     Console.log = log  # type: ignore[method-assign]
