@@ -8,6 +8,8 @@ from torch import set_num_threads as use_threads  # as it is before vLLM puts on
 PROVIDER = "entroray"
 PRIORITY = {"rms_norm": [PROVIDER], "fused_add_rms_norm": [PROVIDER]}
 """vLLM's option `ir_op_priority`: ours first, then its own."""
+VECTOR = 8
+"""Floats that vLLM's kernel takes at once: it refuses a width that is no multiple of them, as 12 or 50."""
 SMALL = 6e7
 """Multiply-adds of a step up to which one thread is quicker: 64 samples of the tiny model."""
 
@@ -24,7 +26,7 @@ def register() -> None:
 
 
 def _fits(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
-    if variance_size is not None or weight is None:
+    if variance_size is not None or weight is None or x.shape[-1] % VECTOR:
         return False
     return x.dtype == weight.dtype == float32  # in bf16 they round once, where learners round twice
 

@@ -83,3 +83,21 @@ def test_an_engine_on_a_cpu_normalises_by_one_kernel(stack: Stack) -> None:
 
     engine = stack.wait(stack.engine())
     assert ask(stack, engine.__ray_call__.remote(priority)) == ["entroray", "native"] * 2
+
+
+def test_an_engine_on_a_cpu_normalises_any_width(stack: Stack) -> None:
+    """vLLM's kernel refuses a width of 50: what it refuses is left to torch."""
+
+    def differences(engine: Any) -> list[float]:
+        import torch
+        from vllm import ir
+
+        rows = {width: torch.linspace(-1, 2, 3 * width).view(3, width) for width in (48, 50, 12, 7)}
+        pairs = [
+            (ir.ops.rms_norm(x, torch.ones(width), 1e-6), torch.nn.functional.rms_norm(x, (width,), eps=1e-6))
+            for width, x in rows.items()
+        ]
+        return [float((ours - exact).abs().max()) for ours, exact in pairs]
+
+    engine = stack.wait(stack.engine())
+    assert max(ask(stack, engine.__ray_call__.remote(differences))) < 1e-6
