@@ -18,6 +18,8 @@ import torch
 from entroray.policy import head, head_kernels
 from tests.cublas import products_with_fp32_sums
 
+# numpy, which interprets, warns of what lies between rows and of what is not a number
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-6}
 READ_OUTS = [
     head.PLAIN,
@@ -147,11 +149,10 @@ def test_logits_of_minus_infinity_are_outcomes_of_probability_zero(dtype, possib
     bias = torch.full((101,), -torch.inf, dtype=dtype)
     bias[possible] = 0.0
     ids, place = torch.tensor(possible[-1:] * 3), torch.full((3,), len(possible) - 1)
+    tiled = lambda *a: stats(*a, bias=bias, tile_elements=96)  # four tiles
     narrow = hidden, weight[possible], place, temperature
-    close(stats(hidden, weight, ids, temperature, bias=bias), exact(*wide(narrow)), TOLERANCE[dtype])
-    ours = gradients(
-        lambda *a: stats(*a, bias=bias), (hidden, weight, ids, temperature), [torch.ones(3).to(dtype)] * 2
-    )
+    close(tiled(hidden, weight, ids, temperature), exact(*wide(narrow)), TOLERANCE[dtype])
+    ours = gradients(tiled, (hidden, weight, ids, temperature), [torch.ones(3).to(dtype)] * 2)
     theirs = gradients(exact, wide(narrow), [torch.ones(3, dtype=torch.float64)] * 2)
     atol = 10 * TOLERANCE[dtype]
     torch.testing.assert_close(ours[0].double(), theirs[0], rtol=atol, atol=atol)
@@ -238,14 +239,16 @@ def test_a_pass_without_gradients_has_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(scored, again, strict=True))
 
 
-def test_kernels_neither_mind_nor_touch_what_lies_behind_rows():
+@pytest.mark.parametrize("block", [16, 64])
+def test_kernels_neither_mind_nor_touch_what_lies_behind_rows(monkeypatch, block):
     """Rows begin at multiples of 16: between them there may be anything, and behind the last is no room."""
+    monkeypatch.setattr(head_kernels, "BLOCK", block)
     room, out = torch.full((4, 32), torch.nan), torch.full((4, 32), 7.0)
     z = room[:3, :21]
     z.copy_(torch.randn(3, 21, generator=torch.Generator().manual_seed(4)))
     one = torch.ones(3, 1)
     got = head_kernels.moments(z, one)
-    assert got.shape == (4, 2, 3) and got.isfinite().all()
+    assert got.shape == (4, -(-21 // block), 3) and got.isfinite().all()
     ids = torch.tensor([0, 20, 25])  # the last lies in other columns
     head_kernels.slopes(z, one, out[:3, :21], ids, one, one, one, one, capped=False)
     assert room[3].isnan().all() and (out[3] == 7.0).all()
@@ -267,5 +270,5 @@ def test_kernels_compile_for_cards_that_are_not_here(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) == 18 and all(row["bytes"] for row in rows)
-    assert {row["loads of 16 bytes"] for row in rows if row["types"][0] == "*fp32"} == {4}
+    assert len(rows) == 12 and all(row["bytes"] for row in rows)
+    assert {row["loads of 16 bytes"] for row in rows} == {4}
