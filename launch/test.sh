@@ -6,7 +6,7 @@ lanes() {
     cat <<'END'
 usage: launch/test.sh [LANE] [pytest arguments, as in: launch/test.sh -k sync -x]
 
-  (no lane)  every push: ruff, conf and launch, unit tests, mypy, the real stack on the CPU
+  (no lane)  every push: ruff, conf and launch, unit tests, kernels interpreted, mypy, the real stack on the CPU
   slow       long tests, and assertions that the default lane makes on a smaller run; installs the extras
              wandb and mlflow, unless ENTRORAY_EXTRAS names others (ENTRORAY_EXTRAS= for none)
   families   models of other families than Llama
@@ -54,6 +54,7 @@ check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "conf, launch and docker" pytest tests/files "${both[@]}" "$@"
 check "unit tests" pytest tests/unit "${both[@]}" "$@"
+check "kernels" env TRITON_INTERPRET=1 pytest tests/interpreter "$@"
 check "mypy" mypy
 printf '\n== took: %snow the real stack\n' "$took"
 check "real stack" pytest tests/ray --durations=15 "$@"

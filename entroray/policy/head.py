@@ -19,7 +19,11 @@ COLUMNS = 1024
 WHOLE_ROW_ELEMENTS = 1 << 23
 """The same where a statistic sorts or renormalises a whole row: 32 MiB a buffer."""
 CARD_TILE_ELEMENTS = 1 << 27
-"""The same on a GPU, 0.5 GiB in whole rows: smaller matrices would leave most of it idle."""
+"""The same on a GPU, 0.5 GiB: smaller matrices would leave most of it idle."""
+CARD_COLUMNS = 4096
+"""Columns of a tile for kernels are a multiple of it, unless they are all."""
+CARD_EVEN = 16
+"""Its rows begin at multiples of it, wherever the last ends: tensor cores and loads take 16 bytes at once."""
 _LEAST = -1e4
 """Least log-prob in sums, p being 0 already: 0 * -inf were not a number."""
 
@@ -57,16 +61,22 @@ def token_stats(
     bias: Float[Tensor, " V"] | None = None,
     readout: Readout = PLAIN,
     tile_elements: int | None = None,
+    kernels: bool | None = None,
 ) -> dict[str, Float[Tensor, " N"]]:
     """Exact `TokenStats` and further `names` (FP32 or wider) of softmax(logits / temperature).
 
     The logits are hidden weight^T + bias, and what `readout` makes of them. Gradients flow to `hidden`,
     `weight` and `bias`, save through varentropy. `hidden[t]` is the state that predicts
-    `token_ids[t]`. Logits of -inf are outcomes of probability 0.
+    `token_ids[t]`. Logits of -inf are outcomes of probability 0. `kernels`: by those of `head_kernels` in
+    place of torch's operations, by default on a GPU; never with `names`, which need whole rows.
     """
     if readout.hidden != 1.0:
         hidden = hidden * readout.hidden
-    tile = _tile(hidden.shape, len(weight), hidden.device, bool(names), tile_elements)
+    kernels = not names and (_on_card(hidden.device) if kernels is None else kernels)
+    if kernels:
+        tile = _kernel_tile(len(hidden), len(weight), tile_elements or CARD_TILE_ELEMENTS)
+    else:
+        tile = _tile(hidden.shape, len(weight), hidden.device, bool(names), tile_elements)
     out = _TiledStats.apply(hidden, weight, bias, token_ids, temperature, readout, tile, names)
     return dict(zip((*TokenStats._fields, *names), out, strict=True))
 
@@ -74,18 +84,29 @@ def token_stats(
 class _Tile(NamedTuple):
     rows: int
     columns: int
+    kernels: bool = False
+
+
+def _on_card(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _tile(
     shape: Sequence[int], vocabulary: int, device: torch.device, whole: bool, elements: int | None = None
 ) -> _Tile:
     """For states of `shape` (N, D); `whole`: a row's logits are needed at once."""
-    card = device.type == "cuda"
+    card = _on_card(device)
     elements = elements or (CARD_TILE_ELEMENTS if card else WHOLE_ROW_ELEMENTS if whole else TILE_ELEMENTS)
     # few rows take more columns each; beyond COLUMNS the weight of a tile is no larger than the tile
     wanted = vocabulary if card or whole else min(max(COLUMNS, elements // max(*shape, 1)), elements)
     columns = max(1, min(vocabulary, wanted))
     return _Tile(max(1, elements // columns), columns)
+
+
+def _kernel_tile(rows: int, vocabulary: int, elements: int) -> _Tile:
+    """All rows and some columns: the weight's gradient is then one product, not added up of tiles of rows."""
+    columns = min(vocabulary, max(1, elements // max(rows, 1) // CARD_COLUMNS) * CARD_COLUMNS)
+    return _Tile(max(1, elements // columns), columns, kernels=True)
 
 
 class _Moments(NamedTuple):
@@ -114,13 +135,17 @@ class _Moments(NamedTuple):
         shift = (self.top - top).clamp_(min=_LEAST)
         weight = self.total * shift.exp()
         total = weight.sum(0)
+        some = total.clamp(min=1e-30)  # as in `of`: blocks of a tile may hold no possible token, all of them
         means = self.mean + shift
-        mean = (weight * means).sum(0) / total
-        return _Moments(top, total, mean, (weight * (self.variance + (means - mean).square())).sum(0) / total)
+        mean = (weight * means).sum(0) / some
+        return _Moments(top, total, mean, (weight * (self.variance + (means - mean).square())).sum(0) / some)
 
 
 class _Logits:
-    """Logits / temperature of [n, D] states, a tile at a time, each written over the last."""
+    """Logits / temperature of [n, D] states, a tile at a time, each written over the last.
+
+    For kernels they are without the factor `late`, and behind a softcap its tanh.
+    """
 
     def __init__(
         self,
@@ -133,17 +158,21 @@ class _Logits:
     ):
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.weight, self.bias, self.softcap = weight, bias, readout.softcap
-        self.narrow = hidden.is_cuda and hidden.dtype != self.dtype
+        self.narrow = (tile.kernels or _on_card(hidden.device)) and hidden.dtype != self.dtype
         """Factors are in the narrow type, and products in the wide: no copy of the weight on a GPU."""
         self.temperature = temperature.to(self.dtype)[:, None]
         self.factor = readout.scale / self.temperature
+        self.late = self.factor if readout.softcap is None else readout.softcap / self.temperature
         self.hidden = hidden if self.narrow else hidden.to(self.dtype)
-        self.early = not self.narrow and bias is None and readout.softcap is None
+        self.early = not (tile.kernels or self.narrow) and bias is None and readout.softcap is None
         """Whether states are divided by the temperature, n D numbers, in place of logits, n V."""
         self.states = self.hidden * self.factor if self.early else self.hidden
         self.scale, self.tile = readout.scale, tile
-        elements = min(tile.rows, len(hidden)) * min(tile.columns, len(weight))
-        self.buffers = [hidden.new_empty(elements, dtype=self.dtype) for _ in range(2 - self.narrow)]
+        self.even = CARD_EVEN if tile.kernels else 1
+        """Rows of a tile begin at multiples of it."""
+        elements = min(tile.rows, len(hidden)) * self._pitch(min(tile.columns, len(weight)))
+        spare = hidden.dtype if tile.kernels else self.dtype
+        self.buffers = [hidden.new_empty(elements, dtype=x) for x in (spare, self.dtype)]
 
     def rows(self) -> Iterator[slice]:
         return _slices(len(self.hidden), self.tile.rows)
@@ -154,24 +183,34 @@ class _Logits:
             part = self.weight[columns]
             yield columns, part if self.narrow else part.to(self.dtype)
 
+    def _pitch(self, columns: int) -> int:
+        return -(-columns // self.even) * self.even
+
     def tiles(self, rows: slice, columns: slice, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The tile, and a spare one of its size."""
+        """The tile, and a spare one of its size, for kernels of the model's data type."""
         states = self.states[rows]
-        shape = len(states), len(weight)
-        spare, *own = (buffer[: shape[0] * shape[1]].view(shape) for buffer in self.buffers)
+        shape = len(states), self._pitch(len(weight))
+        spare, z = (buffer[: shape[0] * shape[1]].view(shape)[:, : len(weight)] for buffer in self.buffers)
         if self.narrow:  # rounded to bf16, a logit near 16 would be off by up to 1/16
-            z = torch.mm(states, weight.T, out_dtype=self.dtype)
+            torch.mm(states, weight.T, out_dtype=self.dtype, out=z)
         else:
-            z = torch.mm(states, weight.T, out=own[0])
+            torch.mm(states, weight.T, out=z)
         return z if self.early else self._read_out(z, rows, columns), spare
 
     def _read_out(self, z: Tensor, rows: slice, columns: slice) -> Tensor:
         if self.bias is not None:
             z += self.bias[columns]
-        if self.softcap is None:
-            return z.mul_(self.factor[rows])
-        z.mul_(self.scale / self.softcap).tanh_()
-        return z.mul_(self.softcap / self.temperature[rows])
+        if self.softcap is not None:
+            z.mul_(self.scale / self.softcap).tanh_()
+        return z if self.tile.kernels else z.mul_(self.late[rows])
+
+    def moments(self, z: Tensor, spare: Tensor, rows: slice) -> _Moments:
+        """Of a tile, which is overwritten but by kernels."""
+        if not self.tile.kernels:
+            return _Moments.of(z, spare)
+        from entroray.policy import head_kernels  # Triton comes with torch for CUDA, not with that for CPU
+
+        return _Moments(*head_kernels.moments(z, self.late[rows])).joined()
 
     def slope(self, z: Tensor, rows: slice) -> Tensor | None:
         """Of the softcap, which made `z`."""
@@ -217,8 +256,10 @@ class _TiledStats(torch.autograd.Function):
                 own[rows] += torch.where(here, z.gather(1, at), 0.0)[:, 0]
                 for column, statistic in zip(further, more, strict=True):
                     column[rows] = statistic(z.log_softmax(-1))
-                for whole, of_tile in zip(parts, _Moments.of(z, spare), strict=True):
+                for whole, of_tile in zip(parts, logits.moments(z, spare, rows), strict=True):
                     whole[index, rows] = of_tile
+        if tile.kernels:
+            own *= logits.late[:, 0]
         top, total, mean, variance = parts.joined()
         log_total = total.log()
         out = own - top - log_total, log_total - mean, variance, *further
@@ -244,13 +285,13 @@ class _TiledStats(torch.autograd.Function):
         for columns, part in logits.columns():
             sums = [None if x is None else x[columns].to(logits.dtype) for x in totals]
             for rows in logits.rows():
-                dz = slopes.of(*logits.tiles(rows, columns, part), rows, columns, logits)
+                dz = slopes.of(*logits.tiles(rows, columns, part), rows, columns, logits).to(part.dtype)
                 if needs_hidden:
-                    _add_product(grad_hidden[rows], dz.to(part.dtype), part)
+                    _add_product(grad_hidden[rows], dz, part)
                 if sums[0] is not None:
-                    _add_product(sums[0], dz.T, logits.hidden[rows].to(dz.dtype))
+                    _add_product(sums[0], dz.T, logits.hidden[rows])
                 if sums[1] is not None:
-                    sums[1] += dz.sum(0)
+                    sums[1] += dz.sum(0, dtype=logits.dtype)
             for total, found in zip(totals, sums, strict=True):
                 if total is not None and found is not None and total.dtype != found.dtype:
                     total[columns] = found  # else it is a view
@@ -259,11 +300,11 @@ class _TiledStats(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, without a buffer of its size where all three have one type."""
+    """total += a b, summed in the type of `total`, without a buffer of its size."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:
-        total += a @ b
+    else:  # bf16 on a GPU: no tensor core takes FP32 factors whole, and sums in bf16 lose what is small
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 class _Slopes(NamedTuple):
@@ -278,6 +319,8 @@ class _Slopes(NamedTuple):
 
     def of(self, z: Tensor, spare: Tensor, rows: slice, columns: slice, logits: _Logits) -> Tensor:
         """d log p_a / dz = onehot - p;  dH / dz = -p (log p + H). Both tiles are overwritten."""
+        if logits.tile.kernels:
+            return self._by_kernel(z, spare, rows, columns, logits)
         further = _further_gradient(z, self.more, self.sent[2:, rows, 0]) if self.more else None
         bend = logits.slope(z, rows)
         g_logp, g_entropy = self.sent[0, rows], self.sent[1, rows]
@@ -289,6 +332,14 @@ class _Slopes(NamedTuple):
         if further is not None:
             dz += further
         return dz if bend is None else dz.mul_(bend)
+
+    def _by_kernel(self, z: Tensor, out: Tensor, rows: slice, columns: slice, logits: _Logits) -> Tensor:
+        from entroray.policy import head_kernels
+
+        ids, capped = self.ids[rows] - columns.start, logits.softcap is not None
+        of_rows = self.logsumexp[rows], self.entropy[rows], *self.sent[:, rows]
+        head_kernels.slopes(z, logits.late[rows], out, ids, *of_rows, capped=capped)
+        return out
 
 
 @torch.enable_grad()

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from entroray.errors import ConfigError, PreflightError
-from entroray.policy.head import CARD_TILE_ELEMENTS, TILE_ELEMENTS, WHOLE_ROW_ELEMENTS, _tile
+from entroray.policy.head import (
+    CARD_COLUMNS,
+    CARD_TILE_ELEMENTS,
+    TILE_ELEMENTS,
+    WHOLE_ROW_ELEMENTS,
+    _kernel_tile,
+    _tile,
+)
 from entroray.wiring import actors
 from entroray.wiring.actors import learner_settings
 from entroray.workers import cluster, engine_pool, verifier_pool
@@ -168,15 +175,24 @@ def test_gradients_of_bf16_weights_are_summed_in_fp32_where_deepspeed_can() -> N
 
 def test_tiles_are_larger_on_a_card_and_hold_whole_rows() -> None:
     cpu, card = torch.device("cpu"), torch.device("cuda", 0)
-    assert _tile((2048, 256), 32_000, cpu, False) == (TILE_ELEMENTS // 1024, 1024)
-    assert _tile((2048, 256), 32_000, cpu, True) == (WHOLE_ROW_ELEMENTS // 32_000, 32_000), (
+    assert _tile((2048, 256), 32_000, cpu, False) == (TILE_ELEMENTS // 1024, 1024, False)
+    assert _tile((2048, 256), 32_000, cpu, True) == (WHOLE_ROW_ELEMENTS // 32_000, 32_000, False), (
         "a statistic sorts"
     )
     for whole in (False, True):
-        assert _tile((2048, 256), 32_000, card, whole) == (CARD_TILE_ELEMENTS // 32_000, 32_000)
+        assert _tile((2048, 256), 32_000, card, whole) == (CARD_TILE_ELEMENTS // 32_000, 32_000, False)
     assert _tile((2048, 256), 32, cpu, False).columns == 32, "no more than there are"
     few = _tile((8, 256), 152_000, cpu, False)
     assert few.columns == TILE_ELEMENTS // 256, "few rows: wider, but not the whole weight"
+
+
+def test_tiles_for_kernels_hold_all_rows_and_some_columns() -> None:
+    """Of 151,936 columns by 8,192 tokens a tile has 16,384, 32,768 tokens fill one of 4,096."""
+    assert _kernel_tile(8192, 151_936, CARD_TILE_ELEMENTS) == (8192, 16_384, True)
+    assert _kernel_tile(32_768, 151_936, CARD_TILE_ELEMENTS) == (32_768, CARD_COLUMNS, True)
+    assert _kernel_tile(100_000, 151_936, CARD_TILE_ELEMENTS) == (32_768, CARD_COLUMNS, True)
+    assert _kernel_tile(0, 151_936, CARD_TILE_ELEMENTS) == (883, 151_936, True)
+    assert _kernel_tile(5000, 151_936, CARD_TILE_ELEMENTS).columns % CARD_COLUMNS == 0
 
 
 @pytest.mark.parametrize(("cards", "alone"), [("one_gpu", True), ("gpu", False)])

@@ -9,6 +9,7 @@ import torch
 from entroray.errors import ConfigError
 from entroray.policy import head
 from entroray.policy.vocabulary_statistics import named
+from tests.cublas import products_with_fp32_sums
 
 
 def token_stats(*inputs, **options):
@@ -344,6 +345,23 @@ def test_a_bf16_weight_is_widened_a_tile_at_a_time(monkeypatch):
     for ours, theirs in zip(given, exact, strict=True):
         assert ours.grad.dtype == torch.bfloat16
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-2, atol=2e-3)
+
+
+def test_on_a_card_bf16_factors_of_all_products_are_summed_in_fp32(monkeypatch):
+    """Those of the weight's gradient too, where kernels are not taken: statistics need whole rows."""
+    monkeypatch.setattr(head, "_on_card", lambda device: True)
+    asked = products_with_fp32_sums(monkeypatch)
+    hidden, weight, ids, temperature = case(torch.bfloat16, d=8)
+    given = [x.clone().requires_grad_() for x in (hidden, weight)]
+    got = head.token_stats(*given, ids, temperature, ("mean_logprob",), tile_elements=20 * 101)
+    (got["logprobs"] + got["entropy"]).sum().backward()
+    narrow = torch.bfloat16, torch.bfloat16, torch.float32
+    forward, backward = [("mm", *narrow)], [("mm", *narrow), ("addmm", *narrow), ("addmm", *narrow)]
+    assert asked == forward * 2 + backward * 2, "two tiles, of 20 and of 17 rows"
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    sum(brute(*exact, ids, temperature.double())[:2]).sum().backward()
+    for ours, theirs in zip(given, exact, strict=True):
+        assert float((ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()) < 4e-3
 
 
 def test_no_tokens_at_all():
