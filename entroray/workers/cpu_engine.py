@@ -5,6 +5,8 @@ from typing import Any
 from torch import Tensor, empty_like, float32, get_num_threads, ops
 from torch import set_num_threads as use_threads  # as it is before vLLM puts one there that does nothing
 
+from entroray.policy.first_calls import settle
+
 PROVIDER = "entroray"
 PRIORITY = {"rms_norm": [PROVIDER], "fused_add_rms_norm": [PROVIDER]}
 """vLLM's option `ir_op_priority`: ours first, then its own."""
@@ -19,6 +21,7 @@ def register() -> None:
     from vllm import ir
     from vllm.platforms import current_platform
 
+    settle()
     offer = {"supported": current_platform.is_cpu()}
     ir.ops.rms_norm.register_impl(PROVIDER, supports_args=_fits, **offer)(_rms_norm)
     add = ir.ops.fused_add_rms_norm
