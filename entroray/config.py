@@ -209,6 +209,7 @@ class LearnerConfig:
     gradient_checkpointing: bool = False  # less memory for a second forward pass
     gradient_checkpointing_every_n_layers: int = 1  # 2: of every second layer alone; more memory, less time
     gradient_checkpointing_offload: bool = False  # what is kept of them lies in the host's memory; GPUs only
+    compile: bool = False  # layers compiled by torch, which takes minutes: GPUs, zero_stage 0 to 2
     liger: bool = False  # Liger's kernels for norms, rotary positions, gated layers: GPUs, extra `liger`
     threads: int | None = None  # null: all cores of the node, halved while engines work too (max_lag >= 1)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # to DeepSpeed, untouched

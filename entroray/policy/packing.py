@@ -1,7 +1,7 @@
 """Rows end to end on one axis of tokens, with no padding, and the attention that keeps them apart.
 
 On a GPU it is torch's varlen_attn, whose kernels are FlashAttention-2 (Dao 2023); elsewhere it is SDPA of
-each row. Liger's kernels are here too: what makes a model quicker and leaves its numbers alone.
+each row. Liger's kernels and torch's compiler are here too: what makes a model quicker, not another.
 """
 
 import inspect
@@ -176,3 +176,12 @@ def use_liger(model: Any) -> None:
             "learner.liger=false"
         )
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+
+
+def compile_layers(model: Any) -> None:
+    """Have torch compile the layers of a transformers model: once for all of a kind and for all lengths."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):  # as transformers marks the layers of a decoder
+            layer.compile(dynamic=True)

@@ -193,12 +193,17 @@ def check_cards(config: Config) -> None:
         f"cluster.gpus_per_generator={c.gpus_per_generator:g} and cluster.gpus_per_learner="
         f"{c.gpus_per_learner:g}"
     )
-    for name in ("liger", "gradient_checkpointing_offload"):
+    for name in ("liger", "compile", "gradient_checkpointing_offload"):
         if getattr(n, name) and not c.gpus_per_learner:
             raise ConfigError(
                 f"learner.{name}=true is for a learner on GPUs, and cluster.gpus_per_learner=0: set "
                 f"learner.{name}=false, or take cluster=gpu"
             )
+    if n.compile and n.zero_stage == 3:
+        raise ConfigError(
+            "learner.compile=true: under learner.zero_stage=3 weights are gathered inside every layer, where "
+            "torch's compiler stops: set learner.compile=false, or learner.zero_stage=2"
+        )
     whole = all(gpus >= 1 and gpus % 1 == 0 for gpus in (c.gpus_per_generator, c.gpus_per_learner))
     shared = "transfer=ipc" if g.transfer == "ipc" else "sleep=true" if g.sleep else None
     if shared and (g.replicas, ranks, g.tensor_parallel) != (1, 1, 1):

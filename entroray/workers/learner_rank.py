@@ -21,7 +21,7 @@ from entroray.objective import Objective, activity_inside, corrected
 from entroray.policy import families
 from entroray.policy.head import TokenStats
 from entroray.policy.model import Layout, Policy, load_policy, pad
-from entroray.policy.packing import enable_packing, pack, use_liger
+from entroray.policy.packing import compile_layers, enable_packing, pack, use_liger
 from entroray.policy.proof import check_loaded, why_not_packed
 from entroray.roles import Scores
 from entroray.train.batching import with_scores
@@ -143,6 +143,8 @@ class LearnerRank:
             use_liger(policy.model)
         if self.packed:
             enable_packing(policy.model)
+        if self.settings.learner.compile:
+            compile_layers(policy.model)
         return policy
 
     def _lay_out(self, batch: Batch) -> Layout:

@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from entroray.config import LearnerConfig
 from entroray.errors import ConfigError, PreflightError
@@ -46,7 +47,9 @@ def test_liger_that_is_not_installed_is_asked_for_by_its_extra(monkeypatch):
         packing.use_liger(models.build("qwen3"))
 
 
-@pytest.mark.parametrize("setting", ["learner.liger", "learner.gradient_checkpointing_offload"])
+@pytest.mark.parametrize(
+    "setting", ["learner.liger", "learner.compile", "learner.gradient_checkpointing_offload"]
+)
 def test_what_needs_a_card_is_refused_without_one(setting):
     with pytest.raises(ConfigError, match=rf"{setting}=true.*cluster=gpu"):
         compose.load_config([f"{setting}=true", "learner.gradient_checkpointing=true"])
@@ -93,3 +96,18 @@ def test_adamw_is_fused_on_cards(monkeypatch, cuda):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     params = deepspeed_config(LearnerConfig(), "bfloat16")["optimizer"]["params"]
     assert params.get("fused", False) == cuda and params["torch_adam"]
+
+
+def test_layers_are_compiled_for_all_lengths_and_nothing_else_is(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **asked: compiled.append((module, asked)))
+    model = models.build("exaone4")
+    packing.compile_layers(model)
+    assert compiled == [(layer, {"dynamic": True}) for layer in model.model.layers]
+
+
+def test_layers_whose_weights_are_gathered_inside_them_are_not_compiled():
+    told = ["learner.compile=true", "cluster=gpu", "learner.zero_stage=3"]
+    with pytest.raises(ConfigError, match=r"learner\.compile=true.*learner\.zero_stage=3"):
+        compose.load_config(told)
+    compose.load_config([*told[:2], "learner.zero_stage=2"])

@@ -161,7 +161,7 @@ def test_a_doctor_shows_the_first_prompt_as_it_is_read(tmp_path: Path) -> None:
     assert ": 'You are a calculator.\\n" in own and own.endswith("itself says 'You are a calculator.'")
 
 
-def test_the_header_names_every_end_token(folder: Path, tmp_path: Path) -> None:
+def test_the_header_names_every_end_token_and_how_rows_lie(folder: Path, tmp_path: Path) -> None:
     several = changed(
         folder, tmp_path / "several", "generation_config.json", eos_token_id=[257, 256, 258, 999]
     )
@@ -171,6 +171,10 @@ def test_the_header_names_every_end_token(folder: Path, tmp_path: Path) -> None:
     header = train._header(told, build_parts(told), read, tmp_path, facts | {"model": str(several)})
     (line,) = [line for line in header if line.startswith("sampling")]
     assert line.endswith("stop at '<|end|>', '<|pad|>', '<|user|>', '⟨999⟩', 'x'")
+    for rows, shown in (("padded", 0), ("padded, for a reason", 1), ("end to end", 1)):
+        known = facts | {"model": str(several), "rows": rows}
+        header = train._header(told, build_parts(told), read, tmp_path, known)
+        assert header.count(f"rows       {rows}") == shown
 
 
 def test_a_tokenizer_larger_than_the_model(folder: Path, tmp_path: Path) -> None:
