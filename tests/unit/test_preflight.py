@@ -161,7 +161,7 @@ def test_a_doctor_shows_the_first_prompt_as_it_is_read(tmp_path: Path) -> None:
     assert ": 'You are a calculator.\\n" in own and own.endswith("itself says 'You are a calculator.'")
 
 
-def test_the_header_names_every_end_token_and_how_rows_lie(folder: Path, tmp_path: Path) -> None:
+def test_the_header_names_every_end_token(folder: Path, tmp_path: Path) -> None:
     several = changed(
         folder, tmp_path / "several", "generation_config.json", eos_token_id=[257, 256, 258, 999]
     )
