@@ -194,7 +194,10 @@ class LearnerConfig:
     zero_stage: int = 1  # 0 | 1 | 2 | 3: what of optimizer, gradients and weights is split over ranks
     updates_per_rollout: int = 1  # optimizer updates a step, each over whole groups
     score: str = "auto"  # auto | always: rows are scored before their update only if something reads it
-    token_budget: int = 8192  # padded tokens of one micro-batch
+    token_budget: int = 8192  # tokens of one micro-batch, any padding included
+    pack: str = (
+        "auto"  # rows end to end, not padded. auto: on GPUs, if the model allows | always: or refuse | never
+    )
     lr: float = 1e-3  # of AdamW
     weight_decay: float = 0.0  # of AdamW
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
@@ -204,6 +207,10 @@ class LearnerConfig:
     reference: bool = False  # a frozen copy of the first weights, even where no penalty needs one
     reset_after: int = 0  # stagnant evaluations after which reference and optimizer begin anew; 0: never
     gradient_checkpointing: bool = False  # less memory for a second forward pass
+    gradient_checkpointing_every_n_layers: int = 1  # 2: of every second layer alone; more memory, less time
+    gradient_checkpointing_offload: bool = False  # what is kept of them lies in the host's memory; GPUs only
+    compile: bool = False  # layers compiled by torch, which takes minutes: GPUs, zero_stage 0 to 2
+    liger: bool = False  # Liger's kernels for norms, rotary positions, gated layers: GPUs, extra `liger`
     threads: int | None = None  # null: all cores of the node, halved while engines work too (max_lag >= 1)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # to DeepSpeed, untouched
 

@@ -238,6 +238,7 @@ def _header(
         f"({config.driver.stale})",
         *(f"control    {line}" for line in controllers.describe_controllers(parts, lag)),
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
+        *([f"rows       {facts['rows']}"] if facts.get("rows", "padded") != "padded" else []),
         *(f"prompts    {line}" for line in prompts),
         f"data       {len(split.training)} training, {len(split.heldout)} held out; {read_in.dropped}",
         *(f"evaluated  {line}" for line in facts.get("evaluation_sets", ())),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entroray.config import LearnerConfig
 from entroray.errors import PreflightError, first_line
 from entroray.policy.head import Readout, StreamedHead
 
@@ -141,13 +142,19 @@ def remove_dropout(model: Any) -> None:
             owner.p = 0.0
 
 
-def check_checkpointing(model: Any) -> None:
-    """PreflightError if transformers cannot compute this model's activations a second time."""
+def enable_checkpointing(model: Any, learner: LearnerConfig) -> None:
+    """Have activations computed twice, as these settings ask; PreflightError if transformers cannot."""
+    if not learner.gradient_checkpointing:
+        return
     if not model.supports_gradient_checkpointing:
         raise PreflightError(
             f"learner.gradient_checkpointing=true: {_called(model)} does not support it: set "
             "learner.gradient_checkpointing=false"
         )
+    model.gradient_checkpointing_enable(
+        every_n_layers=learner.gradient_checkpointing_every_n_layers,
+        offload=learner.gradient_checkpointing_offload,
+    )
 
 
 def file_names(model: Any, stored: Collection[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
-"""Rows -> micro-batches: cut at row boundaries, bounded by tokens, equal in number on every rank."""
+"""Rows -> micro-batches: whole rows, bounded by tokens, equal in number on every rank."""
 
+from heapq import heappop, heappush
 from itertools import pairwise
 
 import numpy as np
@@ -31,6 +32,50 @@ def plan_microbatches(lengths: NDArray, *, ranks: int, token_budget: int) -> lis
     order = np.argsort(-lengths, kind="stable")
     cuts = _cuts(lengths[order[::ranks]], token_budget)  # no other rank's row is longer than the first's
     return [[order[r::ranks][a:b] for a, b in pairwise(cuts)] for r in range(ranks)]
+
+
+def plan_packed(lengths: NDArray, *, ranks: int, token_budget: int) -> list[list[Rows]]:
+    """As `plan_microbatches`, for rows laid end to end: bounded by the sum of their `lengths`.
+
+    First-fit decreasing says how many micro-batches are enough: at most 11/9 of the fewest and one more.
+    Where they still fit, rows are spread over as many evenly (longest first, to the emptiest), so that ranks
+    wait least for each other; else they stay as first fit has them.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    fitted = _first_fit(lengths[order], token_budget)
+    count = -(-len(fitted) // ranks) * ranks
+    spread = _spread(lengths[order], count)
+    fits = all(len(rows) < 2 or lengths[order[rows]].sum() <= token_budget for rows in spread)
+    parts = spread if fits else fitted + [[] for _ in range(count - len(fitted))]
+    micros = [order[np.array(rows, dtype=np.int64)] for rows in parts]
+    micros.sort(key=lambda rows: -int(lengths[rows].sum()))
+    return [micros[rank::ranks] for rank in range(ranks)]
+
+
+def _first_fit(lengths: NDArray, budget: int) -> list[list[int]]:
+    """Rows of falling `lengths`, each in the first micro-batch with room; one above `budget` stands alone."""
+    parts: list[list[int]] = []
+    room = np.zeros(len(lengths), dtype=np.int64)
+    for row, length in enumerate(lengths.tolist()):
+        fits = room[: len(parts)] >= length
+        at = int(fits.argmax()) if fits.any() else len(parts)
+        if at == len(parts):
+            parts.append([])
+            room[at] = budget
+        parts[at].append(row)
+        room[at] -= length
+    return parts
+
+
+def _spread(lengths: NDArray, count: int) -> list[list[int]]:
+    """Rows of falling `lengths`, each to the one of `count` micro-batches with the fewest tokens."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, at) for at in range(count)]
+    for row, length in enumerate(lengths.tolist()):
+        load, at = heappop(loads)
+        parts[at].append(row)
+        heappush(loads, (load + length, at))
+    return parts
 
 
 def _cuts(lengths: NDArray, budget: int) -> list[int]:

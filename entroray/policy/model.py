@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from entroray.errors import PreflightError, first_line
@@ -17,33 +18,44 @@ from entroray.types import Batch
 
 
 @dataclass(frozen=True)
-class Padded:
-    """One micro-batch, right-padded: [b, T] ids, and where each of its n response tokens is predicted."""
+class Layout:
+    """One micro-batch as the body reads it, and where each of its n response tokens is predicted."""
 
     ids: Int[Tensor, "b T"]
+    """Rows side by side, padded on the right; or end to end (`packing.pack`), with b = 1."""
     source: Int[Tensor, " n"]
     """Flat index into [b * T] of the state that predicts each response token: one before it."""
     targets: Int[Tensor, " n"]
     temperature: Tensor
+    further: Mapping[str, Any]
+    """What else the body is called with."""
 
 
-def pad(batch: Batch, device: torch.device) -> Padded:
-    """Lay a micro-batch out for the forward pass; the one place where positions shift by one."""
+def pad(batch: Batch, device: torch.device) -> Layout:
+    """Lay a micro-batch out for the forward pass, a row of ids for each of its own."""
     total = batch.prompt_lengths + batch.response_lengths
-    width = int(total.max())
-    columns = np.arange(width)
+    columns = np.arange(int(total.max()))
     in_prompt = columns < batch.prompt_lengths[:, None]
     in_row = columns < total[:, None]
-    ids = np.zeros((batch.num_rows, width), dtype=np.int64)
+    # No mask of padding: it is on the right, where a causal model's response tokens do not look, and a
+    # mask costs torch its causal kernel.
+    return lay_out(batch, in_prompt, in_row & ~in_prompt, {}, device)
+
+
+def lay_out(
+    batch: Batch, in_prompt: NDArray, in_response: NDArray, further: Mapping[str, Any], device: torch.device
+) -> Layout:
+    """Tokens at their places [b, T]; the one where positions shift by one."""
+    ids = np.zeros(in_prompt.shape, dtype=np.int64)
     ids[in_prompt] = batch.prompt_ids
-    ids[in_row & ~in_prompt] = batch.response_ids
-    source = np.flatnonzero(in_row & ~in_prompt) - 1
+    ids[in_response] = batch.response_ids
     on = lambda x: torch.from_numpy(x).to(device)
-    return Padded(
+    return Layout(
         ids=on(ids),
-        source=on(source),
+        source=on(np.flatnonzero(in_response) - 1),
         targets=on(batch.response_ids.astype(np.int64)),
         temperature=on(np.repeat(batch.temperatures, batch.response_lengths).astype(np.float32)),
+        further=further,
     )
 
 
@@ -62,11 +74,9 @@ class Policy(nn.Module):
         families.remove_dropout(model)
         self.readout = families.stream_head(model)
 
-    def forward(self, micro: Padded, more: Sequence[str] = ()) -> dict[str, Tensor]:
+    def forward(self, micro: Layout, more: Sequence[str] = ()) -> dict[str, Tensor]:
         """`head.TokenStats` by name, and the further `policy.statistics` named in `more`."""
-        # No mask of padding: it is on the right, where a causal model's response tokens do not look, and a
-        # mask costs torch its causal kernel.
-        states = families.body(self.model)(input_ids=micro.ids, use_cache=False)
+        states = families.body(self.model)(input_ids=micro.ids, use_cache=False, **micro.further)
         hidden = states.last_hidden_state.flatten(0, 1)[micro.source]
         return self.model.get_output_embeddings()(hidden, micro.targets, micro.temperature, more)
 

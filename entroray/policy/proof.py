@@ -1,5 +1,6 @@
 """Proof in place of trust: the learner's log-probs against those of the model's own logits."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entroray.errors import EntrorayError, PreflightError, first_line
-from entroray.policy import families
-from entroray.policy.model import Policy, pad
+from entroray.policy import families, packing
+from entroray.policy.model import Layout, Policy, pad
 from entroray.policy.small_copy import VOCABULARY, WINDOW, build_small_copy
 from entroray.types import Batch
 
@@ -55,6 +56,31 @@ def check_architecture(path: str, config: Any, attention: str = "sdpa") -> str:
     return f"{name}, head {gap:.0e} nats off"
 
 
+def why_not_packed(path: str, attention: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Why a learner on `device` cannot lay rows of this model end to end; empty if it can.
+
+    A small copy shows whether layers keep rows apart, as convolutions and recurrences do not; the kernel is
+    tried on the device itself.
+    """
+    if attention != "sdpa":
+        return f"model.attention={attention}"
+    if device.type == "cuda" and dtype == torch.float32:
+        return "model.dtype=float32, and the kernel computes in 16 bits"
+    from transformers import AutoConfig
+
+    try:
+        text = families.text_config(AutoConfig.from_pretrained(path))
+        if device.type == "cuda":
+            packing.check_kernel(text, dtype, device)
+        model = build_small_copy(text)
+        own = own_statistics(model)
+        packing.enable_packing(model)
+        gap = learner_gap(model, own, packing.pack)
+    except Exception as error:  # boundary: a model's own code, and a kernel on a card it may not know
+        return first_line(error)
+    return "" if gap <= TOLERANCE else f"its layers do not keep rows apart: {gap:.2g} nats in a small copy"
+
+
 @torch.no_grad()
 def own_statistics(model: Any) -> Float[Tensor, "2 n"]:
     """Log-probs of the tokens of some texts but their first, and entropies, by a small copy's own logits."""
@@ -66,12 +92,14 @@ def own_statistics(model: Any) -> Float[Tensor, "2 n"]:
 
 
 @torch.no_grad()
-def learner_gap(model: Any, own: Float[Tensor, "2 n"]) -> float:
+def learner_gap(
+    model: Any, own: Float[Tensor, "2 n"], lay: Callable[[Batch, torch.device], Layout] = pad
+) -> float:
     """Largest difference (nats) from `own` of the same statistics as a learner that trains `model` has them.
 
     The model is used up: its head returns no logits any more.
     """
-    stats = Policy(model).train()(pad(_batch(_texts()), torch.device("cpu")))
+    stats = Policy(model).train()(lay(_batch(_texts()), torch.device("cpu")))
     return _gap(torch.stack([stats["logprobs"], stats["entropy"]]), own)
 
 

@@ -13,6 +13,7 @@ import torch
 from entroray.config import Cluster, Config
 from entroray.errors import PreflightError
 from entroray.objective import Objective
+from entroray.policy.microbatches import plan_microbatches, plan_packed
 from entroray.roles import Learner
 from entroray.wiring import sampler
 from entroray.wiring.parts import Parts
@@ -80,7 +81,8 @@ class Actors:
     def learner_role(self) -> Learner:
         resting = self.engines if self.config.generator.sleep else None
         budget, deadline = self.config.learner.token_budget, self.config.driver.call_deadline
-        learner = LearnerRole(self.learner, budget, deadline, resting)
+        plan = plan_packed if self.facts.get("packed") else plan_microbatches
+        learner = LearnerRole(self.learner, budget, deadline, resting, plan)
         shares = core_shares(self.config) if cluster.on_one_node() else None
         return SharingLearner(learner, self.engines, *shares) if shares else learner
 
@@ -135,12 +137,16 @@ class Actors:
         cluster.kill_actors([*self.engines.all_handles, *self.learner.handles, *self.verifiers.handles])
 
 
+LASTING = ("ranks", "threads", "pack", "liger")
+"""Settings of the learner that a rank keeps for its life."""
+
+
 def lasting(config: Config, parts: Parts) -> dict[str, Any]:
     """The settings that `reset` cannot change: what actors are made of, what is read, what is measured."""
     every = asdict(config)
     freed = ("seed", "run", "objective", "control", "driver", "observe", "checkpoint")
     kept = {name: value for name, value in every.items() if name not in freed}
-    kept["learner"] = {name: every["learner"][name] for name in ("ranks", "threads")}
+    kept["learner"] = {name: every["learner"][name] for name in LASTING}
     kept["cores"] = core_shares(config)
     kept["processors"] = logits_processors(config, parts)
     kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline", "turns", "tool")}

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from entroray.binding import complaint
-from entroray.config import Config
+from entroray.config import Config, LearnerConfig
 from entroray.errors import ConfigError, first_line, nearest
 from entroray.evaluation.evaluate import plan_evaluation
 from entroray.rows import conf_folder
@@ -168,17 +168,42 @@ def check_config(config: Config) -> Parts:
             "above 0 (cluster=one_gpu)"
         )
     check_cards(config)
+    check_recomputation(config.learner)
     controllers.check_controllers(config, parts)
     return parts
 
 
+def check_recomputation(n: LearnerConfig) -> None:
+    """ConfigError for what gradient checkpointing is to do where there is none."""
+    asked = {
+        "gradient_checkpointing_every_n_layers": n.gradient_checkpointing_every_n_layers > 1,
+        "gradient_checkpointing_offload": n.gradient_checkpointing_offload,
+    }
+    for name in (name for name, is_set in asked.items() if is_set and not n.gradient_checkpointing):
+        raise ConfigError(
+            f"learner.{name}={getattr(n, name)} does nothing without gradient checkpointing: set "
+            "learner.gradient_checkpointing=true"
+        )
+
+
 def check_cards(config: Config) -> None:
     """ConfigError where engines and ranks cannot hold the cards as `cluster` deals them out."""
-    g, c, ranks = config.generator, config.cluster, config.learner.ranks
+    g, c, n, ranks = config.generator, config.cluster, config.learner, config.learner.ranks
     cards = (
         f"cluster.gpus_per_generator={c.gpus_per_generator:g} and cluster.gpus_per_learner="
         f"{c.gpus_per_learner:g}"
     )
+    for name in ("liger", "compile", "gradient_checkpointing_offload"):
+        if getattr(n, name) and not c.gpus_per_learner:
+            raise ConfigError(
+                f"learner.{name}=true is for a learner on GPUs, and cluster.gpus_per_learner=0: set "
+                f"learner.{name}=false, or take cluster=gpu"
+            )
+    if n.compile and n.zero_stage == 3:
+        raise ConfigError(
+            "learner.compile=true: under learner.zero_stage=3 weights are gathered inside every layer, where "
+            "torch's compiler stops: set learner.compile=false, or learner.zero_stage=2"
+        )
     whole = all(gpus >= 1 and gpus % 1 == 0 for gpus in (c.gpus_per_generator, c.gpus_per_learner))
     shared = "transfer=ipc" if g.transfer == "ipc" else "sleep=true" if g.sleep else None
     if shared and (g.replicas, ranks, g.tensor_parallel) != (1, 1, 1):

@@ -57,6 +57,7 @@ NAMES: dict[str, tuple[object, ...]] = {
     "rollout.surplus": ("by_lag", "keep", "drop"),
     "driver.stale": ("wait", "drop"),
     "learner.score": ("auto", "always"),
+    "learner.pack": ("auto", "always", "never"),
     "learner.zero_stage": (0, 1, 2, 3),
     "learner.schedule": (
         "linear",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from entroray.config import LearnerConfig
 from entroray.errors import PreflightError
-from entroray.policy.model import Padded, Policy
+from entroray.policy.model import Layout, Policy
 
 _TAG = "learner"
 """Subfolder of a checkpoint in which DeepSpeed writes."""
@@ -22,6 +22,7 @@ def deepspeed_config(s: LearnerConfig, dtype: str) -> dict[str, Any]:
     # A sum over micro-batches kept in bf16 loses what is below 1/256 of it; stage 0 takes no such mix.
     sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and s.zero_stage > 0 else {}
     adam = {"lr": s.lr, "betas": list(s.betas), "weight_decay": s.weight_decay, "torch_adam": True}
+    adam |= {"fused": True} if torch.cuda.is_available() else {}  # else a root of all its moments is held
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # `backward` sets the boundary: updates differ in micro-batches
@@ -68,7 +69,7 @@ class DeepSpeedBackend:
         """Whether the next forward passes are to train, or only to score."""
         self.engine.train(mode)
 
-    def forward(self, batch: Padded, statistics: tuple[str, ...]) -> dict[str, Tensor]:
+    def forward(self, batch: Layout, statistics: tuple[str, ...]) -> dict[str, Tensor]:
         """What `Policy.forward` returns."""
         return self.engine(batch, statistics)
 

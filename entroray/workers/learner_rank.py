@@ -20,8 +20,9 @@ from entroray.metrics.update import SUMS, update_sums
 from entroray.objective import Objective, activity_inside, corrected
 from entroray.policy import families
 from entroray.policy.head import TokenStats
-from entroray.policy.model import Padded, Policy, load_policy, pad
-from entroray.policy.proof import check_loaded
+from entroray.policy.model import Layout, Policy, load_policy, pad
+from entroray.policy.packing import compile_layers, enable_packing, pack, use_liger
+from entroray.policy.proof import check_loaded, why_not_packed
 from entroray.roles import Scores
 from entroray.train.batching import with_scores
 from entroray.types import Batch, Tokens
@@ -69,6 +70,8 @@ class LearnerRank:
         self.transfer: Any = None
         self.threads: int | None = None
         """CPU threads to compute with; None: as many as there are now."""
+        self.packed = False
+        """Whether rows are laid end to end."""
 
     def address(self) -> tuple[str, int]:
         """An address and free port of this node, where others may meet this rank."""
@@ -79,13 +82,29 @@ class LearnerRank:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(self, host: str, port: int, timeout: float) -> dict[str, Any]:
-        """Join the gang and load the policy; returns its number of parameters and the device."""
+        """Join the gang and load the policy; returns its number of parameters, the device, how rows lie."""
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(self.rank)}
         os.environ |= {"WORLD_SIZE": str(self.settings.learner.ranks), "LOCAL_RANK": "0"}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rows = self._choose_layout()  # before anything of DeepSpeed may have a say in how models are built
         self.backend_class.join(self.device.type, timeout)
         self._load_model()
-        return {"parameters": self.policy.model.num_parameters(), "device": str(self.device)}
+        count = self.policy.model.num_parameters()
+        return {"parameters": count, "device": str(self.device), "packed": self.packed, "rows": rows}
+
+    def _choose_layout(self) -> str:
+        """Decide whether rows are packed, and say so; PreflightError if they must be and cannot."""
+        how, m, self.packed = self.settings.learner.pack, self.settings.model, False
+        if how == "never" or (how == "auto" and self.device.type == "cpu"):
+            return "padded"
+        why = why_not_packed(m.path, m.attention, DTYPES[m.dtype], self.device)
+        if why and how == "always":
+            raise PreflightError(
+                f"learner.pack=always: rows of model.path={m.path} cannot lie end to end ({why}): set "
+                "learner.pack=auto"
+            )
+        self.packed = not why
+        return f"padded, for {why}" if why else "end to end"
 
     def reset(self, settings: LearnerSettings, objective: Objective) -> None:
         """Become what a rank just started with these is: weights, optimizer, schedule, random state."""
@@ -96,6 +115,8 @@ class LearnerRank:
         gc.collect()  # the backend's hooks are cycles: without this two learners would be on the card
         self._return_memory()
         self.settings, self.objective, self.anchored = settings, objective, False
+        if not settings.learner.liger:  # its kernels are in the classes now that a small copy is made of
+            self._choose_layout()
         self._load_model()
 
     def anchor(self, folder: str) -> None:
@@ -105,17 +126,30 @@ class LearnerRank:
 
     def _load_model(self) -> None:
         s = self.settings
-        stored = s.model.path, DTYPES[s.model.dtype], s.model.attention
         torch.manual_seed(s.seed)
-        policy = load_policy(*stored).to(self.device)
+        policy = self._read_policy(s.model.path)
         if self.rank == 0:
             check_loaded(s.model.path, policy)
-        if s.learner.gradient_checkpointing:
-            families.check_checkpointing(policy.model)
-            policy.model.gradient_checkpointing_enable()
+        families.enable_checkpointing(policy.model, s.learner)
         needed = s.learner.reference or "ref_logprobs" in self.objective.needs
-        self.reference = load_policy(*stored).to(self.device) if needed else None
+        self.reference = self._read_policy(s.model.path) if needed else None
         self.backend = self.backend_class(policy, s.learner, s.model.dtype, s.total_updates)
+
+    def _read_policy(self, path: str) -> Policy:
+        """On the device, with the kernels and for the layout of these settings."""
+        m = self.settings.model
+        policy = load_policy(path, DTYPES[m.dtype], m.attention).to(self.device)
+        if self.settings.learner.liger:
+            use_liger(policy.model)
+        if self.packed:
+            enable_packing(policy.model)
+        if self.settings.learner.compile:
+            compile_layers(policy.model)
+        return policy
+
+    def _lay_out(self, batch: Batch) -> Layout:
+        """A micro-batch on the device; of none, `EMPTY`."""
+        return (pack if self.packed else pad)(batch if batch.num_rows else EMPTY, self.device)
 
     def connect(self, client: GeneratorClient) -> None:
         """Open the weight transfer to the generators that `client` reaches."""
@@ -159,18 +193,18 @@ class LearnerRank:
 
     def _score(self, micro: Batch, extra: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         self._take_threads()
-        padded = pad(micro if micro.num_rows else EMPTY, self.device)
-        stats = self.backend.forward(padded, (*self.objective.statistics, *extra))
-        return self._columns(micro, padded, stats)
+        layout = self._lay_out(micro)
+        stats = self.backend.forward(layout, (*self.objective.statistics, *extra))
+        return self._columns(micro, layout, stats)
 
     @torch.no_grad()
     def _columns(
-        self, micro: Batch, padded: Padded, stats: Mapping[str, Tensor]
+        self, micro: Batch, layout: Layout, stats: Mapping[str, Tensor]
     ) -> dict[str, NDArray[np.float32]]:
         """`stats` of a forward pass and the reference's log-probs, [n] of the tokens of `micro`."""
         scored = {name: x.detach() for name, x in stats.items()}
         if self.reference is not None:
-            scored["ref_logprobs"] = self.reference(padded)["logprobs"]
+            scored["ref_logprobs"] = self.reference(layout)["logprobs"]
         return {k: v.float().cpu().numpy()[: len(micro.response_ids)] for k, v in scored.items()}
 
     def update(
@@ -222,10 +256,10 @@ class LearnerRank:
         """
         self._take_threads()
         empty = batch.num_rows == 0
-        padded = pad(EMPTY if empty else batch, self.device)
-        stats = self.backend.forward(padded, tuple(self.objective.statistics))
+        layout = self._lay_out(batch)
+        stats = self.backend.forward(layout, tuple(self.objective.statistics))
         if scores is not None:
-            scores.append(self._columns(batch, padded, stats))
+            scores.append(self._columns(batch, layout, stats))
             tokens = tokens if empty else with_scores(tokens, scores[-1])
         # ZeRO 3 gathers once for each output with a gradient: these must be the same on every rank
         nothing = sum((x[:0].sum() for x in stats.values() if x.requires_grad), start=torch.zeros(()))

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -63,6 +63,8 @@ class LearnerRole:
     deadline: float
     engines: EnginePool | None = None
     """Those that must leave the learner the card they share with it, until the next sync."""
+    plan: Callable[..., list[list[Rows]]] = plan_microbatches
+    """Or `plan_packed`, where ranks lay rows end to end."""
 
     async def score(
         self, batch: Batch, group: NDArray[np.int64], updates: int = 1, extra: Sequence[str] = ()
@@ -117,9 +119,7 @@ class LearnerRole:
         lengths = batch.prompt_lengths + batch.response_lengths
         plans = []
         for rows in cut_by_groups(group, updates):
-            local = plan_microbatches(
-                lengths[rows], ranks=len(self.gang.handles), token_budget=self.token_budget
-            )
+            local = self.plan(lengths[rows], ranks=len(self.gang.handles), token_budget=self.token_budget)
             plans.append([[rows[m] for m in micros] for micros in local])
         return plans
 

@@ -171,6 +171,10 @@ def test_the_header_names_every_end_token(folder: Path, tmp_path: Path) -> None:
     header = train._header(told, build_parts(told), read, tmp_path, facts | {"model": str(several)})
     (line,) = [line for line in header if line.startswith("sampling")]
     assert line.endswith("stop at '<|end|>', '<|pad|>', '<|user|>', '⟨999⟩', 'x'")
+    for rows, shown in (("padded", 0), ("padded, for a reason", 1), ("end to end", 1)):
+        known = facts | {"model": str(several), "rows": rows}
+        header = train._header(told, build_parts(told), read, tmp_path, known)
+        assert header.count(f"rows       {rows}") == shown
 
 
 def test_a_tokenizer_larger_than_the_model(folder: Path, tmp_path: Path) -> None:
