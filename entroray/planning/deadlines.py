@@ -1,11 +1,11 @@
 """How long to wait at most, from lengths and from rates below which nothing that works is."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 RATE = 10.0
 """Tokens a second of one sequence, at least."""
-SEQUENCES = 100
-"""That an engine draws at once at that rate, at least."""
+ENGINE = 100 * RATE
+"""Tokens a second of an engine, at least: a hundred sequences at once."""
 RANK = 1000.0
 """Tokens a second that a rank scores or trains, at least."""
 MOVED = 1e8
@@ -14,26 +14,7 @@ RESPONSE, CALL, STEP = 300.0, 1800.0, 1800.0
 """Seconds at least: for a response, for a call or a start, and for a step besides its work."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What decides how long a run's waits may be; its sizes are upper bounds."""
-
-    longest: int
-    """Tokens of a response."""
-    responses: int
-    """Of a step."""
-    evaluated: int
-    """Responses of an evaluation."""
-    read: int
-    """Tokens of a prompt and its response."""
-    engines: int
-    ranks: int
-    weights: float
-    """Bytes; 0 where the model is not here yet."""
-
-
-@dataclass(frozen=True)
-class Deadlines:
+class Deadlines(NamedTuple):
     """Seconds."""
 
     response: float
@@ -46,16 +27,15 @@ class Deadlines:
     """Without a finished step."""
 
 
-def deadlines(
-    work: Work, response: float | None = None, call: float | None = None, step: float | None = None
+def floor_deadlines(
+    longest: int, prompt: int, responses: int, evaluated: int, *, engines: int, ranks: int, weights: float
 ) -> Deadlines:
-    """Those that are given, and the others at the floor rates.
+    """For responses of at most `longest` tokens to prompts of `prompt`, so many a step and an evaluation.
 
-    A learner's longest call scores and trains a whole step. A step draws twice the responses it keeps, every
-    one as long as it may be, is trained and evaluated, and waits for one response more.
+    `weights` are in bytes. A learner's longest call scores and trains a whole step. A step draws twice the
+    responses it keeps, every one as long as it may be, is trained and evaluated, and waits for one more.
     """
-    one = response or max(RESPONSE, work.longest / RATE)
-    trained = 2 * work.responses * work.read / (work.ranks * RANK)
-    start = CALL + work.weights / MOVED
-    drawn = (2 * work.responses + work.evaluated) * work.longest / (work.engines * SEQUENCES * RATE)
-    return Deadlines(one, call or start, call or start + trained, step or STEP + drawn + trained + one)
+    one, start = max(RESPONSE, longest / RATE), CALL + weights / MOVED
+    trained = 2 * responses * (prompt + longest) / (ranks * RANK)
+    drawn = (2 * responses + evaluated) * longest / (engines * ENGINE)
+    return Deadlines(one, start, start + trained, STEP + drawn + trained + one)

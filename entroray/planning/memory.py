@@ -1,6 +1,6 @@
 """Bytes on each card by what they hold, and the smallest change of settings that makes a run fit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import ceil
@@ -207,13 +207,8 @@ def gib(size: float) -> str:
     return f"{size / GIB:,.1f} GiB"
 
 
-@dataclass(frozen=True)
-class Step:
-    """A setting, and the values tried of it, from the smallest change to the largest."""
-
-    setting: str
-    values: Sequence[tuple[str, Mapping[str, Any]]]
-    """How each is written, and what of a layout it replaces."""
+Step = tuple[str, list[tuple[str, dict[str, Any]]]]
+"""A setting, and values of it, the smallest change first: as they are written, and what they replace."""
 
 
 def learner_steps(s: Layout, most_ranks: int) -> list[Step]:
@@ -226,12 +221,12 @@ def learner_steps(s: Layout, most_ranks: int) -> list[Step]:
     held = {n: {"zero_stage": n, "host_optimizer": True} for n in (2, 3) if n >= s.zero_stage}
     host = [] if s.host_optimizer else [(OFFLOAD.format(n), fields) for n, fields in held.items()]
     return [
-        Step("learner.zero_stage", stage(2)),
-        Step("learner.gradient_checkpointing", every),
-        Step("learner.token_budget", [(f"{n}", {"token_budget": n}) for n in budgets]),
-        Step("learner.zero_stage", stage(3)),
-        Step("learner.ranks", [(f"{n}", {"ranks": n}) for n in grown]),
-        Step("learner.deepspeed", host),
+        ("learner.zero_stage", stage(2)),
+        ("learner.gradient_checkpointing", every),
+        ("learner.token_budget", [(f"{n}", {"token_budget": n}) for n in budgets]),
+        ("learner.zero_stage", stage(3)),
+        ("learner.ranks", [(f"{n}", {"ranks": n}) for n in grown]),
+        ("learner.deepspeed", host),
     ]
 
 
@@ -246,10 +241,10 @@ def engine_steps(s: Layout, most_parallel: int) -> list[Step]:
     parallel = [n for n in (2, 4, 8) if s.tensor_parallel < n <= most_parallel]
     kept = s.shared or s.kv_bytes is not None
     return [
-        Step(f"{engine}gpu_memory_utilization", [] if kept else less),
-        Step(f"{engine}kv_cache_memory_bytes", sizes if kept else []),
-        Step("generator.tensor_parallel", [(f"{n}", {"tensor_parallel": n}) for n in parallel]),
-        Step(f"{engine}gpu_memory_utilization", [] if kept else more),
+        (f"{engine}gpu_memory_utilization", [] if kept else less),
+        (f"{engine}kv_cache_memory_bytes", sizes if kept else []),
+        ("generator.tensor_parallel", [(f"{n}", {"tensor_parallel": n}) for n in parallel]),
+        (f"{engine}gpu_memory_utilization", [] if kept else more),
     ]
 
 
@@ -278,7 +273,7 @@ def _first(
     m: ModelShape, s: Layout, card: float, steps: Sequence[Step], role: str
 ) -> tuple[list[str], Layout] | None:
     """The first change with which nothing whose name begins with `role` is short."""
-    changes = _changes(s, [step for step in steps if step.values])
+    changes = _changes(s, [step for step in steps if step[1]])
     fits = lambda tried: not any(short.startswith(role) for short in shortages(m, tried, card))
     return next(((words, tried) for words, tried in changes if fits(tried)), None)
 
@@ -289,10 +284,10 @@ def _changes(s: Layout, steps: Sequence[Step]) -> Iterator[tuple[list[str], Layo
     for last, step in enumerate(steps):
         for number in range(last + 1):
             for before in combinations(steps[:last], number):
-                chosen = (*before, step)
-                for values in product(*(each.values for each in chosen)):
-                    words = [f"{each.setting}={text}" for each, (text, _) in zip(chosen, values, strict=True)]
-                    yield words, replace(s, **{k: v for _, fields in values for k, v in fields.items()})
+                names, values = zip(*before, step, strict=True)
+                for chosen in product(*values):
+                    words = [f"{name}={text}" for name, (text, _) in zip(names, chosen, strict=True)]
+                    yield words, replace(s, **{k: v for _, fields in chosen for k, v in fields.items()})
 
 
 TABLE = {

@@ -13,7 +13,7 @@ import torch
 from entroray.config import TINY, Cluster, Config
 from entroray.errors import PreflightError
 from entroray.objective import Objective
-from entroray.planning.deadlines import Deadlines, Work, deadlines
+from entroray.planning.deadlines import Deadlines, floor_deadlines
 from entroray.policy.safetensors_header import model_folder, weight_files
 from entroray.roles import Learner
 from entroray.wiring import sampler
@@ -70,20 +70,21 @@ def cpu_only(c: Cluster) -> bool:
 
 
 def run_deadlines(config: Config) -> Deadlines:
-    """How long is waited at most for responses, calls and steps of a run with these settings."""
-    r, d, e, longest = config.rollout, config.driver, config.evaluate, longest_response(config)[0]
+    """How long is waited at most in a run with these settings: as they say, else at the floor rates."""
+    r, d, e = config.rollout, config.driver, config.evaluate
     sets = [(s.prompts or 0) * (s.samples or e.samples) for s in e.sets.values()]  # all: not read yet
-    path = None if config.model.path == TINY else model_folder(config.model.path)
-    work = Work(
-        longest,
+    folder = None if config.model.path == TINY else model_folder(config.model.path)
+    floor = floor_deadlines(
+        longest_response(config)[0],
+        config.data.max_prompt,
         r.groups_per_step * (r.group_size + r.early.extra),
         bool(e.every) * e.prompts * (e.samples + 1) + sum(sets),
-        sequence_length(config),
-        config.generator.replicas,
-        config.learner.ranks,
-        float(sum(file.stat().st_size for file in weight_files(path))) if path else 0.0,
+        engines=config.generator.replicas,
+        ranks=config.learner.ranks,
+        weights=float(sum(file.stat().st_size for file in weight_files(folder))) if folder else 0.0,
     )
-    return deadlines(work, r.deadline, d.call_deadline, d.stall)
+    told = r.deadline, d.call_deadline, d.call_deadline, d.stall
+    return Deadlines(*(own or each for own, each in zip(told, floor, strict=True)))
 
 
 @dataclass

@@ -174,22 +174,16 @@ def model_shape(config: Config) -> ModelShape | None:
 
 
 def _shape(described: Any, count: int) -> ModelShape | None:
-    """Of a config.json of transformers'; None for one without the sizes of a decoder."""
+    """Of a config.json as transformers reads it; None for one without the sizes of a decoder."""
     text = families.text_config(described)
-    number = lambda *names: next((n for name in names if isinstance(n := getattr(text, name, None), int)), 0)
-    heads, width = number("num_attention_heads"), number("hidden_size")
-    if not (heads and width and number("num_hidden_layers")):
+    try:
+        layers, width, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
+    except AttributeError:
         return None
-    size = number("head_dim") or width // heads
-    return ModelShape(
-        number("num_hidden_layers"),
-        width,
-        number("intermediate_size") or 4 * width,
-        heads * size,
-        (number("num_key_value_heads") or heads) * size,
-        number("vocab_size"),
-        count,
-    )
+    size = getattr(text, "head_dim", None) or width // heads
+    keys = (getattr(text, "num_key_value_heads", None) or heads) * size
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    return ModelShape(layers, width, inner, heads * size, keys, text.vocab_size, count)
 
 
 def parameter_count(config: Config) -> int | None:

@@ -133,7 +133,7 @@ def test_7b_on_eight_cards_of_80_gb_at_zero_1_is_refused_and_the_change_fits() -
         (
             ["cluster=gpu", "learner.ranks=8", "learner.gradient_checkpointing=true"],
             24,
-            ["learner.zero_stage=3", "learner.ranks=32", "generator.tensor_parallel=2"],
+            ["learner.zero_stage=3", "learner.ranks=32"],
         ),
     ],
 )

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 import pytest
 
 from entroray.errors import ConfigError
-from entroray.planning.deadlines import Deadlines, Work, deadlines
+from entroray.planning.deadlines import Deadlines, floor_deadlines
 from entroray.types import Draw
 from entroray.wiring import actors, compose, preflight
 from entroray.wiring.driver import loop_settings
@@ -13,11 +13,9 @@ from entroray.workers.generator import Waiting
 from entroray.workers.vllm_request import QUEUE, Request
 from tests.composed import configured
 
-LONG = Work(longest=32_768, responses=256, evaluated=100, read=33_280, engines=4, ranks=4, weights=65e9)
-
 
 def test_deadlines_follow_from_lengths_at_the_floor_rates() -> None:
-    found = deadlines(LONG)
+    found = floor_deadlines(32_768, 512, 256, 100, engines=4, ranks=4, weights=65e9)
     assert found.response == 3276.8, "10 tokens/s"
     assert found.start == 1800 + 650, "100 MB/s"
     trained = 2 * 256 * 33_280 / 4000
@@ -26,7 +24,8 @@ def test_deadlines_follow_from_lengths_at_the_floor_rates() -> None:
 
 
 def test_deadlines_that_are_set_hold() -> None:
-    assert deadlines(LONG, 20.0, 30.0, 40.0) == Deadlines(20.0, 30.0, 30.0, 40.0)
+    told = "rollout.deadline=20", "driver.call_deadline=30", "driver.stall=40", "rollout.max_tokens=32768"
+    assert actors.run_deadlines(configured(*told)) == Deadlines(20.0, 30.0, 30.0, 40.0)
 
 
 def test_a_short_response_is_waited_for_as_long_as_ever() -> None:
