@@ -158,8 +158,13 @@ def _init_info(
         host, port = rendezvous
         world = 1 + len(client.handles) * client.tensor_parallel
         # Two buffers of this size are outside vLLM's budget; a larger parameter is sent all the same.
-        own = {"packed_buffer_size_bytes": PACKED}
-        return NCCLTrainerInitInfo(rank=rank, master_address=host, master_port=port, world_size=world, **own)
+        return NCCLTrainerInitInfo(
+            rank=rank,
+            master_address=host,
+            master_port=port,
+            world_size=world,
+            packed_buffer_size_bytes=PACKED,
+        )
     if backend == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
