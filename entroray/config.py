@@ -166,7 +166,8 @@ class RolloutConfig:
     repetition: Repetition = field(default_factory=Repetition)
     surplus: str = "by_lag"  # keep | drop groups beyond a step's; by_lag keeps them where max_lag >= 1
     max_tokens: int = 64  # longest response, tools' answers included; longer ones are cut, marked truncated
-    deadline: float = 300.0  # seconds from the first token of a response, or of a turn, to its last
+    deadline: float | None = None  # seconds from the first token of a response, or of a turn, to its last;
+    # null: at 10 tokens/s, 300 at least
     turns: int = 4  # most tool calls in one response; it is truncated at one more
     tool: ToolConfig = field(default_factory=ToolConfig)
     plan: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}: how a group's members are drawn
@@ -183,8 +184,10 @@ class DriverConfig:
     max_lag: int = 0  # steps a trained group's oldest token may be behind; 0 is synchronous
     stale: str = "wait"  # wait: the learner waits | drop: refuse and re-issue
     refill_limit: int = 10  # steps' worth of groups one step may drop for want of signal or by failure
-    stall: float = 1800.0  # seconds without a finished step after which the run ends
-    call_deadline: float = 1800.0  # seconds for the start of an actor, and for a call to learner or verifiers
+    stall: float | None = None  # seconds without a finished step that end the run; null: by its lengths, 1800
+    # at least
+    call_deadline: float | None = None  # seconds for the start of an actor, and for a call to learner or
+    # verifiers; null: by lengths and the size of the model, 1800 at least
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
@@ -198,7 +201,8 @@ class LearnerConfig:
     pack: str = (
         "auto"  # rows end to end, not padded. auto: on GPUs, if the model allows | always: or refuse | never
     )
-    lr: float = 1e-3  # of AdamW
+    lr: float | None = None  # of AdamW; null: 1e-3 for the tiny model; any other needs its own
+    lr_high: bool = False  # allow full training of a model given by path above 1e-4
     weight_decay: float = 0.0  # of AdamW
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
     max_grad_norm: float = 1.0  # global norm that gradients are clipped to; 0: never

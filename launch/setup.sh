@@ -59,12 +59,16 @@ extras() { # those that are here and those of ENTRORAY_EXTRAS, which once instal
 pins() { sha256sum pyproject.toml | cut -c1-16; }
 
 choose() { # sets build, python (its real path) and version; names all that is missing at once
-    local missing=() candidate found=() fits=False makes=True headers=True
+    local driver missing=() candidate found=() fits=False makes=True headers=True
     version="" build=${ENTRORAY_BUILD:-cpu}
     [[ -n ${ENTRORAY_BUILD:-} || $(nvidia-smi -L 2>/dev/null) != *"GPU "* ]] || build=cuda
     for candidate in ${ENTRORAY_EXTRAS//,/ }; do
         [[ $candidate == wandb || $candidate == mlflow ]] || refuse "ENTRORAY_EXTRAS names \`$candidate\`: choose wandb or mlflow, or both with a comma"
     done
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || driver=""
+    if [[ $build == cuda && ${driver%%.*} =~ ^[0-9]+$ ]] && ((${driver%%.*} < 580)); then
+        refuse "the driver is ${driver%%$'\n'*}, and the cuda build is of CUDA 13, which needs 580 or newer: update the driver, or set ENTRORAY_BUILD=cpu"
+    fi
     [[ $build == cpu || $build == cuda ]] || refuse "ENTRORAY_BUILD is \`$build\`: choose cpu or cuda"
 
     for candidate in ${ENTRORAY_PYTHON:-python3.11 python3.12 python3.13 python3}; do

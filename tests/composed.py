@@ -32,12 +32,12 @@ def row(group: str, name: str) -> DictConfig | ListConfig:
 
 @cache
 def composed(*choices: str) -> DictConfig:
-    """The tree of `group=name` choices; an experiment has defaults of its own, and Hydra composes it.
+    """The tree of `group=name` choices; a row with defaults of its own is composed by Hydra.
 
     `tests/files/test_config.py` shows for every row that this is Hydra's tree.
     """
     chosen = rows() | dict(choice.split("=") for choice in choices)
-    if chosen["experiment"]:
+    if any("defaults" in row(group, name) for group, name in chosen.items() if name):
         tree = compose.load_config(list(choices), training=False)[1]
         OmegaConf.set_struct(tree, None)  # Hydra closes it, free dictionaries too
         return tree

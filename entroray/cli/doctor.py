@@ -16,7 +16,7 @@ from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config
 from entroray.errors import PreflightError, first_line
 from entroray.policy.tokenizer import response_text
-from entroray.wiring import actors, compose, dataset, preflight
+from entroray.wiring import actors, compose, dataset, memory, preflight
 from entroray.workers import cluster
 
 FLAGS = (CONFIG_DIR,)
@@ -28,7 +28,9 @@ def main(arguments: list[str]) -> int:
     config, _ = compose.load_config(overrides, given.get("config-dir"))
     read = judge_trial.ReadOnce()
     of_data = [wraps(check)(partial(check, read=read)) for check in (data, prompt, judge)]
-    findings = preflight.run_checks(config, (packages, tools, *preflight.FAST, ports, ray_clusters, *of_data))
+    findings = preflight.run_checks(
+        config, (packages, tools, driver, *preflight.FAST, ports, ray_clusters, *of_data)
+    )
     first = {found.said: found.name for found in reversed(findings) if found.wrong}
     for found in findings:
         again = found.wrong and first[found.said] != found.name
@@ -75,6 +77,12 @@ def tools(config: Config) -> str:
             f"{locks[0]} was left by a killed compilation and would be waited for: delete it"
         )
     return f"{', '.join(compiled) or 'op not compiled yet'}; {', '.join(missing) or 'nothing'} missing"
+
+
+def driver(config: Config) -> str:
+    """The driver of this machine's cards is one that the pinned CUDA runs on."""
+    found = memory.cards_here()
+    return "no GPU is asked for" if actors.cpu_only(config.cluster) else memory.check_driver(found)
 
 
 def ports(_: Config) -> str:

@@ -89,7 +89,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
     verifier = Verifier(read.judge, slots=v.slots, deadline=config.reward.deadline, memory_mb=v.memory_mb)
     known = words(read.tokenizer, model)
 
-    role = GeneratorRole(engine, config.rollout.deadline)
+    role = GeneratorRole(engine, actors.run_deadlines(config).response)
     generator = tool.with_tool(config.rollout, read.tokenizer, role, verifier)
     draw = sampler.evaluation_draw(s, config.rollout, config.generator.engine)
     plan = plan_evaluation(draw, e.samples, e.k)

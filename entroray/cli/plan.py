@@ -16,6 +16,7 @@ from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
 from entroray.errors import ConfigError, PreflightError
 from entroray.observe.journal import read_metrics
+from entroray.planning.memory import table
 from entroray.planning.rates import Step, load_rates, rate_lines, run_rates
 from entroray.planning.simulate import Rates, Shape, bounds, simulate
 from entroray.wiring import actors, compose, dataset, memory, preflight, run_directory, warm_start
@@ -23,7 +24,14 @@ from entroray.wiring.objective import check_objective
 from entroray.wiring.parts import Parts, build_parts
 from entroray.workers import cluster
 
-FLAGS = (Flag("rates", "FILE"), Flag("engines", "LIST"), Flag("json"), CONFIG_DIR)
+FLAGS = (
+    Flag("rates", "FILE"),
+    Flag("engines", "LIST"),
+    Flag("json"),
+    Flag("card", "GB"),
+    Flag("table"),
+    CONFIG_DIR,
+)
 ALIKE = 32
 """Engines that are simulated one by one."""
 COLUMNS = ("seconds", "tokens/per_second", "sample", "learn", "sync", "rest")
@@ -31,18 +39,32 @@ IDLE = ("idle/generator", "idle/learner", "idle/verifier", "idle/driver")
 
 
 def main(arguments: list[str]) -> int:
-    """`plan [--rates FILE] [--engines LIST] [--json] overrides`: rates are measured here, or read."""
+    """`plan [--rates FILE] [--engines LIST] [--json] overrides`: rates are measured here, or read.
+
+    With `--card GB` and no rates it says what cards of that size hold, and ends; 3 if it is too much. With
+    `--table` it prints the table of `launch/README.md`.
+    """
     given, overrides = flags.parse_flags("plan", arguments, FLAGS)
+    if "table" in given:
+        print("\n".join(table()))
+        return 0
     config, _ = compose.load_config(overrides, given.get("config-dir"))
     parts = build_parts(config)
     check_objective(config, parts)
     counts = _counts(given["engines"]) if "engines" in given else []
+    card = memory.named_card(given["card"]) if "card" in given else memory.smallest_card()
+    held = memory.memory_lines(config, parts.objective, card)
+    if "card" in given and "rates" not in given:
+        print("\n".join(held))
+    if card and not actors.cpu_only(config.cluster):
+        memory.check_cards(config, parts.objective, card)
+    if "card" in given and "rates" not in given:
+        return 0
     if "rates" in given:
         rates, source = _read(Path(given["rates"]))
     else:
         rates, drift = _measure(config, parts, overrides, given.get("config-dir"))
         source = f"measured here; steps after took {drift:.2f} of those before"
-    held = memory.memory_lines(config, parts.objective)
     modelled = _model(shape_of(config), rates, counts)
     if "json" in given:
         print(json.dumps({"source": source, "rates": asdict(rates), "memory": held, "modelled": modelled}))

@@ -124,8 +124,11 @@ def _dry(config: Config, parts: Parts) -> str:
     lines += [f"tool: {tool.describe_tool(config.rollout)}"] if tool.uses_tool(config.rollout.tool) else []
     lines += [f"control: {line}" for line in controllers.describe_controllers(parts, config.driver.max_lag)]
     for role, (count, share) in actors.resource_shares(config).items():
-        lines.append(f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads} threads")
-    return "\n".join([*lines, *memory.memory_lines(config, parts.objective)])
+        lines.append(
+            f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads or 'its own'} threads"
+        )
+    lines.append(f"deadlines: {preflight.deadlines(config)}")
+    return "\n".join([*lines, *memory.memory_lines(config, parts.objective, memory.smallest_card())])
 
 
 async def _train(
@@ -141,6 +144,7 @@ async def _train(
     signals.cancel_on_sigterm()
     facts |= {"resources": actors.join_cluster(config)}
     try:
+        memory.check_cluster(config, parts.objective)
         first = run.state.get("version", 0) + 1
         journal, console, health = open_journal(config, parts, folder, read_in.tokenizer, first_step=first)
         cluster.WAITS.trace = Trace(trace_path(folder, first) if config.run.trace else None, journal.event)

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     """`verify-resume [--steps N] [--dir FOLDER] overrides`: n + n steps against 2n; exit 6 when they differ.
 
     Trains 2n steps with a checkpoint at n, then goes on from that checkpoint in a new process, and compares
-    token records, metrics and exported weights of the second half bit for bit.
+    token records, metrics and exported weights of the second half bit for bit. That holds on CPUs.
     """
     given, overrides = flags.parse_flags("verify-resume", arguments, FLAGS)
     steps = _steps(given.get("steps", "3"))

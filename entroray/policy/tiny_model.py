@@ -26,10 +26,17 @@ def build_tiny_model(folder: Path, size: Mapping[str, int], seed: int) -> int:
 def count_parameters(size: Mapping[str, int]) -> int:
     """Parameters of the model that `build_tiny_model` would write; takes no memory for them."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
     with torch.device("meta"):
-        return int(Qwen3ForCausalLM(Qwen3Config(**_sizes(size, byte_tokenizer()))).num_parameters())
+        return int(Qwen3ForCausalLM(tiny_config(size)).num_parameters())
+
+
+def tiny_config(size: Mapping[str, int]) -> Any:
+    """What `build_tiny_model` builds from, as transformers has it."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(**_sizes(size, byte_tokenizer()))
 
 
 def _sizes(size: Mapping[str, int], tokenizer: Any) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from entroray.config import Cluster, Config
+from entroray.config import TINY, Cluster, Config
 from entroray.errors import PreflightError
 from entroray.objective import Objective
+from entroray.planning.deadlines import Deadlines, floor_deadlines
 from entroray.policy.microbatches import plan_microbatches, plan_packed
+from entroray.policy.safetensors_header import model_folder, weight_files
 from entroray.roles import Learner
 from entroray.wiring import sampler
 from entroray.wiring.parts import Parts
@@ -40,11 +42,18 @@ def resource_shares(config: Config) -> dict[str, tuple[int, Share]]:
     c, g, n = config.cluster, config.generator, config.learner
     gpus = c.gpus_per_generator * g.tensor_parallel
     beside = (BESIDE,) if core_shares(config) else ()
+    engine, rank = (cores, cores) if cpu_only(c) else (None, max(1, cores // _actors_per_node(config)))
     return {
-        "generators": (g.replicas, Share(c.cpus.generator, gpus, g.threads or cores)),
-        "learner ranks": (n.ranks, Share(c.cpus.learner, c.gpus_per_learner, n.threads or cores, beside)),
+        "generators": (g.replicas, Share(c.cpus.generator, gpus, g.threads or engine)),
+        "learner ranks": (n.ranks, Share(c.cpus.learner, c.gpus_per_learner, n.threads or rank, beside)),
         "verifiers": (config.verifier.replicas, Share(c.cpus.verifier, 0.0, 1)),
     }
+
+
+def _actors_per_node(config: Config) -> int:
+    """As many as a node has cards, which is 8 at most where this one has none."""
+    g = config.generator
+    return torch.cuda.device_count() or min(8, g.replicas * g.tensor_parallel + config.learner.ranks)
 
 
 def core_shares(config: Config) -> tuple[Threads, Threads] | None:
@@ -61,6 +70,24 @@ def cpu_only(c: Cluster) -> bool:
     return c.gpus_per_generator == 0 and c.gpus_per_learner == 0
 
 
+def run_deadlines(config: Config) -> Deadlines:
+    """How long is waited at most in a run with these settings: as they say, else at the floor rates."""
+    r, d, e = config.rollout, config.driver, config.evaluate
+    sets = [(s.prompts or 0) * (s.samples or e.samples) for s in e.sets.values()]  # all: not read yet
+    folder = None if config.model.path == TINY else model_folder(config.model.path)
+    floor = floor_deadlines(
+        longest_response(config)[0],
+        config.data.max_prompt,
+        r.groups_per_step * (r.group_size + r.early.extra),
+        bool(e.every) * e.prompts * (e.samples + 1) + sum(sets),
+        engines=config.generator.replicas,
+        ranks=config.learner.ranks,
+        weights=float(sum(file.stat().st_size for file in weight_files(folder))) if folder else 0.0,
+    )
+    told = r.deadline, d.call_deadline, d.call_deadline, d.stall
+    return Deadlines(*(own or each for own, each in zip(told, floor, strict=True)))
+
+
 @dataclass
 class Actors:
     """Everything that runs: pools, the gang, and the driver's view of them."""
@@ -72,15 +99,20 @@ class Actors:
     sync: WeightSync
     facts: dict[str, Any]
 
+    @property
+    def within(self) -> float:
+        """Seconds for weights to be read, sent or written."""
+        return run_deadlines(self.config).start
+
     def generator_role(self) -> GeneratorRole:
-        return GeneratorRole(self.engines, self.config.rollout.deadline)
+        return GeneratorRole(self.engines, run_deadlines(self.config).response)
 
     def verifier_role(self) -> VerifierRole:
-        return VerifierRole(self.verifiers, self.config.driver.call_deadline)
+        return VerifierRole(self.verifiers, run_deadlines(self.config).call)
 
     def learner_role(self) -> Learner:
         resting = self.engines if self.config.generator.sleep else None
-        budget, deadline = self.config.learner.token_budget, self.config.driver.call_deadline
+        budget, deadline = self.config.learner.token_budget, run_deadlines(self.config).call
         plan = plan_packed if self.facts.get("packed") else plan_microbatches
         learner = LearnerRole(self.learner, budget, deadline, resting, plan)
         shares = core_shares(self.config) if cluster.on_one_node() else None
@@ -96,12 +128,11 @@ class Actors:
     def checkpoints(self, run: Path) -> Checkpoints:
         """Where this run's checkpoints go."""
         keep = self.config.checkpoint.keep
-        return Checkpoints(run / "checkpoints", self.learner, keep, self.config.driver.call_deadline)
+        return Checkpoints(run / "checkpoints", self.learner, keep, self.within)
 
     async def export(self, folder: str) -> None:
         """The policy in Hugging Face format; the tokenizer is the caller's to add."""
-        deadline = self.config.driver.call_deadline
-        await self.learner.all(lambda rank, h: h.export.remote(folder), deadline=deadline)
+        await self.learner.all(lambda rank, h: h.export.remote(folder), deadline=self.within)
 
     async def reset(
         self, config: Config, model: str, objective: Objective, *, total_updates: int
@@ -110,20 +141,19 @@ class Actors:
 
         Nothing of the last run is left: weights, optimizer, schedule, random state, requests, prefix caches.
         """
-        within = config.driver.call_deadline
-        await self.engines.drain(config.driver.stall)
+        within = run_deadlines(config).start
+        await self.engines.drain(run_deadlines(self.config).step)
         settings = learner_settings(config, model, total_updates)
         await self.learner.all(lambda rank, h: h.reset.remote(settings, objective), deadline=within)
         self.engines.sender.disconnect()
-        sync = WeightSync(self.learner, self.engines, self.sync.probe_ids, config.driver)
+        sync = WeightSync(self.learner, self.engines, self.sync.probe_ids, config.driver, within)
         facts = self.facts | await sync(0)
         return Actors(config, self.engines, self.learner, self.verifiers, sync, facts)
 
     async def anchor(self, folder: str) -> None:
         """The present weights, kept in `folder`, become the reference; optimizer and schedule begin anew."""
         await self.export(folder)
-        within = self.config.driver.call_deadline
-        await self.learner.all(lambda rank, h: h.anchor.remote(folder), deadline=within)
+        await self.learner.all(lambda rank, h: h.anchor.remote(folder), deadline=self.within)
         self.engines.sender.disconnect()
 
     async def stop(self) -> None:
@@ -232,7 +262,7 @@ async def start_actors(
     asked = resource_shares(config)
     settings = learner_settings(config, model, total_updates)
     limit = max(sequence_length(config), len(probe) + 1)
-    within = config.driver.call_deadline
+    within = run_deadlines(config).start
     options = engine_options(config) | logits_processors(config, parts)
 
     def generator() -> Any:
@@ -272,7 +302,7 @@ async def _introduce(
     resume: tuple[Path, int] | None,
 ) -> tuple[WeightSync, dict[str, Any]]:
     """Gang together, engines ready, transfer open, the first version served and proved."""
-    within = config.driver.call_deadline
+    within = run_deadlines(config).start
 
     async def gang() -> list[dict[str, Any]]:
         asked = learner.handles[0].address.remote()
@@ -282,7 +312,7 @@ async def _introduce(
     if config.generator.sleep:  # vLLM measures the card as it starts: nobody else may fill or leave it
         await engines.start()
     facts, *_ = await asyncio.gather(gang(), engines.start(), verifiers.start())
-    sync = WeightSync(learner, engines, probe, config.driver)
+    sync = WeightSync(learner, engines, probe, config.driver, within)
     folder, version = resume or (None, 0)
     if folder:
         await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=within)

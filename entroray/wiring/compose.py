@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from entroray.binding import complaint
-from entroray.config import Config, LearnerConfig
+from entroray.config import TINY, Config, LearnerConfig
 from entroray.errors import ConfigError, first_line, nearest
 from entroray.evaluation.evaluate import plan_evaluation
 from entroray.rows import conf_folder
@@ -42,6 +42,10 @@ TAKEN = {
 }
 
 
+TINY_LR = 1e-3
+"""Of the tiny model, where none is given."""
+MOST_LR = {"full training": 1e-4}
+"""Largest learner.lr of a model given by path, by what is trained, unless learner.lr_high says so."""
 MOST = 10_000
 """Values that one word may sweep over."""
 RENAMED = {
@@ -127,8 +131,11 @@ def _typed(tree: DictConfig, words: list[str], *, training: bool) -> Config:
         config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(overrides.explain(error, words)) from error
+    if config.learner.lr is None and config.model.path == TINY:
+        config.learner.lr = TINY_LR
     parts = check_config(config)
     if training:
+        check_lr(config, "full training")
         sampler.check_training_sampler(config.sampler, config.generator.engine, parts)
         selection.check_training_selection(config.rollout, config.generator.engine, parts.objective)
     return config
@@ -183,6 +190,21 @@ def check_recomputation(n: LearnerConfig) -> None:
         raise ConfigError(
             f"learner.{name}={getattr(n, name)} does nothing without gradient checkpointing: set "
             "learner.gradient_checkpointing=true"
+        )
+
+
+def check_lr(config: Config, trains: str) -> None:
+    """ConfigError without a learning rate, or for one that destroys a trained model in a few updates."""
+    n, most, path = config.learner, MOST_LR[trains], config.model.path
+    if n.lr is None:
+        raise ConfigError(
+            f"learner.lr has no default for model.path={path}: give one, such as learner.lr=1e-6 for a model "
+            "of billions of parameters"
+        )
+    if path != TINY and n.lr > most and not n.lr_high:
+        raise ConfigError(
+            f"learner.lr={n.lr:g} is above {most:g}, more than {trains} of model.path={path} is likely to "
+            "survive: lower it, or set learner.lr_high=true"
         )
 
 

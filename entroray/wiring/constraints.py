@@ -21,6 +21,7 @@ BOUNDS = {
     "count": Bound("at least 1", lambda x: x >= 1),
     "natural": Bound("at least 0", lambda x: x >= 0),
     "positive": Bound("above 0", lambda x: x > 0),
+    "positive_or_null": Bound("above 0, or null", lambda x: x is None or x > 0),
     "share": Bound("between 0 and 1", lambda x: 0 <= x <= 1),
     "positive_share": Bound("above 0 and at most 1", lambda x: 0 < x <= 1),
     "count_or_null": Bound("at least 1, or null", lambda x: x is None or x >= 1),

@@ -9,7 +9,7 @@ from entroray.train.diagnostics import DiagnosticsSchedule
 from entroray.train.driver import Driver, Knobs, LoopSettings, Roles
 from entroray.train.prompt_entropy import build_prompt_entropy
 from entroray.types import Draw
-from entroray.wiring import controllers, dataset, selection
+from entroray.wiring import actors, controllers, dataset, selection
 from entroray.wiring.parts import Parts
 
 LAW_WINDOW = 50
@@ -47,7 +47,7 @@ def loop_settings(config: Config) -> LoopSettings:
         wait=d.stale == "wait",
         refill_limit=d.refill_limit,
         max_failed=config.reward.max_failed,
-        stall=d.stall,
+        stall=actors.run_deadlines(config).step,
         tokens=config.run.tokens or None,
         extra=r.early.extra,
         surplus=r.surplus,

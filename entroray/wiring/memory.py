@@ -1,88 +1,210 @@
-"""What a run needs of memory, by role, from the model's size alone: nothing is loaded."""
+"""What a run needs of memory, by role and by card, from the model's shape alone: nothing is loaded."""
 
 import math
+import shutil
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from entroray.config import Config, LearnerConfig
+from entroray.config import Config
+from entroray.errors import ConfigError, PreflightError
 from entroray.objective import Objective
-from entroray.policy import safetensors_header
+from entroray.planning import memory
+from entroray.planning.memory import NAMED, QWEN, Layout, ModelShape
+from entroray.policy import families, safetensors_header
+from entroray.policy.tiny_model import count_parameters, tiny_config
 from entroray.wiring import actors, warm_start
+from entroray.workers import cluster
 
 BYTES = {"float32": 4, "bfloat16": 2}
+DRIVER = 580
+"""The least driver that CUDA 13 runs on, which the pinned builds of torch and vLLM are made for."""
+QUERY = ("nvidia-smi", "--query-gpu=memory.total,driver_version", "--format=csv,noheader,nounits")
 
 
-def memory_lines(config: Config, objective: Objective) -> list[str]:
-    """A line for each role; what activations and samples in flight take is not known beforehand."""
+def memory_lines(config: Config, objective: Objective, card: float | None = None) -> list[str]:
+    """A line for each role, and for each kind of card where GPUs are asked for and a card's bytes known."""
     found = parameter_count(config)
     if found is None:
         return [f"memory: unknown until {config.model.path} is in the cache of the hub or a folder here"]
     e, g, v = BYTES[config.model.dtype], config.generator, config.verifier
-    held = "ref_logprobs" in objective.needs
-    parts = learner_bytes(config.learner, config.model.dtype, found, held=held)
+    parts = memory.learner_states(found, layout(config, objective))
     cache = actors.engine_options(config).get("kv_cache_memory_bytes")
     kept = f"keys and values {_mib(cache)}" if cache else "keys and values by vLLM's share"
     limit = f"at most {v.memory_mb:,} MiB" if v.memory_mb else "no limit"
     return [
         f"model: {found:,} parameters, {config.model.dtype}",
-        f"memory of a learner rank, {_mib(sum(parts.values()))} before activations and any offloading: "
+        f"memory of a learner rank between updates, {_mib(sum(parts.values()))}: "
         + ", ".join(f"{name} {_mib(size)}" for name, size in parts.items()),
-        *_start(config.learner.zero_stage, found * e * (1 + ("reference" in parts))),
         f"memory of a generator's shard: weights {_mib(found * e / g.tensor_parallel)}, {kept}",
         f"memory of a verifier: {v.slots} processes, {limit} each beyond its start",
+        *card_lines(config, objective, card),
     ]
 
 
-def _start(stage: int, size: float) -> list[str]:
-    """What a rank needs before anything is divided, where that is more than afterwards."""
-    if stage < 3:
+def card_lines(config: Config, objective: Objective, card: float | None) -> list[str]:
+    """What each kind of card holds at its fullest; none for a run on CPUs, of no known shape, or no card."""
+    if actors.cpu_only(config.cluster) or card is None or (shape := model_shape(config)) is None:
         return []
+    s = layout(config, objective)
+    rows = memory.cards(shape, s, card)
+    fits = int(memory.engine_bytes(shape, s, card)["keys and values"] // memory.token_bytes(shape, s))
     return [
-        f"memory of a learner rank as it starts, {_mib(size)} on its card and as much of its node's own: "
-        "ZeRO 3 divides the model only once every rank has read all of it, beside any reference"
+        *(
+            f"card, {name}: {memory.gib(sum(parts.values()))} of {memory.gib(card)}: "
+            + ", ".join(f"{what} {memory.gib(size)}" for what, size in parts.items() if size)
+            for name, parts in rows.items()
+        ),
+        f"keys and values of an engine: {max(0, fits):,} tokens, {max(0, fits) // s.longest} sequences of "
+        f"{s.longest:,}",
     ]
 
 
-def learner_bytes(n: LearnerConfig, dtype: str, count: int, *, held: bool) -> dict[str, float]:
-    """Bytes on one rank by what they hold, for `count` parameters; `held` by the objective: a reference.
-
-    What DeepSpeed 0.19 divides: stage 1 the optimizer's, stage 2 gradients too, stage 3 weights too. Its
-    optimizers keep a float32 copy, but for float32 weights in stages 0 and 3. Gradients of bfloat16 weights
-    are summed in float32: in stage 1 beside their own, in 2 and 3 in their place, in 0 not at all.
-    """
-    e = BYTES[dtype]
-    share = lambda stage: count / (n.ranks if n.zero_stage >= stage else 1)
-    copied = dtype != "float32" or n.zero_stage in (1, 2)
-    return {
-        "weights": e * share(3),
-        "gradients": _gradients(n.zero_stage, dtype, count, share(2)),
-        **({"float32 copy": 4 * share(1)} if copied else {}),
-        "Adam moments": 8 * share(1),
-        **({"reference": float(e * count)} if held or n.reference else {}),
-    }
+def check_cards(config: Config, objective: Objective, card: float) -> str:
+    """What the cards hold; PreflightError naming the smallest change, if it is more than there is."""
+    shape = model_shape(config)
+    if shape is None:
+        return f"unknown until {config.model.path} is in the cache of the hub or a folder here"
+    s = layout(config, objective)
+    if short := memory.shortages(shape, s, card):
+        change = memory.smallest_change(shape, s, card)
+        remedy = f"The smallest change that does: {' '.join(change[0])}" if change else NOTHING
+        raise PreflightError(f"the cards are too small. {'; '.join(short)}. {remedy}")
+    full = {name: sum(parts.values()) for name, parts in memory.cards(shape, s, card).items()}
+    return ", ".join(f"{name} {memory.gib(size)}" for name, size in full.items()) + f" of {memory.gib(card)}"
 
 
-def _gradients(stage: int, dtype: str, count: int, share: float) -> float:
-    e = BYTES[dtype]
-    if dtype == "float32" or stage == 0:
-        return e * share
-    return (e + 4) * count if stage == 1 else 4 * share
+NOTHING = (
+    "Neither learner.gradient_checkpointing, token_budget, zero_stage, up to 64 ranks or an optimizer in the "
+    "host's memory do, nor generator.tensor_parallel up to 8 or another share of the card: lower "
+    "rollout.max_tokens, or take a smaller model or larger cards"
+)
+
+
+def check_cluster(config: Config, objective: Objective) -> None:
+    """As `check_cards`, of a cluster that was joined by its address and whose cards can be asked for."""
+    asked = config.cluster.address and not actors.cpu_only(config.cluster)
+    if asked and (card := cluster.ask_node(smallest_card)):
+        check_cards(config, objective, card)
+
+
+def layout(config: Config, objective: Objective) -> Layout:
+    """The settings that decide what a card holds."""
+    n, g, c, engine = config.learner, config.generator, config.cluster, actors.engine_options(config)
+    zero = n.deepspeed.get("zero_optimization") or {}
+    host = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    return Layout(
+        element=BYTES[config.model.dtype],
+        longest=actors.sequence_length(config),
+        ranks=n.ranks,
+        zero_stage=n.zero_stage,
+        token_budget=n.token_budget,
+        checkpoint_every=n.gradient_checkpointing_every_n_layers if n.gradient_checkpointing else 0,
+        host_activations=n.gradient_checkpointing_offload,
+        host_optimizer=host,
+        reference=n.reference or "ref_logprobs" in objective.needs,
+        transfer=g.transfer,
+        tensor_parallel=g.tensor_parallel,
+        utilisation=float(engine.get("gpu_memory_utilization", Layout.utilisation)),
+        kv_bytes=engine.get("kv_cache_memory_bytes"),
+        batched=int(engine.get("max_num_batched_tokens") or memory.BATCHED),
+        seats=int(engine.get("max_num_seqs") or memory.SEATS),
+        graphs=not engine.get("enforce_eager"),
+        shared=0 < c.gpus_per_generator < 1 and 0 < c.gpus_per_learner < 1,
+        sleep=g.sleep,
+    )
+
+
+def named_card(text: str) -> float:
+    """Bytes of a card of `text` GB; ConfigError for what is no number."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 10_000:
+        raise ConfigError(f"--card={text}: give the GB of a card's name, such as 80 or 141")
+    return size * NAMED
+
+
+def cards_here() -> list[tuple[float, str]]:
+    """Bytes and driver of every card of this machine, by NVML; none where nvidia-smi finds none."""
+    if not shutil.which(QUERY[0]):
+        return []
+    try:
+        found = subprocess.run(QUERY, capture_output=True, text=True, timeout=30, check=True).stdout
+        rows = [line.split(",") for line in found.splitlines() if line.strip()]
+        return [(float(size) * 2**20, driver.strip()) for size, driver in rows]
+    except (OSError, subprocess.SubprocessError, ValueError):  # no driver, or one that does not answer
+        return []
+
+
+def smallest_card() -> float | None:
+    """Bytes of the smallest card of this machine; None without any."""
+    return min((size for size, _ in cards_here()), default=None)
+
+
+def check_driver(found: Sequence[tuple[float, str]]) -> str:
+    """The driver of these cards; PreflightError if CUDA 13 does not run on it."""
+    drivers = sorted({driver for _, driver in found}, key=lambda name: int(name.partition(".")[0]))
+    if not drivers:
+        return "nvidia-smi lists no card here"
+    if int(drivers[0].partition(".")[0]) < DRIVER:
+        raise PreflightError(
+            f"the driver is {drivers[0]}, and torch and vLLM are pinned to CUDA 13, which needs {DRIVER} or "
+            "newer: update the driver, or use cluster=cpu"
+        )
+    return f"{drivers[0]} on {len(found)} cards"
+
+
+def model_shape(config: Config) -> ModelShape | None:
+    """Of the model of these settings, as `parameter_count` finds it."""
+    count = parameter_count(config)
+    if count is None:
+        return None
+    if warm_start.is_missing(config):
+        return _shape(tiny_config(config.model.warm_start.size), count)
+    folder = safetensors_header.model_folder(warm_start.resolve_model(config))
+    if folder is None:
+        return _known(config.model.path)
+    if not (folder / "config.json").is_file():
+        return None
+    from transformers import AutoConfig
+
+    return _shape(AutoConfig.from_pretrained(folder), count)
+
+
+def _shape(described: Any, count: int) -> ModelShape | None:
+    """Of a config.json as transformers reads it; None for one without the sizes of a decoder."""
+    text = families.text_config(described)
+    try:
+        layers, width, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
+    except AttributeError:
+        return None
+    size = getattr(text, "head_dim", None) or width // heads
+    keys = (getattr(text, "num_key_value_heads", None) or heads) * size
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    return ModelShape(layers, width, inner, heads * size, keys, text.vocab_size, count)
 
 
 def parameter_count(config: Config) -> int | None:
-    """Of the model of these settings, each counted once; None for a hub id that is not in the cache.
+    """Of the model of these settings, each counted once; None for a hub id that is not in the cache and
+    not of `QWEN`.
 
     Raises PreflightError for a damaged file of weights, ValueError for a config.json of no known model.
     """
     if warm_start.is_missing(config):
-        from entroray.policy.tiny_model import count_parameters
-
         return count_parameters(config.model.warm_start.size)
     folder = safetensors_header.model_folder(warm_start.resolve_model(config))
-    return (
-        (sum(map(math.prod, safetensors_header.tensor_shapes(folder).values())) or _declared(folder))
-        if folder
-        else None
-    )
+    if folder is None:
+        return known.parameters if (known := _known(config.model.path)) else None
+    return sum(map(math.prod, safetensors_header.tensor_shapes(folder).values())) or _declared(folder)
+
+
+def _known(path: str) -> ModelShape | None:
+    """The shape of a hub id of Qwen2.5, such as Qwen/Qwen2.5-7B-Instruct."""
+    named = {size: path.lower().startswith(f"qwen/qwen2.5-{size.lower()}") for size in QWEN}
+    return next((QWEN[size] for size, it_is in named.items() if it_is), None)
 
 
 def _declared(folder: Path) -> int | None:

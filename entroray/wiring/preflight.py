@@ -204,5 +204,27 @@ def trackers(config: Config) -> str:
     return ", ".join(map(function_name, chosen)) or "none"
 
 
-FAST: tuple[Check, ...] = (model, template, sampler, resources, directory, disk, shared_memory, trackers)
+def cards(config: Config) -> str:
+    """What every kind of card holds at its fullest is no more than there is."""
+    if actors.cpu_only(config.cluster):
+        return "none is asked for"
+    if config.cluster.address:
+        return "asked of the cluster once it is joined"
+    card = memory.smallest_card()
+    return memory.check_cards(config, build_parts(config).objective, card) if card else "none found here"
+
+
+def deadlines(config: Config) -> str:
+    """How long is waited at most, and the tokens a second that it implies."""
+    found, longest = actors.run_deadlines(config), actors.longest_response(config)[0]
+    return (
+        f"rollout.deadline {found.response:,.0f} s, {longest / found.response:.3g} tokens/s of a response of "
+        f"{longest:,}; driver.call_deadline {found.start:,.0f} s to start, {found.call:,.0f} s to score or "
+        f"train; driver.stall {found.step:,.0f} s"
+    )
+
+
+FAST: tuple[Check, ...] = (
+    *(model, template, sampler, resources, cards, deadlines, directory, disk, shared_memory, trackers),
+)
 """Some seconds; `train` runs them first."""

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -58,6 +58,7 @@ class OpenWaits:
         return [f"{what}: {now - start:.1f} s" for what, start in list(self.started.values())[:limit]]
 
 
+T = TypeVar("T")
 SAMPLING = "sampling"
 WAITS = OpenWaits()
 KILL = "ray.kill"
@@ -118,7 +119,8 @@ class Share:
 
     cpus: float
     gpus: float
-    threads: int
+    threads: int | None
+    """Of OpenMP and MKL; None: neither is told a number."""
     beside: tuple[str, ...] = ()
     """Methods answered while another runs, which then runs off the main thread."""
 
@@ -231,7 +233,7 @@ SERVERS: dict[subprocess.Popen[bytes], str] = {}
 """What forks them, and the folder of its socket."""
 
 
-def fork_engines(threads: int) -> None:
+def fork_engines(threads: int | None) -> None:
     """Let engines on this machine's CPU be forked from a process that imports vLLM from now on."""
     path = os.path.join(tempfile.mkdtemp(prefix="entroray-"), "engines")
     server = subprocess.Popen(  # it ends when this process does, whose end of the pipe then closes
@@ -259,8 +261,8 @@ def stop_forking() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _threads(number: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(number), "MKL_NUM_THREADS": str(number)}
+def _threads(number: int | None) -> dict[str, str]:
+    return {} if number is None else {"OMP_NUM_THREADS": str(number), "MKL_NUM_THREADS": str(number)}
 
 
 def spawn(cls: type, share: Share, *args: Any, **kwargs: Any) -> Any:
@@ -270,6 +272,12 @@ def spawn(cls: type, share: Share, *args: Any, **kwargs: Any) -> Any:
     forked = {"py_executable": FORKED[cls.__name__]} if cls.__name__ in FORKED else {}
     own = {"env_vars": _threads(share.threads), **forked}
     return remote.options(runtime_env=own).remote(*args, **kwargs)
+
+
+def ask_node(question: Callable[[], T]) -> T:
+    """What `question` answers on a node that has GPUs, within a minute."""
+    remote: Any = ray.remote(num_cpus=0, num_gpus=0.01, max_retries=0)(question)
+    return wait([remote.remote()], deadline=60.0, what="a node with GPUs")[0]
 
 
 def kill_actors(handles: Sequence[Any]) -> None:

@@ -1,8 +1,9 @@
 """What an engine on CPUs does otherwise than vLLM: normalisation, and threads by the size of a step."""
 
+import os
 from typing import Any
 
-from torch import Tensor, empty_like, float32, get_num_threads, ops
+from torch import Tensor, cuda, empty_like, float32, get_num_threads, ops
 from torch import set_num_threads as use_threads  # as it is before vLLM puts one there that does nothing
 
 from entroray.policy.first_calls import settle
@@ -52,6 +53,12 @@ def _fused_add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
     return x, x_residual
+
+
+def forget_ray_threads() -> None:
+    """Leave threads to vLLM on a GPU if `generator.threads` is null: Ray names a number, of OpenMP alone."""
+    if cuda.is_available() and "MKL_NUM_THREADS" not in os.environ:
+        os.environ.pop("OMP_NUM_THREADS", None)
 
 
 class StepThreads:

@@ -45,7 +45,7 @@ class DeepSpeedBackend:
 
         s = learner
         schedule = lambda optimizer: get_scheduler(s.schedule, optimizer, s.warmup_updates, total_updates)
-        self.world, self.zero_stage, self.lr = s.ranks, s.zero_stage, s.lr
+        self.world, self.zero_stage, self.lr = s.ranks, s.zero_stage, s.lr or 0.0
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             model_parameters=[p for p in policy.parameters() if p.requires_grad],

@@ -164,7 +164,7 @@ class EnginePool:
         """One call for all of `share`; what a lost engine has not answered is dispatched again."""
         left, began = dict(enumerate(share)), time.monotonic()
         WAITS.trace.change("groups in flight", len(left))
-        deadline = max(p.request.deadline for p in share) + GRACE
+        deadline = max(p.request.patience for p in share) + GRACE
         try:
             answers = engine.handle.sample_all.options(num_returns="streaming").remote(
                 [p.request for p in share]

@@ -21,7 +21,7 @@ import numpy as np
 from entroray.errors import InfrastructureError
 from entroray.policy.tokenizer import response_text
 from entroray.types import Draw, Rollout, Status
-from entroray.workers.cpu_engine import StepThreads
+from entroray.workers.cpu_engine import StepThreads, forget_ray_threads
 from entroray.workers.vllm_request import (
     Request,
     as_rollout,
@@ -55,11 +55,11 @@ class Waiting:
     def late(self, now: float, idle_since: float) -> set[str]:
         """Samples without an answer `request.deadline` seconds after their first token.
 
-        One without a token waits for its turn: its clock starts when it was admitted, and again whenever
-        the engine is at work on others, which end in time themselves.
+        One without a token waits for its turn, `request.patience`: since it was admitted, and again since
+        the engine was last at work on others, which end in time themselves.
         """
-        since = max(self.admitted, idle_since)
-        return {n for n in self.left if self.begun.get(n, since) + self.request.deadline < now}
+        first, lasts = max(self.admitted, idle_since) + self.request.patience, self.request.deadline
+        return {n for n in self.left if (self.begun[n] + lasts if n in self.begun else first) < now}
 
 
 class Generator:
@@ -198,17 +198,17 @@ class Generator:
     def _load(self) -> None:
         if self.options.get("logits_processors"):  # ours is of vLLM's V1 interface, which V2 does not take
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        forget_ray_threads()
         from vllm import LLM
 
         began = time.monotonic()
-        options = {"logprobs_mode": "processed_logprobs", **self.options}
         self.llm = LLM(
             model=self.model,
             dtype=self.dtype,
             seed=self.seed,
             max_model_len=self.max_length,
             async_scheduling=False,  # a token in flight across a sync would carry the wrong version
-            **options,
+            **{"logprobs_mode": "processed_logprobs", **self.options},
         )
         self.engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         self.read = response_text(tokenizer, end_tokens(self.llm.model_config, tokenizer))

@@ -18,6 +18,8 @@ class WeightSync:
     engines: EnginePool
     probe_ids: tuple[int, ...]
     driver: DriverConfig
+    deadline: float
+    """Seconds for a call to the learner or to an engine."""
     compared: bool = False
     """Whether learner and engines were compared since this was made."""
 
@@ -30,7 +32,7 @@ class WeightSync:
 
     async def compare(self) -> float:
         """Largest log-prob difference (nats) on the probe between any engine and the learner."""
-        ids, deadline, tolerance = self.probe_ids, self.driver.call_deadline, self.driver.probe.tolerance
+        ids, deadline, tolerance = self.probe_ids, self.deadline, self.driver.probe.tolerance
         scored = await self.learner.all(lambda rank, h: h.prompt_logprobs.remote(ids), deadline=deadline)
         ask = lambda h: h.prompt_logprobs.remote(ids)
         while not (answers := await self.engines.call_all(ask, deadline=deadline, what="scoring the probe")):

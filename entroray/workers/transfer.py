@@ -21,6 +21,7 @@ import xxhash
 from torch import nn
 
 from entroray.errors import ConfigError, SyncError
+from entroray.planning.memory import PACKED
 from entroray.workers.weight_sender import GeneratorClient
 
 BACKEND = "plasma"
@@ -156,7 +157,14 @@ def _init_info(
 
         host, port = rendezvous
         world = 1 + len(client.handles) * client.tensor_parallel
-        return NCCLTrainerInitInfo(rank=rank, master_address=host, master_port=port, world_size=world)
+        # Two buffers of this size are outside vLLM's budget; a larger parameter is sent all the same.
+        return NCCLTrainerInitInfo(
+            rank=rank,
+            master_address=host,
+            master_port=port,
+            world_size=world,
+            packed_buffer_size_bytes=PACKED,
+        )
     if backend == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 

@@ -14,6 +14,8 @@ from entroray.types import Draw, Rollout, SamplerNotes, Status, TopTokens
 
 PROCESSOR = "entroray.workers.logits_processor:Shaping"
 """The logits processor that samplers run in, as vLLM loads it."""
+QUEUE = 300.0
+"""Seconds that a sample without a token waits for an engine that is at work on nothing, at most."""
 CUT = ("length", "repetition")
 """vLLM's reasons for ending a response that was not done."""
 Read = Callable[[Sequence[int]], str]
@@ -32,6 +34,11 @@ class Request:
     """Seconds from the first token of a sample to its last."""
     after: tuple[int, ...] = ()
     """Tokens the response already has; they count against `draw.max_tokens`."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds of waiting for a first token, and for a sign of the engine's life."""
+        return min(self.deadline, QUEUE)
 
     @property
     def input_ids(self) -> list[int]:

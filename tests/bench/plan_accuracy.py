@@ -30,6 +30,7 @@ LENGTHS = {
     "by chance": ["rollout.max_tokens=256", "sampler.stop=[a,b,c,d]"],  # mean about 50
 }
 BASE = [
+    "learner.lr_high=true",
     *("experiment=quickstart", "objective=grpo", "generator.threads=null", "learner.updates_per_rollout=1"),
     *("rollout.groups_per_step=16", "observe.tokens.every=0", "observe.diagnosis.every=0"),
     *("observe.prediction.every=0", "evaluate.final=false", "observe.trackers=[]"),

@@ -79,7 +79,7 @@ def load_again(worker: Any, kept: list[torch.Tensor]) -> float:
 
 async def measure(folder: str, rounds: int) -> Mapping[str, list[float]]:
     """Seconds of each round, by what was clocked."""
-    config, _ = compose.load_config(["driver.probe.every=0", f"model.path={folder}"])
+    config, _ = compose.load_config(["driver.probe.every=0", f"model.path={folder}", "learner.lr=1e-6"])
     parts, judge = build_parts(config), dataset.judge_spec(config)
     m = await actors.start_actors(config, folder, parts, judge, (1, 2, 3), total_updates=1)
     ask = lambda call: cluster.settle(call, deadline=600.0, what="the engine")

@@ -33,6 +33,7 @@ OVERRIDES = (
         "objective=grpo",
         "reward.path=none.py:score",
         "learner.lr=0.003",
+        "learner.lr_high=true",
     ),
     *(f"data.max_prompt={2 * models.PROMPT_TOKENS}", f"rollout.max_tokens={NEW}", "generator.replicas=1"),
     *("driver.probe.every=1", "driver.probe.tolerance=100", "generator.threads=1", "learner.threads=1"),
@@ -114,7 +115,7 @@ async def _one_step(config: Config, engine: Any, gang: Gang) -> dict[str, Any]:
     sender = WeightSender(gang, config.generator, SHORT)
     pool = EnginePool([engine], _nobody, sender, restarts=0, start_deadline=1.0, report=_silent)
     probe = tuple(models.text(100, start=3).tolist())
-    sync, objective = WeightSync(gang, pool, probe, config.driver), build_objective("grpo")
+    sync, objective = WeightSync(gang, pool, probe, config.driver, SHORT), build_objective("grpo")
     learner = LearnerRole(gang, config.learner.token_budget, SHORT)
     before = (await sync(0))["sync/probe_error"]
     groups = [await _group(GeneratorRole(pool, 60.0), start) for start in (0, 20)]

@@ -22,7 +22,7 @@ def numbers(schema: Any, prefix: str = "") -> Iterator[str]:
     for f in fields(schema):
         if is_dataclass(f.default_factory):
             yield from numbers(f.default_factory, f"{prefix}{f.name}.")
-        elif f.type in (int, float, int | None, list[int], list[float]):
+        elif f.type in (int, float, int | None, float | None, list[int], list[float]):
             yield prefix + f.name
 
 

@@ -209,6 +209,16 @@ def test_a_gpu_chooses_the_cuda_build_and_a_word_overrules_it(machine):
     assert machine.setup(ENTRORAY_BUILD="tpu").returncode == 3
 
 
+def test_a_driver_too_old_for_cuda_13_is_refused_before_anything_is_downloaded(machine):
+    smi = "#!/bin/sh\n[ \"$1\" = -L ] && echo 'GPU 0: NVIDIA H100 (UUID: x)' || echo {}\n"
+    machine.stub("nvidia-smi", smi.format("570.86.15"))
+    done = machine.setup()
+    assert done.returncode == 3 and "570.86.15" in done.stderr and "580" in done.stderr
+    assert machine.told() == "" and machine.setup(ENTRORAY_BUILD="cpu").returncode == 0
+    machine.stub("nvidia-smi", smi.format("580.65.06"))
+    assert "cuda build" in machine.setup(ENTRORAY_BUILD="cuda").stdout
+
+
 def test_extras_that_are_asked_for_once_stay_and_the_slow_lane_asks_for_both(machine):
     assert machine.setup().returncode == 0 and "-e .[cpu,dev]" in machine.told()
     assert (

@@ -32,6 +32,7 @@ from entroray.workers.verifier_pool import VerifierPool
 SHARES = [f"cluster.cpus.{role}=0.1" for role in ("generator", "learner", "verifier")]
 """Little of the node, so that a module's own actors find room beside these."""
 ROOM = [
+    "learner.lr_high=true",
     *("experiment=quickstart", "sampler=by_entropy", "data.max_prompt=384", "rollout.max_tokens=128"),
     *("generator.replicas=1", "generator.threads=1", "learner.threads=1", *SHARES),
 ]

@@ -26,6 +26,7 @@ from tests.ray.stack import Stack
 FILES = sorted((rows.conf_folder() / "rollout").glob("*.yaml"))
 ROWS = [file.stem for file in FILES if "plan:" not in file.read_text()]  # test_grown_groups.py has the plans
 QUICK = [
+    "learner.lr_high=true",
     *("experiment=quickstart", "objective=grpo", "++data.settings.size=300", "data.max_prompt=128"),
     *("generator.replicas=1", "generator.threads=1", "learner.threads=1", "learner.updates_per_rollout=1"),
     *("rollout.groups_per_step=6", "rollout.group_size=4", "rollout.max_tokens=24"),

@@ -35,6 +35,7 @@ from tests.ray.stack import Stack
 
 BASE = [
     *("train", "experiment=quickstart", "objective=grpo", "rollout.groups_per_step=4"),
+    "learner.lr_high=true",
     *("observe.report=false", "evaluate.final=false", "++data.settings.size=2000", "data.max_prompt=128"),
     "learner.ranks=1",
 ]

@@ -108,7 +108,12 @@ class Notes:
 
 
 QUICK = ["experiment=quickstart", "rollout.groups_per_step=16", "generator.replicas=1"]
-QUICK += ["objective=grpo", "objective.estimator.fn=subtree", "++data.settings.size=3000"]
+QUICK += [
+    "learner.lr_high=true",
+    "objective=grpo",
+    "objective.estimator.fn=subtree",
+    "++data.settings.size=3000",
+]
 
 
 def test_every_plan_trains(stack: Stack) -> None:
@@ -169,7 +174,7 @@ def test_the_command_line_grows_groups_and_says_so(model: str, tmp_path: Path) -
         f"model.path={model}",
     ]
     said = entroray(
-        "train", "experiment=quickstart", "generator.replicas=1", "rollout=branching",
+        "train", "experiment=quickstart", "learner.lr_high=true", "generator.replicas=1", "rollout=branching",
         "objective.keep.fn=always", "objective.estimator={fn: subtree}", *small, f"run.dir={tmp_path}/run",
     )  # fmt: skip
     assert "groups     branching: 4 from the prompt; the rest from 1 position(s) of each" in said

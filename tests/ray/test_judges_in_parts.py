@@ -147,7 +147,12 @@ def test_parts_are_tried_before_anything_starts(url: str, mine: str, monkeypatch
 
 def test_a_run_journals_every_part(stack: Stack, tmp_path: Path, url: str, mine: str) -> None:
     told = ["data=chain_sum", "reward.judge={}", in_parts(url, mine), "reward.correct=answer", "run.steps=1"]
-    small = ["rollout.group_size=2", "rollout.groups_per_step=2", "++data.settings.size=50"]
+    small = [
+        "learner.lr=1e-6",
+        "rollout.group_size=2",
+        "rollout.groups_per_step=2",
+        "++data.settings.size=50",
+    ]
     (row,) = stack.wait(
         stack.drive(tmp_path / "run", *told, *small, f"model.path={stack.model}", "objective=grpo")
     )

@@ -9,6 +9,7 @@ from entroray.errors import DataError, NumericsError
 from tests.ray.stack import Stack, entroray, lines
 
 BASE = [
+    "learner.lr_high=true",
     *("experiment=quickstart", "objective=grpo", "run.steps=50", "rollout.groups_per_step=16"),
     *("generator.replicas=1", "observe.report=false", "evaluate.final=false", "data.max_prompt=128"),
 ]

@@ -28,6 +28,7 @@ CONTROL = {
     "heat": "{knob: sampler.temperature, fn: stage, values: [1.0, 1.2, 0.9], until: [1, 3]}",
 }
 BASE = [
+    "learner.lr_high=true",
     *("experiment=quickstart", "objective=grpo", "objective.penalties=[{fn: entropy_bonus, coef: 0.0}]"),
     *("++data.settings.size=2000", "data.max_prompt=128", "generator.replicas=1", "learner.warmup_updates=0"),
 ]

@@ -75,6 +75,7 @@ def nodes(network: None, tmp_path: Path) -> Iterator[dict[str, str]]:
 def test_a_run_across_three_nodes(nodes: dict[str, str], model: str, tmp_path: Path) -> None:
     overrides = ["experiment=quickstart", "objective=grpo", "run.steps=2", "rollout.groups_per_step=4"]
     overrides += [
+        "learner.lr_high=true",
         "observe.report=false",
         "evaluate.final=false",
         "data.max_prompt=128",

@@ -54,6 +54,7 @@ def typed(tmp_path: Path) -> list[str]:
         "temperature: 0.6}}",
         *(f"run.steps={STEPS}", "run.resume=auto", "checkpoint.every=1", "data.max_prompt=96"),
         *("rollout.max_tokens=24", "rollout.groups_per_step=4", "rollout.group_size=4", "evaluate.prompts=4"),
+        *("learner.lr=1e-3", "learner.lr_high=true"),
         *("driver.probe.tolerance=0.01", "generator.threads=1", "learner.threads=1"),
     ]
 

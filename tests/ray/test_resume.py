@@ -28,6 +28,7 @@ from tests.records import query
 
 BASE = [
     *("train", "experiment=quickstart", "objective=grpo", "run.steps=6", "rollout.groups_per_step=4"),
+    "learner.lr_high=true",
     *("observe.tokens.every=1", "observe.report=false", "evaluate.final=false", "checkpoint.every=2"),
     *("run.resume=auto", "++data.settings.size=2000", "data.max_prompt=128"),
     *("generator.replicas=1", "evaluate.every=2", "evaluate.prompts=16", "evaluate.samples=2"),

@@ -12,6 +12,7 @@ from entroray.cli.verify_resume import differences
 from entroray.observe import lab_cells
 
 SMALL = [
+    "learner.lr_high=true",
     *("experiment=quickstart", "run.steps=3", "rollout.groups_per_step=8", "rollout.max_tokens=12"),
     *("++data.settings.size=2000", "data.max_prompt=128", "generator.replicas=1"),
     *("observe.tokens.every=1", "observe.report=false", "evaluate.prompts=16", "evaluate.samples=2"),

@@ -88,7 +88,12 @@ def test_updates_that_score_their_own_tokens_are_those_of_tokens_scored_before(
 def test_a_run_has_the_same_weights_however_it_scores_and_is_looked_at(stack: Stack, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(REWARDED)
     told = ["experiment=quickstart", f"model.path={stack.model}", f"reward.path={tmp_path}/mine.py:odd"]
-    told += ["objective=grpo", "objective.correction={fn: truncated_importance}", "run.steps=5"]
+    told += [
+        "learner.lr_high=true",
+        "objective=grpo",
+        "objective.correction={fn: truncated_importance}",
+        "run.steps=5",
+    ]
     told += ["rollout.groups_per_step=4", "rollout.max_tokens=12", "++data.settings.size=2000"]
     told += ["data.max_prompt=64", "generator.replicas=1", "learner.updates_per_rollout=1"]
     ways = {

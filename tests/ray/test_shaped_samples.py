@@ -218,6 +218,7 @@ def test_a_weighted_run_starts_at_ratio_one_and_the_engine_measures_what_the_lea
 ) -> None:
     settings = ["experiment=quickstart", f"model.path={peaked}", "run.steps=1", "objective.keep.fn=always"]
     settings += [
+        "learner.lr_high=true",
         "rollout.groups_per_step=8",
         "rollout.max_tokens=12",
         "++data.settings.size=2000",

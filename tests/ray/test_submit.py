@@ -18,6 +18,7 @@ from entroray.cli import LOOPBACK
 
 ROOT = Path(__file__).parents[2]
 JOB = [
+    "learner.lr_high=true",
     *("experiment=quickstart", "objective=grpo", "run.steps=1", "rollout.groups_per_step=4"),
     *("observe.report=false", "evaluate.final=false", "generator.replicas=1", "data.max_prompt=128"),
 ]

@@ -124,7 +124,7 @@ def test_two_ranks_two_engines_a_lag_of_one_a_sampler_and_a_reward_of_ones_own(
     wide += [f"reward.path={tmp_path}/mine.py:short", "objective.surrogate.high=0.28"]
     printed = entroray(
         *("train", "experiment=quickstart", "objective=grpo", "rollout.groups_per_step=8", *wide),
-        *("learner.updates_per_rollout=2", "evaluate.final=false"),
+        *("learner.updates_per_rollout=2", "evaluate.final=false", "learner.lr_high=true"),
         *(f"model.path={finished_run.first_model}", f"run.dir={tmp_path}/wide"),
     )
     rows = metrics(tmp_path / "wide")

@@ -1,7 +1,11 @@
 """What engines and ranks do on GPUs, as far as options and stand-ins show it without any."""
 
 import asyncio
+import os
+import sys
 import weakref
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +23,7 @@ from entroray.policy.head import (
 )
 from entroray.wiring import actors
 from entroray.wiring.actors import learner_settings
-from entroray.workers import cluster, engine_pool, verifier_pool
+from entroray.workers import cluster, cpu_engine, engine_pool, transfer, verifier_pool
 from entroray.workers.cluster import Gang, Share
 from entroray.workers.deepspeed_backend import deepspeed_config
 from entroray.workers.engine_pool import EnginePool
@@ -43,6 +47,56 @@ def test_threads_are_of_the_cores_this_process_may_use(monkeypatch: pytest.Monke
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7})
     threads = {role: share.threads for role, (_, share) in actors.resource_shares(configured()).items()}
     assert threads == {"generators": 3, "learner ranks": 3, "verifiers": 1}
+
+
+def test_engines_on_gpus_choose_their_threads_and_ranks_share_the_cores_of_a_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(192)))
+    config = configured("cluster=eight_gpus")
+    for found, each in ((8, 24), (2, 96), (0, 24)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda found=found: found)
+        shares = actors.resource_shares(config)
+        assert [shares[role][1].threads for role in ("generators", "learner ranks")] == [None, each]
+    own = actors.resource_shares(configured("cluster=gpu", "generator.threads=3", "learner.threads=5"))
+    assert [own[role][1].threads for role in ("generators", "learner ranks")] == [3, 5]
+    assert cluster._threads(None) == {} and set(cluster._threads(3).values()) == {"3"}
+
+
+def test_the_number_of_threads_that_ray_names_is_not_taken_for_the_users(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM leaves threads as they are where the variable is set, and else takes one to serve with."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cpu_engine.forget_ray_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for own in (True, False):
+        monkeypatch.setenv("MKL_NUM_THREADS", "3") if own else monkeypatch.delenv("MKL_NUM_THREADS")
+        cpu_engine.forget_ray_threads()
+        assert ("OMP_NUM_THREADS" in os.environ) is own
+
+
+def test_ranks_on_gpus_share_their_gradients_and_engines_leave_room_for_a_sync() -> None:
+    config = configured("cluster=gpu", "learner.ranks=8")
+    assert config.learner.zero_stage == 2 and configured("cluster=eight_gpus").learner.zero_stage == 2
+    assert actors.engine_options(config)["gpu_memory_utilization"] == 0.85
+    assert configured("cluster=gpu", "learner=zero3").learner.zero_stage == 3
+
+
+def test_nccl_is_told_to_pack_into_small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a field of vLLM's, whose module takes seconds to import: its text is read."""
+    folders = ["vllm", "vllm.distributed", "vllm.distributed.weight_transfer"]
+    found = find_spec("vllm")
+    assert found and found.origin
+    place = Path(found.origin).parent / "distributed/weight_transfer/nccl_engine.py"
+    assert "    packed_buffer_size_bytes: int" in place.read_text().partition("class NCCLTrainerInitInfo")[2]
+    for name in (*folders, f"{folders[-1]}.nccl_engine"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(NCCLTrainerInitInfo=dict))
+    client: Any = SimpleNamespace(handles=[1, 2], tensor_parallel=2)
+    asked = transfer._init_info("nccl", 0, client, 3 << 30, ("10.0.0.1", 4000))
+    assert asked["packed_buffer_size_bytes"] == 256 << 20 and asked["world_size"] == 5
 
 
 @pytest.mark.parametrize(

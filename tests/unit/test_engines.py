@@ -316,14 +316,14 @@ def test_a_comparison_that_loses_every_engine_is_made_with_the_next_and_never_re
     pool = make_pool(Gang(), Handle("a", prompt_logprobs=DEAD), spares=[Scoring("c")])
     asked = pool.live[0].handle.asked
     learner: Any = SimpleNamespace(all=lambda method, deadline: asyncio.gather(method(0, Scoring("learner"))))
-    sync = WeightSync(learner, pool, (1, 2, 3), DriverConfig())
+    sync = WeightSync(learner, pool, (1, 2, 3), DriverConfig(), 5.0)
 
     async def run() -> float:
         return await asyncio.wait_for(sync.compare(), 5.0)
 
     assert asyncio.run(run()) == 0.0 and asked == ["prompt_logprobs"] and names(pool) == "c"
     pool = make_pool(Gang(), Handle("a", prompt_logprobs=DEAD))
-    sync = WeightSync(learner, pool, (1, 2, 3), DriverConfig())
+    sync = WeightSync(learner, pool, (1, 2, 3), DriverConfig(), 5.0)
     with pytest.raises(InfrastructureError, match=r"generator\.restarts"):
         asyncio.run(run())
 

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from entroray.cli import train
+from entroray.planning import memory as planning
 from entroray.policy.tiny_model import build_tiny_model, count_parameters
 from entroray.wiring import memory
 from entroray.wiring.parts import build_parts
@@ -16,7 +19,8 @@ BILLION = 1_000_000_000
 
 def on_a_rank(*told: str, held: bool = False) -> dict[str, float]:
     """GB of each part for a model of a billion parameters."""
-    found = memory.learner_bytes((c := configured(*told)).learner, c.model.dtype, BILLION, held=held)
+    objective: Any = SimpleNamespace(needs={"ref_logprobs"} if held else ())
+    found = planning.learner_states(BILLION, memory.layout(configured(*told), objective))
     return {name: size / BILLION for name, size in found.items()}
 
 
@@ -41,24 +45,12 @@ def test_one_rank_in_bfloat16_needs_14_bytes_a_parameter_besides_gradients() -> 
     assert sum(found.values()) - found["gradients"] == 14 and found["gradients"] == 2 + 4
 
 
-def test_a_reference_is_whole_on_every_rank_whoever_asks_for_it() -> None:
+def test_a_reference_is_divided_as_the_weights_are_whoever_asks_for_it() -> None:
     told = ("model.dtype=bfloat16", "learner.zero_stage=3", "learner.ranks=4")
-    assert on_a_rank(*told, held=True)["reference"] == 2
-    assert on_a_rank(*told, "learner.reference=true")["reference"] == 2
+    assert on_a_rank(*told, held=True)["reference"] == 0.5
+    assert on_a_rank(*told, "learner.reference=true")["reference"] == 0.5
+    assert on_a_rank(*told[:1], "learner.ranks=4", held=True)["reference"] == 2
     assert "reference" not in on_a_rank(*told)
-
-
-def test_zero_3_names_what_a_rank_needs_before_anything_is_divided(tmp_path: Path) -> None:
-    safetensors(tmp_path / "model.safetensors", {"w": [1 << 20]})
-    told = f"model.path={tmp_path}", "learner.reference=true"
-    said = {
-        stage: memory.memory_lines(
-            c := configured(*told, f"learner.zero_stage={stage}"), build_parts(c).objective
-        )
-        for stage in (2, 3)
-    }
-    starts = {stage: [line for line in lines if "as it starts" in line] for stage, lines in said.items()}
-    assert not starts[2] and "as it starts, 8.0 MiB on its card" in starts[3][0]
 
 
 def safetensors(file: Path, shapes: dict[str, list[int]]) -> None:
@@ -74,7 +66,9 @@ def test_a_folder_in_shards_is_counted_from_its_headers(tmp_path: Path) -> None:
         safetensors(tmp_path / name, shapes)
     where = {tensor: name for name, shapes in shards.items() for tensor in shapes}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    config = configured(f"model.path={tmp_path}", "model.dtype=bfloat16", "learner.reference=true")
+    config = configured(
+        f"model.path={tmp_path}", "learner.lr=1e-6", "model.dtype=bfloat16", "learner.reference=true"
+    )
     assert memory.parameter_count(config) == 64_000 + 8_192 + 1
     said = train._dry(config, build_parts(config))
     assert "72,193 parameters, bfloat16" in said and "verifier: 2 processes, at most 2,048 MiB" in said
@@ -90,7 +84,7 @@ def test_a_model_is_counted_before_it_is_built_and_without_its_weights(tmp_path:
         "intermediate_size": 48,
     }
     written = build_tiny_model(tmp_path, size, seed=0)
-    config = configured(f"model.path={tmp_path}")
+    config = configured(f"model.path={tmp_path}", "learner.lr=1e-6")
     assert count_parameters(size) == written == memory.parameter_count(config) == memory._declared(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     assert memory.parameter_count(config) == written
@@ -100,7 +94,7 @@ def test_a_model_is_counted_before_it_is_built_and_without_its_weights(tmp_path:
 
 
 def test_only_a_model_that_is_not_here_is_unknown() -> None:
-    config = configured("model.path=nobody/has-this-one")
+    config = configured("model.path=nobody/has-this-one", "learner.lr=1e-6")
     assert memory.parameter_count(config) is None
     said = memory.memory_lines(config, build_parts(config).objective)
     assert said == ["memory: unknown until nobody/has-this-one is in the cache of the hub or a folder here"]

@@ -120,7 +120,7 @@ def test_a_home_that_no_shell_fills_in_is_filled_in(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("learner.lr=1e-6;", r"learner\.lr is a number"),
+        ("learner.weight_decay=1e-6;", r"learner\.weight_decay is a number"),
         ("control.x={fn: </x>}", r"in double quotes"),
         ("objective.scales=[{fn: selected]", r"bracket"),
         ("seed", r"`seed=VALUE`"),
@@ -129,7 +129,7 @@ def test_a_home_that_no_shell_fills_in_is_filled_in(monkeypatch: pytest.MonkeyPa
         ("=3", r"key=value"),
         ("", r"key=value"),
         ("run.dir=", r"run\.dir=null"),
-        ("learner.lr=", r"^learner\.lr= .*give a value$"),
+        ("learner.weight_decay=", r"^learner\.weight_decay= .*give a value$"),
         ("data.template=None", r"data\.template=null"),
         ("hydra.run.dir=x", r"run\.dir .*--config-dir .*--multirun"),
     ],

@@ -171,7 +171,7 @@ def test_a_plan_of_rates_from_a_file_starts_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = ["memory of a learner rank"]  # it imports transformers: test_memory.py has it
-    monkeypatch.setattr(plan.memory, "memory_lines", lambda config, objective: held)
+    monkeypatch.setattr(plan.memory, "memory_lines", lambda config, objective, card: held)
     command = ["plan", f"--rates={kept(tmp_path)}", "--engines=1,2", *FAST, "driver=async", "cluster=gpu"]
     assert cli.run(command) == 0
     told = capsys.readouterr().out

@@ -78,25 +78,27 @@ def test_settings_are_shown_in_either_spelling_and_never_of_many_runs(capsys: py
 
 
 def test_a_whole_model_is_described(folder: Path) -> None:
-    assert "64 tokens asked of a context of 64" in preflight.model(config(f"model.path={folder}"))
+    assert "64 tokens asked of a context of 64" in preflight.model(
+        config(f"model.path={folder}", "learner.lr=1e-6")
+    )
 
 
 def test_a_configuration_of_another_type_is_refused_by_the_folder(folder: Path, tmp_path: Path) -> None:
     there = changed(folder, tmp_path / "model", "config.json", hidden_size="64")
     with pytest.raises(PreflightError, match=rf"^model\.path={there} .*hidden_size"):
-        preflight.model(config(f"model.path={there}"))
+        preflight.model(config(f"model.path={there}", "learner.lr=1e-6"))
 
 
 def test_a_checkpoint_of_text_and_images_is_refused_by_its_name(folder: Path, tmp_path: Path) -> None:
     there = changed(folder, tmp_path / "model", "config.json")
     (there / "config.json").write_text('{"model_type": "gemma3", "architectures": ["Gemma3Whatever"]}')
     with pytest.raises(PreflightError, match=rf"^model\.path={there} \(Gemma3Whatever\).*Gemma3ForCausalLM"):
-        preflight.model(config(f"model.path={there}"))
+        preflight.model(config(f"model.path={there}", "learner.lr=1e-6"))
 
 
 def test_a_model_folder_that_is_not_there() -> None:
     with pytest.raises(PreflightError, match=r"^model\.path=/nowhere .*config\.json"):
-        preflight.model(config("model.path=/nowhere"))
+        preflight.model(config("model.path=/nowhere", "learner.lr=1e-6"))
 
 
 def test_a_tokenizer_without_a_template(folder: Path, tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_a_tokenizer_without_a_template(folder: Path, tmp_path: Path) -> None:
     described.pop("chat_template", None)
     (bare / "tokenizer_config.json").write_text(json.dumps(described))
     with pytest.raises(PreflightError, match=rf"model\.path={bare} .*model\.template="):
-        preflight.model(config(f"model.path={bare}"))
+        preflight.model(config(f"model.path={bare}", "learner.lr=1e-6"))
 
 
 def with_template(folder: Path, to: Path, template: str) -> str:
@@ -125,10 +127,10 @@ def test_a_system_message_that_a_template_refuses_is_refused_before_anything_sta
     gemma, cold = with_template(folder, tmp_path / "gemma", NO_SYSTEM), "model.warm_start.cache=/nowhere"
     (tmp_path / "my.jinja").write_text(NO_SYSTEM)
     for told in (gemma, f"model.template={tmp_path}/my.jinja"):
-        asked = config(told, cold, "model.system=Be brief")
+        asked = config(told, cold, "model.system=Be brief", "learner.lr=1e-6")
         with pytest.raises(PreflightError, match=r"model\.system='Be brief'.*data\.template="):
             preflight.refuse_wrong(asked)
-        preflight.refuse_wrong(config(told, cold))
+        preflight.refuse_wrong(config(told, cold, "learner.lr=1e-6"))
     with pytest.raises(PreflightError, match=r"^model\.template=/nowhere "):
         preflight.refuse_wrong(config(cold, "model.template=/nowhere"))
 
@@ -137,8 +139,8 @@ def test_a_base_model_runs_with_a_template_of_ones_own(folder: Path, tmp_path: P
     base = with_template(folder, tmp_path / "base", "")
     (tmp_path / "my.jinja").write_text("{{ messages[0].content }}")
     with pytest.raises(PreflightError, match=r"model\.template="):
-        preflight.refuse_wrong(config(base))
-    own = config(base, f"model.template={tmp_path}/my.jinja")
+        preflight.refuse_wrong(config(base, "learner.lr=1e-6"))
+    own = config(base, f"model.template={tmp_path}/my.jinja", "learner.lr=1e-6")
     preflight.refuse_wrong(own)
     assert preflight.template(own) == f"{tmp_path}/my.jinja"
 
@@ -146,9 +148,13 @@ def test_a_base_model_runs_with_a_template_of_ones_own(folder: Path, tmp_path: P
 def test_the_end_of_a_call_may_not_be_the_end_of_every_response(folder: Path) -> None:
     tool = ["rollout.tool.fn=calculator", "rollout.tool.open='<|user|>'"]
     with pytest.raises(PreflightError, match=r"^rollout\.tool\.close='<\|end\|>' "):
-        preflight.template(config(f"model.path={folder}", *tool, "rollout.tool.close='<|end|>'"))
-    preflight.template(config(f"model.path={folder}", *tool, "rollout.tool.close='<|pad|>'"))
-    preflight.template(config(f"model.path={folder}", "rollout.tool.close='<|end|>'"))
+        preflight.template(
+            config(f"model.path={folder}", "learner.lr=1e-6", *tool, "rollout.tool.close='<|end|>'")
+        )
+    preflight.template(
+        config(f"model.path={folder}", "learner.lr=1e-6", *tool, "rollout.tool.close='<|pad|>'")
+    )
+    preflight.template(config(f"model.path={folder}", "learner.lr=1e-6", "rollout.tool.close='<|end|>'"))
 
 
 def test_a_doctor_shows_the_first_prompt_as_it_is_read(tmp_path: Path) -> None:
@@ -180,13 +186,16 @@ def test_the_header_names_every_end_token(folder: Path, tmp_path: Path) -> None:
 def test_a_tokenizer_larger_than_the_model(folder: Path, tmp_path: Path) -> None:
     small = changed(folder, tmp_path / "small", "config.json", vocab_size=100)
     with pytest.raises(PreflightError, match=rf"model\.path={small} .*260.*100"):
-        preflight.model(config(f"model.path={small}"))
+        preflight.model(config(f"model.path={small}", "learner.lr=1e-6"))
 
 
 @pytest.mark.parametrize("path", ["tiny", None])
 def test_more_tokens_than_the_context(folder: Path, path: str | None) -> None:
     long = config(
-        f"model.path={path or folder}", "rollout.max_tokens=2000", "model.warm_start.cache=/nowhere"
+        f"model.path={path or folder}",
+        "learner.lr=1e-6",
+        "rollout.max_tokens=2000",
+        "model.warm_start.cache=/nowhere",
     )
     with pytest.raises(PreflightError, match=r"data\.max_prompt \+ rollout\.max_tokens = 2032\b"):
         preflight.model(long)
@@ -207,7 +216,7 @@ def test_a_disk_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     usage = namedtuple("usage", "free")(1000)
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
     with pytest.raises(PreflightError, match=r"checkpoint\.keep=2 \+ 2 .*checkpoint\.keep.*run\.dir"):
-        preflight.disk(config(f"model.path={folder}"))
+        preflight.disk(config(f"model.path={folder}", "learner.lr=1e-6"))
 
 
 def test_a_disk_too_small_for_a_model_in_shards_or_not_made_yet(
@@ -221,7 +230,7 @@ def test_a_disk_too_small_for_a_model_in_shards_or_not_made_yet(
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     for told in (f"model.path={sharded}", "model.warm_start.cache=/nowhere"):
         with pytest.raises(PreflightError, match=r"checkpoint\.keep=2 \+ 2 .*checkpoint\.keep.*run\.dir"):
-            preflight.disk(config(told))
+            preflight.disk(config(told, "learner.lr=1e-6"))
 
 
 def test_what_a_run_writes_is_counted_from_parameters_and_dtype(
@@ -238,7 +247,7 @@ def test_a_folder_that_is_no_model_has_no_size_and_a_damaged_file_is_named(
     folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    told = config(f"model.path={tmp_path}")
+    told = config(f"model.path={tmp_path}", "learner.lr=1e-6")
     assert "size is unknown" in preflight.disk(told)
     for text in ("version https://git-lfs.github.com/spec/v1\n", "", "\0" * 8):
         (tmp_path / "model.safetensors").write_text(text)
@@ -255,7 +264,7 @@ def test_a_folder_in_use(tmp_path: Path) -> None:
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    both = config("model.path=/nowhere", f"run.dir={tmp_path}")
+    both = config("model.path=/nowhere", "learner.lr=1e-6", f"run.dir={tmp_path}")
     with pytest.raises(PreflightError, match=r"(?s)^2 .*model\.path=/nowhere.*run\.dir=/.*run\.resume=auto"):
         preflight.refuse_wrong(both)
     preflight.refuse_wrong(config("model.warm_start.cache=/nowhere"))
@@ -269,7 +278,9 @@ def test_other_versions_than_the_tested_ones_are_named(monkeypatch: pytest.Monke
 
 
 def test_a_doctor_says_what_is_wrong_and_exits_with_3(capsys: pytest.CaptureFixture[str]) -> None:
-    found = doctor.main(["++data.settings.size=50", "model.path=/nowhere", "learner.ranks=9000"])
+    found = doctor.main(
+        ["++data.settings.size=50", "model.path=/nowhere", "learner.lr=1e-6", "learner.ranks=9000"]
+    )
     said = capsys.readouterr().out
     assert found == 3 and "wrong  model" in said and "wrong  resources" in said and "ok     ports" in said
 

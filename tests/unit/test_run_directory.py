@@ -360,7 +360,7 @@ def test_a_state_that_no_run_can_go_on_from_is_refused_by_its_file(begun: Path, 
 def test_the_home_of_nobody_is_refused_by_its_setting(setting: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{re.escape(setting)}=~no_such_user/x: .*`no_such_user`"):
         configured(f'{setting}="~no_such_user/x"')
-    configured('model.path="~/x"')
+    configured('model.path="~/x"', "learner.lr=1e-6")
 
 
 def test_a_cache_and_a_lab_in_the_home_of_nobody_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

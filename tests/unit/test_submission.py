@@ -126,4 +126,4 @@ def test_a_template_lies_where_it_is_looked_for_and_a_task_is_no_file(
     settings = packed(tmp_path / "job", configured("model.template=lab/prompts/my.jinja"))
     assert (tmp_path / "job" / settings["model.template"]).is_file() and "data.task" not in settings
     with pytest.raises(PreflightError, match=r"^model\.path=lab .*absolute"):
-        packed(tmp_path, configured("model.path=lab"))
+        packed(tmp_path, configured("model.path=lab", "learner.lr=1e-6"))

@@ -83,7 +83,9 @@ def test_one_that_ended_above_the_band_says_what_to_do() -> None:
 
 def test_the_embedded_model_is_missing_until_its_folder_is_there(tmp_path: Path) -> None:
     config = configured(f"model.warm_start.cache={tmp_path}")
-    assert warm_start.is_missing(config) and not warm_start.is_missing(configured("model.path=/nowhere"))
+    assert warm_start.is_missing(config) and not warm_start.is_missing(
+        configured("model.path=/nowhere", "learner.lr=1e-6")
+    )
     warm_start.cached_folder(config).mkdir(parents=True)
     assert not warm_start.is_missing(config)
 

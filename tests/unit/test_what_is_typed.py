@@ -19,7 +19,8 @@ NUMBERS = ("1e5", "007", "1_000", "0x10", "+5", "1.", ".5", "nan", "inf")
 
 @pytest.mark.parametrize("typed", [*NUMBERS, "true", "False", "yes", "no", "2024-01-01", "None"])
 def test_a_text_is_kept_as_it_was_typed(typed: str) -> None:
-    config = configured(f"run.name={typed}", f"model.path={typed}", f"sampler.stop=[{typed}, 'a, b', END]")
+    told = f"run.name={typed}", f"model.path={typed}", f"sampler.stop=[{typed}, 'a, b', END]"
+    config = configured(*told, "learner.lr=1e-6")
     assert (config.run.name, config.model.path) == (typed, typed)
     assert config.sampler.stop == [typed, "a, b", "END"]
 
@@ -104,6 +105,7 @@ def test_files_that_are_reached_by_the_defaults_of_another_are_looked_at_too(
 
 def test_a_file_that_says_nothing_wrong_is_read(tmp_path: Path) -> None:
     text = 'run: {name: "007", dir: ~, steps: 7}\nmodel: {path: "${run.name}", system: 42}\nseed: 0x10\n'
+    text += "learner: {lr: 1.0e-6}\n"
     config = compose.load_config(["experiment=mine"], own(tmp_path, experiment__mine=HEAD + text))[0]
     assert (config.run.name, config.run.dir, config.model.path, config.seed) == ("007", None, "007", 16)
     assert config.model.system == "42"
