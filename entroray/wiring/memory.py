@@ -26,19 +26,8 @@ def memory_lines(config: Config, objective: Objective) -> list[str]:
         f"model: {found:,} parameters, {config.model.dtype}",
         f"memory of a learner rank, {_mib(sum(parts.values()))} before activations and any offloading: "
         + ", ".join(f"{name} {_mib(size)}" for name, size in parts.items()),
-        *_start(config.learner.zero_stage, found * e * (1 + ("reference" in parts))),
         f"memory of a generator's shard: weights {_mib(found * e / g.tensor_parallel)}, {kept}",
         f"memory of a verifier: {v.slots} processes, {limit} each beyond its start",
-    ]
-
-
-def _start(stage: int, size: float) -> list[str]:
-    """What a rank needs before anything is divided, where that is more than afterwards."""
-    if stage < 3:
-        return []
-    return [
-        f"memory of a learner rank as it starts, {_mib(size)} on its card and as much of its node's own: "
-        "ZeRO 3 divides the model only once every rank has read all of it, beside any reference"
     ]
 
 
@@ -57,7 +46,7 @@ def learner_bytes(n: LearnerConfig, dtype: str, count: int, *, held: bool) -> di
         "gradients": _gradients(n.zero_stage, dtype, count, share(2)),
         **({"float32 copy": 4 * share(1)} if copied else {}),
         "Adam moments": 8 * share(1),
-        **({"reference": float(e * count)} if held or n.reference else {}),
+        **({"reference": e * share(3)} if held or n.reference else {}),
     }
 
 

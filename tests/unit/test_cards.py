@@ -149,7 +149,7 @@ def test_a_rank_that_begins_anew_holds_nothing_of_what_it_was(monkeypatch: pytes
     alive: list[Any] = []
     monkeypatch.setattr(alone, "_load_model", lambda: alive.extend(x() for x in old))
     alone.reset(alone.settings, alone.objective)
-    assert alive == [None, None, None] and Old.closed == 2
+    assert alive == [None, None, None] and Old.closed == 3
 
 
 def test_gradients_of_bf16_weights_are_summed_in_fp32_where_deepspeed_can() -> None:
