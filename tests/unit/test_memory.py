@@ -41,24 +41,13 @@ def test_one_rank_in_bfloat16_needs_14_bytes_a_parameter_besides_gradients() -> 
     assert sum(found.values()) - found["gradients"] == 14 and found["gradients"] == 2 + 4
 
 
-def test_a_reference_is_whole_on_every_rank_whoever_asks_for_it() -> None:
-    told = ("model.dtype=bfloat16", "learner.zero_stage=3", "learner.ranks=4")
-    assert on_a_rank(*told, held=True)["reference"] == 2
-    assert on_a_rank(*told, "learner.reference=true")["reference"] == 2
-    assert "reference" not in on_a_rank(*told)
-
-
-def test_zero_3_names_what_a_rank_needs_before_anything_is_divided(tmp_path: Path) -> None:
-    safetensors(tmp_path / "model.safetensors", {"w": [1 << 20]})
-    told = f"model.path={tmp_path}", "learner.reference=true"
-    said = {
-        stage: memory.memory_lines(
-            c := configured(*told, f"learner.zero_stage={stage}"), build_parts(c).objective
-        )
-        for stage in (2, 3)
-    }
-    starts = {stage: [line for line in lines if "as it starts" in line] for stage, lines in said.items()}
-    assert not starts[2] and "as it starts, 8.0 MiB on its card" in starts[3][0]
+def test_a_reference_is_divided_as_weights_are_whoever_asks_for_it() -> None:
+    told = ("model.dtype=bfloat16", "learner.ranks=4")
+    for stage, size in ((2, 2), (3, 0.5)):
+        there = (*told, f"learner.zero_stage={stage}")
+        assert on_a_rank(*there, held=True)["reference"] == size
+        assert on_a_rank(*there, "learner.reference=true")["reference"] == size
+        assert "reference" not in on_a_rank(*there)
 
 
 def safetensors(file: Path, shapes: dict[str, list[int]]) -> None:
