@@ -114,7 +114,7 @@ def load_policy(
             _check_shapes(path, whole, divided.wrong_shapes(whole, place))  # on every rank, before they join
             divided.untie(config, whole, place)
         with division or nullcontext():
-            model, read = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,
@@ -126,6 +126,7 @@ def load_policy(
         raise
     except Exception as error:  # boundary: transformers raises whatever it meets in the files
         raise PreflightError(f"model.path={path} cannot be loaded: {first_line(error)}") from error
+    model, read = loaded
     _check_shapes(path, model, sorted(read["mismatched_keys"]))
     if whole is not None:
         divided.restore_buffers(model, whole)

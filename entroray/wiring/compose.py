@@ -159,7 +159,7 @@ def check_config(config: Config) -> Parts:
         )
     if config.model.dtype == "bfloat16" and config.learner.zero_stage == 0:
         raise ConfigError(
-            "learner.zero_stage=0 sums the gradients of micro-batches and ranks in bf16, which loses what is "
+            "learner.zero_stage=0 sums the gradients of micro-batches in bf16, which loses what is "
             "below 1/256 of a sum: with model.dtype=bfloat16 set learner.zero_stage=1"
         )
     if "stage" in config.learner.deepspeed.get("zero_optimization", {}):

@@ -62,16 +62,6 @@ def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
     return {**ours, **both}
 
 
-def _frozen(config: dict[str, Any]) -> dict[str, Any]:
-    """Of `deepspeed_config`, what a policy without an optimizer takes."""
-    zero = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
-    kept = ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")
-    return {
-        **{key: config[key] for key in kept},
-        "zero_optimization": zero if zero["stage"] == 3 else {"stage": 0},
-    }
-
-
 @contextmanager
 def _dividing(config: dict[str, Any]) -> Iterator[None]:
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -87,17 +77,11 @@ def _dividing(config: dict[str, Any]) -> Iterator[None]:
 class DeepSpeedBackend:
     """A policy with its gradients, optimizer and learning-rate schedule, distributed over the ranks."""
 
-    def __init__(self, policy: Policy, learner: LearnerConfig, dtype: str, total_updates: int | None):
-        """Without `total_updates` the policy is only scored: ranks divide it at stage 3, nothing else."""
+    def __init__(self, policy: Policy, learner: LearnerConfig, dtype: str, total_updates: int):
         import deepspeed
         from transformers import get_scheduler
 
         s = learner
-        if total_updates is None:
-            config = _frozen(deepspeed_config(s, dtype))
-            self.engine, *_ = deepspeed.initialize(model=policy.requires_grad_(False), config=config)
-            self.engine.eval()
-            return
         schedule = lambda optimizer: get_scheduler(s.schedule, optimizer, s.warmup_updates, total_updates)
         self.world, self.zero_stage, self.lr = s.ranks, s.zero_stage, s.lr
         self.engine, *_ = deepspeed.initialize(
@@ -114,6 +98,11 @@ class DeepSpeedBackend:
         None where every rank holds all of it, at stages 0 to 2.
         """
         return _dividing(deepspeed_config(learner, dtype)) if learner.zero_stage == 3 else None
+
+    @staticmethod
+    def freeze(policy: Policy, learner: LearnerConfig, dtype: str) -> "FrozenPolicy":
+        """`policy`, only to be scored; it was read inside `dividing`."""
+        return FrozenPolicy(policy, deepspeed_config(learner, dtype))
 
     @staticmethod
     def join(device: str, timeout: float) -> None:
@@ -201,6 +190,30 @@ class DeepSpeedBackend:
     def close(self) -> None:
         """Release weights and optimizer."""
         self.engine.destroy()
+
+
+class FrozenPolicy:
+    """A policy without gradients, whole on every rank, or divided at stage 3 of ZeRO."""
+
+    def __init__(self, policy: Policy, config: Mapping[str, Any]):
+        """`config` is that of `deepspeed_config` for what is trained beside it."""
+        self.policy, self.engine = policy.requires_grad_(False).eval(), None
+        zero = dict(config["zero_optimization"])
+        if zero["stage"] == 3:  # at others, in bf16, DeepSpeed would add a copy in float32
+            import deepspeed
+
+            zero.pop("offload_optimizer", None)
+            kept = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")}
+            self.engine, *_ = deepspeed.initialize(model=policy, config={**kept, "zero_optimization": zero})
+
+    def forward(self, batch: Padded) -> dict[str, Tensor]:
+        """What `Policy.forward` returns."""
+        return self.policy(batch)
+
+    def close(self) -> None:
+        """Release weights."""
+        if self.engine is not None:
+            self.engine.destroy()
 
 
 def rebase_schedule(schedule: Any, lr: float) -> None:

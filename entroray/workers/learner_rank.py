@@ -68,7 +68,7 @@ class LearnerRank:
         """Whether the reference is no longer what `settings` started from."""
         self.backend: Any = None
         self.reference: Any = None
-        """A backend of a policy that is only scored, if any."""
+        """What the backend makes of a policy that is only scored, if one is needed."""
         self.transfer: Any = None
         self.threads: int | None = None
         """CPU threads to compute with; None: as many as there are now."""
@@ -134,7 +134,7 @@ class LearnerRank:
 
     def _freeze(self, path: str) -> Any:
         s = self.settings
-        return self.backend_class(self._read_policy(path), s.learner, s.model.dtype, None)
+        return self.backend_class.freeze(self._read_policy(path), s.learner, s.model.dtype)
 
     def connect(self, client: GeneratorClient) -> None:
         """Open the weight transfer to the generators that `client` reaches."""
@@ -199,7 +199,7 @@ class LearnerRank:
         """`stats` of a forward pass and the reference's log-probs, [n] of the tokens of `micro`."""
         scored = {name: x.detach() for name, x in stats.items()}
         if self.reference is not None:
-            scored["ref_logprobs"] = self.reference.forward(padded, ())["logprobs"]
+            scored["ref_logprobs"] = self.reference.forward(padded)["logprobs"]
         return {k: v.float().cpu().numpy()[: len(micro.response_ids)] for k, v in scored.items()}
 
     def update(
