@@ -36,9 +36,12 @@ def attention(config: Any, asked: str) -> str:
 
 def own_logits(model: Any, states: Tensor) -> Tensor:
     """Logits [b, T, V] that the model's own code makes of `states` [b, T, D], in their data type."""
-    head = model.get_output_embeddings()
-    weight, bias = head.weight.to(states.dtype), None if head.bias is None else head.bias.to(states.dtype)
-    plain = lambda hidden: nn.functional.linear(hidden, weight, bias)
+    head, wide = model.get_output_embeddings(), states.dtype
+
+    def plain(hidden: Tensor) -> Tensor:  # called as the head is, so that ZeRO 3 has gathered its weight
+        bias = None if head.bias is None else head.bias.to(wide)
+        return nn.functional.linear(hidden, head.weight.to(wide), bias)
+
     return _logits_between(model, states, plain)
 
 

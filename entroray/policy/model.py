@@ -1,7 +1,9 @@
 """The policy as a module: causal LM in, token statistics of the response tokens out."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from entroray.errors import PreflightError, first_line
-from entroray.policy import families, safetensors_header
+from entroray.policy import divided, families, safetensors_header
 from entroray.policy.model_files import read_texts, tensors_besides, write_model
 from entroray.types import Batch
 
@@ -88,19 +90,24 @@ class Policy(nn.Module):
         """Parameters by the names of the model's files; a tied head is listed once, as the embedding."""
         return [(stored, self.model.get_parameter(name)) for name, stored in self.names.items()]
 
-    def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    def write(self, folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
         """The model's folder as it was read, with `weights` by `named_weights`' names in place of its own.
 
-        Tensors that a language model has not, such as those for images, go with it.
+        Tensors that a language model has not, such as those for images, go with it. No more of them are held
+        than go into one file.
         """
         besides = self.stored - families.known_names(self.model)
-        write_model(
-            folder, self.model, {**dict(tensors_besides(self.source, besides)), **weights}, self.texts
-        )
+        whole = chain(tensors_besides(self.source, besides), weights)
+        write_model(folder, self.model, whole, self.texts)
 
 
-def load_policy(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Policy:
-    """The model at a Hugging Face folder or hub id.
+def load_policy(
+    path: str,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    division: AbstractContextManager[None] | None = None,
+) -> Policy:
+    """The model at a Hugging Face folder or hub id; with `division`, ranks divide it while it is read.
 
     Raises PreflightError when there is none, when its head is no matrix, or when its files lack a parameter.
     """
@@ -111,27 +118,41 @@ def load_policy(path: str, dtype: torch.dtype, attention: str = "sdpa") -> Polic
     from transformers import AutoConfig, AutoModelForCausalLM  # a second of imports, and only ranks need it
 
     try:
-        config = AutoConfig.from_pretrained(path)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=families.attention(config, attention),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told apart below, by name
-        )
+        config, place = AutoConfig.from_pretrained(path), safetensors_header.model_folder(path)
+        whole = divided.outline(config, dtype) if division else None
+        if whole is not None:
+            _check_shapes(path, whole, divided.wrong_shapes(whole, place))  # on every rank, before they join
+            divided.untie(config, whole, place)
+        with division or nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=families.attention(config, attention),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told apart below, by name
+            )
+    except PreflightError:
+        raise
     except Exception as error:  # boundary: transformers raises whatever it meets in the files
         raise PreflightError(f"model.path={path} cannot be loaded: {first_line(error)}") from error
     model, read = loaded
-    if wrong := sorted(read["mismatched_keys"]):
+    _check_shapes(path, model, sorted(read["mismatched_keys"]))
+    if whole is not None:
+        divided.restore_buffers(model, whole)
+    policy = Policy(model, safetensors_header.model_folder(path))
+    _check_names(path, policy, read["missing_keys"])
+    return policy
+
+
+def _check_shapes(path: str, model: Any, wrong: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    if wrong:
         name, stored, wanted = wrong[0]
         raise PreflightError(
             f"model.path={path} ({type(model).__name__}): {len(wrong)} tensors of its files have another "
             f"shape than its config.json, first {name}: {tuple(stored)}, not {tuple(wanted)}. Take the "
             "config.json that belongs to the files"
         )
-    policy = Policy(model, safetensors_header.model_folder(path))
-    _check_names(path, policy, read["missing_keys"])
-    return policy
 
 
 def _check_names(path: str, policy: Policy, missing: Collection[str]) -> None:

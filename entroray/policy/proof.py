@@ -111,10 +111,12 @@ def _texts() -> list[Tensor]:
 def check_loaded(path: str, policy: Policy) -> float:
     """Largest difference (nats) of the head's log-probs of some tokens from the model's own, in float32.
 
-    Both start from the same hidden states of the model. Raises PreflightError above `TOLERANCE`.
+    Both start from the same hidden states of the model. Raises PreflightError above `TOLERANCE`. Where ranks
+    divide the weights, they all call it, before the first forward pass.
     """
     model, head = policy.model, policy.model.get_output_embeddings()
-    ids = torch.linspace(0, len(head.weight) - 1, 9, device=head.weight.device).long()
+    vocabulary = getattr(head.weight, "ds_shape", head.weight.shape)[0]
+    ids = torch.linspace(0, vocabulary - 1, 9, device=head.weight.device).long()
     states = families.body(model)(input_ids=ids[None, :-1], use_cache=False).last_hidden_state.float()
     own = families.own_logits(model, states)[0].log_softmax(-1)
     targets = torch.stack([ids[1:], own.argmax(-1)])

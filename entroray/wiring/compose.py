@@ -166,8 +166,12 @@ def check_config(config: Config) -> Parts:
         )
     if config.model.dtype == "bfloat16" and config.learner.zero_stage == 0:
         raise ConfigError(
-            "learner.zero_stage=0 sums the gradients of micro-batches and ranks in bf16, which loses what is "
+            "learner.zero_stage=0 sums the gradients of micro-batches in bf16, which loses what is "
             "below 1/256 of a sum: with model.dtype=bfloat16 set learner.zero_stage=1"
+        )
+    if "stage" in config.learner.deepspeed.get("zero_optimization", {}):
+        raise ConfigError(
+            "learner.deepspeed sets zero_optimization.stage: set learner.zero_stage in its place"
         )
     if config.generator.sleep and (config.driver.max_lag or config.cluster.gpus_per_generator == 0):
         raise ConfigError(

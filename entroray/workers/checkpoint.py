@@ -1,20 +1,35 @@
-"""Checkpoints: written to a hidden folder, listed with sizes and hashes, committed by a marker file."""
+"""Checkpoints: written to a hidden folder, listed with sizes and hashes, committed by a marker file.
+
+Every rank hashes what it wrote, all at once; the driver hashes its own file and lists the rest. A run goes on
+from one whose sizes are as listed, and its hashes too up to `HASHED_BYTES`; of a larger one each rank hashes
+what it reads. So damage is always noticed, and up to that size the checkpoint before is taken by itself.
+"""
 
 import asyncio
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entroray.errors import first_line, writing
+from entroray.errors import InfrastructureError, PreflightError, first_line, writing
 from entroray.train.threads import in_thread
 from entroray.workers.cluster import Gang
 
 MANIFEST, MARKER, STATE = "manifest.json", "COMMITTED", "driver.json"
+LAYOUT = "layout.json"
+"""How many ranks wrote a checkpoint, at which stage of ZeRO."""
+HASHED_BYTES = 64 << 30
+"""Of a checkpoint that is hashed before a run goes on from it: a minute at 1 GB/s, less on several cores."""
+HASHERS = 8
+"""Files hashed at a time: hashing leaves Python's lock to others."""
+Fingerprint = list[Any]
+"""A file's size in bytes and its hash."""
 MAPPINGS = ("settings", "identity", "stagnation", "health")
 """What of a driver's state is one."""
 
@@ -40,17 +55,24 @@ class Checkpoints:
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                await self.learner.all(lambda rank, h: h.save.remote(str(partial)), deadline=self.deadline)
+                parts = await self.learner.all(
+                    lambda rank, h: h.save.remote(str(partial)), deadline=self.deadline
+                )
+                listed = {name: found for part in parts for name, found in part.items()}
                 sealing = True
-                return await in_thread(lambda: self._seal(partial, final, {**state, "accuracy": accuracy}))
+                return await in_thread(
+                    lambda: self._seal(partial, final, {**state, "accuracy": accuracy}, listed)
+                )
             except BaseException as error:  # boundary: it is raised again
                 if not sealing or not isinstance(error, asyncio.CancelledError):  # else the thread is at it
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
 
-    def _seal(self, partial: Path, final: Path, state: Mapping[str, Any]) -> Path:
+    def _seal(
+        self, partial: Path, final: Path, state: Mapping[str, Any], listed: Mapping[str, Fingerprint]
+    ) -> Path:
         (partial / STATE).write_text(json.dumps(state))
-        done = commit(partial, final)
+        done = commit(partial, final, listed)
         for old in expired(committed(self.folder), self.keep):
             shutil.rmtree(old)
         return done
@@ -63,16 +85,38 @@ def expired(checkpoints: Sequence[Path], keep: int) -> list[Path]:
     return [c for c in checkpoints[:-keep] if c != best]
 
 
-def commit(partial: Path, final: Path) -> Path:
+def written_by(rank: int, folder: Path) -> list[Path]:
+    """The files of a checkpoint that `rank` wrote: those that bear its number; rank 0 what bears none."""
+    numbers = {f: re.search(r"(?:zero_pp_rank_|rng-)(\d+)", f.name) for f in _files(folder)}
+    own = {f: int(found[1]) if found else 0 for f, found in numbers.items()}
+    listings = (MANIFEST, MARKER, STATE)
+    return [f for f, owner in own.items() if owner == rank and f.name not in listings]
+
+
+def seal(folder: Path, files: Iterable[Path]) -> dict[str, Fingerprint]:
+    """Have the disk hold these files of a checkpoint; size and hash of each by its name in `folder`."""
+    found = {str(f.relative_to(folder)): _fingerprint(f) for f in files}
+    for name in found:
+        _flush(folder / name)
+    return found
+
+
+def commit(partial: Path, final: Path, listed: Mapping[str, Fingerprint] = {}) -> Path:
     """Write a manifest of `partial`, rename it to `final`, and write the marker last.
 
-    Everything is on the disk before the marker is, so that a power cut leaves a whole checkpoint or none.
+    Everything is on the disk before the marker is, so that a power cut leaves a whole checkpoint or none. The
+    files `listed` were sealed by who wrote them: InfrastructureError if one is not there as it was.
     """
-    files = [f for f in sorted(partial.rglob("*")) if f.is_file()]
-    manifest = {str(f.relative_to(partial)): _fingerprint(f) for f in files}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    there = {str(f.relative_to(partial)): f for f in _files(partial)}
+    for name, (size, _) in listed.items():
+        if name not in there or there[name].stat().st_size != size:
+            raise InfrastructureError(
+                f"{partial / name} is not as a rank wrote it: run.dir must be a folder that all nodes share"
+            )
+    manifest = {**listed, **seal(partial, (f for name, f in there.items() if name not in listed))}
+    (partial / MANIFEST).write_text(json.dumps(dict(sorted(manifest.items())), indent=1))
     folders = [f for f in partial.rglob("*") if f.is_dir()]
-    for written in (*files, partial / MANIFEST, *folders, partial):
+    for written in (partial / MANIFEST, *folders, partial):
         _flush(written)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
@@ -123,14 +167,59 @@ def complaint(checkpoint: Path) -> str:
     """What is wrong with a committed checkpoint; empty if every file is as its manifest says."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
-        for name, fingerprint in manifest.items():
-            if not (checkpoint / name).is_file():
-                return f"{name} is gone"
-            if fingerprint != _fingerprint(checkpoint / name):
-                return f"{name} is not the file that was written"
-    except (OSError, ValueError, AttributeError, RecursionError) as error:  # not there, or no JSON mapping
+        hashed = {} if _large(manifest) else manifest
+        if wrong := _other_sizes(checkpoint, manifest) or _other_hashes(checkpoint, hashed):
+            return wrong
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # not there, or no JSON
         return f"{MANIFEST} or what it lists cannot be read: {first_line(error)}"
     return _wrong_state(checkpoint) if STATE in manifest else f"{MANIFEST} does not list {STATE}"
+
+
+def damage(checkpoint: Path, rank: int) -> str:
+    """What is wrong with the files that `rank` wrote, where `complaint` left out hashes; else empty."""
+    file = checkpoint / MANIFEST
+    manifest = json.loads(file.read_bytes()) if file.is_file() else {}  # none before it is committed
+    own = (
+        {str(f.relative_to(checkpoint)) for f in written_by(rank, checkpoint)} if _large(manifest) else set()
+    )
+    return _other_hashes(checkpoint, {name: manifest[name] for name in own & manifest.keys()})
+
+
+def _large(manifest: Mapping[str, Fingerprint]) -> bool:
+    return sum(size for size, _ in manifest.values()) > HASHED_BYTES
+
+
+def _other_sizes(checkpoint: Path, manifest: Mapping[str, Fingerprint]) -> str:
+    """Which file is not there, or of another size than listed; empty if none."""
+    for name, (size, _) in manifest.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is gone"
+        if (checkpoint / name).stat().st_size != size:
+            return f"{name} is not the file that was written"
+    return ""
+
+
+def _other_hashes(checkpoint: Path, manifest: Mapping[str, Fingerprint]) -> str:
+    with ThreadPoolExecutor(HASHERS) as threads:
+        found = threads.map(lambda name: _fingerprint(checkpoint / name), manifest)
+        wrong = [name for name, each in zip(manifest, found, strict=True) if manifest[name] != each]
+    return f"{wrong[0]} is not the file that was written" if wrong else ""
+
+
+def check_layout(folder: Path, layout: Mapping[str, int]) -> None:
+    """PreflightError if other ranks wrote `folder`: each reads its own part of what a stage divides."""
+    try:
+        wrote = json.loads((folder / LAYOUT).read_text())
+    except (OSError, ValueError) as error:
+        raise PreflightError(
+            f"{folder} has no {LAYOUT} that says which ranks wrote it: resume from another"
+        ) from error
+    if wrote != layout:
+        is_, was = (" ".join(f"{k}={v}" for k, v in x.items()) for x in (layout, wrote))
+        raise PreflightError(
+            f"{folder} was written with {was}, and this run has {is_}: resume with {was}, or begin in "
+            "another run.dir"
+        )
 
 
 def _wrong_state(checkpoint: Path) -> str:
@@ -179,7 +268,11 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _fingerprint(file: Path) -> list[Any]:
+def _files(folder: Path) -> list[Path]:
+    return [f for f in sorted(folder.rglob("*")) if f.is_file()]
+
+
+def _fingerprint(file: Path) -> Fingerprint:
     """Its size in bytes and hash."""
     with file.open("rb") as opened:
         return [file.stat().st_size, hashlib.file_digest(opened, "blake2b").hexdigest()[:32]]

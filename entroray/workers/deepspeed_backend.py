@@ -1,5 +1,7 @@
 """All of DeepSpeed that a learner rank uses; a second training engine would be one file beside this one."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,23 +19,61 @@ _TAG = "learner"
 
 
 def deepspeed_config(s: LearnerConfig, dtype: str) -> dict[str, Any]:
-    """DeepSpeed's configuration; gradient clipping is written even when off (absent means 1.0)."""
+    """DeepSpeed's configuration, with the user's merged in key by key, at any depth.
+
+    Gradient clipping is written even when off (absent means 1.0).
+    """
     bf16 = dtype == "bfloat16"
-    # A sum over micro-batches kept in bf16 loses what is below 1/256 of it; stage 0 takes no such mix.
+    # A sum kept in bf16 loses what is below 1/256 of it: over micro-batches (stage 0 takes no such mix), and
+    # over ranks, which DeepSpeed sends in bf16 unless told otherwise.
+    over_ranks = {"communication_data_type": "fp32"} if bf16 else {}
     sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and s.zero_stage > 0 else {}
-    adam = {"lr": s.lr, "betas": list(s.betas), "weight_decay": s.weight_decay, "torch_adam": True}
-    adam |= {"fused": True} if torch.cuda.is_available() else {}  # else a root of all its moments is held
-    return {
+    ours = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # `backward` sets the boundary: updates differ in micro-batches
         "gradient_clipping": s.max_grad_norm,
-        "optimizer": {"type": "AdamW", "params": adam},
+        "optimizer": {"type": "AdamW", "params": _optimizer_params(s)},
         "zero_optimization": {"stage": s.zero_stage},
         "bf16": {"enabled": bf16},
         "steps_per_print": 10**9,
         **sums,
-        **s.deepspeed,
+        **over_ranks,
     }
+    return _merged(ours, s.deepspeed)
+
+
+def _optimizer_params(s: LearnerConfig) -> dict[str, Any]:
+    """Those of torch's AdamW; where moments are offloaded or another optimizer is asked for, fit for it."""
+    params: dict[str, Any] = {"lr": s.lr, "weight_decay": s.weight_decay}
+    if s.deepspeed.get("optimizer", {}).get("type", "AdamW") not in ("Adam", "AdamW"):
+        return params
+    params["betas"] = list(s.betas)
+    offload = s.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") == "none":  # else DeepSpeed's CPUAdam, many times as fast there
+        params["torch_adam"] = True
+        if torch.cuda.is_available():
+            params["fused"] = True  # else a root of all its moments is held
+    return params
+
+
+def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(ours[key], value) if isinstance(value, Mapping) and key in ours else value
+        for key, value in theirs.items()
+    }
+    return {**ours, **both}
+
+
+@contextmanager
+def _dividing(config: dict[str, Any]) -> Iterator[None]:
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    kept = HfDeepSpeedConfig(config)  # transformers looks at it through a weak reference
+    try:
+        yield
+    finally:
+        del kept
+        unset_hf_deepspeed_config()  # an error's traceback would keep it alive
 
 
 class DeepSpeedBackend:
@@ -52,6 +92,19 @@ class DeepSpeedBackend:
             config=deepspeed_config(learner, dtype),
             lr_scheduler=schedule,
         )
+
+    @staticmethod
+    def dividing(learner: LearnerConfig, dtype: str) -> AbstractContextManager[None] | None:
+        """Inside, a model that transformers reads is divided over the ranks as it comes, never whole on one.
+
+        None where every rank holds all of it, at stages 0 to 2.
+        """
+        return _dividing(deepspeed_config(learner, dtype)) if learner.zero_stage == 3 else None
+
+    @staticmethod
+    def freeze(policy: Policy, learner: LearnerConfig, dtype: str) -> "FrozenPolicy":
+        """`policy`, only to be scored; it was read inside `dividing`."""
+        return FrozenPolicy(policy, deepspeed_config(learner, dtype))
 
     @staticmethod
     def join(device: str, timeout: float) -> None:
@@ -139,6 +192,30 @@ class DeepSpeedBackend:
     def close(self) -> None:
         """Release weights and optimizer."""
         self.engine.destroy()
+
+
+class FrozenPolicy:
+    """A policy without gradients, whole on every rank, or divided at stage 3 of ZeRO."""
+
+    def __init__(self, policy: Policy, config: Mapping[str, Any]):
+        """`config` is that of `deepspeed_config` for what is trained beside it."""
+        self.policy, self.engine = policy.requires_grad_(False).eval(), None
+        zero = dict(config["zero_optimization"])
+        if zero["stage"] == 3:  # at others, in bf16, DeepSpeed would add a copy in float32
+            import deepspeed
+
+            zero.pop("offload_optimizer", None)
+            kept = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")}
+            self.engine, *_ = deepspeed.initialize(model=policy, config={**kept, "zero_optimization": zero})
+
+    def forward(self, batch: Layout) -> dict[str, Tensor]:
+        """What `Policy.forward` returns."""
+        return self.policy(batch)
+
+    def close(self) -> None:
+        """Release weights."""
+        if self.engine is not None:
+            self.engine.destroy()
 
 
 def rebase_schedule(schedule: Any, lr: float) -> None:

@@ -2,9 +2,11 @@
 
 import gc
 import json
+import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,14 @@ from entroray.policy.proof import check_loaded, why_not_packed
 from entroray.roles import Scores
 from entroray.train.batching import with_scores
 from entroray.types import Batch, Tokens
+from entroray.workers import checkpoint
+from entroray.workers.checkpoint import Fingerprint
 from entroray.workers.weight_sender import Delivery, GeneratorClient
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ONE = np.ones(1, dtype=np.int32)
-REFERENCE = "reference.pt"
-"""File of a checkpoint: the reference policy, if it is not the one the run started from."""
-LAYOUT = "layout.json"
-"""File of a checkpoint: how many ranks wrote it, at which stage of ZeRO."""
+REFERENCE = "reference"
+"""Folder of a checkpoint: the reference policy as a model, if it is not the one the run started from."""
 EMPTY = Batch(_ONE, _ONE, _ONE, _ONE, np.ones(1, dtype=np.float32))
 """One row of one token, which a rank with fewer micro-batches than others forwards with weight 0."""
 
@@ -66,7 +68,8 @@ class LearnerRank:
         self.anchored = False
         """Whether the reference is no longer what `settings` started from."""
         self.backend: Any = None
-        self.reference: Policy | None = None
+        self.reference: Any = None
+        """What the backend makes of a policy that is only scored, if one is needed."""
         self.transfer: Any = None
         self.threads: int | None = None
         """CPU threads to compute with; None: as many as there are now."""
@@ -89,7 +92,8 @@ class LearnerRank:
         rows = self._choose_layout()  # before anything of DeepSpeed may have a say in how models are built
         self.backend_class.join(self.device.type, timeout)
         self._load_model()
-        count = self.policy.model.num_parameters()
+        shapes = [self.backend.full_shape(p) for p in self.policy.parameters()]
+        count = sum(map(math.prod, shapes))
         return {"parameters": count, "device": str(self.device), "packed": self.packed, "rows": rows}
 
     def _choose_layout(self) -> str:
@@ -108,8 +112,7 @@ class LearnerRank:
 
     def reset(self, settings: LearnerSettings, objective: Objective) -> None:
         """Become what a rank just started with these is: weights, optimizer, schedule, random state."""
-        if self.backend is not None:  # the model before could not be loaded
-            self.backend.close()
+        self._close_backends()
         self._disconnect()  # it reads the old weights: the next sync connects anew
         self.backend = self.reference = None
         gc.collect()  # the backend's hooks are cycles: without this two learners would be on the card
@@ -118,6 +121,11 @@ class LearnerRank:
         if not settings.learner.liger:  # its kernels are in the classes now that a small copy is made of
             self._choose_layout()
         self._load_model()
+
+    def _close_backends(self) -> None:
+        for backend in (self.backend, self.reference):
+            if backend is not None:  # no reference, or the model before could not be loaded
+                backend.close()
 
     def anchor(self, folder: str) -> None:
         """Begin anew with the weights in `folder`, as reference too: moments, schedule and random state."""
@@ -128,22 +136,30 @@ class LearnerRank:
         s = self.settings
         torch.manual_seed(s.seed)
         policy = self._read_policy(s.model.path)
-        if self.rank == 0:
+        divided = s.learner.zero_stage == 3
+        if self.rank == 0 and not divided:
             check_loaded(s.model.path, policy)
         families.enable_checkpointing(policy.model, s.learner)
         needed = s.learner.reference or "ref_logprobs" in self.objective.needs
-        self.reference = self._read_policy(s.model.path) if needed else None
+        self.reference = self._freeze(s.model.path) if needed else None
         self.backend = self.backend_class(policy, s.learner, s.model.dtype, s.total_updates)
+        if divided:  # only now is the model gathered as it computes
+            check_loaded(s.model.path, policy)
+
+    def _freeze(self, path: str) -> Any:
+        s = self.settings
+        return self.backend_class.freeze(self._read_policy(path), s.learner, s.model.dtype)
 
     def _read_policy(self, path: str) -> Policy:
         """On the device, with the kernels and for the layout of these settings."""
-        m = self.settings.model
-        policy = load_policy(path, DTYPES[m.dtype], m.attention).to(self.device)
-        if self.settings.learner.liger:
+        m, learner = self.settings.model, self.settings.learner
+        division = self.backend_class.dividing(learner, m.dtype)
+        policy = load_policy(path, DTYPES[m.dtype], m.attention, division).to(self.device)
+        if learner.liger:
             use_liger(policy.model)
         if self.packed:
             enable_packing(policy.model)
-        if self.settings.learner.compile:
+        if learner.compile:
             compile_layers(policy.model)
         return policy
 
@@ -157,9 +173,19 @@ class LearnerRank:
 
         self._disconnect()
         source = transfer.GatheredSource(self.policy.named_weights(), self.backend)
-        self.transfer = transfer.connect(
-            self.settings.transfer, rank=self.rank, client=client, source=source, rendezvous=self.address()
-        )
+        with self._own_stream():
+            self.transfer = transfer.connect(
+                self.settings.transfer,
+                rank=self.rank,
+                client=client,
+                source=source,
+                rendezvous=self.address(),
+            )
+
+    def _own_stream(self) -> AbstractContextManager[Any]:
+        """After it, work goes to the CUDA stream it went to: vLLM's NCCL leaves its caller on another."""
+        on_card = self.device.type == "cuda"
+        return torch.cuda.stream(torch.cuda.current_stream()) if on_card else nullcontext()
 
     def _disconnect(self) -> None:
         if self.transfer is not None:
@@ -204,7 +230,7 @@ class LearnerRank:
         """`stats` of a forward pass and the reference's log-probs, [n] of the tokens of `micro`."""
         scored = {name: x.detach() for name, x in stats.items()}
         if self.reference is not None:
-            scored["ref_logprobs"] = self.reference(layout)["logprobs"]
+            scored["ref_logprobs"] = self.reference.forward(layout)["logprobs"]
         return {k: v.float().cpu().numpy()[: len(micro.response_ids)] for k, v in scored.items()}
 
     def update(
@@ -283,7 +309,8 @@ class LearnerRank:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the sender reads on streams that do not wait for the optimizer's
         self._return_memory()
-        delivery = self.transfer.client.deliver(self.version, self.transfer.send_weights)
+        with self._own_stream():
+            delivery = self.transfer.client.deliver(self.version, self.transfer.send_weights)
         self._return_memory()
         self.updated = False
         return delivery
@@ -303,27 +330,46 @@ class LearnerRank:
 
     def export(self, folder: str) -> None:
         """Write the policy to `folder` in Hugging Face format (rank 0; all ranks gather)."""
-        gathered = ((name, self.backend.gather(p)) for name, p in self.policy.named_weights())
-        weights = {name: t.cpu().contiguous() for name, t in gathered}
-        if self.rank == 0:
-            self.policy.write(Path(folder), weights)
+        self._write(self.policy, Path(folder))
 
-    def save(self, folder: str) -> None:
-        """Weights, moments, schedule and random state into `folder`; every rank writes its own part."""
+    def _write(self, policy: Policy, folder: Path) -> None:
+        """Rank 0 keeps what goes into one file, the others nothing."""
+        gathered = ((name, self.backend.gather(p)) for name, p in policy.named_weights())
+        try:
+            if self.rank == 0:
+                policy.write(folder, gathered)
+        finally:
+            for _ in gathered:  # the others take part, also where the disk refuses what was gathered before
+                pass
+
+    def save(self, folder: str) -> dict[str, Fingerprint]:
+        """Weights, moments, schedule and random state into `folder`; every rank writes its own part.
+
+        Returns size and hash of every file that this rank wrote, which is on the disk then.
+        """
         self.backend.save(Path(folder))
         if self.rank == 0:
-            Path(folder, LAYOUT).write_text(json.dumps(self._layout()))
+            Path(folder, checkpoint.LAYOUT).write_text(json.dumps(self._layout()))
         torch.save([torch.get_rng_state(), *torch.cuda.get_rng_state_all()], self._rng(folder))
-        if self.anchored and self.reference and self.rank == 0:
-            torch.save(self.reference.state_dict(), Path(folder, REFERENCE))
+        if self.anchored and self.reference:
+            self._write(self.reference.policy, Path(folder, REFERENCE))
+        return checkpoint.seal(Path(folder), checkpoint.written_by(self.rank, Path(folder)))
 
     def load(self, folder: str) -> None:
         """Go on from what `save` wrote with as many ranks and the same ZeRO stage."""
-        self._check_layout(Path(folder))
+        checkpoint.check_layout(Path(folder), self._layout())
+        if wrong := checkpoint.damage(Path(folder), self.rank):
+            raise PreflightError(
+                f"{folder} is damaged ({wrong}): delete its {checkpoint.MARKER}, and run.resume=auto takes "
+                "the one before"
+            )
         self.backend.load(Path(folder))
-        self.anchored = self.reference is not None and Path(folder, REFERENCE).exists()
-        if self.reference and self.anchored:
-            self.reference.load_state_dict(torch.load(Path(folder, REFERENCE), map_location=self.device))
+        anchored = Path(folder, REFERENCE)
+        self.anchored = self.reference is not None and anchored.is_dir()
+        if self.anchored:
+            self.reference.close()
+            self.reference = None  # before another is read
+            self.reference = self._freeze(str(anchored))
         cpu, *cuda = torch.load(self._rng(folder))
         torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(cuda)
@@ -333,21 +379,6 @@ class LearnerRank:
             "learner.ranks": self.settings.learner.ranks,
             "learner.zero_stage": self.settings.learner.zero_stage,
         }
-
-    def _check_layout(self, folder: Path) -> None:
-        """PreflightError if other ranks wrote `folder`: each reads its own part of what a stage divides."""
-        try:
-            wrote = json.loads((folder / LAYOUT).read_text())
-        except (OSError, ValueError) as error:
-            raise PreflightError(
-                f"{folder} has no {LAYOUT} that says which ranks wrote it: resume from another"
-            ) from error
-        if wrote != self._layout():
-            is_, was = (" ".join(f"{k}={v}" for k, v in x.items()) for x in (self._layout(), wrote))
-            raise PreflightError(
-                f"{folder} was written with {was}, and this run has {is_}: resume with {was}, or begin in "
-                "another run.dir"
-            )
 
     def _rng(self, folder: str) -> Path:
         return Path(folder, f"rng-{self.rank}.pt")

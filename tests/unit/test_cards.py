@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from entroray.config import LearnerConfig
 from entroray.errors import ConfigError, PreflightError
 from entroray.policy.head import (
     CARD_COLUMNS,
@@ -210,7 +211,7 @@ def test_a_rank_that_begins_anew_holds_nothing_of_what_it_was(monkeypatch: pytes
     alive: list[Any] = []
     monkeypatch.setattr(alone, "_load_model", lambda: alive.extend(x() for x in old))
     alone.reset(alone.settings, alone.objective)
-    assert alive == [None, None, None] and Old.closed == 2
+    assert alive == [None, None, None] and Old.closed == 3
 
 
 def test_gradients_of_bf16_weights_are_summed_in_fp32_where_deepspeed_can() -> None:
@@ -225,6 +226,41 @@ def test_gradients_of_bf16_weights_are_summed_in_fp32_where_deepspeed_can() -> N
     assert [sums(f"learner.zero_stage={n}") for n in range(4)] == [None] * 4
     own = "learner.deepspeed={data_types: {grad_accum_dtype: bf16}}"
     assert sums("model=bf16", own) == {"grad_accum_dtype": "bf16"}
+
+
+def test_gradients_of_bf16_weights_are_summed_over_ranks_in_fp32_too() -> None:
+    for stage in range(4):
+        found = deepspeed_config(LearnerConfig(zero_stage=stage), "bfloat16")
+        assert found["communication_data_type"] == "fp32"
+    assert "communication_data_type" not in deepspeed_config(LearnerConfig(), "float32")
+
+
+def test_what_is_said_to_deepspeed_is_merged_key_by_key() -> None:
+    def told(**deepspeed: Any) -> dict[str, Any]:
+        return deepspeed_config(LearnerConfig(zero_stage=2, lr=0.5, deepspeed=deepspeed), "bfloat16")
+
+    plain, adam = told(), {"lr": 0.5, "weight_decay": 0.0, "betas": [0.9, 0.95]}
+    assert plain["optimizer"] == {"type": "AdamW", "params": {**adam, "torch_adam": True}}
+    moved = told(zero_optimization={"offload_optimizer": {"device": "cpu"}})
+    assert moved["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert moved["optimizer"]["params"] == adam, "DeepSpeed's CPUAdam, which torch's would come before"
+    kept = told(zero_optimization={"offload_optimizer": {"device": "none"}, "overlap_comm": True})
+    assert kept["optimizer"] == plain["optimizer"] and kept["zero_optimization"]["overlap_comm"]
+    assert told(optimizer={"params": {"eps": 1e-6}})["optimizer"]["params"]["lr"] == 0.5
+    assert told(optimizer={"type": "Lion", "params": {"betas": [0.9, 0.99]}})["optimizer"] == {
+        "type": "Lion",
+        "params": {"lr": 0.5, "weight_decay": 0.0, "betas": [0.9, 0.99]},
+    }
+    assert told(bf16={"immediate_grad_update": False})["bf16"] == {
+        "enabled": True,
+        "immediate_grad_update": False,
+    }
+    assert told(gradient_clipping=3)["gradient_clipping"] == 3 and told(prescale_gradients=True)
+
+
+def test_the_stage_of_zero_is_said_in_one_place() -> None:
+    with pytest.raises(ConfigError, match=r"learner\.deepspeed .*learner\.zero_stage"):
+        configured("learner.deepspeed={zero_optimization: {stage: 2}}")
 
 
 def test_tiles_are_larger_on_a_card_and_hold_whole_rows() -> None:

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -12,6 +14,7 @@ from omegaconf import OmegaConf
 from entroray.config import Config, Run
 from entroray.errors import InfrastructureError, PreflightError
 from entroray.wiring import run_directory
+from entroray.workers import checkpoint
 from entroray.workers.checkpoint import MARKER, Checkpoints, commit, committed, expired, newest
 
 
@@ -135,6 +138,96 @@ def test_a_checkpoint_that_the_disk_refuses_is_typed_and_leaves_nothing(tmp_path
     with pytest.raises(InfrastructureError, match=r"step-000007 .*unexpected pos.* MiB .*checkpoint\.keep=2"):
         asyncio.run(saves.save(7, {"version": 7}))
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+NAMES = (
+    "learner/mp_rank_00_model_states.pt",
+    "learner/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    "learner/zero_pp_rank_1_mp_rank_00_model_states.pt",
+    "learner/bf16_zero_pp_rank_12_mp_rank_00_optim_states.pt",
+    "reference/model-00001-of-00002.safetensors",
+    "rng-1.pt",
+    "layout.json",
+)
+"""What ranks write, as DeepSpeed 0.19 and `LearnerRank.save` name it."""
+
+
+def of_ranks(partial: Path) -> None:
+    """Files of thirteen ranks, each of its own content."""
+    for name in NAMES:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_bytes(name.encode())
+
+
+def test_every_file_is_hashed_by_the_one_rank_that_wrote_it(tmp_path: Path) -> None:
+    of_ranks(tmp_path)
+    own = [checkpoint.seal(tmp_path, checkpoint.written_by(rank, tmp_path)) for rank in range(13)]
+    assert [sorted(part) for part in own] == [
+        sorted([NAMES[0], NAMES[1], NAMES[4], NAMES[6]]),
+        sorted([NAMES[2], NAMES[5]]),
+        *[[]] * 10,
+        [NAMES[3]],
+    ]
+
+
+class Ranks:
+    """Thirteen ranks that write their files, seal them and say so."""
+
+    async def all(self, method: Callable[[int, object], object], *, deadline: float) -> list[object]:
+        return [method(rank, SimpleNamespace(save=self.saver(rank))) for rank in range(13)]
+
+    @staticmethod
+    def saver(rank: int) -> SimpleNamespace:
+        def remote(folder: str) -> dict[str, list]:
+            if rank == 0:
+                of_ranks(Path(folder))
+            return checkpoint.seal(Path(folder), checkpoint.written_by(rank, Path(folder)))
+
+        return SimpleNamespace(remote=remote)
+
+
+def test_the_driver_hashes_its_own_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[tuple[str, str]] = []
+    whole = checkpoint._fingerprint
+
+    def noted(file: Path) -> list:
+        hashed.append((threading.current_thread().name, file.name))
+        return whole(file)
+
+    monkeypatch.setattr(checkpoint, "_fingerprint", noted)
+    saves = Checkpoints(tmp_path, Ranks(), keep=2, deadline=9.0)  # type: ignore[arg-type]
+    done = asyncio.run(saves.save(7, {"version": 7}))
+    elsewhere = [name for thread, name in hashed if thread != "MainThread"]
+    assert elsewhere == ["driver.json"] and len(hashed) == len(NAMES) + 1
+    assert newest(tmp_path) == (done, [])
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut"])
+def test_a_file_that_the_driver_does_not_see_as_a_rank_wrote_it_is_said(tmp_path: Path, harm: str) -> None:
+    of_ranks(partial := tmp_path / ".part")
+    listed = {name: [len(name), "0" * 32] for name in NAMES}
+    (partial / NAMES[2]).unlink() if harm == "gone" else (partial / NAMES[2]).write_bytes(b"")
+    with pytest.raises(InfrastructureError, match=rf"{NAMES[2]} .*run\.dir"):
+        commit(partial, tmp_path / "step-000001", listed)
+
+
+def test_of_a_large_checkpoint_sizes_are_compared_and_its_ranks_hash_what_they_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = written(tmp_path, 1), tmp_path / "step-000002"
+    of_ranks(partial := tmp_path / ".part")
+    (partial / "driver.json").write_text('{"version": 2}')
+    commit(partial, second)
+    other = second / NAMES[2]
+    other.write_bytes(b"x" * len(other.read_bytes()))
+    assert newest(tmp_path)[0] == first, "a small one is hashed"
+    monkeypatch.setattr(checkpoint, "HASHED_BYTES", 10)
+    assert newest(tmp_path) == (second, [])
+    assert [rank for rank in range(13) if checkpoint.damage(second, rank)] == [1]
+    assert NAMES[2] in checkpoint.damage(second, 1)
+    other.write_bytes(b"x")
+    found, why = newest(tmp_path)
+    assert found == first and NAMES[2] in why[0]
 
 
 def settings(folder: Path, **run: object) -> tuple[Run, object]:

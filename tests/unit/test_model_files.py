@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from entroray.errors import PreflightError
+from entroray.policy import model_files
 from entroray.policy.model import Policy, load_policy
 from entroray.policy.safetensors_header import tensor_shapes
 from entroray.wiring import preflight
@@ -30,7 +32,7 @@ def stored(place: Path) -> dict[str, torch.Tensor]:
 
 def written(policy: Policy, place: Path) -> Path:
     """The policy with each of its parameters moved by 0.5, as a run exports it."""
-    policy.write(place, {name: p.detach() + 0.5 for name, p in policy.named_weights()})
+    policy.write(place, ((name, p.detach() + 0.5) for name, p in policy.named_weights()))
     return place
 
 
@@ -42,6 +44,41 @@ def test_what_is_written_has_the_names_and_shapes_of_what_was_read(name, tmp_pat
     assert before.keys() == after.keys() == {name for name, _ in policy.named_weights()}
     for key, tensor in before.items():
         torch.testing.assert_close(after[key], tensor + 0.5, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limit", [1, 20_000, 150_000])
+def test_an_export_in_several_files_is_read_as_it_was_in_one(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_files, "SHARD_BYTES", limit)
+    policy = load_policy(str(folder("qwen3", tmp_path / "read")), torch.float32)
+    place = written(policy, tmp_path / "written")
+    files = sorted(place.glob("*.safetensors"))
+    assert len(files) > 1 and [f.name for f in files] == [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
+    sizes = [sum(t.nbytes for t in load_file(f).values()) for f in files]
+    assert all(size <= limit or len(load_file(f)) == 1 for f, size in zip(files, sizes, strict=True))
+    index = json.loads((place / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(sizes)}
+    assert index["weight_map"] == {name: f.name for f in files for name in load_file(f)}
+    again = dict(load_policy(str(place), torch.float32).named_weights())
+    for name, tensor in policy.named_weights():
+        torch.testing.assert_close(again[name], tensor + 0.5, rtol=0, atol=0)
+
+
+def test_no_more_is_held_than_goes_into_one_file(tmp_path, monkeypatch):
+    """Four tensors of 4,000 bytes, two to a file: the third finds at most one before it."""
+    monkeypatch.setattr(model_files, "SHARD_BYTES", 8_000)
+    policy, alive, most = load_policy(str(folder("llama", tmp_path / "read")), torch.float32), [], []
+
+    def gathered():
+        for name in "abcd":
+            most.append(sum(ref() is not None for ref in alive))
+            tensor = torch.zeros(1000)
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+
+    model_files.write_model(tmp_path / "written", policy.model, gathered(), {})
+    assert most == [0, 1, 2, 1]
 
 
 def test_the_head_of_gpt_neox_goes_by_its_name_in_files(tmp_path):
@@ -184,7 +221,7 @@ def test_files_get_the_mode_that_umask_gives(umask, mode, tmp_path):
 def test_the_data_type_written_is_that_of_the_weights(tmp_path):
     source = folder("llama", tmp_path / "read")
     policy = load_policy(str(source), torch.bfloat16)
-    policy.write(tmp_path / "written", {name: p.detach() for name, p in policy.named_weights()})
+    policy.write(tmp_path / "written", policy.named_weights())
     assert json.loads((tmp_path / "written" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {t.dtype for t in stored(tmp_path / "written").values()} == {torch.bfloat16}
 
