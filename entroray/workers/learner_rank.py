@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from entroray.policy.proof import check_loaded
 from entroray.roles import Scores
 from entroray.train.batching import with_scores
 from entroray.types import Batch, Tokens
-from entroray.workers.weight_sender import Delivery, GeneratorClient
+
+if TYPE_CHECKING:  # it imports Ray, which a rank that sends nothing does without
+    from entroray.workers.weight_sender import Delivery, GeneratorClient
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ONE = np.ones(1, dtype=np.int32)
@@ -117,7 +119,7 @@ class LearnerRank:
         self.reference = load_policy(*stored).to(self.device) if needed else None
         self.backend = self.backend_class(policy, s.learner, s.model.dtype, s.total_updates)
 
-    def connect(self, client: GeneratorClient) -> None:
+    def connect(self, client: "GeneratorClient") -> None:
         """Open the weight transfer to the generators that `client` reaches."""
         from entroray.workers import transfer
 
@@ -238,7 +240,7 @@ class LearnerRank:
 
     # --- weights ---
 
-    def sync(self, version: int | None = None) -> Delivery | None:
+    def sync(self, version: int | None = None) -> "Delivery | None":
         """Send the weights as `version`; returns what rank 0 sent and what every engine acknowledged.
 
         Without `version`, send those last sent once more; None if an update has changed them since.
