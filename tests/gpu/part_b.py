@@ -1,7 +1,7 @@
-"""Part b: the head at the sizes of real models, against float64 and against what it was: python -m tests.gpu.part_b
+"""Part b: the head at the sizes of real models, beside float64 and what it was: python -m tests.gpu.part_b
 
 Three ways take the same tokens: `before` is that of commit 3870155, whose weight gradient is an FP32 product;
-`torch` has that product in bf16 with FP32 sums; `triton` is the kernels. What a checkout has not is reported so.
+`torch` has that product in bf16 with FP32 sums; `triton` is the kernels. What a checkout has not is said.
 """
 
 import inspect

@@ -109,7 +109,7 @@ def speed(load: str, checkpointing: bool, asked: Asked) -> Iterator[Check]:
 
 
 def agreement(load: str, asked: Asked) -> Iterator[Check]:
-    """Log-probs of the same tokens in both layouts, and of the shorter loads a gradient through all layers."""
+    """Log-probs of the same tokens in both layouts, and a gradient that came through all layers."""
     set_checkpointing(asked, on=load == "1 x 32k")
     found: dict[str, tuple[Tensor, Tensor]] = {}
     watched = next(p for n, p in policy(asked).model.named_parameters() if n.endswith(WATCHED))

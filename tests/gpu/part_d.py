@@ -1,7 +1,7 @@
 """Part d: a rank of the learner itself, without Ray, under ZeRO 0 to 3 in bf16: python -m tests.gpu.part_d
 
-The model has the shape of Qwen2.5-0.5B and random weights: a stage takes about ten seconds. DeepSpeed and what
-it needs lie in tests/gpu/pieces, which pieces.sh makes.
+The model has the shape of Qwen2.5-0.5B and random weights. DeepSpeed and what it needs lie in
+tests/gpu/pieces, which pieces.sh makes.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ GRPO = {
 }
 """Of conf/objective/grpo.yaml, which no machine without omegaconf reads."""
 LOSS, NORM, NATS = 2e-3, 0.02, 0.02
-"""Most that stages may differ: in a loss, in the share of a norm, in the mean of log-probs after the updates."""
+"""Most that stages may differ: in a loss, in the share of a norm, in the mean of log-probs behind them."""
 BETWEEN, PEAK = (0.9, 1.1), (0.6, 1.1)
 """Measured over planned: between updates, where every byte is known, and at the peak of one."""
 HELD: dict[str, Any] = {}
