@@ -104,7 +104,7 @@ def main(part: str, about: str, steps: Mapping[str, Step]) -> None:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--again", action="store_true", help="although it was run on this card and commit")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     parser.add_argument("--only", default="", help="steps whose names have this in them")
     given = parser.parse_args()
     if given.dry and given.results.resolve() == RESULTS.resolve():
