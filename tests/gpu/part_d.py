@@ -272,9 +272,12 @@ def _groups(rank: Any) -> list[dict[str, Any]]:
 
 def layouts(asked: Asked) -> Iterator[Check]:
     """Rows packed end to end have the losses and norms of padded ones, through the rank."""
-    found = {how: trained(asked, become(asked, learner(pack=how))) for how in ("never", "always")}
-    for how, each in found.items():
-        yield measured(f"learner.pack={how}", update_s=min(each["seconds"]), loss=each["loss"])
+    found = {}
+    for how in ("never", "always"):
+        rank = become(asked, learner(pack=how))
+        found[how] = trained(asked, rank)
+        yield holds(f"learner.pack={how}", rank.packed == (how == "always"), "is what the rank does")
+        yield measured(f"learner.pack={how}: an update", seconds=min(found[how]["seconds"]))
     yield from same("packed and padded", found["always"], found["never"])
 
 

@@ -132,7 +132,11 @@ class Record:
         kept = None if again else _read(self.path)
         same = kept is not None and all(kept[key] == self.head[key] for key in ("commit", "source", "card"))
         self.steps: dict[str, dict[str, Any]] = kept["steps"] if kept and same else {}
-        self.steps = {name: step for name, step in self.steps.items() if name in planned}
+        broke = lambda step: any(
+            check["verdict"] == BROKE for check in step["checks"]
+        )  # it may be no fault of
+        # its own: after an illegal access nothing more runs in a process
+        self.steps = {n: step for n, step in self.steps.items() if n in planned and not broke(step)}
         if done := len(self.steps):
             print(f"part {part}: {done} of {len(planned)} steps were run on this card and commit", flush=True)
 

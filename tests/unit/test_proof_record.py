@@ -45,6 +45,20 @@ def test_a_step_that_breaks_keeps_what_it_found_and_the_next_one_runs(monkeypatc
     assert "illegal memory access" in found["steps"]["breaks"]["checks"][1]["why"]
 
 
+def test_a_step_that_broke_is_run_again_by_a_later_call(monkeypatch, tmp_path):
+    ran = []
+
+    def breaks_once(asked):
+        ran.append(1)
+        if len(ran) == 1:
+            raise RuntimeError("illegal memory access")
+        yield measured("n", x=1)
+
+    assert proven(monkeypatch, tmp_path, {"one": breaks_once})[0] == 1
+    code, found = proven(monkeypatch, tmp_path, {"one": breaks_once})
+    assert code == 0 and verdicts(found) == {"one": ["measured"]}
+
+
 @pytest.mark.parametrize("missing", [("entroray.no_such_module",), ("entroray.policy.head", "no_such_name")])
 def test_what_this_checkout_has_not_is_said_and_is_no_failure(monkeypatch, tmp_path, missing):
     code, found = proven(monkeypatch, tmp_path, {"one": lambda asked: [measured("n", x=there(*missing))]})
