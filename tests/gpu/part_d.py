@@ -54,6 +54,8 @@ def folder(asked: Asked) -> Path:
     place = Path(HELD["temporary"].name if "temporary" in HELD else _temporary())
     model = shapes.random_model(size(asked), asked.device, torch.bfloat16)
     model.save_pretrained(place / "model")
+    del model
+    gc.collect()
     return place / "model"
 
 
@@ -292,7 +294,6 @@ def reference(number: int, asked: Asked) -> Iterator[Check]:
 
 def exported(asked: Asked) -> Iterator[Check]:
     """What a rank exports under ZeRO 3 is read as the policy that it was."""
-    load_policy = there("entroray.policy.model", "load_policy")
     rank = become(asked, learner(zero_stage=3))
     own = trained(asked, rank)["logprobs"]
     with tempfile.TemporaryDirectory() as place:
@@ -301,7 +302,6 @@ def exported(asked: Asked) -> Iterator[Check]:
         took = time.perf_counter() - began
         files = sorted(path.name for path in Path(place).glob("*.safetensors"))
         again = replace(rank.settings, model=replace(rank.settings.model, path=place))
-        load_policy(place, torch.bfloat16)
         rank.reset(again, objective())
         behind = np.concatenate([s["logprobs"] for s in rank.score([b for b, _ in micros(asked, rank)])])
     yield measured("export", seconds=took, files=len(files))

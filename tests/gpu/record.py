@@ -157,11 +157,11 @@ class Record:
             checks.append(Check(name, BROKE, {}, f"{type(error).__name__}: {error}"[:2000]))
             _show(self.head["part"], checks[-1])
             print("\n".join(where), file=sys.stderr, flush=True)
-        if self.asked.card:
-            torch.cuda.empty_cache()
         seconds = round(time.perf_counter() - began, 3)
         self.steps[name] = {"seconds": seconds, "checks": [check._asdict() for check in checks]}
         self._write()
+        if self.asked.card:
+            torch.cuda.empty_cache()  # raises behind an illegal access, and the next call goes on
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
