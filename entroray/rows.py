@@ -4,8 +4,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from entroray.errors import ConfigError, PreflightError, nearest
 
 PACKAGE = Path(__file__).parent
@@ -31,6 +29,8 @@ def objective_row(name: str) -> dict[str, Any]:
     """The row called `name`, without the control that may come with it; ConfigError if there is none."""
     if name not in objective_names():
         raise ConfigError(f"conf/objective has no row `{name}`: {nearest(name, objective_names())}")
+    from omegaconf import OmegaConf  # a rank is given its objective, and reads no row
+
     row = OmegaConf.to_container(OmegaConf.load(conf_folder() / "objective" / f"{name}.yaml"))
     assert isinstance(row, dict)
     return {str(k): v for k, v in row.get("objective", row).items()}

@@ -15,11 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from entroray.errors import InfrastructureError, PreflightError, first_line, writing
 from entroray.train.threads import in_thread
-from entroray.workers.cluster import Gang
+
+if TYPE_CHECKING:  # it imports Ray, which a rank does without
+    from entroray.workers.cluster import Gang
 
 MANIFEST, MARKER, STATE = "manifest.json", "COMMITTED", "driver.json"
 LAYOUT = "layout.json"
@@ -39,7 +41,7 @@ class Checkpoints:
     """The checkpoints of one run: `<folder>/step-000010/`, the `keep` newest and the best."""
 
     folder: Path
-    learner: Gang
+    learner: "Gang"
     keep: int
     deadline: float
 

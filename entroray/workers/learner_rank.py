@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from entroray.errors import PreflightError
 from entroray.metrics.update import SUMS, update_sums
 from entroray.objective import Objective, activity_inside, corrected
 from entroray.policy import families
+from entroray.policy.first_calls import settle
 from entroray.policy.head import TokenStats
 from entroray.policy.model import Layout, Policy, load_policy, pad
 from entroray.policy.packing import compile_layers, enable_packing, pack, use_liger
@@ -30,7 +31,9 @@ from entroray.train.batching import with_scores
 from entroray.types import Batch, Tokens
 from entroray.workers import checkpoint
 from entroray.workers.checkpoint import Fingerprint
-from entroray.workers.weight_sender import Delivery, GeneratorClient
+
+if TYPE_CHECKING:  # it imports Ray, which a rank that sends nothing does without
+    from entroray.workers.weight_sender import Delivery, GeneratorClient
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ONE = np.ones(1, dtype=np.int32)
@@ -89,6 +92,7 @@ class LearnerRank:
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(self.rank)}
         os.environ |= {"WORLD_SIZE": str(self.settings.learner.ranks), "LOCAL_RANK": "0"}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settle()
         rows = self._choose_layout()  # before anything of DeepSpeed may have a say in how models are built
         self.backend_class.join(self.device.type, timeout)
         self._load_model()
@@ -167,7 +171,7 @@ class LearnerRank:
         """A micro-batch on the device; of none, `EMPTY`."""
         return (pack if self.packed else pad)(batch if batch.num_rows else EMPTY, self.device)
 
-    def connect(self, client: GeneratorClient) -> None:
+    def connect(self, client: "GeneratorClient") -> None:
         """Open the weight transfer to the generators that `client` reaches."""
         from entroray.workers import transfer
 
@@ -298,7 +302,7 @@ class LearnerRank:
 
     # --- weights ---
 
-    def sync(self, version: int | None = None) -> Delivery | None:
+    def sync(self, version: int | None = None) -> "Delivery | None":
         """Send the weights as `version`; returns what rank 0 sent and what every engine acknowledged.
 
         Without `version`, send those last sent once more; None if an update has changed them since.

@@ -1,6 +1,8 @@
 """What a process imports before it is asked for anything: a heavy library is seconds of its start."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ NEEDLESS = {
     "entroray.workers.verifier": {"torch", "transformers", "vllm", "ray"},
     "entroray.workers.judge_forkserver": {"torch", "transformers", "vllm", "ray"},
     "entroray.reward": {"torch", "transformers", "vllm", "ray"},
-    "entroray.workers.learner_rank": {"vllm", "deepspeed"},
+    "entroray.workers.learner_rank": {"vllm", "deepspeed", "ray", "omegaconf", "hydra"},
+    "entroray.workers.deepspeed_backend": {"vllm", "deepspeed", "ray", "omegaconf", "hydra"},
     "entroray.workers.transfer": {"vllm", "deepspeed"},
     "entroray.cli": {"torch", "transformers", "vllm", "ray", "omegaconf", "hydra"},
     "entroray.cli.train": {"vllm", "deepspeed", "transformers"},
@@ -49,3 +52,33 @@ def test_a_process_does_not_import_what_it_does_not_need(module: str) -> None:
 
 def test_what_is_imported_is_seen_through_other_modules():
     assert {"torch", "entroray.ops", "ray"} <= imported("entroray.cli.train", set())
+
+
+BARE = ("ray", "vllm", "hydra", "omegaconf", "pydantic", "deepspeed", "antlr4", "msgspec", "zmq")
+"""What a machine with a card and torch may not have; only a rank that begins to train wants DeepSpeed."""
+PROVED = ("policy.head", "policy.model", "policy.microbatches", "planning", "train.batching")
+ON_A_CARD = """
+import sys
+from importlib import import_module
+
+class Blocked:
+    def find_spec(name, *_):
+        if name.partition(".")[0] in {bare}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked)
+for part in "abcd":
+    import_module(f"tests.gpu.part_{{part}}").STEPS
+for name in {proved}:
+    import_module(f"entroray.{{name}}")
+from entroray.workers.deepspeed_backend import DeepSpeedBackend
+from entroray.workers.learner_rank import LearnerRank
+from tests.gpu.part_d import objective
+assert objective().slot("surrogate")
+"""
+
+
+def test_what_is_proved_on_a_card_imports_without_ray_vllm_hydra_omegaconf_pydantic():
+    code = ON_A_CARD.format(bare=set(BARE), proved=PROVED)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
