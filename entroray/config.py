@@ -205,9 +205,7 @@ class LearnerConfig:
     reset_after: int = 0  # stagnant evaluations after which reference and optimizer begin anew; 0: never
     gradient_checkpointing: bool = False  # less memory for a second forward pass
     threads: int | None = None  # null: all cores of the node, halved while engines work too (max_lag >= 1)
-    deepspeed: dict[str, Any] = field(
-        default_factory=dict
-    )  # to DeepSpeed, merged key by key into what is set here
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # to DeepSpeed, merged key by key
 
 
 @dataclass
