@@ -216,9 +216,7 @@ class LearnerConfig:
     compile: bool = False  # layers compiled by torch, which takes minutes: GPUs, zero_stage 0 to 2
     liger: bool = False  # Liger's kernels for norms, rotary positions, gated layers: GPUs, extra `liger`
     threads: int | None = None  # null: all cores of the node, halved while engines work too (max_lag >= 1)
-    deepspeed: dict[str, Any] = field(
-        default_factory=dict
-    )  # to DeepSpeed, merged key by key into what is set here
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # to DeepSpeed, merged key by key
 
 
 @dataclass
