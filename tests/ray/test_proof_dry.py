@@ -12,8 +12,6 @@ ROOT = Path(__file__).parents[2]
 PARTS = "abcd"
 ABSENT = {"liger"}
 """Steps whose package the default lane does not install."""
-MERGED = (ROOT / "entroray/policy/packing.py").is_file()
-"""Before it is there, steps that call what other branches bring say so."""
 
 
 @pytest.mark.timeout(200)
@@ -27,4 +25,4 @@ def test_every_part_of_the_proof_runs_on_the_cpu(tmp_path):
         assert list(found["steps"]) == found["planned"]
         said = {name: {c["verdict"] for c in step["checks"]} for name, step in found["steps"].items()}
         absent = {name for name, verdicts in said.items() if "not there" in verdicts}
-        assert all(said.values()) and (absent <= ABSENT or not MERGED), said
+        assert all(said.values()) and (absent <= ABSENT), said
