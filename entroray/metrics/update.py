@@ -40,3 +40,23 @@ def update_metrics(sums: Sequence[Mapping[str, float]], tokens: float) -> dict[s
     total = {name: sum(part[name] for part in sums) / max(1.0, tokens) for name in SUMS}
     silent = total.pop("silent")
     return {"objective/silent_tokens": silent} | {f"update/{name}": x for name, x in total.items()}
+
+
+@torch.no_grad()
+def add_sums(
+    sums: dict[str, Tensor], live: Tokens, loss: Tensor, flat: Tensor, counts: Mapping[str, Tensor]
+) -> None:
+    """Add those of a micro-batch to `sums`, on its device, which the host does not wait for.
+
+    `flat` marks tokens without a gradient, `counts` those that each rule touched.
+    """
+    ratio = torch.where(live.mask, (live.logprobs - live.old_logprobs).exp(), 0.0).double()
+    sums["ratio_max"] = torch.maximum(sums["ratio_max"], ratio.max() if len(ratio) else ratio.sum())
+    own = {
+        "loss": loss.detach(),
+        "tokens": live.mask.sum(),
+        "entropy": torch.where(live.mask, live.entropy, 0.0).sum(),
+    }
+    rules = {f"rule:{rule}": number for rule, number in counts.items()}
+    for name, value in (own | update_sums(live, flat) | rules).items():
+        sums[name] = sums.get(name, 0.0) + value.double()

@@ -1,6 +1,6 @@
 """Groups -> Batch for the learner, and its scores -> Tokens for the objective."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entroray.objective import Objective
+from entroray.policy.head import TokenStats
 from entroray.roles import Scores
 from entroray.types import Batch, Counts, Group, Rollout, Tokens, Version
 
@@ -103,3 +104,17 @@ def tokens_of(
 def _drawn_before(rollouts: Sequence[Rollout]) -> Tensor | None:
     branched = any(r.parent is not None for r in rollouts)
     return torch.tensor([r.drawn_before for r in rollouts]) if branched else None
+
+
+def tokens_on(tokens: Tokens, device: torch.device) -> Tokens:
+    """`tokens` with every tensor on `device`."""
+    move = lambda v: v.to(device) if isinstance(v, Tensor) else v
+    moved: dict[str, Any] = {k: move(v) for k, v in vars(tokens).items()}
+    return replace(tokens, **moved | {"extra": {k: move(v) for k, v in tokens.extra.items()}})
+
+
+def with_live_statistics(tokens: Tokens, stats: Mapping[str, Tensor]) -> Tokens:
+    """`tokens` under the current policy: what the head computed in place of what was scored."""
+    own = {name: x for name, x in stats.items() if name in TokenStats._fields}
+    extra = {name: x for name, x in stats.items() if name not in TokenStats._fields}
+    return replace(tokens, **own, extra={**tokens.extra, **extra})  # type: ignore[arg-type]

@@ -18,16 +18,15 @@ from torch import Tensor
 
 from entroray.config import LearnerConfig, Model
 from entroray.errors import PreflightError
-from entroray.metrics.update import SUMS, update_sums
+from entroray.metrics.update import SUMS, add_sums
 from entroray.objective import Objective, activity_inside, corrected
 from entroray.policy import families
 from entroray.policy.first_calls import settle
-from entroray.policy.head import TokenStats
 from entroray.policy.model import Layout, Policy, load_policy, pad
 from entroray.policy.packing import compile_layers, enable_packing, pack, use_liger
 from entroray.policy.proof import check_loaded, why_not_packed
 from entroray.roles import Scores
-from entroray.train.batching import with_scores
+from entroray.train.batching import tokens_on, with_live_statistics, with_scores
 from entroray.types import Batch, Tokens
 from entroray.workers import checkpoint
 from entroray.workers.checkpoint import Fingerprint
@@ -297,7 +296,7 @@ class LearnerRank:
             return nothing
         live = corrected(self.objective, with_live_statistics(tokens_on(tokens, self.device), stats))
         loss = self.objective.loss(live) / self.objective.denominator(tokens.counts)
-        _add_sums(self.objective, live, loss, sums)
+        add_sums(sums, live, loss, *activity_inside(self.objective, live))
         return loss + nothing
 
     # --- weights ---
@@ -391,33 +390,3 @@ class LearnerRank:
         """Leave the gang in order, so that no rank waits for another that is gone."""
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def tokens_on(tokens: Tokens, device: torch.device) -> Tokens:
-    """`tokens` with every tensor on `device`."""
-    move = lambda v: v.to(device) if isinstance(v, Tensor) else v
-    moved: dict[str, Any] = {k: move(v) for k, v in vars(tokens).items()}
-    return replace(tokens, **moved | {"extra": {k: move(v) for k, v in tokens.extra.items()}})
-
-
-def with_live_statistics(tokens: Tokens, stats: Mapping[str, Tensor]) -> Tokens:
-    """`tokens` under the current policy: what the head computed in place of what was scored."""
-    own = {name: x for name, x in stats.items() if name in TokenStats._fields}
-    extra = {name: x for name, x in stats.items() if name not in TokenStats._fields}
-    return replace(tokens, **own, extra={**tokens.extra, **extra})  # type: ignore[arg-type]
-
-
-def _add_sums(objective: Objective, live: Tokens, loss: Tensor, sums: dict[str, Tensor]) -> None:
-    """All of it stays on the device, which the host does not wait for."""
-    flat, counts = activity_inside(objective, live)
-    with torch.no_grad():
-        ratio = torch.where(live.mask, (live.logprobs - live.old_logprobs).exp(), 0.0).double()
-        sums["ratio_max"] = torch.maximum(sums["ratio_max"], ratio.max() if len(ratio) else ratio.sum())
-        own = {
-            "loss": loss.detach(),
-            "tokens": live.mask.sum(),
-            "entropy": torch.where(live.mask, live.entropy, 0.0).sum(),
-        }
-        rules = {f"rule:{rule}": number for rule, number in counts.items()}
-        for name, value in (own | update_sums(live, flat) | rules).items():
-            sums[name] = sums.get(name, 0.0) + value.double()

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,11 +186,12 @@ def test_a_journal_is_closed_after_the_step_that_a_thread_is_writing(tmp_path: P
 class Gang:
     """Ranks that write one file."""
 
-    async def all(self, call: object, deadline: float) -> None:
-        call(0, SimpleNamespace(save=SimpleNamespace(remote=self.save)))  # type: ignore[operator]
+    async def all(self, call: object, deadline: float) -> list[object]:
+        return [call(0, SimpleNamespace(save=SimpleNamespace(remote=self.save)))]  # type: ignore[operator]
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str) -> dict[str, object]:
         Path(folder, "weights").write_bytes(bytes(1000))
+        return {}
 
 
 def test_a_checkpoint_is_hashed_in_a_thread_and_valid(tmp_path: Path, monkeypatch) -> None:
@@ -210,7 +212,7 @@ def test_a_checkpoint_that_is_given_up_is_none_and_the_next_is_whole(tmp_path: P
     """As `driver.stall` gives one up: its thread goes on, and is not swept away under its hands."""
     begun, go_on, seal = threading.Event(), threading.Event(), checkpoint.commit
 
-    def slow(*given: Path) -> Path:
+    def slow(*given: Any) -> Path:
         begun.set()
         go_on.wait(5.0)
         return seal(*given)
