@@ -15,7 +15,7 @@ SIZES = {  # what is counted: the most there may be
     # millions of rows (985), judges of text, form, length and on servers, several at once, and units, words
     # and choices in mathematics (1,513), csv, wandb and mlflow (564), evaluation sets (195 and wiring).
     # 24,700 before a planner, idle shares and a trace (980), scores from the update (200), cores divided and
-    # one copy of weights (270), a linear driver off its loop (180), a tiled head (120), a quicker start (170).
+    # one copy of weights (270), a linear driver off its loop (180), a tiled head (120), a quick start (170).
     # 26,900 before cards: what they hold and how long their work may take (640), packed rows (350), a model
     # divided as it is read, exports and checkpoints in shards (310), two Triton kernels (140)
     "lines of *.py in entroray/": 28_450,
