@@ -57,9 +57,9 @@ class Row:
 ONE, TWO = ("generator.replicas=1",), ("generator.replicas=2", "generator.threads=1")
 ASYNC, SYNC = (*ONE, "driver=async"), (*ONE, "driver=sync")
 ROWS: Mapping[str, Row] = {
-    "fixed_64": Row("0.8 M", None, 64, 64, 1.0, 1.3, ONE),
+    "fixed_64": Row("0.8 M", None, 64, 64, 1.0, 1.3, TWO),
     "fixed_256": Row("0.8 M", None, 64, 256, 1.1, 1.3, TWO),
-    "chance_64": Row("0.8 M", 56.0, 256, 64, 2.5, 3.0, ONE),
+    "chance_64": Row("0.8 M", 56.0, 256, 64, 2.5, 3.0, TWO),
     "chance_256": Row("0.8 M", 56.0, 256, 256, 4.0, 4.8, TWO),
     "large_vocabulary": Row("19 M", None, 64, 64, 1.6, None, ONE),
     "async": Row("0.8 M", 56.0, 256, 64, 1.3, None, ASYNC, SYNC),
