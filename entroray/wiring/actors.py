@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -316,7 +316,19 @@ async def _introduce(
     folder, version = resume or (None, 0)
     if folder:
         await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=within)
-    return sync, facts[0] | await sync(version)
+    return sync, _agreed(facts) | await sync(version)
+
+
+def _agreed(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What rank 0 says of itself; PreflightError where others lay rows out differently: all have one plan."""
+    lie = [each.get("packed") for each in facts]
+    for rank, other in enumerate(lie):
+        if other != lie[0]:
+            raise PreflightError(
+                f"learner.pack=auto: rows lie {facts[0]['rows']} on rank 0 and {facts[rank]['rows']} on rank "
+                f"{rank}: set learner.pack=never, or give all ranks the same cards and packages"
+            )
+    return dict(facts[0])
 
 
 def prepare_engines(config: Config) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 import weakref
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,7 +210,7 @@ def test_a_rank_that_begins_anew_holds_nothing_of_what_it_was(monkeypatch: pytes
     alone.backend, alone.reference, alone.transfer = Old(), Old(), Old()  # type: ignore[assignment]
     old = [weakref.ref(x) for x in (alone.backend, alone.reference, alone.transfer)]
     alive: list[Any] = []
-    monkeypatch.setattr(alone, "_load_model", lambda: alive.extend(x() for x in old))
+    monkeypatch.setattr(alone, "_load_model", lambda _: alive.extend(x() for x in old))
     alone.reset(alone.settings, alone.objective)
     assert alive == [None, None, None] and Old.closed == 3
 
@@ -261,6 +262,45 @@ def test_what_is_said_to_deepspeed_is_merged_key_by_key() -> None:
 def test_the_stage_of_zero_is_said_in_one_place() -> None:
     with pytest.raises(ConfigError, match=r"learner\.deepspeed .*learner\.zero_stage"):
         configured("learner.deepspeed={zero_optimization: {stage: 2}}")
+
+
+def test_a_section_of_null_is_ours() -> None:
+    for section in ("zero_optimization", "optimizer", "bf16", "data_types"):
+        config = configured("model=bf16", "learner.zero_stage=2", f"learner.deepspeed={{{section}: null}}")
+        plain = replace(config.learner, deepspeed={})
+        assert deepspeed_config(config.learner, "bfloat16") == deepspeed_config(plain, "bfloat16")
+    inner = "learner.deepspeed={optimizer: {params: null}, zero_optimization: {offload_optimizer: null}}"
+    found = deepspeed_config(configured(inner).learner, "float32")
+    assert found["optimizer"]["params"]["torch_adam"] and found["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("optimizer: AdamW", "optimizer=AdamW"),
+        ("optimizer: {params: 3}", r"optimizer\.params=3"),
+        ("zero_optimization: 2", "zero_optimization=2"),
+        ("zero_optimization: {offload_optimizer: cpu}", r"offload_optimizer=cpu"),
+        ("bf16: true", "bf16=True"),
+    ],
+)
+def test_a_section_of_deepspeed_that_is_none_is_refused(given: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"learner\.deepspeed .*{named}.*a dictionary"):
+        configured(f"learner.deepspeed={{{given}}}")
+
+
+def test_parts_of_weights_that_deepspeed_keeps_for_one_model_alone_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"zero_hpz_partition_size.*drop it"):
+        configured("learner=zero3", "learner.deepspeed={zero_optimization: {zero_hpz_partition_size: 8}}")
+    configured("learner=zero3", "learner.deepspeed={zero_optimization: {zero_hpz_partition_size: 1}}")
+
+
+def test_ranks_that_lay_rows_out_differently_are_refused() -> None:
+    """All of them have one plan, of micro-batches that fit only rows laid out as it says."""
+    end, padded = {"packed": True, "rows": "end to end"}, {"packed": False, "rows": "padded, for no kernel"}
+    assert actors._agreed([end, end]) == end and actors._agreed([padded]) == padded
+    with pytest.raises(PreflightError, match=r"end to end on rank 0 and padded, for no kernel on rank 2"):
+        actors._agreed([end, end, padded])
 
 
 def test_tiles_are_larger_on_a_card_and_hold_whole_rows() -> None:
