@@ -25,19 +25,16 @@ def outline(config: Any, dtype: torch.dtype) -> Any:
 
 
 def fetch(path: str) -> Path:
-    """Where the model's safetensors files lie, got from the hub if they are not here yet.
-
-    PreflightError if it has none: transformers would compare nothing.
-    """
-    place = safetensors_header.model_folder(path)
-    if not Path(path).expanduser().is_dir() and not (place and safetensors_header.weight_files(place)):
+    """Where the model's safetensors files lie, on this machine from now on; PreflightError if it has none."""
+    if not Path(path).expanduser().is_dir():
         from huggingface_hub import snapshot_download
 
-        place = Path(snapshot_download(path, allow_patterns=["*.json", "model*.safetensors"]))
+        snapshot_download(path, allow_patterns=["*.json", "model*.safetensors"])
+    place = safetensors_header.model_folder(path)
     if not place or not safetensors_header.weight_files(place):
         raise PreflightError(
-            f"model.path={path} has no safetensors files, or not all: learner.zero_stage=3 reads no others; "
-            "save the model as such, or set learner.zero_stage=2"
+            f"model.path={path} has no safetensors files, or not all of them: learner.zero_stage=3 compares "
+            "shapes in them: save the model as such, or set learner.zero_stage=2"
         )
     return place
 

@@ -321,13 +321,11 @@ async def _introduce(
 
 def _agreed(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What rank 0 says of itself; PreflightError where others lay rows out differently: all have one plan."""
-    lie = [each.get("packed") for each in facts]
-    for rank, other in enumerate(lie):
-        if other != lie[0]:
-            raise PreflightError(
-                f"learner.pack=auto: rows lie {facts[0]['rows']} on rank 0 and {facts[rank]['rows']} on rank "
-                f"{rank}: set learner.pack=never, or give all ranks the same cards and packages"
-            )
+    if others := [each for each in facts if each.get("packed") != facts[0].get("packed")]:
+        raise PreflightError(
+            f"learner.pack=auto: rows lie {facts[0]['rows']} on rank 0 and {others[0]['rows']} on another: set "
+            "learner.pack=never"
+        )
     return dict(facts[0])
 
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping
-from functools import reduce
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,29 +108,17 @@ def check_bounds(config: Config) -> None:
         )
 
 
-SECTIONS = (
-    *("bf16", "data_types", "zero_optimization", "zero_optimization.offload_optimizer"),
-    *("optimizer", "optimizer.params"),
-)
-"""Of DeepSpeed's configuration, that are read or merged here."""
-
-
 def check_deepspeed(given: Mapping[str, Any]) -> None:
     """ConfigError for what of `learner.deepspeed` is no section, or cannot be chosen there."""
-    for path in SECTIONS:
-        section = reduce(lambda tree, key: (tree or {}).get(key), path.split("."), given)
-        if section is not None and not isinstance(section, Mapping):
-            raise ConfigError(f"learner.deepspeed sets {path}={section}: give a dictionary, such as {{}}")
-    zero = given.get("zero_optimization") or {}
-    if "stage" in zero:
-        raise ConfigError(
-            "learner.deepspeed sets zero_optimization.stage: set learner.zero_stage in its place"
-        )
-    if (zero.get("zero_hpz_partition_size") or 1) != 1:
-        raise ConfigError(
-            "learner.deepspeed sets zero_optimization.zero_hpz_partition_size, which DeepSpeed can have of "
-            "one model in a process, and a reference or a reset is a second: drop it"
-        )
+    for name in ("bf16", "data_types", "optimizer", "zero_optimization"):
+        if not isinstance(given.get(name), Mapping | None):
+            raise ConfigError(f"learner.deepspeed sets {name}={given[name]}: give a dictionary, such as {{}}")
+    remedies = {
+        "stage": "set learner.zero_stage in its place",
+        "zero_hpz_partition_size": "drop it, DeepSpeed can do so for one model of a process, not for a second",
+    }
+    for name in remedies.keys() & (given.get("zero_optimization") or {}):
+        raise ConfigError(f"learner.deepspeed sets zero_optimization.{name}: {remedies[name]}")
 
 
 def refuse_nobody(setting: str, path: str | None) -> None:

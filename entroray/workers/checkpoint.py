@@ -26,8 +26,6 @@ if TYPE_CHECKING:  # it imports Ray, which a rank does without
 MANIFEST, MARKER, STATE = "manifest.json", "COMMITTED", "driver.json"
 LAYOUT = "layout.json"
 """How many ranks wrote a checkpoint, at which stage of ZeRO."""
-OLD_REFERENCE = "reference.pt"
-"""Of an anchored reference, before it was written as a model."""
 HASHED_BYTES = 64 << 30
 """Of a checkpoint that is hashed before a run goes on from it: a minute at 1 GB/s, less on several cores."""
 HASHERS = 8
@@ -224,10 +222,10 @@ def check_layout(folder: Path, layout: Mapping[str, int]) -> None:
             f"{folder} was written with {was}, and this run has {is_}: resume with {was}, or begin in "
             "another run.dir"
         )
-    if (folder / OLD_REFERENCE).exists():
+    if (folder / "reference.pt").exists():  # as it once was written; a model now
         raise PreflightError(
-            f"{folder} holds its reference as {OLD_REFERENCE}, which is read no more: go on with the "
-            "entroray that wrote it, or begin in another run.dir"
+            f"{folder} holds its reference in reference.pt, which is read no more: go on with the entroray "
+            "that wrote it, or begin in another run.dir"
         )
 
 

@@ -55,9 +55,8 @@ def _optimizer_params(s: LearnerConfig) -> dict[str, Any]:
     if offload.get("device", "none") == "none":  # else DeepSpeed's CPUAdam, many times as fast there
         params["torch_adam"] = True
         own = optimizer.get("params") or {}
-        torchs = own.get("torch_adam", True) and not own.get("foreach")  # others do not know `fused`
-        if torchs and torch.cuda.is_available():
-            params["fused"] = True  # else a root of all its moments is held
+        if torch.cuda.is_available() and own.get("torch_adam", True) and not own.get("foreach"):
+            params["fused"] = True  # else a root of all its moments is held; only torch's knows it
     return params
 
 

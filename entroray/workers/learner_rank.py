@@ -115,29 +115,27 @@ class LearnerRank:
 
     def reset(self, settings: LearnerSettings, objective: Objective) -> None:
         """Become what a rank just started with these is: weights, optimizer, schedule, random state."""
-        self._close_backends()
+        self._clear()
         before, self.settings, self.objective, self.anchored = self.settings, settings, objective, False
-        pack, liger = settings.learner.pack, settings.learner.liger
-        same = (before.learner.pack, before.model) == (pack, settings.model) and pack != "always"
-        if not (same or liger):  # else as the driver was told; with liger a small copy would have its kernels
+        same = (before.learner.pack, before.model) == (settings.learner.pack, settings.model)
+        if not (
+            same or settings.learner.liger
+        ):  # else as the driver was told; Liger's kernels are in classes
             self._choose_layout()
         self._load_model(settings.model.path)
 
-    def _close_backends(self) -> None:
-        for backend in (self.backend, self.reference):
-            if backend is not None:  # no reference, or the model before could not be loaded
-                backend.close()
+    def _clear(self) -> None:
+        for name in ("backend", "reference"):  # in no variable here, which would keep it alive
+            if getattr(self, name) is not None:  # no reference, or the model before could not be loaded
+                getattr(self, name).close()
+            setattr(self, name, None)
         self._disconnect()  # it reads the old weights: the next sync connects anew
-        self.backend = self.reference = None
         gc.collect()  # the backend's hooks are cycles: without this two learners would be on the card
         self._return_memory()
 
     def anchor(self, folder: str) -> None:
-        """Begin anew with the weights in `folder`, as reference too: moments, schedule and random state.
-
-        They are of the same model: rows lie as they did.
-        """
-        self._close_backends()
+        """Begin anew as `reset`, with the weights in `folder`, as reference too; rows lie as they did."""
+        self._clear()
         self._load_model(folder)
         self.anchored = True
 

@@ -278,10 +278,8 @@ def test_a_section_of_null_is_ours() -> None:
     ("given", "named"),
     [
         ("optimizer: AdamW", "optimizer=AdamW"),
-        ("optimizer: {params: 3}", r"optimizer\.params=3"),
         ("zero_optimization: 2", "zero_optimization=2"),
-        ("zero_optimization: {offload_optimizer: cpu}", r"offload_optimizer=cpu"),
-        ("bf16: true", "bf16=True"),
+        ("bf16: false", "bf16=False"),
     ],
 )
 def test_a_section_of_deepspeed_that_is_none_is_refused(given: str, named: str) -> None:
@@ -292,14 +290,13 @@ def test_a_section_of_deepspeed_that_is_none_is_refused(given: str, named: str) 
 def test_parts_of_weights_that_deepspeed_keeps_for_one_model_alone_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"zero_hpz_partition_size.*drop it"):
         configured("learner=zero3", "learner.deepspeed={zero_optimization: {zero_hpz_partition_size: 8}}")
-    configured("learner=zero3", "learner.deepspeed={zero_optimization: {zero_hpz_partition_size: 1}}")
 
 
 def test_ranks_that_lay_rows_out_differently_are_refused() -> None:
     """All of them have one plan, of micro-batches that fit only rows laid out as it says."""
     end, padded = {"packed": True, "rows": "end to end"}, {"packed": False, "rows": "padded, for no kernel"}
     assert actors._agreed([end, end]) == end and actors._agreed([padded]) == padded
-    with pytest.raises(PreflightError, match=r"end to end on rank 0 and padded, for no kernel on rank 2"):
+    with pytest.raises(PreflightError, match=r"end to end on rank 0 and padded, for no kernel on another"):
         actors._agreed([end, end, padded])
 
 
