@@ -118,8 +118,7 @@ def load_policy(
     from transformers import AutoConfig, AutoModelForCausalLM  # a second of imports, and only ranks need it
 
     try:
-        config: Any = AutoConfig.from_pretrained(path)
-        whole: Any = None
+        config, whole = AutoConfig.from_pretrained(path), None
         if division:
             whole, place = divided.outline(config, dtype), divided.fetch(path)
             _check_shapes(path, whole, divided.wrong_shapes(whole, place))  # on every rank, before they join

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -312,21 +312,15 @@ async def _introduce(
     if config.generator.sleep:  # vLLM measures the card as it starts: nobody else may fill or leave it
         await engines.start()
     facts, *_ = await asyncio.gather(gang(), engines.start(), verifiers.start())
+    if others := [each for each in facts if each.get("packed") != facts[0].get("packed")]:
+        raise PreflightError(  # they have one plan of micro-batches
+            f"learner.pack=auto: rows lie {facts[0]['rows']} and {others[0]['rows']}: set learner.pack=never"
+        )
     sync = WeightSync(learner, engines, probe, config.driver, within)
     folder, version = resume or (None, 0)
     if folder:
         await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=within)
-    return sync, _agreed(facts) | await sync(version)
-
-
-def _agreed(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What rank 0 says of itself; PreflightError where others lay rows out differently: all have one plan."""
-    if others := [each for each in facts if each.get("packed") != facts[0].get("packed")]:
-        raise PreflightError(
-            f"learner.pack=auto: rows lie {facts[0]['rows']} on rank 0 and {others[0]['rows']} on another: set "
-            "learner.pack=never"
-        )
-    return dict(facts[0])
+    return sync, facts[0] | await sync(version)
 
 
 def prepare_engines(config: Config) -> None:

@@ -115,7 +115,7 @@ def check_deepspeed(given: Mapping[str, Any]) -> None:
             raise ConfigError(f"learner.deepspeed sets {name}={given[name]}: give a dictionary, such as {{}}")
     remedies = {
         "stage": "set learner.zero_stage in its place",
-        "zero_hpz_partition_size": "drop it, DeepSpeed can do so for one model of a process, not for a second",
+        "zero_hpz_partition_size": "drop it, DeepSpeed has it for one model of a process, not for a second",
     }
     for name in remedies.keys() & (given.get("zero_optimization") or {}):
         raise ConfigError(f"learner.deepspeed sets zero_optimization.{name}: {remedies[name]}")

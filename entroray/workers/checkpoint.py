@@ -224,8 +224,7 @@ def check_layout(folder: Path, layout: Mapping[str, int]) -> None:
         )
     if (folder / "reference.pt").exists():  # as it once was written; a model now
         raise PreflightError(
-            f"{folder} holds its reference in reference.pt, which is read no more: go on with the entroray "
-            "that wrote it, or begin in another run.dir"
+            f"{folder}/reference.pt is of an older entroray: go on with that, or begin in another run.dir"
         )
 
 

@@ -16,8 +16,7 @@ from entroray.policy.model import Layout, Policy
 
 _TAG = "learner"
 """Subfolder of a checkpoint in which DeepSpeed writes."""
-_LINEAR = nn.functional.linear
-"""torch's own, which ZeRO 3 replaces as it divides a model."""
+_LINEAR = nn.functional.linear  # torch's own, which ZeRO 3 replaces as it divides a model
 
 
 def deepspeed_config(s: LearnerConfig, dtype: str) -> dict[str, Any]:
@@ -227,8 +226,7 @@ def _destroy(engine: Any) -> None:
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     engine.destroy()
-    own = set(engine.module.modules())  # whose parameters hold the optimizer
-    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module not in own]
+    FWD_MODULE_STACK[:] = [m for m in FWD_MODULE_STACK if m not in set(engine.module.modules())]
     nn.functional.linear = _LINEAR
 
 
