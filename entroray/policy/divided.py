@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from entroray.errors import PreflightError
 from entroray.policy import families, safetensors_header
 from entroray.policy.model_files import tensors_besides
 
@@ -23,9 +24,24 @@ def outline(config: Any, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def wrong_shapes(model: Any, place: Path | None) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+def fetch(path: str) -> Path:
+    """Where the model's safetensors files lie, on this machine from now on; PreflightError if it has none."""
+    if not Path(path).expanduser().is_dir():
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(path, allow_patterns=["*.json", "model*.safetensors"])
+    place = safetensors_header.model_folder(path)
+    if not place or not safetensors_header.weight_files(place):
+        raise PreflightError(
+            f"model.path={path} has no safetensors files, or not all of them: learner.zero_stage=3 compares "
+            "shapes in them: save the model as such, or set learner.zero_stage=2"
+        )
+    return place
+
+
+def wrong_shapes(model: Any, place: Path) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """Parameters that the safetensors files of `place` have in another shape: name, theirs, the model's."""
-    stored = safetensors_header.tensor_shapes(place) if place else {}
+    stored = safetensors_header.tensor_shapes(place)
     names = families.file_names(model, stored.keys())
     pairs = [
         (n, tuple(stored[s]), tuple(model.get_parameter(n).shape)) for n, s in names.items() if s in stored
@@ -33,7 +49,7 @@ def wrong_shapes(model: Any, place: Path | None) -> list[tuple[str, tuple[int, .
     return sorted(pair for pair in pairs if pair[1] != pair[2])
 
 
-def untie(config: Any, model: Any, place: Path | None) -> None:
+def untie(config: Any, model: Any, place: Path) -> None:
     """Have `config` tie no head that the files hold beside an embedding from which it differs."""
     for pair in model.all_tied_weights_keys.items():
         found = [tensor for _, tensor in tensors_besides(place, pair)]

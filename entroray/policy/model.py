@@ -118,9 +118,9 @@ def load_policy(
     from transformers import AutoConfig, AutoModelForCausalLM  # a second of imports, and only ranks need it
 
     try:
-        config, place = AutoConfig.from_pretrained(path), safetensors_header.model_folder(path)
-        whole = divided.outline(config, dtype) if division else None
-        if whole is not None:
+        config, whole = AutoConfig.from_pretrained(path), None
+        if division:
+            whole, place = divided.outline(config, dtype), divided.fetch(path)
             _check_shapes(path, whole, divided.wrong_shapes(whole, place))  # on every rank, before they join
             divided.untie(config, whole, place)
         with division or nullcontext():

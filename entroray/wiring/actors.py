@@ -312,6 +312,10 @@ async def _introduce(
     if config.generator.sleep:  # vLLM measures the card as it starts: nobody else may fill or leave it
         await engines.start()
     facts, *_ = await asyncio.gather(gang(), engines.start(), verifiers.start())
+    if others := [each for each in facts if each.get("packed") != facts[0].get("packed")]:
+        raise PreflightError(  # they have one plan of micro-batches
+            f"learner.pack=auto: rows lie {facts[0]['rows']} and {others[0]['rows']}: set learner.pack=never"
+        )
     sync = WeightSync(learner, engines, probe, config.driver, within)
     folder, version = resume or (None, 0)
     if folder:

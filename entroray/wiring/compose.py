@@ -169,10 +169,7 @@ def check_config(config: Config) -> Parts:
             "learner.zero_stage=0 sums the gradients of micro-batches in bf16, which loses what is "
             "below 1/256 of a sum: with model.dtype=bfloat16 set learner.zero_stage=1"
         )
-    if "stage" in config.learner.deepspeed.get("zero_optimization", {}):
-        raise ConfigError(
-            "learner.deepspeed sets zero_optimization.stage: set learner.zero_stage in its place"
-        )
+    constraints.check_deepspeed(config.learner.deepspeed)
     if config.generator.sleep and (config.driver.max_lag or config.cluster.gpus_per_generator == 0):
         raise ConfigError(
             "generator.sleep shares a GPU by turns: it needs driver.max_lag=0 and cluster.gpus_per_generator "

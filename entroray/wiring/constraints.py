@@ -1,7 +1,7 @@
 """What single numbers and names of the settings may be; rules between several stand in `settings.check`."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +106,19 @@ def check_bounds(config: Config) -> None:
             f"run.name={config.run.name!r} must name a folder below runs/ other than latest; where a run is "
             "written is run.dir"
         )
+
+
+def check_deepspeed(given: Mapping[str, Any]) -> None:
+    """ConfigError for what of `learner.deepspeed` is no section, or cannot be chosen there."""
+    for name in ("bf16", "data_types", "optimizer", "zero_optimization"):
+        if not isinstance(given.get(name), Mapping | None):
+            raise ConfigError(f"learner.deepspeed sets {name}={given[name]}: give a dictionary, such as {{}}")
+    remedies = {
+        "stage": "set learner.zero_stage in its place",
+        "zero_hpz_partition_size": "drop it, DeepSpeed has it for one model of a process, not for a second",
+    }
+    for name in remedies.keys() & (given.get("zero_optimization") or {}):
+        raise ConfigError(f"learner.deepspeed sets zero_optimization.{name}: {remedies[name]}")
 
 
 def refuse_nobody(setting: str, path: str | None) -> None:

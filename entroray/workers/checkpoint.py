@@ -222,6 +222,10 @@ def check_layout(folder: Path, layout: Mapping[str, int]) -> None:
             f"{folder} was written with {was}, and this run has {is_}: resume with {was}, or begin in "
             "another run.dir"
         )
+    if (folder / "reference.pt").exists():  # as it once was written; a model now
+        raise PreflightError(
+            f"{folder}/reference.pt is of an older entroray: go on with that, or begin in another run.dir"
+        )
 
 
 def _wrong_state(checkpoint: Path) -> str:

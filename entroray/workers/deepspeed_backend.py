@@ -16,10 +16,11 @@ from entroray.policy.model import Layout, Policy
 
 _TAG = "learner"
 """Subfolder of a checkpoint in which DeepSpeed writes."""
+_LINEAR = nn.functional.linear  # torch's own, which ZeRO 3 replaces as it divides a model
 
 
 def deepspeed_config(s: LearnerConfig, dtype: str) -> dict[str, Any]:
-    """DeepSpeed's configuration, with the user's merged in key by key, at any depth.
+    """DeepSpeed's configuration, with the user's merged in key by key, at any depth; null is none.
 
     Gradient clipping is written even when off (absent means 1.0).
     """
@@ -45,20 +46,22 @@ def deepspeed_config(s: LearnerConfig, dtype: str) -> dict[str, Any]:
 def _optimizer_params(s: LearnerConfig) -> dict[str, Any]:
     """Those of torch's AdamW; where moments are offloaded or another optimizer is asked for, fit for it."""
     params: dict[str, Any] = {"lr": s.lr, "weight_decay": s.weight_decay}
-    if s.deepspeed.get("optimizer", {}).get("type", "AdamW") not in ("Adam", "AdamW"):
+    optimizer = s.deepspeed.get("optimizer") or {}
+    if optimizer.get("type", "AdamW") not in ("Adam", "AdamW"):
         return params
     params["betas"] = list(s.betas)
-    offload = s.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+    offload = (s.deepspeed.get("zero_optimization") or {}).get("offload_optimizer") or {}
     if offload.get("device", "none") == "none":  # else DeepSpeed's CPUAdam, many times as fast there
         params["torch_adam"] = True
-        if torch.cuda.is_available():
-            params["fused"] = True  # else a root of all its moments is held
+        own = optimizer.get("params") or {}
+        if torch.cuda.is_available() and own.get("torch_adam", True) and not own.get("foreach"):
+            params["fused"] = True  # else a root of all its moments is held; only torch's knows it
     return params
 
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     both = {
-        key: _merged(ours[key], value) if isinstance(value, Mapping) and key in ours else value
+        key: _merged(ours[key], value or {}) if isinstance(ours.get(key), Mapping) else value
         for key, value in theirs.items()
     }
     return {**ours, **both}
@@ -191,7 +194,7 @@ class DeepSpeedBackend:
 
     def close(self) -> None:
         """Release weights and optimizer."""
-        self.engine.destroy()
+        _destroy(self.engine)
 
 
 class FrozenPolicy:
@@ -215,7 +218,16 @@ class FrozenPolicy:
     def close(self) -> None:
         """Release weights."""
         if self.engine is not None:
-            self.engine.destroy()
+            _destroy(self.engine)
+
+
+def _destroy(engine: Any) -> None:
+    """Destroy `engine`, and undo what ZeRO 3 leaves: its module on a stack, and a `linear` of its own."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    engine.destroy()
+    FWD_MODULE_STACK[:] = [m for m in FWD_MODULE_STACK if m not in set(engine.module.modules())]
+    nn.functional.linear = _LINEAR
 
 
 def rebase_schedule(schedule: Any, lr: float) -> None:

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,7 @@ class LearnerRank:
         settle()
         rows = self._choose_layout()  # before anything of DeepSpeed may have a say in how models are built
         self.backend_class.join(self.device.type, timeout)
-        self._load_model()
+        self._load_model(self.settings.model.path)
         shapes = [self.backend.full_shape(p) for p in self.policy.parameters()]
         count = sum(map(math.prod, shapes))
         return {"parameters": count, "device": str(self.device), "packed": self.packed, "rows": rows}
@@ -115,39 +115,43 @@ class LearnerRank:
 
     def reset(self, settings: LearnerSettings, objective: Objective) -> None:
         """Become what a rank just started with these is: weights, optimizer, schedule, random state."""
-        self._close_backends()
+        self._clear()
+        before, self.settings, self.objective, self.anchored = self.settings, settings, objective, False
+        same = (before.learner.pack, before.model) == (settings.learner.pack, settings.model)
+        if not (
+            same or settings.learner.liger
+        ):  # else as the driver was told; Liger's kernels are in classes
+            self._choose_layout()
+        self._load_model(settings.model.path)
+
+    def _clear(self) -> None:
+        for name in ("backend", "reference"):  # in no variable here, which would keep it alive
+            if getattr(self, name) is not None:  # no reference, or the model before could not be loaded
+                getattr(self, name).close()
+            setattr(self, name, None)
         self._disconnect()  # it reads the old weights: the next sync connects anew
-        self.backend = self.reference = None
         gc.collect()  # the backend's hooks are cycles: without this two learners would be on the card
         self._return_memory()
-        self.settings, self.objective, self.anchored = settings, objective, False
-        if not settings.learner.liger:  # its kernels are in the classes now that a small copy is made of
-            self._choose_layout()
-        self._load_model()
-
-    def _close_backends(self) -> None:
-        for backend in (self.backend, self.reference):
-            if backend is not None:  # no reference, or the model before could not be loaded
-                backend.close()
 
     def anchor(self, folder: str) -> None:
-        """Begin anew with the weights in `folder`, as reference too: moments, schedule and random state."""
-        self.reset(replace(self.settings, model=replace(self.settings.model, path=folder)), self.objective)
+        """Begin anew as `reset`, with the weights in `folder`, as reference too; rows lie as they did."""
+        self._clear()
+        self._load_model(folder)
         self.anchored = True
 
-    def _load_model(self) -> None:
+    def _load_model(self, path: str) -> None:
         s = self.settings
         torch.manual_seed(s.seed)
-        policy = self._read_policy(s.model.path)
+        policy = self._read_policy(path)
         divided = s.learner.zero_stage == 3
         if self.rank == 0 and not divided:
-            check_loaded(s.model.path, policy)
+            check_loaded(path, policy)
         families.enable_checkpointing(policy.model, s.learner)
         needed = s.learner.reference or "ref_logprobs" in self.objective.needs
-        self.reference = self._freeze(s.model.path) if needed else None
+        self.reference = self._freeze(path) if needed else None
         self.backend = self.backend_class(policy, s.learner, s.model.dtype, s.total_updates)
         if divided:  # only now is the model gathered as it computes
-            check_loaded(s.model.path, policy)
+            check_loaded(path, policy)
 
     def _freeze(self, path: str) -> Any:
         s = self.settings

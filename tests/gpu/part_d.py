@@ -6,6 +6,7 @@ tests/gpu/pieces, which pieces.sh makes.
 
 import contextlib
 import gc
+import math
 import socket
 import tempfile
 import time
@@ -206,7 +207,7 @@ def model_shape(asked: Asked, rank: Any) -> Any:
         queries=s["hidden_size"],
         keys=s["num_key_value_heads"] * head,
         vocabulary=s["vocab_size"],
-        parameters=rank.policy.model.num_parameters(),
+        parameters=sum(math.prod(rank.backend.full_shape(p)) for p in rank.policy.parameters()),
     )
 
 
@@ -229,19 +230,21 @@ def same(label: str, found: dict[str, list[float]], wanted: dict[str, list[float
     yield at_most(f"{label}: mean |log-prob| apart", NATS, nats=float(apart["logprobs"].mean()))
 
 
-def resets(asked: Asked) -> Iterator[Check]:
-    """A rank that becomes another leaves nothing on the card."""
+def resets(number: int, asked: Asked) -> Iterator[Check]:
+    """A rank that becomes another leaves nothing on the card, nor does its reference."""
     held = []
     for _ in range(3 if asked.card else 1):
-        rank = become(asked, learner())
+        rank = become(asked, learner(zero_stage=number, reference=True))
         rank.update(micros(asked, rank))
         synchronize(asked)
         gc.collect()
         held.append(torch.cuda.memory_allocated() / 2**20 if asked.card else 0.0)
     if not asked.card:
-        yield not_here("what three resets leave", "on a card")
+        yield not_here(f"ZeRO {number}: what three resets leave", "on a card")
         return
-    yield at_most("MiB more behind a third reset than behind a second", 1.0, mib=held[2] - held[1])
+    yield at_most(
+        f"ZeRO {number}: MiB more behind a third reset than behind a second", 1.0, mib=held[2] - held[1]
+    )
 
 
 def adamw(asked: Asked) -> Iterator[Check]:
@@ -322,7 +325,7 @@ STEPS: dict[str, Step] = {
     "equal": equal,
     "adamw": adamw,
     "layouts": layouts,
-    "resets": resets,
+    **{f"resets, ZeRO {number}": partial(resets, number) for number in (1, 3)},
     **{f"reference, ZeRO {number}": partial(reference, number) for number in (1, 3)},
     "exported": exported,
 }

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -161,6 +162,27 @@ def test_a_load_that_fails_fails_on_every_rank_and_the_gang_loads_the_next(
 def loaded(rank: Any, settings: LearnerSettings) -> list[float]:
     rank.reset(settings, rank.objective)
     return rank.prompt_logprobs([1, 2, 3, 4])
+
+
+def left_behind(rank: Any, settings: LearnerSettings, after: LearnerSettings) -> list[str]:
+    """What of a learner and its reference is alive, or replaced, when the rank has become another."""
+    rank.reset(settings, rank.objective)
+    rank.prompt_logprobs([1, 2, 3, 4])
+    backend, reference = rank.backend, rank.reference
+    held = {"engine": backend.engine, "optimizer": backend.engine.optimizer, "policy": backend.policy}
+    held |= {"weight": next(backend.policy.parameters()), "reference": reference.policy}
+    refs = {name: weakref.ref(each) for name, each in held.items()}
+    del backend, reference, held
+    rank.reset(after, rank.objective)
+    rank.prompt_logprobs([1, 2, 3, 4])
+    found = [name for name, ref in refs.items() if ref() is not None]
+    return found + ["linear"] * (torch.nn.functional.linear is not torch._C._nn.linear)
+
+
+def test_nothing_of_a_divided_learner_outlives_a_reset(stack: Stack) -> None:
+    divided = settings_of(stack, zero_stage=3, reference=True)
+    found = on_ranks(stack, partial(left_behind, settings=divided, after=settings_of(stack)))
+    assert found == [[], []]
 
 
 def exported(rank: Any, folder: str) -> None:

@@ -1,10 +1,12 @@
 """Rows laid end to end give the updates of padded ones, on real ranks; on a CPU attention is row by row."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+from ray import cloudpickle
 
 from entroray.objective import build_objective
 from entroray.policy.microbatches import plan_microbatches, plan_packed
@@ -14,7 +16,12 @@ from entroray.workers.roles import LearnerRole
 from tests.ray.stack import Stack
 from tests.ray.test_learner import groups
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # ranks cannot import this file
 PLANS = {"never": plan_microbatches, "always": plan_packed}
+
+
+def is_packed(rank: Any) -> bool:
+    return bool(rank.packed)
 
 
 async def two_updates(stack: Stack, pack: str, *told: str) -> tuple[list[Mapping[str, float]], Any]:
@@ -24,6 +31,9 @@ async def two_updates(stack: Stack, pack: str, *told: str) -> tuple[list[Mapping
     objective = build_objective(config.objective)
     settings, gang = actors.learner_settings(config, stack.model, 10), await stack.gang(2)
     await gang.all(lambda r, h: h.reset.remote(settings, objective), deadline=180.0)
+    assert (
+        await gang.all(lambda r, h: h.__ray_call__.remote(is_packed), deadline=60.0) == [pack == "always"] * 2
+    )
     learner = LearnerRole(gang, config.learner.token_budget, 120.0, plan=PLANS[pack])
     metrics = []
     for step in range(2):

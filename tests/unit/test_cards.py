@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 import weakref
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,7 +210,7 @@ def test_a_rank_that_begins_anew_holds_nothing_of_what_it_was(monkeypatch: pytes
     alone.backend, alone.reference, alone.transfer = Old(), Old(), Old()  # type: ignore[assignment]
     old = [weakref.ref(x) for x in (alone.backend, alone.reference, alone.transfer)]
     alive: list[Any] = []
-    monkeypatch.setattr(alone, "_load_model", lambda: alive.extend(x() for x in old))
+    monkeypatch.setattr(alone, "_load_model", lambda _: alive.extend(x() for x in old))
     alone.reset(alone.settings, alone.objective)
     assert alive == [None, None, None] and Old.closed == 3
 
@@ -263,6 +264,34 @@ def test_the_stage_of_zero_is_said_in_one_place() -> None:
         configured("learner.deepspeed={zero_optimization: {stage: 2}}")
 
 
+def test_a_section_of_null_is_ours() -> None:
+    for section in ("zero_optimization", "optimizer", "bf16", "data_types"):
+        config = configured("model=bf16", "learner.zero_stage=2", f"learner.deepspeed={{{section}: null}}")
+        plain = replace(config.learner, deepspeed={})
+        assert deepspeed_config(config.learner, "bfloat16") == deepspeed_config(plain, "bfloat16")
+    inner = "learner.deepspeed={optimizer: {params: null}, zero_optimization: {offload_optimizer: null}}"
+    found = deepspeed_config(configured(inner).learner, "float32")
+    assert found["optimizer"]["params"]["torch_adam"] and found["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("optimizer: AdamW", "optimizer=AdamW"),
+        ("zero_optimization: 2", "zero_optimization=2"),
+        ("bf16: false", "bf16=False"),
+    ],
+)
+def test_a_section_of_deepspeed_that_is_none_is_refused(given: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"learner\.deepspeed .*{named}.*a dictionary"):
+        configured(f"learner.deepspeed={{{given}}}")
+
+
+def test_parts_of_weights_that_deepspeed_keeps_for_one_model_alone_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"zero_hpz_partition_size.*drop it"):
+        configured("learner=zero3", "learner.deepspeed={zero_optimization: {zero_hpz_partition_size: 8}}")
+
+
 def test_tiles_are_larger_on_a_card_and_hold_whole_rows() -> None:
     cpu, card = torch.device("cpu"), torch.device("cuda", 0)
     assert _tile((2048, 256), 32_000, cpu, False) == (TILE_ELEMENTS // 1024, 1024, False)
@@ -285,20 +314,19 @@ def test_tiles_for_kernels_hold_all_rows_and_some_columns() -> None:
     assert _kernel_tile(5000, 151_936, CARD_TILE_ELEMENTS).columns % CARD_COLUMNS == 0
 
 
-@pytest.mark.parametrize(("cards", "alone"), [("one_gpu", True), ("gpu", False)])
-def test_a_rank_waits_for_the_engine_it_shares_a_card_with(
-    monkeypatch: pytest.MonkeyPatch, cards: str, alone: bool
-) -> None:
-    """vLLM measures the memory of the card as it starts."""
+def introduced(
+    monkeypatch: pytest.MonkeyPatch, cards: str, facts: list[dict[str, Any]]
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Who was ready before each actor started, and what is known then of ranks that say `facts`."""
     ready: list[str] = []
     before: dict[str, list[str]] = {}
 
-    def actor(name: str) -> Any:
+    def actor(name: str, **found: Any) -> Any:
         async def start(*_: Any) -> dict[str, Any]:
             before.setdefault(name, list(ready))
             await asyncio.sleep(0)
             ready.append(name)
-            return {}
+            return found
 
         answer = lambda *_: asyncio.sleep(0, ("here", 1))
         ask = {name: SimpleNamespace(remote=answer) for name in ("address", "warm_up")}
@@ -319,8 +347,28 @@ def test_a_rank_waits_for_the_engine_it_shares_a_card_with(
     limits: dict[str, Any] = {"start_deadline": 1.0, "report": report}
     pools: dict[str, Any] = {
         "engines": EnginePool([actor("engine")], list, SimpleNamespace(), restarts=0, **limits),  # type: ignore[arg-type]
-        "learner": Gang("learner", [actor("rank")]),
+        "learner": Gang("learner", [actor("rank", **each) for each in facts]),
         "verifiers": VerifierPool(1, lambda: actor("judge"), **limits),
     }
-    asyncio.run(actors._introduce(configured(f"cluster={cards}"), **pools, probe=(1,), resume=None))
+    _, known = asyncio.run(
+        actors._introduce(configured(f"cluster={cards}"), **pools, probe=(1,), resume=None)
+    )
+    return before, known
+
+
+@pytest.mark.parametrize(("cards", "alone"), [("one_gpu", True), ("gpu", False)])
+def test_a_rank_waits_for_the_engine_it_shares_a_card_with(
+    monkeypatch: pytest.MonkeyPatch, cards: str, alone: bool
+) -> None:
+    """vLLM measures the memory of the card as it starts."""
+    before, _ = introduced(monkeypatch, cards, [{}])
     assert ("engine" in before["rank"]) is alone
+
+
+def test_ranks_that_lay_rows_out_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them have one plan, of micro-batches that fit only rows laid out as it says."""
+    end, padded = {"packed": True, "rows": "end to end"}, {"packed": False, "rows": "padded, for no kernel"}
+    assert introduced(monkeypatch, "gpu", [end, end])[1] == end
+    assert introduced(monkeypatch, "gpu", [padded])[1] == padded
+    with pytest.raises(PreflightError, match=r"rows lie end to end and padded, for no kernel"):
+        introduced(monkeypatch, "gpu", [end, end, padded])

@@ -98,6 +98,14 @@ def test_adamw_is_fused_on_cards(monkeypatch, cuda):
     assert params.get("fused", False) == cuda and params["torch_adam"]
 
 
+@pytest.mark.parametrize("own", [{"torch_adam": False}, {"torch_adam": None}, {"foreach": True}])
+def test_an_adamw_that_does_not_know_fused_is_not_told_of_it(monkeypatch, own):
+    """DeepSpeed's has no such argument; torch's takes one of the two."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    told = LearnerConfig(deepspeed={"optimizer": {"params": own}})
+    assert "fused" not in deepspeed_config(told, "bfloat16")["optimizer"]["params"]
+
+
 def test_layers_are_compiled_for_all_lengths_and_nothing_else_is(monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, **asked: compiled.append((module, asked)))

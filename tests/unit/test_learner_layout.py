@@ -37,6 +37,15 @@ def alone(rank: int, stage: int = 1) -> LearnerRank:
     return LearnerRank(rank, LearnerSettings(learner, Model(), "nccl", 0, 1), build_objective("grpo"), None)
 
 
+def test_a_checkpoint_whose_reference_is_written_as_it_once_was_is_refused(tmp_path):
+    """It was passed over, and the first model taken for the reference."""
+    rank = alone(0)
+    (tmp_path / "layout.json").write_text(json.dumps(rank._layout()))
+    (tmp_path / "reference.pt").write_bytes(b"weights")
+    with pytest.raises(PreflightError, match=r"reference\.pt.*run\.dir"):
+        rank.load(str(tmp_path))
+
+
 class Gathering:
     """A backend that counts how many of the tensors it gathered are alive as it gathers the next."""
 

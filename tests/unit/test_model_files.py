@@ -4,14 +4,16 @@ import json
 import os
 import stat
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from entroray.errors import PreflightError
-from entroray.policy import model_files
+from entroray.policy import divided, model_files
 from entroray.policy.model import Policy, load_policy
 from entroray.policy.safetensors_header import tensor_shapes
 from entroray.wiring import preflight
@@ -159,6 +161,28 @@ def test_shapes_that_the_configuration_does_not_have_are_refused_by_name(tmp_pat
         PreflightError, match=rf"model\.path={tmp_path} .*lm_head.*\(272, 64\), not \(300, 64\)"
     ):
         load_policy(str(source), torch.float32)
+
+
+def test_a_model_of_the_hub_is_on_this_machine_before_ranks_divide_it(tmp_path, monkeypatch):
+    """So that its shapes can be compared, which transformers does not do for ZeRO 3."""
+    cache, asked = tmp_path / "models--of--someone" / "snapshots" / ("0" * 40), []
+    ref = cache.parents[1] / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    ref.write_text(cache.name)
+
+    def download(name, allow_patterns):
+        asked.append(name)
+        folder("llama", cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert divided.fetch("of/someone") == cache and asked == ["of/someone"]
+    assert divided.fetch(str(cache)) == cache and asked == ["of/someone"]
+    (cache / "model.safetensors").rename(cache / "weights.bin")
+    for path in ("of/someone", str(cache)):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: None)
+        with pytest.raises(PreflightError, match=rf"model\.path={path} has no safetensors.*zero_stage=2"):
+            load_policy(path, torch.float32, division=nullcontext())
 
 
 @pytest.mark.parametrize(

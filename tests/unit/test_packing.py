@@ -308,6 +308,21 @@ def test_a_card_falls_back_to_padding_and_says_why(monkeypatch):
     assert one._choose_layout() == "end to end" and one.packed
 
 
+def test_a_rank_decides_anew_only_for_what_may_decide_otherwise(monkeypatch):
+    """The driver plans by what it heard at the start."""
+    chosen, read = [], []
+    one = rank("auto", "first")
+    monkeypatch.setattr(one, "_choose_layout", lambda: chosen.append(one.settings.learner.pack))
+    monkeypatch.setattr(one, "_load_model", read.append)
+    one.reset(replace(one.settings, seed=7), one.objective)
+    one.anchor("kept")
+    assert not chosen and one.anchored and read == ["first", "kept"]
+    one.reset(replace(one.settings, learner=LearnerConfig(pack="always")), one.objective)
+    assert chosen == ["always"] and not one.anchored and read[-1] == "first"
+    one.reset(replace(one.settings, model=Model(path="other")), one.objective)
+    assert chosen == ["always", "always"]
+
+
 def test_a_rank_keeps_its_layout_and_its_kernels_for_life():
     """A lab starts other actors for a cell that asks for others."""
     config, _ = compose.load_config([])
