@@ -25,17 +25,28 @@ class Deadlines(NamedTuple):
     """For a call that scores, trains or judges."""
     step: float
     """Without a finished step."""
+    checkpoint: float
+    """For a checkpoint to be written or read."""
 
 
 def floor_deadlines(
-    longest: int, prompt: int, responses: int, evaluated: int, *, engines: int, ranks: int, weights: float
+    longest: int,
+    prompt: int,
+    responses: int,
+    evaluated: int,
+    *,
+    engines: int,
+    ranks: int,
+    weights: float,
+    stored: int,
 ) -> Deadlines:
     """For responses of at most `longest` tokens to prompts of `prompt`, so many a step and an evaluation.
 
-    `weights` are in bytes. A learner's longest call scores and trains a whole step. A step draws twice the
-    responses it keeps, every one as long as it may be, is trained and evaluated, and waits for one more.
+    `weights` are in bytes, and a checkpoint is `stored` times as large. A learner's longest call scores and
+    trains a whole step. A step draws twice the responses it keeps, every one as long as it may be, is
+    trained, evaluated and saved, and waits for one more.
     """
-    one, start = max(RESPONSE, longest / RATE), CALL + weights / MOVED
+    one, start, saved = max(RESPONSE, longest / RATE), CALL + weights / MOVED, stored * weights / MOVED
     trained = 2 * responses * (prompt + longest) / (ranks * RANK)
     drawn = (2 * responses + evaluated) * longest / (engines * ENGINE)
-    return Deadlines(one, start, start + trained, STEP + drawn + trained + one)
+    return Deadlines(one, start, start + trained, STEP + drawn + trained + saved + one, CALL + saved)

@@ -32,7 +32,7 @@ from entroray.workers.roles import GeneratorRole, LearnerRole, VerifierRole
 from entroray.workers.sync import WeightSync
 from entroray.workers.verifier import Verifier
 from entroray.workers.verifier_pool import VerifierPool
-from entroray.workers.vllm_request import PROCESSOR
+from entroray.workers.vllm_request import PROCESSOR, QUEUE
 from entroray.workers.weight_sender import WeightSender
 
 
@@ -70,6 +70,10 @@ def cpu_only(c: Cluster) -> bool:
     return c.gpus_per_generator == 0 and c.gpus_per_learner == 0
 
 
+CHECKPOINT = {"float32": 3, "bfloat16": 7}
+"""Bytes of a checkpoint for each of its weights': two moments, and a float32 copy below float32."""
+
+
 def run_deadlines(config: Config) -> Deadlines:
     """How long is waited at most in a run with these settings: as they say, else at the floor rates."""
     r, d, e = config.rollout, config.driver, config.evaluate
@@ -83,9 +87,15 @@ def run_deadlines(config: Config) -> Deadlines:
         engines=config.generator.replicas,
         ranks=config.learner.ranks,
         weights=float(sum(file.stat().st_size for file in weight_files(folder))) if folder else 0.0,
+        stored=CHECKPOINT[config.model.dtype],
     )
-    told = r.deadline, d.call_deadline, d.call_deadline, d.stall
+    told = r.deadline, d.call_deadline, d.call_deadline, d.stall, d.call_deadline
     return Deadlines(*(own or each for own, each in zip(told, floor, strict=True)))
+
+
+def generator_role(engine: EnginePool | Generator, config: Config) -> GeneratorRole:
+    """One engine or a pool, with how long a response is waited for; a deadline that is set is both."""
+    return GeneratorRole(engine, run_deadlines(config).response, config.rollout.deadline or QUEUE)
 
 
 @dataclass
@@ -105,7 +115,7 @@ class Actors:
         return run_deadlines(self.config).start
 
     def generator_role(self) -> GeneratorRole:
-        return GeneratorRole(self.engines, run_deadlines(self.config).response)
+        return generator_role(self.engines, self.config)
 
     def verifier_role(self) -> VerifierRole:
         return VerifierRole(self.verifiers, run_deadlines(self.config).call)
@@ -128,7 +138,7 @@ class Actors:
     def checkpoints(self, run: Path) -> Checkpoints:
         """Where this run's checkpoints go."""
         keep = self.config.checkpoint.keep
-        return Checkpoints(run / "checkpoints", self.learner, keep, self.within)
+        return Checkpoints(run / "checkpoints", self.learner, keep, run_deadlines(self.config).checkpoint)
 
     async def export(self, folder: str) -> None:
         """The policy in Hugging Face format; the tokenizer is the caller's to add."""
@@ -315,7 +325,8 @@ async def _introduce(
     sync = WeightSync(learner, engines, probe, config.driver, within)
     folder, version = resume or (None, 0)
     if folder:
-        await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=within)
+        limit = run_deadlines(config).checkpoint
+        await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=limit)
     return sync, facts[0] | await sync(version)
 
 

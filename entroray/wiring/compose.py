@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from entroray.binding import complaint
 from entroray.config import TINY, Config, LearnerConfig
+from entroray.control import Controller
 from entroray.errors import ConfigError, first_line, nearest
 from entroray.evaluation.evaluate import plan_evaluation
 from entroray.rows import conf_folder
@@ -128,14 +129,19 @@ def override_config(tree: DictConfig, words: list[str], *, training: bool = True
 
 def _typed(tree: DictConfig, words: list[str], *, training: bool) -> Config:
     try:
+        if tree.learner.lr is None and tree.model.path == TINY:
+            tree.learner.lr = TINY_LR  # in the tree, so that it is stored and compared as the run had it
         config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(overrides.explain(error, words)) from error
-    if config.learner.lr is None and config.model.path == TINY:
-        config.learner.lr = TINY_LR
+    if training and config.learner.lr is None:
+        raise ConfigError(
+            f"learner.lr has no default for model.path={config.model.path}: give one, such as learner.lr="
+            "1e-6 for a model of billions of parameters"
+        )
     parts = check_config(config)
     if training:
-        check_lr(config, "full training")
+        check_lr(config, "full training", parts.controllers)
         sampler.check_training_sampler(config.sampler, config.generator.engine, parts)
         selection.check_training_selection(config.rollout, config.generator.engine, parts.objective)
     return config
@@ -173,6 +179,8 @@ def check_config(config: Config) -> Parts:
         raise ConfigError(
             "learner.deepspeed sets zero_optimization.stage: set learner.zero_stage in its place"
         )
+    if "lr" in ((config.learner.deepspeed.get("optimizer") or {}).get("params") or {}):
+        raise ConfigError("learner.deepspeed sets optimizer.params.lr: set learner.lr in its place")
     if config.generator.sleep and (config.driver.max_lag or config.cluster.gpus_per_generator == 0):
         raise ConfigError(
             "generator.sleep shares a GPU by turns: it needs driver.max_lag=0 and cluster.gpus_per_generator "
@@ -197,19 +205,17 @@ def check_recomputation(n: LearnerConfig) -> None:
         )
 
 
-def check_lr(config: Config, trains: str) -> None:
-    """ConfigError without a learning rate, or for one that destroys a trained model in a few updates."""
+def check_lr(config: Config, trains: str, moved: Sequence[Controller] = ()) -> None:
+    """ConfigError for a learning rate, or one a controller may set, that destroys a trained model."""
     n, most, path = config.learner, MOST_LR[trains], config.model.path
-    if n.lr is None:
-        raise ConfigError(
-            f"learner.lr has no default for model.path={path}: give one, such as learner.lr=1e-6 for a model "
-            "of billions of parameters"
-        )
-    if path != TINY and n.lr > most and not n.lr_high:
-        raise ConfigError(
-            f"learner.lr={n.lr:g} is above {most:g}, more than {trains} of model.path={path} is likely to "
-            "survive: lower it, or set learner.lr_high=true"
-        )
+    assert n.lr is not None
+    reached = {"learner.lr": n.lr, **controllers.reached(controllers.LR, n.lr, moved)}
+    for name, rate in reached.items() if path != TINY and not n.lr_high else ():
+        if rate > most:
+            raise ConfigError(
+                f"{name}={rate:g} is above {most:g}, more than {trains} of model.path={path} is likely to "
+                "survive: lower it, or set learner.lr_high=true"
+            )
 
 
 def check_cards(config: Config) -> None:

@@ -124,7 +124,7 @@ def disk(config: Config) -> str:
     if count is None:
         return f"{free / 2**30:.1f} GiB free at {place}; the model's size is unknown"
     size = count * memory.BYTES[config.model.dtype]
-    each = size * (3 if config.model.dtype == "float32" else 7)  # two moments, and a master copy below FP32
+    each = size * actors.CHECKPOINT[config.model.dtype]
     need = each * (config.checkpoint.keep + 2) + size
     if need > free:
         raise PreflightError(
