@@ -74,16 +74,20 @@ CHECKPOINT = {"float32": 3, "bfloat16": 7}
 """Bytes of a checkpoint for each of its weights': two moments, and a float32 copy below float32."""
 
 
-def run_deadlines(config: Config) -> Deadlines:
-    """How long is waited at most in a run with these settings: as they say, else at the floor rates."""
+def run_deadlines(config: Config, answered: int | None = None) -> Deadlines:
+    """How long is waited at most in a run with these settings: as they say, else at the floor rates.
+
+    `answered` are responses to the evaluation sets, once those are read; before, those that settings say.
+    """
     r, d, e = config.rollout, config.driver, config.evaluate
-    sets = [(s.prompts or 0) * (s.samples or e.samples) for s in e.sets.values()]  # all: not read yet
+    if answered is None:
+        answered = sum((s.prompts or 0) * (s.samples or e.samples) for s in e.sets.values())
     folder = None if config.model.path == TINY else model_folder(config.model.path)
     floor = floor_deadlines(
         longest_response(config)[0],
         config.data.max_prompt,
         r.groups_per_step * (r.group_size + r.early.extra),
-        bool(e.every) * e.prompts * (e.samples + 1) + sum(sets),
+        bool(e.every) * e.prompts * (e.samples + 1) + answered,
         engines=config.generator.replicas,
         ranks=config.learner.ranks,
         weights=float(sum(file.stat().st_size for file in weight_files(folder))) if folder else 0.0,

@@ -134,11 +134,6 @@ def _typed(tree: DictConfig, words: list[str], *, training: bool) -> Config:
         config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(overrides.explain(error, words)) from error
-    if training and config.learner.lr is None:
-        raise ConfigError(
-            f"learner.lr has no default for model.path={config.model.path}: give one, such as learner.lr="
-            "1e-6 for a model of billions of parameters"
-        )
     parts = check_config(config)
     if training:
         check_lr(config, "full training", parts.controllers)
@@ -206,9 +201,13 @@ def check_recomputation(n: LearnerConfig) -> None:
 
 
 def check_lr(config: Config, trains: str, moved: Sequence[Controller] = ()) -> None:
-    """ConfigError for a learning rate, or one a controller may set, that destroys a trained model."""
+    """ConfigError without a learning rate, and where it, or a controller, destroys a trained model."""
     n, most, path = config.learner, MOST_LR[trains], config.model.path
-    assert n.lr is not None
+    if n.lr is None:
+        raise ConfigError(
+            f"learner.lr has no default for model.path={path}: give one, such as learner.lr=1e-6 for a model "
+            "of billions of parameters"
+        )
     reached = {"learner.lr": n.lr, **controllers.reached(controllers.LR, n.lr, moved)}
     for name, rate in reached.items() if path != TINY and not n.lr_high else ():
         if rate > most:

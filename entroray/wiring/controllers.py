@@ -39,7 +39,7 @@ def check_controllers(config: Config, parts: Parts) -> None:
     for c in parts.controllers:
         if c.signal is not None:
             measured_metrics.check_signal(config, parts, f"control.{c.name}", c.signal)
-    unset = (LR,) if config.learner.lr is None else ()  # in an evaluation, which has no use for it
+    unset = (LR,) if config.learner.lr is None else ()  # in an evaluation, or refused by check_lr
     moving = [c for c in parts.controllers if c.knob not in unset]
     own = {c.knob: current_value(config, c.knob) for c in moving}
     for c in moving:

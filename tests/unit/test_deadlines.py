@@ -2,6 +2,8 @@
 
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -50,9 +52,16 @@ def test_a_short_response_is_waited_for_as_long_as_ever() -> None:
 def test_a_response_of_32k_tokens_at_25_tokens_a_second_is_in_time() -> None:
     config = configured("rollout.max_tokens=32768")
     assert actors.run_deadlines(config).response > 32_768 / 25
-    assert loop_settings(config).stall == actors.run_deadlines(config).step > 1800
+    assert loop_settings(config, {}).stall == actors.run_deadlines(config).step > 1800
     of_set = configured("evaluate=aime24", "evaluate.sets.aime24.max_tokens=32768")
     assert actors.run_deadlines(of_set).response == 3276.8
+
+
+def test_every_row_that_was_read_of_an_evaluation_set_counts() -> None:
+    config = configured("evaluate=aime24", "evaluate.sets.aime24.prompts=null")
+    read: Any = SimpleNamespace(prompts=range(3000), plan=SimpleNamespace(samples=4))
+    more = loop_settings(config, {"aime24": read}).stall - loop_settings(config, {}).stall
+    assert more == pytest.approx(12_000 * actors.longest_response(config)[0] / 1000)
 
 
 def test_the_rate_that_a_deadline_implies_is_said() -> None:
