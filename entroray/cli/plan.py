@@ -52,7 +52,9 @@ def main(arguments: list[str]) -> int:
     parts = build_parts(config)
     check_objective(config, parts)
     counts = _counts(given["engines"]) if "engines" in given else []
-    card = _named_card(config, given["card"]) if "card" in given else None
+    card = memory.named_card(given["card"]) if "card" in given else None
+    if card and actors.cpu_only(config.cluster):
+        raise ConfigError(f"plan --card={given['card']}: these settings ask for no card: add cluster=gpu")
     if card and "rates" not in given:
         held = memory.memory_lines(config, parts.objective, card)
         print(json.dumps({"memory": held}) if "json" in given else "\n".join(held))
@@ -73,13 +75,6 @@ def main(arguments: list[str]) -> int:
     else:
         print("\n".join([*held, "", *rate_lines(rates, source), "", *_table(modelled)]))
     return 0
-
-
-def _named_card(config: Config, text: str) -> float:
-    """Bytes of the card; ConfigError where the settings ask for none."""
-    if actors.cpu_only(config.cluster):
-        raise ConfigError(f"plan --card={text}: these settings ask for no card: add cluster=gpu, or another")
-    return memory.named_card(text)
 
 
 def _counts(text: str) -> list[int]:

@@ -10,6 +10,8 @@ RANK = 1000.0
 """Tokens a second that a rank scores or trains, at least."""
 MOVED = 1e8
 """Bytes of weights a second that are read, sent or written, at least."""
+STORED = 7
+"""A checkpoint is so many times as large as its weights, at most: two moments and a float32 copy of bf16."""
 RESPONSE, CALL, STEP = 300.0, 1800.0, 1800.0
 """Seconds at least: for a response, for a call or a start, and for a step besides its work."""
 
@@ -30,23 +32,14 @@ class Deadlines(NamedTuple):
 
 
 def floor_deadlines(
-    longest: int,
-    prompt: int,
-    responses: int,
-    evaluated: int,
-    *,
-    engines: int,
-    ranks: int,
-    weights: float,
-    stored: int,
+    longest: int, prompt: int, responses: int, evaluated: int, *, engines: int, ranks: int, weights: float
 ) -> Deadlines:
     """For responses of at most `longest` tokens to prompts of `prompt`, so many a step and an evaluation.
 
-    `weights` are in bytes, and a checkpoint is `stored` times as large. A learner's longest call scores and
-    trains a whole step. A step draws twice the responses it keeps, every one as long as it may be, is
-    trained, evaluated and saved, and waits for one more.
+    `weights` are in bytes. A learner's longest call scores and trains a whole step. A step draws twice the
+    responses it keeps, every one as long as it may be, is trained, evaluated, saved, and waits for one more.
     """
-    one, start, saved = max(RESPONSE, longest / RATE), CALL + weights / MOVED, stored * weights / MOVED
+    one, start, saved = max(RESPONSE, longest / RATE), CALL + weights / MOVED, STORED * weights / MOVED
     trained = 2 * responses * (prompt + longest) / (ranks * RANK)
     drawn = (2 * responses + evaluated) * longest / (engines * ENGINE)
     return Deadlines(one, start, start + trained, STEP + drawn + trained + saved + one, CALL + saved)

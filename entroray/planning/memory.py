@@ -65,8 +65,8 @@ class Layout:
     """Bytes of a weight: 4 or 2."""
     longest: int
     """Tokens of a prompt and its response, in training."""
-    evaluated: int = 0
-    """As `longest`, of evaluation sets, which engines answer."""
+    served: int = 0
+    """As `longest`, of what engines answer, if that is more: evaluation sets too."""
     ranks: int = 1
     zero_stage: int = 1
     token_budget: int = 8192
@@ -92,11 +92,6 @@ class Layout:
     shared: bool = False
     """Whether an engine and a rank are on one card."""
     sleep: bool = False
-
-    @property
-    def served(self) -> int:
-        """Most tokens that an engine holds of one prompt and its response."""
-        return max(self.longest, self.evaluated)
 
 
 def learner_states(count: int, s: Layout) -> dict[str, float]:
@@ -182,10 +177,7 @@ def token_bytes(m: ModelShape, s: Layout) -> float:
 
 
 def cards(m: ModelShape, s: Layout, card: float) -> dict[str, dict[str, float]]:
-    """Bytes by what they hold, of every kind of card at its fullest.
-
-    The reserve of an engine alone is within vLLM's share, unless keys and values are given in bytes.
-    """
+    """Bytes by what they hold, of every kind of card at its fullest; vLLM's share has its own reserve."""
     states, work, engine = learner_states(m.parameters, s), learner_work(m, s), engine_bytes(m, s, card)
     sending, taking = sync_bytes(m, s)
     own = {"reserve": RESERVE * card}
@@ -216,10 +208,11 @@ def shortages(m: ModelShape, s: Layout, card: float) -> list[str]:
         for name, parts in cards(m, s, card).items()
         if sum(parts.values()) > card
     ]
-    have, need = engine_bytes(m, s, card)["keys and values"], s.served * token_bytes(m, s)
+    served = max(s.longest, s.served)
+    have, need = engine_bytes(m, s, card)["keys and values"], served * token_bytes(m, s)
     if have < need:
         found.append(
-            f"engine: {gib(max(0.0, have))} for keys and values, and {s.served:,} tokens take {gib(need)}"
+            f"engine: {gib(max(0.0, have))} for keys and values, and {served:,} tokens take {gib(need)}"
         )
     return found
 

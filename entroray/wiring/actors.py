@@ -70,10 +70,6 @@ def cpu_only(c: Cluster) -> bool:
     return c.gpus_per_generator == 0 and c.gpus_per_learner == 0
 
 
-CHECKPOINT = {"float32": 3, "bfloat16": 7}
-"""Bytes of a checkpoint for each of its weights': two moments, and a float32 copy below float32."""
-
-
 def run_deadlines(config: Config, answered: int | None = None) -> Deadlines:
     """How long is waited at most in a run with these settings: as they say, else at the floor rates.
 
@@ -91,7 +87,6 @@ def run_deadlines(config: Config, answered: int | None = None) -> Deadlines:
         engines=config.generator.replicas,
         ranks=config.learner.ranks,
         weights=float(sum(file.stat().st_size for file in weight_files(folder))) if folder else 0.0,
-        stored=CHECKPOINT[config.model.dtype],
     )
     told = r.deadline, d.call_deadline, d.call_deadline, d.stall, d.call_deadline
     return Deadlines(*(own or each for own, each in zip(told, floor, strict=True)))

@@ -39,10 +39,10 @@ def build_driver(config: Config, parts: Parts, read_in: dataset.Dataset, roles: 
     )
 
 
-def loop_settings(config: Config, sets: Mapping[str, EvaluatedSet]) -> LoopSettings:
+def loop_settings(config: Config, sets: Mapping[str, EvaluatedSet] | None = None) -> LoopSettings:
     """How many, how late and how long."""
     r, d = config.rollout, config.driver
-    answered = sum(len(each.prompts) * each.plan.samples for each in sets.values())
+    answered = None if sets is None else sum(len(s.prompts) * s.plan.samples for s in sets.values())
     return LoopSettings(
         group_size=r.group_size,
         groups_per_step=r.groups_per_step,

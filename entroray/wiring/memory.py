@@ -106,7 +106,7 @@ def layout(config: Config, objective: Objective) -> Layout:
     return Layout(
         element=BYTES[config.model.dtype],
         longest=config.data.max_prompt + config.rollout.max_tokens,
-        evaluated=actors.sequence_length(config),
+        served=actors.sequence_length(config),
         ranks=n.ranks,
         zero_stage=n.zero_stage,
         token_budget=n.token_budget,
@@ -144,10 +144,9 @@ def cards_here() -> list[tuple[float, str]]:
     if not shutil.which(QUERY[0]):
         return []
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    query = [*QUERY, *(["-i", seen] if seen else [])]
     try:
-        found = subprocess.run(
-            [*QUERY, *(["-i", seen] if seen else [])], capture_output=True, text=True, timeout=30, check=True
-        ).stdout
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
         rows = [line.split(",") for line in found.splitlines() if line.strip()]
         return [(float(size) * 2**20, driver.strip()) for size, driver in rows]
     except (OSError, subprocess.SubprocessError, ValueError):  # no driver, or one that does not answer

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -21,7 +21,6 @@ from entroray.wiring.parts import build_parts
 from entroray.wiring.sampler import insert_token
 from entroray.workers import cluster
 
-T = TypeVar("T")
 Check = Callable[[Config], str]
 """Says what it found; raises a typed error with the remedy when that will not do."""
 
@@ -117,18 +116,13 @@ def resources(config: Config) -> str:
     if not actors.cpu_only(config.cluster):
         memory.check_driver(memory.cards_here())  # else torch alone says that it sees none
     actors.check_gpus(config.cluster)
-    _check_kernels(config)
-    have = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-    return cluster.check_resources(actors.resource_shares(config), [have])
-
-
-def _check_kernels(config: Config) -> None:
-    """PreflightError where liger-kernel is asked for and is not here."""
     if config.learner.liger and not find_spec("liger_kernel"):
         raise PreflightError(
             "learner.liger=true needs liger-kernel: ENTRORAY_EXTRAS=liger launch/setup.sh, or set "
             "learner.liger=false"
         )
+    have = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    return cluster.check_resources(actors.resource_shares(config), [have])
 
 
 def disk(config: Config) -> str:
@@ -139,7 +133,7 @@ def disk(config: Config) -> str:
     if count is None:
         return f"{free / 2**30:.1f} GiB free at {place}; the model's size is unknown"
     size = count * memory.BYTES[config.model.dtype]
-    each = size * actors.CHECKPOINT[config.model.dtype]
+    each = size * (3 if config.model.dtype == "float32" else 7)  # two moments, and a master copy below FP32
     need = each * (config.checkpoint.keep + 2) + size
     if need > free:
         raise PreflightError(
@@ -150,9 +144,8 @@ def disk(config: Config) -> str:
     return f"{free / 2**30:.1f} GiB free at {place}, at most {need / 2**30:.2f} needed"
 
 
-def _of_model(config: Config, read: Callable[[Config], T]) -> T | None:
-    """What `read` finds of the model; None for what is not here, and for a config.json of no model, about
-    which `model` has its say."""
+def _of_model(config: Config, read: Callable[[Config], Any]) -> Any:
+    """What `read` finds of the model; None for what is not here, and for no model, which `model` refuses."""
     try:
         return read(config)
     except EntrorayError:
