@@ -198,9 +198,7 @@ class LearnerConfig:
     updates_per_rollout: int = 1  # optimizer updates a step, each over whole groups
     score: str = "auto"  # auto | always: rows are scored before their update only if something reads it
     token_budget: int = 8192  # tokens of one micro-batch, any padding included
-    pack: str = (
-        "auto"  # rows end to end, not padded. auto: on GPUs, if the model allows | always: or refuse | never
-    )
+    pack: str = "auto"  # auto | always | never: rows end to end, not padded; auto: on GPUs if the model can
     lr: float | None = None  # of AdamW; null: 1e-3 for the tiny model; any other needs its own
     lr_high: bool = False  # allow full training of a model given by path above 1e-4
     weight_decay: float = 0.0  # of AdamW

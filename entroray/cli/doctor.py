@@ -81,6 +81,8 @@ def tools(config: Config) -> str:
 
 def driver(config: Config) -> str:
     """The driver of this machine's cards is one that the pinned CUDA runs on."""
+    if config.cluster.address:
+        return f"to be asked of the cluster at {config.cluster.address}"
     found = memory.cards_here()
     return "no GPU is asked for" if actors.cpu_only(config.cluster) else memory.check_driver(found)
 

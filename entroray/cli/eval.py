@@ -19,7 +19,6 @@ from entroray.observe import evaluation, evaluation_page
 from entroray.wiring import actors, compose, dataset, run_directory, sampler, tool, warm_start
 from entroray.workers import cluster
 from entroray.workers.generator import Generator
-from entroray.workers.roles import GeneratorRole
 from entroray.workers.verifier import Verifier
 
 FILES = (Flag("config", "FILE"), Flag("out", "FILE"), Flag("html", "FILE"))
@@ -89,7 +88,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
     verifier = Verifier(read.judge, slots=v.slots, deadline=config.reward.deadline, memory_mb=v.memory_mb)
     known = words(read.tokenizer, model)
 
-    role = GeneratorRole(engine, actors.run_deadlines(config).response)
+    role = actors.generator_role(engine, config)
     generator = tool.with_tool(config.rollout, read.tokenizer, role, verifier)
     draw = sampler.evaluation_draw(s, config.rollout, config.generator.engine)
     plan = plan_evaluation(draw, e.samples, e.k)

@@ -52,19 +52,23 @@ def main(arguments: list[str]) -> int:
     parts = build_parts(config)
     check_objective(config, parts)
     counts = _counts(given["engines"]) if "engines" in given else []
-    card = memory.named_card(given["card"]) if "card" in given else memory.smallest_card()
-    held = memory.memory_lines(config, parts.objective, card)
-    if "card" in given and "rates" not in given:
-        print("\n".join(held))
-    if card and not actors.cpu_only(config.cluster):
+    card = memory.named_card(given["card"]) if "card" in given else None
+    if card and actors.cpu_only(config.cluster):
+        raise ConfigError(f"plan --card={given['card']}: these settings ask for no card: add cluster=gpu")
+    if card and "rates" not in given:
+        held = memory.memory_lines(config, parts.objective, card)
+        print(json.dumps({"memory": held}) if "json" in given else "\n".join(held))
+    if card:
         memory.check_cards(config, parts.objective, card)
-    if "card" in given and "rates" not in given:
+    if card and "rates" not in given:
         return 0
     if "rates" in given:
         rates, source = _read(Path(given["rates"]))
     else:
         rates, drift = _measure(config, parts, overrides, given.get("config-dir"))
         source = f"measured here; steps after took {drift:.2f} of those before"
+        card = card or (None if config.cluster.address else memory.smallest_card())
+    held = memory.memory_lines(config, parts.objective, card)
     modelled = _model(shape_of(config), rates, counts)
     if "json" in given:
         print(json.dumps({"source": source, "rates": asdict(rates), "memory": held, "modelled": modelled}))

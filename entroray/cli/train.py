@@ -274,7 +274,7 @@ async def drive(
     roles = Roles(generator, verifier, m.learner_role(), m.sync, journal, evaluate=evaluate, **watched)
     began = {"settings": asdict(config), "identity": dataset.identity(config, read_in)}
     state = {name: value for name, value in run.state.items() if name not in began}
-    pace = asdict(loop_settings(config))
+    pace = asdict(loop_settings(config, read_in.sets))
     journal.event("start", objective=config.objective, pace=pace, state=state, changed=run.changed)
     draw = sampler.training_draw(config.sampler, config.rollout, parts, read_in.tokenizer)
     driver = build_driver(config, parts, read_in, roles, draw)

@@ -10,6 +10,8 @@ RANK = 1000.0
 """Tokens a second that a rank scores or trains, at least."""
 MOVED = 1e8
 """Bytes of weights a second that are read, sent or written, at least."""
+STORED = 7
+"""A checkpoint is so many times as large as its weights, at most: two moments and a float32 copy of bf16."""
 RESPONSE, CALL, STEP = 300.0, 1800.0, 1800.0
 """Seconds at least: for a response, for a call or a start, and for a step besides its work."""
 
@@ -25,6 +27,8 @@ class Deadlines(NamedTuple):
     """For a call that scores, trains or judges."""
     step: float
     """Without a finished step."""
+    checkpoint: float
+    """For a checkpoint to be written or read."""
 
 
 def floor_deadlines(
@@ -33,9 +37,9 @@ def floor_deadlines(
     """For responses of at most `longest` tokens to prompts of `prompt`, so many a step and an evaluation.
 
     `weights` are in bytes. A learner's longest call scores and trains a whole step. A step draws twice the
-    responses it keeps, every one as long as it may be, is trained and evaluated, and waits for one more.
+    responses it keeps, every one as long as it may be, is trained, evaluated, saved, and waits for one more.
     """
-    one, start = max(RESPONSE, longest / RATE), CALL + weights / MOVED
+    one, start, saved = max(RESPONSE, longest / RATE), CALL + weights / MOVED, STORED * weights / MOVED
     trained = 2 * responses * (prompt + longest) / (ranks * RANK)
     drawn = (2 * responses + evaluated) * longest / (engines * ENGINE)
-    return Deadlines(one, start, start + trained, STEP + drawn + trained + one)
+    return Deadlines(one, start, start + trained, STEP + drawn + trained + saved + one, CALL + saved)

@@ -25,8 +25,10 @@ GRAPHS = 3 * GIB // 2
 """Of an engine's CUDA graphs, which vLLM counts into its share, and which stay when it sleeps."""
 OFFLOAD = "{{zero_optimization:{{offload_optimizer:{{device:cpu}}}}}} learner.zero_stage={}"
 """Value of learner.deepspeed that puts the optimizer into the host's memory, which ZeRO 2 and 3 can."""
-BATCHED, SEATS = 16_384, 1024
-"""vLLM's max_num_batched_tokens and max_num_seqs on a card of 70 GiB or more."""
+LARGE = 70 * GIB
+"""Bytes of a card from which vLLM takes the larger of these; of an A100 it takes the smaller all the same."""
+BATCHED, SEATS = (8192, 16_384), (256, 1024)
+"""vLLM's max_num_batched_tokens and max_num_seqs, on a smaller card and on a larger."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class ModelShape:
     """Columns of keys, and as many of values."""
     vocabulary: int
     parameters: int
+    heads: int = 0
+    """Of queries, which shards of an engine divide; 0: unknown."""
 
 
 QWEN = {
-    "1.5B": ModelShape(28, 1536, 8960, 1536, 256, 151_936, 1_543_714_304),
-    "7B": ModelShape(28, 3584, 18_944, 3584, 512, 152_064, 7_615_616_512),
-    "32B": ModelShape(64, 5120, 27_648, 5120, 1024, 152_064, 32_763_876_352),
+    "1.5B": ModelShape(28, 1536, 8960, 1536, 256, 151_936, 1_543_714_304, 12),
+    "7B": ModelShape(28, 3584, 18_944, 3584, 512, 152_064, 7_615_616_512, 28),
+    "32B": ModelShape(64, 5120, 27_648, 5120, 1024, 152_064, 32_763_876_352, 40),
 }
 """Qwen2.5, by the sizes in its names."""
 
@@ -60,7 +64,9 @@ class Layout:
     element: int
     """Bytes of a weight: 4 or 2."""
     longest: int
-    """Tokens of a prompt and its response."""
+    """Tokens of a prompt and its response, in training."""
+    served: int = 0
+    """As `longest`, of what engines answer, if that is more: evaluation sets too."""
     ranks: int = 1
     zero_stage: int = 1
     token_budget: int = 8192
@@ -69,6 +75,10 @@ class Layout:
     host_activations: bool = False
     """Whether what a checkpointed layer begins with lies in the host's memory."""
     host_optimizer: bool = False
+    bucket: int = BUCKET
+    """DeepSpeed's reduce_bucket_size."""
+    compiled: bool = False
+    """Whether layers are compiled, which ZeRO 3 excludes."""
     reference: bool = False
     transfer: str = "nccl"
     tensor_parallel: int = 1
@@ -76,8 +86,8 @@ class Layout:
     """vLLM's gpu_memory_utilization."""
     kv_bytes: int | None = None
     """vLLM's kv_cache_memory_bytes, in place of a share of the card."""
-    batched: int = BATCHED
-    seats: int = SEATS
+    batched: int | None = None
+    seats: int | None = None
     graphs: bool = True
     shared: bool = False
     """Whether an engine and a rank are on one card."""
@@ -128,13 +138,13 @@ def learner_work(m: ModelShape, s: Layout) -> dict[str, float]:
     kept += checkpointed * (0 if s.host_activations else s.element * m.width)
     again = layer * (1.5 if checkpointed else 0.5)  # a layer run again, and gradients of what it keeps
     weight = m.vocabulary * m.width
-    bucket = min(BUCKET, m.parameters)
     live = min(2 * BUCKET, m.parameters) + weight if s.zero_stage == 3 and s.ranks > 1 else 0
-    copies = 4 if s.ranks > 1 or s.zero_stage > 1 else 0
+    copied = s.zero_stage == 2 and s.element < 4  # into FP32, to be sent; stage 1 has it in FP32 at once
+    copies = 6 if copied else 4 if s.ranks > 1 or s.zero_stage else 0
     return {
         "activations": tokens * (kept + again + 4 * s.element * m.width),
         "head": TILES * TILE + weight * (4.0 + s.element),
-        "DeepSpeed's buckets": float(bucket * copies + live * s.element),
+        "DeepSpeed's buckets": float(s.bucket * copies + live * s.element),
     }
 
 
@@ -149,10 +159,12 @@ def sync_bytes(m: ModelShape, s: Layout) -> tuple[float, float]:
 
 def engine_bytes(m: ModelShape, s: Layout, card: float) -> dict[str, float]:
     """Bytes of one shard of an engine; keys and values are what is left of its share of the card."""
-    tp, logits = s.tensor_parallel, s.seats * m.vocabulary * 8  # and their probabilities, in FP32
+    tp, large = s.tensor_parallel, card >= LARGE
+    logits = (s.seats or SEATS[large]) * m.vocabulary * 8  # and their probabilities, in FP32
     parts = {
         "weights": m.parameters * s.element / tp,
-        "a step": s.batched * s.element * (3 * m.intermediate / tp + 6 * m.width) + logits,
+        "a step": (s.batched or BATCHED[large]) * s.element * (3 * m.intermediate / tp + 6 * m.width)
+        + logits,
         "graphs": float(GRAPHS if s.graphs else 0),
     }
     left = s.utilisation * card - sum(parts.values())
@@ -165,7 +177,7 @@ def token_bytes(m: ModelShape, s: Layout) -> float:
 
 
 def cards(m: ModelShape, s: Layout, card: float) -> dict[str, dict[str, float]]:
-    """Bytes by what they hold, of every kind of card at its fullest."""
+    """Bytes by what they hold, of every kind of card at its fullest; vLLM's share has its own reserve."""
     states, work, engine = learner_states(m.parameters, s), learner_work(m, s), engine_bytes(m, s, card)
     sending, taking = sync_bytes(m, s)
     own = {"reserve": RESERVE * card}
@@ -175,12 +187,13 @@ def cards(m: ModelShape, s: Layout, card: float) -> dict[str, dict[str, float]]:
     if not s.shared:
         return {
             "learner rank": {**states, **busy, **own},
-            "engine": {**engine, "sync buffers": taking, **own},
+            "engine": {**engine, "sync buffers": taking, **({} if s.kv_bytes is None else own)},
         }
     if not s.sleep:
         return {"card of both": {**states, **busy, **engine_parts, **own}}
     graphs = {"engine's graphs": engine["graphs"]}
-    loaded = {name: size for name, size in engine_parts.items() if name != "engine's keys and values"}
+    busy_parts = ("engine's a step", "engine's keys and values")
+    loaded = {name: size for name, size in engine_parts.items() if name not in busy_parts}
     return {
         "card of both, while it learns": {**states, **work, **graphs, **own},
         "card of both, at a sync": {**states, **syncing, **loaded, **own},
@@ -195,10 +208,11 @@ def shortages(m: ModelShape, s: Layout, card: float) -> list[str]:
         for name, parts in cards(m, s, card).items()
         if sum(parts.values()) > card
     ]
-    have, need = engine_bytes(m, s, card)["keys and values"], s.longest * token_bytes(m, s)
+    served = max(s.longest, s.served)
+    have, need = engine_bytes(m, s, card)["keys and values"], served * token_bytes(m, s)
     if have < need:
         found.append(
-            f"engine: {gib(max(0.0, have))} for keys and values, and {s.longest:,} tokens take {gib(need)}"
+            f"engine: {gib(max(0.0, have))} for keys and values, and {served:,} tokens take {gib(need)}"
         )
     return found
 
@@ -216,21 +230,23 @@ def learner_steps(s: Layout, most_ranks: int) -> list[Step]:
     budgets = [s.token_budget >> n for n in range(1, 8) if s.token_budget >> n >= max(s.longest, 512)]
     budgets += [s.longest] if s.longest < s.token_budget and s.longest not in budgets else []
     stage = lambda n: [(f"{n}", {"zero_stage": n})] if n > s.zero_stage and most_ranks > 1 else []
-    every = [] if s.checkpoint_every == 1 else [("true", {"checkpoint_every": 1})]
+    stages = (2,) if s.compiled else (2, 3)
+    how, now = ("_every_n_layers", "1") if s.checkpoint_every else ("", "true")
+    every = [] if s.checkpoint_every == 1 else [(now, {"checkpoint_every": 1})]
     grown = [s.ranks << n for n in range(1, 7) if s.ranks << n <= most_ranks]
-    held = {n: {"zero_stage": n, "host_optimizer": True} for n in (2, 3) if n >= s.zero_stage}
+    held = {n: {"zero_stage": n, "host_optimizer": True} for n in stages if n >= s.zero_stage}
     host = [] if s.host_optimizer else [(OFFLOAD.format(n), fields) for n, fields in held.items()]
     return [
         ("learner.zero_stage", stage(2)),
-        ("learner.gradient_checkpointing", every),
+        (f"learner.gradient_checkpointing{how}", every),
         ("learner.token_budget", [(f"{n}", {"token_budget": n}) for n in budgets]),
-        ("learner.zero_stage", stage(3)),
+        ("learner.zero_stage", stage(3) if 3 in stages else []),
         ("learner.ranks", [(f"{n}", {"ranks": n}) for n in grown]),
         ("learner.deepspeed", host),
     ]
 
 
-def engine_steps(s: Layout, most_parallel: int) -> list[Step]:
+def engine_steps(m: ModelShape, s: Layout, most_parallel: int) -> list[Step]:
     """What an engine may try, in order: less of its card, more cards, more of its card."""
     engine = "generator.engine."
     share = lambda percent: (f"{percent / 100:g}", {"utilisation": percent / 100})
@@ -238,7 +254,7 @@ def engine_steps(s: Layout, most_parallel: int) -> list[Step]:
     less = [each for each in shares if each[1]["utilisation"] < s.utilisation]
     more = [each for each in reversed(shares) if each[1]["utilisation"] > s.utilisation]
     sizes = [(f"{n << 30}", {"kv_bytes": n << 30}) for n in (64, 32, 16, 8, 4, 2)]
-    parallel = [n for n in (2, 4, 8) if s.tensor_parallel < n <= most_parallel]
+    parallel = [n for n in (2, 4, 8) if s.tensor_parallel < n <= most_parallel and m.heads % n == 0]
     kept = s.shared or s.kv_bytes is not None
     return [
         (f"{engine}gpu_memory_utilization", [] if kept else less),
@@ -258,14 +274,14 @@ def smallest_change(
     """
     if s.shared:
         *cheap, host = learner_steps(s, 1)
-        found = _first(m, s, card, [*cheap, *engine_steps(s, 1), host], "")
+        found = _first(m, s, card, [*cheap, *engine_steps(m, s, 1), host], "")
         if found or not apart:
             return found
         two = replace(s, shared=False, sleep=False, transfer="nccl", kv_bytes=None, utilisation=0.85)
         beyond = smallest_change(m, two, card, ranks=ranks, parallel=parallel)
         return beyond and (["cluster=gpu", *beyond[0]], beyond[1])
     learner = _first(m, s, card, learner_steps(s, ranks), "learner")
-    both = learner and _first(m, learner[1], card, engine_steps(s, parallel), "engine")
+    both = learner and _first(m, learner[1], card, engine_steps(m, s, parallel), "engine")
     return (learner[0] + both[0], both[1]) if learner and both else None
 
 

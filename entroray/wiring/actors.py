@@ -32,7 +32,7 @@ from entroray.workers.roles import GeneratorRole, LearnerRole, VerifierRole
 from entroray.workers.sync import WeightSync
 from entroray.workers.verifier import Verifier
 from entroray.workers.verifier_pool import VerifierPool
-from entroray.workers.vllm_request import PROCESSOR
+from entroray.workers.vllm_request import PROCESSOR, QUEUE
 from entroray.workers.weight_sender import WeightSender
 
 
@@ -70,22 +70,31 @@ def cpu_only(c: Cluster) -> bool:
     return c.gpus_per_generator == 0 and c.gpus_per_learner == 0
 
 
-def run_deadlines(config: Config) -> Deadlines:
-    """How long is waited at most in a run with these settings: as they say, else at the floor rates."""
+def run_deadlines(config: Config, answered: int | None = None) -> Deadlines:
+    """How long is waited at most in a run with these settings: as they say, else at the floor rates.
+
+    `answered` are responses to the evaluation sets, once those are read; before, those that settings say.
+    """
     r, d, e = config.rollout, config.driver, config.evaluate
-    sets = [(s.prompts or 0) * (s.samples or e.samples) for s in e.sets.values()]  # all: not read yet
+    if answered is None:
+        answered = sum((s.prompts or 0) * (s.samples or e.samples) for s in e.sets.values())
     folder = None if config.model.path == TINY else model_folder(config.model.path)
     floor = floor_deadlines(
         longest_response(config)[0],
         config.data.max_prompt,
         r.groups_per_step * (r.group_size + r.early.extra),
-        bool(e.every) * e.prompts * (e.samples + 1) + sum(sets),
+        bool(e.every) * e.prompts * (e.samples + 1) + answered,
         engines=config.generator.replicas,
         ranks=config.learner.ranks,
         weights=float(sum(file.stat().st_size for file in weight_files(folder))) if folder else 0.0,
     )
-    told = r.deadline, d.call_deadline, d.call_deadline, d.stall
+    told = r.deadline, d.call_deadline, d.call_deadline, d.stall, d.call_deadline
     return Deadlines(*(own or each for own, each in zip(told, floor, strict=True)))
+
+
+def generator_role(engine: EnginePool | Generator, config: Config) -> GeneratorRole:
+    """One engine or a pool, with how long a response is waited for; a deadline that is set is both."""
+    return GeneratorRole(engine, run_deadlines(config).response, config.rollout.deadline or QUEUE)
 
 
 @dataclass
@@ -105,7 +114,7 @@ class Actors:
         return run_deadlines(self.config).start
 
     def generator_role(self) -> GeneratorRole:
-        return GeneratorRole(self.engines, run_deadlines(self.config).response)
+        return generator_role(self.engines, self.config)
 
     def verifier_role(self) -> VerifierRole:
         return VerifierRole(self.verifiers, run_deadlines(self.config).call)
@@ -128,7 +137,7 @@ class Actors:
     def checkpoints(self, run: Path) -> Checkpoints:
         """Where this run's checkpoints go."""
         keep = self.config.checkpoint.keep
-        return Checkpoints(run / "checkpoints", self.learner, keep, self.within)
+        return Checkpoints(run / "checkpoints", self.learner, keep, run_deadlines(self.config).checkpoint)
 
     async def export(self, folder: str) -> None:
         """The policy in Hugging Face format; the tokenizer is the caller's to add."""
@@ -319,7 +328,8 @@ async def _introduce(
     sync = WeightSync(learner, engines, probe, config.driver, within)
     folder, version = resume or (None, 0)
     if folder:
-        await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=within)
+        limit = run_deadlines(config).checkpoint
+        await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=limit)
     return sync, facts[0] | await sync(version)
 
 

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from entroray.binding import complaint
 from entroray.config import TINY, Config, LearnerConfig
+from entroray.control import Controller
 from entroray.errors import ConfigError, first_line, nearest
 from entroray.evaluation.evaluate import plan_evaluation
 from entroray.rows import conf_folder
@@ -128,14 +129,14 @@ def override_config(tree: DictConfig, words: list[str], *, training: bool = True
 
 def _typed(tree: DictConfig, words: list[str], *, training: bool) -> Config:
     try:
+        if tree.learner.lr is None and tree.model.path == TINY:
+            tree.learner.lr = TINY_LR  # in the tree, so that it is stored and compared as the run had it
         config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(overrides.explain(error, words)) from error
-    if config.learner.lr is None and config.model.path == TINY:
-        config.learner.lr = TINY_LR
     parts = check_config(config)
     if training:
-        check_lr(config, "full training")
+        check_lr(config, "full training", parts.controllers)
         sampler.check_training_sampler(config.sampler, config.generator.engine, parts)
         selection.check_training_selection(config.rollout, config.generator.engine, parts.objective)
     return config
@@ -194,19 +195,21 @@ def check_recomputation(n: LearnerConfig) -> None:
         )
 
 
-def check_lr(config: Config, trains: str) -> None:
-    """ConfigError without a learning rate, or for one that destroys a trained model in a few updates."""
+def check_lr(config: Config, trains: str, moved: Sequence[Controller] = ()) -> None:
+    """ConfigError without a learning rate, and where it, or a controller, destroys a trained model."""
     n, most, path = config.learner, MOST_LR[trains], config.model.path
     if n.lr is None:
         raise ConfigError(
             f"learner.lr has no default for model.path={path}: give one, such as learner.lr=1e-6 for a model "
             "of billions of parameters"
         )
-    if path != TINY and n.lr > most and not n.lr_high:
-        raise ConfigError(
-            f"learner.lr={n.lr:g} is above {most:g}, more than {trains} of model.path={path} is likely to "
-            "survive: lower it, or set learner.lr_high=true"
-        )
+    reached = {"learner.lr": n.lr, **controllers.reached(controllers.LR, n.lr, moved)}
+    for name, rate in reached.items() if path != TINY and not n.lr_high else ():
+        if rate > most:
+            raise ConfigError(
+                f"{name}={rate:g} is above {most:g}, more than {trains} of model.path={path} is likely to "
+                "survive: lower it, or set learner.lr_high=true"
+            )
 
 
 def check_cards(config: Config) -> None:

@@ -119,6 +119,8 @@ def check_deepspeed(given: Mapping[str, Any]) -> None:
     }
     for name in remedies.keys() & (given.get("zero_optimization") or {}):
         raise ConfigError(f"learner.deepspeed sets zero_optimization.{name}: {remedies[name]}")
+    if "lr" in ((given.get("optimizer") or {}).get("params") or {}):
+        raise ConfigError("learner.deepspeed sets optimizer.params.lr: set learner.lr in its place")
 
 
 def refuse_nobody(setting: str, path: str | None) -> None:

@@ -39,12 +39,14 @@ def check_controllers(config: Config, parts: Parts) -> None:
     for c in parts.controllers:
         if c.signal is not None:
             measured_metrics.check_signal(config, parts, f"control.{c.name}", c.signal)
-    own = {c.knob: current_value(config, c.knob) for c in parts.controllers}
-    for c in parts.controllers:
+    unset = (LR,) if config.learner.lr is None else ()  # in an evaluation, or refused by check_lr
+    moving = [c for c in parts.controllers if c.knob not in unset]
+    own = {c.knob: current_value(config, c.knob) for c in moving}
+    for c in moving:
         for why, value in _extremes(c, own[c.knob]):
             _possible(config, parts, c, why, value)
-    _agree(config, [c for c in parts.controllers if c.knob.startswith(RULE)], own)
-    build_control(config, parts.controllers)
+    _agree(config, [c for c in moving if c.knob.startswith(RULE)], own)
+    build_control(config, moving)
 
 
 def current_value(config: Config, path: str) -> float:
@@ -78,11 +80,17 @@ def _on_the_way(objective: Objective, path: str, lag: int) -> str:
     return f"{rounded}; for groups begun from then on, trained on up to {lag} step(s) later (driver.max_lag)"
 
 
+def reached(knob: str, own: float, controllers: Sequence[Controller]) -> dict[str, float]:
+    """The values that controllers may set `knob` to, by what says so."""
+    moved = [c for c in controllers if c.knob == knob]
+    return {f"control.{c.name} ({why}): {knob}": value for c in moved for why, value in _extremes(c, own)}
+
+
 def updates_range(own: int, controllers: Sequence[Controller]) -> tuple[int, int]:
     """Fewest and most optimizer updates that a step may have: its `own`, or those a controller reaches."""
     moved = [c for c in controllers if c.knob == UPDATES]
-    reached = [round(value) for c in moved for _, value in _extremes(c, own)] or [own]
-    return min(reached), max(reached)
+    values = [round(value) for c in moved for _, value in _extremes(c, own)] or [own]
+    return min(values), max(values)
 
 
 def is_integer(objective: Objective, path: str) -> bool:

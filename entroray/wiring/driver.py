@@ -1,9 +1,11 @@
 """Settings -> the driver of a run: its loop, its prompts, its diagnostics, what may move."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from entroray.binding import holds
 from entroray.config import Config, Observe
+from entroray.evaluation.sets import EvaluatedSet
 from entroray.policy.tokenizer import chat
 from entroray.train.diagnostics import DiagnosticsSchedule
 from entroray.train.driver import Driver, Knobs, LoopSettings, Roles
@@ -27,7 +29,7 @@ def build_driver(config: Config, parts: Parts, read_in: dataset.Dataset, roles: 
         prompts,
         roles,
         Knobs(parts.objective, draw, config.learner.updates_per_rollout),
-        loop_settings(config),
+        loop_settings(config, read_in.sets),
         seed=config.seed,
         plan=parts.plan,
         diagnostics=_diagnostics(config.observe, parts, read_in, config.model.system),
@@ -37,9 +39,10 @@ def build_driver(config: Config, parts: Parts, read_in: dataset.Dataset, roles: 
     )
 
 
-def loop_settings(config: Config) -> LoopSettings:
+def loop_settings(config: Config, sets: Mapping[str, EvaluatedSet] | None = None) -> LoopSettings:
     """How many, how late and how long."""
     r, d = config.rollout, config.driver
+    answered = None if sets is None else sum(len(s.prompts) * s.plan.samples for s in sets.values())
     return LoopSettings(
         group_size=r.group_size,
         groups_per_step=r.groups_per_step,
@@ -47,7 +50,7 @@ def loop_settings(config: Config) -> LoopSettings:
         wait=d.stale == "wait",
         refill_limit=d.refill_limit,
         max_failed=config.reward.max_failed,
-        stall=actors.run_deadlines(config).step,
+        stall=actors.run_deadlines(config, answered).step,
         tokens=config.run.tokens or None,
         extra=r.early.extra,
         surplus=r.surplus,

@@ -1,14 +1,17 @@
 """What a run needs of memory, by role and by card, from the model's shape alone: nothing is loaded."""
 
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from entroray.config import Config
-from entroray.errors import ConfigError, PreflightError
+from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.objective import Objective
 from entroray.planning import memory
 from entroray.planning.memory import NAMED, QWEN, Layout, ModelShape
@@ -56,8 +59,8 @@ def card_lines(config: Config, objective: Objective, card: float | None) -> list
             + ", ".join(f"{what} {memory.gib(size)}" for what, size in parts.items() if size)
             for name, parts in rows.items()
         ),
-        f"keys and values of an engine: {max(0, fits):,} tokens, {max(0, fits) // s.longest} sequences of "
-        f"{s.longest:,}",
+        f"keys and values of an engine: {max(0, fits):,} tokens, {max(0, fits) // s.served} sequences of "
+        f"{s.served:,}",
     ]
 
 
@@ -84,8 +87,14 @@ NOTHING = (
 
 def check_cluster(config: Config, objective: Objective) -> None:
     """As `check_cards`, of a cluster that was joined by its address and whose cards can be asked for."""
-    asked = config.cluster.address and not actors.cpu_only(config.cluster)
-    if asked and (card := cluster.ask_node(smallest_card)):
+    if not config.cluster.address or actors.cpu_only(config.cluster):
+        return
+    try:
+        card = cluster.ask_node(smallest_card)
+    except InfrastructureError as error:  # it only advises: whether a run fits is seen once it starts
+        print(f"memory: the cluster's cards could not be asked for ({error})", flush=True)
+        return
+    if card:
         check_cards(config, objective, card)
 
 
@@ -96,20 +105,23 @@ def layout(config: Config, objective: Objective) -> Layout:
     host = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     return Layout(
         element=BYTES[config.model.dtype],
-        longest=actors.sequence_length(config),
+        longest=config.data.max_prompt + config.rollout.max_tokens,
+        served=actors.sequence_length(config),
         ranks=n.ranks,
         zero_stage=n.zero_stage,
         token_budget=n.token_budget,
         checkpoint_every=n.gradient_checkpointing_every_n_layers if n.gradient_checkpointing else 0,
         host_activations=n.gradient_checkpointing_offload,
         host_optimizer=host,
+        bucket=int(zero.get("reduce_bucket_size", memory.BUCKET)),
+        compiled=n.compile,
         reference=n.reference or "ref_logprobs" in objective.needs,
         transfer=g.transfer,
         tensor_parallel=g.tensor_parallel,
         utilisation=float(engine.get("gpu_memory_utilization", Layout.utilisation)),
         kv_bytes=engine.get("kv_cache_memory_bytes"),
-        batched=int(engine.get("max_num_batched_tokens") or memory.BATCHED),
-        seats=int(engine.get("max_num_seqs") or memory.SEATS),
+        batched=engine.get("max_num_batched_tokens"),
+        seats=engine.get("max_num_seqs"),
         graphs=not engine.get("enforce_eager"),
         shared=0 < c.gpus_per_generator < 1 and 0 < c.gpus_per_learner < 1,
         sleep=g.sleep,
@@ -128,11 +140,13 @@ def named_card(text: str) -> float:
 
 
 def cards_here() -> list[tuple[float, str]]:
-    """Bytes and driver of every card of this machine, by NVML; none where nvidia-smi finds none."""
+    """Bytes and driver of every card that CUDA_VISIBLE_DEVICES leaves, by NVML; none where there is none."""
     if not shutil.which(QUERY[0]):
         return []
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    query = [*QUERY, *(["-i", seen] if seen else [])]
     try:
-        found = subprocess.run(QUERY, capture_output=True, text=True, timeout=30, check=True).stdout
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
         rows = [line.split(",") for line in found.splitlines() if line.strip()]
         return [(float(size) * 2**20, driver.strip()) for size, driver in rows]
     except (OSError, subprocess.SubprocessError, ValueError):  # no driver, or one that does not answer
@@ -149,7 +163,7 @@ def check_driver(found: Sequence[tuple[float, str]]) -> str:
     drivers = sorted({driver for _, driver in found}, key=lambda name: int(name.partition(".")[0]))
     if not drivers:
         return "nvidia-smi lists no card here"
-    if int(drivers[0].partition(".")[0]) < DRIVER:
+    if int(drivers[0].partition(".")[0]) < DRIVER and not torch.cuda.is_available():
         raise PreflightError(
             f"the driver is {drivers[0]}, and torch and vLLM are pinned to CUDA 13, which needs {DRIVER} or "
             "newer: update the driver, or use cluster=cpu"
@@ -184,7 +198,7 @@ def _shape(described: Any, count: int) -> ModelShape | None:
     size = getattr(text, "head_dim", None) or width // heads
     keys = (getattr(text, "num_key_value_heads", None) or heads) * size
     inner = getattr(text, "intermediate_size", None) or 4 * width
-    return ModelShape(layers, width, inner, heads * size, keys, text.vocab_size, count)
+    return ModelShape(layers, width, inner, heads * size, keys, text.vocab_size, count, heads)
 
 
 def parameter_count(config: Config) -> int | None:
@@ -211,7 +225,6 @@ def _declared(folder: Path) -> int | None:
     """As the architecture in config.json has them, built without memory; None without one."""
     if not (folder / "config.json").is_file():
         return None
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -4,7 +4,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -111,7 +113,14 @@ def resources(config: Config) -> str:
     """CPUs and GPUs of this machine against what every role asks; a cluster's are asked of the cluster."""
     if config.cluster.address:
         return f"to be asked of the cluster at {config.cluster.address}"
+    if not actors.cpu_only(config.cluster):
+        memory.check_driver(memory.cards_here())  # else torch alone says that it sees none
     actors.check_gpus(config.cluster)
+    if config.learner.liger and not find_spec("liger_kernel"):
+        raise PreflightError(
+            "learner.liger=true needs liger-kernel: ENTRORAY_EXTRAS=liger launch/setup.sh, or set "
+            "learner.liger=false"
+        )
     have = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
     return cluster.check_resources(actors.resource_shares(config), [have])
 
@@ -120,7 +129,7 @@ def disk(config: Config) -> str:
     """Room for the checkpoints kept, the one being written, and the exported model."""
     place = _existing(run_directory.place(config.run.dir or "runs"))
     free = shutil.disk_usage(place).free
-    count = _parameters(config)
+    count = _of_model(config, memory.parameter_count)
     if count is None:
         return f"{free / 2**30:.1f} GiB free at {place}; the model's size is unknown"
     size = count * memory.BYTES[config.model.dtype]
@@ -135,10 +144,10 @@ def disk(config: Config) -> str:
     return f"{free / 2**30:.1f} GiB free at {place}, at most {need / 2**30:.2f} needed"
 
 
-def _parameters(config: Config) -> int | None:
-    """None for what is not here, and for a config.json of no model, about which `model` has its say."""
+def _of_model(config: Config, read: Callable[[Config], Any]) -> Any:
+    """What `read` finds of the model; None for what is not here, and for no model, which `model` refuses."""
     try:
-        return memory.parameter_count(config)
+        return read(config)
     except EntrorayError:
         raise
     except Exception:  # boundary: as in `model`, which says what is wrong
@@ -211,6 +220,8 @@ def cards(config: Config) -> str:
     if config.cluster.address:
         return "asked of the cluster once it is joined"
     card = memory.smallest_card()
+    if card and _of_model(config, memory.model_shape) is None:
+        return "the model's shape is unknown"
     return memory.check_cards(config, build_parts(config).objective, card) if card else "none found here"
 
 

@@ -247,7 +247,7 @@ def _check_beginning(folder: Path, passed_over: list[str]) -> None:
     if (folder / "model").exists():
         raise PreflightError(
             f"run.dir={folder} has trained a model and kept no checkpoint to go on from (checkpoint.every): "
-            f"start another run from its weights, model.path={folder / 'model'} and another run.dir"
+            f"start another run from its weights: model.path={folder / 'model'}, learner.lr, another run.dir"
         )
 
 

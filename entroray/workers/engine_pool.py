@@ -178,7 +178,9 @@ class EnginePool:
                     if not pending.answer.done():
                         pending.answer.set_result(rollouts)
         except InfrastructureError as error:
-            self.drop(engine, error)
+            raised = f"{error}; where it was only slow, raise rollout.deadline"
+            late = isinstance(error.__cause__, TimeoutError)
+            self.drop(engine, InfrastructureError(raised) if late else error)
             self.queue += [p for p in left.values() if not p.answer.done()]
             self._dispatch()
         except Exception as error:  # boundary: a request no engine would take; whoever asked is told

@@ -219,7 +219,7 @@ class Generator:
 
     def _warm_up(self) -> None:
         done: Future = Future()
-        request = Request("warm-up", (1, 2, 3), (0, 1), Draw(1.0, 4), deadline=600.0)
+        request = Request("warm-up", (1, 2, 3), (0, 1), Draw(1.0, 4), deadline=600.0, queue=600.0)
         self._admit(request, done)
         while not done.done():
             self._collect(self.engine.step())

@@ -21,7 +21,7 @@ from entroray.workers.cluster import Gang
 from entroray.workers.engine_pool import EnginePool
 from entroray.workers.generator import Generator
 from entroray.workers.verifier_pool import VerifierPool
-from entroray.workers.vllm_request import Request
+from entroray.workers.vllm_request import QUEUE, Request
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,14 @@ class GeneratorRole:
     engine: EnginePool | Generator
     deadline: float
     """Seconds from the first token of a response, or of a turn of it, to its last."""
+    queue: float = QUEUE
+    """Seconds of waiting for a first token, and for a sign of the engine's life, at most."""
 
     async def sample(
         self, prompt: Prompt, seeds: Sequence[int], draw: Draw, after: Sequence[int] = ()
     ) -> list[Rollout]:
-        request = Request(prompt.id, prompt.token_ids, tuple(seeds), draw, self.deadline, tuple(after))
+        begun, ids = tuple(after), prompt.token_ids
+        request = Request(prompt.id, ids, tuple(seeds), draw, self.deadline, begun, self.queue)
         return await self.engine.sample(request)
 
 

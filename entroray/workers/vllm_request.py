@@ -15,7 +15,7 @@ from entroray.types import Draw, Rollout, SamplerNotes, Status, TopTokens
 PROCESSOR = "entroray.workers.logits_processor:Shaping"
 """The logits processor that samplers run in, as vLLM loads it."""
 QUEUE = 300.0
-"""Seconds that a sample without a token waits for an engine that is at work on nothing, at most."""
+"""Seconds that a sample without a token waits for an engine at work on nothing, unless a user says more."""
 CUT = ("length", "repetition")
 """vLLM's reasons for ending a response that was not done."""
 Read = Callable[[Sequence[int]], str]
@@ -34,11 +34,13 @@ class Request:
     """Seconds from the first token of a sample to its last."""
     after: tuple[int, ...] = ()
     """Tokens the response already has; they count against `draw.max_tokens`."""
+    queue: float = QUEUE
+    """The most that `patience` is."""
 
     @property
     def patience(self) -> float:
         """Seconds of waiting for a first token, and for a sign of the engine's life."""
-        return min(self.deadline, QUEUE)
+        return min(self.deadline, self.queue)
 
     @property
     def input_ids(self) -> list[int]:

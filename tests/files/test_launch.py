@@ -230,6 +230,8 @@ def test_extras_that_are_asked_for_once_stay_and_the_slow_lane_asks_for_both(mac
     assert "-e .[cpu,dev,mlflow,wandb]" in machine.told()
     machine.run("test.sh", "slow", ENTRORAY_EXTRAS="")
     assert not machine.told()
+    assert machine.setup(ENTRORAY_EXTRAS="liger").returncode == 0
+    assert "-e .[cpu,dev,mlflow,wandb,liger]" in machine.told()
     refused = machine.setup(ENTRORAY_EXTRAS="wandb,swanlab")
     assert refused.returncode == 3 and "`swanlab`" in refused.stderr and "wandb" in refused.stderr
 

@@ -1,5 +1,6 @@
 """What cards hold, against arithmetic and DeepSpeed's own estimates; what is refused, and the way out."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ import pytest
 
 from entroray import cli
 from entroray.config import Config
-from entroray.errors import ConfigError, PreflightError
+from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.planning import memory as planning
 from entroray.planning.memory import GIB, NAMED, QWEN, Layout, ModelShape, learner_states
 from entroray.policy import head
 from entroray.wiring import memory, preflight
 from entroray.wiring.parts import build_parts
+from entroray.workers import cluster
 from tests.composed import configured
 
 NONE: Any = SimpleNamespace(needs=())
@@ -110,6 +112,11 @@ def test_7b_on_eight_cards_of_80_gb_at_zero_1_is_refused_and_the_change_fits() -
     assert "learner rank" in memory.check_cards(*told(*eight, "learner.zero_stage=1"), 181 * NAMED)
 
 
+EVERY = [
+    *("cluster=gpu", "learner.ranks=8", "rollout.max_tokens=8192", "learner.gradient_checkpointing=true"),
+]
+
+
 @pytest.mark.parametrize(
     ("overrides", "card", "change"),
     [
@@ -128,12 +135,17 @@ def test_7b_on_eight_cards_of_80_gb_at_zero_1_is_refused_and_the_change_fits() -
                 "generator.engine={gpu_memory_utilization: 0.99}",
             ],
             80,
-            ["generator.engine.gpu_memory_utilization=0.9"],
+            ["generator.engine.gpu_memory_utilization=0.95"],
         ),
         (
             ["cluster=gpu", "learner.ranks=8", "learner.gradient_checkpointing=true"],
             24,
             ["learner.zero_stage=3", "learner.ranks=32"],
+        ),
+        (
+            [*EVERY, "learner.gradient_checkpointing_every_n_layers=14"],
+            80,
+            ["learner.gradient_checkpointing_every_n_layers=1"],
         ),
     ],
 )
@@ -151,6 +163,63 @@ def test_a_card_of_both_that_is_too_small_becomes_two_or_none_do() -> None:
     assert planning.smallest_change(QWEN["32B"], s, 8 * NAMED) is None
     with pytest.raises(PreflightError, match=r"Neither .*rollout\.max_tokens"):
         memory.check_cards(*told("cluster=one_gpu", *SEVEN), 8 * NAMED)
+
+
+def test_what_is_proposed_is_what_the_settings_and_the_model_allow() -> None:
+    compiled = memory.layout(*told("cluster=gpu", "learner.compile=true", *SEVEN))
+    for s, three in ((compiled, False), (replace(compiled, compiled=False), True)):
+        tried = [value for _, values in planning.learner_steps(s, 8) for _, value in values]
+        assert any(value.get("zero_stage") == 3 for value in tried) is three
+    shards = lambda heads: dict(planning.engine_steps(replace(QWEN["7B"], heads=heads), RANK, 8))[
+        "generator.tensor_parallel"
+    ]
+    assert [n for n, _ in shards(28)] == ["2", "4"] and [n for n, _ in shards(32)] == ["2", "4", "8"]
+
+
+def test_an_engine_alone_may_have_nearly_all_of_its_card() -> None:
+    """vLLM counts contexts and what it cannot use into its share."""
+    for share, fits in ((0.95, True), (0.97, True), (0.999, False)):
+        s = replace(RANK, transfer="nccl", utilisation=share, checkpoint_every=1, zero_stage=2)
+        assert (planning.shortages(QWEN["7B"], s, 80 * NAMED) == []) is fits, share
+    held = planning.cards(QWEN["7B"], replace(RANK, kv_bytes=GIB), 80 * NAMED)["engine"]
+    assert held["reserve"] == planning.RESERVE * 80 * NAMED
+
+
+def test_a_sync_does_not_meet_a_step_of_the_engine() -> None:
+    s = replace(RANK, ranks=1, transfer="ipc", shared=True, sleep=True, utilisation=0.5)
+    found = planning.cards(QWEN["1.5B"], s, 80 * NAMED)
+    assert "engine's a step" not in found["card of both, at a sync"]
+    assert "engine's a step" in found["card of both, while it samples"]
+
+
+def test_a_step_of_an_engine_is_as_large_as_vllm_makes_it_on_that_card() -> None:
+    m = QWEN["7B"]
+    step = lambda card, s=RANK: planning.engine_bytes(m, s, card * NAMED)["a step"]
+    own = lambda batched, seats: batched * 2 * (3 * m.intermediate + 6 * m.width) + seats * m.vocabulary * 8
+    assert step(80) == own(16_384, 1024) and step(48) == own(8192, 256)
+    assert step(48, replace(RANK, batched=100, seats=10)) == own(100, 10)
+
+
+def test_rows_of_evaluation_sets_are_answered_and_not_learned() -> None:
+    sets = "evaluate=aime24", "evaluate.sets.aime24.max_tokens=32768"
+    s = memory.layout(*told("cluster=gpu", *SEVEN, *sets))
+    plain = memory.layout(*told("cluster=gpu", *SEVEN))
+    assert s.longest == plain.longest == plain.served < s.served == 32_768 + configured().data.max_prompt
+    assert planning.learner_work(QWEN["7B"], s) == planning.learner_work(QWEN["7B"], plain)
+    assert any(short.startswith("engine: ") for short in planning.shortages(QWEN["7B"], s, 22 * NAMED))
+
+
+@pytest.mark.parametrize(
+    ("element", "stage", "ranks", "each"),
+    [(4, 0, 1, 0), (4, 1, 1, 4), (2, 1, 8, 4), (2, 2, 1, 6), (4, 2, 8, 4)],
+)
+def test_deepspeeds_buckets_are_allocated_whole_however_small_the_model(
+    element: int, stage: int, ranks: int, each: int
+) -> None:
+    m, s = ModelShape(2, 8, 16, 8, 4, 32, 1000), Layout(element, 10, ranks=ranks, zero_stage=stage)
+    assert planning.learner_work(m, s)["DeepSpeed's buckets"] == each * planning.BUCKET
+    own = "learner.deepspeed={zero_optimization: {reduce_bucket_size: 5e7}}"
+    assert memory.layout(*told("cluster=gpu", own)).bucket == 50_000_000
 
 
 @pytest.mark.parametrize("name", ["dapo_math", "gsm8k_1b5", "rubric"])
@@ -183,10 +252,48 @@ def test_cards_found_here_are_checked_before_the_start_and_shown(smi: Any) -> No
     assert memory.cards_here() == []
 
 
-def test_a_driver_before_580_is_refused(smi: Any) -> None:
+def test_cards_that_cuda_does_not_see_are_not_asked_for(smi: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi("%s, 580.65.06\\n' $# #")
+    asked = lambda: memory.smallest_card() / 2**20  # type: ignore[operator]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert asked() == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert asked() == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
+    assert asked() == 4, "-i 1,2"
+
+
+def test_a_cluster_that_does_not_say_what_cards_it_has_is_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def late(question: Any) -> float:
+        raise InfrastructureError("a node with GPUs gave no answer within 60 s")
+
+    config, objective = told("cluster=gpu", "cluster.address=1.2.3.4:6379", *SEVEN)
+    monkeypatch.setattr(cluster, "ask_node", late)
+    memory.check_cluster(config, objective)
+    assert "within 60 s" in capsys.readouterr().out
+    monkeypatch.setattr(cluster, "ask_node", lambda question: 8 * NAMED)
+    with pytest.raises(PreflightError, match="too small"):
+        memory.check_cluster(config, objective)
+
+
+def test_a_model_that_cannot_be_read_is_the_models_affair(smi: Any, tmp_path: Path) -> None:
+    smi("81559, 580.65.06\\n")
+    for text in ("{}", "{", '{"model_type": "qwen2", "num_attention_heads": 0}'):
+        (tmp_path / "config.json").write_text(text)
+        config = configured("cluster=gpu", f"model.path={tmp_path}", "learner.lr=1e-6")
+        assert preflight.cards(config) == "the model's shape is unknown"
+
+
+def test_a_driver_before_580_is_refused(smi: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     smi("81559, 570.86.15\\n81559, 570.86.15\\n")
     with pytest.raises(PreflightError, match=r"570\.86\.15.*580.*cluster=cpu"):
         memory.check_driver(memory.cards_here())
+    with pytest.raises(PreflightError, match=r"570\.86\.15"):
+        preflight.resources(configured("cluster=gpu"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "570.86.15" in memory.check_driver(memory.cards_here()), "with CUDA's package for older drivers"
     smi("81559, 580.65.06\\n")
     assert memory.check_driver(memory.cards_here()) == "580.65.06 on 1 cards"
 
@@ -198,6 +305,10 @@ def test_a_plan_of_a_named_card_needs_neither_card_nor_weights(capsys: pytest.Ca
     assert "model: 7,615,616,512 parameters" in told.out and "card, learner rank: " in told.out
     assert "learner.gradient_checkpointing=true" in told.err
     assert cli.run([*command, "learner.gradient_checkpointing=true"]) == 0
+    capsys.readouterr()
+    assert cli.run([*command, "--json", "learner.gradient_checkpointing=true"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"][0].startswith("model: 7,615,616,512")
+    assert cli.run(["plan", "--card=80"]) == 2 and "cluster=gpu" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--card=large"):
         memory.named_card("large")
 

@@ -299,6 +299,16 @@ def test_what_a_dead_engine_was_asked_is_answered_by_another_and_counted_once(ma
     assert names(pool) == "b" and pool.live[0].in_flight == 0
 
 
+def test_an_engine_that_is_given_up_for_its_silence_names_the_setting_for_slow_ones(make_pool: Any) -> None:
+    silent = InfrastructureError("generator 0 gave no answer within 31 s")
+    silent.__cause__ = TimeoutError()
+    for error, named in ((silent, True), (DEAD, False)):
+        pool = make_pool(Gang(), Sampling("a", error))
+        with pytest.raises(InfrastructureError) as ended:
+            asyncio.run(asyncio.wait_for(pool.sample(wanted("q")), 5.0))
+        assert ("raise rollout.deadline" in str(ended.value)) is named
+
+
 class Scoring(Handle):
     """An engine or a learner that scores the probe."""
 

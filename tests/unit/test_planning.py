@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -183,6 +184,29 @@ def test_a_plan_of_rates_from_a_file_starts_nothing(
     found = json.loads(capsys.readouterr().out)
     assert found["modelled"]["lag 1"]["seconds"] < found["modelled"]["lag 0"]["seconds"]
     assert set(found["modelled"]["2 engines"]["without"]) >= {"engines", "driver", "sync", "long responses"}
+
+
+def test_a_plan_of_another_machine_asks_nothing_of_this_ones_cards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[float | None] = []
+    lines = lambda config, objective, card: [str(asked.append(card))]
+    monkeypatch.setattr(plan.memory, "memory_lines", lines)
+    monkeypatch.setattr(plan.memory, "smallest_card", lambda: 1.0)
+    assert cli.run(["plan", f"--rates={kept(tmp_path)}", *FAST, "cluster=gpu"]) == 0
+    assert asked == [None]
+    assert cli.run(["plan", f"--rates={kept(tmp_path)}", "--card=80", *FAST, "cluster=gpu"]) == 0
+    assert asked[1] == plan.memory.named_card("80")
+
+
+def test_what_a_model_weighs_is_asked_once_the_checks_have_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(config: Any) -> None:
+        raise PreflightError("model.path is no model")
+
+    monkeypatch.setattr(plan.memory, "memory_lines", lambda *_: pytest.fail("asked before it was checked"))
+    monkeypatch.setattr(plan.preflight, "refuse_wrong", wrong)
+    with pytest.raises(PreflightError, match="no model"):
+        plan.main([*FAST])
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,16 @@ def test_a_folder_that_is_no_model_has_no_size_and_a_damaged_file_is_named(
             preflight.disk(told)
 
 
+def test_kernels_that_are_not_here_are_said_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "liger_kernel" else name)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert preflight.resources(config("cluster=gpu"))
+    with pytest.raises(PreflightError, match=r"learner\.liger=true .*ENTRORAY_EXTRAS=liger"):
+        preflight.resources(config("cluster=gpu", "learner.liger=true"))
+
+
 def test_a_folder_in_use(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(PreflightError, match=r"run\.dir=/.*run\.resume=auto"):
