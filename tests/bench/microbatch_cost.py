@@ -1,7 +1,7 @@
 """An update by the overhead that micro-batches are cut with: python -m tests.bench.microbatch_cost
 
 A learner rank without Ray, in this process, with the tiny model: lengths by chance, mean 56, at most 256.
-Each overhead of `policy.microbatches` takes its turn, so that a drifting machine does not show as one of them.
+Each overhead of `policy.microbatches` takes its turn, so that a drifting machine shows in none.
 """
 
 import argparse
