@@ -118,9 +118,7 @@ class LearnerRank:
         self._clear()
         before, self.settings, self.objective, self.anchored = self.settings, settings, objective, False
         same = (before.learner.pack, before.model) == (settings.learner.pack, settings.model)
-        if not (
-            same or settings.learner.liger
-        ):  # else as the driver was told; Liger's kernels are in classes
+        if not (same or settings.learner.liger):  # as the driver was told; Liger's kernels are in classes
             self._choose_layout()
         self._load_model(settings.model.path)
 
