@@ -107,7 +107,7 @@ def test_a_call_may_begin_and_end_with_special_tokens(stack: Stack, engine: Any)
 
 
 def test_a_queue_longer_than_the_deadline_is_served_to_its_end(stack: Stack, engine: Any) -> None:
-    """256 sequences run at once: the last of 4096 begin long after a deadline that each keeps by far."""
+    """256 sequences run at once: the last of 6,656 begin long after a deadline that each keeps by far."""
     draw = Draw(1.0, 8, min_tokens=8)
     draws(stack, engine, draw, *range(256))
     took = []
@@ -115,14 +115,14 @@ def test_a_queue_longer_than_the_deadline_is_served_to_its_end(stack: Stack, eng
         began = time.monotonic()
         draws(stack, engine, draw, *range(256))
         took.append(time.monotonic() - began)
-    deadline = 6 * max(took)
+    deadline = 10 * max(took)  # a busy machine may stand still for a second
 
     async def group(number: int) -> list[Rollout]:
         asked = request(draw, *range(64), prompt_id=f"{number}", deadline=deadline)
         return await cluster.settle(engine.sample.remote(asked), deadline=100.0, what="engine")
 
     async def wave() -> list[list[Rollout]]:
-        return await asyncio.gather(*map(group, range(64)))
+        return await asyncio.gather(*map(group, range(104)))
 
     began = time.monotonic()
     rollouts = [r for members in stack.wait(wave()) for r in members]
