@@ -84,6 +84,9 @@ class World:
         await asyncio.sleep(0)
         return {}
 
+    async def score_and_update(self, batch: Any, *_: Any) -> tuple[dict[str, float], Mapping[str, Any]]:
+        return {}, await self.score(batch)
+
     async def __call__(self, version: int) -> dict[str, float]:
         self.version = version
         return {}

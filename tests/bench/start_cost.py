@@ -24,7 +24,7 @@ def started(checkout: Path, model: Path, engines: int) -> float:
         run = Path(scratch, "run")
         command = [sys.executable, "-m", "entroray", "train", "experiment=quickstart", "objective=grpo"]
         command += [f"model.path={model}", f"generator.replicas={engines}", f"run.dir={run}"]
-        command += ["learner.lr_high=true", "run.steps=1", "evaluate.final=false", "observe.report=false"]
+        command += ["learner.lr=1e-5", "run.steps=1", "evaluate.final=false", "observe.report=false"]
         with Path(scratch, "log").open("w") as log:
             began = time.perf_counter()
             environment = os.environ | {"PYTHONPATH": str(checkout)}
