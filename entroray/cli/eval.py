@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
+from entroray.engine.generator import Generator
 from entroray.errors import ConfigError
 from entroray.evaluation.cot_decoding import TWO, Decoding, words
 from entroray.evaluation.evaluate import evaluate_policy, heldout_prompts, plan_evaluation
@@ -18,7 +19,6 @@ from entroray.evaluation.sets import examine_sets
 from entroray.observe import evaluation, evaluation_page
 from entroray.wiring import actors, compose, dataset, run_directory, sampler, tool, warm_start
 from entroray.workers import cluster
-from entroray.workers.generator import Generator
 from entroray.workers.verifier import Verifier
 
 FILES = (Flag("config", "FILE"), Flag("out", "FILE"), Flag("html", "FILE"))

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from entroray.config import TINY, Cluster, Config
+from entroray.engine.cpu_engine import PRIORITY
+from entroray.engine.generator import Generator
+from entroray.engine.vllm_request import PROCESSOR, QUEUE
 from entroray.errors import PreflightError
 from entroray.objective import Objective
 from entroray.planning.deadlines import Deadlines, floor_deadlines
@@ -23,16 +26,13 @@ from entroray.workers import cluster
 from entroray.workers.checkpoint import Checkpoints
 from entroray.workers.cluster import Gang, Share
 from entroray.workers.cores import BESIDE, SharingLearner, Threads, divide_cores
-from entroray.workers.cpu_engine import PRIORITY
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.engine_pool import EnginePool
-from entroray.workers.generator import Generator
 from entroray.workers.learner_rank import LearnerRank, LearnerSettings
 from entroray.workers.roles import GeneratorRole, LearnerRole, VerifierRole
 from entroray.workers.sync import WeightSync
 from entroray.workers.verifier import Verifier
 from entroray.workers.verifier_pool import VerifierPool
-from entroray.workers.vllm_request import PROCESSOR, QUEUE
 from entroray.workers.weight_sender import WeightSender
 
 

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterable
 from importlib import import_module
 
-MODULES = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "entroray.workers.generator")
+MODULES = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "entroray.engine.generator")
 """What an engine on a CPU imports: 8 s."""
 SIZE = struct.Struct("!q")
 """Length of the message that follows."""

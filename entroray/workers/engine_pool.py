@@ -8,10 +8,10 @@ from typing import Any
 
 from ray.exceptions import RayTaskError
 
+from entroray.engine.generator import Request
 from entroray.errors import InfrastructureError, SyncError
 from entroray.types import Rollout
 from entroray.workers.cluster import SAMPLING, WAITS, await_starts, kill_actors, settle, settle_next
-from entroray.workers.generator import Request
 from entroray.workers.weight_sender import WeightSender
 
 GRACE = 30.0

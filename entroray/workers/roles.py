@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from entroray.engine.generator import Generator
+from entroray.engine.vllm_request import QUEUE, Request
 from entroray.metrics.update import update_metrics
 from entroray.objective import Objective, count_tokens
 from entroray.ops import token_places
@@ -19,9 +21,7 @@ from entroray.roles import Scores
 from entroray.types import Answer, Batch, Draw, Prompt, Rollout, Tokens, Verdict
 from entroray.workers.cluster import Gang
 from entroray.workers.engine_pool import EnginePool
-from entroray.workers.generator import Generator
 from entroray.workers.verifier_pool import VerifierPool
-from entroray.workers.vllm_request import QUEUE, Request
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,24 @@
 """Weights from learner to engines through vLLM's own weight-transfer API.
 
-On GPUs the built-in `nccl` or `ipc` engines do it. Neither works on CPU, so `plasma` is registered here
-by the same interface (`plasma_engine.py` is vLLM's end): rank 0 puts the weights into Ray's object store
+On GPUs the built-in `nccl` or `ipc` engines do it. Neither works on CPU, so `plasma` is registered here by
+the same interface (`engine/plasma_engine.py` is vLLM's end): rank 0 puts the weights into Ray's object store
 (shared memory on a node, a transfer between nodes), every engine on a node reads that one copy, hashes and
 checks it while it still generates, then loads from it in one pause. A learner with `plasma` does not import
 vLLM, which takes seconds.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 import ray
 import torch
-import xxhash
 from torch import nn
 
-from entroray.errors import ConfigError, SyncError
+from entroray.engine.weight_bytes import ParamMeta, describe_weights, digest, pack
+from entroray.errors import ConfigError
 from entroray.planning.memory import PACKED
 from entroray.workers.weight_sender import GeneratorClient
 
@@ -32,65 +30,10 @@ def register() -> None:
     """Entry point `vllm.general_plugins`: runs in every process that vLLM starts."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from entroray.workers import cpu_engine
+    from entroray.engine import cpu_engine
 
-    WeightTransferEngineFactory.register_engine(BACKEND, "entroray.workers.plasma_engine", "PlasmaEngine")
+    WeightTransferEngineFactory.register_engine(BACKEND, "entroray.engine.plasma_engine", "PlasmaEngine")
     cpu_engine.register()
-
-
-@dataclass(frozen=True)
-class ParamMeta:
-    """A parameter as vLLM's class of this name describes it."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-Manifest = dict[str, list[Any]]
-"""[data type, shape] of every parameter, in the order of their bytes."""
-Payload = list[np.ndarray]
-"""The bytes of every parameter."""
-
-
-def describe_weights(weights: Iterable[ParamMeta]) -> Manifest:
-    """The manifest of these parameters."""
-    return {w.name: [str(w.dtype).removeprefix("torch."), list(w.shape)] for w in weights}
-
-
-def check_manifest(received: Manifest, expected: Manifest) -> None:
-    """SyncError naming parameters that are missing, unknown or of another shape or type."""
-    names = received.keys() | expected.keys()
-    if wrong := sorted(name for name in names if received.get(name) != expected.get(name)):
-        raise SyncError(
-            f"received weights are not the model's: {len(wrong)} parameters differ, first {wrong[:3]}: "
-            f"expected {[expected.get(k) for k in wrong[:3]]}, got {[received.get(k) for k in wrong[:3]]}"
-        )
-
-
-def digest(payload: Payload) -> str:
-    """Hash of weights as sent or received, one after another: against damage, not against malice."""
-    found = xxhash.xxh3_128()
-    for each in payload:
-        found.update(each.data)
-    return found.hexdigest()
-
-
-def pack(weights: list[tuple[str, torch.Tensor]]) -> tuple[Manifest, Payload]:
-    """The bytes of all weights, on the CPU; those that lie there already are not copied."""
-    manifest = describe_weights(ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in weights)
-    return manifest, [t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in weights]
-
-
-def unpack(manifest: Manifest, payload: Payload) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights whose bytes these are, without a copy: they may be read, not written."""
-    described = [(name, getattr(torch, dtype), shape) for name, (dtype, shape) in manifest.items()]
-    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in described]
-    if sizes != [each.nbytes for each in payload]:
-        received = sum(each.nbytes for each in payload)
-        raise SyncError(f"weights received hold {received} bytes, their manifest says {sum(sizes)}")
-    for (name, dtype, shape), each in zip(described, payload, strict=True):
-        yield name, torch.from_numpy(each).view(dtype).view(shape)
 
 
 class PlasmaTrainer:

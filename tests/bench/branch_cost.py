@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from entroray.config import WarmStartConfig
+from entroray.engine.generator import Generator, Request
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.types import Draw
 from entroray.wiring import actors, compose
 from entroray.workers import cluster
-from entroray.workers.generator import Generator, Request
 
 ENGINES: Mapping[str, Mapping[str, Any]] = {
     "no cache": {"enable_prefix_caching": False},

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from entroray.config import WarmStartConfig
+from entroray.engine.generator import Generator, Request
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.types import Draw
 from entroray.wiring import actors, compose
 from entroray.workers import cluster
 from entroray.workers.engine_pool import EnginePool
-from entroray.workers.generator import Generator, Request
 from tests.bench.sampler_cost import PROMPTS
 
 

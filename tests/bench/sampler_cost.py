@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from entroray.config import WarmStartConfig
+from entroray.engine.generator import Generator, Request
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.types import Draw
 from entroray.wiring import actors, compose
 from entroray.wiring.parts import build_parts
 from entroray.workers import cluster
-from entroray.workers.generator import Generator, Request
 
 PROMPTS = [tuple(int(i) for i in np.random.default_rng(n).integers(0, 250, 16)) for n in range(32)]
 RULES = {

@@ -19,11 +19,11 @@ import ray
 import torch
 
 from entroray.config import WarmStartConfig
+from entroray.engine.generator import Generator
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.wiring import actors, compose, dataset
 from entroray.wiring.parts import build_parts
 from entroray.workers import cluster
-from entroray.workers.generator import Generator
 
 LARGE = {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 2816} | {
     "num_attention_heads": 16,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from entroray.config import Config
+from entroray.engine.generator import Generator
 from entroray.objective import build_objective
 from entroray.train.batching import assemble, group_index, tokens_of
 from entroray.types import Draw, Group, Prompt, Rollout, Verdict
@@ -17,7 +18,6 @@ from entroray.workers import cluster
 from entroray.workers.cluster import Gang
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.engine_pool import EnginePool
-from entroray.workers.generator import Generator
 from entroray.workers.learner_rank import LearnerRank
 from entroray.workers.roles import GeneratorRole, LearnerRole
 from entroray.workers.sync import WeightSync
@@ -142,7 +142,7 @@ async def _group(generator: GeneratorRole, start: int) -> Group:
 
 
 async def _greedy(engine: Any, start: int) -> list[int]:
-    from entroray.workers.vllm_request import Request
+    from entroray.engine.vllm_request import Request
 
     request = Request("greedy", tuple(models.text(start=start).tolist()), (0,), Draw(0.0, NEW), 60.0)
     found: list[Rollout] = await cluster.settle(

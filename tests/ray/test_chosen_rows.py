@@ -12,6 +12,7 @@ import pytest
 from entroray import rows
 from entroray.config import Config
 from entroray.data.prompts import PromptStream
+from entroray.engine.generator import Request
 from entroray.metrics.diversity import Loops
 from entroray.objective import build_objective
 from entroray.train.driver import Driver, Knobs, Roles
@@ -19,7 +20,6 @@ from entroray.types import Draw, Group, Status
 from entroray.wiring import compose, dataset, driver, sampler, selection
 from entroray.wiring.parts import build_parts
 from entroray.workers import cluster
-from entroray.workers.generator import Request
 from tests.documented import CHOSEN, matches
 from tests.ray.stack import Stack
 

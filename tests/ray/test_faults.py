@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+from entroray.engine.vllm_request import Request
 from entroray.errors import InfrastructureError
 from entroray.types import Draw, Prompt, Rollout
 from entroray.workers import cluster
@@ -19,7 +20,6 @@ from entroray.workers.engine_pool import EnginePool
 from entroray.workers.roles import VerifierRole
 from entroray.workers.verifier import Verifier
 from entroray.workers.verifier_pool import VerifierPool
-from entroray.workers.vllm_request import Request
 from tests.ray.processes import (
     descendants,
     engines,

@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 
+from entroray.engine.generator import Generator, Request
 from entroray.metrics import token_entropy
 from entroray.rollout import reshape
 from entroray.types import Draw, Rollout
@@ -21,7 +22,6 @@ from entroray.wiring.parts import build_parts
 from entroray.wiring.sampler import MINIMUM
 from entroray.workers import cluster
 from entroray.workers.cluster import Share
-from entroray.workers.generator import Generator, Request
 from tests.composed import configured
 from tests.ray.stack import Stack
 
@@ -42,7 +42,7 @@ class Watched(Generator):
     """An engine that counts requests coming back into the batch with tokens of their own: pre-empted ones."""
 
     def _load(self) -> None:
-        from entroray.workers.logits_processor import Shaping
+        from entroray.engine.logits_processor import Shaping
 
         self.back, plain = 0, Shaping.update_state
 
@@ -55,7 +55,7 @@ class Watched(Generator):
 
     async def watched(self) -> tuple[int, int]:
         """(requests that came back, requests whose notes are still held)."""
-        from entroray.workers.logits_processor import NOTES
+        from entroray.engine.logits_processor import NOTES
 
         return self.back, len(NOTES.slots)
 

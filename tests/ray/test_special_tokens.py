@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
+from entroray.engine.generator import Request
 from entroray.policy.tokenizer import byte_tokenizer, encode_frame, response_text
 from entroray.rollout.tool_turns import Syntax, ToolTurns
 from entroray.types import Answer, Draw, Prompt, Rollout, Status
 from entroray.workers import cluster
-from entroray.workers.generator import Request
 from tests.ray.stack import Stack
 
 TOKENIZER = byte_tokenizer()
@@ -151,7 +151,7 @@ def test_a_request_that_vllm_refuses_leaves_nothing_behind(stack: Stack, engine:
 
 def test_an_engine_at_work_says_so_and_its_pool_waits_for_it(stack: Stack, engine: Any) -> None:
     def set_beat(_: Any, seconds: float) -> None:
-        from entroray.workers import generator
+        from entroray.engine import generator
 
         generator.BEAT = seconds
 

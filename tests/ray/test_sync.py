@@ -13,6 +13,7 @@ import torch
 
 from entroray import rows
 from entroray.config import Config
+from entroray.engine.generator import Request
 from entroray.errors import InfrastructureError, SyncError
 from entroray.objective import build_objective
 from entroray.policy.tokenizer import load_tokenizer
@@ -22,7 +23,6 @@ from entroray.types import Draw, Prompt, Status
 from entroray.wiring import actors, compose, dataset
 from entroray.wiring.parts import build_parts
 from entroray.workers import cluster, transfer
-from entroray.workers.generator import Request
 from entroray.workers.learner_rank import LearnerRank
 from entroray.workers.transfer import GatheredSource
 
@@ -212,7 +212,7 @@ def test_a_skipped_sync_is_noticed_at_the_sync(running: Any) -> None:
 
 
 def test_tensors_survive_packing() -> None:
-    from entroray.workers.transfer import pack, unpack
+    from entroray.engine.weight_bytes import pack, unpack
 
     weights = [("a", torch.randn(3, 5)), ("b", torch.randn(7).bfloat16()), ("c", torch.tensor(2.0))]
     manifest, payload = pack(weights)

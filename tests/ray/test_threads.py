@@ -7,11 +7,11 @@ from typing import Any
 
 import ray
 
+from entroray.engine.generator import Request
 from entroray.types import Draw
 from entroray.workers import cluster
 from entroray.workers.cluster import Share
 from entroray.workers.cores import BESIDE
-from entroray.workers.generator import Request
 from tests.ray.stack import Stack
 
 

@@ -9,12 +9,12 @@ import pytest
 import ray
 import torch
 
+from entroray.engine.generator import Generator, Request
 from entroray.policy.tokenizer import chat, load_tokenizer
 from entroray.types import Draw
 from entroray.wiring import actors, compose
 from entroray.workers import cluster
 from entroray.workers.cluster import Share
-from entroray.workers.generator import Generator, Request
 from tests.documented import IN_A_RUN, matches
 from tests.ray.stack import FinishedRun, entroray, entroray_here, metrics
 from tests.records import query

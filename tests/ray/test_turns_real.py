@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from entroray.engine.generator import Request
 from entroray.policy.tokenizer import byte_tokenizer, encode_frame, response_text
 from entroray.rollout.tool_turns import Syntax, ToolTurns
 from entroray.train.batching import assemble, group_index
 from entroray.types import Answer, Draw, Group, MaskReason, Prompt, Rollout, Status, Verdict
 from entroray.workers import cluster
-from entroray.workers.generator import Request
 from entroray.workers.verifier import Verifier
 from tests.ray.stack import Stack, entroray, metrics
 from tests.ray.test_learner import a_gang

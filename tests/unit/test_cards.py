@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from entroray.config import LearnerConfig
+from entroray.engine import cpu_engine
+from entroray.engine.generator import Generator
 from entroray.errors import ConfigError, PreflightError
 from entroray.policy.head import (
     CARD_COLUMNS,
@@ -25,11 +27,10 @@ from entroray.policy.head import (
 )
 from entroray.wiring import actors
 from entroray.wiring.actors import learner_settings
-from entroray.workers import cluster, cpu_engine, engine_pool, transfer, verifier_pool
+from entroray.workers import cluster, engine_pool, transfer, verifier_pool
 from entroray.workers.cluster import Gang, Share
 from entroray.workers.deepspeed_backend import deepspeed_config
 from entroray.workers.engine_pool import EnginePool
-from entroray.workers.generator import Generator
 from entroray.workers.learner_rank import LearnerRank
 from entroray.workers.verifier_pool import VerifierPool
 from tests.composed import configured

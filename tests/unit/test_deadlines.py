@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from entroray.engine.vllm_request import QUEUE, Request
+from entroray.engine.waiting import Waiting
 from entroray.errors import ConfigError
 from entroray.planning.deadlines import Deadlines, floor_deadlines
 from entroray.types import Draw
 from entroray.wiring import actors, compose, preflight
 from entroray.wiring.driver import loop_settings
-from entroray.workers.generator import Waiting
-from entroray.workers.vllm_request import QUEUE, Request
 from tests.composed import configured
 
 

@@ -10,13 +10,13 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from entroray.config import DriverConfig
+from entroray.engine.generator import Generator
+from entroray.engine.vllm_request import Request
 from entroray.errors import ConfigError, InfrastructureError, SyncError
 from entroray.types import Draw
 from entroray.workers import engine_pool
 from entroray.workers.engine_pool import Engine, EnginePool
-from entroray.workers.generator import Generator
 from entroray.workers.sync import WeightSync
-from entroray.workers.vllm_request import Request
 from entroray.workers.weight_sender import Delivery, WeightSender
 
 DEAD = InfrastructureError("its process died")

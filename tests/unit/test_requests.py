@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from entroray.engine.vllm_request import Request, as_rollout
+from entroray.engine.waiting import Waiting
 from entroray.policy.tokenizer import byte_tokenizer, response_text
 from entroray.types import Draw, Rollout, Status
-from entroray.workers.generator import Waiting
-from entroray.workers.vllm_request import Request, as_rollout
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id

@@ -12,17 +12,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from entroray.errors import InfrastructureError
-from entroray.policy.tokenizer import response_text
-from entroray.types import Draw, Rollout, Status
-from entroray.workers.cpu_engine import StepThreads, forget_ray_threads
-from entroray.workers.vllm_request import (
+from entroray.engine.cpu_engine import StepThreads, forget_ray_threads
+from entroray.engine.vllm_request import (
     Request,
     as_rollout,
     end_tokens,
@@ -33,33 +30,16 @@ from entroray.workers.vllm_request import (
     sampling_params,
     unfinished_rollout,
 )
+from entroray.engine.waiting import Waiting
+from entroray.engine.weight_bytes import digest
+from entroray.errors import InfrastructureError
+from entroray.policy.tokenizer import response_text
+from entroray.types import Draw, Rollout, Status
 
 TICK = 0.2
 """Seconds the idle thread sleeps, and between looks at which samples have begun."""
 BEAT = 10.0
 """Seconds after which an engine that has finished nothing says that it is at work."""
-
-
-@dataclass
-class Waiting:
-    """A request's samples, filled in as they finish; times are of `time.monotonic`."""
-
-    request: Request
-    future: Future
-    admitted: float
-    left: set[str]
-    begun: dict[str, float] = field(default_factory=dict)
-    """When a sample was first seen to have a token."""
-    done: dict[str, Rollout] = field(default_factory=dict)
-
-    def late(self, now: float, idle_since: float) -> set[str]:
-        """Samples without an answer `request.deadline` seconds after their first token.
-
-        One without a token waits for its turn, `request.patience`: since it was admitted, and again since
-        the engine was last at work on others, which end in time themselves.
-        """
-        first, lasts = max(self.admitted, idle_since) + self.request.patience, self.request.deadline
-        return {n for n in self.left if (self.begun[n] + lasts if n in self.begun else first) < now}
 
 
 class Generator:
@@ -137,8 +117,6 @@ class Generator:
 
     async def stage(self, payload: list[np.ndarray]) -> str:
         """Hold new weights beside the engine while it goes on; returns the hash of what arrived."""
-        from entroray.workers.transfer import digest
-
         received = await asyncio.to_thread(digest, payload)
         self.staged = (received, payload)
         return received
@@ -303,7 +281,7 @@ class Generator:
         """The sampler's notes on requests that are over, once; every rank has the same."""
         if not names:
             return []
-        from entroray.workers.logits_processor import drain
+        from entroray.engine.logits_processor import drain
 
         return self.llm.collective_rpc(drain, args=([self._noted(n) for n in names],))[0]
 

@@ -9,7 +9,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from entroray.workers.transfer import Manifest, Payload, check_manifest, unpack
+from entroray.engine.weight_bytes import Manifest, Payload, check_manifest, unpack
 
 
 @dataclass

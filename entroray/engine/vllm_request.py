@@ -12,7 +12,7 @@ from entroray.metrics.diversity import Loops
 from entroray.rollout.reshape import FIXED
 from entroray.types import Draw, Rollout, SamplerNotes, Status, TopTokens
 
-PROCESSOR = "entroray.workers.logits_processor:Shaping"
+PROCESSOR = "entroray.engine.logits_processor:Shaping"
 """The logits processor that samplers run in, as vLLM loads it."""
 QUEUE = 300.0
 """Seconds that a sample without a token waits for an engine at work on nothing, unless a user says more."""
@@ -138,7 +138,7 @@ def _sampler_notes(notes: np.ndarray | None, length: int) -> SamplerNotes:
     if notes is None or len(notes) < length or np.isnan(notes[:length, :2]).any():
         raise InfrastructureError(
             f"the sampler has no notes on some of {length} tokens it was asked to measure: the engine must "
-            "be started with the logits processor of entroray/workers/logits_processor.py "
+            "be started with the logits processor of entroray/engine/logits_processor.py "
             "(actors.engine_options does)"
         )
     return SamplerNotes(*np.ascontiguousarray(notes[:length].T))

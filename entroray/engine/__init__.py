@@ -1,0 +1,1 @@
+"""One vLLM engine: requests, its thread, samplers and loading of weights; no Ray."""
