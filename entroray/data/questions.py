@@ -116,6 +116,8 @@ def _messages(value: Any, column: str) -> Any:
             raise BadRow(f"{column!r} is {_shown(value)}, messages that are neither JSON nor Python")
         spoken = held and all(m is None or "role" in m or "from" in m for m in held)
         value = held if held and (begins[1] or spoken) else value
+    if isinstance(value, Mapping) and {"role", "from"} & value.keys():
+        value = [value]
     if isinstance(value, list | tuple) and any(isinstance(message, Mapping) for message in value):
         return [_renamed(message) for message in value if message is not None]
     return value
@@ -135,7 +137,8 @@ def _conversation(value: Any, column: str, said: str) -> list[Message]:
         _check_filled(column, value)
         return [{"role": "user", "content": value}]
     if not isinstance(value, list | tuple) or not value or not all(isinstance(m, Mapping) for m in value):
-        raise BadRow(f"{column!r} is {_shown(value)}, not a text or a list of messages (role, content)")
+        wanted = f"not a text or messages (role, content){_field(value, column)}"
+        raise BadRow(f"{column!r} is {_shown(value)}, {wanted}")
     messages = [_message(m, column) for m in value]
     if messages[-1]["role"] != "user":
         first = next((at for at, m in enumerate(messages) if m["role"] == "user"), 0)
@@ -145,6 +148,11 @@ def _conversation(value: Any, column: str, said: str) -> list[Message]:
         )
     _check_filled(column, messages[-1]["content"])
     return messages
+
+
+def _field(value: Any, column: str) -> str:
+    record = isinstance(value, Mapping) and value
+    return f": data.settings.question={column}.{next(iter(value))} names a field of it" if record else ""
 
 
 def _message(message: Message, column: str) -> Message:

@@ -84,7 +84,7 @@ def test_verls_layout_is_read_from_json_and_parquet_alike(tmp_path: Path) -> Non
         ([{"role": "user", "content": [{"type": "image", "image": "x"}]}], "role and content"),
         ([{"role": "user", "content": None}], "role and content"),
         (["Say 1"], "messages"),
-        ({"role": "user", "content": "a"}, "messages"),
+        ({"text": "a"}, r"question=messages\.text"),
     ],
 )
 def test_a_conversation_that_cannot_be_answered_is_named(tmp_path: Path, messages: object, says: str) -> None:
@@ -133,6 +133,13 @@ def test_sharegpts_form_is_a_conversation(tmp_path: Path, write: Callable[[Any],
     assert (question.text, question.before) == ("1+1", (SAID[0],))
     (question,), _ = table(lines, question="conversations.1.value", answer="conversations.2.value")
     assert (question.text, question.answer) == ("1+1", "2")
+
+
+def test_a_message_that_stands_alone_is_a_conversation(tmp_path: Path) -> None:
+    for said in ({"role": "user", "content": "1+1"}, {"from": "human", "value": "1+1"}):
+        row = json.dumps({"messages": said, "answer": "2"}).encode()
+        (question,), _ = table(str(file(tmp_path, "rows.jsonl", row)), question="messages")
+        assert question.text == "1+1"
 
 
 def test_messages_in_a_text_may_begin_with_another_key_and_other_lists_are_texts(tmp_path: Path) -> None:
