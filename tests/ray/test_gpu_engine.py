@@ -297,11 +297,39 @@ def test_v2_inserts_a_token_once_a_response_and_again_after_no_pre_emption(batch
     told = {"rule": json.dumps({"fn": "quadrants", "high_entropy": 2.5}), "insert": 33}
     flat = torch.zeros(1, 50)
     batch.add(3, "a", **told)
-    first, second = batch.step(flat, {3: 3}), batch.step(flat, {3: 4})
-    assert first.isfinite().sum() == 1 and first[0, 33] == 0 and second.isfinite().all()
-    batch.add(0, "a", begun=2, **told)
-    assert batch.step(flat, {0: 5}).isfinite().all()
+    first = batch.step(flat, {3: 3})
+    assert first.isfinite().sum() == 1 and first[0, 33] == 0
+    batch.add(0, "a", begun=1, **told)
+    assert batch.step(flat, {0: 4}).isfinite().all() and batch.step(flat, {0: 5}).isfinite().all()
     assert np.isnan(notes("a")[0][:, 2]).tolist() == [True, False, False]
+
+
+def test_v2_waits_for_notes_under_way_only_where_a_request_comes_back(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from entroray.engine import logits_processor_v2 as v2
+
+    class Event:
+        there = waited = False
+
+        def query(self) -> bool:
+            return self.there
+
+        def synchronize(self) -> None:
+            self.there = self.waited = True
+
+    events = [Event(), Event()]
+    coming = iter(events)
+    monkeypatch.setattr(v2, "_to_host", lambda values: (next(coming), values))
+    batch.add(0, "a")
+    batch.step(rows(1), {0: 3})
+    v2.flush()
+    assert len(v2.PENDING) == 1, "not there yet"
+    events[0].there = True
+    batch.step(rows(1), {0: 4})
+    assert len(v2.PENDING) == 1 and not events[1].waited
+    batch.add(2, "a", begun=2)
+    assert not v2.PENDING and events[1].waited and len(notes("a")[0]) == 2
 
 
 def test_one_token_is_left_to_some_rows_without_looking_which() -> None:
