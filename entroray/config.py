@@ -224,7 +224,8 @@ class GeneratorConfig:
     transfer: str = "plasma"  # plasma (any machine) | nccl | ipc (GPUs, unproved)
     restarts: int = 2  # engines started in place of those that died or failed to start
     sleep: bool = False  # free the engines' GPU memory while the learner works on the same card (unproved)
-    keep_kv: bool = False  # keep keys and values of old weights across a sync
+    keep_kv: bool | None = None  # a sync keeps keys and values of samples under way; null: with a lag on GPUs
+    overlap: bool = False  # a step is scheduled while the last one computes; GPUs, off until one has shown it
     threads: int | None = None  # of one engine on CPU; null: all cores, halved beside a learner at work
     engine: dict[str, Any] = field(default_factory=dict)  # to vLLM, untouched
 

@@ -243,6 +243,7 @@ def _header(
         *(f"control    {line}" for line in controllers.describe_controllers(parts, lag)),
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
         *([f"rows       {facts['rows']}"] if facts.get("rows", "padded") != "padded" else []),
+        *(["engine     vLLM's runner V2"] if facts.get("runner") == "V2" else []),
         *(f"prompts    {line}" for line in prompts),
         f"data       {len(split.training)} training, {len(split.heldout)} held out; {read_in.dropped}",
         *(f"evaluated  {line}" for line in facts.get("evaluation_sets", ())),

@@ -5,7 +5,6 @@ requests in flight go on with the new ones, each token knowing the version that 
 """
 
 import asyncio
-import os
 import queue
 import threading
 import time
@@ -13,12 +12,13 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from entroray.engine.cpu_engine import StepThreads, forget_ray_threads
+from entroray.engine.overlap import come_to_rest, go_on
+from entroray.engine.starting import runner, start_llm
 from entroray.engine.vllm_request import (
     Request,
     as_rollout,
@@ -30,16 +30,16 @@ from entroray.engine.vllm_request import (
     sampling_params,
     unfinished_rollout,
 )
-from entroray.engine.waiting import Waiting
-from entroray.engine.weight_bytes import digest
+from entroray.engine.waiting import Waiting, as_they_end
+from entroray.engine.weight_bytes import digest, void_weights
 from entroray.errors import InfrastructureError
 from entroray.policy.tokenizer import response_text
 from entroray.types import Draw, Rollout, Status
 
 TICK = 0.2
 """Seconds the idle thread sleeps, and between looks at which samples have begun."""
-BEAT = 10.0
-"""Seconds after which an engine that has finished nothing says that it is at work."""
+OWN_WEIGHTS = ("enable_lora", "speculative_config", "quantization")
+"""vLLM's options of engines that hold weights which no sync brings."""
 
 
 class Generator:
@@ -54,7 +54,12 @@ class Generator:
         self.serial = 0
         self.tag = uuid.uuid4().hex
         """Tells this engine's requests from those of another in the same process."""
-        self.paused = self.asleep = False
+        self.paused = self.updating = False
+        """Between beginning and commit of an update; whether one is open in vLLM."""
+        self.asleep = 0
+        """vLLM's level of sleep, with weights and cache off the card; 0 is awake."""
+        self.salt = 0
+        """Of prompts in the prefix cache, changed by an update that keeps it: later prompts find nothing."""
         self.moved = self.next_look = self.turned = 0.0
         """When a sample last ended or was under way, when to look again, when the thread last turned."""
         self.staged: tuple[str, list[np.ndarray]] | None = None
@@ -68,6 +73,10 @@ class Generator:
     async def start(self) -> float:
         """Seconds the engine took to load and warm up."""
         return await asyncio.wrap_future(self.ready)
+
+    async def describe(self) -> dict[str, str]:
+        """What of an engine decides what a seed draws: which of vLLM's runners serves it."""
+        return await self._run(lambda: {"runner": self.runner})
 
     async def sample(self, request: Request) -> list[Rollout]:
         """One rollout per seed; those not done `deadline` seconds after their first token are `timeout`."""
@@ -92,23 +101,8 @@ class Generator:
             admitted.set_result(None)
 
         await self._post(admit)
-        finished: asyncio.Queue[int] = asyncio.Queue()
-        waiting = [asyncio.wrap_future(future) for future in futures]
-        for place, future in enumerate(waiting):
-            future.add_done_callback(partial(lambda place, _: finished.put_nowait(place), place))
-        left = len(waiting)
-        while left:
-            seen = self.turned
-            try:
-                ended = [await asyncio.wait_for(finished.get(), BEAT)]
-            except TimeoutError:
-                if self.turned > seen:  # a thread that is stuck says nothing
-                    yield {}
-                continue
-            while not finished.empty():  # each answer costs Ray a message: what ended together goes together
-                ended.append(finished.get_nowait())
-            left -= len(ended)
-            yield {index: await waiting[index] for index in ended}
+        async for ended in as_they_end(futures, lambda: self.turned):
+            yield ended
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-prob (nats, T=1) of every token but the first, under the weights served now."""
@@ -122,10 +116,10 @@ class Generator:
         return received
 
     async def init_weight_transfer_engine(self, info: Mapping[str, Any]) -> None:
-        await self._run(lambda: self.llm.init_weight_transfer_engine({"init_info": dict(info)}))
+        await self._run(lambda: self._connect(info))
 
     async def sleep(self) -> None:
-        """Leave the card to the learner until the next sync: weights to the host, keys and values dropped."""
+        """Leave the card to the learner until the next sync, which brings all weights: they are dropped."""
         await self._run(self._sleep)
 
     async def replace_weights(self, info: Mapping[str, Any], version: int, keep_kv: bool) -> Any:
@@ -146,7 +140,10 @@ class Generator:
         await self._run(lambda: self._load_staged(info))
 
     async def finish_weight_update(self, version: int, keep_kv: bool) -> tuple[int, str | None]:
-        """Commit, drop keys and values of the old weights, go on; acknowledges (version, hash)."""
+        """Commit and go on; acknowledges (version, hash).
+
+        Keys and values of the old weights are dropped, or with `keep_kv` kept for the requests under way.
+        """
         return await self._run(lambda: self._commit(version, keep_kv))
 
     async def use_threads(self, number: int) -> None:
@@ -174,20 +171,12 @@ class Generator:
             raise
 
     def _load(self) -> None:
-        if self.options.get("logits_processors"):  # ours is of vLLM's V1 interface, which V2 does not take
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         forget_ray_threads()
-        from vllm import LLM
-
         began = time.monotonic()
-        self.llm = LLM(
-            model=self.model,
-            dtype=self.dtype,
-            seed=self.seed,
-            max_model_len=self.max_length,
-            async_scheduling=False,  # a token in flight across a sync would carry the wrong version
-            **{"logprobs_mode": "processed_logprobs", **self.options},
-        )
+        ours = {"async_scheduling": False, "logprobs_mode": "processed_logprobs"}
+        sizes = {"dtype": self.dtype, "max_model_len": self.max_length}
+        self.llm = start_llm(model=self.model, seed=self.seed, **sizes, **(ours | dict(self.options)))
+        self.runner = runner(self.llm)
         self.engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         self.read = response_text(tokenizer, end_tokens(self.llm.model_config, tokenizer))
         self.threads = StepThreads(self.llm)
@@ -201,7 +190,9 @@ class Generator:
         self._admit(request, done)
         while not done.done():
             self._collect(self.engine.step())
+        come_to_rest(self.llm, self._collect)
         self.engine.reset_prefix_cache()
+        go_on(self.llm)
 
     def _turn(self) -> None:
         self.turned = time.monotonic()
@@ -237,11 +228,15 @@ class Generator:
         try:
             for name, seed in zip(names, request.seeds, strict=True):
                 wanted = probe_params() if probe else sampling_params(request, seed, self._noted(name))
-                self.engine.add_request(name, {"prompt_token_ids": request.input_ids}, wanted)
+                self.engine.add_request(name, self._prompt(request), wanted)
         except Exception:  # boundary: vLLM has an exception for each thing it refuses
             self._forget(key)
             raise
         return key
+
+    def _prompt(self, request: Request) -> dict[str, Any]:
+        salt = self.salt + self.paused  # under an update it will be read by the new weights
+        return {"prompt_token_ids": request.input_ids} | ({"cache_salt": f"{salt}"} if salt else {})
 
     def _forget(self, key: str) -> None:
         """Abort a request that nobody waits for."""
@@ -281,8 +276,10 @@ class Generator:
         """The sampler's notes on requests that are over, once; every rank has the same."""
         if not names:
             return []
-        from entroray.engine.logits_processor import drain
-
+        if self.runner == "V2":
+            from entroray.engine.logits_processor_v2 import drain
+        else:
+            from entroray.engine.logits_processor import drain
         return self.llm.collective_rpc(drain, args=([self._noted(n) for n in names],))[0]
 
     def _settle(self, key: str) -> None:
@@ -334,34 +331,58 @@ class Generator:
             waiting.done[name] = unfinished_rollout(waiting.request, status, there, self.read)
         waiting.left.difference_update(late)
 
+    def _connect(self, info: Mapping[str, Any]) -> None:
+        """Meet the learner anew; what was there of the last meeting leaves the card."""
+        self._end_update()
+        self.llm.shutdown_weight_transfer_engine()
+        self.llm.init_weight_transfer_engine({"init_info": dict(info)})
+
     def _sleep(self) -> None:
         if not self.asleep:
-            self.llm.sleep(level=1)
-        self.asleep = True
+            come_to_rest(self.llm, self._collect)
+            self.asleep = 1 if any(map(self.options.get, OWN_WEIGHTS)) else 2
+            self.llm.sleep(level=self.asleep)
+
+    def _end_update(self) -> None:
+        """Close an update that was cut short, so that the next one counts none of its layers as loaded."""
+        if self.paused:
+            if not self.updating:
+                self.llm.start_weight_update()
+            self.llm.finish_weight_update()
+        self.updating = False
 
     def _open(self) -> None:
-        if self.paused:  # an update that another engine's death cut short: it is begun anew
-            self.llm.finish_weight_update()
+        come_to_rest(self.llm, self._collect)
+        if self.paused:
+            self._end_update()
         elif self.asleep:  # keys and values wake last: the learner still holds what it sends
             self.llm.wake_up(tags=["weights"])
+            if self.asleep == 2:
+                self.llm.collective_rpc(void_weights)
         self.paused = True
         self.threads.take(self.threads.most)
         self.llm.start_weight_update()
+        self.updating = True
 
     def _load_staged(self, info: Mapping[str, Any]) -> None:
         staged = {} if self.staged is None else {"payload": self.staged[1]}
+        self.updating = False  # vLLM leaves an update that fails here
         self.llm.update_weights({"update_info": dict(info) | staged})
+        self.updating = True
 
     def _commit(self, version: int, keep_kv: bool) -> tuple[int, str | None]:
         self.llm.finish_weight_update(weight_version=str(version))
+        self.updating = False
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
-            self.asleep = False
-        if not keep_kv:  # without this the cache serves old keys and values under the new version
+            self.asleep = 0
+        if keep_kv:
+            self.salt += 1
+        else:  # without this the cache serves old keys and values under the new version
             self.engine.reset_prefix_cache(reset_running_requests=True)
         received = self.staged[0] if self.staged else None
-        self.staged = None
-        self.paused = False
+        self.staged, self.paused = None, False
+        go_on(self.llm)
         return int(self.llm.get_weight_version()), received
 
     # --- from Ray's thread to the engine's ---

@@ -1,10 +1,17 @@
 """Who waits for what of an engine, and what is out of time."""
 
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from entroray.engine.vllm_request import Request
 from entroray.types import Rollout
+
+BEAT = 10.0
+"""Seconds after which an engine that has finished nothing says that it is at work."""
 
 
 @dataclass
@@ -27,3 +34,28 @@ class Waiting:
         """
         first, lasts = max(self.admitted, idle_since) + self.request.patience, self.request.deadline
         return {n for n in self.left if (self.begun[n] + lasts if n in self.begun else first) < now}
+
+
+async def as_they_end(
+    futures: Sequence[Future], turned: Callable[[], float]
+) -> AsyncIterator[dict[int, Any]]:
+    """Results of an engine's `futures` by index, those that end together at once; {} where none has in `BEAT`
+    seconds and the engine's thread has `turned` since, which gives when it last did.
+    """
+    finished: asyncio.Queue[int] = asyncio.Queue()
+    waiting = [asyncio.wrap_future(future) for future in futures]
+    for place, future in enumerate(waiting):
+        future.add_done_callback(partial(lambda place, _: finished.put_nowait(place), place))
+    left = len(waiting)
+    while left:
+        seen = turned()
+        try:
+            ended = [await asyncio.wait_for(finished.get(), BEAT)]
+        except TimeoutError:
+            if turned() > seen:  # a thread that is stuck says nothing
+                yield {}
+            continue
+        while not finished.empty():  # each answer costs Ray a message: what ended together goes together
+            ended.append(finished.get_nowait())
+        left -= len(ended)
+        yield {index: await waiting[index] for index in ended}

@@ -56,6 +56,12 @@ def pack(weights: list[tuple[str, torch.Tensor]]) -> tuple[Manifest, Payload]:
     return manifest, [t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in weights]
 
 
+def void_weights(worker: Any) -> None:
+    """NaN in place of what weights were dropped: one that no update brings makes no plausible tokens."""
+    for weight in worker.get_model().parameters():
+        weight.data.fill_(torch.nan if weight.is_floating_point() else 0)
+
+
 def unpack(manifest: Manifest, payload: Payload) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights whose bytes these are, without a copy: they may be read, not written."""
     described = [(name, getattr(torch, dtype), shape) for name, (dtype, shape) in manifest.items()]

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from entroray.binding import bind
@@ -44,7 +44,9 @@ def reshape_logits(logits: Float[Tensor, "n V"], factor: Float[Tensor, " n"]) ->
     """Logits over their factor, in place; where it is 0 the likeliest token alone remains."""
     greedy = factor == 0
     logits.div_(torch.where(greedy, 1.0, factor)[:, None])
-    if bool(greedy.any()):
+    if logits.is_cuda:  # to ask whether any is would wait for the card
+        keep_where(logits, greedy, logits.argmax(-1))
+    elif bool(greedy.any()):
         rows = greedy.nonzero().squeeze(-1)
         keep_only(logits, rows, logits[rows].argmax(-1))
     return logits
@@ -54,3 +56,9 @@ def keep_only(logits: Float[Tensor, "n V"], rows: Int[Tensor, " m"], tokens: Int
     """Leave one token to each of `rows`, in place: its probability becomes exactly 1."""
     logits[rows] = -torch.inf
     logits[rows, tokens] = 0.0
+
+
+def keep_where(logits: Float[Tensor, "n V"], here: Bool[Tensor, " n"], tokens: Int[Tensor, " n"]) -> None:
+    """`keep_only` of the rows where `here` is true, without looking where that is."""
+    kept = torch.where(here, 0.0, logits.gather(-1, tokens[:, None]).squeeze(-1))
+    logits.masked_fill_(here[:, None], -torch.inf).scatter_(-1, tokens[:, None], kept[:, None])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from entroray.config import TINY, Cluster, Config
+from entroray.config import TINY, Cluster, Config, GeneratorConfig
 from entroray.engine.cpu_engine import PRIORITY
 from entroray.engine.generator import Generator
 from entroray.engine.vllm_request import PROCESSOR, QUEUE
@@ -154,6 +154,7 @@ class Actors:
         await self.engines.drain(run_deadlines(self.config).step)
         settings = learner_settings(config, model, total_updates)
         await self.learner.all(lambda rank, h: h.reset.remote(settings, objective), deadline=within)
+        self.engines.sender.generator = sender_settings(config)
         self.engines.sender.disconnect()
         sync = WeightSync(self.learner, self.engines, self.sync.probe_ids, config.driver, within)
         facts = self.facts | await sync(0)
@@ -225,6 +226,7 @@ def engine_options(config: Config) -> dict[str, Any]:
         "weight_transfer_config": {"backend": config.generator.transfer},
         "disable_log_stats": True,
         **({"enable_sleep_mode": True} if config.generator.sleep else {}),
+        **({"async_scheduling": True} if config.generator.overlap else {}),
     }
     return ours | cpu | config.generator.engine | _head(config)
 
@@ -234,6 +236,16 @@ def _head(config: Config) -> dict[str, Any]:
     if config.model.dtype == "float32":
         return {}
     return {"hf_overrides": {"head_dtype": "float32", **config.generator.engine.get("hf_overrides", {})}}
+
+
+def sender_settings(config: Config) -> GeneratorConfig:
+    """`generator`, with what `keep_kv=null` means.
+
+    On GPUs with a lag thousands of long samples are under way, and to read them all anew after each sync
+    takes longer than a step. Their tokens know their versions, and `mismatch` measures the rest.
+    """
+    kept, g = bool(config.driver.max_lag) and not cpu_only(config.cluster), config.generator
+    return replace(g, keep_kv=kept if g.keep_kv is None else g.keep_kv)
 
 
 def logits_processors(config: Config, parts: Parts) -> dict[str, Any]:
@@ -285,7 +297,7 @@ async def start_actors(
     engines = EnginePool(
         handles,
         generator,
-        WeightSender(learner, config.generator, within),
+        WeightSender(learner, sender_settings(config), within),
         restarts=config.generator.restarts,
         start_deadline=within,
         report=report,
@@ -330,7 +342,8 @@ async def _introduce(
     if folder:
         limit = run_deadlines(config).checkpoint
         await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=limit)
-    return sync, facts[0] | await sync(version)
+    each = await engines.call_all(lambda h: h.describe.remote(), deadline=within, what="describing itself")
+    return sync, facts[0] | next(iter(each.values()), {}) | await sync(version)
 
 
 def prepare_engines(config: Config) -> None:

@@ -39,7 +39,7 @@ TAKEN = {
     "dtype": "model.dtype says it",
     "seed": "seed says it",
     "max_model_len": "it is data.max_prompt + rollout.max_tokens",
-    "async_scheduling": "it is off: a token in flight across a sync would carry the wrong version",
+    "async_scheduling": "generator.overlap says it",
 }
 
 
@@ -171,6 +171,7 @@ def check_config(config: Config) -> Parts:
             "below 1/256 of a sum: with model.dtype=bfloat16 set learner.zero_stage=1"
         )
     constraints.check_deepspeed(config.learner.deepspeed)
+    constraints.check_overlap(config)
     if config.generator.sleep and (config.driver.max_lag or config.cluster.gpus_per_generator == 0):
         raise ConfigError(
             "generator.sleep shares a GPU by turns: it needs driver.max_lag=0 and cluster.gpus_per_generator "

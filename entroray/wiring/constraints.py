@@ -108,6 +108,15 @@ def check_bounds(config: Config) -> None:
         )
 
 
+def check_overlap(config: Config) -> None:
+    """ConfigError for steps scheduled ahead on a CPU, where vLLM's platform switches that off."""
+    if config.generator.overlap and not config.cluster.gpus_per_generator:
+        raise ConfigError(
+            "generator.overlap=true: vLLM schedules ahead on GPUs alone, and cluster.gpus_per_generator=0: "
+            "set generator.overlap=false, or take cluster=gpu"
+        )
+
+
 def check_deepspeed(given: Mapping[str, Any]) -> None:
     """ConfigError for what of `learner.deepspeed` is no section, or cannot be chosen there."""
     for name in ("bf16", "data_types", "optimizer", "zero_optimization"):

@@ -109,7 +109,7 @@ class WeightSender:
         if handles != self.connected:
             self.connected = []
             g = self.generator
-            client = GeneratorClient(handles, g.tensor_parallel, self.deadline, g.keep_kv)
+            client = GeneratorClient(handles, g.tensor_parallel, self.deadline, bool(g.keep_kv))
             await self.learner.all(lambda rank, h: h.connect.remote(client), deadline=self.deadline)
             self.connected = handles
         deliveries = await self.learner.all(lambda rank, h: h.sync.remote(version), deadline=self.deadline)

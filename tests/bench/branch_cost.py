@@ -4,8 +4,7 @@ Each engine draws responses and then branches of them from half-way. Prompts dif
 all a branch can find in the cache is its own family's. The first round warms up; the rest are summed.
 
 It is one engine without a cluster around it. With several, a branch finds its prefix only where its prompt
-was read (`Homes` in entroray/workers/engine_pool.py), and an update of the weights empties the cache unless
-`generator.keep_kv` is on.
+was read (`Homes` in entroray/workers/engine_pool.py), and after an update of the weights nothing of before.
 """
 
 import argparse

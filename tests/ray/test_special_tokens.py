@@ -151,9 +151,9 @@ def test_a_request_that_vllm_refuses_leaves_nothing_behind(stack: Stack, engine:
 
 def test_an_engine_at_work_says_so_and_its_pool_waits_for_it(stack: Stack, engine: Any) -> None:
     def set_beat(_: Any, seconds: float) -> None:
-        from entroray.engine import generator
+        from entroray.engine import waiting
 
-        generator.BEAT = seconds
+        waiting.BEAT = seconds
 
     async def indices() -> list[list[int]]:
         asked = [request(PLAIN, *range(64)), request(PLAIN, *range(64, 80))]

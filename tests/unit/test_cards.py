@@ -15,7 +15,6 @@ import torch
 
 from entroray.config import LearnerConfig
 from entroray.engine import cpu_engine
-from entroray.engine.generator import Generator
 from entroray.errors import ConfigError, PreflightError
 from entroray.policy.head import (
     CARD_COLUMNS,
@@ -155,46 +154,6 @@ def test_an_actor_larger_than_every_node_is_refused_by_name() -> None:
         cluster.check_resources(shares, [nodes[2]])
 
 
-class SleepingEngine:
-    """vLLM with its weights and its keys and values on or off the card."""
-
-    def __init__(self) -> None:
-        self.on_card, self.version, self.cached = {"weights", "kv_cache"}, "2", True
-
-    def sleep(self, level: int) -> None:
-        self.on_card.clear()
-
-    def wake_up(self, tags: list[str]) -> None:
-        self.on_card |= set(tags)
-
-    def start_weight_update(self) -> None:
-        assert "weights" in self.on_card
-
-    def finish_weight_update(self, weight_version: str) -> None:
-        self.version = weight_version
-
-    def get_weight_version(self) -> str:
-        return self.version
-
-    def reset_prefix_cache(self, reset_running_requests: bool) -> None:
-        self.cached = False
-
-
-@pytest.mark.parametrize("asleep", [True, False])
-def test_a_sleeping_engine_has_no_keys_and_values_on_the_card_until_its_weights_are_in(asleep: bool) -> None:
-    alone = object.__new__(Generator)
-    alone.llm = alone.engine = llm = SleepingEngine()  # type: ignore[assignment]
-    alone.staged, alone.asleep, alone.paused = None, False, False
-    alone.threads = SimpleNamespace(most=2, take=lambda number: None)  # type: ignore[assignment]
-    if asleep:
-        alone._sleep()
-    alone._open()
-    assert alone.paused and ("kv_cache" in llm.on_card) is not asleep
-    assert alone._commit(3, keep_kv=not asleep) == (3, None)
-    assert llm.on_card == {"weights", "kv_cache"} and llm.cached is not asleep
-    assert not alone.asleep and not alone.paused
-
-
 def test_a_rank_that_begins_anew_holds_nothing_of_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it loads the new model, the old one is gone from memory and its transfer is closed."""
 
@@ -331,6 +290,7 @@ def introduced(
 
         answer = lambda *_: asyncio.sleep(0, ("here", 1))
         ask = {name: SimpleNamespace(remote=answer) for name in ("address", "warm_up")}
+        ask["describe"] = SimpleNamespace(remote=lambda: asyncio.sleep(0, {"runner": "V2"}))
         return SimpleNamespace(start=SimpleNamespace(remote=start), **ask)
 
     async def settle(ref: Any, **_: Any) -> Any:
@@ -369,7 +329,7 @@ def test_a_rank_waits_for_the_engine_it_shares_a_card_with(
 def test_ranks_that_lay_rows_out_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them have one plan, of micro-batches that fit only rows laid out as it says."""
     end, padded = {"packed": True, "rows": "end to end"}, {"packed": False, "rows": "padded, for no kernel"}
-    assert introduced(monkeypatch, "gpu", [end, end])[1] == end
-    assert introduced(monkeypatch, "gpu", [padded])[1] == padded
+    assert introduced(monkeypatch, "gpu", [end, end])[1] == end | {"runner": "V2"}
+    assert introduced(monkeypatch, "gpu", [padded])[1] == padded | {"runner": "V2"}
     with pytest.raises(PreflightError, match=r"rows lie end to end and padded, for no kernel"):
         introduced(monkeypatch, "gpu", [end, end, padded])

@@ -1,0 +1,71 @@
+"""How a vLLM engine starts: which of vLLM's two runners serves it, and a card that is still being left."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from entroray.engine.vllm_request import PROCESSOR
+from entroray.errors import ConfigError
+
+PROCESSOR_V2 = "entroray.engine.logits_processor_v2:Shaping"
+"""`PROCESSOR` for vLLM's runner V2, which GPUs take."""
+STILL_TAKEN = ("Free memory on device", "WorkerProc initialization failed")
+"""How vLLM, which has no type for it, begins to say that a card has no room; of an engine of several
+processes no more is known in the one that started them."""
+LEAVING = 20.0
+"""Seconds given to processes of an engine that was killed to leave their cards."""
+
+
+def start_llm(**options: Any) -> Any:
+    """vLLM's `LLM` with these options; ConfigError if they ask for what its runner cannot do."""
+    if names := options.get("logits_processors"):
+        options["logits_processors"] = fit_processors(names, ahead=options["async_scheduling"])
+    from vllm import LLM
+
+    return try_twice(lambda: LLM(**options))
+
+
+def fit_processors(names: Sequence[str], *, ahead: bool) -> list[str]:
+    """Logits processors for the runner that will serve: V2 if vLLM may take it and all of them fit it.
+
+    `ahead` is `generator.overlap`, with which V1's would see tokens that are not known yet.
+    """
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    if HAS_TRITON and envs.VLLM_USE_V2_MODEL_RUNNER is not False and all(map(_fits_v2, names)):
+        return [PROCESSOR_V2 if name == PROCESSOR else name for name in names]
+    if ahead:
+        raise ConfigError(
+            f"generator.overlap=true: vLLM's runner V1 serves logits processors {list(names)}: set "
+            "generator.overlap=false, or have those of generator.engine.logits_processors be V2's"
+        )
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    return list(names)
+
+
+def _fits_v2(name: str) -> bool:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
+
+    return name == PROCESSOR or issubclass(resolve_obj_by_qualname(name.replace(":", ".")), LogitsProcessor)
+
+
+def runner(llm: Any) -> str:
+    """The runner that serves; V1 and V2 draw other samples with one seed."""
+    return "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
+
+
+def try_twice(start: Callable[[], Any]) -> Any:
+    """What `start` gives; once more after `LEAVING` seconds if the card's memory was taken."""
+    try:
+        return start()
+    except Exception as error:  # boundary: vLLM raises ValueError, or a bare Exception where it has processes
+        if not str(error).startswith(STILL_TAKEN):
+            raise
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+    time.sleep(LEAVING)
+    return start()
