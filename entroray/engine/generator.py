@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from entroray.engine.checked_transfer import agreed, check_transfers, received
 from entroray.engine.cpu_engine import StepThreads, forget_ray_threads
 from entroray.engine.vllm_request import (
     Request,
@@ -31,7 +32,7 @@ from entroray.engine.vllm_request import (
     unfinished_rollout,
 )
 from entroray.engine.waiting import Waiting
-from entroray.engine.weight_bytes import digest
+from entroray.engine.weight_bytes import Digest, digest
 from entroray.errors import InfrastructureError
 from entroray.policy.tokenizer import response_text
 from entroray.types import Draw, Rollout, Status
@@ -131,7 +132,7 @@ class Generator:
     async def replace_weights(self, info: Mapping[str, Any], version: int, keep_kv: bool) -> Any:
         """The three calls below between two steps, on what is staged."""
 
-        def replaced() -> tuple[int, str | None]:
+        def replaced() -> tuple[int, Digest]:
             self._open()
             self._load_staged(info)
             return self._commit(version, keep_kv)
@@ -145,8 +146,8 @@ class Generator:
     async def update_weights(self, info: Mapping[str, Any]) -> None:
         await self._run(lambda: self._load_staged(info))
 
-    async def finish_weight_update(self, version: int, keep_kv: bool) -> tuple[int, str | None]:
-        """Commit, drop keys and values of the old weights, go on; acknowledges (version, hash)."""
+    async def finish_weight_update(self, version: int, keep_kv: bool) -> tuple[int, Digest]:
+        """Commit, drop keys and values of the old weights, go on; acknowledges (version, hash or sums)."""
         return await self._run(lambda: self._commit(version, keep_kv))
 
     async def use_threads(self, number: int) -> None:
@@ -188,6 +189,7 @@ class Generator:
             async_scheduling=False,  # a token in flight across a sync would carry the wrong version
             **{"logprobs_mode": "processed_logprobs", **self.options},
         )
+        self.llm.collective_rpc(check_transfers)
         self.engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         self.read = response_text(tokenizer, end_tokens(self.llm.model_config, tokenizer))
         self.threads = StepThreads(self.llm)
@@ -352,17 +354,17 @@ class Generator:
         staged = {} if self.staged is None else {"payload": self.staged[1]}
         self.llm.update_weights({"update_info": dict(info) | staged})
 
-    def _commit(self, version: int, keep_kv: bool) -> tuple[int, str | None]:
+    def _commit(self, version: int, keep_kv: bool) -> tuple[int, Digest]:
         self.llm.finish_weight_update(weight_version=str(version))
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
         if not keep_kv:  # without this the cache serves old keys and values under the new version
             self.engine.reset_prefix_cache(reset_running_requests=True)
-        received = self.staged[0] if self.staged else None
+        arrived = self.staged[0] if self.staged else agreed(self.llm.collective_rpc(received))
         self.staged = None
         self.paused = False
-        return int(self.llm.get_weight_version()), received
+        return int(self.llm.get_weight_version()), arrived
 
     # --- from Ray's thread to the engine's ---
 
