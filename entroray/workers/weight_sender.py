@@ -125,7 +125,7 @@ class WeightSender:
     def __init__(self, learner: Gang, generator: GeneratorConfig, deadline: float):
         self.learner, self.generator, self.deadline = learner, generator, deadline
         self.connected: list[Any] = []
-        """The engines that the learner has a client for; none after a failure."""
+        """The engines that the learner has a client for."""
         self.size = 0
         """Bytes of the weights last sent, where known."""
 
@@ -139,11 +139,12 @@ class WeightSender:
 
         Without `version`, send those last sent once more; False if the learner has updated them since.
         """
-        connected, self.connected = self.connected, []
-        if handles != connected:
-            g = self.generator
+        g = self.generator
+        if handles != self.connected:
+            self.connected = []
             client = GeneratorClient(handles, g.tensor_parallel, self.deadline, g.keep_kv)
             await self.learner.all(lambda rank, h: h.connect.remote(client), deadline=self.deadline)
+        self.connected = [] if g.transfer == "nccl" else handles  # a group that is left is not met again
         deliveries = await self.learner.all(lambda rank, h: h.sync.remote(version), deadline=self.deadline)
         self.connected = handles
         if deliveries[0] is None:

@@ -154,7 +154,7 @@ def test_what_fails_within_nccl_though_all_engines_answer_ends_the_run(
 
 def test_after_a_failure_engines_and_learner_meet_anew(make_pool: Any) -> None:
     gang = Gang(lambda n, names: DEAD if n == 1 else None)
-    pool, met = make_pool(gang, Handle("a")), list[Any]()
+    pool, met = make_pool(gang, Handle("a"), transfer="nccl"), list[Any]()
     for _ in range(3):
         try:
             asyncio.run(pool.sender.send(pool.handles, 1))
