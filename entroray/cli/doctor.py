@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import psutil
+import torch
 
 from entroray.cli import flags, judge_trial
 from entroray.cli.flags import CONFIG_DIR
@@ -18,6 +19,7 @@ from entroray.errors import PreflightError, first_line
 from entroray.policy.tokenizer import response_text
 from entroray.wiring import actors, compose, dataset, memory, preflight
 from entroray.workers import cluster
+from entroray.workers.network import ask_here, try_network
 
 FLAGS = (CONFIG_DIR,)
 
@@ -29,7 +31,7 @@ def main(arguments: list[str]) -> int:
     read = judge_trial.ReadOnce()
     of_data = [wraps(check)(partial(check, read=read)) for check in (data, prompt, judge)]
     findings = preflight.run_checks(
-        config, (packages, tools, driver, *preflight.FAST, ports, ray_clusters, *of_data)
+        config, (packages, tools, driver, *preflight.FAST, ports, network, ray_clusters, *of_data)
     )
     first = {found.said: found.name for found in reversed(findings) if found.wrong}
     for found in findings:
@@ -98,6 +100,14 @@ def ports(_: Config) -> str:
         ) from error
 
 
+def network(config: Config) -> str:
+    """Two processes of this machine sum 1 MB as ranks do, over NCCL where there are two cards for them."""
+    if config.cluster.address:
+        return f"to be tried between the nodes of {config.cluster.address}"
+    cards = 0 if actors.cpu_only(config.cluster) else torch.cuda.device_count()
+    return try_network("127.0.0.1", ("rank 0", "rank 1"), "nccl" if cards > 1 else "gloo", ask_here)
+
+
 def ray_clusters(config: Config) -> str:
     """The cluster asked for answers; on this machine no Ray is left over from a driver that is gone."""
     if config.cluster.address:
@@ -123,7 +133,7 @@ def _joined(config: Config, address: str) -> str:
     try:
         if port:
             socket.create_connection((host, int(port)), timeout=3).close()
-        return f"{address}: {actors.join_cluster(config)}"
+        return f"{address}: {actors.join_cluster(config)}; {_between_nodes(config)}"
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
         raise PreflightError(
             f"cluster.address={address} cannot be joined ({first_line(error)}): start it with "
@@ -131,6 +141,16 @@ def _joined(config: Config, address: str) -> str:
         ) from error
     finally:
         cluster.stop()
+
+
+def _between_nodes(config: Config) -> str:
+    """A sum over the nodes that were joined; by NCCL over those with cards, if cards are asked for."""
+    on_cards = not actors.cpu_only(config.cluster)
+    nodes = cluster.alive_nodes(with_cards=on_cards)
+    if len(nodes) < 2:
+        return "one node, which sums over nothing"
+    ask = partial(cluster.ask_each_node, nodes=[*nodes], gpus=float(on_cards))
+    return try_network(cluster.own_address(), [*nodes.values()], "nccl" if on_cards else "gloo", ask)
 
 
 Read = Callable[[Config], dataset.Dataset]

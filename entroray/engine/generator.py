@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from entroray.engine.checked_transfer import agreed, check_transfers, received
 from entroray.engine.cpu_engine import StepThreads, forget_ray_threads
 from entroray.engine.overlap import come_to_rest, go_on
 from entroray.engine.starting import runner, start_llm
@@ -31,7 +32,7 @@ from entroray.engine.vllm_request import (
     unfinished_rollout,
 )
 from entroray.engine.waiting import Waiting, as_they_end
-from entroray.engine.weight_bytes import digest, void_weights
+from entroray.engine.weight_bytes import Digest, digest, void_weights
 from entroray.errors import InfrastructureError
 from entroray.policy.tokenizer import response_text
 from entroray.types import Draw, Rollout, Status
@@ -125,7 +126,7 @@ class Generator:
     async def replace_weights(self, info: Mapping[str, Any], version: int, keep_kv: bool) -> Any:
         """The three calls below between two steps, on what is staged."""
 
-        def replaced() -> tuple[int, str | None]:
+        def replaced() -> tuple[int, Digest]:
             self._open()
             self._load_staged(info)
             return self._commit(version, keep_kv)
@@ -139,8 +140,8 @@ class Generator:
     async def update_weights(self, info: Mapping[str, Any]) -> None:
         await self._run(lambda: self._load_staged(info))
 
-    async def finish_weight_update(self, version: int, keep_kv: bool) -> tuple[int, str | None]:
-        """Commit and go on; acknowledges (version, hash).
+    async def finish_weight_update(self, version: int, keep_kv: bool) -> tuple[int, Digest]:
+        """Commit and go on; acknowledges (version, hash or sums).
 
         Keys and values of the old weights are dropped, or with `keep_kv` kept for the requests under way.
         """
@@ -176,6 +177,7 @@ class Generator:
         ours = {"async_scheduling": False, "logprobs_mode": "processed_logprobs"}
         sizes = {"dtype": self.dtype, "max_model_len": self.max_length}
         self.llm = start_llm(model=self.model, seed=self.seed, **sizes, **(ours | dict(self.options)))
+        self.llm.collective_rpc(check_transfers)
         self.runner = runner(self.llm)
         self.engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         self.read = response_text(tokenizer, end_tokens(self.llm.model_config, tokenizer))
@@ -370,7 +372,7 @@ class Generator:
         self.llm.update_weights({"update_info": dict(info) | staged})
         self.updating = True
 
-    def _commit(self, version: int, keep_kv: bool) -> tuple[int, str | None]:
+    def _commit(self, version: int, keep_kv: bool) -> tuple[int, Digest]:
         self.llm.finish_weight_update(weight_version=str(version))
         self.updating = False
         if self.asleep:
@@ -380,10 +382,10 @@ class Generator:
             self.salt += 1
         else:  # without this the cache serves old keys and values under the new version
             self.engine.reset_prefix_cache(reset_running_requests=True)
-        received = self.staged[0] if self.staged else None
+        arrived = self.staged[0] if self.staged else agreed(self.llm.collective_rpc(received))
         self.staged, self.paused = None, False
         go_on(self.llm)
-        return int(self.llm.get_weight_version()), received
+        return int(self.llm.get_weight_version()), arrived
 
     # --- from Ray's thread to the engine's ---
 

@@ -1,7 +1,7 @@
 """A model's weights as bytes and a manifest of them: what the transfer `plasma` sends, hashes and reads."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,13 @@ Manifest = dict[str, list[Any]]
 """[data type, shape] of every parameter, in the order of their bytes."""
 Payload = list[np.ndarray]
 """The bytes of every parameter."""
+Sums = dict[str, int | None]
+"""`checksum` of every parameter; None: there is no one value."""
+Digest = str | Sums | None
+"""Of weights as sent or received: a hash of all, or sums; None: nothing is known of them."""
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ROW = 4096
+"""Words of a tensor that are summed by their place in a row."""
 
 
 def describe_weights(weights: Iterable[ParamMeta]) -> Manifest:
@@ -71,3 +78,26 @@ def unpack(manifest: Manifest, payload: Payload) -> Iterator[tuple[str, torch.Te
         raise SyncError(f"weights received hold {received} bytes, their manifest says {sum(sizes)}")
     for (name, dtype, shape), each in zip(described, payload, strict=True):
         yield name, torch.from_numpy(each).view(dtype).view(shape)
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor's words, each by its place, modulo 2^64: exact, in whatever order it is added up.
+
+    A scalar where the tensor lies, which nothing waits for; the tensor is read twice, and not copied.
+    """
+    words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
+    whole = len(words) // _ROW * _ROW
+    rows, rest = words[:whole].view(-1, _ROW), words[whole:].long()
+    by_column, by_row = rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64)
+    return _weighed(by_column, 1) + _weighed(by_row, 1_000_003) + _weighed(rest, 7_368_787)
+
+
+def _weighed(sums: torch.Tensor, factor: int) -> torch.Tensor:
+    places = torch.arange(1, len(sums) + 1, device=sums.device)
+    return (sums * places).sum() * factor
+
+
+def read_sums(sums: Mapping[str, torch.Tensor]) -> Sums:
+    """Values of `checksum`, read off the card at once."""
+    values = torch.stack([*sums.values()]).tolist() if sums else []
+    return dict(zip(sums, values, strict=True))

@@ -12,6 +12,8 @@ MOVED = 1e8
 """Bytes of weights a second that are read, sent or written, at least."""
 STORED = 7
 """A checkpoint is so many times as large as its weights, at most: two moments and a float32 copy of bf16."""
+BROADCAST, WIRE = 60.0, 1e9
+"""Seconds for NCCL to send weights, and bytes a second that it sends besides, at least."""
 RESPONSE, CALL, STEP = 300.0, 1800.0, 1800.0
 """Seconds at least: for a response, for a call or a start, and for a step besides its work."""
 
@@ -43,3 +45,8 @@ def floor_deadlines(
     trained = 2 * responses * (prompt + longest) / (ranks * RANK)
     drawn = (2 * responses + evaluated) * longest / (engines * ENGINE)
     return Deadlines(one, start, start + trained, STEP + drawn + trained + saved + one, CALL + saved)
+
+
+def transfer_deadline(size: float) -> float:
+    """Seconds in which NCCL has sent `size` bytes to all engines."""
+    return BROADCAST + size / WIRE

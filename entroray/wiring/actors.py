@@ -156,7 +156,7 @@ class Actors:
         await self.learner.all(lambda rank, h: h.reset.remote(settings, objective), deadline=within)
         self.engines.sender.generator = sender_settings(config)
         self.engines.sender.disconnect()
-        sync = WeightSync(self.learner, self.engines, self.sync.probe_ids, config.driver, within)
+        sync = replace(self.sync, engines=self.engines, driver=config.driver, deadline=within, compared=False)
         facts = self.facts | await sync(0)
         return Actors(config, self.engines, self.learner, self.verifiers, sync, facts)
 
@@ -337,7 +337,7 @@ async def _introduce(
         raise PreflightError(  # they have one plan of micro-batches
             f"learner.pack=auto: rows lie {facts[0]['rows']} and {others[0]['rows']}: set learner.pack=never"
         )
-    sync = WeightSync(learner, engines, probe, config.driver, within)
+    sync = WeightSync(learner, engines, probe, config.driver, within, config.model.dtype)
     folder, version = resume or (None, 0)
     if folder:
         limit = run_deadlines(config).checkpoint

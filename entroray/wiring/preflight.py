@@ -25,6 +25,8 @@ Check = Callable[[Config], str]
 """Says what it found; raises a typed error with the remedy when that will not do."""
 
 
+PLASMA = 2e9
+"""Bytes of weights that `generator.transfer=plasma` may take to GPUs."""
 SHARED = 256 << 20
 """Bytes of /dev/shm below which a run gets stuck in Ray's object store; a container has 64 MiB by default."""
 
@@ -123,6 +125,26 @@ def resources(config: Config) -> str:
         )
     have = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
     return cluster.check_resources(actors.resource_shares(config), [have])
+
+
+def transfer(config: Config) -> str:
+    """Weights go to cards by another way than the host's memory, unless they are small and undivided."""
+    g = config.generator
+    count = _of_model(config, memory.parameter_count) or 0
+    size = count * memory.BYTES[config.model.dtype]
+    on_cards, shared = not actors.cpu_only(config.cluster), 0 < config.cluster.gpus_per_generator < 1
+    if g.transfer == "plasma" and on_cards and (size > PLASMA or g.tensor_parallel > 1):
+        why = (
+            f"{size / 1e9:.1f} GB of weights"
+            if size > PLASMA
+            else f"{g.tensor_parallel} shards of each engine"
+        )
+        raise PreflightError(
+            f"generator.transfer=plasma takes weights through the host's memory, with a copy for each shard, "
+            f"too slow for {why} ({PLASMA / 1e9:.0f} GB and generator.tensor_parallel=1 are the most): set "
+            f"generator.transfer={'ipc' if shared else 'nccl'}"
+        )
+    return f"{g.transfer}, {size / 1e9:.3g} GB" if size else g.transfer
 
 
 def disk(config: Config) -> str:
@@ -236,6 +258,7 @@ def deadlines(config: Config) -> str:
 
 
 FAST: tuple[Check, ...] = (
-    *(model, template, sampler, resources, cards, deadlines, directory, disk, shared_memory, trackers),
+    *(model, template, sampler, resources, cards, transfer, deadlines, directory, disk, shared_memory),
+    trackers,
 )
 """Some seconds; `train` runs them first."""

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from entroray.errors import EntrorayError, InfrastructureError, PreflightError, Stopped, first_line
 from entroray.train.clock import BusyTime
@@ -125,8 +126,25 @@ class Share:
     """Methods answered while another runs, which then runs off the main thread."""
 
 
+FORWARDED = ("NCCL_", "TORCH_NCCL_", "GLOO_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "VLLM_")
+"""Beginnings of variables of the driver's shell that every actor has, on whatever node."""
+ALSO = {"CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_MODULE_LOADING"}
+"""Others of CUDA say where things are on one node, or are Ray's, such as CUDA_VISIBLE_DEVICES."""
+OF_ONE_NODE = {"NCCL_HOSTID", "VLLM_HOST_IP", "VLLM_PORT"}
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+"""In the name of a variable: its value goes into no runtime environment, which Ray logs and shows."""
+
+
+def forwarded(*, secret: bool) -> dict[str, str]:
+    """Variables of this shell for actors on every node; either the secret ones, or the others."""
+    named = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED) or k in ALSO}
+    hidden = lambda name: any(word in name for word in SECRET)
+    return {k: v for k, v in named.items() if k not in OF_ONE_NODE and hidden(k) == secret}
+
+
 def environment() -> dict[str, str]:
-    """Variables every worker needs: the environment's own tools, one compiled op, no usage reports."""
+    """Variables every worker needs: those of this shell, the environment's own tools, one compiled op, no
+    usage reports."""
     tools = str(Path(sys.executable).parent)
     quiet = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -142,7 +160,11 @@ def environment() -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     path = tools + os.pathsep + os.environ.get("PATH", "")
-    return quiet | {"PATH": path, "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix, "torch_extensions"))}
+    return (
+        forwarded(secret=False)
+        | quiet
+        | {"PATH": path, "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix, "torch_extensions"))}
+    )
 
 
 CPU_ONLY = {
@@ -161,12 +183,18 @@ def start(address: str | None, *, cpu_only: bool) -> None:
     os.environ.update({"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"})
     if not address:
         orphans.end_with_parent()
-    variables = environment() | (CPU_ONLY if cpu_only else {})
+    variables: dict[str, Any] = {"env_vars": environment() | (CPU_ONLY if cpu_only else {})}
+    if address and (secrets := forwarded(secret=True)):  # here every process has them from this one
+
+        def take_secrets() -> None:
+            os.environ.update(secrets)
+
+        variables["worker_process_setup_hook"] = take_secrets
     local: dict[str, Any] = {"num_cpus": os.cpu_count(), "include_dashboard": False}
     with _own_sigterm():
         ray.init(
             address=address or "local",
-            runtime_env={"env_vars": variables},
+            runtime_env=variables,
             logging_level=logging.WARNING,
             log_to_driver=bool(os.environ.get("ENTRORAY_WORKER_LOGS")),
             **({} if address else local),
@@ -189,6 +217,18 @@ def _own_sigterm() -> Iterator[None]:
 def on_one_node() -> bool:
     """Whether all actors are on the same node."""
     return sum(node["Alive"] for node in ray.nodes()) == 1
+
+
+def alive_nodes(*, with_cards: bool) -> dict[str, str]:
+    """Address of each node by Ray's id; of those with cards alone, if so asked."""
+    alive = (node for node in ray.nodes() if node["Alive"])
+    asked = (node for node in alive if node["Resources"].get("GPU") or not with_cards)
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in asked}
+
+
+def own_address() -> str:
+    """Of this machine, as the nodes of the cluster reach it."""
+    return str(ray.util.get_node_ip_address())
 
 
 def check_resources(
@@ -272,6 +312,14 @@ def spawn(cls: type, share: Share, *args: Any, **kwargs: Any) -> Any:
     forked = {"py_executable": FORKED[cls.__name__]} if cls.__name__ in FORKED else {}
     own = {"env_vars": _threads(share.threads), **forked}
     return remote.options(runtime_env=own).remote(*args, **kwargs)
+
+
+def ask_each_node(questions: Sequence[Callable[[], T]], nodes: Sequence[str], *, gpus: float) -> list[T]:
+    """What each question answers on its node, by Ray's id, with so many of its GPUs, within two minutes."""
+    remote: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)
+    at = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    asked = [remote(q).options(scheduling_strategy=a).remote() for q, a in zip(questions, at, strict=True)]
+    return wait(asked, deadline=120.0, what="a sum over all nodes")
 
 
 def ask_node(question: Callable[[], T]) -> T:

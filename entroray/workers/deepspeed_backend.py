@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from entroray.config import LearnerConfig
+from entroray.engine.interfaces import check_interface
 from entroray.errors import PreflightError
 from entroray.policy.model import Layout, Policy
 
@@ -111,10 +112,14 @@ class DeepSpeedBackend:
 
     @staticmethod
     def join(device: str, timeout: float) -> None:
-        """Join the process group that the environment names, within `timeout` seconds."""
+        """Join the process group that the environment names, within `timeout` seconds.
+
+        PreflightError if it also names a network interface that is not there.
+        """
         import deepspeed
 
         communication = "nccl" if device == "cuda" else "gloo"
+        check_interface(communication)
         deepspeed.init_distributed(communication, timeout=timedelta(seconds=timeout))
 
     @property

@@ -8,8 +8,9 @@ from typing import Any
 
 from ray.exceptions import RayTaskError
 
+from entroray.engine.communicator import LOOK_AT, START
 from entroray.engine.generator import Request
-from entroray.errors import InfrastructureError, SyncError
+from entroray.errors import InfrastructureError, SyncError, first_line
 from entroray.types import Rollout
 from entroray.workers.cluster import SAMPLING, WAITS, await_starts, kill_actors, settle, settle_next
 from entroray.workers.weight_sender import WeightSender
@@ -20,11 +21,12 @@ _LOOK = (
     "its own log is printed with ENTRORAY_WORKER_LOGS=1; where it has no memory, lower generator.engine."
     "gpu_memory_utilization, or kv_cache_memory_bytes"
 )
-_BROKEN_COLLECTIVE = (
-    "the weights did not get through (generator.transfer=nccl), and the learner is lost with them: {}\n"
-    "Go on from the last checkpoint with the same command and run.resume=auto"
+_UNSENT = (
+    "the weights did not get through (generator.transfer=nccl), though every engine answers: {}\n"
+    f"{LOOK_AT}. Go on from the last checkpoint with the same command and run.resume=auto"
 )
-"""Ranks and engines stand in a broadcast that cannot be left: asking any of them would wait again."""
+PING = START + GRACE
+"""Seconds in which an engine answers, that may stand in the start of a group whose members never come."""
 
 
 @dataclass(eq=False)
@@ -164,7 +166,7 @@ class EnginePool:
         """One call for all of `share`; what a lost engine has not answered is dispatched again."""
         left, began = dict(enumerate(share)), time.monotonic()
         WAITS.trace.change("groups in flight", len(left))
-        deadline = max(p.request.patience for p in share) + GRACE
+        deadline = max(p.request.patience for p in share) + GRACE + self.sender.silence
         try:
             answers = engine.handle.sample_all.options(num_returns="streaming").remote(
                 [p.request for p in share]
@@ -237,10 +239,9 @@ class EnginePool:
             except SyncError:
                 raise
             except (InfrastructureError, RayTaskError) as error:
-                if transfer == "nccl":
-                    self.restarts = 0  # nobody is left to give another engine the weights
-                    raise InfrastructureError(_BROKEN_COLLECTIVE.format(error)) from error
-                if isinstance(error, RayTaskError) or not await self._drop_unhealthy():
+                if not await self._drop_unhealthy():
+                    if transfer == "nccl":
+                        raise InfrastructureError(_UNSENT.format(first_line(error))) from error
                     raise
                 self.cut_short = True
                 return False
@@ -248,7 +249,7 @@ class EnginePool:
     async def _drop_unhealthy(self) -> bool:
         """Drop engines and newcomers that do not answer; was there one?"""
         engines = [*self.live, *self.newcomers]
-        deadline, what = self.sender.deadline, "asked whether it lives"
+        deadline, what = min(PING, self.sender.deadline), "asked whether it lives"
         await self.call_all(lambda h: h.check_alive.remote(), deadline=deadline, what=what, newcomers=True)
         return any(engine.lost for engine in engines)
 

@@ -4,7 +4,6 @@ import gc
 import json
 import math
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entroray.config import LearnerConfig, Model
+from entroray.engine.interfaces import hold_port
 from entroray.errors import PreflightError
 from entroray.metrics.update import SUMS, add_sums
 from entroray.objective import Objective, activity_inside, corrected
@@ -79,12 +79,12 @@ class LearnerRank:
         """Whether rows are laid end to end."""
 
     def address(self) -> tuple[str, int]:
-        """An address and free port of this node, where others may meet this rank."""
+        """An address and port of this node where others may meet this rank, kept free until the next call."""
         import ray
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        host = ray.util.get_node_ip_address()
+        self.held = hold_port(host)
+        return host, self.held.getsockname()[1]
 
     def start(self, host: str, port: int, timeout: float) -> dict[str, Any]:
         """Join the gang and load the policy; returns its number of parameters, the device, how rows lie."""

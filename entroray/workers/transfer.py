@@ -1,24 +1,28 @@
 """Weights from learner to engines through vLLM's own weight-transfer API.
 
-On GPUs the built-in `nccl` or `ipc` engines do it. Neither works on CPU, so `plasma` is registered here by
-the same interface (`engine/plasma_engine.py` is vLLM's end): rank 0 puts the weights into Ray's object store
-(shared memory on a node, a transfer between nodes), every engine on a node reads that one copy, hashes and
-checks it while it still generates, then loads from it in one pause. A learner with `plasma` does not import
-vLLM, which takes seconds.
+On GPUs the built-in `nccl` or `ipc` engines do it; both sides sum every tensor that passes, and NCCL is left
+where an engine fails (`engine/checked_transfer.py` has the engine's side). Neither works on CPU, so `plasma`
+is registered here by the same interface (`engine/plasma_engine.py` is vLLM's end): rank 0 puts the weights
+into Ray's object store (shared memory on a node, a transfer between nodes), every engine on a node reads that
+one copy, hashes and checks it while it still generates, then loads from it in one pause. A learner with
+`plasma` does not import vLLM, which takes seconds.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import ray
 import torch
 from torch import nn
 
-from entroray.engine.weight_bytes import ParamMeta, describe_weights, digest, pack
-from entroray.errors import ConfigError
+from entroray.engine.communicator import ENTER, START, Communicator, fail, meet
+from entroray.engine.weight_bytes import ParamMeta, checksum, describe_weights, digest, pack, read_sums
+from entroray.errors import ConfigError, PreflightError, first_line
+from entroray.planning.deadlines import transfer_deadline
 from entroray.planning.memory import PACKED
 from entroray.workers.weight_sender import GeneratorClient
 
@@ -73,6 +77,30 @@ class GatheredSource:
         return ((name, self.backend.gather(p)) for name, p in self.named)
 
 
+class CheckedSource(GatheredSource):
+    """That sums what passes, and whose passes end on every rank, since ranks gather together."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.left = self._summed(super().__iter__())
+        return self.left
+
+    def _summed(self, pairs: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in pairs:
+            self.sums[name] = checksum(tensor)
+            yield name, tensor
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """What a failure inside leaves ungathered is gathered all the same: other ranks are at it."""
+        self.left = iter(self)
+        try:
+            yield
+        finally:
+            for _ in self.left:
+                pass
+
+
 def connect(
     backend: str, *, rank: int, client: GeneratorClient, source: GatheredSource, rendezvous: tuple[str, int]
 ) -> Any:
@@ -85,10 +113,34 @@ def connect(
     from vllm.distributed.weight_transfer.base import WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-    whole = type("VLLMSource", (GatheredSource, WeightSource), {})(source.named, source.backend)
-    largest = max(math.prod(m.shape) * m.dtype.itemsize for m in source.metadata())
-    asked = _init_info(backend, rank, client, largest, rendezvous)
-    return WeightTransferTrainerFactory.trainer_init(asked, client=client, source=whole)
+    whole = type("VLLMSource", (CheckedSource, WeightSource), {})(source.named, source.backend)
+    sizes = [math.prod(m.shape) * m.dtype.itemsize for m in source.metadata()]
+    client.size = sum(sizes)
+    if backend == "nccl":
+        client.limits = {"initialising": START, "loading": transfer_deadline(client.size)}
+    asked = _init_info(backend, rank, client, max(sizes), rendezvous)
+    met: Future[Any] = Future()
+    client.interrupt = partial(fail, met)
+    form = lambda: WeightTransferTrainerFactory.trainer_init(asked, client=client, source=whole)
+    trainer = meet(form, START + ENTER, met)
+    client.interrupt = None
+    if (group := getattr(trainer, "model_update_group", None)) is not None:
+        trainer.model_update_group = held = Communicator(group)
+        client.interrupt = lambda error: held.dismiss(first_line(error))
+    send = trainer.send_weights
+
+    def send_summed() -> None:
+        with whole.one_pass():
+            try:
+                send()
+            except Exception as error:  # boundary: engines that are well would wait for the rest
+                if client.interrupt is not None:
+                    client.interrupt(error)
+                raise
+        client.digest = read_sums(whole.sums)
+
+    trainer.send_weights = send_summed
+    return trainer
 
 
 def _init_info(
@@ -99,6 +151,11 @@ def _init_info(
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         host, port = rendezvous
+        if ":" in host:
+            raise PreflightError(
+                f"generator.transfer=nccl: vLLM meets at IPv4 addresses, and this node is {host} to Ray: "
+                "start Ray with --node-ip-address=<its IPv4 address>"
+            )
         world = 1 + len(client.handles) * client.tensor_parallel
         # Two buffers of this size are outside vLLM's budget; a larger parameter is sent all the same.
         return NCCLTrainerInitInfo(

@@ -72,6 +72,31 @@ def nodes(network: None, tmp_path: Path) -> Iterator[dict[str, str]]:
         left.kill()
 
 
+def test_a_doctor_sums_over_three_nodes_and_a_wrong_interface_is_a_sentence(nodes: dict[str, str]) -> None:
+    """By the nodes' own processes, with the driver's variables; its secrets stand in no log of Ray's."""
+    command = within(0, str(ROOT / ".venv" / "bin" / "entroray"), "doctor", "cluster.address=10.99.0.1:6379")
+
+    def said(**variables: str) -> str:
+        told = {**nodes, "HF_TOKEN": "hf_a_secret_of_mine", **variables}
+        done = subprocess.run(
+            command, env=told, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False
+        )
+        return next(line for line in done.stdout.splitlines() if "ray_clusters" in line)
+
+    for variables in ({}, {"GLOO_SOCKET_IFNAME": "eth0"}):
+        found = said(**variables)
+        assert found.startswith("ok") and "1 MB summed by gloo over 3 processes" in found
+        assert all(f"10.99.0.{node + 1} on eth0" in found for node in NODES)
+    wrong = said(GLOO_SOCKET_IFNAME="eth7")
+    assert wrong.startswith("wrong") and wrong.count("GLOO_SOCKET_IFNAME=eth7 is no interface of") == 3
+    alone = said(GLOO_SOCKET_IFNAME="lo")
+    assert alone.startswith("wrong") and "set GLOO_SOCKET_IFNAME to the interface between the nodes" in alone
+    logs = subprocess.run(
+        ["grep", "-rl", "hf_a_secret_of_mine", "/tmp/ray-nodes-test"], capture_output=True, timeout=60
+    )
+    assert logs.returncode == 1, logs.stdout
+
+
 def test_a_run_across_three_nodes(nodes: dict[str, str], model: str, tmp_path: Path) -> None:
     overrides = ["experiment=quickstart", "objective=grpo", "run.steps=2", "rollout.groups_per_step=4"]
     overrides += [

@@ -33,9 +33,9 @@ class Model:
     def wake_up(self, tags: list[str]) -> None:
         self.on_card |= set(tags)
 
-    def collective_rpc(self, method: Any) -> None:
+    def collective_rpc(self, method: Any) -> list[Any]:
         assert "weights" in self.on_card and not self.updating
-        method(SimpleNamespace(get_model=lambda: self.model))
+        return [method(SimpleNamespace(get_model=lambda: self.model, weight_transfer_engine=None))]
 
     def shutdown_weight_transfer_engine(self) -> None:
         assert not self.updating, "Cannot release a trainer connection during a weight update"

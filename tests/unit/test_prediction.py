@@ -181,7 +181,9 @@ def test_the_driver_predicts_diagnoses_and_fits_and_all_of_it_is_documented():
     listed = {name for m in rows for name in expand_names(m, nobody)}
 
     of_actors = {name for m in rows if m.name.startswith("idle/") for name in expand_names(m, nobody)}
-    missing = {"sync/probe_error"} | of_actors - {"idle/driver"}
+    missing = {f"sync/probe_{kind}error" for kind in ("", "mean_", "probability_")} | of_actors - {
+        "idle/driver"
+    }
     assert listed - keys == missing, "tables have no engine to probe, and no actors that rest"
 
 

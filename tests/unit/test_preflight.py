@@ -287,7 +287,10 @@ def test_other_versions_than_the_tested_ones_are_named(monkeypatch: pytest.Monke
         doctor.packages(Config())
 
 
-def test_a_doctor_says_what_is_wrong_and_exits_with_3(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_doctor_says_what_is_wrong_and_exits_with_3(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "try_network", lambda *asked: "tried")  # tests/ray/test_network.py
     found = doctor.main(
         ["++data.settings.size=50", "model.path=/nowhere", "learner.lr=1e-6", "learner.ranks=9000"]
     )
@@ -309,6 +312,7 @@ def test_a_doctor_reads_the_data_once_for_every_check_of_them(
 
     monkeypatch.setattr(judge_trial, "read_few", counted)
     monkeypatch.setattr(judge_trial, "try_judges", lambda config, read: ["tried"])
+    monkeypatch.setattr(doctor, "try_network", lambda *asked: "tried")
     doctor.main(["++data.settings.size=50"])
     said = capsys.readouterr().out
     assert len(asked) == 1

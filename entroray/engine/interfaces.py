@@ -1,0 +1,56 @@
+"""Which network interface of this machine gloo and NCCL are told to take."""
+
+import os
+import socket
+from collections.abc import Sequence
+
+import psutil
+
+from entroray.errors import PreflightError
+
+VARIABLES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
+
+
+def check_interface(backend: str) -> None:
+    """PreflightError if the variable that names interfaces to `backend` names none of this machine's."""
+    variable, names = VARIABLES[backend], [*psutil.net_if_addrs()]
+    said = os.environ.get(variable)
+    if said and not (_of_gloo if backend == "gloo" else _of_nccl)(said, names):
+        raise PreflightError(
+            f"{variable}={said} is no interface of {socket.gethostname()}, which has {', '.join(names)}: set "
+            f"{variable} to the one between the nodes, or unset it"
+        )
+
+
+def _of_gloo(said: str, names: Sequence[str]) -> bool:
+    """Names with commas between, every one of which gloo opens."""
+    return set(filter(None, said.split(","))) <= set(names)
+
+
+def _of_nccl(said: str, names: Sequence[str]) -> bool:
+    """Beginnings of names with commas between; after = whole names, after ^ those not to be taken."""
+    listed = [part for part in said.lstrip("^=").split(",") if part]
+    exact = said.lstrip("^").startswith("=")
+    found = [name for name in names if any(name == x if exact else name.startswith(x) for x in listed)]
+    return len(found) < len(names) if said.startswith("^") else bool(found)
+
+
+def interface_to(host: str, port: int) -> str:
+    """The address of this machine from which `host` is reached, and its interface."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        address = probe.getsockname()[0]
+    found = [name for name, all_of in psutil.net_if_addrs().items() if address in [a.address for a in all_of]]
+    return f"{address} on {', '.join(found) or 'no interface'}"
+
+
+def hold_port(host: str) -> socket.socket:
+    """A socket on a free port of `host`, this machine: as long as it lives nobody else is given the port.
+
+    Whoever is told it may listen there, as torch and vLLM do, with SO_REUSEADDR; this one does not listen.
+    """
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("", 0))
+    return held
