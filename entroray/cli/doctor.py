@@ -123,7 +123,8 @@ def _joined(config: Config, address: str) -> str:
     try:
         if port:
             socket.create_connection((host, int(port)), timeout=3).close()
-        return f"{address}: {actors.join_cluster(config)}"
+        rows = actors.join_cluster(config)
+        return "; ".join([f"{address}: {rows}", *actors.placement_lines(config)])
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
         raise PreflightError(
             f"cluster.address={address} cannot be joined ({first_line(error)}): start it with "

@@ -20,6 +20,7 @@ from torch import nn
 from entroray.engine.weight_bytes import ParamMeta, describe_weights, digest, pack
 from entroray.errors import ConfigError
 from entroray.planning.memory import PACKED
+from entroray.workers.in_step import InStep
 from entroray.workers.weight_sender import GeneratorClient
 
 BACKEND = "plasma"
@@ -88,7 +89,8 @@ def connect(
     whole = type("VLLMSource", (GatheredSource, WeightSource), {})(source.named, source.backend)
     largest = max(math.prod(m.shape) * m.dtype.itemsize for m in source.metadata())
     asked = _init_info(backend, rank, client, largest, rendezvous)
-    return WeightTransferTrainerFactory.trainer_init(asked, client=client, source=whole)
+    caller = InStep(client) if backend == "ipc" else client
+    return WeightTransferTrainerFactory.trainer_init(asked, client=caller, source=whole)
 
 
 def _init_info(
