@@ -1,6 +1,6 @@
 """Who runs on which node: engines whole, ranks on as few nodes as hold them; or why not, and what helps."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 from math import ceil, floor, inf
@@ -107,18 +107,17 @@ def assumed_nodes(needs: Needs, *, pairs: bool) -> list[Node]:
     return nodes
 
 
-def _total(needs: Needs, kind: str) -> float:
-    return sum(n.count * getattr(n, KINDS[kind]) for n in needs.values())
+def _total(of: Iterable[Node | Need], kind: str) -> float:
+    return sum(getattr(x, KINDS[kind]) * getattr(x, "count", 1) for x in of)
 
 
 def arithmetic(nodes: Sequence[Node], needs: Needs) -> dict[str, str]:
     """What every role needs and what the nodes have, by kind."""
     rows = {}
     for kind, field in KINDS.items():
-        each = {role: (n.count, getattr(n, field)) for role, n in needs.items()}
-        terms = " + ".join(f"{n} {role} x {amount:g}" for role, (n, amount) in each.items() if amount)
-        have = sum(getattr(node, field) for node in nodes)
-        rows[kind] = f"{kind}: {terms or '0'} = {_total(needs, kind):g} of {have:g}"
+        each = {role: getattr(n, field) for role, n in needs.items()}
+        terms = " + ".join(f"{needs[role].count} {role} x {size:g}" for role, size in each.items() if size)
+        rows[kind] = f"{kind}: {terms or '0'} = {_total(needs.values(), kind):g} of {_total(nodes, kind):g}"
     return rows
 
 
@@ -126,19 +125,14 @@ def shortage(nodes: Sequence[Node], needs: Needs, *, pairs: bool) -> str | None:
     """Why the nodes do not hold the actors, with the arithmetic and the smallest change; None if they do."""
     if place(nodes, needs, pairs=pairs):
         return None
-    over = lambda kind: _total(needs, kind) > sum(getattr(n, KINDS[kind]) for n in nodes) + EPS
-    short = [row for kind, row in arithmetic(nodes, needs).items() if over(kind)]
-    large = [role for role, n in needs.items() if not any(_Room([node]).fits(0, n) for node in nodes)]
-    each = [f"{r}: {n.cpus:g} CPU, {n.gpus:g} GPU each" for r, n in needs.items() if r in large or not large]
-    sizes = f"Nodes have {', '.join(f'{n.cpus:g} CPU and {n.gpus:g} GPU' for n in nodes)}"
-    spread = "and an actor cannot be spread over nodes"
-    if short:
-        why = "the cluster is too small: " + "; ".join(short)
-    elif large:
-        why = f"no node is large enough for one actor of {'; '.join(each)}. {sizes}, {spread}"
-    else:
-        rows = "; ".join(arithmetic(nodes, needs).values())
-        why = f"enough in all ({rows}), but not on the same nodes: {'; '.join(each)}. {sizes}, {spread}"
+    rows = arithmetic(nodes, needs)
+    short = [rows[kind] for kind in KINDS if _total(needs.values(), kind) > _total(nodes, kind) + EPS]
+    each = "; ".join(f"{role}: {n.cpus:g} CPU, {n.gpus:g} GPU each" for role, n in needs.items())
+    sizes = ", ".join(f"{n.cpus:g} CPU and {n.gpus:g} GPU" for n in nodes)
+    apiece = (
+        f"no nodes hold, though there is enough in all, {each}. Nodes have {sizes}, and an actor cannot be"
+    )
+    why = f"the cluster is too small: {'; '.join(short)}" if short else f"{apiece} spread over nodes"
     change = smallest_change(nodes, needs, pairs=pairs)
     done = f"The smallest change that does: {change}; or" if change else "Lower cluster.cpus.*, or"
     return f"{why}. {done} join more or larger nodes"
@@ -162,7 +156,7 @@ def _smaller(needs: Needs, pairs: bool) -> Iterator[tuple[tuple[float, ...], str
             less[ENGINES] = replace(less[ENGINES], gpus=float(tp))
             words.append(f"generator.tensor_parallel={tp}")
         if not pairs or less[ENGINES].count == less[RANKS].count:
-            kept = (-_total(less, "GPU"), -_total(less, "CPU"))
+            kept = [-_total(less.values(), kind) for kind in ("GPU", "CPU")]
             yield (tp != parallel, *kept, len(words)), " ".join(words), less
 
 
@@ -174,14 +168,18 @@ def _fewer(count: int) -> set[int]:
 def lines(nodes: Sequence[Node], placed: Placement, needs: Needs, *, pairs: bool) -> list[str]:
     """A line for each node that somebody runs on."""
     found = []
-    for at, node in enumerate(nodes):
+    for at, node in enumerate(nodes if placed else ()):
         held = {role: [i for i, there in enumerate(on) if there == at] for role, on in placed.items()}
         said = [f"{role} {_spans(own)}{_size(needs[role])}" for role, own in held.items() if own]
         if pairs and held[RANKS]:
             said[:2] = [f"{said[0]} and {said[1]}, a card for each two"]
         here = {role: replace(n, count=len(held[role])) for role, n in needs.items()}
         have = {"GPU": node.gpus, "CPU": node.cpus}
-        of = [f"{_total(here, kind):g} of {most:g} {kind}" for kind, most in have.items() if 0 < most < inf]
+        of = [
+            f"{_total(here.values(), kind):g} of {most:g} {kind}"
+            for kind, most in have.items()
+            if 0 < most < inf
+        ]
         if said:
             found.append(f"{node.name}: {', '.join(said)}; {', '.join(of)}")
     return found

@@ -22,7 +22,7 @@ from entroray.workers.nodes import Places
 from tests.composed import configured
 
 DEADLINE = 60.0
-SHARED = ["cluster=node8_shared", "generator.replicas=3", "learner.ranks=3"]
+SHARED = ["cluster=node8_shared", "generator.replicas=2", "learner.ranks=2"]
 CASES = {
     "one_gpu": ["cluster=one_gpu"],
     "node8": ["cluster=node8"],
@@ -91,7 +91,7 @@ def refused(*overrides: str) -> tuple[float, str]:
 
 def main() -> None:
     there = Cluster()
-    there.add_node(num_cpus=8)
+    there.add_node(num_cpus=8, include_dashboard=False)
     for _ in range(4):
         there.add_node(num_cpus=64, num_gpus=8)
     cluster.start(there.address, cpu_only=True)

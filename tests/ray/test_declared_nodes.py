@@ -16,7 +16,7 @@ from tests.ray import declared_nodes
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     command = [sys.executable, "-m", declared_nodes.__name__]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -43,7 +43,7 @@ def test_ray_reserves_cards_on_the_nodes_of_the_plan_in_its_order(found: Any) ->
 
 def test_an_engine_and_the_rank_of_its_number_are_on_one_card_and_no_other_is(found: Any) -> None:
     engines, ranks = found["shared"][ENGINES], found["shared"][RANKS]
-    assert engines == ranks and len({(node, cards) for node, cards, _ in engines}) == 3
+    assert engines == ranks and len({(node, cards) for node, cards, _ in engines}) == 2
     assert all(len(cards.split(",")) == 1 for _, cards, _ in engines)
 
 
