@@ -1,8 +1,10 @@
 """Who runs where, on nodes as they come: against what holds of every plan, and against trying them all."""
 
 import random
+from importlib.util import find_spec
 from itertools import product
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -263,3 +265,20 @@ def test_what_each_cluster_is_for_fits_as_it_is_with_responses_of_8k(name: str, 
     assert f"of {card * 0.985:.1f} GiB" in memory.check_cards(
         config, build_parts(config).objective, card * memory.NAMED
     )
+
+
+@pytest.mark.parametrize(("name", "size"), [("one_gpu", "1.5B"), ("node8_shared", "7B")])
+def test_an_engine_that_starts_anew_beside_a_rank_finds_the_share_that_vllm_asks_for(
+    name: str, size: str
+) -> None:
+    """It asks for `gpu_memory_utilization` of the card also where keys and values have bytes of their own."""
+    found = find_spec("vllm")
+    assert found and found.origin
+    worker = Path(found.origin).parent / "v1" / "worker"
+    assert "if init_snapshot.free_memory < requested_memory:" in (worker / "utils.py").read_text()
+    assert "if kv_cache_memory_bytes := self.cache_config" in (worker / "gpu_worker.py").read_text()
+    config = configured(f"cluster={name}", f"model.path=Qwen/Qwen2.5-{size}", "learner.lr=1e-6")
+    s, card = memory.layout(config, build_parts(config).objective), 80 * memory.NAMED
+    states = sum(memory.memory.learner_states(memory.QWEN[size].parameters, s).values())
+    free = card * (1 - memory.memory.RESERVE) - states
+    assert s.kv_bytes and s.utilisation * card < free < 0.92 * card
