@@ -223,7 +223,7 @@ class GeneratorConfig:
     tensor_parallel: int = 1  # GPUs of one engine
     transfer: str = "plasma"  # plasma (any machine) | nccl | ipc (GPUs, unproved)
     restarts: int = 2  # engines started in place of those that died or failed to start
-    sleep: bool = False  # free the engines' GPU memory while the learner works on the same card (unproved)
+    sleep: bool = False  # free the engines' GPU memory while ranks work on the same cards (unproved)
     keep_kv: bool | None = None  # a sync keeps keys and values of samples under way; null: with a lag on GPUs
     overlap: bool = False  # a step is scheduled while the last one computes; GPUs, off until one has shown it
     threads: int | None = None  # of one engine on CPU; null: all cores, halved beside a learner at work
@@ -232,7 +232,7 @@ class GeneratorConfig:
 
 @dataclass
 class VerifierConfig:
-    replicas: int = 1  # actors that judge; one that dies is replaced
+    replicas: int | None = None  # actors that judge, replaced if they die; null: 1, on GPUs 1 for each engine
     slots: int = 2  # processes in each
     memory_mb: int | None = 2048  # what one process may allocate beyond its start
 
@@ -250,8 +250,13 @@ class Cpus:
 class Cluster:
     address: str | None = None  # of a Ray cluster, on the command line; null: start one here, on loopback
     cpus: Cpus = field(default_factory=Cpus)
-    gpus_per_generator: float = 0.0  # of one tensor-parallel shard
+    gpus_per_generator: float = 0.0  # of one tensor-parallel shard; below 1 for both: they share a card
     gpus_per_learner: float = 0.0  # of one rank
+
+
+def share_cards(c: Cluster) -> bool:
+    """Whether an engine and a rank are on each card."""
+    return 0 < c.gpus_per_generator < 1 and 0 < c.gpus_per_learner < 1
 
 
 @dataclass

@@ -31,7 +31,7 @@ def shape_of(config: Config) -> Shape:
     r, n, g = config.rollout, config.learner, config.generator
     seats, lag = int(g.engine.get("max_num_seqs", SEATS)), config.driver.max_lag
     sizes = (n.ranks, n.updates_per_rollout, r.groups_per_step, r.group_size)
-    return Shape(g.replicas, seats, *sizes, lag, config.verifier.replicas)
+    return Shape(g.replicas, seats, *sizes, lag, actors.verifier_count(config))
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,9 @@ def _joined(config: Config, address: str) -> str:
     try:
         if port:
             socket.create_connection((host, int(port)), timeout=3).close()
-        return f"{address}: {actors.join_cluster(config)}; {_between_nodes(config)}"
+        rows = actors.join_cluster(config)
+        told = [f"{address}: {rows}", *actors.placement_lines(config), _between_nodes(config)]
+        return "; ".join(told)
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
         raise PreflightError(
             f"cluster.address={address} cannot be joined ({first_line(error)}): start it with "

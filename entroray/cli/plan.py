@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     if card and actors.cpu_only(config.cluster):
         raise ConfigError(f"plan --card={given['card']}: these settings ask for no card: add cluster=gpu")
     if card and "rates" not in given:
-        held = memory.memory_lines(config, parts.objective, card)
+        held = [*memory.memory_lines(config, parts.objective, card), *_placed(config)]
         print(json.dumps({"memory": held}) if "json" in given else "\n".join(held))
     if card:
         memory.check_cards(config, parts.objective, card)
@@ -68,13 +68,17 @@ def main(arguments: list[str]) -> int:
         rates, drift = _measure(config, parts, overrides, given.get("config-dir"))
         source = f"measured here; steps after took {drift:.2f} of those before"
         card = card or (None if config.cluster.address else memory.smallest_card())
-    held = memory.memory_lines(config, parts.objective, card)
+    held = [*memory.memory_lines(config, parts.objective, card), *_placed(config)]
     modelled = _model(shape_of(config), rates, counts)
     if "json" in given:
         print(json.dumps({"source": source, "rates": asdict(rates), "memory": held, "modelled": modelled}))
     else:
         print("\n".join([*held, "", *rate_lines(rates, source), "", *_table(modelled)]))
     return 0
+
+
+def _placed(config: Config) -> list[str]:
+    return [f"placed: {line}" for line in actors.placement_lines(config)]
 
 
 def _counts(text: str) -> list[int]:

@@ -127,6 +127,7 @@ def _dry(config: Config, parts: Parts) -> str:
         lines.append(
             f"{role}: {count} x {share.cpus:g} CPU, {share.gpus:g} GPU, {share.threads or 'its own'} threads"
         )
+    lines += [f"placed: {line}" for line in actors.placement_lines(config)]
     lines.append(f"deadlines: {preflight.deadlines(config)}")
     return "\n".join([*lines, *memory.memory_lines(config, parts.objective, memory.smallest_card())])
 
@@ -145,6 +146,8 @@ async def _train(
     facts |= {"resources": actors.join_cluster(config)}
     try:
         memory.check_cluster(config, parts.objective)
+        facts |= {"placed": actors.placement_lines(config)}
+        print("\n".join(f"placed     {line}" for line in facts["placed"]), flush=True)
         first = run.state.get("version", 0) + 1
         journal, console, health = open_journal(config, parts, folder, read_in.tokenizer, first_step=first)
         cluster.WAITS.trace = Trace(trace_path(folder, first) if config.run.trace else None, journal.event)

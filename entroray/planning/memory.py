@@ -273,12 +273,12 @@ def smallest_change(
     `ranks` and `parallel` shards of an engine are tried; with `apart` a shared card becomes two.
     """
     if s.shared:
-        *cheap, host = learner_steps(s, 1)
+        *cheap, host = learner_steps(s, s.ranks)
         found = _first(m, s, card, [*cheap, *engine_steps(m, s, 1), host], "")
         if found or not apart:
             return found
         two = replace(s, shared=False, sleep=False, transfer="nccl", kv_bytes=None, utilisation=0.85)
-        beyond = smallest_change(m, two, card, ranks=ranks, parallel=parallel)
+        beyond = smallest_change(m, replace(two, ranks=1), card, ranks=ranks, parallel=parallel)
         return beyond and (["cluster=gpu", *beyond[0]], beyond[1])
     learner = _first(m, s, card, learner_steps(s, ranks), "learner")
     both = learner and _first(m, learner[1], card, engine_steps(m, s, parallel), "engine")
@@ -306,21 +306,27 @@ def _changes(s: Layout, steps: Sequence[Step]) -> Iterator[tuple[list[str], Layo
                     yield words, replace(s, **{k: v for _, fields in chosen for k, v in fields.items()})
 
 
+_DEALT = Layout(2, 0, checkpoint_every=1, utilisation=0.8)
+_SHARED = replace(_DEALT, transfer="ipc", utilisation=0.1, kv_bytes=16 * GIB, shared=True, sleep=True)
 TABLE = {
-    1: ("one_gpu", Layout(2, 0, transfer="ipc", utilisation=0.5, shared=True, sleep=True)),
-    8: ("eight_gpus", Layout(2, 0, ranks=4, zero_stage=2, utilisation=0.8)),
-    32: ("gpu", Layout(2, 0, ranks=16, zero_stage=2, utilisation=0.85)),
+    "one_gpu": (1, _SHARED),
+    "node8": (8, replace(_DEALT, ranks=4, zero_stage=2)),
+    "node8_shared": (8, replace(_SHARED, ranks=8, zero_stage=2)),
+    "nodes4x8": (
+        32,
+        replace(_DEALT, ranks=16, zero_stage=3, token_budget=16_384, tensor_parallel=2, utilisation=0.85),
+    ),
 }
-"""Cards, and `cluster` that deals them out: half to ranks, half to engines, where there is more than one."""
+"""By the `cluster` that deals them out: how many cards, and their layout."""
 
 
 def table() -> Iterator[str]:
-    """The table of `launch/README.md`: Qwen2.5 on 1, 8 and 32 cards, prompts of 512 tokens."""
+    """The table of `launch/README.md`: Qwen2.5 on the cards of each `cluster`, prompts of 512 tokens."""
     lengths = {"8k": 8192, "32k": 32_768}
     yield "| model | cards | " + " | ".join(f"responses of {name} tokens" for name in lengths) + " |"
     yield "|---" * (2 + len(lengths)) + "|"
     for size, m in QWEN.items():
-        for number, (cluster, empty) in TABLE.items():
+        for cluster, (number, empty) in TABLE.items():
             for gigabytes in (80, 141):
                 longest = [replace(empty, longest=512 + n) for n in lengths.values()]
                 cells = " | ".join(_cell(m, s, gigabytes * NAMED) for s in longest)

@@ -2,34 +2,38 @@
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from entroray.config import TINY, Cluster, Config, GeneratorConfig
+from entroray.config import TINY, Cluster, Config, GeneratorConfig, share_cards
 from entroray.engine.cpu_engine import PRIORITY
 from entroray.engine.generator import Generator
 from entroray.engine.vllm_request import PROCESSOR, QUEUE
 from entroray.errors import PreflightError
 from entroray.objective import Objective
+from entroray.planning import placement
 from entroray.planning.deadlines import Deadlines, floor_deadlines
+from entroray.planning.placement import ENGINES, RANKS, VERIFIERS, Node
 from entroray.policy.microbatches import plan_microbatches, plan_packed
 from entroray.policy.safetensors_header import model_folder, weight_files
 from entroray.roles import Learner
 from entroray.wiring import sampler
 from entroray.wiring.parts import Parts
-from entroray.workers import cluster
+from entroray.workers import cluster, nodes
 from entroray.workers.checkpoint import Checkpoints
 from entroray.workers.cluster import Gang, Share
 from entroray.workers.cores import BESIDE, SharingLearner, Threads, divide_cores
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.engine_pool import EnginePool
 from entroray.workers.learner_rank import LearnerRank, LearnerSettings
-from entroray.workers.roles import GeneratorRole, LearnerRole, VerifierRole
+from entroray.workers.nodes import Places
+from entroray.workers.roles import GeneratorRole, LearnerRole, VerifierRole, rest
 from entroray.workers.sync import WeightSync
 from entroray.workers.verifier import Verifier
 from entroray.workers.verifier_pool import VerifierPool
@@ -44,9 +48,9 @@ def resource_shares(config: Config) -> dict[str, tuple[int, Share]]:
     beside = (BESIDE,) if core_shares(config) else ()
     engine, rank = (cores, cores) if cpu_only(c) else (None, max(1, cores // _actors_per_node(config)))
     return {
-        "generators": (g.replicas, Share(c.cpus.generator, gpus, g.threads or engine)),
-        "learner ranks": (n.ranks, Share(c.cpus.learner, c.gpus_per_learner, n.threads or rank, beside)),
-        "verifiers": (config.verifier.replicas, Share(c.cpus.verifier, 0.0, 1)),
+        ENGINES: (g.replicas, Share(c.cpus.generator, gpus, g.threads or engine)),
+        RANKS: (n.ranks, Share(c.cpus.learner, c.gpus_per_learner, n.threads or rank, beside)),
+        VERIFIERS: (verifier_count(config), Share(c.cpus.verifier, 0.0, 1)),
     }
 
 
@@ -68,6 +72,26 @@ def core_shares(config: Config) -> tuple[Threads, Threads] | None:
 def cpu_only(c: Cluster) -> bool:
     """Whether no role asks for a GPU."""
     return c.gpus_per_generator == 0 and c.gpus_per_learner == 0
+
+
+def verifier_count(config: Config) -> int:
+    """As many as are set; else one, or on GPUs one for each engine."""
+    return config.verifier.replicas or (1 if cpu_only(config.cluster) else config.generator.replicas)
+
+
+def placement_lines(config: Config) -> list[str]:
+    """Who will run where: in the cluster that was joined, else here, or on as many nodes as hold the run."""
+    asked, pairs = nodes.needs(resource_shares(config)), share_cards(config.cluster)
+    if cluster.joined():
+        return placement.lines(*nodes.plan_cluster(asked, pairs=pairs), asked, pairs=pairs)
+    there = [this_machine()]
+    if not placement.place(there, asked, pairs=pairs) and not cpu_only(config.cluster):
+        there = placement.assumed_nodes(asked, pairs=pairs)
+    return placement.lines(there, placement.place(there, asked, pairs=pairs) or {}, asked, pairs=pairs)
+
+
+def this_machine() -> Node:
+    return Node(socket.gethostname(), float(os.cpu_count() or 1), float(torch.cuda.device_count()))
 
 
 def run_deadlines(config: Config, answered: int | None = None) -> Deadlines:
@@ -107,6 +131,7 @@ class Actors:
     verifiers: VerifierPool
     sync: WeightSync
     facts: dict[str, Any]
+    places: Places = field(default_factory=lambda: Places({}))
 
     @property
     def within(self) -> float:
@@ -152,13 +177,14 @@ class Actors:
         """
         within = run_deadlines(config).start
         await self.engines.drain(run_deadlines(self.config).step)
+        if config.generator.sleep:
+            await rest(self.engines, within)
         settings = learner_settings(config, model, total_updates)
         await self.learner.all(lambda rank, h: h.reset.remote(settings, objective), deadline=within)
         self.engines.sender.generator = sender_settings(config)
         self.engines.sender.disconnect()
         sync = replace(self.sync, engines=self.engines, driver=config.driver, deadline=within, compared=False)
-        facts = self.facts | await sync(0)
-        return Actors(config, self.engines, self.learner, self.verifiers, sync, facts)
+        return replace(self, config=config, sync=sync, facts=self.facts | await sync(0))
 
     async def anchor(self, folder: str) -> None:
         """The present weights, kept in `folder`, become the reference; optimizer and schedule begin anew."""
@@ -175,6 +201,7 @@ class Actors:
         """Every actor dies at once, whatever it is doing, and its place is free for another machine."""
         await asyncio.gather(self.engines.close(), self.verifiers.close())
         cluster.kill_actors([*self.engines.all_handles, *self.learner.handles, *self.verifiers.handles])
+        self.places.release()
 
 
 LASTING = ("ranks", "threads", "pack", "liger")
@@ -281,6 +308,9 @@ async def start_actors(
     `report(kind, **fields)` is called for engines and verifiers lost and joined.
     """
     asked = resource_shares(config)
+    places = nodes.find_places(asked, pairs=share_cards(config.cluster))
+    at = {role: places.of(role) for role in asked}
+    share = lambda role: replace(asked[role][1], at=next(at[role]))
     settings = learner_settings(config, model, total_updates)
     limit = max(sequence_length(config), len(probe) + 1)
     within = run_deadlines(config).start
@@ -288,12 +318,11 @@ async def start_actors(
 
     def generator() -> Any:
         sizes = {"dtype": config.model.dtype, "max_length": limit, "seed": config.seed, "engine": options}
-        return cluster.spawn(Generator, asked["generators"][1], model, **sizes)
+        return cluster.spawn(Generator, share(ENGINES), model, **sizes)
 
     handles = [generator() for _ in range(config.generator.replicas)]
-    count, share = asked["learner ranks"]
-    rank = lambda i: cluster.spawn(LearnerRank, share, i, settings, parts.objective, DeepSpeedBackend)
-    learner = Gang("learner", [rank(i) for i in range(count)])
+    spawn = lambda i: cluster.spawn(LearnerRank, share(RANKS), i, settings, parts.objective, DeepSpeedBackend)
+    learner = Gang("learner", [spawn(i) for i in range(config.learner.ranks)])
     engines = EnginePool(
         handles,
         generator,
@@ -302,15 +331,14 @@ async def start_actors(
         start_deadline=within,
         report=report,
     )
-    count, share = asked["verifiers"]
     v = config.verifier
     limits = {"slots": v.slots, "deadline": config.reward.deadline, "memory_mb": v.memory_mb}
-    spawn = lambda: cluster.spawn(Verifier, share, judge, **limits)
-    verifiers = VerifierPool(count, spawn, start_deadline=within, report=report)
+    verifier = lambda: cluster.spawn(Verifier, share(VERIFIERS), judge, **limits)
+    verifiers = VerifierPool(asked[VERIFIERS][0], verifier, start_deadline=within, report=report)
     sync, facts = await _introduce(
         config, engines=engines, learner=learner, verifiers=verifiers, probe=probe, resume=resume
     )
-    return Actors(config, engines, learner, verifiers, sync, facts)
+    return Actors(config, engines, learner, verifiers, sync, facts, places)
 
 
 async def _introduce(
@@ -332,6 +360,7 @@ async def _introduce(
 
     if config.generator.sleep:  # vLLM measures the card as it starts: nobody else may fill or leave it
         await engines.start()
+        await rest(engines, within)  # nor may it fill the card while a rank is built on it
     facts, *_ = await asyncio.gather(gang(), engines.start(), verifiers.start())
     if others := [each for each in facts if each.get("packed") != facts[0].get("packed")]:
         raise PreflightError(  # they have one plan of micro-batches
@@ -349,7 +378,7 @@ async def _introduce(
 def prepare_engines(config: Config) -> None:
     """Have vLLM imported for engines on this machine's CPU, before anything else of the run starts; once."""
     if cpu_only(config.cluster) and not config.cluster.address and not cluster.FORKED:
-        cluster.fork_engines(resource_shares(config)["generators"][1].threads)
+        cluster.fork_engines(resource_shares(config)[ENGINES][1].threads)
 
 
 def check_gpus(c: Cluster) -> None:
@@ -365,4 +394,9 @@ def join_cluster(config: Config) -> str:
     """Start or join Ray and check that it is large enough; returns the arithmetic."""
     check_gpus(config.cluster)
     cluster.start(config.cluster.address, cpu_only=cpu_only(config.cluster))
-    return cluster.check_resources(resource_shares(config))
+    return check_cluster(config)
+
+
+def check_cluster(config: Config) -> str:
+    """The arithmetic of a cluster that was joined; PreflightError if it does not hold every actor."""
+    return nodes.check_resources(resource_shares(config), pairs=share_cards(config.cluster))

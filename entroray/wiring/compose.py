@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from entroray.binding import complaint
-from entroray.config import TINY, Config, LearnerConfig
+from entroray.config import TINY, Config, LearnerConfig, share_cards
 from entroray.control import Controller
 from entroray.errors import ConfigError, first_line, nearest
 from entroray.evaluation.evaluate import plan_evaluation
@@ -233,11 +233,13 @@ def check_cards(config: Config) -> None:
         )
     whole = all(gpus >= 1 and gpus % 1 == 0 for gpus in (c.gpus_per_generator, c.gpus_per_learner))
     shared = "transfer=ipc" if g.transfer == "ipc" else "sleep=true" if g.sleep else None
-    if shared and (g.replicas, ranks, g.tensor_parallel) != (1, 1, 1):
+    pairs = share_cards(c) and c.gpus_per_generator + c.gpus_per_learner <= 1 and g.replicas == ranks
+    if (shared or share_cards(c)) and not (pairs and g.tensor_parallel == 1):
         raise ConfigError(
-            f"generator.{shared} puts one engine and one rank on one card, and there are generator.replicas="
-            f"{g.replicas}, learner.ranks={ranks}, generator.tensor_parallel={g.tensor_parallel}: set all "
-            "three to 1, or take cluster=gpu"
+            f"{f'generator.{shared}' if shared else cards} puts one engine and one rank on each card, and "
+            f"generator.replicas={g.replicas}, learner.ranks={ranks}, generator.tensor_parallel="
+            f"{g.tensor_parallel}, {cards}: set as many replicas as ranks, tensor_parallel to 1 and both "
+            "shares of a card to 0.5, or take cluster=gpu"
         )
     if g.transfer == "nccl" and not whole:
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from entroray.config import Config
+from entroray.config import Config, share_cards
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.objective import Objective
 from entroray.planning import memory
@@ -123,7 +123,7 @@ def layout(config: Config, objective: Objective) -> Layout:
         batched=engine.get("max_num_batched_tokens"),
         seats=engine.get("max_num_seqs"),
         graphs=not engine.get("enforce_eager"),
-        shared=0 < c.gpus_per_generator < 1 and 0 < c.gpus_per_learner < 1,
+        shared=share_cards(c),
         sleep=g.sleep,
     )
 

@@ -1,6 +1,7 @@
 """What can be known to be wrong before any actor starts: one function a check, none of them touches Ray."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,10 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from entroray.binding import effective_settings, function_name, traits
-from entroray.config import Config
+from entroray.config import Config, share_cards
 from entroray.errors import EntrorayError, PreflightError, first_line
 from entroray.policy import families, proof
 from entroray.policy.safetensors_header import tensor_shapes
@@ -19,7 +18,7 @@ from entroray.policy.tokenizer import end_ids, token_name
 from entroray.wiring import actors, dataset, memory, run_directory, tool, warm_start
 from entroray.wiring.parts import build_parts
 from entroray.wiring.sampler import insert_token
-from entroray.workers import cluster
+from entroray.workers import nodes
 
 Check = Callable[[Config], str]
 """Says what it found; raises a typed error with the remedy when that will not do."""
@@ -123,8 +122,22 @@ def resources(config: Config) -> str:
             "learner.liger=true needs liger-kernel: ENTRORAY_EXTRAS=liger launch/setup.sh, or set "
             "learner.liger=false"
         )
-    have = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-    return cluster.check_resources(actors.resource_shares(config), [have])
+    _refuse_expandable(config)
+    here, pairs = [actors.this_machine()], share_cards(config.cluster)
+    rows = nodes.check_resources(actors.resource_shares(config), here, pairs=pairs)
+    return "; ".join([rows, *actors.placement_lines(config)])
+
+
+def _refuse_expandable(config: Config) -> None:
+    """PreflightError for memory that another process may open only where the kernel lets it take files."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        told = os.environ.get(name, "")
+        if config.generator.transfer == "ipc" and re.search(r"expandable_segments:\s*(true|1)", told, re.I):
+            raise PreflightError(
+                f"generator.transfer=ipc shares memory of a card, and {name}={told} makes it of parts that "
+                "another process opens by pidfd_getfd, which containers forbid: drop expandable_segments, "
+                "or set generator.transfer=plasma"
+            )
 
 
 def transfer(config: Config) -> str:

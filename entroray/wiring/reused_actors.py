@@ -8,7 +8,6 @@ from entroray.evaluation.evaluate import heldout_prompts
 from entroray.evaluation.heldout_metrics import heldout_metrics
 from entroray.wiring import actors, compose, dataset, preflight, sampler, tool, warm_start
 from entroray.wiring.parts import Parts
-from entroray.workers import cluster
 
 
 @dataclass
@@ -43,7 +42,7 @@ class ReusedActors:
         self.read_in = dataset.load_dataset(config, self.model)
         heldout_prompts(self.read_in.split.heldout, 1, "entroray lab")
         if self.joined:
-            cluster.check_resources(actors.resource_shares(config))
+            actors.check_cluster(config)
         else:
             actors.join_cluster(config)
             self.joined = True

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from entroray.errors import EntrorayError, InfrastructureError, PreflightError, Stopped, first_line
+from entroray.errors import EntrorayError, InfrastructureError, Stopped, first_line
 from entroray.train.clock import BusyTime
 from entroray.train.trace import NO_TRACE
 from entroray.workers import engine_forkserver, orphans
@@ -124,6 +124,8 @@ class Share:
     """Of OpenMP and MKL; None: neither is told a number."""
     beside: tuple[str, ...] = ()
     """Methods answered while another runs, which then runs off the main thread."""
+    at: Any = "DEFAULT"
+    """Ray's scheduling strategy."""
 
 
 FORWARDED = ("NCCL_", "TORCH_NCCL_", "GLOO_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "VLLM_")
@@ -214,6 +216,11 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, ours)
 
 
+def joined() -> bool:
+    """Whether this process is in a cluster."""
+    return ray.is_initialized()
+
+
 def on_one_node() -> bool:
     """Whether all actors are on the same node."""
     return sum(node["Alive"] for node in ray.nodes()) == 1
@@ -229,42 +236,6 @@ def alive_nodes(*, with_cards: bool) -> dict[str, str]:
 def own_address() -> str:
     """Of this machine, as the nodes of the cluster reach it."""
     return str(ray.util.get_node_ip_address())
-
-
-def check_resources(
-    shares: Mapping[str, tuple[int, Share]], nodes: Sequence[Mapping[str, float]] | None = None
-) -> str:
-    """The arithmetic of what every role needs and what `nodes`, by default the cluster's, have.
-
-    PreflightError if all nodes are too small together, or the largest is too small for one actor.
-    """
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]] if nodes is None else nodes
-    have = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
-    rows, short = [], []
-    for kind in ("CPU", "GPU"):
-        each = {role: (n, s.cpus if kind == "CPU" else s.gpus) for role, (n, s) in shares.items()}
-        need = sum(n * amount for n, amount in each.values())
-        terms = " + ".join(f"{n} {role} x {a:g}" for role, (n, a) in each.items() if a)
-        rows.append(f"{kind}: {terms or '0'} = {need:g} of {have.get(kind, 0):g}")
-        if need > have.get(kind, 0) + 1e-9:
-            short.append(rows[-1])
-    if short:
-        raise PreflightError(
-            "the cluster is too small: " + "; ".join(short) + ". Lower learner.ranks, generator.replicas, "
-            "verifier.replicas or cluster.cpus.*, or join more nodes"
-        )
-    if large := [role for role, (n, share) in shares.items() if n and not _fits(share, nodes)]:
-        needs = "; ".join(f"{r}: {shares[r][1].cpus:g} CPU, {shares[r][1].gpus:g} GPU each" for r in large)
-        sizes = ", ".join(f"{n.get('CPU', 0):g} CPU and {n.get('GPU', 0):g} GPU" for n in nodes)
-        raise PreflightError(
-            f"no node is large enough for one actor of {needs}. Nodes have {sizes}, and an actor cannot be "
-            "spread over nodes: lower generator.tensor_parallel or cluster.cpus.*, or join a larger node"
-        )
-    return "; ".join(rows)
-
-
-def _fits(share: Share, nodes: Sequence[Mapping[str, float]]) -> bool:
-    return any(n.get("CPU", 0) >= share.cpus and n.get("GPU", 0) >= share.gpus for n in nodes)
 
 
 FORKED: dict[str, str] = {}
@@ -311,7 +282,7 @@ def spawn(cls: type, share: Share, *args: Any, **kwargs: Any) -> Any:
     remote: Any = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0, **groups)(cls)
     forked = {"py_executable": FORKED[cls.__name__]} if cls.__name__ in FORKED else {}
     own = {"env_vars": _threads(share.threads), **forked}
-    return remote.options(runtime_env=own).remote(*args, **kwargs)
+    return remote.options(runtime_env=own, scheduling_strategy=share.at).remote(*args, **kwargs)
 
 
 def ask_each_node(questions: Sequence[Callable[[], T]], nodes: Sequence[str], *, gpus: float) -> list[T]:

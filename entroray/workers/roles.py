@@ -65,7 +65,7 @@ class LearnerRole:
     token_budget: int
     deadline: float
     engines: EnginePool | None = None
-    """Those that must leave the learner the card they share with it, until the next sync."""
+    """Those that must leave each rank the card that one of them shares with it, until the next sync."""
     plan: Callable[..., list[list[Rows]]] = plan_microbatches
     """Or `plan_packed`, where ranks lay rows end to end."""
 
@@ -86,6 +86,7 @@ class LearnerRole:
         self, batch: Batch, tokens: Tokens, objective: Objective, updates: int = 1, lr: float | None = None
     ) -> dict[str, float]:
         """`updates` optimizer updates, each over whole groups, with its own global counts."""
+        await self._take_card()  # a warm start has scored nothing before
         plans = self._plans(batch, tokens.group.numpy(), updates)
         return _summary([await self._update("update", batch, tokens, m, objective, lr) for m in plans])
 
@@ -113,9 +114,8 @@ class LearnerRole:
         )
 
     async def _take_card(self) -> None:
-        """The engines leave the card that they share with the learner, if they do."""
         if self.engines:
-            await self.engines.call_all(lambda h: h.sleep.remote(), deadline=self.deadline, what="sleeping")
+            await rest(self.engines, self.deadline)
 
     def _plans(self, batch: Batch, group: NDArray[np.int64], updates: int) -> list[list[list[Rows]]]:
         """[update][rank][micro-batch] -> rows."""
@@ -125,6 +125,15 @@ class LearnerRole:
             local = self.plan(lengths[rows], ranks=len(self.gang.handles), token_budget=self.token_budget)
             plans.append([[rows[m] for m in micros] for micros in local])
         return plans
+
+
+async def rest(engines: EnginePool, deadline: float) -> None:
+    """Every engine leaves its card until the next sync; one that is starting in place of another starts
+    first, for it would fill the card of a rank at work."""
+    if engines.replacing:
+        await asyncio.wait([*engines.replacing], timeout=deadline)
+    sleep, what = lambda h: h.sleep.remote(), "sleeping"
+    await engines.call_all(sleep, deadline=deadline, what=what, newcomers=True)
 
 
 def _scatter(

@@ -24,6 +24,7 @@ from entroray.engine.weight_bytes import ParamMeta, checksum, describe_weights, 
 from entroray.errors import ConfigError, PreflightError, first_line
 from entroray.planning.deadlines import transfer_deadline
 from entroray.planning.memory import PACKED
+from entroray.workers.in_step import InStep
 from entroray.workers.weight_sender import GeneratorClient
 
 BACKEND = "plasma"
@@ -121,7 +122,8 @@ def connect(
     asked = _init_info(backend, rank, client, max(sizes), rendezvous)
     met: Future[Any] = Future()
     client.interrupt = partial(fail, met)
-    form = lambda: WeightTransferTrainerFactory.trainer_init(asked, client=client, source=whole)
+    caller = InStep(client) if backend == "ipc" else client
+    form = lambda: WeightTransferTrainerFactory.trainer_init(asked, client=caller, source=whole)
     trainer = meet(form, START + ENTER, met)
     client.interrupt = None
     if (group := getattr(trainer, "model_update_group", None)) is not None:
