@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from entroray.engine.adapter import engine_class
 from entroray.engine.cpu_engine import StepThreads, forget_ray_threads
 from entroray.engine.vllm_request import (
     Request,
@@ -46,6 +47,7 @@ class Generator:
     """A vLLM engine serving one model; constructed inside its Ray actor."""
 
     def __init__(self, model: str, *, dtype: Any, max_length: int, seed: int, engine: Mapping[str, Any]):
+        """`model` may be the folder of a LoRA adapter, which names its base."""
         self.model, self.dtype, self.seed = model, dtype, seed
         self.max_length, self.options = max_length, engine
         self.inbox: queue.SimpleQueue[tuple[Callable[[Future], object], Future]] = queue.SimpleQueue()
@@ -177,16 +179,14 @@ class Generator:
         if self.options.get("logits_processors"):  # ours is of vLLM's V1 interface, which V2 does not take
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         forget_ray_threads()
-        from vllm import LLM
-
+        served, options = engine_class({"model": self.model, **self.options})
         began = time.monotonic()
-        self.llm = LLM(
-            model=self.model,
+        self.llm = served(
             dtype=self.dtype,
             seed=self.seed,
             max_model_len=self.max_length,
             async_scheduling=False,  # a token in flight across a sync would carry the wrong version
-            **{"logprobs_mode": "processed_logprobs", **self.options},
+            **{"logprobs_mode": "processed_logprobs", **options},
         )
         self.engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         self.read = response_text(tokenizer, end_tokens(self.llm.model_config, tokenizer))
@@ -234,10 +234,13 @@ class Generator:
         self.waiting[key] = Waiting(request, future, now, set(names))
         self.owner |= dict.fromkeys(names, key)
         self.next_look = min(self.next_look, now + request.deadline)
+        lora = getattr(self.llm, "adapter", None)
         try:
             for name, seed in zip(names, request.seeds, strict=True):
                 wanted = probe_params() if probe else sampling_params(request, seed, self._noted(name))
-                self.engine.add_request(name, {"prompt_token_ids": request.input_ids}, wanted)
+                self.engine.add_request(
+                    name, {"prompt_token_ids": request.input_ids}, wanted, lora_request=lora
+                )
         except Exception:  # boundary: vLLM has an exception for each thing it refuses
             self._forget(key)
             raise
