@@ -242,7 +242,7 @@ def _header(
         f"({config.driver.stale})",
         *(f"control    {line}" for line in controllers.describe_controllers(parts, lag)),
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
-        *(f"trained    {line}" for line in memory.lora_lines(config, facts["trained"])),
+        *(f"trained    {line}" for line in memory.lora_lines(config, facts.get("trained", 0))),
         *([f"rows       {facts['rows']}"] if facts.get("rows", "padded") != "padded" else []),
         *(f"prompts    {line}" for line in prompts),
         f"data       {len(split.training)} training, {len(split.heldout)} held out; {read_in.dropped}",

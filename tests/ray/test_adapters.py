@@ -119,8 +119,9 @@ async def train_a_little(m: actors.Actors, objective: Any, seed: int) -> None:
         await learner.update(batch, tokens, objective, 1)
 
 
-async def serve(stack: Stack, m: actors.Actors, config: Config) -> list[float]:
+async def serve(m: actors.Actors, config: Config) -> list[float]:
     """Largest differences (nats) of engine and learner before and after updates, and how far these went."""
+    m = replace(m, sync=replace(m.sync, probe_ids=LONG))
     objective, ids = build_objective(config.objective), m.sync.probe_ids
     ask = lambda: m.learner.all(lambda r, h: h.prompt_logprobs.remote(ids), deadline=60.0)
     first, found = await ask(), [await m.sync.compare()]
@@ -136,7 +137,7 @@ def test_merged_weights_served_are_the_learners(stack: Stack) -> None:
 
     async def run() -> list[float]:
         m = await stack.actors(config, build_objective(config.objective), dataset.judge_spec(config))
-        return await serve(stack, m, config)
+        return await serve(m, config)
 
     *gaps, moved = stack.wait(run())
     print("merged", gaps, moved)
@@ -167,7 +168,7 @@ def adapted(stack: Stack) -> Iterator[actors.Actors]:
 
 
 def test_an_adapter_served_is_the_learners(stack: Stack, adapted: actors.Actors) -> None:
-    *gaps, moved = stack.wait(serve(stack, adapted, adapted.config))
+    *gaps, moved = stack.wait(serve(adapted, adapted.config))
     print("adapter", gaps, moved)
     assert max(gaps) <= 1e-4 and moved > 0.01
 
@@ -179,12 +180,11 @@ def test_a_request_in_flight_goes_on_with_the_next_adapter_and_knows_which_drew_
     request = Request("long", LONG, (1, 2), Draw(1.0, 150), deadline=60.0)
 
     async def run() -> tuple[list[Any], list[Any]]:
-        before = await m.sync(7) or None
+        await m.sync(7)
         await train_a_little(m, objective, 3)
         drawing = asyncio.ensure_future(m.engines.sample(request))
         await asyncio.sleep(0.2)
         await m.sync(8)
-        del before
         drawn = await drawing
         rows = [[*LONG, *r.token_ids.tolist()] for r in drawn]
         asked = [
