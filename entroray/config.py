@@ -192,6 +192,16 @@ class DriverConfig:
 
 
 @dataclass
+class Lora:
+    """Adapters of low rank are trained, W + alpha / rank B A; the model itself stays, as the reference."""
+
+    rank: int = 0  # rows of A and columns of B; 0: all weights are trained, without adapters
+    alpha: float | None = None  # null: twice the rank
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # matrices, as [q_proj, v_proj]
+    export: str = "adapter"  # adapter | merged: what a run writes as its model
+
+
+@dataclass
 class LearnerConfig:
     ranks: int = 1  # DeepSpeed processes, one GPU each where there are any
     zero_stage: int = 1  # 0 | 1 | 2 | 3: what of optimizer, gradients and weights is split over ranks
@@ -200,7 +210,8 @@ class LearnerConfig:
     token_budget: int = 8192  # tokens of one micro-batch, any padding included
     pack: str = "auto"  # auto | always | never: rows end to end, not padded; auto: on GPUs if the model can
     lr: float | None = None  # of AdamW; null: 1e-3 for the tiny model; any other needs its own
-    lr_high: bool = False  # allow full training of a model given by path above 1e-4
+    lr_high: bool = False  # allow full training of a model given by path above 1e-4, LoRA above 2e-3
+    lora: Lora = field(default_factory=Lora)
     weight_decay: float = 0.0  # of AdamW
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
     max_grad_norm: float = 1.0  # global norm that gradients are clipped to; 0: never
@@ -221,7 +232,7 @@ class LearnerConfig:
 class GeneratorConfig:
     replicas: int = 1  # vLLM engines
     tensor_parallel: int = 1  # GPUs of one engine
-    transfer: str = "plasma"  # plasma (any machine) | nccl | ipc (GPUs, unproved)
+    transfer: str = "plasma"  # plasma (any machine) | nccl | ipc (GPUs, unproved) | adapter: LoRA's alone
     restarts: int = 2  # engines started in place of those that died or failed to start
     sleep: bool = False  # free the engines' GPU memory while ranks work on the same cards (unproved)
     keep_kv: bool | None = None  # a sync keeps keys and values of samples under way; null: with a lag on GPUs

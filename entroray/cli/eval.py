@@ -11,12 +11,14 @@ from omegaconf import OmegaConf
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
+from entroray.engine.adapter import ADAPTER
 from entroray.engine.generator import Generator
 from entroray.errors import ConfigError
 from entroray.evaluation.cot_decoding import TWO, Decoding, words
 from entroray.evaluation.evaluate import evaluate_policy, heldout_prompts, plan_evaluation
 from entroray.evaluation.sets import examine_sets
 from entroray.observe import evaluation, evaluation_page
+from entroray.policy.lora import read_config
 from entroray.wiring import actors, compose, dataset, run_directory, sampler, tool, warm_start
 from entroray.workers import cluster
 from entroray.workers.verifier import Verifier
@@ -86,7 +88,8 @@ async def evaluate(config: Config) -> dict[str, Any]:
         engine=_options(config),
     )
     verifier = Verifier(read.judge, slots=v.slots, deadline=config.reward.deadline, memory_mb=v.memory_mb)
-    known = words(read.tokenizer, model)
+    adapter = read_config(model)
+    known = words(read.tokenizer, adapter["base_model_name_or_path"] if adapter else model)
 
     role = actors.generator_role(engine, config)
     generator = tool.with_tool(config.rollout, read.tokenizer, role, verifier)
@@ -121,7 +124,9 @@ async def evaluate(config: Config) -> dict[str, Any]:
 
 def _options(config: Config) -> dict[str, Any]:
     """vLLM's options for an engine that notes entropies and may report many likeliest tokens."""
-    options = actors.engine_options(config)
+    g = config.generator
+    plain = replace(config, generator=replace(g, transfer="plasma" if g.transfer == ADAPTER else g.transfer))
+    options = actors.engine_options(plain)
     if not options.get("speculative_config"):
         options |= actors.noting(config.generator.engine)
     return {"max_logprobs": max(20, config.evaluate.cot)} | options

@@ -245,6 +245,7 @@ def _header(
         f"({config.driver.stale})",
         *(f"control    {line}" for line in controllers.describe_controllers(parts, lag)),
         f"model      {facts['model']} ({facts['parameters'] / 1e6:.2f} M parameters, {config.model.dtype})",
+        *(f"trained    {line}" for line in memory.lora_lines(config, facts.get("trained", 0))),
         *([f"rows       {facts['rows']}"] if facts.get("rows", "padded") != "padded" else []),
         *(["engine     vLLM's runner V2"] if facts.get("runner") == "V2" else []),
         *(f"prompts    {line}" for line in prompts),

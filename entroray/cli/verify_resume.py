@@ -92,7 +92,8 @@ def differences(whole: Path, resumed: Path, *, after: int) -> list[str]:
         if a.get(name) != b.get(name)
     ]
     wrong += [f"token records of step {step_of(f)}" for f in files(whole) if not _same_records(f, resumed)]
-    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, resumed)]
+    models = [sorted((folder / "model").glob("*.safetensors")) for folder in (whole, resumed)]
+    weights = [[file.read_bytes() for file in each] for each in models]
     return wrong + (["the exported weights"] if weights[0] != weights[1] else [])
 
 

@@ -47,6 +47,7 @@ class Generator:
     """A vLLM engine serving one model; constructed inside its Ray actor."""
 
     def __init__(self, model: str, *, dtype: Any, max_length: int, seed: int, engine: Mapping[str, Any]):
+        """`model` may be the folder of a LoRA adapter, which names its base."""
         self.model, self.dtype, self.seed = model, dtype, seed
         self.max_length, self.options = max_length, engine
         self.inbox: queue.SimpleQueue[tuple[Callable[[Future], object], Future]] = queue.SimpleQueue()
@@ -227,10 +228,11 @@ class Generator:
         self.waiting[key] = Waiting(request, future, now, set(names))
         self.owner |= dict.fromkeys(names, key)
         self.next_look = min(self.next_look, now + request.deadline)
+        lora = getattr(self.llm, "adapter", None)
         try:
             for name, seed in zip(names, request.seeds, strict=True):
                 wanted = probe_params() if probe else sampling_params(request, seed, self._noted(name))
-                self.engine.add_request(name, self._prompt(request), wanted)
+                self.engine.add_request(name, self._prompt(request), wanted, lora_request=lora)
         except Exception:  # boundary: vLLM has an exception for each thing it refuses
             self._forget(key)
             raise

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from entroray.engine.adapter import engine_class
 from entroray.engine.vllm_request import PROCESSOR
 from entroray.errors import ConfigError
 
@@ -21,9 +22,8 @@ def start_llm(**options: Any) -> Any:
     """vLLM's `LLM` with these options; ConfigError if they ask for what its runner cannot do."""
     if names := options.get("logits_processors"):
         options["logits_processors"] = fit_processors(names, ahead=options["async_scheduling"])
-    from vllm import LLM
-
-    return try_twice(lambda: LLM(**options))
+    served, options = engine_class(options)
+    return try_twice(lambda: served(**options))
 
 
 def fit_processors(names: Sequence[str], *, ahead: bool) -> list[str]:

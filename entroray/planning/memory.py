@@ -17,6 +17,8 @@ TILES = 5
 """Tiles alive at once in the head's passes."""
 BUCKET = 500_000_000
 """Elements of DeepSpeed's reduce_bucket_size by default, and half of stage3_max_live_parameters."""
+LORA_BUCKET = 50_000_000
+"""The same with LoRA, whose gradients are few."""
 PACKED = 256 << 20
 """Bytes at which a packed buffer of NCCL is sent; vLLM's own 1 GiB is outside every budget of its engine."""
 IPC = 1 << 30
@@ -80,6 +82,8 @@ class Layout:
     compiled: bool = False
     """Whether layers are compiled, which ZeRO 3 excludes."""
     reference: bool = False
+    adapter: int = 0
+    """Parameters of LoRA's adapter, which alone is trained; 0: all are."""
     transfer: str = "nccl"
     tensor_parallel: int = 1
     utilisation: float = 0.92
@@ -99,17 +103,20 @@ def learner_states(count: int, s: Layout) -> dict[str, float]:
 
     What DeepSpeed 0.19 divides: stage 1 the optimizer's, stage 2 gradients too, stage 3 weights too. Its
     optimizers keep a float32 copy, but for float32 weights in stages 0 and 3. Gradients of bfloat16 weights
-    are summed in float32: in stage 1 beside their own, in 2 and 3 in their place, in 0 not at all.
+    are summed in float32: in stage 1 beside their own, in 2 and 3 in their place, in 0 not at all. With LoRA
+    all that is of the adapter, and the model itself is the reference.
     """
-    share = lambda stage: count / (s.ranks if s.zero_stage >= stage else 1)
+    held, count = count + s.adapter, s.adapter or count
+    divided = lambda n, stage: n / (s.ranks if s.zero_stage >= stage else 1)
+    share = lambda stage: divided(count, stage)
     copied = s.element < 4 or s.zero_stage in (1, 2)
     host = 0.0 if s.host_optimizer else 1.0
     parts = {
-        "weights": s.element * share(3),
+        "weights": s.element * divided(held, 3),
         "gradients": _gradients(s, count, share(2)) * (host if s.zero_stage > 1 else 1),
         **({"float32 copy": 4 * share(1) * host} if copied else {}),
         "Adam moments": 8 * share(1) * host,
-        **({"reference": s.element * share(3)} if s.reference else {}),
+        **({"reference": s.element * share(3)} if s.reference and not s.adapter else {}),
     }
     return {name: float(size) for name, size in parts.items()}
 
@@ -118,6 +125,17 @@ def _gradients(s: Layout, count: int, share: float) -> float:
     if s.element == 4 or s.zero_stage == 0:
         return s.element * share
     return (s.element + 4) * count if s.zero_stage == 1 else 4 * share
+
+
+def adapter_size(m: ModelShape, rank: int, targets: Sequence[str]) -> int:
+    """Parameters of LoRA's adapters on `targets`, by their usual names; of other names on all matrices."""
+    sizes = {
+        **{"q_proj": m.width + m.queries, "o_proj": m.queries + m.width},
+        **dict.fromkeys(("k_proj", "v_proj"), m.width + m.keys),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), m.width + m.intermediate),
+    }
+    chosen = targets if set(targets) <= sizes.keys() else sizes
+    return m.layers * rank * sum(sizes[name] for name in set(chosen))
 
 
 def layer_bytes(m: ModelShape, element: int) -> float:
@@ -143,14 +161,14 @@ def learner_work(m: ModelShape, s: Layout) -> dict[str, float]:
     copies = 6 if copied else 4 if s.ranks > 1 or s.zero_stage else 0
     return {
         "activations": tokens * (kept + again + 4 * s.element * m.width),
-        "head": TILES * TILE + weight * (4.0 + s.element),
+        "head": TILES * TILE + (0.0 if s.adapter else weight * (4.0 + s.element)),
         "DeepSpeed's buckets": float(s.bucket * copies + live * s.element),
     }
 
 
 def sync_bytes(m: ModelShape, s: Layout) -> tuple[float, float]:
     """Of buffers that weights are packed in, on rank 0 and on an engine; a buffer is sent once it is full."""
-    largest = float(m.vocabulary * m.width * s.element)
+    largest = float(m.vocabulary * m.width * s.element)  # LoRA's merged matrices are smaller
     if s.transfer == "nccl":
         two = 2 * PACKED + largest
         return 2 * two, two  # what is packed is alive beside its pieces
@@ -162,7 +180,7 @@ def engine_bytes(m: ModelShape, s: Layout, card: float) -> dict[str, float]:
     tp, large = s.tensor_parallel, card >= LARGE
     logits = (s.seats or SEATS[large]) * m.vocabulary * 8  # and their probabilities, in FP32
     parts = {
-        "weights": m.parameters * s.element / tp,
+        "weights": (m.parameters + (s.adapter if s.transfer == "adapter" else 0)) * s.element / tp,
         "a step": (s.batched or BATCHED[large]) * s.element * (3 * m.intermediate / tp + 6 * m.width)
         + logits,
         "graphs": float(GRAPHS if s.graphs else 0),

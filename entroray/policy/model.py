@@ -73,6 +73,10 @@ class Policy(nn.Module):
         """Names of the tensors in its safetensors files, if it has any."""
         self.names = families.file_names(model, self.stored)
         """Name of each parameter in memory -> its name in the model's files."""
+        self.besides = self.stored - families.known_names(model)
+        """Names of tensors that a language model has not, such as those for images."""
+        self.adapter: Any = None
+        """peft's configuration of the adapter that is trained in the weights' place (`lora.add_adapter`)."""
         families.remove_dropout(model)
         self.readout = families.stream_head(model)
 
@@ -96,8 +100,7 @@ class Policy(nn.Module):
         Tensors that a language model has not, such as those for images, go with it. No more of them are held
         than go into one file.
         """
-        besides = self.stored - families.known_names(self.model)
-        whole = chain(tensors_besides(self.source, besides), weights)
+        whole = chain(tensors_besides(self.source, self.besides), weights)
         write_model(folder, self.model, whole, self.texts)
 
 

@@ -1,6 +1,7 @@
 """Proof in place of trust: the learner's log-probs against those of the model's own logits."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entroray.errors import EntrorayError, PreflightError, first_line
-from entroray.policy import families, packing
+from entroray.policy import families, lora, packing
 from entroray.policy.model import Layout, Policy, pad
 from entroray.policy.small_copy import VOCABULARY, WINDOW, build_small_copy
 from entroray.types import Batch
 
 TOLERANCE = 1e-3
 """Nats that two float32 computations of one log-prob may be apart."""
+SERVED_WORDS = 258_048
+"""Most tokens of a vocabulary that vLLM 0.32 serves with adapters."""
 LENGTHS = (3 * WINDOW, 2 * WINDOW + 1)
 """Of the texts that a small copy is tried on: longer than its window, and padded."""
 
 
-def check_architecture(path: str, config: Any, attention: str = "sdpa") -> str:
+def check_architecture(path: str, config: Any, attention: str = "sdpa", targets: Sequence[str] = ()) -> str:
     """What was found of the model's kind and `model.attention`, before any of its weights is read.
 
-    Raises PreflightError when transformers or vLLM have no such language model, or when the learner's
-    log-probs of a small copy are more than `TOLERANCE` from those of its logits.
+    Raises PreflightError when transformers or vLLM have no such language model, when none of its matrices
+    has the name of one of LoRA's `targets`, or when the learner's log-probs of a small copy are more than
+    `TOLERANCE` from those of its logits.
     """
     name = _model_class(path, config).__name__
     try:
@@ -40,6 +44,8 @@ def check_architecture(path: str, config: Any, attention: str = "sdpa") -> str:
             f"{joined[0]}, as those of experts: engines would not know them when weights are sent. "
             "Take a dense model"
         )
+    if targets:
+        lora.find_targets(model, targets)
     try:
         if attention == "sdpa":  # others may need a card; the copy was built with the model's own code
             model.set_attn_implementation(families.attention(config, attention))
@@ -189,11 +195,42 @@ def _model_class(path: str, config: Any) -> Any:
 
 def _engines_know(architecture: str, model_class: Any) -> bool:
     """Whether vLLM has this architecture, or would take transformers' class; it is not imported."""
+    served = _engine_source("registry").partition("_PREVIOUSLY_SUPPORTED_MODELS =")[0]
+    return not served or f'"{architecture}"' in served or bool(model_class.is_backend_compatible())
+
+
+def _engine_source(module: str) -> str:
+    """The text of a module of vLLM's models; empty without vLLM."""
     place = find_spec("vllm")
-    if place is None or not place.submodule_search_locations:
-        return True
-    registry = Path(place.submodule_search_locations[0], "model_executor/models/registry.py")
-    if not registry.is_file():
-        return True
-    served = registry.read_text().partition("_PREVIOUSLY_SUPPORTED_MODELS =")[0]
-    return f'"{architecture}"' in served or bool(model_class.is_backend_compatible())
+    folders = (place.submodule_search_locations if place else None) or ()
+    files = [Path(folder, f"model_executor/models/{module}.py") for folder in folders]
+    return "".join(file.read_text() for file in files if file.is_file())
+
+
+def check_adapters_served(path: str, config: Any) -> None:
+    """PreflightError when vLLM has a class of its own for this architecture, which takes no adapters.
+
+    And for a larger vocabulary than its `LogitsProcessorWithLoRA` takes.
+    """
+    name, words = (config.architectures or [""])[0], families.text_config(config).vocab_size
+    if words > SERVED_WORDS:
+        raise PreflightError(
+            f"generator.transfer=adapter: vLLM serves no adapters beside {words:,} tokens (model.path="
+            f"{path}), {SERVED_WORDS:,} at most: set generator.transfer=plasma, which sends merged weights"
+        )
+    known = re.search(rf'"{name}": *\(\s*"(\w+)",\s*"(\w+)"', _engine_source("registry"))
+    if known and _engine_source(known[1]) and not _takes_adapters(known[1], known[2]):
+        raise PreflightError(
+            f"generator.transfer=adapter: vLLM serves no adapters of {name} (model.path={path}): set "
+            "generator.transfer=plasma, which sends merged weights"
+        )
+
+
+def _takes_adapters(module: str, name: str) -> bool:
+    """Whether a class of vLLM's models, or one that it is made of, is marked as taking LoRA."""
+    text = _engine_source(module)
+    bases = re.search(rf"^class {name}\(([^)]*)\)", text, re.MULTILINE)
+    named = set(re.findall(r"\w+", bases[1])) - {name} if bases else set()
+    imports = re.findall(r"^from \S*\.(\w+) import (\([^)]*\)|.*)$", text, re.MULTILINE)
+    origins = {base: origin for origin, names in imports for base in named & set(re.findall(r"\w+", names))}
+    return "SupportsLoRA" in named or any(_takes_adapters(origins.get(b, module), b) for b in named)

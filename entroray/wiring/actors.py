@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from entroray.config import TINY, Cluster, Config, GeneratorConfig, share_cards
+from entroray.engine.adapter import ADAPTER, adapter_options
 from entroray.engine.cpu_engine import PRIORITY
 from entroray.engine.generator import Generator
 from entroray.engine.vllm_request import PROCESSOR, QUEUE
@@ -214,6 +215,7 @@ def lasting(config: Config, parts: Parts) -> dict[str, Any]:
     freed = ("seed", "run", "objective", "control", "driver", "observe", "checkpoint")
     kept = {name: value for name, value in every.items() if name not in freed}
     kept["learner"] = {name: every["learner"][name] for name in LASTING}
+    kept["engine"] = engine_options(config)
     kept["cores"] = core_shares(config)
     kept["processors"] = logits_processors(config, parts)
     kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline", "turns", "tool")}
@@ -248,9 +250,14 @@ def engine_options(config: Config) -> dict[str, Any]:
     whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, longest)}
     small = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20, "ir_op_priority": PRIORITY}
     cpu = small | whole if cpu_only(config.cluster) else {}
+    alone = config.generator.transfer == ADAPTER
     ours = {
         "tensor_parallel_size": config.generator.tensor_parallel,
-        "weight_transfer_config": {"backend": config.generator.transfer},
+        **(
+            adapter_options(config.learner.lora.rank)
+            if alone
+            else {"weight_transfer_config": {"backend": config.generator.transfer}}
+        ),
         "disable_log_stats": True,
         **({"enable_sleep_mode": True} if config.generator.sleep else {}),
         **({"async_scheduling": True} if config.generator.overlap else {}),

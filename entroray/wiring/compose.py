@@ -40,12 +40,13 @@ TAKEN = {
     "seed": "seed says it",
     "max_model_len": "it is data.max_prompt + rollout.max_tokens",
     "async_scheduling": "generator.overlap says it",
+    **dict.fromkeys(("enable_lora", "max_lora_rank"), "learner.lora and generator.transfer=adapter say it"),
 }
 
 
 TINY_LR = 1e-3
 """Of the tiny model, where none is given."""
-MOST_LR = {"full training": 1e-4}
+MOST_LR = {"full training": 1e-4, "LoRA": 2e-3}
 """Largest learner.lr of a model given by path, by what is trained, unless learner.lr_high says so."""
 MOST = 10_000
 """Values that one word may sweep over."""
@@ -136,7 +137,7 @@ def _typed(tree: DictConfig, words: list[str], *, training: bool) -> Config:
         raise ConfigError(overrides.explain(error, words)) from error
     parts = check_config(config)
     if training:
-        check_lr(config, "full training", parts.controllers)
+        check_lr(config, "LoRA" if config.learner.lora.rank else "full training", parts.controllers)
         sampler.check_training_sampler(config.sampler, config.generator.engine, parts)
         selection.check_training_selection(config.rollout, config.generator.engine, parts.objective)
     return config
@@ -172,6 +173,7 @@ def check_config(config: Config) -> Parts:
         )
     constraints.check_deepspeed(config.learner.deepspeed)
     constraints.check_overlap(config)
+    constraints.check_lora(config.learner, config.generator)
     if config.generator.sleep and (config.driver.max_lag or config.cluster.gpus_per_generator == 0):
         raise ConfigError(
             "generator.sleep shares a GPU by turns: it needs driver.max_lag=0 and cluster.gpus_per_generator "

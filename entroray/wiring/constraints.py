@@ -6,7 +6,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from entroray.config import USER_FILES, Config
+from entroray.config import USER_FILES, Config, GeneratorConfig, LearnerConfig, Lora
+from entroray.engine.adapter import ADAPTER, RANKS
 from entroray.errors import ConfigError
 
 
@@ -69,7 +70,8 @@ NAMES: dict[str, tuple[object, ...]] = {
         "constant_with_warmup",
         "inverse_sqrt",
     ),
-    "generator.transfer": ("plasma", "nccl", "ipc"),
+    "learner.lora.export": ("adapter", "merged"),
+    "generator.transfer": ("plasma", "nccl", "ipc", ADAPTER),
 }
 """What may be chosen. A schedule is one that transformers makes of two numbers, warm-up and all updates."""
 
@@ -130,6 +132,33 @@ def check_deepspeed(given: Mapping[str, Any]) -> None:
         raise ConfigError(f"learner.deepspeed sets zero_optimization.{name}: {remedies[name]}")
     if "lr" in ((given.get("optimizer") or {}).get("params") or {}):
         raise ConfigError("learner.deepspeed sets optimizer.params.lr: set learner.lr in its place")
+
+
+def check_lora(n: LearnerConfig, g: GeneratorConfig) -> None:
+    """ConfigError for an adapter that is not trained, that engines cannot serve, or that is anchored."""
+    rank, alone = n.lora.rank, g.transfer == ADAPTER
+    if not rank and (alone or n.lora != Lora()):
+        asked = "generator.transfer=adapter" if alone else "learner.lora"
+        raise ConfigError(
+            f"{asked} is of adapters, and learner.lora.rank=0 trains none: set learner.lora.rank, as "
+            "learner=lora does, or leave it out"
+        )
+    if alone and rank > RANKS[-1]:
+        raise ConfigError(
+            f"learner.lora.rank={rank}: vLLM serves adapters of rank {RANKS[-1]} at most: lower it, or set "
+            "generator.transfer=plasma, which sends merged weights"
+        )
+    if alone and g.sleep:
+        raise ConfigError(
+            "generator.transfer=adapter sends no base, and generator.sleep=true gives its memory away: set "
+            "generator.transfer=ipc, which sends merged weights, or generator.sleep=false"
+        )
+    if rank and n.reset_after:
+        raise ConfigError(
+            f"learner.reset_after={n.reset_after} makes present weights the reference, and with "
+            f"learner.lora.rank={rank} that is the model itself: set learner.reset_after=0, or "
+            "learner.lora.rank=0"
+        )
 
 
 def refuse_nobody(setting: str, path: str | None) -> None:

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from entroray.config import Config, share_cards
+from entroray.engine.adapter import ADAPTER
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.objective import Objective
 from entroray.planning import memory
@@ -23,6 +25,8 @@ from entroray.workers import cluster
 BYTES = {"float32": 4, "bfloat16": 2}
 DRIVER = 580
 """The least driver that CUDA 13 runs on, which the pinned builds of torch and vLLM are made for."""
+PROPOSED = 32
+"""Rank of the adapters that are proposed where full training does not fit."""
 QUERY = ("nvidia-smi", "--query-gpu=memory.total,driver_version", "--format=csv,noheader,nounits")
 
 
@@ -38,12 +42,21 @@ def memory_lines(config: Config, objective: Objective, card: float | None = None
     limit = f"at most {v.memory_mb:,} MiB" if v.memory_mb else "no limit"
     return [
         f"model: {found:,} parameters, {config.model.dtype}",
+        *(f"trained: {line}" for line in lora_lines(config, adapter_size(config))),
         f"memory of a learner rank between updates, {_mib(sum(parts.values()))}: "
         + ", ".join(f"{name} {_mib(size)}" for name, size in parts.items()),
         f"memory of a generator's shard: weights {_mib(found * e / g.tensor_parallel)}, {kept}",
         f"memory of a verifier: {v.slots} processes, {limit} each beyond its start",
         *card_lines(config, objective, card),
     ]
+
+
+def lora_lines(config: Config, trained: int) -> list[str]:
+    """What LoRA trains, and how it is served; nothing without it. `trained` are parameters, 0: unknown."""
+    of, alone = config.learner.lora, config.generator.transfer == ADAPTER
+    how = "as an adapter" if alone else "merged into the weights"
+    size = f"{trained:,} parameters" if trained else "few parameters"
+    return [f"LoRA of rank {of.rank} on {', '.join(of.targets)}, {size}, served {how}"] if of.rank else []
 
 
 def card_lines(config: Config, objective: Objective, card: float | None) -> list[str]:
@@ -73,9 +86,26 @@ def check_cards(config: Config, objective: Objective, card: float) -> str:
     if short := memory.shortages(shape, s, card):
         change = memory.smallest_change(shape, s, card)
         remedy = f"The smallest change that does: {' '.join(change[0])}" if change else NOTHING
-        raise PreflightError(f"the cards are too small. {'; '.join(short)}. {remedy}")
+        low = _with_lora(shape, s, card, config.learner.lr or 0.0)
+        raise PreflightError(f"the cards are too small. {'; '.join(short)}. {low}{remedy}")
     full = {name: sum(parts.values()) for name, parts in memory.cards(shape, s, card).items()}
     return ", ".join(f"{name} {memory.gib(size)}" for name, size in full.items()) + f" of {memory.gib(card)}"
+
+
+def _with_lora(shape: ModelShape, s: Layout, card: float, lr: float) -> str:
+    """What fits if adapters are trained, at ten times the learning rate; empty if they are, or none fit."""
+    adapter = memory.adapter_size(shape, PROPOSED, ())
+    low = replace(s, adapter=adapter, bucket=min(s.bucket, memory.LORA_BUCKET))
+    change = None if s.adapter else memory.smallest_change(shape, low, card)
+    words = [f"learner.lora.rank={PROPOSED}", f"learner.lr={10 * lr:g}", *change[0]] if change else []
+    return f"With adapters in place of full training it does: {' '.join(words)}. " if words else ""
+
+
+def adapter_size(config: Config) -> int:
+    """Parameters that LoRA trains with these settings; 0 without LoRA, and for a model of no known shape."""
+    lora = config.learner.lora
+    shape = model_shape(config) if lora.rank else None
+    return memory.adapter_size(shape, lora.rank, lora.targets) if shape else 0
 
 
 NOTHING = (
@@ -113,9 +143,10 @@ def layout(config: Config, objective: Objective) -> Layout:
         checkpoint_every=n.gradient_checkpointing_every_n_layers if n.gradient_checkpointing else 0,
         host_activations=n.gradient_checkpointing_offload,
         host_optimizer=host,
-        bucket=int(zero.get("reduce_bucket_size", memory.BUCKET)),
+        bucket=int(zero.get("reduce_bucket_size", memory.LORA_BUCKET if n.lora.rank else memory.BUCKET)),
         compiled=n.compile,
         reference=n.reference or "ref_logprobs" in objective.needs,
+        adapter=adapter_size(config),
         transfer=g.transfer,
         tensor_parallel=g.tensor_parallel,
         utilisation=float(engine.get("gpu_memory_utilization", Layout.utilisation)),

@@ -11,8 +11,9 @@ from typing import Any
 
 from entroray.binding import effective_settings, function_name, traits
 from entroray.config import Config, share_cards
+from entroray.engine.adapter import ADAPTER
 from entroray.errors import EntrorayError, PreflightError, first_line
-from entroray.policy import families, proof
+from entroray.policy import families, lora, proof
 from entroray.policy.safetensors_header import tensor_shapes
 from entroray.policy.tokenizer import end_ids, token_name
 from entroray.wiring import actors, dataset, memory, run_directory, tool, warm_start
@@ -67,6 +68,11 @@ def model(config: Config) -> str:
         context = config.model.warm_start.size["max_position_embeddings"]
         return _context(config, context, "the tiny model, not made yet")
     path = warm_start.resolve_model(config)
+    if found := lora.read_config(path):
+        raise PreflightError(
+            f"model.path={path} is an adapter of {found['base_model_name_or_path']}: train that with "
+            "learner=lora, or the model that learner.lora.export=merged writes"
+        )
     from transformers import AutoConfig
 
     try:
@@ -77,7 +83,10 @@ def model(config: Config) -> str:
             "with a config.json, or a hub id where a hub is reachable"
         ) from error
     _check_weights(path)
-    found = proof.check_architecture(path, described, config.model.attention)
+    targets = config.learner.lora.targets if config.learner.lora.rank else ()
+    said = proof.check_architecture(path, described, config.model.attention, targets)
+    if config.generator.transfer == ADAPTER:
+        proof.check_adapters_served(path, described)
     text, words = families.text_config(described), len(warm_start.run_tokenizer(config))
     if words > text.vocab_size:
         raise PreflightError(
@@ -86,7 +95,7 @@ def model(config: Config) -> str:
         )
     families.check_window(described, needed)
     fits = _context(config, getattr(text, "max_position_embeddings", needed), path)
-    return f"{fits}; {found}"
+    return f"{fits}; {said}"
 
 
 def _check_weights(path: str) -> None:
@@ -168,8 +177,15 @@ def disk(config: Config) -> str:
     if count is None:
         return f"{free / 2**30:.1f} GiB free at {place}; the model's size is unknown"
     size = count * memory.BYTES[config.model.dtype]
-    each = size * (3 if config.model.dtype == "float32" else 7)  # two moments, and a master copy below FP32
-    need = each * (config.checkpoint.keep + 2) + size
+    if config.learner.lora.rank:  # checkpoints are of the adapter alone
+        trained = memory.adapter_size(config) * memory.BYTES[config.model.dtype]
+        exported = size if config.learner.lora.export == "merged" else trained
+    else:
+        trained = exported = size
+    each = trained * (
+        3 if config.model.dtype == "float32" else 7
+    )  # two moments, and a master copy below FP32
+    need = each * (config.checkpoint.keep + 2) + exported
     if need > free:
         raise PreflightError(
             f"{place} has {free / 2**30:.1f} GiB free and the run may need {need / 2**30:.1f}: "

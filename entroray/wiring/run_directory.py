@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from entroray.config import USER_FILES, Config, Run
 from entroray.errors import DataError, PreflightError
 from entroray.observe.journal import read_metrics, replace_text
+from entroray.policy.lora import read_config
 from entroray.policy.safetensors_header import tensor_shapes
 from entroray.wiring.overrides import setting_type
 from entroray.workers import checkpoint
@@ -194,9 +195,9 @@ def finished(run: Run) -> str:
 
 
 def _is_whole(model: Path) -> bool:
-    """Whether every file of weights is as long as its header says."""
+    """Whether every file of weights is as long as its header says; or it is an adapter."""
     try:
-        return bool(tensor_shapes(model))
+        return bool(tensor_shapes(model) or read_config(str(model)))
     except (OSError, PreflightError):
         return False
 

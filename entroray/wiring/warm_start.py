@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from entroray import rows
-from entroray.config import TINY, Config, Evaluate, Model, Part, WarmStartConfig, user_files
+from entroray.config import TINY, Config, Evaluate, Lora, Model, Part, WarmStartConfig, user_files
 from entroray.data.demonstrations import NAMES, WorkedAnswer, find_demonstration
 from entroray.data.text_rows import Row
+from entroray.engine.adapter import ADAPTER
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.home import home_folder
 from entroray.objective import build_objective
@@ -167,9 +168,11 @@ def _supervised(config: Config) -> Config:
         reference=False,
         schedule="constant_with_warmup",
         max_grad_norm=1.0,
+        lora=Lora(),
     )
     probe = replace(config.driver.probe, every=0)
-    generator = replace(config.generator, replicas=1)
+    transfer = "plasma" if config.generator.transfer == ADAPTER else config.generator.transfer
+    generator = replace(config.generator, replicas=1, transfer=transfer)
     driver = replace(config.driver, probe=probe)
     own = replace(config, learner=learner, driver=driver, generator=generator, seed=SEED)
     return replace(own, evaluate=Evaluate())  # sets would have the engine note entropies

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from entroray.config import LearnerConfig
 from entroray.engine.interfaces import check_interface
 from entroray.errors import PreflightError
+from entroray.planning.memory import LORA_BUCKET
 from entroray.policy.model import Layout, Policy
 
 _TAG = "learner"
@@ -30,12 +31,13 @@ def deepspeed_config(s: LearnerConfig, dtype: str) -> dict[str, Any]:
     # over ranks, which DeepSpeed sends in bf16 unless told otherwise.
     over_ranks = {"communication_data_type": "fp32"} if bf16 else {}
     sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and s.zero_stage > 0 else {}
+    bucket = {"reduce_bucket_size": LORA_BUCKET} if s.lora.rank else {}  # it is allocated whole
     ours = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # `backward` sets the boundary: updates differ in micro-batches
         "gradient_clipping": s.max_grad_norm,
         "optimizer": {"type": "AdamW", "params": _optimizer_params(s)},
-        "zero_optimization": {"stage": s.zero_stage},
+        "zero_optimization": {"stage": s.zero_stage, **bucket},
         "bf16": {"enabled": bf16},
         "steps_per_print": 10**9,
         **sums,
@@ -184,15 +186,19 @@ class DeepSpeedBackend:
             return parameter.detach().clone()
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of weights, moments and schedule."""
-        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        """Write this rank's part of the weights that are trained, of moments and schedule."""
+        left_out = {"exclude_frozen_parameters": self.policy.adapter is not None}
+        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, **left_out)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote with as many ranks and the same ZeRO stage; else PreflightError.
 
         The learning rate is that of the settings, which may have changed since, not the one that was saved.
         """
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
+        whole = (
+            self.policy.adapter is None
+        )  # else what stays was read from the model, and is in no checkpoint
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=whole)
         if loaded is None:
             raise PreflightError(f"{folder} holds no learner that DeepSpeed can read: resume from another")
         self.set_base_lr(self.lr)

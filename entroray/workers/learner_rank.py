@@ -20,7 +20,7 @@ from entroray.engine.interfaces import hold_port
 from entroray.errors import PreflightError
 from entroray.metrics.update import SUMS, add_sums
 from entroray.objective import Objective, activity_inside, corrected
-from entroray.policy import families
+from entroray.policy import families, lora
 from entroray.policy.first_calls import settle
 from entroray.policy.model import Layout, Policy, load_policy, pad
 from entroray.policy.packing import compile_layers, enable_packing, pack, use_liger
@@ -95,9 +95,9 @@ class LearnerRank:
         rows = self._choose_layout()  # before anything of DeepSpeed may have a say in how models are built
         self.backend_class.join(self.device.type, timeout)
         self._load_model(self.settings.model.path)
-        shapes = [self.backend.full_shape(p) for p in self.policy.parameters()]
-        count = sum(map(math.prod, shapes))
-        return {"parameters": count, "device": str(self.device), "packed": self.packed, "rows": rows}
+        sizes = [(math.prod(self.backend.full_shape(p)), p.requires_grad) for p in self.policy.parameters()]
+        counts = {"parameters": sum(n for n, _ in sizes), "trained": sum(n for n, trains in sizes if trains)}
+        return counts | {"device": str(self.device), "packed": self.packed, "rows": rows}
 
     def _choose_layout(self) -> str:
         """Decide whether rows are packed, and say so; PreflightError if they must be and cannot."""
@@ -146,8 +146,9 @@ class LearnerRank:
             check_loaded(path, policy)
         families.enable_checkpointing(policy.model, s.learner)
         needed = s.learner.reference or "ref_logprobs" in self.objective.needs
-        self.reference = self._freeze(path) if needed else None
+        self.reference = self._freeze(path) if needed and not policy.adapter else None
         self.backend = self.backend_class(policy, s.learner, s.model.dtype, s.total_updates)
+        self.reference = lora.BasePolicy(self.backend) if needed and policy.adapter else self.reference
         if divided:  # only now is the model gathered as it computes
             check_loaded(path, policy)
 
@@ -164,6 +165,8 @@ class LearnerRank:
             use_liger(policy.model)
         if self.packed:
             enable_packing(policy.model)
+        if learner.lora.rank:
+            lora.add_adapter(policy, learner.lora, self.settings.seed)
         if learner.compile:
             compile_layers(policy.model)
         return policy
@@ -177,14 +180,16 @@ class LearnerRank:
         from entroray.workers import transfer
 
         self._disconnect()
-        source = transfer.GatheredSource(self.policy.named_weights(), self.backend)
+        base = self.settings.model.path if self.settings.transfer == transfer.ADAPTER else None
+        sent = lora.outgoing(self.policy, self.backend, base)
         with self._own_stream():
             self.transfer = transfer.connect(
                 self.settings.transfer,
                 rank=self.rank,
                 client=client,
-                source=source,
+                source=transfer.GatheredSource(sent.named, sent.backend),
                 rendezvous=self.address(),
+                adapter=sent.adapter,
             )
 
     def _own_stream(self) -> AbstractContextManager[Any]:
@@ -334,15 +339,17 @@ class LearnerRank:
         ].tolist()
 
     def export(self, folder: str) -> None:
-        """Write the policy to `folder` in Hugging Face format (rank 0; all ranks gather)."""
-        self._write(self.policy, Path(folder))
+        """Write the policy to `folder` in Hugging Face format, or its adapter (rank 0; all ranks gather)."""
+        how, base = self.settings.learner.lora, self.settings.model.path
+        self._write(self.policy, Path(folder), base if how.rank and how.export == "adapter" else None)
 
-    def _write(self, policy: Policy, folder: Path) -> None:
+    def _write(self, policy: Policy, folder: Path, base: str | None = None) -> None:
         """Rank 0 keeps what goes into one file, the others nothing."""
-        gathered = ((name, self.backend.gather(p)) for name, p in policy.named_weights())
+        out = lora.outgoing(policy, self.backend, base)
+        gathered = ((name, out.backend.gather(p)) for name, p in out.named)
         try:
             if self.rank == 0:
-                policy.write(folder, gathered)
+                out.write(folder, gathered)
         finally:
             for _ in gathered:  # the others take part, also where the disk refuses what was gathered before
                 pass
@@ -380,10 +387,9 @@ class LearnerRank:
         torch.cuda.set_rng_state_all(cuda)
 
     def _layout(self) -> dict[str, int]:
-        return {
-            "learner.ranks": self.settings.learner.ranks,
-            "learner.zero_stage": self.settings.learner.zero_stage,
-        }
+        s = self.settings.learner
+        low = {"learner.lora.rank": s.lora.rank} if s.lora.rank else {}
+        return {"learner.ranks": s.ranks, "learner.zero_stage": s.zero_stage, **low}
 
     def _rng(self, folder: str) -> Path:
         return Path(folder, f"rng-{self.rank}.pt")

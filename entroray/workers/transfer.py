@@ -9,7 +9,7 @@ one copy, hashes and checks it while it still generates, then loads from it in o
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
@@ -19,6 +19,7 @@ import ray
 import torch
 from torch import nn
 
+from entroray.engine.adapter import ADAPTER
 from entroray.engine.communicator import ENTER, START, Communicator, fail, meet
 from entroray.engine.weight_bytes import ParamMeta, checksum, describe_weights, digest, pack, read_sums
 from entroray.errors import ConfigError, PreflightError, first_line
@@ -44,10 +45,11 @@ def register() -> None:
 class PlasmaTrainer:
     """Learner side: all ranks gather, rank 0 packs, stages and commits."""
 
-    def __init__(self, rank: int, client: GeneratorClient, source: "GatheredSource"):
+    def __init__(self, rank: int, client: GeneratorClient, source: "GatheredSource", info: Mapping[str, Any]):
+        """`info` is what engines must know besides the manifest."""
         self.is_sender, self.client, self.source = rank == 0, client, source
         if self.is_sender:
-            client.init_weight_transfer_engine({"manifest": describe_weights(source.metadata())})
+            client.init_weight_transfer_engine({"manifest": describe_weights(source.metadata()), **info})
 
     def send_weights(self) -> None:
         if not self.is_sender:
@@ -103,14 +105,21 @@ class CheckedSource(GatheredSource):
 
 
 def connect(
-    backend: str, *, rank: int, client: GeneratorClient, source: GatheredSource, rendezvous: tuple[str, int]
+    backend: str,
+    *,
+    rank: int,
+    client: GeneratorClient,
+    source: GatheredSource,
+    rendezvous: tuple[str, int],
+    adapter: Mapping[str, Any],
 ) -> Any:
     """The learner's end of transfer `backend` on this rank: plasma, or nccl and ipc (GPUs only).
 
     `rendezvous` is an address and port of rank 0, where an NCCL group of it and all engines may meet.
+    `adapter` is what peft's files say of an adapter that is sent in place of weights, as plasma sends these.
     """
-    if backend == BACKEND:
-        return PlasmaTrainer(rank, client, source)
+    if backend in (BACKEND, ADAPTER):
+        return PlasmaTrainer(rank, client, source, {"config": adapter} if backend == ADAPTER else {})
     from vllm.distributed.weight_transfer.base import WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
@@ -173,4 +182,4 @@ def _init_info(
         # In one buffer after another, not in a second copy of the model; a parameter must fit into one.
         size = max(IPCTrainerInitInfo.packed_buffer_size_bytes, largest)
         return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=size)
-    raise ConfigError(f"generator.transfer={backend}: choose plasma, nccl or ipc")
+    raise ConfigError(f"generator.transfer={backend}: choose plasma, nccl, ipc or adapter")

@@ -49,7 +49,7 @@ def test_every_number_has_a_bound_or_a_reason_to_have_none() -> None:
         ("learner.betas=[0.9,1.0]", r"two numbers from 0 to below 1"),
         ("model.warm_start.band=[0.9,0.1]", "the lower first"),
         ("verifier.memory_mb=0", "at least 1, or null"),
-        ("generator.transfer=foo", "choose plasma, nccl or ipc"),
+        ("generator.transfer=foo", "choose plasma, nccl, ipc or adapter"),
         ("learner.schedule=foo", "choose linear, .* or inverse_sqrt"),
     ],
 )

@@ -26,7 +26,7 @@ HOMES = {  # heavy library -> the only folders that may import it
     "hydra": {"wiring", "cli"},
     **{name: {"observe"} for name in ("wandb", "mlflow")},
 }
-ONLY = {"deepspeed": "entroray/workers/deepspeed_backend.py"}  # heavy library -> the only file
+ONLY = {"deepspeed": "entroray/workers/deepspeed_backend.py", "peft": "entroray/policy/lora.py"}  # files
 PURE = {"objective", "metrics", "control", "planning"}
 LIGHT = set(sys.stdlib_module_names) | {"torch", "numpy", "jaxtyping", "entroray"}
 LINES, FUNCTION, NESTING = 400, 60, 4

@@ -20,6 +20,7 @@ from tests.ray.stack import Stack
 from tests.ray.test_learner import groups
 
 REWARDED = "def odd(response, prompt):\n    return float(len(response) % 2)\n"
+ADAPTER = "learner.lora.rank=4"
 CHECKPOINTED = "learner.gradient_checkpointing=true"
 
 
@@ -64,6 +65,7 @@ async def five_updates(
         (2, ("learner.zero_stage=1", "objective=prorl")),
         (2, ("learner.zero_stage=2",)),
         (2, ("learner.zero_stage=3",)),
+        (2, ("learner.zero_stage=3", CHECKPOINTED, "objective=prorl", "learner.reset_after=0", ADAPTER)),
         (1, ("model.dtype=bfloat16", "objective=entropy_advantage")),
     ],
 )

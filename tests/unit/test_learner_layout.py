@@ -52,7 +52,7 @@ class Gathering:
     def __init__(self, write):
         self.alive, self.most, self.gathered = [], 0, 0
         weights = [(str(i), torch.nn.Parameter(torch.zeros(2))) for i in range(6)]
-        self.policy = SimpleNamespace(named_weights=lambda: weights, write=write)
+        self.policy = SimpleNamespace(named_weights=lambda: weights, write=write, adapter=None)
 
     def gather(self, parameter):
         self.most = max(self.most, sum(each() is not None for each in self.alive))
