@@ -40,6 +40,7 @@ TAKEN = {
     "seed": "seed says it",
     "max_model_len": "it is data.max_prompt + rollout.max_tokens",
     "async_scheduling": "it is off: a token in flight across a sync would carry the wrong version",
+    "return_sampling_mask": "sampler.top_p and sampler.top_k ask for it",
 }
 
 
@@ -137,7 +138,7 @@ def _typed(tree: DictConfig, words: list[str], *, training: bool) -> Config:
     parts = check_config(config)
     if training:
         check_lr(config, "full training", parts.controllers)
-        sampler.check_training_sampler(config.sampler, config.generator.engine, parts)
+        sampler.check_training_sampler(config, parts)
         selection.check_training_selection(config.rollout, config.generator.engine, parts.objective)
     return config
 
