@@ -80,8 +80,8 @@ class KeptSets:
 
     @classmethod
     def from_plain(cls, state: dict[str, Any]) -> KeptSets:
-        lengths = (np.array(state[name], np.int32) for name in ("sizes", "words"))
-        return cls(*lengths, np.array(state["data"], state["type"]))
+        sizes, words = (np.array(state[name], np.int32) for name in ("sizes", "words"))
+        return cls(sizes, words, np.array(state["data"], state["type"]))
 
 
 def _numbers(bits: NDArray[Any]) -> NDArray[Any]:

@@ -370,9 +370,9 @@ class StreamedHead(nn.Module):
         kept: KeptSets | None = None,
     ) -> dict[str, Tensor]:
         """Over the vocabulary, or over the sets of `kept`."""
-        given, made = (hidden, self.weight, token_ids, temperature), {"bias": self.bias}
+        given, bias, readout = (hidden, self.weight, token_ids, temperature), self.bias, self.readout
         if kept is None:
-            return token_stats(*given, tuple(more), **made, readout=self.readout)
+            return token_stats(*given, tuple(more), bias=bias, readout=readout)
         from entroray.policy.kept_head import kept_stats  # which is made of this module
 
-        return kept_stats(*given, kept, more, **made, readout=self.readout)
+        return kept_stats(*given, kept, more, bias=bias, readout=readout)
