@@ -103,7 +103,7 @@ def test_every_sampler_says_what_it_does(name: str) -> None:
         (["sampler.temperature=0"], r"^sampler\.temperature \D*0\b"),
         (
             ["sampler.top_k=5", "+generator.engine.speculative_config={a: b}"],
-            r"^sampler\.top_p=1 .*sampler\.top_k=5 .*generator\.engine\.speculative_config.*sampler\.top_k=0$",
+            r"^sampler\.top_p=1 .*sampler\.top_k=5 .*engine\.speculative_config.*sampler\.top_k=0$",
         ),
         (
             ["+generator.engine.logprobs_mode=raw_logprobs"],
