@@ -100,8 +100,9 @@ class Reward:
 @dataclass
 class Sampler:
     temperature: float = 1.0  # of training samples, and of the entropies and log-probs of the learner
-    top_p: float = 1.0  # training needs 1: log-probs of a truncated support are another distribution's
-    top_k: int = 0  # training needs 0, for the same reason
+    top_p: float = 1.0  # probability of the likeliest tokens that are drawn from; in training log-probs and
+    # entropies are over these, renormalised; on GPUs it needs top_k
+    top_k: int = 0  # how many of the likeliest tokens are drawn from, as top_p; 0: all; on GPUs at most 1024
     stop: list[str] = field(default_factory=list)  # text or special tokens that end a response, too
     rule: dict[str, Any] = field(default_factory=dict)  # {fn: ..., settings}: how each draw is reshaped
     insert: str | None = None  # text of a token put in once a response where the rule is unsure

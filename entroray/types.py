@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+    from entroray.kept_sets import KeptSets
+
 Version = int
 """Committed steps a set of weights has been through; 0 is the model the run started from."""
 
@@ -68,8 +70,8 @@ class Draw:
     stop: tuple[str, ...] = ()
     """Strings that end a response besides the end token."""
     top_p: float = 1.0
-    """Training needs 1, and `top_k` 0 (DESIGN 3.3)."""
     top_k: int = 0
+    kept: bool = False  # whether each token comes with the set that these left it (`Rollout.kept`)
     rule: Mapping[str, Any] = field(default_factory=dict)
     """{fn: ..., settings} of rollout/temperature_rules.py; if empty, the policy's own distribution is drawn
     from, and nothing is noted of it."""
@@ -93,7 +95,7 @@ class Draw:
 
     def greedy(self, top_tokens: int = 0) -> Draw:
         """The most probable token each time, nothing reshaped or noted."""
-        return replace(self, temperature=0.0, rule={}, factor=1.0, top_tokens=top_tokens)
+        return replace(self, temperature=0.0, kept=False, rule={}, factor=1.0, top_tokens=top_tokens)
 
 
 class MaskReason(StrEnum):
@@ -157,6 +159,7 @@ class Rollout:
     status: Status = Status.OK
     notes: SamplerNotes | None = None
     """None if the sampler kept none."""
+    kept: KeptSets | None = None  # what each token was drawn from; None: the vocabulary
     spans: tuple[Span, ...] = ()
     """Observations besides inserted tokens, which are in `notes`."""
     parent: int | None = None
@@ -304,6 +307,7 @@ class Batch:
     response_ids: NDArray[np.int32]  # [N]
     response_lengths: NDArray[np.int32]  # [B]
     temperatures: NDArray[np.float32]  # [B]
+    kept: KeptSets | None = None  # of the N response tokens
 
     @property
     def num_rows(self) -> int:
@@ -315,9 +319,10 @@ class Batch:
 
         lengths = self.prompt_lengths, self.response_lengths
         places = zip(pieces, *(token_places(length, pieces) for length in lengths), strict=True)
-        ids, temperatures = (self.prompt_ids, self.response_ids), self.temperatures
+        ids, heat = (self.prompt_ids, self.response_ids), self.temperatures
+        of = lambda r: self.kept and self.kept.take(r)
         return [
-            Batch(ids[0][p], lengths[0][rows], ids[1][r], lengths[1][rows], temperatures[rows])
+            Batch(ids[0][p], lengths[0][rows], ids[1][r], lengths[1][rows], heat[rows], of(r))
             for rows, p, r in places
         ]
 
@@ -326,10 +331,8 @@ class Batch:
 class Counts:
     """What one optimizer update averages over, on all ranks together."""
 
-    tokens: int
-    """Response tokens whose mask is set."""
-    kept_tokens: int
-    """Those among them whose scale is not 0."""
+    tokens: int  # of responses, whose mask is set
+    kept_tokens: int  # those among them whose scale is not 0
     rollouts: int
     prompts: int
 
@@ -343,13 +346,10 @@ class Tokens:
     are [N], per-row fields [B].
     """
 
-    row: Int[Tensor, " N"]
-    """Index into the per-row fields."""
+    row: Int[Tensor, " N"]  # index into the per-row fields
     position: Int[Tensor, " N"]
-    uid: Int[Tensor, " N"]
-    """Identity of the token within the step, whatever the cut or order."""
-    mask: Bool[Tensor, " N"]
-    """True where the loss applies."""
+    uid: Int[Tensor, " N"]  # identity within the step, whatever the cut or order
+    mask: Bool[Tensor, " N"]  # True where the loss applies
     logprobs: Float[Tensor, " N"]
     entropy: Float[Tensor, " N"]
     varentropy: Float[Tensor, " N"]
@@ -371,7 +371,7 @@ class Tokens:
     step: int
     counts: Counts
     extra: Mapping[str, Float[Tensor, " N"]] = field(default_factory=dict)
-    """Further full-vocabulary statistics, by the name an objective asked for in `needs`."""
+    """Further statistics of the distribution, by the name an objective asked for in `needs`."""
     drawn_before: Int[Tensor, " B"] | None = None
     """Tokens before a branch that the policy drew, outside the mask here; None where nothing branched."""
     seed: int = 0

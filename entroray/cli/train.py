@@ -237,7 +237,7 @@ def _header(
         "",
         f"sampling   {r.groups_per_step} prompts x {r.group_size} rollouts a step, temperature "
         f"{s.temperature:g}, top-p {s.top_p:g}, at most {r.max_tokens} tokens, stop at {stops}",
-        f"sampler    {sampler.describe_sampler(parts.rule, s.insert)}",
+        f"sampler    {sampler.describe_sampler(parts.rule, s.insert)}{sampler.describe_sets(config)}",
         f"groups     {rollout_plan.describe_plan(parts.plan)}",
         f"choice     {selection.describe_selection(r)}",
         *called,

@@ -21,15 +21,18 @@ from entroray.engine.cpu_engine import StepThreads, forget_ray_threads
 from entroray.engine.overlap import come_to_rest, go_on
 from entroray.engine.starting import runner, start_llm
 from entroray.engine.vllm_request import (
+    Noted,
     Request,
     as_rollout,
     end_tokens,
     has_begun,
     partial_completion,
     probe_params,
+    processed,
     prompt_logprobs,
     sampling_params,
     unfinished_rollout,
+    without_notes,
 )
 from entroray.engine.waiting import Waiting, as_they_end
 from entroray.engine.weight_bytes import Digest, digest, void_weights
@@ -50,6 +53,8 @@ class Generator:
         """`model` may be the folder of a LoRA adapter, which names its base."""
         self.model, self.dtype, self.seed = model, dtype, seed
         self.max_length, self.options = max_length, engine
+        self.masks = bool(engine.get("return_sampling_mask"))
+        """Whether vLLM tells the set that each token was drawn from."""
         self.inbox: queue.SimpleQueue[tuple[Callable[[Future], object], Future]] = queue.SimpleQueue()
         self.waiting: dict[str, Waiting] = {}
         self.owner: dict[str, str] = {}
@@ -189,7 +194,8 @@ class Generator:
 
     def _warm_up(self) -> None:
         done: Future = Future()
-        request = Request("warm-up", (1, 2, 3), (0, 1), Draw(1.0, 4), deadline=600.0, queue=600.0)
+        draw = Draw(1.0, 4, top_k=int(self.masks))
+        request = Request("warm-up", (1, 2, 3), (0, 1), draw, deadline=600.0, queue=600.0)
         self._admit(request, done)
         while not done.done():
             self._collect(self.engine.step())
@@ -224,6 +230,7 @@ class Generator:
         """The key of a request that is under way; what vLLM refuses is raised, and nothing of it is left."""
         self.serial += 1
         key, now = f"{self.serial}", time.monotonic()
+        request = without_notes(request) if self.masks else request
         names = [f"{key}-{i}" for i in range(len(request.seeds))]
         self.waiting[key] = Waiting(request, future, now, set(names))
         self.owner |= dict.fromkeys(names, key)
@@ -231,7 +238,8 @@ class Generator:
         lora = getattr(self.llm, "adapter", None)
         try:
             for name, seed in zip(names, request.seeds, strict=True):
-                wanted = probe_params() if probe else sampling_params(request, seed, self._noted(name))
+                own = request, seed, self._noted(name), self.masks
+                wanted = probe_params(self.masks) if probe else sampling_params(*own)
                 self.engine.add_request(name, self._prompt(request), wanted, lora_request=lora)
         except Exception:  # boundary: vLLM has an exception for each thing it refuses
             self._forget(key)
@@ -255,14 +263,15 @@ class Generator:
             self.moved = time.monotonic()
         keys = [self.owner.pop(output.request_id) for output in finished]
         owners = [self.waiting[key] for key in keys]
-        noted = [o.request_id for o, w in zip(finished, owners, strict=True) if w.request.draw.notes]
+        pairs = zip(finished, owners, strict=True)
+        noted = [o.request_id for o, w in pairs if processed(w.request.draw, self.masks)]
         notes = dict(zip(noted, self._drain_notes(noted), strict=True))
         for output, waiting in zip(finished, owners, strict=True):
             self._deliver(waiting, output, notes.get(output.request_id))
         for key in dict.fromkeys(keys):  # once all that finished in this step are in
             self._settle(key)
 
-    def _deliver(self, waiting: Waiting, output: Any, notes: np.ndarray | None) -> None:
+    def _deliver(self, waiting: Waiting, output: Any, notes: Noted | None) -> None:
         if output.prompt_token_ids != waiting.request.input_ids:
             raise InfrastructureError(f"the engine read {output.prompt_token_ids}, not what it was given")
         if output.prompt_logprobs is not None:
@@ -276,7 +285,7 @@ class Generator:
         """What the sampler calls a request."""
         return f"{self.tag}-{name}"
 
-    def _drain_notes(self, names: Sequence[str]) -> list[np.ndarray | None]:
+    def _drain_notes(self, names: Sequence[str]) -> list[Noted | None]:
         """The sampler's notes on requests that are over, once; every rank has the same."""
         if not names:
             return []
@@ -328,7 +337,7 @@ class Generator:
         late = sorted(names)
         begun = [partial_completion(self.engine, name) for name in late]
         self.engine.abort_request(late)
-        if waiting.request.draw.notes:
+        if processed(waiting.request.draw, self.masks):
             self._drain_notes(late)
         for name, there in zip(late, begun, strict=True):
             self.owner.pop(name, None)

@@ -1,4 +1,4 @@
-"""Samplers inside vLLM: one V1 logits processor that measures H and V, reshapes, and notes what it did.
+"""Samplers inside vLLM: one V1 logits processor that measures H and V, reshapes, cuts, and notes what it did.
 
 A request brings its name and its rule in `SamplingParams.extra_args`. Notes are kept by name and position, so
 a pre-empted request goes on where it stopped, and a position sampled twice is overwritten.
@@ -17,7 +17,10 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from entroray.engine.vllm_request import Noted
+from entroray.kept_sets import KeptSets, encode
 from entroray.rollout import reshape, temperature_rules
 
 KEY = "entroray"
@@ -28,12 +31,15 @@ class Notes:
     """Entropy, varentropy (nats, before shaping) and temperature really used, by request and position.
 
     One block [slots, room, 3] that grows, so that a whole batch is noted at once; NaN where nothing was.
+    Sets that tokens are drawn from are kept beside it, each as large as it is.
     """
 
     def __init__(self) -> None:
         self.values: NDArray[np.float32] = np.full((64, 64, 3), np.nan, dtype=np.float32)
         self.length: NDArray[np.int64] = np.zeros(64, dtype=np.int64)
         """Positions noted in each slot."""
+        self.sets: dict[int, dict[int, tuple[int, NDArray[Any]]]] = {}
+        """Slot -> position -> size of the set, and the set encoded."""
         self.slots: dict[str, int] = {}
         self.free = list(range(64))
 
@@ -58,12 +64,18 @@ class Notes:
         self.values[slots, positions] = values
         self.length[slots] = np.maximum(self.length[slots], positions + 1)
 
+    def keep(self, slots: NDArray[np.int64], positions: NDArray[np.int64], held: NDArray[np.bool_]) -> None:
+        """The set `held` [slots, V] at one position of each, empty where no token is drawn."""
+        for slot, position, row in zip(slots.tolist(), positions.tolist(), held, strict=True):
+            ids = np.flatnonzero(row)
+            self.sets.setdefault(slot, {})[position] = len(ids), encode(ids, len(row))
+
     def inserted(self, slot: int, position: int) -> bool:
         """Whether a token was put before `position`: one without a temperature."""
         return bool(np.isnan(self.values[slot, :position, 2]).any())
 
-    def close(self, name: str) -> NDArray[np.float32] | None:
-        """[positions, 3] of a request that is over, up to the last one noted; its slot is free again."""
+    def close(self, name: str) -> Noted | None:
+        """What there is of a request that is over, up to the last position noted; its slot is free again."""
         slot = self.slots.pop(name, None)
         if slot is None:
             return None
@@ -71,15 +83,17 @@ class Notes:
         values = noted.copy()
         noted[:], self.length[slot] = np.nan, 0
         self.free.append(slot)
-        return values
+        sets = self.sets.pop(slot, {})
+        pairs = [sets[position] for position in sorted(sets)]
+        return Noted(values, KeptSets.of([size for size, _ in pairs], [code for _, code in pairs]))
 
 
 NOTES = Notes()
 """Of this process; a request's leave with `drain`."""
 
 
-def drain(worker: Any, names: Sequence[str]) -> list[NDArray[np.float32] | None]:
-    """[positions, 3] of each finished request, which forgets them; for `LLM.collective_rpc`."""
+def drain(worker: Any, names: Sequence[str]) -> list[Noted | None]:
+    """What is noted of each finished request, which is forgotten; for `LLM.collective_rpc`."""
     return [NOTES.close(name) for name in names]
 
 
@@ -95,6 +109,8 @@ class Row:
     temperature: float
     factor: float
     insert: int | None
+    kept: tuple[int, float] | None
+    """top_k and top_p to cut by, if the sets are to be told."""
 
 
 @lru_cache(maxsize=64)  # of a rule that a controller moves, each step has its own
@@ -109,12 +125,13 @@ def _row(params: SamplingParams, _: list[int] | None, tokens: list[int]) -> Row 
     if asked is None:
         return None
     slot = NOTES.open(asked["name"], params.max_tokens or 1)
-    return Row(slot, tokens, asked["rule"], params.temperature, asked["factor"], asked["insert"])
+    kept = asked["kept"] and tuple(asked["kept"])
+    return Row(slot, tokens, asked["rule"], params.temperature, asked["factor"], asked["insert"], kept)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Rows of the batch that are under the same rule."""
+    """Rows of the batch that are under the same rule, and cut alike."""
 
     rule: partial[temperature_rules.TemperatureChoice]
     rows: list[Row]
@@ -126,6 +143,8 @@ class Bundle:
     """Of the policy, which the logits were already divided by."""
     inserts: bool
     """Whether any row has a token to insert."""
+    kept: tuple[int, float] | None
+    """As of each row."""
 
 
 class Shaping(LogitsProcessor):
@@ -145,12 +164,12 @@ class Shaping(LogitsProcessor):
             self.bundles = self._bundles()
 
     def _bundles(self) -> list[Bundle]:
-        by_rule: dict[str, list[int]] = {}
+        alike: dict[tuple[str, tuple[int, float] | None], list[int]] = {}
         for index in sorted(self.rows):
-            by_rule.setdefault(self.rows[index].rule, []).append(index)
-        return [self._bundle(rule, places) for rule, places in by_rule.items()]
+            alike.setdefault((self.rows[index].rule, self.rows[index].kept), []).append(index)
+        return [self._bundle(*how, places) for how, places in alike.items()]
 
-    def _bundle(self, rule: str, places: list[int]) -> Bundle:
+    def _bundle(self, rule: str, kept: tuple[int, float] | None, places: list[int]) -> Bundle:
         rows = [self.rows[place] for place in places]
         on = lambda values: torch.from_numpy(values).to(self.device)
         return Bundle(
@@ -161,6 +180,7 @@ class Shaping(LogitsProcessor):
             on(np.array([r.factor for r in rows], dtype=np.float32)),
             on(np.array([r.temperature for r in rows], dtype=np.float32)),
             any(r.insert is not None for r in rows),
+            kept,
         )
 
     def apply(self, logits: Tensor) -> Tensor:
@@ -179,11 +199,23 @@ def _draw_from(logits: Tensor, bundle: Bundle) -> None:
     choice = bundle.rule(entropy, varentropy)
     factor = choice.factor * bundle.factor
     reshape.reshape_logits(logits, factor)
+    if bundle.kept:
+        _truncate(logits, *bundle.kept)
     values = torch.stack((entropy, varentropy, factor * bundle.temperature), -1).cpu().numpy()
     if bundle.inserts and choice.unsure is not None:
         _insert(logits, bundle, choice.unsure, values)
     positions = np.array([len(row.tokens) for row in bundle.rows])
     NOTES.note(bundle.slots, positions, values)
+    if bundle.kept:
+        held = (logits > -torch.inf).cpu().numpy() & ~np.isnan(values[:, 2:])
+        NOTES.keep(bundle.slots, positions, held)
+
+
+def _truncate(logits: Tensor, top_k: int, top_p: float) -> None:
+    """Leave the tokens that vLLM's own sampler would, in place: top-k, then top-p of what is left."""
+    like = partial(torch.full, (len(logits),), device=logits.device)
+    k = like(min(top_k, logits.shape[1])) if top_k > 0 else None
+    logits.copy_(apply_top_k_top_p(logits, k, like(top_p) if top_p < 1 else None))
 
 
 def _insert(logits: Tensor, bundle: Bundle, unsure: Tensor, values: NDArray[np.float32]) -> None:

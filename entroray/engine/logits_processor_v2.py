@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 
 from entroray.engine import logits_processor
 from entroray.engine.logits_processor import KEY, NOTES
+from entroray.engine.vllm_request import Noted
 from entroray.rollout import reshape
 
 PIECE = 1 << 25
@@ -61,7 +62,7 @@ def flush(*, wait: bool = False) -> None:
         PENDING.popleft()
 
 
-def drain(worker: Any, names: Sequence[str]) -> list[NDArray[np.float32] | None]:
+def drain(worker: Any, names: Sequence[str]) -> list[Noted | None]:
     """As `logits_processor.drain`: the notes on a token arrive before it does."""
     flush()
     return logits_processor.drain(worker, names)

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from entroray.errors import InfrastructureError
+from entroray.kept_sets import KeptSets, encode
 from entroray.metrics.diversity import Loops
 from entroray.rollout.reshape import FIXED
 from entroray.types import Draw, Rollout, SamplerNotes, Status, TopTokens
@@ -20,6 +22,14 @@ CUT = ("length", "repetition")
 """vLLM's reasons for ending a response that was not done."""
 Read = Callable[[Sequence[int]], str]
 """The ids of a response -> its text."""
+
+
+class Noted(NamedTuple):
+    """What our logits processor noted of a request."""
+
+    values: NDArray[np.float32]  # [positions, 3] entropy, varentropy, temperature; NaN where nothing was
+    kept: KeptSets
+    """Of each position; of none where the request asked for none."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,19 @@ class Request:
         return [*self.token_ids, *self.after]
 
 
-def sampling_params(request: Request, seed: int, name: str) -> Any:
+def without_notes(request: Request) -> Request:
+    """As an engine that takes no logits processor draws it: an evaluation's entropies are not noted."""
+    draw = request.draw
+    return replace(request, draw=replace(draw, rule={})) if draw.rule == FIXED else request
+
+
+def processed(draw: Draw, masks: bool) -> bool:
+    """Whether our logits processor draws; it cuts where vLLM does not tell the sets itself (`masks`)."""
+    return draw.notes or (draw.kept and not masks)
+
+
+def sampling_params(request: Request, seed: int, name: str, masks: bool = False) -> Any:
+    """As vLLM takes a request; with `masks` it takes none without top_k, and none at temperature 0."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -58,15 +80,19 @@ def sampling_params(request: Request, seed: int, name: str) -> Any:
         "rule": json.dumps(draw.rule or FIXED, sort_keys=True),
         "factor": draw.factor,
         "insert": draw.insert,
+        "kept": [draw.top_k, draw.top_p] if draw.kept else None,
     }
+    ours = processed(draw, masks)
+    greedy = masks and draw.temperature == 0  # its likeliest token is then that of one
+    whole = ours and draw.kept
     return SamplingParams(
-        temperature=draw.temperature,
+        temperature=1.0 if greedy else draw.temperature,
         max_tokens=draw.max_tokens - len(request.after),
         min_tokens=draw.min_tokens,
         stop=list(draw.stop),
-        top_p=draw.top_p,
-        top_k=draw.top_k,
-        extra_args={"entroray": reshaping} if draw.notes else None,
+        top_p=1.0 if whole else draw.top_p,
+        top_k=0 if whole else 1 if greedy else draw.top_k,
+        extra_args={"entroray": reshaping} if ours else None,
         seed=seed,
         logprobs=draw.top_tokens,
         flat_logprobs=True,
@@ -86,16 +112,20 @@ def _detection(loops: Loops) -> Any:
     return RepetitionDetectionParams(**sizes, min_count=loops.count)
 
 
-def probe_params() -> Any:
+def probe_params(masks: bool = False) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        max_tokens=1,
+        top_k=int(masks),
+        prompt_logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def as_rollout(request: Request, completion: Any, read: Read, notes: np.ndarray | None) -> Rollout:
+def as_rollout(request: Request, completion: Any, read: Read, noted: Noted | None) -> Rollout:
     token_ids = np.asarray(completion.token_ids, dtype=np.int32)
     depth = request.draw.top_tokens
     reported = np.asarray(completion.logprobs.logprobs, dtype=np.float32)
@@ -112,7 +142,8 @@ def as_rollout(request: Request, completion: Any, read: Read, notes: np.ndarray 
         temperature=request.draw.temperature,
         limit=request.draw.max_tokens,
         status=Status.TRUNCATED if completion.finish_reason in CUT else Status.OK,
-        notes=_sampler_notes(notes, len(token_ids)) if request.draw.notes else None,
+        notes=_sampler_notes(noted, len(token_ids)) if request.draw.notes else None,
+        kept=_kept_sets(completion, noted, token_ids) if request.draw.kept else None,
         top_tokens=_top_tokens(completion, logprobs) if depth else None,
     )
 
@@ -133,8 +164,28 @@ def _text(request: Request, completion: Any, read: Read) -> str:
     return text if start < 0 else text[: start + len(stop)]
 
 
-def _sampler_notes(notes: np.ndarray | None, length: int) -> SamplerNotes:
+def _kept_sets(completion: Any, noted: Noted | None, token_ids: NDArray[np.int32]) -> KeptSets:
+    """The set each token was drawn from; InfrastructureError where one is missing, or not of its token.
+
+    By our logits processor, or by vLLM's own sampling mask, whose ids come in rising order.
+    """
+    mask = None if noted else completion.sampling_mask
+    sets = [np.array(ids, np.int32) for ids in (mask.token_ids if mask else ())]
+    told = noted.kept if noted else KeptSets.of([*map(len, sets)], [encode(ids, 1 << 31) for ids in sets])
+    if len(told.sizes) >= len(token_ids):
+        found = told.take(np.arange(len(token_ids)))
+        if found.hold(token_ids):
+            return found
+    raise InfrastructureError(
+        f"the sampler has not told the set of tokens that each of {len(token_ids)} was drawn from "
+        f"(sampler.top_p, sampler.top_k), or another one: {len(told.sizes)} sets came. The engine must be "
+        "started as actors.start_actors does"
+    )
+
+
+def _sampler_notes(noted: Noted | None, length: int) -> SamplerNotes:
     """The first `length` positions of a request's notes; InfrastructureError when one is missing."""
+    notes = noted.values if noted else None
     if notes is None or len(notes) < length or np.isnan(notes[:length, :2]).any():
         raise InfrastructureError(
             f"the sampler has no notes on some of {length} tokens it was asked to measure: the engine must "
@@ -145,9 +196,9 @@ def _sampler_notes(notes: np.ndarray | None, length: int) -> SamplerNotes:
 
 
 def unfinished_rollout(request: Request, status: Status, so_far: Any | None, read: Read) -> Rollout:
-    """What there is of a sample that was not waited for, and why; without its sampler's notes."""
+    """What there is of a sample that was not waited for, and why; without its sampler's notes and sets."""
     if so_far is not None and len(so_far.token_ids):
-        plain = replace(request, draw=replace(request.draw, rule={}, factor=1.0))
+        plain = replace(request, draw=replace(request.draw, kept=False, rule={}, factor=1.0))
         return replace(as_rollout(plain, so_far, read, None), status=status)
     none = np.empty(0, dtype=np.int32)
     draw = request.draw

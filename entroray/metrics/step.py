@@ -31,6 +31,7 @@ def step_metrics(groups: Sequence[Group], tokens: Tokens) -> dict[str, float]:
     metrics |= (
         _entropy_metrics(tokens, mask) | _mismatch_metrics(tokens, mask) | _sampler_metrics(rollouts, tokens)
     )
+    metrics |= _kept_metrics(rollouts, tokens, mask)
     return metrics | {
         "logprobs/mean": float(stored(tokens.old_logprobs)[mask].mean()),
         "advantages/mean_abs": float(np.abs(stored(tokens.advantages)[mask]).mean()),
@@ -100,10 +101,28 @@ def _entropy_metrics(tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float
     return metrics | {"varentropy/mean": float(stored(tokens.varentropy)[mask].mean())}
 
 
+def _kept_metrics(rollouts: Sequence[Rollout], tokens: Tokens, mask: NDArray[np.bool_]) -> dict[str, float]:
+    """The sets that tokens were drawn from, and the entropy without them; empty where nothing was cut."""
+    if all(r.kept is None for r in rollouts):
+        return {}
+    size = kept_sizes(rollouts)[mask]
+    metrics = {"kept/size": float(size.mean()), "kept/alone": float((size == 1).mean())}
+    for name, column in {"kept/mass": "kept_mass", "entropy/vocabulary": "vocabulary_entropy"}.items():
+        if column in tokens.extra:
+            metrics[name] = float(stored(tokens.extra[column])[mask].mean())
+    return metrics
+
+
+def kept_sizes(rollouts: Sequence[Rollout]) -> NDArray[np.int32]:
+    """[N] tokens in the set that each was drawn from; 0 where it was drawn from no set."""
+    sizes = (r.kept.sizes if r.kept else np.zeros(r.length, np.int32) for r in rollouts)
+    return np.concatenate([np.empty(0, np.int32), *sizes])
+
+
 def _sampler_metrics(rollouts: Sequence[Rollout], tokens: Tokens) -> dict[str, float]:
     """Tokens of rollouts with a sampler's notes, drawn or inserted; empty without them."""
     edges = np.cumsum([0, *(r.length for r in rollouts)])
-    learner = array(tokens.entropy)
+    learner = array(tokens.extra.get("vocabulary_entropy", tokens.entropy))  # as the sampler's own
     rows = zip(rollouts, pairwise(edges), strict=True)
     noted = [(r.notes, _by_sampler(r), learner[a:b]) for r, (a, b) in rows if r.notes]
     if not sum(here.sum() for _, here, _ in noted):

@@ -126,7 +126,7 @@ class Objective:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Full-vocabulary statistics to be provided in `Tokens.extra`, live inside the update."""
+        """Statistics of the distribution to be provided in `Tokens.extra`, live inside the update."""
         return tuple(sorted(self.needs - PROMISES - {f.name for f in fields(Tokens)}))
 
     @property

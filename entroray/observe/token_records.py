@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch import Tensor
 
-from entroray.metrics.step import aligned
+from entroray.metrics.step import aligned, kept_sizes
 from entroray.train.batching import observed_tokens
 from entroray.types import REASONS, Group, Rollout, Status, Tokens
 
@@ -20,7 +20,7 @@ WORD = pa.dictionary(pa.int32(), pa.string())
 TYPES = {"text": WORD, "int32": pa.int32(), "float": pa.float32(), "bool": pa.bool_()}
 MEASURED = (
     *("logprob_behavior", "logprob_old", "entropy", "varentropy"),
-    *("sampler_entropy", "sampler_varentropy"),
+    *("sampler_entropy", "sampler_varentropy", "vocabulary_entropy", "kept_mass"),
 )
 """Columns that hold another number at each token: a dictionary of them would be longer than they are."""
 ENCODINGS = dict.fromkeys(MEASURED, "BYTE_STREAM_SPLIT") | dict.fromkeys(
@@ -76,6 +76,8 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
     sampled = lambda name: np.concatenate([np.empty(0, np.int32), *(getattr(r, name) for r in rollouts)])
     per_row = lambda values, kind=np.float32: np.repeat(np.array(values, kind), length)
     row = per_row(range(len(rollouts)), np.int32)
+    size = kept_sizes(rollouts)
+    of_sets = {n: _known(n, tokens, len(row), size) for n in ("vocabulary_entropy", "kept_mass")}
 
     columns = {
         "step": np.full(len(row), step, np.int32),
@@ -90,6 +92,8 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
         "varentropy": learnt(tokens.varentropy),
         "temperature": learnt(tokens.temperature),
         **{f"sampler_{name}": _unless(np.isnan(x), x) for name, x in _drawn(rollouts, per_row).items()},
+        **of_sets,
+        "kept_size": _unless(size == 0, size),
         "advantage": learnt(tokens.advantages),
         "scale": learnt(tokens.scale),
         "selected": tokens.selected.cpu().numpy(),
@@ -101,6 +105,13 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
         "replayed": per_row([r.replayed for r in rollouts], bool),
     }
     return pa.table(columns, schema=SCHEMA)
+
+
+def _known(name: str, tokens: Tokens, count: int, size: NDArray[np.int32]) -> pa.Array:
+    """A statistic that is measured beside sets, null where a token has none."""
+    if name not in tokens.extra or not size.any():
+        return pa.nulls(count, pa.float32())
+    return _unless(size == 0, tokens.extra[name].detach().cpu().float().numpy())
 
 
 def _unless(null: NDArray[np.bool_], values: NDArray) -> pa.Array:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from entroray.kept_sets import KeptSets
 from entroray.policy.vocabulary_statistics import named
 
 TILE_ELEMENTS = 1 << 20
@@ -361,8 +362,17 @@ class StreamedHead(nn.Module):
         self.register_parameter("bias", head.bias)
 
     def forward(
-        self, hidden: Tensor, token_ids: Tensor, temperature: Tensor, more: Sequence[str] = ()
+        self,
+        hidden: Tensor,
+        token_ids: Tensor,
+        temperature: Tensor,
+        more: Sequence[str] = (),
+        kept: KeptSets | None = None,
     ) -> dict[str, Tensor]:
-        return token_stats(
-            hidden, self.weight, token_ids, temperature, tuple(more), bias=self.bias, readout=self.readout
-        )
+        """Over the vocabulary, or over the sets of `kept`."""
+        given, bias, readout = (hidden, self.weight, token_ids, temperature), self.bias, self.readout
+        if kept is None:
+            return token_stats(*given, tuple(more), bias=bias, readout=readout)
+        from entroray.policy.kept_head import kept_stats  # which is made of this module
+
+        return kept_stats(*given, kept, more, bias=bias, readout=readout)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -14,9 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from entroray.errors import PreflightError, first_line
+from entroray.kept_sets import KeptSets
 from entroray.policy import divided, families, safetensors_header
 from entroray.policy.model_files import read_texts, tensors_besides, write_model
 from entroray.types import Batch
+
+_ONE = np.ones(1, dtype=np.int32)
+EMPTY = Batch(_ONE, _ONE, _ONE, _ONE, np.ones(1, dtype=np.float32))
+"""One row of one token, which a rank with fewer micro-batches than others forwards with weight 0."""
+
+
+def or_empty(batch: Batch) -> Batch:
+    """The batch, or `EMPTY` for none, through the head as others of the step."""
+    alone = batch.kept and KeptSets.of([1], [_ONE])
+    return batch if batch.num_rows else replace(EMPTY, kept=alone)
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,8 @@ class Layout:
     temperature: Tensor
     further: Mapping[str, Any]
     """What else the body is called with."""
+    kept: KeptSets | None
+    """The set that each response token was drawn from; None: the vocabulary."""
 
 
 def pad(batch: Batch, device: torch.device) -> Layout:
@@ -58,6 +71,7 @@ def lay_out(
         targets=on(batch.response_ids.astype(np.int64)),
         temperature=on(np.repeat(batch.temperatures, batch.response_lengths).astype(np.float32)),
         further=further,
+        kept=batch.kept,
     )
 
 
@@ -84,7 +98,7 @@ class Policy(nn.Module):
         """`head.TokenStats` by name, and the further `policy.statistics` named in `more`."""
         states = families.body(self.model)(input_ids=micro.ids, use_cache=False, **micro.further)
         hidden = states.last_hidden_state.flatten(0, 1)[micro.source]
-        return self.model.get_output_embeddings()(hidden, micro.targets, micro.temperature, more)
+        return self.model.get_output_embeddings()(hidden, micro.targets, micro.temperature, more, micro.kept)
 
     def train(self, mode: bool = True) -> Self:
         """Train mode where layers need it to be checkpointed; a policy draws nothing at random in either."""

@@ -1,7 +1,8 @@
 """Further statistics of a token's distribution, by the name an objective asks for in `needs`.
 
 Each takes log-probs [n, V] of a tile, in nats, and gives [n], differentiable; `name:number` passes the number
-as its one argument. A logit of -inf is an outcome of probability 0.
+as its one argument. A logit of -inf is an outcome of probability 0. Where top-p or top-k cuts the vocabulary,
+V are the tokens of the kept set, but for the last two (`kept_head`).
 """
 
 import inspect
@@ -49,7 +50,7 @@ def names() -> Iterable[str]:
 
 
 def mean_logprob(logp: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
-    """Mean over the vocabulary of log p: minus log V and KL(uniform, p)."""
+    """Mean over the V tokens of log p: minus log V and KL(uniform, p)."""
     return logp.clamp(min=FLOOR).mean(-1)
 
 
@@ -84,6 +85,16 @@ def plausible_logmass(logp: Float[Tensor, "n V"], kappa: float) -> Float[Tensor,
     return logp.masked_fill(logp.detach() < least, -math.inf).logsumexp(-1)
 
 
+def vocabulary_entropy(logp: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
+    """Entropy over the whole vocabulary, whatever top-p and top-k cut; without them that of every token."""
+    return _entropy(logp)
+
+
+def kept_mass(logp: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
+    """Probability of the set that the token was drawn from, before it is renormalised; without one, 1."""
+    return logp.logsumexp(-1).exp()
+
+
 def _entropy(scores: Float[Tensor, "n K"]) -> Float[Tensor, " n"]:
     logp = scores.log_softmax(-1)
     p = logp.exp()
@@ -100,5 +111,7 @@ STATISTICS: Mapping[str, Callable[..., Tensor]] = {
     "nucleus_entropy": nucleus_entropy,
     "top_entropy": top_entropy,
     "plausible_logmass": plausible_logmass,
+    "vocabulary_entropy": vocabulary_entropy,
+    "kept_mass": kept_mass,
 }
 """By the name that an objective asks for them by."""

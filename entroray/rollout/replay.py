@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from entroray.kept_sets import KeptSets
 from entroray.types import Group, MaskReason, Rollout, SamplerNotes, Span, Status, Verdict, Version
 
 ARRAYS = {"token_ids": np.int32, "logprobs": np.float32, "versions": np.int32}
@@ -90,12 +91,14 @@ def _plain(rollout: Rollout) -> dict[str, Any]:
     scalars = {n: getattr(rollout, n) for n in ("prompt_id", "text", "temperature", "limit")}
     spans = [[s.start, s.stop, str(s.why)] for s in rollout.spans]
     notes = [getattr(rollout.notes, name).tolist() for name in NOTES] if rollout.notes else None
-    return arrays | scalars | {"status": str(rollout.status), "spans": spans, "notes": notes}
+    kept = rollout.kept and rollout.kept.plain()
+    return arrays | scalars | {"status": str(rollout.status), "spans": spans, "notes": notes, "kept": kept}
 
 
 def _rollout(state: Mapping[str, Any]) -> Rollout:
     arrays = {name: np.array(state[name], dtype=dtype) for name, dtype in ARRAYS.items()}
     notes = state["notes"] and SamplerNotes(*(np.array(column, np.float32) for column in state["notes"]))
     spans = tuple(Span(start, stop, MaskReason(why)) for start, stop, why in state["spans"])
-    own: dict[str, Any] = {**state, **arrays, "notes": notes, "spans": spans, "replayed": True}
+    kept = KeptSets.from_plain(found) if (found := state.get("kept")) else None
+    own: dict[str, Any] = {**state, **arrays, "notes": notes, "kept": kept, "spans": spans, "replayed": True}
     return Rollout(**own | {"status": Status(state["status"])})

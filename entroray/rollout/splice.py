@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from entroray.kept_sets import KeptSets
 from entroray.types import MaskReason, Rollout, SamplerNotes, Span, Status, TopTokens
 
 
@@ -21,7 +22,8 @@ def cut(rollout: Rollout, length: int) -> Rollout:
     }
     top = rollout.top_tokens
     top_tokens = top and TopTokens(top.token_ids[:length], top.probabilities[:length])
-    return replace(rollout, **per_token, notes=notes, spans=tuple(spans), top_tokens=top_tokens)
+    kept = rollout.kept and rollout.kept.take(np.arange(length))
+    return replace(rollout, **per_token, notes=notes, kept=kept, spans=tuple(spans), top_tokens=top_tokens)
 
 
 def as_observation(rollout: Rollout, why: MaskReason) -> Rollout:
@@ -35,13 +37,14 @@ def join(head: Rollout, tail: Rollout) -> Rollout:
     both = lambda name: np.concatenate([getattr(head, name), getattr(tail, name)])
     per_token: dict[str, Any] = {name: both(name) for name in ("token_ids", "logprobs", "versions")}
     spliced: dict[str, Any] = {"notes": _join_notes(head, tail), "top_tokens": _join_top_tokens(head, tail)}
+    spliced["kept"] = join_sets([head, tail])
     return replace(tail, **per_token, **spliced, spans=(*head.spans, *moved))
 
 
 def openings(rollout: Rollout) -> list[Rollout]:
     """One forced token each: the most probable ones where `rollout` began, which reports them, in order."""
     assert rollout.top_tokens is not None, "it must report its most probable tokens"
-    first = replace(cut(rollout, 1), status=Status.OK, spans=(Span(0, 1, MaskReason.FORCED),))
+    first = replace(cut(rollout, 1), status=Status.OK, kept=None, spans=(Span(0, 1, MaskReason.FORCED),))
     pairs = zip(rollout.top_tokens.token_ids[0], rollout.top_tokens.probabilities[0], strict=True)
     one = lambda x, dtype: np.array([x], dtype)
     return [replace(first, token_ids=one(i, np.int32), logprobs=np.log(one(p, np.float32))) for i, p in pairs]
@@ -56,8 +59,15 @@ def observation(like: Rollout, token_ids: Sequence[int], why: MaskReason) -> Rol
         "versions": np.repeat(version, len(ids)),
     }
     return as_observation(
-        replace(like, token_ids=ids, **per_token, notes=None, top_tokens=None, spans=()), why
+        replace(like, token_ids=ids, **per_token, notes=None, kept=None, top_tokens=None, spans=()), why
     )
+
+
+def join_sets(parts: Sequence[Rollout]) -> KeptSets | None:
+    """The sets of all their tokens, none where a part has none; None where no part has any."""
+    if all(part.kept is None for part in parts):
+        return None
+    return KeptSets.joined([part.kept or KeptSets.none(part.length) for part in parts])
 
 
 def _join_notes(head: Rollout, tail: Rollout) -> SamplerNotes | None:

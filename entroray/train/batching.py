@@ -10,9 +10,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from entroray.errors import InfrastructureError
 from entroray.objective import Objective
 from entroray.policy.head import TokenStats
 from entroray.roles import Scores
+from entroray.rollout.splice import join_sets
 from entroray.types import Batch, Counts, Group, Rollout, Tokens, Version
 
 
@@ -27,8 +29,17 @@ def group_index(groups: Sequence[Group]) -> np.ndarray:
 
 
 def assemble(groups: Sequence[Group]) -> Batch:
-    """Rows of prompt and response ids, flat."""
+    """Rows of prompt and response ids, flat, and the sets drawn from.
+
+    InfrastructureError where some tokens were drawn from a set and others have none.
+    """
     rollouts = rollouts_of(groups)
+    kept = join_sets(rollouts)
+    if kept is not None and ((kept.sizes == 0) & (observed_tokens(rollouts) < 0)).any():
+        raise InfrastructureError(
+            "tokens were drawn without the set that sampler.top_p and sampler.top_k left, beside others "
+            "with theirs: one update needs the same of all; begin a new run"
+        )
     prompts = [np.asarray(g.prompt.token_ids, dtype=np.int32) for g in groups for _ in g.rollouts]
     lengths = lambda rows: np.array([len(r) for r in rows], dtype=np.int32)
     responses = [r.token_ids for r in rollouts]
@@ -38,6 +49,7 @@ def assemble(groups: Sequence[Group]) -> Batch:
         response_ids=np.concatenate(responses),
         response_lengths=lengths(responses),
         temperatures=np.array([r.temperature for r in rollouts], dtype=np.float32),
+        kept=kept,
     )
 
 

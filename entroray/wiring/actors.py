@@ -283,13 +283,15 @@ def sender_settings(config: Config) -> GeneratorConfig:
 
 
 def logits_processors(config: Config, parts: Parts) -> dict[str, Any]:
-    """vLLM's option for a run that shapes or notes what it draws; without any processor, vLLM tracks less.
+    """vLLM's option for a run that shapes, notes or cuts what it draws; without it, vLLM tracks less.
 
     Evaluation sets have their entropies noted as they are drawn: the learner would read every answer again,
     and put engines to sleep that share its card.
     """
+    if sampler.masks(config):
+        return {"return_sampling_mask": True}
     sets = any(sampler.set_draw(config, each).notes for each in config.evaluate.sets.values())
-    noted = sets or sampler.notes_entropy(parts, config.rollout.second)
+    noted = sets or sampler.notes_entropy(parts, config.rollout.second) or sampler.truncates(config.sampler)
     return noting(config.generator.engine) if noted else {}
 
 

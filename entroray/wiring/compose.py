@@ -41,6 +41,7 @@ TAKEN = {
     "max_model_len": "it is data.max_prompt + rollout.max_tokens",
     "async_scheduling": "generator.overlap says it",
     **dict.fromkeys(("enable_lora", "max_lora_rank"), "learner.lora and generator.transfer=adapter say it"),
+    "return_sampling_mask": "sampler.top_p and sampler.top_k ask for it",
 }
 
 
@@ -138,7 +139,7 @@ def _typed(tree: DictConfig, words: list[str], *, training: bool) -> Config:
     parts = check_config(config)
     if training:
         check_lr(config, "LoRA" if config.learner.lora.rank else "full training", parts.controllers)
-        sampler.check_training_sampler(config.sampler, config.generator.engine, parts)
+        sampler.check_training_sampler(config, parts)
         selection.check_training_selection(config.rollout, config.generator.engine, parts.objective)
     return config
 

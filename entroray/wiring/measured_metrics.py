@@ -74,6 +74,7 @@ def _missing_families(config: Config, parts: Parts) -> dict[str, str]:
         "prediction": (observe.prediction.every, "set observe.prediction.every above 0"),
         "law": (False, "the law is off while anything in `control` acts; read entropy/mean or correct/mean"),
         "heldout": (0 < config.evaluate.every <= config.run.steps, "set evaluate.every within 1..run.steps"),
+        "kept": (sampler.truncates(config.sampler), "set sampler.top_p below 1, or sampler.top_k above 0"),
         "sampler": (
             sampler.notes_entropy(parts, rollout.second),
             "choose a sampler that shapes, such as sampler=by_entropy",

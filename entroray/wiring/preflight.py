@@ -18,7 +18,7 @@ from entroray.policy.safetensors_header import tensor_shapes
 from entroray.policy.tokenizer import end_ids, token_name
 from entroray.wiring import actors, dataset, memory, run_directory, tool, warm_start
 from entroray.wiring.parts import build_parts
-from entroray.wiring.sampler import insert_token
+from entroray.wiring.sampler import describe_sets, insert_token
 from entroray.workers import nodes
 
 Check = Callable[[Config], str]
@@ -249,10 +249,10 @@ def template(config: Config) -> str:
 
 def sampler(config: Config) -> str:
     """The token a sampler inserts is one of the model's tokenizer."""
-    text = config.sampler.insert
+    text, sets = config.sampler.insert, describe_sets(config)
     if text is None:
-        return "inserts nothing"
-    return f"inserts {text!r}, token {insert_token(text, warm_start.run_tokenizer(config))}"
+        return f"inserts nothing{sets}"
+    return f"inserts {text!r}, token {insert_token(text, warm_start.run_tokenizer(config))}{sets}"
 
 
 def trackers(config: Config) -> str:

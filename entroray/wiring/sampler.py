@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from entroray.binding import function_name
+from entroray.binding import function_name, traits
 from entroray.config import Config, EvaluationSet, RolloutConfig, Sampler, Second
 from entroray.errors import ConfigError, PreflightError
 from entroray.formula import describe_formula
@@ -21,6 +21,8 @@ REPORTED = "processed_logprobs"
 """vLLM's name for log-probs of the distribution really sampled from."""
 MINIMUM = 0.01
 """Lowest temperature above 0: vLLM draws at this one if a lower one is asked for, and does not say so."""
+MOST_KEPT = 1024
+"""Largest top_k whose sets vLLM is asked for on a GPU: it holds a list of ids for every token drawn."""
 
 
 def reshapes(parts: Parts, engine: Mapping[str, Any], second: Second) -> bool:
@@ -38,6 +40,16 @@ def notes_entropy(parts: Parts, second: Second) -> bool:
     return parts.notes_entropy or second.factor != 1.0
 
 
+def truncates(s: Sampler) -> bool:
+    """Whether training draws from a part of the vocabulary, so that each token comes with its set."""
+    return s.top_p < 1.0 or s.top_k > 0
+
+
+def masks(config: Config) -> bool:
+    """Whether vLLM tells these sets: on GPUs, beside no logits processor. On CPUs our processor does."""
+    return truncates(config.sampler) and config.cluster.gpus_per_generator > 0
+
+
 def plain_draw(s: Sampler, r: RolloutConfig) -> Draw:
     """The policy's own distribution at `sampler.temperature`; 0 is greedy."""
     return Draw(s.temperature, r.max_tokens, tool.stop_strings(s.stop, r.tool), s.top_p, s.top_k)
@@ -45,7 +57,7 @@ def plain_draw(s: Sampler, r: RolloutConfig) -> Draw:
 
 def training_draw(s: Sampler, r: RolloutConfig, parts: Parts, tokenizer: Any) -> Draw:
     """As the sampler of the configuration draws."""
-    plain = replace(plain_draw(s, r), repetitions=r.repetition.count)
+    plain = replace(plain_draw(s, r), repetitions=r.repetition.count, kept=truncates(s))
     if not parts.notes_entropy:
         return plain
     return replace(plain, rule=dict(s.rule or reshape.FIXED), insert=insert_token(s.insert, tokenizer))
@@ -88,6 +100,16 @@ def insert_token(text: str | None, tokenizer: Any) -> int | None:
     return int(ids[0])
 
 
+def describe_sets(config: Config) -> str:
+    """What top-p and top-k do to log-probs, in words; empty where they cut nothing."""
+    if not truncates(config.sampler):
+        return ""
+    s, by = config.sampler, "vLLM's sampling mask" if masks(config) else "our logits processor"
+    return (
+        f"; top-p {s.top_p:g}, top-k {s.top_k}: log-probs and entropies over each token's set, told by {by}"
+    )
+
+
 def describe_sampler(rule: partial, insert: str | None) -> str:
     """The sampler in words, for a run's header."""
     described = f"rule {function_name(rule)}, factor on T: {describe_formula(rule)}"
@@ -118,13 +140,9 @@ def check_sampler(s: Sampler, rule: partial) -> None:
         )
 
 
-def check_training_sampler(s: Sampler, engine: Mapping[str, Any], parts: Parts) -> None:
+def check_training_sampler(config: Config, parts: Parts) -> None:
     """ConfigError for a sampler whose log-probs cannot be reported, or cannot be corrected for."""
-    if s.top_p != 1.0 or s.top_k != 0:
-        raise ConfigError(
-            "sampler.top_p and sampler.top_k must be 1.0 and 0 in training: the log-probs of a truncated "
-            "distribution are not the learner's, so every importance ratio would be wrong"
-        )
+    s, engine = config.sampler, config.generator.engine
     if s.temperature <= 0:
         raise ConfigError("sampler.temperature must be above 0 in training: greedy samples carry no gradient")
     if engine.get("logprobs_mode", REPORTED) != REPORTED:
@@ -133,6 +151,8 @@ def check_training_sampler(s: Sampler, engine: Mapping[str, Any], parts: Parts) 
             f"log-probs it sampled from cannot be trained on; drop it, {REPORTED} is what is used"
         )
     own = own_processors(engine)
+    if truncates(s):
+        _check_sets(config, parts)
     if not parts.reshapes and not own:
         return
     what, instead = f"generator.engine.logits_processors={own}", "drop them"
@@ -148,3 +168,46 @@ def check_training_sampler(s: Sampler, engine: Mapping[str, Any], parts: Parts) 
             f"{what} draws from another distribution than the policy's and objective.correction is `none`: "
             f"say 'objective.correction={{fn: truncated_importance}}', or {instead}"
         )
+
+
+def _check_sets(config: Config, parts: Parts) -> None:
+    """ConfigError where the set that each token is drawn from cannot be told."""
+    s, engine = config.sampler, config.generator.engine
+    cut = f"sampler.top_p={s.top_p:g} and sampler.top_k={s.top_k} in training"
+    whole = "set sampler.top_p=1 and sampler.top_k=0"
+    if own := own_processors(engine):
+        raise ConfigError(
+            f"{cut}: log-probs are over the set that a token is drawn from, and generator.engine."
+            f"logits_processors={own} may change it unseen: drop them, or {whole}"
+        )
+    if not masks(config):
+        if engine.get("speculative_config"):
+            raise ConfigError(
+                f"{cut} is done by a logits processor on CPUs, and with speculative decoding vLLM takes "
+                f"none: drop generator.engine.speculative_config, or {whole}"
+            )
+        return
+    if not 0 < s.top_k <= MOST_KEPT:
+        raise ConfigError(
+            f"{cut}: on GPUs vLLM's sampling mask tells what each token is drawn from, and needs sampler."
+            f"top_k between 1 and {MOST_KEPT}: set sampler.top_k={MOST_KEPT}"
+        )
+    if noted := _beside_masks(config, parts):
+        raise ConfigError(
+            f"{cut}: on GPUs vLLM's sampling mask tells what each token is drawn from, and goes with no "
+            f"logits processor and no other draw, but {noted}: change that, or {whole}"
+        )
+
+
+def _beside_masks(config: Config, parts: Parts) -> str:
+    """What asks an engine that gives sampling masks for what it cannot do; empty if nothing does."""
+    greedy = [name for name, each in config.evaluate.sets.items() if set_draw(config, each).temperature == 0]
+    asked = {
+        "sampler.rule reshapes (sampler=fixed does not)": parts.reshapes,
+        "rollout.plan reads more of an engine than it draws (rollout=plain does not)": bool(
+            traits(parts.plan).needs
+        ),
+        f"rollout.second.factor={config.rollout.second.factor:g} is not 1": config.rollout.second.factor != 1,
+        f"evaluate.sets.{greedy[:1]} has temperature 0, and its log-probs would be of one token": greedy,
+    }
+    return next((what for what, wrong in asked.items() if wrong), "")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.exceptions import RayTaskError
 
+from entroray.engine.adapter import ADAPTER
 from entroray.engine.communicator import LOOK_AT, START
 from entroray.engine.generator import Request
 from entroray.errors import InfrastructureError, SyncError, first_line
@@ -227,7 +228,7 @@ class EnginePool:
         async with self.updating:
             if version is None and not self.cut_short and (self.first_awaited or not self.newcomers):
                 return True  # they come with the first weights, or have come with an update meanwhile
-            if transfer not in (BACKEND, ADAPTER):  # ranks would wait in a collective for one that is dead
+            if transfer not in ("plasma", ADAPTER):  # ranks would wait in a collective for one that is dead
                 await self._drop_unhealthy()
             if not (handles := self.all_handles):
                 return False

@@ -22,7 +22,7 @@ from entroray.metrics.update import SUMS, add_sums
 from entroray.objective import Objective, activity_inside, corrected
 from entroray.policy import families, lora
 from entroray.policy.first_calls import settle
-from entroray.policy.model import Layout, Policy, load_policy, pad
+from entroray.policy.model import Layout, Policy, load_policy, or_empty, pad
 from entroray.policy.packing import compile_layers, enable_packing, pack, use_liger
 from entroray.policy.proof import check_loaded, why_not_packed
 from entroray.roles import Scores
@@ -35,11 +35,10 @@ if TYPE_CHECKING:  # it imports Ray, which a rank that sends nothing does withou
     from entroray.workers.weight_sender import Delivery, GeneratorClient
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_ONE = np.ones(1, dtype=np.int32)
 REFERENCE = "reference"
 """Folder of a checkpoint: the reference policy as a model, if it is not the one the run started from."""
-EMPTY = Batch(_ONE, _ONE, _ONE, _ONE, np.ones(1, dtype=np.float32))
-"""One row of one token, which a rank with fewer micro-batches than others forwards with weight 0."""
+_MASS = ("kept_mass",)
+"""Measured as rows with sets are scored; the entropy over the vocabulary comes with it."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,8 @@ class LearnerRank:
         return policy
 
     def _lay_out(self, batch: Batch) -> Layout:
-        """A micro-batch on the device; of none, `EMPTY`."""
-        return (pack if self.packed else pad)(batch if batch.num_rows else EMPTY, self.device)
+        """A micro-batch on the device."""
+        return (pack if self.packed else pad)(or_empty(batch), self.device)
 
     def connect(self, client: "GeneratorClient") -> None:
         """Open the weight transfer to the generators that `client` reaches."""
@@ -213,7 +212,8 @@ class LearnerRank:
     ) -> list[dict[str, NDArray[np.float32]]]:
         """Log-prob, entropy, varentropy (nats) of each micro-batch's tokens [n], the reference's too.
 
-        `extra` names further statistics (`policy.vocabulary_statistics`), from the same pass.
+        `extra` names further statistics (`policy.vocabulary_statistics`), from the same pass; where tokens
+        have sets, their mass and the entropy over the vocabulary come too.
         """
         self.backend.train(False)
         with torch.no_grad():
@@ -230,7 +230,8 @@ class LearnerRank:
     def _score(self, micro: Batch, extra: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         self._take_threads()
         layout = self._lay_out(micro)
-        stats = self.backend.forward(layout, (*self.objective.statistics, *extra))
+        mass = _MASS if micro.kept else ()
+        stats = self.backend.forward(layout, (*self.objective.statistics, *extra, *mass))
         return self._columns(micro, layout, stats)
 
     @torch.no_grad()
@@ -293,7 +294,8 @@ class LearnerRank:
         self._take_threads()
         empty = batch.num_rows == 0
         layout = self._lay_out(batch)
-        stats = self.backend.forward(layout, tuple(self.objective.statistics))
+        mass = _MASS if batch.kept and scores is not None else ()
+        stats = self.backend.forward(layout, (*self.objective.statistics, *mass))
         if scores is not None:
             scores.append(self._columns(batch, layout, stats))
             tokens = tokens if empty else with_scores(tokens, scores[-1])

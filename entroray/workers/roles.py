@@ -51,7 +51,8 @@ class VerifierRole:
     """Of the whole call, queue included; each item has its own inside the verifier."""
 
     async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        return await self.pool.call(lambda h: h.judge.remote(prompt, list(rollouts)), deadline=self.deadline)
+        bare = [r if r.kept is None else replace(r, kept=None) for r in rollouts]  # which no judge reads
+        return await self.pool.call(lambda h: h.judge.remote(prompt, bare), deadline=self.deadline)
 
     async def answer(self, prompt: Prompt, calls: Sequence[str]) -> list[Answer]:
         return await self.pool.call(lambda h: h.answer.remote(prompt, list(calls)), deadline=self.deadline)

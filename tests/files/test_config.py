@@ -76,7 +76,6 @@ def test_groups_set_what_their_names_say() -> None:
         ("learner.zero_stge=1", "Did you mean `learner.zero_stage`"),
         ("run.steps=many", "run.steps"),
         ("objective=grpoo", "grpo"),
-        ("sampler.top_p=0.9", "importance ratio"),
         ("sampler.temperature=0", "greedy"),
         ("driver.stale=never", "wait or drop"),
         ("learner.updates_per_rollout=64", "groups_per_step"),

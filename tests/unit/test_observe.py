@@ -143,7 +143,7 @@ def test_the_columns_of_a_record_are_those_documented(tmp_path):
         kind = "text" if field.type == token_records.WORD else str(field.type)
         said = {name.decode(): text.decode() for name, text in field.metadata.items()}
         rows.append(f"| `{field.name}` | {kind} | {said['unit'] or '-'} | {said['meaning']} |")
-    assert len(rows) == len(COLUMNS) == len(set(COLUMNS)) == 23
+    assert len(rows) == len(COLUMNS) == len(set(COLUMNS)) == 26
     page = Path(token_records.__file__).with_name("README.md").read_text()
     head = "| column | type | unit | meaning |\n|---|---|---|---|\n"
     assert head + "\n".join(rows) + "\n" in page, "\n".join(rows)

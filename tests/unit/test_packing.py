@@ -18,7 +18,7 @@ from entroray.errors import PreflightError
 from entroray.objective import build_objective
 from entroray.policy import packing, proof
 from entroray.policy.microbatches import plan_packed
-from entroray.policy.model import Policy, pad
+from entroray.policy.model import EMPTY, Policy, pad
 from entroray.policy.packing import pack
 from entroray.types import Batch
 from entroray.wiring import actors, compose
@@ -51,7 +51,7 @@ def test_rows_lie_end_to_end_with_positions_of_their_own():
 
 
 def test_the_empty_micro_batch_of_a_rank_is_packed_too():
-    assert pack(learner_rank.EMPTY, CPU).ids.shape == (1, 2)
+    assert pack(EMPTY, CPU).ids.shape == (1, 2)
 
 
 # --- models ---

@@ -101,7 +101,10 @@ def test_every_sampler_says_what_it_does(name: str) -> None:
     ("overrides", "said"),
     [
         (["sampler.temperature=0"], r"^sampler\.temperature \D*0\b"),
-        (["sampler.top_k=5"], r"^sampler\.top_p .*sampler\.top_k .*1\.0 .*0\b"),
+        (
+            ["sampler.top_k=5", "+generator.engine.speculative_config={a: b}"],
+            r"^sampler\.top_p=1 .*sampler\.top_k=5 .*engine\.speculative_config.*sampler\.top_k=0$",
+        ),
         (
             ["+generator.engine.logprobs_mode=raw_logprobs"],
             r"generator\.engine\.logprobs_mode=raw_logprobs: .*processed_logprobs",
