@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = "abcd"
+PARTS = "abcdefgh"
 ABSENT = {"liger"}
 """Steps whose package the default lane does not install."""
 
