@@ -1,5 +1,6 @@
 """tests/gpu as read: its page, its findings, prove.sh against a stub."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -146,7 +147,7 @@ def piece(tmp_path, monkeypatch):
 
 def test_a_piece_holds_what_its_row_says_and_is_unpacked_as_it_would_be_installed(piece, capsys):
     pieces.unpack()
-    files = sorted(str(path.relative_to(piece / "unpacked")) for path in piece.glob("unpacked/*/**/*"))
+    files = sorted(str(path.relative_to(piece / "unpacked")) for path in piece.glob("unpacked/ray/**/*"))
     assert [name for name in files if "." in name or "raylet" in name] == [
         "ray/__init__.py",
         "ray/core/src/raylet",
@@ -155,6 +156,13 @@ def test_a_piece_holds_what_its_row_says_and_is_unpacked_as_it_would_be_installe
     assert "unpacked 1-small.zip" in capsys.readouterr().out
     pieces.unpack()
     assert capsys.readouterr().out == "", "it was taken in before"
+
+
+def test_vllm_finds_the_plugins_of_a_checkout_that_is_not_installed(piece):
+    pieces.unpack()
+    (said,) = importlib.metadata.distributions(name="entroray", path=[str(piece / "unpacked")])
+    (plugin,) = said.entry_points.select(group="vllm.general_plugins")
+    assert plugin.value == "entroray.workers.transfer:register"
 
 
 def test_the_same_wheels_make_the_same_piece(piece):

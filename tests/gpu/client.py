@@ -14,6 +14,6 @@ class Client(GeneratorClient):
 
     def _all(self, calls: Sequence["Future[Any]"], action: str) -> list[Any]:
         try:
-            return answers(calls, self.deadline)
+            return answers(calls, getattr(self, "limits", {}).get(action, self.deadline))
         except (DiedError, TimeoutError) as error:
             raise InfrastructureError(f"{action} weights of version {self.version}: {error!r}") from error

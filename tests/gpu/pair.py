@@ -26,6 +26,8 @@ KV = 8 << 30
 """Bytes of keys and values: what a learner leaves of a card by turns."""
 CONNECT, SEND = 60.0, 60.0
 """Seconds for a transfer to open, and for weights to be sent."""
+START, DRY_START = 90.0, 200.0
+"""Seconds for a process to import its libraries and start; on the CPU all parts do so at once."""
 
 
 @dataclass
@@ -54,6 +56,10 @@ class Pair:
         dtype = "float32" if self.asked.dry else "bfloat16"
         return Model(path=str(Path(self.temporary.name, "model")), dtype=dtype)
 
+    @property
+    def start_within(self) -> float:
+        return DRY_START if self.asked.dry else START
+
     def options(self) -> dict[str, Any]:
         """vLLM's, as a run with these settings gives them."""
         engine_options = there("entroray.wiring.actors", "engine_options")
@@ -73,7 +79,7 @@ class Pair:
             torch.cuda.empty_cache()
         yield measured("a model was written", seconds=time.perf_counter() - began)
         yield from self.begin_engine()
-        begun = self.rank.call("begin", self.asked, self.model, self.transfer, LR, seconds=90.0)
+        begun = self.rank.call("begin", self.asked, self.model, self.transfer, LR, seconds=self.start_within)
         yield measured("the rank started", **begun)
         self.ready = True
 
@@ -85,7 +91,9 @@ class Pair:
         """Another process in its place, which imports vLLM."""
         if self.engine is not None:
             self.engine.end()
-        self.engine = Process("tests.gpu.engine:Engine", environment(Kind({}, self.environments[0]), self.asked))
+        self.engine = Process(
+            "tests.gpu.engine:Engine", environment(Kind({}, self.environments[0]), self.asked)
+        )
 
     def begin_engine(self) -> Iterator[Check]:
         """With CUDA graphs; where that fails, without, so that the rest is seen."""
@@ -93,7 +101,7 @@ class Pair:
             self.decoding = {}
         longest = 128 if self.asked.dry else 2048
         start = lambda: self.engine.call(
-            "begin", self.model.path, self.model.dtype, longest, self.options(), seconds=90.0
+            "begin", self.model.path, self.model.dtype, longest, self.options(), seconds=self.start_within
         )
         try:
             yield measured("the engine started", **start())

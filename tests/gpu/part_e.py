@@ -142,7 +142,7 @@ def rates(name: str, own: Process, asked: Asked) -> Iterator[Check]:
     kind = KINDS[name]
     longest = 64 if asked.dry else 2 * (PROMPT + TOKENS)
     dtype, given = "float32" if asked.dry else "bfloat16", options(kind, asked)
-    started = own.call("begin", folder(asked), dtype, longest, given, seconds=120.0)
+    started = own.call("begin", folder(asked), dtype, longest, given, seconds=200.0 if asked.dry else 120.0)
     yield measured(f"{name}: started", **started)
     text = prompt(4 if asked.dry else PROMPT, 256)
     draw = Draw(1.0, 4 if asked.dry else TOKENS, rule=kind.rule)

@@ -91,7 +91,7 @@ def write(piece: str, of: Sequence[Row], wheels: Path) -> str:
     """One zip; a line on it."""
     path = PIECES / f"{piece}.zip"
     held: list[str] = []
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as out:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as out:
         for row in of:
             before = path.stat().st_size
             with zipfile.ZipFile(wheel_of(row, wheels)) as wheel:
@@ -99,13 +99,13 @@ def write(piece: str, of: Sequence[Row], wheels: Path) -> str:
                     moved = re.sub(r"^[^/]+\.data/(purelib|platlib)/", "", name)
                     info = zipfile.ZipInfo(moved, EARLY)
                     info.external_attr = (0o755 if moved.startswith("ray/core/src") else 0o644) << 16
-                    out.writestr(info, wheel.read(name), zipfile.ZIP_DEFLATED, 9)
+                    out.writestr(info, wheel.read(name), zipfile.ZIP_DEFLATED, 6)
             held.append(f"{requirement(row)} {(path.stat().st_size - before) / 2**20:.1f}")
-        for file in sorted(PIECES.glob("cache/**/*")) if piece.startswith("1") else ():
+        for file in sorted(PIECES.glob("cache/**/*")) if piece.startswith("2") else ():
             if file.is_file():
                 info = zipfile.ZipInfo(str(file.relative_to(PIECES)), EARLY)
                 info.external_attr = 0o644 << 16
-                out.writestr(info, file.read_bytes(), zipfile.ZIP_DEFLATED, 9)
+                out.writestr(info, file.read_bytes(), zipfile.ZIP_DEFLATED, 6)
     size = path.stat().st_size
     if size > MOST:
         raise SystemExit(
@@ -116,7 +116,7 @@ def write(piece: str, of: Sequence[Row], wheels: Path) -> str:
 
 def unpack() -> None:
     """What lies there and was not taken in before; a piece whose sum is another's is refused."""
-    UNPACKED.mkdir(exist_ok=True)
+    announce()
     known = SUMS.read_text() if SUMS.is_file() else ""
     for path in sorted(PIECES.glob("*.zip")):
         mark, found = UNPACKED / f".{path.stem}", hashlib.sha256(path.read_bytes()).hexdigest()
@@ -131,6 +131,17 @@ def unpack() -> None:
                 Path(piece.extract(info, UNPACKED)).chmod(info.external_attr >> 16)
         mark.write_text(found)
         print(f"unpacked {path.name}, {found}", flush=True)
+
+
+def announce() -> None:
+    """Say there what an installed entroray would say of itself: vLLM looks for its plugins."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    place = UNPACKED / f"entroray-{project['version']}.dist-info"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: entroray\nVersion: {project['version']}\n")
+    groups = {"console_scripts": project["scripts"], **project["entry-points"]}
+    lines = [f"[{name}]\n" + "".join(f"{k} = {v}\n" for k, v in own.items()) for name, own in groups.items()]
+    (place / "entry_points.txt").write_text("\n".join(lines))
 
 
 def main(wheels: Path) -> None:

@@ -24,7 +24,7 @@ its time.
 END
 }
 
-LIMIT=60 DRY_LIMIT=150                  # seconds; two cores may be busy with other tests
+LIMIT=60 DRY_LIMIT=240                    # seconds; two cores may be busy with other tests
 declare -A LONGER=([e]=70 [f]=90 [h]=150) # part -> seconds, for parts that start vLLM several times, or the product
 folder=tests/gpu
 results=$folder/results dry=() again=() parts=() unpack=0
