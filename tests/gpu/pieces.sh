@@ -37,6 +37,7 @@ mapfile -t needs < <("$python" -m tests.gpu.pieces --requirements wheel)
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --dest "$wheels" \
     --implementation cp --python-version "$version" --abi "cp${version/./}" --abi abi3 --abi none \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+    --platform manylinux_2_24_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_31_x86_64 \
     --platform manylinux_2_12_x86_64 --platform manylinux2010_x86_64 --platform manylinux1_x86_64 --platform any \
     "${needs[@]}"
 
