@@ -43,13 +43,21 @@ def llm() -> str:
     return LLM.__module__
 
 
+class Adder:
+    """What Ray is to run."""
+
+    def add(self, a: int, b: int) -> int:
+        return a + b
+
+
 def ray() -> str:
     """An actor of a Ray that is started here."""
     import ray
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
     try:
-        return f"an actor says {ray.get(ray.remote(sum).remote([1, 2]), timeout=60)}"
+        actor = ray.remote(Adder).remote()
+        return f"an actor says {ray.get(actor.add.remote(1, 2), timeout=60)}"
     finally:
         ray.shutdown()
 

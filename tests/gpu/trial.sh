@@ -24,4 +24,5 @@ find "$folder/unpacked/vllm" -name '*.so' -exec nm -D --undefined-only {} + | gr
     sort -u | sed 's/.*/int &(void) { return 100; }/' >"$stubs/cuda.c"
 echo 'int cuInit(unsigned int flags) { return 100; }' | cat - <(grep -v cuInit "$stubs/cuda.c") >"$stubs/all.c"
 gcc -shared -fPIC -O1 -Wl,-soname,libcuda.so.1 -o "$stubs/libcuda.so.1" "$stubs/all.c"
-LD_LIBRARY_PATH=$stubs PYTHONPATH=$PWD:$PWD/$folder/unpacked "$python" -m tests.gpu.trial
+# An empty CUDA_VISIBLE_DEVICES has vLLM keep Triton although no driver of it is active.
+CUDA_VISIBLE_DEVICES="" LD_LIBRARY_PATH=$stubs PYTHONPATH=$PWD:$PWD/$folder/unpacked "$python" -m tests.gpu.trial
