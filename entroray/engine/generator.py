@@ -19,7 +19,7 @@ import numpy as np
 from entroray.engine.checked_transfer import agreed, check_transfers, received
 from entroray.engine.cpu_engine import StepThreads, forget_ray_threads
 from entroray.engine.overlap import come_to_rest, go_on
-from entroray.engine.starting import runner, start_llm
+from entroray.engine.starting import drain_notes, runner, sleep_level, start_llm
 from entroray.engine.vllm_request import (
     Noted,
     Request,
@@ -42,8 +42,6 @@ from entroray.types import Draw, Rollout, Status
 
 TICK = 0.2
 """Seconds the idle thread sleeps, and between looks at which samples have begun."""
-OWN_WEIGHTS = ("enable_lora", "speculative_config", "quantization")
-"""vLLM's options of engines that hold weights which no sync brings."""
 
 
 class Generator:
@@ -58,8 +56,7 @@ class Generator:
         self.inbox: queue.SimpleQueue[tuple[Callable[[Future], object], Future]] = queue.SimpleQueue()
         self.waiting: dict[str, Waiting] = {}
         self.owner: dict[str, str] = {}
-        self.serial = 0
-        self.tag = uuid.uuid4().hex
+        self.serial, self.tag = 0, uuid.uuid4().hex
         """Tells this engine's requests from those of another in the same process."""
         self.paused = self.updating = False
         """Between beginning and commit of an update; whether one is open in vLLM."""
@@ -180,9 +177,8 @@ class Generator:
     def _load(self) -> None:
         forget_ray_threads()
         began = time.monotonic()
-        ours = {"async_scheduling": False, "logprobs_mode": "processed_logprobs"}
         sizes = {"dtype": self.dtype, "max_model_len": self.max_length}
-        self.llm = start_llm(model=self.model, seed=self.seed, **sizes, **(ours | dict(self.options)))
+        self.llm = start_llm(model=self.model, seed=self.seed, **sizes, **self.options)
         self.llm.collective_rpc(check_transfers)
         self.runner = runner(self.llm)
         self.engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
@@ -235,12 +231,12 @@ class Generator:
         self.waiting[key] = Waiting(request, future, now, set(names))
         self.owner |= dict.fromkeys(names, key)
         self.next_look = min(self.next_look, now + request.deadline)
-        lora = getattr(self.llm, "adapter", None)
+        prompt, lora = self._prompt(request), getattr(self.llm, "adapter", None)
         try:
             for name, seed in zip(names, request.seeds, strict=True):
                 own = request, seed, self._noted(name), self.masks
                 wanted = probe_params(self.masks) if probe else sampling_params(*own)
-                self.engine.add_request(name, self._prompt(request), wanted, lora_request=lora)
+                self.engine.add_request(name, prompt, wanted, lora_request=lora)
         except Exception:  # boundary: vLLM has an exception for each thing it refuses
             self._forget(key)
             raise
@@ -287,13 +283,7 @@ class Generator:
 
     def _drain_notes(self, names: Sequence[str]) -> list[Noted | None]:
         """The sampler's notes on requests that are over, once; every rank has the same."""
-        if not names:
-            return []
-        if self.runner == "V2":
-            from entroray.engine.logits_processor_v2 import drain
-        else:
-            from entroray.engine.logits_processor import drain
-        return self.llm.collective_rpc(drain, args=([self._noted(n) for n in names],))[0]
+        return drain_notes(self.llm, self.runner, [self._noted(n) for n in names]) if names else []
 
     def _settle(self, key: str) -> None:
         """Answer when every sample is in, or enough of them are."""
@@ -353,7 +343,7 @@ class Generator:
     def _sleep(self) -> None:
         if not self.asleep:
             come_to_rest(self.llm, self._collect)
-            self.asleep = 1 if any(map(self.options.get, OWN_WEIGHTS)) else 2
+            self.asleep = sleep_level(self.options)
             self.llm.sleep(level=self.asleep)
 
     def _end_update(self) -> None:

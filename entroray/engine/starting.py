@@ -2,11 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from entroray.engine.adapter import engine_class
-from entroray.engine.vllm_request import PROCESSOR
+from entroray.engine.vllm_request import PROCESSOR, Noted
 from entroray.errors import ConfigError
 
 PROCESSOR_V2 = "entroray.engine.logits_processor_v2:Shaping"
@@ -14,12 +14,15 @@ PROCESSOR_V2 = "entroray.engine.logits_processor_v2:Shaping"
 STILL_TAKEN = ("Free memory on device", "WorkerProc initialization failed")
 """How vLLM, which has no type for it, begins to say that a card has no room; of an engine of several
 processes no more is known in the one that started them."""
+OWN_WEIGHTS = ("enable_lora", "speculative_config", "quantization")
+"""vLLM's options of engines that hold weights which no sync brings."""
 LEAVING = 20.0
 """Seconds given to processes of an engine that was killed to leave their cards."""
 
 
 def start_llm(**options: Any) -> Any:
     """vLLM's `LLM` with these options; ConfigError if they ask for what its runner cannot do."""
+    options = {"async_scheduling": False, "logprobs_mode": "processed_logprobs", **options}
     if names := options.get("logits_processors"):
         options["logits_processors"] = fit_processors(names, ahead=options["async_scheduling"])
     served, options = engine_class(options)
@@ -55,6 +58,20 @@ def _fits_v2(name: str) -> bool:
 def runner(llm: Any) -> str:
     """The runner that serves; V1 and V2 draw other samples with one seed."""
     return "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
+
+
+def drain_notes(llm: Any, runner: str, names: Sequence[str]) -> list[Noted | None]:
+    """What samplers of this runner noted on requests that are over, once; every rank has the same."""
+    if runner == "V2":
+        from entroray.engine.logits_processor_v2 import drain
+    else:
+        from entroray.engine.logits_processor import drain
+    return llm.collective_rpc(drain, args=(list(names),))[0]
+
+
+def sleep_level(options: Mapping[str, Any]) -> int:
+    """2 drops weights, which the next sync brings; 1 keeps those that none brings in the host's memory."""
+    return 1 if any(map(options.get, OWN_WEIGHTS)) else 2
 
 
 def try_twice(start: Callable[[], Any]) -> Any:

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,9 +17,8 @@ from entroray.engine.generator import Generator
 from entroray.engine.vllm_request import PROCESSOR, QUEUE
 from entroray.errors import PreflightError
 from entroray.objective import Objective
-from entroray.planning import placement
 from entroray.planning.deadlines import Deadlines, floor_deadlines
-from entroray.planning.placement import ENGINES, RANKS, VERIFIERS, Node
+from entroray.planning.placement import ENGINES, RANKS, VERIFIERS
 from entroray.policy.microbatches import plan_microbatches, plan_packed
 from entroray.policy.safetensors_header import model_folder, weight_files
 from entroray.roles import Learner
@@ -83,16 +81,7 @@ def verifier_count(config: Config) -> int:
 def placement_lines(config: Config) -> list[str]:
     """Who will run where: in the cluster that was joined, else here, or on as many nodes as hold the run."""
     asked, pairs = nodes.needs(resource_shares(config)), share_cards(config.cluster)
-    if cluster.joined():
-        return placement.lines(*nodes.plan_cluster(asked, pairs=pairs), asked, pairs=pairs)
-    there = [this_machine()]
-    if not placement.place(there, asked, pairs=pairs) and not cpu_only(config.cluster):
-        there = placement.assumed_nodes(asked, pairs=pairs)
-    return placement.lines(there, placement.place(there, asked, pairs=pairs) or {}, asked, pairs=pairs)
-
-
-def this_machine() -> Node:
-    return Node(socket.gethostname(), float(os.cpu_count() or 1), float(torch.cuda.device_count()))
+    return nodes.describe_places(asked, pairs=pairs, assume=not cpu_only(config.cluster))
 
 
 def run_deadlines(config: Config, answered: int | None = None) -> Deadlines:

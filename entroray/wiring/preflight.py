@@ -132,7 +132,7 @@ def resources(config: Config) -> str:
             "learner.liger=false"
         )
     _refuse_expandable(config)
-    here, pairs = [actors.this_machine()], share_cards(config.cluster)
+    here, pairs = [nodes.this_machine()], share_cards(config.cluster)
     rows = nodes.check_resources(actors.resource_shares(config), here, pairs=pairs)
     return "; ".join([rows, *actors.placement_lines(config)])
 

@@ -22,6 +22,7 @@ from entroray.metrics.update import SUMS, add_sums
 from entroray.objective import Objective, activity_inside, corrected
 from entroray.policy import families, lora
 from entroray.policy.first_calls import settle
+from entroray.policy.kept_head import MASS
 from entroray.policy.model import Layout, Policy, load_policy, or_empty, pad
 from entroray.policy.packing import compile_layers, enable_packing, pack, use_liger
 from entroray.policy.proof import check_loaded, why_not_packed
@@ -37,8 +38,6 @@ if TYPE_CHECKING:  # it imports Ray, which a rank that sends nothing does withou
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REFERENCE = "reference"
 """Folder of a checkpoint: the reference policy as a model, if it is not the one the run started from."""
-_MASS = ("kept_mass",)
-"""Measured as rows with sets are scored; the entropy over the vocabulary comes with it."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,7 @@ class LearnerRank:
         """An address and port of this node where others may meet this rank, kept free until the next call."""
         import ray
 
-        host = ray.util.get_node_ip_address()
-        self.held = hold_port(host)
+        self.held = hold_port(host := ray.util.get_node_ip_address())
         return host, self.held.getsockname()[1]
 
     def start(self, host: str, port: int, timeout: float) -> dict[str, Any]:
@@ -230,7 +228,7 @@ class LearnerRank:
     def _score(self, micro: Batch, extra: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         self._take_threads()
         layout = self._lay_out(micro)
-        mass = _MASS if micro.kept else ()
+        mass = (MASS,) if micro.kept else ()
         stats = self.backend.forward(layout, (*self.objective.statistics, *extra, *mass))
         return self._columns(micro, layout, stats)
 
@@ -294,7 +292,7 @@ class LearnerRank:
         self._take_threads()
         empty = batch.num_rows == 0
         layout = self._lay_out(batch)
-        mass = _MASS if batch.kept and scores is not None else ()
+        mass = (MASS,) if batch.kept and scores is not None else ()
         stats = self.backend.forward(layout, (*self.objective.statistics, *mass))
         if scores is not None:
             scores.append(self._columns(batch, layout, stats))

@@ -1,11 +1,14 @@
 """Ray's nodes: what they have, and the place that each actor of a run starts at."""
 
+import os
+import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -13,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from entroray.errors import PreflightError
 from entroray.planning import placement
 from entroray.planning.placement import ENGINES, RANKS, Need, Needs, Node, Placement
+from entroray.workers import cluster
 from entroray.workers.cluster import Share
 
 Shares = Mapping[str, tuple[int, Share]]
@@ -98,3 +102,18 @@ def _reserve(shares: Shares, nodes: Sequence[str]) -> PlacementGroup:
     bundle = {name: size for name, size in (("CPU", cpus), ("GPU", 1.0)) if size}
     where = [{NODE_ID: node} for node in nodes]
     return placement_group([bundle] * len(nodes), "PACK", bundle_label_selector=where)
+
+
+def describe_places(asked: Needs, *, pairs: bool, assume: bool) -> list[str]:
+    """Who will run where: in the cluster that was joined, else here, or with `assume` on nodes that do."""
+    if cluster.joined():
+        return placement.lines(*plan_cluster(asked, pairs=pairs), asked, pairs=pairs)
+    there = [this_machine()]
+    if assume and not placement.place(there, asked, pairs=pairs):
+        there = placement.assumed_nodes(asked, pairs=pairs)
+    return placement.lines(there, placement.place(there, asked, pairs=pairs) or {}, asked, pairs=pairs)
+
+
+def this_machine() -> Node:
+    """Its cores and cards."""
+    return Node(socket.gethostname(), float(os.cpu_count() or 1), float(torch.cuda.device_count()))

@@ -67,7 +67,7 @@ class Blocked:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Blocked)
-for part in "abcd":
+for part in "abcdefgh":
     import_module(f"tests.gpu.part_{{part}}").STEPS
 for name in {proved}:
     import_module(f"entroray.{{name}}")

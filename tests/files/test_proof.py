@@ -1,15 +1,17 @@
 """tests/gpu as read: its page, its findings, prove.sh against a stub."""
 
+import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from tests.files.test_layers import ROOT, read, tracked
-from tests.gpu import table
+from tests.gpu import pieces, table
 
 GPU = ROOT / "tests/gpu"
 FINDINGS = [*(f"S1-{n}" for n in range(1, 13)), *(f"S2-{n}" for n in range(21)), "B18"]
@@ -114,8 +116,69 @@ def test_a_part_that_is_not_there_is_refused(prove, words):
     assert code == 2 and "usage" in said and "ran" not in said.split("usage")[0]
 
 
-def test_pieces_pins_what_pyproject_does_not():
-    script = (GPU / "pieces.sh").read_text()
-    (needs,) = re.findall(r"^needs=\((.*)\)$", script, re.MULTILINE)
-    assert all(re.fullmatch(r"[\w-]+==\d[\w.]*", one) for one in needs.split())
-    assert "tests/gpu/pieces/" in Path(ROOT, ".gitignore").read_text()
+def test_every_package_of_a_piece_has_an_exact_version_and_is_in_it_for_a_reason():
+    given = pieces.rows()
+    assert given and all(row.how in ("wheel", "built") and row.why for row in given)
+    assert all(re.fullmatch(r"[\w.-]+==\d[\w.]*", pieces.requirement(row)) for row in given)
+    again = [row.package for row in given if row.version != "pinned" and row.package in pieces.pins()]
+    assert not again, "pyproject.toml has them: say `pinned`"
+    assert [line for line in Path(ROOT, ".gitignore").read_text().splitlines() if "tests/gpu/" in line] == [
+        "tests/gpu/pieces/",
+        "tests/gpu/unpacked/",
+    ]
+
+
+@pytest.fixture
+def piece(tmp_path, monkeypatch):
+    """A piece of two files of one wheel, as it is copied; where it is unpacked."""
+    monkeypatch.setattr(pieces, "PIECES", tmp_path / "pieces")
+    monkeypatch.setattr(pieces, "SUMS", tmp_path / "pieces/SHA256SUMS")
+    monkeypatch.setattr(pieces, "UNPACKED", tmp_path / "unpacked")
+    row = pieces.Row("1-small", "ray", "pinned", "wheel", "", "ray/jars/*", "it is needed")
+    monkeypatch.setattr(pieces, "rows", lambda: [row])
+    with zipfile.ZipFile(
+        tmp_path / f"{pieces.requirement(row).replace('==', '-')}-py3-none-any.whl", "w"
+    ) as made:
+        for name in ("ray/core/src/raylet", "ray/jars/large.jar", "ray-2.data/purelib/ray/__init__.py"):
+            made.writestr(name, name)
+    pieces.main(tmp_path)
+    return tmp_path
+
+
+def test_a_piece_holds_what_its_row_says_and_is_unpacked_as_it_would_be_installed(piece, capsys):
+    pieces.unpack()
+    files = sorted(str(path.relative_to(piece / "unpacked")) for path in piece.glob("unpacked/ray/**/*"))
+    assert [name for name in files if "." in name or "raylet" in name] == [
+        "ray/__init__.py",
+        "ray/core/src/raylet",
+    ]
+    assert os.access(piece / "unpacked/ray/core/src/raylet", os.X_OK)
+    assert "unpacked 1-small.zip" in capsys.readouterr().out
+    pieces.unpack()
+    assert capsys.readouterr().out == "", "it was taken in before"
+
+
+def test_vllm_finds_the_plugins_of_a_checkout_that_is_not_installed(piece):
+    pieces.unpack()
+    (said,) = importlib.metadata.distributions(name="entroray", path=[str(piece / "unpacked")])
+    (plugin,) = said.entry_points.select(group="vllm.general_plugins")
+    assert plugin.value == "entroray.workers.transfer:register"
+
+
+def test_the_same_wheels_make_the_same_piece(piece):
+    first = (piece / "pieces/SHA256SUMS").read_text()
+    pieces.main(piece)
+    assert (piece / "pieces/SHA256SUMS").read_text() == first
+
+
+def test_a_damaged_piece_is_refused(piece):
+    copied = piece / "pieces/1-small.zip"
+    copied.write_bytes(copied.read_bytes() + b"x")
+    with pytest.raises(SystemExit, match=r"1-small\.zip is damaged.*copy it again"):
+        pieces.unpack()
+
+
+def test_a_piece_too_large_to_copy_is_refused(piece, monkeypatch):
+    monkeypatch.setattr(pieces, "MOST", 100)
+    with pytest.raises(SystemExit, match=r"at most 0 can be copied"):
+        pieces.main(piece)

@@ -10,7 +10,7 @@ import math
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -123,18 +123,23 @@ def _free_port() -> int:
 
 def micros(asked: Asked, rank: Any) -> list[tuple[Batch, Tokens]]:
     """One update's, scored by the rank as it is."""
-    batch = assemble(groups(asked))
+    return scored(groups(asked), rank)
+
+
+def scored(given: Sequence[Group], rank: Any) -> list[tuple[Batch, Tokens]]:
+    """Micro-batches of these groups, scored by the rank as it is."""
+    batch = assemble(given)
     lengths = batch.prompt_lengths + batch.response_lengths
     pieces = plan_microbatches(lengths, ranks=1, token_budget=rank.settings.learner.token_budget)[0]
-    scored = rank.score(batch.cut(pieces))
+    found = rank.score(batch.cut(pieces))
     places = np.split(np.arange(len(batch.response_ids)), np.cumsum(batch.response_lengths)[:-1])
     at = [np.concatenate([places[row] for row in piece]) for piece in pieces]
-    columns = {name: np.zeros(len(batch.response_ids), dtype=np.float32) for name in scored[0]}
-    for where, found in zip(at, scored, strict=True):
-        for name, values in found.items():
+    columns = {name: np.zeros(len(batch.response_ids), dtype=np.float32) for name in found[0]}
+    for where, of_piece in zip(at, found, strict=True):
+        for name, values in of_piece.items():
             columns[name][where] = values
     row = objective()
-    tokens = tokens_of(groups(asked), [row.estimate(g) for g in groups(asked)], columns, 0)
+    tokens = tokens_of(given, [row.estimate(g) for g in given], columns, 0)
     credited = row.credit(tokens)
     counted = replace(credited, counts=count_tokens(credited))
     return [*zip(batch.cut(pieces), counted.cut(pieces), strict=True)]

@@ -6,45 +6,56 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 usage() {
     cat <<'END'
 usage: tests/gpu/prove.sh [--dry] [--again] [--results DIR] PART...
+       tests/gpu/prove.sh --unpack
 
-  PART       a: the card and torch   b: the head   c: the body   d: a learner's rank; or `all`
+  PART       a: the card and torch   b: the head   c: the body   d: a learner's rank   e: engines
+             f: engine and rank over ipc   g: the same over nccl   h: entroray train; or `all`
   --dry      all parts at once with tiny shapes on the CPU, written into a folder that is deleted at the end
   --again    run also what was run on this card at this commit
   --results  where the JSON goes, tests/gpu/results if not given
+  --unpack   only take in the pieces that were copied, before the next is copied
 
-A part ends after 60 seconds, whatever it has: what it has found by then is kept, and the next call goes on.
-Python is python3, or what PYTHON names. One without DeepSpeed takes it from tests/gpu/pieces, which pieces.sh makes.
-Exit code: 0, all right; 1, a check is wrong or broke; 2, wrong arguments; 3, a part ran out of its time.
+A part ends after 60 seconds (e: 70, f: 90, h: 150), whatever it has: what it has found by then is kept, and the
+next call goes on, also with what was not there for want of a piece.
+Python is python3, or what PYTHON names. One without vLLM has the zips of tests/gpu/pieces, which pieces.sh makes,
+checked by their SHA256SUMS, unpacked once into tests/gpu/unpacked and put on its path.
+Exit code: 0, all right; 1, a check is wrong or broke; 2, wrong arguments or a damaged piece; 3, a part ran out of
+its time.
 END
 }
 
-LIMIT=60 DRY_LIMIT=150 # seconds; two cores may be busy with other tests
-declare -A LONGER=()   # part -> seconds, for parts that start the whole product
+LIMIT=60 DRY_LIMIT=240                    # seconds; two cores may be busy with other tests
+declare -A LONGER=([e]=70 [f]=90 [h]=150) # part -> seconds, for parts that start vLLM several times, or the product
 folder=tests/gpu
-results=$folder/results dry=() again=() parts=()
+results=$folder/results dry=() again=() parts=() unpack=0
 while (($#)); do
     case $1 in
     -h | --help) usage && exit ;;
     --dry) dry=(--dry) ;;
     --again) again=(--again) ;;
+    --unpack) unpack=1 ;;
     --results) results=${2:?--results needs a folder} && shift ;;
     all) for each in "$folder"/part_*.py; do each=${each##*part_} && parts+=("${each%.py}"); done ;;
     *) [[ -f $folder/part_$1.py ]] || { echo "prove.sh: there is no part \`$1\`" >&2 && usage >&2 && exit 2; } && parts+=("$1") ;;
     esac
     shift
 done
-((${#parts[@]})) || { usage >&2 && exit 2; }
+((${#parts[@]} || unpack)) || { usage >&2 && exit 2; }
 
 python=${PYTHON:-python3}
 has() { "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)' "$1"; }
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-has deepspeed || PYTHONPATH+=:$PWD/$folder/pieces
+if ((unpack)) || ! has vllm; then
+    "$python" -m tests.gpu.pieces --unpack || exit 2
+    PYTHONPATH+=:$PWD/$folder/unpacked
+fi
+((${#parts[@]})) || exit 0
 export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore::FutureWarning HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1
 logs=$(mktemp -d) && trap 'rm -r "$logs"' EXIT
 if ((${#dry[@]})); then
     [[ $results != "$folder/results" ]] || results=$logs/results
     export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TRITON_INTERPRET=1
-    LIMIT=$DRY_LIMIT
+    LIMIT=$DRY_LIMIT LONGER=()
 fi
 
 prove() { # PART

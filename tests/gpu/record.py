@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results")
 SEED = 0
-PACKAGES = ("triton", "transformers", "deepspeed", "liger-kernel", "accelerate", "numpy")
+PACKAGES = ("triton", "transformers", "vllm", "ray", "deepspeed", "liger-kernel", "accelerate", "numpy")
 RIGHT, WRONG, BROKE = "right", "WRONG", "BROKE"
 MEASURED = "measured"
 """A number that nothing is asked of."""
@@ -132,11 +132,10 @@ class Record:
         kept = None if again else _read(self.path)
         same = kept is not None and all(kept[key] == self.head[key] for key in ("commit", "source", "card"))
         self.steps: dict[str, dict[str, Any]] = kept["steps"] if kept and same else {}
-        broke = lambda step: any(
-            check["verdict"] == BROKE for check in step["checks"]
-        )  # it may be no fault of
-        # its own: after an illegal access nothing more runs in a process
-        self.steps = {n: step for n, step in self.steps.items() if n in planned and not broke(step)}
+        # What broke may be no fault of its own, for after an illegal access nothing more runs in a process;
+        # what was not there may have been copied since.
+        open_ = lambda step: any(check["verdict"] in (BROKE, NOT_THERE) for check in step["checks"])
+        self.steps = {n: step for n, step in self.steps.items() if n in planned and not open_(step)}
         if done := len(self.steps):
             print(f"part {part}: {done} of {len(planned)} steps were run on this card and commit", flush=True)
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from entroray.policy.tokenizer import byte_tokenizer
 from entroray.types import Batch
 from tests.gpu.record import SEED
 
@@ -35,8 +37,16 @@ SIZES: dict[str, dict[str, int]] = {
         "intermediate_size": 64,
         "vocab_size": 128,
     },
+    "served": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 128,
+        "vocab_size": 272,
+    },
 }
-"""Of Qwen2.5, by its names; and one for the CPU."""
+"""Of Qwen2.5, by its names; and two for the CPU, of which an engine can serve the second."""
 
 
 def configuration(size: str) -> Any:
@@ -53,6 +63,21 @@ def random_model(size: str, device: torch.device, dtype: torch.dtype) -> Any:
     torch.manual_seed(SEED)
     with device:
         return AutoModelForCausalLM.from_config(configuration(size), dtype=dtype, attn_implementation="sdpa")
+
+
+def served_folder(size: str, folder: Path, *, weights: bool, device: torch.device | str = "cpu") -> str:
+    """A model as an engine reads it, with a tokenizer of bytes; without weights where it makes its own."""
+    tokenizer = byte_tokenizer()
+    if weights:
+        model = random_model(size, torch.device(device), torch.bfloat16)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(folder)
+    else:
+        configured = configuration(size)
+        configured.update({"architectures": ["Qwen2ForCausalLM"], "dtype": "bfloat16"})
+        configured.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def rows(lengths: Sequence[int], vocabulary: int) -> Batch:

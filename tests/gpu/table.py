@@ -10,7 +10,7 @@ README = Path(__file__).with_name("README.md")
 RESULTS = Path(__file__).with_name("results")
 OPEN, CLOSE = "<!-- proof -->\n", "<!-- end of proof -->\n"
 NOTHING = "No card was at hand: none of it has run on a GPU."
-HEAD = ("card", "driver", "torch", "cuda", "triton", "transformers", "deepspeed", "python")
+HEAD = ("card", "driver", "torch", "cuda", "triton", "transformers", "vllm", "ray", "deepspeed", "python")
 
 
 def kept(folder: Path = RESULTS) -> list[dict[str, Any]]:

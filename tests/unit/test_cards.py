@@ -141,8 +141,6 @@ def test_cards_that_can_be_held_so_are_not() -> None:
     configured("generator.replicas=2", "generator.tensor_parallel=2", "learner.ranks=2")  # on CPU as ever
 
 
-
-
 def test_a_rank_that_begins_anew_holds_nothing_of_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it loads the new model, the old one is gone from memory and its transfer is closed."""
 

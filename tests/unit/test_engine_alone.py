@@ -8,7 +8,8 @@ import pytest
 from torch import nn
 
 from entroray.engine import starting
-from entroray.engine.generator import OWN_WEIGHTS, Generator
+from entroray.engine.generator import Generator
+from entroray.engine.starting import OWN_WEIGHTS
 from entroray.engine.vllm_request import Request
 from entroray.errors import ConfigError
 from entroray.types import Draw

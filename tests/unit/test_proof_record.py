@@ -59,6 +59,12 @@ def test_a_step_that_broke_is_run_again_by_a_later_call(monkeypatch, tmp_path):
     assert code == 0 and verdicts(found) == {"one": ["measured"]}
 
 
+def test_what_was_not_there_is_looked_for_again_by_a_later_call(monkeypatch, tmp_path):
+    proven(monkeypatch, tmp_path, {"one": lambda asked: [measured("n", x=there("no_such_package"))]})
+    code, found = proven(monkeypatch, tmp_path, {"one": lambda asked: [measured("n", x=1)]})
+    assert code == 0 and verdicts(found) == {"one": ["measured"]}
+
+
 @pytest.mark.parametrize("missing", [("entroray.no_such_module",), ("entroray.policy.head", "no_such_name")])
 def test_what_this_checkout_has_not_is_said_and_is_no_failure(monkeypatch, tmp_path, missing):
     code, found = proven(monkeypatch, tmp_path, {"one": lambda asked: [measured("n", x=there(*missing))]})
