@@ -56,11 +56,12 @@ def add_adapter(policy: Policy, lora: Lora, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     model, stored = policy.model, policy.names
+    alpha: Any = 2 * lora.rank if lora.alpha is None else lora.alpha  # any number, whatever peft's type says
     with torch.random.fork_rng(devices=[]):  # A is drawn on the CPU, whatever the device
         torch.manual_seed(seed)
         policy.adapter = LoraConfig(
             r=lora.rank,
-            lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,
+            lora_alpha=alpha,
             lora_dropout=0.0,
             target_modules=find_targets(model, lora.targets),
             task_type="CAUSAL_LM",
