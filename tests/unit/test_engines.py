@@ -7,9 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
 
-from entroray.config import DriverConfig, ProbeConfig
+from entroray.config import DriverConfig
 from entroray.engine.generator import Generator
 from entroray.engine.vllm_request import Request
 from entroray.errors import ConfigError, InfrastructureError, SyncError
@@ -112,90 +111,6 @@ def test_plasma_asks_no_engine_beforehand(make_pool: Any) -> None:
     gang, handles = Gang(), [Handle("a"), Handle("b")]
     asyncio.run(make_pool(gang, *handles).update_weights(1))
     assert gang.sent == [(1, "ab")] and not handles[0].asked
-
-
-FAILURES = pytest.mark.parametrize("failure", [DEAD, RayTaskError("sync", "NCCL", ValueError())])
-
-
-@FAILURES
-def test_what_fails_within_nccl_is_tried_again_without_the_dead_who_are_replaced(
-    make_pool: Any, failure: Exception
-) -> None:
-    dying = Handle("b")
-
-    def fails(n: int, names: list[str]) -> Exception | None:
-        if "b" not in names:
-            return None
-        dying.failures["check_alive"] = DEAD  # it answered before the transfer began
-        return failure
-
-    gang = Gang(fails)
-    pool = make_pool(gang, Handle("a"), dying, spares=[Handle("c")], transfer="nccl")
-
-    async def run() -> None:
-        await pool.update_weights(1)
-        await replaced(pool)
-
-    asyncio.run(run())
-    assert gang.sent[0] == (1, "ab") and not any("b" in to for _, to in gang.sent[1:])
-    assert any(version == 1 for version, _ in gang.sent[1:]) and names(pool) == "ac" and pool.restarts == 0
-
-
-@FAILURES
-def test_what_fails_within_nccl_though_all_engines_answer_ends_the_run(
-    make_pool: Any, failure: Exception
-) -> None:
-    gang = Gang(lambda n, names: failure)
-    pool = make_pool(gang, Handle("a"), spares=[Handle("c")], transfer="nccl")
-    with pytest.raises(InfrastructureError, match=r"(?s)transfer=nccl.*NCCL_SOCKET_IFNAME.*run\.resume=auto"):
-        asyncio.run(pool.update_weights(1))
-    assert gang.sent == [(1, "a")]
-
-
-def test_after_a_failure_engines_and_learner_meet_anew(make_pool: Any) -> None:
-    gang = Gang(lambda n, names: DEAD if n == 1 else None)
-    pool, met = make_pool(gang, Handle("a"), transfer="nccl"), list[Any]()
-    for _ in range(3):
-        try:
-            asyncio.run(pool.sender.send(pool.handles, 1))
-        except InfrastructureError:
-            assert pool.sender.connected == []
-        met.append(gang.client)
-    assert met[0] is not met[1] and met[1] is met[2]
-
-
-def test_silence_in_which_weights_may_still_travel_is_no_sign_of_death(
-    make_pool: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An engine's thread stands in NCCL for as long as its weights may take: 300 GB have six minutes."""
-    limits: list[float] = []
-
-    async def settle_next(stream: Any, *, deadline: float, what: str) -> Any:
-        limits.append(deadline)
-        return await anext(stream)
-
-    monkeypatch.setattr(engine_pool, "settle_next", settle_next)
-    for transfer in ("plasma", "nccl", "nccl"):
-        pool = make_pool(Gang(), Sampling("a"), transfer=transfer)
-        pool.sender.size = 300 * 10**9 if limits[1:] else 0
-        asyncio.run(asyncio.wait_for(pool.sample(wanted("q")), 5.0))
-    assert limits == [31.0, 151.0, 391.0]
-
-
-def test_an_engine_that_does_not_answer_is_not_waited_for_as_long_as_a_start(
-    make_pool: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limits: list[float] = []
-
-    async def settle(ref: Any, *, deadline: float, what: str) -> Any:
-        limits.append(deadline)
-        return await ref
-
-    monkeypatch.setattr(engine_pool, "settle", settle)
-    pool = make_pool(Gang(), Handle("a"), transfer="nccl")
-    pool.sender.deadline = 1800.0
-    asyncio.run(pool.update_weights(1))
-    assert limits == [150.0]
 
 
 def test_what_fails_within_plasma_is_tried_again_without_the_dead(make_pool: Any) -> None:
@@ -411,52 +326,6 @@ def test_a_comparison_that_loses_every_engine_is_made_with_the_next_and_never_re
     sync = WeightSync(learner, pool, (1, 2, 3), DriverConfig(), 5.0)
     with pytest.raises(InfrastructureError, match=r"generator\.restarts"):
         asyncio.run(run())
-
-
-def probed(make_pool: Any, dtype: str, engine: list[float], learner: list[float], **probe: Any) -> Any:
-    """What a comparison of these log-probs finds."""
-    handle, rank = Handle("a"), Handle("learner")
-    for each, values in ((handle, engine), (rank, learner)):
-        each.prompt_logprobs = SimpleNamespace(remote=lambda ids, v=values: _soon(v))  # type: ignore[attr-defined]
-    gang: Any = SimpleNamespace(all=lambda method, deadline: asyncio.gather(method(0, rank)))
-    driver = DriverConfig(probe=ProbeConfig(**probe))
-    sync = WeightSync(gang, make_pool(Gang(), handle), (1, 2, 3), driver, 5.0, dtype)
-    return asyncio.run(sync.measure())
-
-
-async def _soon(values: list[float]) -> list[float]:
-    return values
-
-
-LIKELY, RARE = [-0.1] * 9 + [-9.0], [-0.1] * 9 + [-8.7]
-"""0.3 nats apart at a token of probability 1e-4: 0.03 on average."""
-
-
-def test_a_rare_token_of_another_log_prob_is_refused_in_float32_and_not_in_bfloat16(make_pool: Any) -> None:
-    found = probed(make_pool, "bfloat16", LIKELY, RARE, tolerance=0.05)
-    assert found["sync/probe_error"] == pytest.approx(0.3)
-    assert found["sync/probe_mean_error"] == pytest.approx(0.03)
-    assert found["sync/probe_probability_error"] == pytest.approx(4.3e-5, rel=0.02)
-    with pytest.raises(SyncError, match=r"0\.0300 nats .*0\.3000 at most.*driver\.probe\.tolerance"):
-        probed(make_pool, "float32", LIKELY, RARE, tolerance=0.05)
-
-
-@pytest.mark.parametrize(
-    ("engine", "learner"),
-    [([-3.0] * 9, [-3.06] * 9), ([-0.1] * 9, [-0.1] * 8 + [-0.3]), ([-1.0], [float("nan")])],
-    ids=["a mean", "a probability", "nan"],
-)
-def test_in_bfloat16_a_mean_and_a_probability_that_are_too_far_apart_are_refused(
-    make_pool: Any, engine: list[float], learner: list[float]
-) -> None:
-    with pytest.raises(SyncError, match=r"driver\.probe\.tolerance"):
-        probed(make_pool, "bfloat16", engine, learner, tolerance=0.05)
-
-
-def test_in_float32_the_largest_difference_counts_whatever_the_probability(make_pool: Any) -> None:
-    assert probed(make_pool, "float32", [-9.0], [-9.0009])["sync/probe_error"] == pytest.approx(9e-4)
-    with pytest.raises(SyncError):
-        probed(make_pool, "float32", [-0.1] * 99 + [-9.0], [-0.1] * 99 + [-9.0011])
 
 
 def test_without_engine_and_restarts_the_run_ends(make_pool: Any) -> None:
