@@ -49,9 +49,8 @@ class Generator:
 
     def __init__(self, model: str, *, dtype: Any, max_length: int, seed: int, engine: Mapping[str, Any]):
         """`model` may be the folder of a LoRA adapter, which names its base."""
-        self.model, self.dtype, self.seed = model, dtype, seed
-        self.max_length, self.options = max_length, engine
-        self.masks = bool(engine.get("return_sampling_mask"))
+        self.model, self.dtype, self.seed, self.max_length = model, dtype, seed, max_length
+        self.options, self.masks = engine, bool(engine.get("return_sampling_mask"))
         """Whether vLLM tells the set that each token was drawn from."""
         self.inbox: queue.SimpleQueue[tuple[Callable[[Future], object], Future]] = queue.SimpleQueue()
         self.waiting: dict[str, Waiting] = {}

@@ -96,9 +96,9 @@ def _only(value: Any) -> Any:
 FIELDS = ("question", "response", "reference", "alternatives")
 """What a rubric shows, in braces."""
 _FIELD = re.compile(r"\{\{(\w+)\}\}|(?<![\w\\}^])\{([A-Za-z_]\w*)\}")
-"""`\boxed{x}`, `\frac{a}{b}` and `x^{n}` are no fields, and `{{x}}` is the text {x}."""
+r"""`\boxed{x}`, `\frac{a}{b}` and `x^{n}` are no fields, and `{{x}}` is the text {x}."""
 _END = r"(?![A-Za-z0-9_])"
-"""Not `\w`: 8分 is 8, and 答案正确 has the word 正确."""
+r"""Not `\w`: 8分 is 8, and 答案正确 has the word 正确."""
 _PLAIN = rf"(?<![A-Za-z0-9_.])(?<!\d[eE][-+])-?(?:\d+(?:\.\d+)?|\.\d+){_END}"
 _RANGE = rf"{_PLAIN}\s*(?:-|–|to)\s*\d+(?:\.\d+)?{_END}"
 _NUMBER = rf"({_PLAIN})(?:[\s*_`(]*(?:points?\s*)?(?:/|out of)[\s*_`]*(\d+(?:\.\d+)?){_END})?"
