@@ -234,6 +234,7 @@ class VerifierConfig:
     replicas: int = 1  # actors that judge; one that dies is replaced
     slots: int = 2  # processes in each
     memory_mb: int | None = 2048  # what one process may allocate beyond its start
+    isolation: str = "auto"  # auto or contained: run code where neither Landlock nor seccomp holds, too
 
 
 @dataclass

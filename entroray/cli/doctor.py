@@ -13,9 +13,10 @@ import psutil
 
 from entroray.cli import flags, judge_trial
 from entroray.cli.flags import CONFIG_DIR
-from entroray.config import Config
+from entroray.config import Config, judge_specs
 from entroray.errors import PreflightError, first_line
 from entroray.policy.tokenizer import response_text
+from entroray.reward.programs import Programs
 from entroray.wiring import actors, compose, dataset, memory, preflight
 from entroray.workers import cluster
 
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
     read = judge_trial.ReadOnce()
     of_data = [wraps(check)(partial(check, read=read)) for check in (data, prompt, judge)]
     findings = preflight.run_checks(
-        config, (packages, tools, driver, *preflight.FAST, ports, ray_clusters, *of_data)
+        config, (packages, tools, driver, *preflight.FAST, ports, ray_clusters, isolation, *of_data)
     )
     first = {found.said: found.name for found in reversed(findings) if found.wrong}
     for found in findings:
@@ -77,6 +78,17 @@ def tools(config: Config) -> str:
             f"{locks[0]} was left by a killed compilation and would be waited for: delete it"
         )
     return f"{', '.join(compiled) or 'op not compiled yet'}; {', '.join(missing) or 'nothing'} missing"
+
+
+def isolation(config: Config) -> str:
+    """What keeps a program that `reward.judge.fn=code` runs from this machine, as a trial of it shows."""
+    programs = Programs()
+    try:
+        if any(spec.get("fn") == "code" for _, spec in judge_specs(config)):
+            programs.require(config.verifier.isolation)
+        return programs.describe()
+    finally:
+        programs.close()
 
 
 def driver(config: Config) -> str:

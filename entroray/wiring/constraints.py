@@ -70,6 +70,7 @@ NAMES: dict[str, tuple[object, ...]] = {
         "inverse_sqrt",
     ),
     "generator.transfer": ("plasma", "nccl", "ipc"),
+    "verifier.isolation": ("auto", "contained"),
 }
 """What may be chosen. A schedule is one that transformers makes of two numbers, warm-up and all updates."""
 
