@@ -50,7 +50,7 @@ _NEW_NAMESPACES = 0x20000 | 0x8000000 | 0x4000000 | 0x40000000
 _NEW_USER = 0x10000000
 
 
-class Unprotected(Exception):
+class Unprotected(OSError):
     """A layer that the machine has could not be put around a program."""
 
 
@@ -92,22 +92,23 @@ def filter_calls(program: bytes) -> None:
     _call("seccomp", _libc.prctl(22, 2, head, 0, 0))
 
 
-def separate(scratch: str) -> bool:
-    """Namespaces of the server's own for mounts, network and IPC; False where they are not allowed."""
+def separate(scratch: str) -> None:
+    """Namespaces of this process's own for mounts, network and IPC, in which it can mount folders."""
     ids = os.getuid(), os.getgid()
     if _libc.unshare(_NEW_NAMESPACES):
-        if _libc.unshare(_NEW_NAMESPACES | _NEW_USER):
-            return False
+        _call("unshare", _libc.unshare(_NEW_NAMESPACES | _NEW_USER))
         for name, text in (("setgroups", "deny"), ("uid_map", f"0 {ids[0]} 1"), ("gid_map", f"0 {ids[1]} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-    private = not _libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None)
-    return private and _mount(scratch) and not _libc.umount2(scratch.encode(), 2)
+    _call("mount", _libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None))  # private: seen nowhere else
+    mount(scratch)
+    _call("umount", _libc.umount2(scratch.encode(), 2))
 
 
-def _mount(folder: str) -> bool:
-    """A folder in memory of 64 MiB and 4,096 files."""
-    return not _libc.mount(b"none", folder.encode(), b"tmpfs", 6, b"size=64m,nr_inodes=4096,mode=700")
+def mount(folder: str) -> None:
+    """A folder in memory, of 64 MiB and 4,096 files."""
+    options = b"size=64m,nr_inodes=4096,mode=700"
+    _call("mount", _libc.mount(b"none", folder.encode(), b"tmpfs", 6, options))
 
 
 def _enclose(settings: dict[str, Any], scratch: str, limits: dict[str, int]) -> None:
@@ -263,8 +264,8 @@ class Server:
         scratch = os.path.join(self.settings["scratch"], str(self.count))
         try:
             os.mkdir(scratch, 0o700)
-            if self.settings["namespaces"] and not _mount(scratch):
-                raise OSError("no folder in memory")
+            if self.settings["namespaces"]:
+                mount(scratch)
             pid = os.fork()
         except OSError:
             _tell(reply, NOT_STARTED)
@@ -289,8 +290,7 @@ class Server:
 
     def reap(self) -> None:
         """See who has ended, end what they left behind, and tell."""
-        while self.running and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
-            pid = ended.si_pid
+        while pid := _ended_child():
             if pid in self.running:
                 _quietly(lambda pid=pid: os.killpg(pid, signal.SIGKILL))
             _, status = os.waitpid(pid, 0)
@@ -321,6 +321,15 @@ class Server:
             select.select([self.wake], [], [], 1.0)
             self.reap()
         shutil.rmtree(self.settings["scratch"], ignore_errors=True)
+
+
+def _ended_child() -> int:
+    """A child that has ended and still has its number; 0 if there is none."""
+    try:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return 0
+    return ended.si_pid if ended else 0
 
 
 def _tell(reply: socket.socket, number: int) -> None:
@@ -354,7 +363,9 @@ def main(fd: int) -> None:
     scratch = settings["scratch"]
     sys.path += settings["libraries"]
     _libc.prctl(36, 1, 0, 0, 0)  # orphans of programs come to this process
-    settings["namespaces"] = settings["namespaces"] and separate(scratch)
+    settings["namespaces"] = settings["namespaces"] and _holds(lambda: separate(scratch))
+    if settings["namespaces"]:
+        separate(scratch)
     version = settings["landlock"] and landlock_version()
     held = version and _holds(lambda: restrict_files(version, settings["readable"], scratch))
     settings["landlock"] = version if held else 0

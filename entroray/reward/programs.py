@@ -4,6 +4,7 @@ import json
 import math
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -87,6 +88,7 @@ class Programs:
     def _start(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         server = Path(__file__).with_name("program_server.py")
+        self._scratch = tempfile.mkdtemp(prefix="entroray-programs-")
         filters = [isolation.compile_filter(writes=writes).hex() for writes in (False, True)]
         settings = {
             "landlock": "Landlock" in self.layers,
@@ -94,7 +96,7 @@ class Programs:
             "readable": isolation.readable(),
             "libraries": isolation.libraries(),
             "namespaces": "namespaces" in self.layers,
-            "scratch": tempfile.mkdtemp(prefix="entroray-programs-"),
+            "scratch": self._scratch,
         }
         with theirs:
             self._server = subprocess.Popen(
@@ -111,6 +113,7 @@ class Programs:
             self._control.send(json.dumps(settings).encode())
             self.found = json.loads(self._control.recv(1 << 17))
         except (OSError, ValueError) as error:
+            shutil.rmtree(self._scratch, ignore_errors=True)
             raise InfrastructureError(
                 f"the server of programs did not start ({error!r}): see the verifier's log"
             ) from error
@@ -150,7 +153,8 @@ class Programs:
         """
         try:
             return self._run(program, limits)
-        except (ConnectionError, BrokenPipeError):  # the server is gone: this process gets one of its own
+        except ConnectionError:  # the server is gone: this process gets one of its own
+            shutil.rmtree(self._scratch, ignore_errors=True)
             self._start()
             try:
                 return self._run(program, limits)
