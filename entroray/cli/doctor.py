@@ -5,6 +5,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -14,7 +15,7 @@ import psutil
 from entroray.cli import flags, judge_trial
 from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config, judge_specs
-from entroray.errors import PreflightError, first_line
+from entroray.errors import InfrastructureError, PreflightError, first_line
 from entroray.policy.tokenizer import response_text
 from entroray.reward.programs import Programs
 from entroray.wiring import actors, compose, dataset, memory, preflight
@@ -82,13 +83,16 @@ def tools(config: Config) -> str:
 
 def isolation(config: Config) -> str:
     """What keeps a program that `reward.judge.fn=code` runs from this machine, as a trial of it shows."""
-    programs = Programs()
+    used = any(spec.get("fn") == "code" for _, spec in judge_specs(config))
     try:
-        if any(spec.get("fn") == "code" for _, spec in judge_specs(config)):
-            programs.require(config.verifier.isolation)
-        return programs.describe()
-    finally:
-        programs.close()
+        with closing(Programs()) as programs:
+            if used:
+                programs.require(config.verifier.isolation)
+            return programs.describe()
+    except InfrastructureError as error:
+        if used:
+            raise
+        return f"not needed; {error}"
 
 
 def driver(config: Config) -> str:

@@ -84,14 +84,15 @@ def _lookup(row: Any, path: str) -> Any:
     if path in row:
         return row[path]
     for key in path.split("."):
-        row = _json(row) if isinstance(row, str) else row
+        row = _json(row)
         row = row.get(key) if isinstance(row, Mapping) else None
     return row
 
 
-def _json(text: str) -> Any:
+def _json(text: Any) -> Any:
+    """What a text holds as JSON; anything else as it is."""
     try:
-        return json.loads(text)
+        return json.loads(text) if isinstance(text, str) else text
     except ValueError:
         return text
 
@@ -152,11 +153,11 @@ def _read_pairs(pairs: Sequence[tuple[Any, Any]], name: str | None, into: Tests)
             texts = ["\n".join(map(str, x)) if isinstance(x, list) else str(x) for x in (given, expected)]
             into.tests.append(Test("stdin", *texts))
             continue
-        arguments = [json.loads(line) for line in given.split("\n")] if isinstance(given, str) else given
-        if not isinstance(expected, str) and isinstance(expected, list) and len(expected) == 1:
+        if isinstance(given, str):  # LiveCodeBench and verl: a line of JSON for each argument
+            given, expected = [json.loads(line) for line in given.split("\n")], _json(expected)
+        elif isinstance(expected, list) and len(expected) == 1:
             expected = AnyOf((expected, expected[0]))  # APPS wraps most outputs in a list of one
-        expected = _json(expected) if isinstance(expected, str) else expected
-        into.tests.append(Test("value", f"(*{arguments!r},)", expected, "json"))
+        into.tests.append(Test("value", f"(*{given!r},)", expected, "json"))
 
 
 @dataclass(frozen=True)

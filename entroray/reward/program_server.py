@@ -25,8 +25,9 @@ import types
 from typing import Any, NoReturn
 
 REPLY = struct.Struct("!q")
-"""A pid, then a wait status, or `NOT_STARTED` for either."""
+"""A pid, then a wait status."""
 NOT_STARTED = -1
+"""In place of a pid."""
 _NAMES = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io "
     "sys json"
@@ -48,6 +49,8 @@ _NEVER = 1 << 0 | 1 << 6 | 1 << 9 | 1 << 11
 _NEW_NAMESPACES = 0x20000 | 0x8000000 | 0x4000000 | 0x40000000
 """Mounts, IPC, host name, network."""
 _NEW_USER = 0x10000000
+_OPTIONS = {"end with the parent": (1, signal.SIGKILL), "no new rights": (38, 1), "not dumpable": (4, 0)}
+"""Of prctl."""
 
 
 class Unprotected(OSError):
@@ -120,12 +123,8 @@ def _enclose(settings: dict[str, Any], scratch: str, limits: dict[str, int]) -> 
     for name, most in limited.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     os.chdir(scratch)
-    for option, value in (
-        (1, signal.SIGKILL),
-        (38, 1),
-        (4, 0),
-    ):  # parent's death, no new rights, not dumpable
-        _call(f"prctl {option}", _libc.prctl(option, value, 0, 0, 0))
+    for name, (option, value) in _OPTIONS.items():
+        _call(name, _libc.prctl(option, value, 0, 0, 0))
     if settings["landlock"]:
         restrict_files(settings["landlock"], settings["readable"], scratch)
     none = struct.pack("=IIIIII", *[0] * 6)
@@ -308,9 +307,12 @@ class Server:
 
     def kill_strays(self) -> None:
         """What programs started and left: this process is given their orphans."""
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            strays = {int(pid) for pid in file.read().split()} - set(self.running)
-        for pid in strays:
+        try:
+            with open(f"/proc/self/task/{os.getpid()}/children") as file:
+                children = {int(pid) for pid in file.read().split()}
+        except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
+            return
+        for pid in children - set(self.running):
             _quietly(lambda pid=pid: os.kill(pid, signal.SIGKILL))
 
     def end(self) -> None:

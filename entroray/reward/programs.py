@@ -60,7 +60,7 @@ class Outcome:
 
     printed: str = ""
     given: list[Any] = field(default_factory=list)
-    """Of each step that is no "do": {"value": ...}, {"held": True} or {"error": text}."""
+    """Of each step {"value": coded}, {"held": True} or {"error": text}; or what the program forged."""
     ended: str = ""
     """Empty where it ended by itself, else how."""
     waited: float = 0.0

@@ -80,6 +80,27 @@ def test_a_named_function_has_the_imports_of_contests_before_it_and_an_assert_ha
     assert not read_tests({"test_list": ["assert f(1) == 2"]}).prelude
 
 
+@pytest.mark.parametrize(
+    ("pair", "expected"),
+    [
+        (([1, 2], 3), 3),
+        (([1, 2], "12"), "12"),
+        (("1\n2", "12"), 12),
+        (("1\n2", '"12"'), "12"),
+        (("1\n2", "[3]"), [3]),
+    ],
+)
+def test_arguments_given_as_json_have_results_given_as_json(pair, expected):
+    row = {"input_output": {"fn_name": "add", "inputs": [pair[0]], "outputs": [pair[1]]}}
+    assert kinds(row) == [("value", "(*[1, 2],)", expected)]
+
+
+def test_a_result_that_stands_in_a_list_of_one_may_be_either():
+    row = {"input_output": {"fn_name": "add", "inputs": [[1, 2]], "outputs": [[3]]}}
+    ((_, _, either),) = kinds(row)
+    assert [same(value, either, 0, 0) for value in (3, [3], [[3]], 4)] == [True, True, False, False]
+
+
 def test_a_column_of_another_name_is_found_by_its_path():
     assert kinds({"extra": {"checks": ["assert f(1) == 2"]}}, "extra.checks") == [("value", "f(1)", 2)]
 
