@@ -62,7 +62,7 @@ def read_tests(row: Mapping[str, Any], column: str | None = None) -> Tests:
 
     ValueError says what is wrong with a row that has none, or none that can be read.
     """
-    there = [name for name in ([column] if column else COLUMNS) if _lookup(row, name) not in (None, "", [])]
+    there = [name for name in ([column] if column else COLUMNS) if _filled(_lookup(row, name))]
     if not there:
         raise ValueError(
             f"there are no tests at {column or ', '.join(COLUMNS)} (columns: {', '.join(map(str, row))})"
@@ -70,8 +70,8 @@ def read_tests(row: Mapping[str, Any], column: str | None = None) -> Tests:
     found = Tests()
     try:
         names = [n for n in there if n.endswith("_test_cases")] if not column else []
-        for name in names[::-1] or there[:1]:
-            _read(_lookup(row, name), row, found)
+        for place in names[::-1] or there[:1]:
+            _read(_lookup(row, place), row, found)
     except (SyntaxError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{there[0]} cannot be read as tests: {error!r}") from error
     if not any(test.kind != "do" for test in found.tests):
@@ -89,6 +89,10 @@ def _lookup(row: Any, path: str) -> Any:
     return row
 
 
+def _filled(value: Any) -> bool:
+    return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
+
+
 def _json(text: Any) -> Any:
     """What a text holds as JSON; anything else as it is."""
     try:
@@ -102,12 +106,13 @@ def _read(value: Any, row: Mapping[str, Any], into: Tests) -> None:
         value = _json(value) if (read := _unpacked(value)) is None else read
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, Mapping) and "inputs" in value:
+    asserts = [value.get(key) for key in ("assert_case", "functional")] if isinstance(value, Mapping) else []
+    if any(asserts):
+        for texts in asserts:
+            _read_asserts(texts or [], into)
+    elif isinstance(value, Mapping):
         pairs = list(zip(value["inputs"], value["outputs"], strict=True))
         _read_pairs(pairs, value.get("fn_name"), into)
-    elif isinstance(value, Mapping):
-        for name in ("assert_case", "functional"):
-            _read_asserts(value.get(name) or [], into)
     elif isinstance(value, list) and value and isinstance(value[0], Mapping):
         name = _name(row, value[0])
         _read_pairs([(test["input"], test["output"]) for test in value], name, into)
@@ -150,8 +155,10 @@ def _read_pairs(pairs: Sequence[tuple[Any, Any]], name: str | None, into: Tests)
     into.prelude, into.method = True, name or into.method
     for given, expected in pairs:
         if not name:
-            texts = ["\n".join(map(str, x)) if isinstance(x, list) else str(x) for x in (given, expected)]
-            into.tests.append(Test("stdin", *texts))
+            read, right = (
+                "\n".join(map(str, x)) if isinstance(x, list) else str(x) for x in (given, expected)
+            )
+            into.tests.append(Test("stdin", read, right))
             continue
         if isinstance(given, str):  # LiveCodeBench and verl: a line of JSON for each argument
             given, expected = [json.loads(line) for line in given.split("\n")], _json(expected)
@@ -214,9 +221,12 @@ class Other:
     kind: str
 
 
-_NUMBERS = {"int": lambda x: int(x, 16), "float": float.fromhex, "complex": lambda x: complex(*map(_real, x))}
+_NUMBERS: Mapping[str, Any] = {
+    "int": lambda x: int(x, 16),
+    "float": float.fromhex,
+    "complex": lambda x: complex(*map(float.fromhex, x)),
+}
 _MANY: Mapping[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-_real = float.fromhex
 
 
 def decode(coded: Any) -> Any:

@@ -142,6 +142,8 @@ ATTACKS = {
     "the channel of results": FORGED + "os._exit(0)",
     "the channel of results, closed": "import os\nos.closerange(0, 64)\ndef f(x): return x * x",
     "printed verdicts": "print('{\"reward\": 1.0, \"correct\": true}')\nprint('2 of 2 tests passed')",
+    "edited tests": "import sys\nfor step in sys._getframe(2).f_locals['request']['steps']: step[1] = '0'",
+    "no tests": "import sys\nsys._getframe(2).f_locals['request']['steps'].clear()",
     "the player": "import sys\nsys._getframe(2).f_globals['plain'] = lambda v: ['int', '0']\n",
 }
 

@@ -7,6 +7,7 @@ import pickle
 import struct
 import zlib
 
+import numpy as np
 import pytest
 
 from entroray.reward.code_tests import Other, as_json, decode, find_code, read_tests, same, same_output
@@ -32,6 +33,11 @@ PAIRS = {"inputs": ["1 2\n"], "outputs": ["3\n"]}
     ("row", "expected"),
     [
         ({"test_list": ["assert f(1) == 2"], "test_setup_code": ""}, [("value", "f(1)", 2)]),
+        (
+            {"test_list": np.array(["assert f(1) == 2", "assert f(2) == 3"])},
+            [("value", "f(1)", 2), ("value", "f(2)", 3)],
+        ),
+        ({"test_list": '["assert f(1) == 2"]'}, [("value", "f(1)", 2)]),
         ({"test_list": ["assert 2 == f(1)"]}, [("value", "f(1)", 2)]),
         ({"test_list": ["assert f(1) is None"]}, [("value", "f(1)", None)]),
         ({"test_list": ["assert math.isclose(f(1), 0.5, rel_tol=0.1)"]}, [("value", "f(1)", 0.5)]),
@@ -58,7 +64,10 @@ PAIRS = {"inputs": ["1 2\n"], "outputs": ["3\n"]}
         ({"reward_model": {"ground_truth": json.dumps(PAIRS)}}, [("stdin", "1 2\n", "3\n")]),
         ({"reward_model": json.dumps({"ground_truth": json.dumps(PAIRS)})}, [("stdin", "1 2\n", "3\n")]),
         ({"ground_truth": json.dumps([{"type": "stdin_stdout", **PAIRS}])}, None),
-        ({"ground_truth": {"assert_case": ["assert f(1) == 2"]}}, [("value", "f(1)", 2)]),
+        (
+            {"ground_truth": {"assert_case": ["assert f(1) == 2"], "inputs": [""], "outputs": [None]}},
+            [("value", "f(1)", 2)],
+        ),
         (
             {"ground_truth": {"functional": "x = 1\nassert f(x) == 2"}},
             [("do", "x = 1", None), ("value", "f(x)", 2)],
