@@ -329,6 +329,27 @@ def test_a_program_cannot_raise_its_own_limits(programs):
     assert printed(programs, f"{source}    except (ValueError, OSError): pass\nprint('tried')") == "tried"
 
 
+def test_memory_is_what_a_program_may_have(programs):
+    for size, said in ((64, "EOFError"), (1024, "MemoryError")):
+        source = f"x = bytearray({size} << 20)\nwhile True: input()"
+        assert said in judged(programs, source, ONE_SUM, timeout=20.0).detail
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="NOT TESTED: the number below is of x86_64")
+def test_a_program_of_the_superuser_has_no_rights():
+    rights = """
+import ctypes, struct
+held = ctypes.create_string_buffer(24)
+failed = ctypes.CDLL(None).syscall(125, struct.pack("=Ii", 0x20080522, 0), held)
+print(failed, set(held.raw))
+"""
+    without_filter = Programs(("Landlock",))
+    try:
+        assert printed(without_filter, rights) == "0 {0}"
+    finally:
+        without_filter.close()
+
+
 def test_nothing_of_a_program_is_left(programs):
     server = psutil.Process(programs._server.pid)
     for source in (SPREAD, "import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()"):

@@ -154,6 +154,9 @@ class Liar(int):
     def __index__(self) -> int:
         return 4
 
+    def __format__(self, form: str) -> str:
+        return "4"
+
 
 class Text(str):
     def __str__(self) -> str:
