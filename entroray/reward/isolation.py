@@ -20,6 +20,8 @@ _ALLOW, _REFUSE, _UNKNOWN = 0x7FFF0000, 0x50000 | 1, 0x50000 | 38
 """SECCOMP_RET_ALLOW, and SECCOMP_RET_ERRNO with EPERM or ENOSYS."""
 _NEW = 424
 """Calls from this number on are so new that C libraries do without them where they are told ENOSYS."""
+Instruction = tuple[int, int, int, int]
+Code = list[Instruction]
 Condition = tuple[int, int, tuple[int, ...]]
 """(number of the argument, mask, values that it may have under the mask)."""
 _CONDITIONS: Mapping[str, tuple[Condition, ...]] = {
@@ -42,29 +44,48 @@ def compile_filter(*, writes: bool, machine: str | None = None) -> bytes:
     machine = machine or platform.machine()
     if machine not in _MACHINES:
         return b""
-    program = [(0x20, 0, 0, 4), (0x15, 1, 0, _MACHINES[machine]), (0x06, 0, 0, _REFUSE), (0x20, 0, 0, 0)]
     with CALLS.open() as file:
         rows = [row for row in csv.DictReader(file, delimiter="\t") if row[machine]]
+    rules: dict[int, Code] = {}
     for row in rows:
         if writes or not row["writes"]:
-            conditions = _CONDITIONS.get(row["name"], ())
-            if row["name"] == "openat" and not writes:
-                conditions = (_READING,)
-            rule = [*_conditions(conditions), (0x06, 0, 0, _ALLOW)]
-            program += [(0x15, 0, len(rule), int(row[machine])), *rule]
-    program += [(0x35, 0, 2, 0x40000000), (0x06, 0, 0, _REFUSE), (0x06, 0, 0, _REFUSE)]  # x32, else go on
-    program += [(0x35, 0, 1, _NEW), (0x06, 0, 0, _UNKNOWN), (0x06, 0, 0, _REFUSE)]
-    return b"".join(struct.pack("=HBBI", *line) for line in program)
+            reads = () if writes or row["name"] != "openat" else (_READING,)
+            conditions = (*_CONDITIONS.get(row["name"], ()), *reads)
+            rules[int(row[machine])] = [*_conditions(conditions), _return(_ALLOW)]
+    last, starts = Code(), list[tuple[int, Code]]()
+    for number in (*range(max(*rules, _NEW) + 2), 0x40000000):  # from there on calls of x32
+        refused = _return(_UNKNOWN if _NEW <= number < 0x40000000 else _REFUSE)
+        if (rule := rules.get(number, [refused])) != last:
+            starts.append((number, rule))
+        last = rule
+    head = [(0x20, 0, 0, 4), (0x15, 1, 0, _MACHINES[machine]), _return(_REFUSE), (0x20, 0, 0, 0)]
+    return b"".join(struct.pack("=HBBI", *line) for line in (*head, *_search(starts)))
 
 
-def _conditions(conditions: Iterable[Condition]) -> Iterable[tuple[int, int, int, int]]:
+def _return(action: int) -> Instruction:
+    return (0x06, 0, 0, action)
+
+
+def _search(starts: list[tuple[int, Code]]) -> Code:
+    """Instructions that find by halves the last of `starts` that is not above the number of a call.
+
+    The kernel asks a filter about every number as it is installed, once for each program.
+    """
+    if len(starts) == 1:
+        return starts[0][1]
+    half = len(starts) // 2
+    low, high = _search(starts[:half]), _search(starts[half:])
+    return [(0x35, len(low), 0, starts[half][0]), *low, *high]
+
+
+def _conditions(conditions: Iterable[Condition]) -> Iterable[Instruction]:
     """Instructions that go on where every condition holds, and refuse else."""
     for argument, mask, values in conditions:
         yield (0x20, 0, 0, 16 + 8 * argument)
         yield (0x54, 0, 0, mask)
         for number, value in enumerate(values):
             yield (0x15, len(values) - number, 0, value)
-        yield (0x06, 0, 0, _REFUSE)
+        yield _return(_REFUSE)
 
 
 def libraries() -> list[str]:

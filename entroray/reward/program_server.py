@@ -299,11 +299,11 @@ class Server:
                 continue
             reply, scratch = self.running.pop(pid)
             _quietly(lambda reply=reply: self.poll.unregister(reply.fileno()))
+            _tell(reply, status)
+            reply.close()
             if self.settings["namespaces"]:
                 _libc.umount2(scratch.encode(), 2)
             shutil.rmtree(scratch, ignore_errors=True)
-            _tell(reply, status)
-            reply.close()
 
     def kill_strays(self) -> None:
         """What programs started and left: this process is given their orphans."""

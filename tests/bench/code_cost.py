@@ -44,7 +44,7 @@ def main() -> None:
     ratio = statistics.median(ratios)
     print(f"ratio {ratio:.2f} (from {min(ratios):.2f} to {max(ratios):.2f}), {LEAST} wanted")
     for programs in both.values():
-        programs._server.kill()
+        programs.close()
     raise SystemExit(ratio < LEAST)
 
 
