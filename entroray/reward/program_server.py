@@ -136,6 +136,9 @@ def _enclose(settings: dict[str, Any], scratch: str, limits: dict[str, int]) -> 
 # In the program's process.
 
 
+_MANY: tuple[Any, ...] = (list, tuple, set, frozenset)
+
+
 def plain(value: Any) -> list[Any]:
     """A value as JSON, its type named; of a subclass what the builtin type in it holds, whatever it says."""
     if value is None or isinstance(value, bool):
@@ -152,7 +155,7 @@ def plain(value: Any) -> list[Any]:
         return ["bytes", bytes(memoryview(value)).hex()]
     if isinstance(value, dict):
         return ["dict", [[plain(k), plain(v)] for k, v in dict.items(value)]]
-    for kind in (list, tuple, set, frozenset):
+    for kind in _MANY:
         if isinstance(value, kind):
             return [kind.__name__, [plain(each) for each in kind.__iter__(value)]]
     if hasattr(type(value), "__index__"):  # numpy's whole numbers
@@ -174,7 +177,7 @@ def _play(request: dict[str, Any], results: int) -> None:
         _send(results, failed if "error" in failed else _step(kind, text, space, "<test>"))
     threading._shutdown()  # type: ignore[attr-defined]  # as an interpreter ends, without taking itself apart
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.__stdout__):
+    for stream in filter(None, (sys.stdout, sys.__stdout__)):
         stream.flush()
 
 

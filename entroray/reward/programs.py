@@ -126,7 +126,7 @@ class Programs:
             outside.unlink()
         return isolation.read_trial(tried.printed)
 
-    def require(self, choice: isolation.Isolation) -> None:
+    def require(self, choice: str) -> None:
         """ConfigError where nothing keeps a program from the machine, unless that was said to be so."""
         if choice == "auto" and not {"Landlock", "seccomp"} & {*self.held}:
             raise ConfigError(
@@ -151,15 +151,17 @@ class Programs:
 
         InfrastructureError where it could not be started, or not be shut in.
         """
-        try:
-            return self._run(program, limits)
-        except ConnectionError:  # the server is gone: this process gets one of its own
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            self._start()
+        for last in (False, True):
             try:
                 return self._run(program, limits)
-            except OSError as error:
-                raise InfrastructureError(f"no program can be run: {error!r}") from error
+            except ConnectionError as error:  # the server is gone: this process gets one of its own
+                if last:
+                    raise InfrastructureError(f"no program can be run: {error!r}") from error
+                shutil.rmtree(self._scratch, ignore_errors=True)
+                self._start()
+            except TimeoutError as error:
+                raise InfrastructureError("the server of programs does not answer") from error
+        raise AssertionError("unreachable")
 
     def close(self) -> None:
         """End the server, if no fork of this process holds on to it."""
@@ -231,9 +233,9 @@ class _Watch:
             selector.register(self.reply, selectors.EVENT_READ)
             while not self.ended:
                 ready = [key.fileobj for key, _ in selector.select(max(0.0, self._left()))]
-                for fd in ready:
-                    if fd is not self.reply and self._read(fd):
-                        selector.unregister(fd)
+                for each in ready:
+                    if each is not self.reply and self._read(each):
+                        selector.unregister(each)
                 if self.reply in ready:
                     break
                 if not ready and self._left() <= 0:
@@ -242,8 +244,8 @@ class _Watch:
             self.reply.shutdown(socket.SHUT_WR)
         self.reply.settimeout(_END_DEADLINE)
         status = self._number()
-        for fd in self.said:
-            self._read(fd)
+        for end in self.said:
+            self._read(end)
         return status
 
     def _left(self) -> float:

@@ -376,6 +376,18 @@ def test_a_server_that_was_killed_is_replaced(programs):
     own.close()
 
 
+def test_a_server_that_does_not_answer_is_a_failure_of_the_infrastructure(monkeypatch):
+    own = Programs()
+    monkeypatch.setattr("entroray.reward.programs._START_DEADLINE", 0.1)
+    os.kill(own._server.pid, signal.SIGSTOP)
+    try:
+        verdict = judged(own, RIGHT, SQUARES)
+        assert verdict.status is Status.INFRA_FAILED and "does not answer" in verdict.detail
+    finally:
+        os.kill(own._server.pid, signal.SIGCONT)
+        own.close()
+
+
 # With fewer layers.
 
 
