@@ -29,30 +29,28 @@ def code(**settings: object) -> dict[str, object]:
     return {"judges": {"": {"fn": "code", "timeout": 2.0, **settings}}}
 
 
-async def judged(reward: dict, texts: list[str], **limits: float) -> tuple[list[Verdict], float]:
-    """Verdicts, and the seconds that they took together."""
+async def judged(
+    reward: dict, texts: list[str], **limits: float
+) -> tuple[list[Verdict], float, list[psutil.Process]]:
+    """Verdicts, the seconds that they took together, and what was started for them."""
     asked = Verifier(reward, slots=2, **limits)
     try:
         await asked.warm_up()
         began = time.monotonic()
-        return await asked.judge(PROMPT, [rollout(text) for text in texts]), time.monotonic() - began
+        verdicts = await asked.judge(PROMPT, [rollout(text) for text in texts])
+        started = psutil.Process(asked._server._pid).children(recursive=True)
+        return verdicts, time.monotonic() - began, started
     finally:
         asked.close()
 
 
-def servers() -> list[psutil.Process]:
-    asked = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"]]
-    return [p for p in asked if any("program_server.py" in each for each in p.info["cmdline"])]
-
-
 def test_a_program_that_hangs_has_its_own_deadline_and_leaves_the_other_slot_to_others() -> None:
-    before = set(servers())
     texts = ["while True: pass", *[RIGHT, "def f(x): return 0"] * 8]
-    verdicts, took = asyncio.run(judged(code(), texts, deadline=1.0))
+    verdicts, took, started = asyncio.run(judged(code(), texts, deadline=1.0))
     assert [v.reward for v in verdicts] == [0.0, *[1.0, 0.0] * 8]
     assert all(v.status is Status.OK for v in verdicts) and took < 60.0
     assert "took too long" in verdicts[0].detail
-    assert psutil.wait_procs([*set(servers()) - before], 20)[1] == []
+    assert len(started) >= 3 and psutil.wait_procs(started, 20)[1] == []
 
 
 def test_parts_share_a_server_and_what_passes_half_of_its_tests_is_worth_a_part() -> None:
@@ -77,8 +75,9 @@ def test_a_judge_process_killed_at_its_deadline_takes_its_program_along(
 ) -> None:
     monkeypatch.setattr(verifier, "_SAYING", -28.0)
     reward = code(timeout=20.0, deadline=30.0)
-    (verdict,), took = asyncio.run(judged(reward, ["import time\ntime.sleep(60)"]))
+    (verdict,), took, started = asyncio.run(judged(reward, ["import time\ntime.sleep(60)"]))
     assert verdict.status is Status.TIMEOUT and took < 60.0
+    assert psutil.wait_procs(started, 20)[1] == []
 
 
 def test_without_layers_a_verifier_does_not_start_unless_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
