@@ -247,6 +247,7 @@ class VerifierConfig:
     replicas: int | None = None  # actors that judge, replaced if they die; null: 1, on GPUs 1 for each engine
     slots: int = 2  # processes in each
     memory_mb: int | None = 2048  # what one process may allocate beyond its start
+    isolation: str = "auto"  # auto or contained: run code where neither Landlock nor seccomp holds, too
 
 
 @dataclass

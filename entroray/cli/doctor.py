@@ -5,6 +5,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 
 from entroray.cli import flags, judge_trial
 from entroray.cli.flags import CONFIG_DIR
-from entroray.config import Config
-from entroray.errors import PreflightError, first_line
+from entroray.config import Config, judge_specs
+from entroray.errors import InfrastructureError, PreflightError, first_line
 from entroray.policy.tokenizer import response_text
+from entroray.reward.programs import Programs
 from entroray.wiring import actors, compose, dataset, memory, preflight
 from entroray.workers import cluster
 from entroray.workers.network import ask_here, try_network
@@ -31,7 +33,8 @@ def main(arguments: list[str]) -> int:
     read = judge_trial.ReadOnce()
     of_data = [wraps(check)(partial(check, read=read)) for check in (data, prompt, judge)]
     findings = preflight.run_checks(
-        config, (packages, tools, driver, *preflight.FAST, ports, network, ray_clusters, *of_data)
+        config,
+        (packages, tools, driver, *preflight.FAST, ports, network, ray_clusters, isolation, *of_data),
     )
     first = {found.said: found.name for found in reversed(findings) if found.wrong}
     for found in findings:
@@ -79,6 +82,20 @@ def tools(config: Config) -> str:
             f"{locks[0]} was left by a killed compilation and would be waited for: delete it"
         )
     return f"{', '.join(compiled) or 'op not compiled yet'}; {', '.join(missing) or 'nothing'} missing"
+
+
+def isolation(config: Config) -> str:
+    """What keeps a program that `reward.judge.fn=code` runs from this machine, as a trial of it shows."""
+    used = any(spec.get("fn") == "code" for _, spec in judge_specs(config))
+    try:
+        with closing(Programs()) as programs:
+            if used:
+                programs.require(config.verifier.isolation)
+            return programs.describe()
+    except InfrastructureError as error:
+        if used:
+            raise
+        return f"not needed; {error}"
 
 
 def driver(config: Config) -> str:

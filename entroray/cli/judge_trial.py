@@ -60,10 +60,11 @@ def _fewer_rows(of: Any) -> Any:
 
 
 def is_own(read: dataset.Dataset) -> bool:
-    """Whether a judge or the tool is a function of the user's, or a server."""
+    """Whether a judge or the tool is a function of the user's, a server, or runs code."""
     specs = [spec for judge in read.judge["judges"].values() for spec in judge_parts(judge).values()]
     return any(
-        spec.get("fn") == "custom" or may_be_served(spec) for spec in (*specs, read.judge["tool"] or {})
+        spec.get("fn") in ("custom", "code") or may_be_served(spec)
+        for spec in (*specs, read.judge["tool"] or {})
     )
 
 
@@ -174,7 +175,9 @@ def _no_verdict(
 
 
 def _shown(verdict: Verdict) -> str:
+    """The reward, its parts, and of code what its tests said."""
     parts = ", ".join(f"{name} {value:g}" for name, value in verdict.parts.items())
+    parts = " ".join(verdict.detail.split())[:160] if [*verdict.parts] == ["tests"] else parts
     return f"{verdict.reward:g}" + (f" ({parts})" if parts else "")
 
 

@@ -8,18 +8,22 @@ are in `remote_judges`.
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
-from entroray.binding import Count, declare
+from entroray.binding import Count, NonNegative, Positive, declare
 from entroray.reward import gym as reasoning_gym
+from entroray.reward.code_judge import CodeJudge
 from entroray.reward.extract import Extract, rule
+from entroray.reward.isolation import Isolation
+from entroray.reward.programs import Programs
 from entroray.reward.text_match import normalise
 from entroray.reward.user_file import load_function
 from entroray.reward.verdicts import CORRECT_FROM, Judge, failed, graded, guarded, last_line, scored
 from entroray.types import Prompt, Verdict
 
 SETTING = "reward.judge"
-OWN = ("math", "gym")
+OWN = ("math", "gym", "code")
 """Judges of ours, which any answer may be given to: one that they cannot finish with is a wrong answer."""
 
 
@@ -175,6 +179,35 @@ def length(
         return Verdict(reward + 0.0, reward == 0, detail=f"{count} {unit}")
 
     return by_length
+
+
+def code(
+    *,
+    tests: str | None = None,
+    timeout: Positive = 4.0,
+    deadline: Positive = 20.0,
+    memory_mb: Count = 1024,
+    tolerance: NonNegative = 1e-6,
+    partial: bool = False,
+    isolation: Isolation = "auto",
+) -> Judge:
+    """Right if the response's Python passes all tests of the row; the reward is 1, with `partial` the share.
+
+    It is run shut in (Landlock, seccomp, namespaces, limits), within `timeout` seconds a test and `deadline`
+    for all; what is late, too large, too loud or forbidden is wrong. `tests` is the path of their column,
+    by default the first there is of `code_tests.COLUMNS`. `tolerance` is relative, of numbers with a point.
+    ConfigError where neither Landlock nor seccomp holds, unless `isolation` (which `verifier.isolation`
+    sets) is "contained".
+    """
+    programs = _programs()
+    programs.require(isolation)
+    return CodeJudge(programs, tests, timeout, deadline, memory_mb, tolerance, partial)
+
+
+@cache
+def _programs() -> Programs:
+    """One server of programs for all judges of code in this process and its forks."""
+    return Programs()
 
 
 def custom(*, path: str, setting: str = "reward.path") -> Judge:

@@ -22,6 +22,13 @@ def written_judge(spec: Spec, place: str) -> Spec:
     return {**spec, "fn": "custom", "path": absolute(str(spec["path"])), "setting": f"{place}.path"}
 
 
+def isolated(judge: Spec, isolation: str) -> Spec:
+    """The judge with `verifier.isolation` in what of it runs code."""
+    if "parts" in judge:
+        return {**judge, "parts": {name: isolated(spec, isolation) for name, spec in judge["parts"].items()}}
+    return {**judge, "isolation": isolation} if judge.get("fn") == "code" else judge
+
+
 def parts_judge(parts: Mapping[str, Spec], correct: str | None) -> Spec:
     """The judge that `reward.parts` describes, `correct` being `reward.correct`."""
     written = {name: written_judge(spec, f"{PLACE}.{name}") for name, spec in parts.items()}

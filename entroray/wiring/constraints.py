@@ -72,6 +72,7 @@ NAMES: dict[str, tuple[object, ...]] = {
     ),
     "learner.lora.export": ("adapter", "merged"),
     "generator.transfer": ("plasma", "nccl", "ipc", ADAPTER),
+    "verifier.isolation": ("auto", "contained"),
 }
 """What may be chosen. A schedule is one that transformers makes of two numbers, warm-up and all updates."""
 

@@ -27,6 +27,7 @@ from entroray.reward.parts import (
     PLACE,
     check_parts,
     describe_judge,
+    isolated,
     parts_judge,
     unweighted,
     written_judge,
@@ -227,7 +228,8 @@ def prompt_order(d: Data, of: Sequence[Prompt], seed: int) -> prompts.PromptStre
 def judge_spec(config: Config) -> Mapping[str, Any]:
     """What a verifier builds: a user's function if `reward.path` is set, else the tasks' judges; the tool."""
     spec = tool.tool_spec(config.rollout.tool) if tool.uses_tool(config.rollout.tool) else None
-    judged = {**_judges(config), **_set_judges(config)}
+    found = {**_judges(config), **_set_judges(config)}
+    judged = {domain: isolated(judge, config.verifier.isolation) for domain, judge in found.items()}
     return {"judges": judged, "tool": spec, "packages": config.packages}
 
 

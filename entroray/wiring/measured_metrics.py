@@ -26,6 +26,7 @@ def check_signal(config: Config, parts: Parts, place: str, signal: str) -> None:
         name, parts_of = signal.removeprefix(PART), config.reward.parts
         own = f"set reward.parts.{name}, or have a judge of your own give verdicts parts (reward.path)"
         theirs = config.reward.path or (config.reward.judge or {}).get("fn") == "remote"
+        theirs = theirs or (name, (config.reward.judge or {}).get("fn")) == ("tests", "code")
         remedies[signal] = "" if theirs or name in parts_of or name.partition(".")[0] in parts_of else own
     if signal not in remedies:
         near = difflib.get_close_matches(signal, remedies, n=1)

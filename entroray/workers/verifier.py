@@ -3,7 +3,7 @@
 Judges on servers are asked from here, while these processes judge (`entroray/reward/served.py`). Every judge
 process (forked by `judge_forkserver`, in milliseconds) has its own process group, memory limit and socket,
 serves one item at a time, and is killed with its group at the item's deadline. Contained, not sandboxed:
-files and network are open.
+files and network are open. What the judge `code` runs is sandboxed, in processes of `program_server`.
 """
 
 import asyncio
@@ -25,10 +25,11 @@ from typing import Any
 
 import psutil
 
+from entroray.binding import effective_settings
 from entroray.errors import ConfigError, InfrastructureError
 from entroray.reward.judges import OWN
 from entroray.reward.parts import judge_parts, sum_parts
-from entroray.reward.served import ServedJudges
+from entroray.reward.served import ServedJudges, bind_judge
 from entroray.reward.tools import Call
 from entroray.reward.verdicts import Response, as_verdict, failed, graded
 from entroray.types import Answer, Prompt, Rollout, Status, Verdict
@@ -40,6 +41,8 @@ ITEMS_PER_WORKER = 1000
 _MAX_MESSAGE = 1 << 28
 _START_DEADLINE = 120.0
 """Seconds for a fork server or a worker to start, the judge built."""
+_SAYING = 5.0
+"""Seconds beyond its own deadline that a judge of ours has to say what it found."""
 _CLOSE_DEADLINE = 10.0
 """Seconds the fork server has to end itself and its workers."""
 
@@ -81,6 +84,13 @@ class Verifier:
     def _served(self) -> ServedJudges:
         """Made at the first call, whose error a caller gets as it is."""
         return ServedJudges(self._reward, self._deadline, self._patience)
+
+    @cached_property
+    def _own_deadlines(self) -> dict[tuple[str, str], float | None]:
+        """Seconds by domain and part, of judges of ours that have their own."""
+        parts = {(domain, name): spec for domain, of in self._parts.items() for name, spec in of.items()}
+        bound = {at: bind_judge(spec) for at, spec in parts.items() if spec.get("fn") in OWN}
+        return {at: effective_settings(judge).get("deadline") for at, judge in bound.items()}
 
     async def warm_up(self) -> None:
         """Return once every slot has its worker; raises ConfigError when the judge cannot be built."""
@@ -132,12 +142,16 @@ class Verifier:
         return verdict
 
     async def _local(self, prompt: Prompt, text: str, part: str = "", *, ours: bool = False) -> Verdict:
-        item = pickle.dumps((text, prompt, part))
+        item, own = pickle.dumps((text, prompt, part)), self._own_deadlines.get((prompt.domain, part))
+        deadline = own + _SAYING if ours and own else self._deadline
         async with self._slots:
-            verdict = await self._attempt(item, ours) or await self._attempt(item, ours, fresh=True)
+            verdict = await self._attempt(item, deadline, ours)
+            verdict = verdict or await self._attempt(item, deadline, ours, fresh=True)
         return verdict or failed("two judge processes died over this response", Status.INFRA_FAILED)
 
-    async def _attempt(self, item: bytes, ours: bool, *, fresh: bool = False) -> Verdict | None:
+    async def _attempt(
+        self, item: bytes, deadline: float, ours: bool, *, fresh: bool = False
+    ) -> Verdict | None:
         """The verdict, or None if the worker died; a worker is reused only after a good verdict.
 
         An answer that a judge of `ours` has worked on until the deadline is wrong: a policy that writes
@@ -146,13 +160,13 @@ class Verifier:
         worker = self._idle.popleft() if self._idle and not fresh else await self._fork()
         reusable, before = False, _cpu_seconds(worker.pid)
         try:
-            async with asyncio.timeout(self._deadline):
+            async with asyncio.timeout(deadline):
                 verdict = await worker.evaluate(item)
             reusable = verdict.status.usable and worker.served < ITEMS_PER_WORKER
             return verdict
         except TimeoutError:
-            late = f"no verdict within {self._deadline:g} s"
-            worked = _cpu_seconds(worker.pid) - before > self._deadline / 4
+            late = f"no verdict within {deadline:g} s"
+            worked = _cpu_seconds(worker.pid) - before > deadline / 4
             return graded(False, None, late) if ours and worked else failed(late, Status.TIMEOUT)
         except (OSError, EOFError):
             return None
