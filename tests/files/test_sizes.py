@@ -19,7 +19,7 @@ SIZES = {  # what is counted: the most there may be
     # 26,900 before cards: what they hold and how long their work may take (720), packed rows (350), a model
     # divided as it is read, exports and checkpoints in shards (360), two Triton kernels (140). 28,550
     # before transfers that are left and checked, interfaces and a sum between nodes (660), top-p and top-k
-    # exactly (530), adapters (460), places of actors and shared cards (390), runner V2, overlap and sleep (350).
+    # exactly (530), adapters (460), places of actors, shared cards (390), runner V2, overlap and sleep (350).
     # 31,000 before programs that are judged: their tests, a server of them, and what shuts them in (1,400)
     "lines of *.py in entroray/": 32_400,
     # model.template, model.template_args; reward.parts, reward.correct, evaluate.sets; learner.score,
