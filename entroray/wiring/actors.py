@@ -349,7 +349,8 @@ def check_gpus(c: Cluster) -> None:
 
 
 def join_cluster(config: Config) -> str:
-    """Start or join Ray and check that it is large enough; returns the arithmetic."""
+    """Start or join Ray and check that it is, or soon becomes, large enough; returns the arithmetic."""
     check_gpus(config.cluster)
     cluster.start(config.cluster.address, cpu_only=cpu_only(config.cluster))
-    return cluster.check_resources(resource_shares(config))
+    within = min(cluster.JOINING, config.driver.call_deadline or cluster.JOINING)
+    return cluster.await_resources(resource_shares(config), within if config.cluster.address else 0.0)

@@ -59,6 +59,8 @@ class OpenWaits:
 
 
 T = TypeVar("T")
+JOINING = 60.0
+"""Seconds that nodes of a cluster have to join it, once a run asks for more than there is."""
 SAMPLING = "sampling"
 WAITS = OpenWaits()
 KILL = "ray.kill"
@@ -221,6 +223,21 @@ def check_resources(
             "spread over nodes: lower generator.tensor_parallel or cluster.cpus.*, or join a larger node"
         )
     return "; ".join(rows)
+
+
+def await_resources(shares: Mapping[str, tuple[int, Share]], within: float) -> str:
+    """As `check_resources`, of a cluster whose nodes may still be joining, for `within` seconds."""
+    began = time.monotonic()
+    while True:
+        try:
+            return check_resources(shares)
+        except PreflightError as error:
+            waited = time.monotonic() - began
+            if waited >= within:
+                raise
+            if waited < 1.0:
+                print(f"waiting at most {within:.0f} s for nodes to join, since {error}", flush=True)
+        time.sleep(min(1.0, within))
 
 
 def _fits(share: Share, nodes: Sequence[Mapping[str, float]]) -> bool:
