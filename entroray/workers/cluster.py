@@ -227,16 +227,16 @@ def check_resources(
 
 def await_resources(shares: Mapping[str, tuple[int, Share]], within: float) -> str:
     """As `check_resources`, of a cluster whose nodes may still be joining, for `within` seconds."""
-    began = time.monotonic()
+    ends, said = time.monotonic() + within, False
     while True:
         try:
             return check_resources(shares)
         except PreflightError as error:
-            waited = time.monotonic() - began
-            if waited >= within:
+            if time.monotonic() >= ends:
                 raise
-            if waited < 1.0:
+            if not said:
                 print(f"waiting at most {within:.0f} s for nodes to join, since {error}", flush=True)
+        said = True
         time.sleep(min(1.0, within))
 
 

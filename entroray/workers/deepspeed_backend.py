@@ -130,15 +130,16 @@ class DeepSpeedBackend:
         """Join the process group that the environment names, within `timeout` seconds."""
         import deepspeed
 
-        rank, ranks, within = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout)
-        communication = "nccl" if device == "cuda" else "gloo"
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        within, on_card = timedelta(seconds=timeout), device == "cuda"
+        communication = "nccl" if on_card else "gloo"
         torch.distributed.init_process_group(
             communication,
             store=_store(rank, ranks, within),
             rank=rank,
             world_size=ranks,
             timeout=within,
-            device_id=torch.device("cuda", 0) if device == "cuda" and ranks > 1 else None,  # as DeepSpeed has it
+            device_id=torch.device("cuda", 0) if on_card and ranks > 1 else None,  # as DeepSpeed has it
         )
         deepspeed.init_distributed(communication, timeout=within)
 

@@ -1,0 +1,32 @@
+"""What the tests of real clusters share."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entroray.policy.tiny_model import build_tiny_model
+
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 128,
+    "max_position_embeddings": 512,
+}
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+            item.add_marker(pytest.mark.timeout(1800))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random two-layer model."""
+    folder = tmp_path_factory.mktemp("cluster-model")
+    build_tiny_model(folder, TINY, seed=3)
+    return folder
