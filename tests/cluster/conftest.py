@@ -1,7 +1,6 @@
 """What the tests of real clusters share."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,13 +14,6 @@ TINY = {
     "intermediate_size": 128,
     "max_position_embeddings": 512,
 }
-
-
-def pytest_collection_modifyitems(items: list[Any]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.cluster)
-            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="session")

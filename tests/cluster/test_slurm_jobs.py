@@ -35,7 +35,13 @@ def missing() -> str:
     return "" if sum(map(int, idle.stdout.split())) >= 2 else "Slurm has no two idle nodes"
 
 
-pytestmark = pytest.mark.skipif(bool(why := missing()), reason=f"NOT TESTED: {why}; see tests/cluster/up.sh")
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here() -> None:
+    if why := missing():
+        pytest.skip(f"NOT TESTED: {why}; tests/cluster/up.sh makes one")
 
 
 @dataclass
