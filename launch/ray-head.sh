@@ -29,7 +29,7 @@ say "  launch/ray-worker.sh $host:$port"
 say "jobs: entroray submit --address=http://$host:$dashboard experiment=quickstart; an end to it: .venv/bin/ray stop"
 
 before_end() { # within 50 s, for whoever asks gives 60
-    python - "http://$host:$dashboard" <<'END' || true
+    python - "http://$host:$dashboard" 2>/dev/null <<'END' || true # none where Ray is not up
 import sys, time
 from ray.job_submission import JobSubmissionClient
 

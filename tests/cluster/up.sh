@@ -105,11 +105,11 @@ X
 #!/usr/bin/env bash
 # in.sh N COMMAND...: on node sN
 n=\$1; shift
-export SLURM_CONF=$W/slurm/slurm.conf PATH=\${PATH#$W/bin:}
+export SLURM_CONF=$W/slurm/slurm.conf PATH=/usr/sbin:/usr/bin:\$PATH # before the commands of bin, which call this
 exec nsenter --net=/run/netns/s\$n unshare --uts --mount bash -c 'hostname s'\$n'; mount --bind $W/slurm/hosts /etc/hosts; exec "\$@"' _ "\$@"
 X
     for name in sbatch squeue scontrol scancel sinfo; do
-        printf '#!/usr/bin/env bash\nexec %s/slurm/in.sh 1 %s "$@"\n' "$W" "$name" >"../bin/$name"
+        printf '#!/usr/bin/env bash\nexec %s/slurm/in.sh 1 /usr/bin/%s "$@"\n' "$W" "$name" >"../bin/$name"
     done
     chmod +x in.sh ../bin/*
     [[ -f munge.key ]] || (umask 077 && head -c 128 /dev/urandom >munge.key)
