@@ -136,7 +136,7 @@ def test_a_job_that_queued_again_goes_on_where_it_was(job: Job) -> None:
 @pytest.mark.parametrize("code", [0, 4])
 def test_nodes_end_in_order_however_the_run_ended(job: Job, code: int) -> None:
     ended, log = job.run(CODE=str(code))
-    assert ended == code and "scancel --signal=TERM 7.0" in log
+    assert ended == code and "scancel --signal=INT 7.0" in log
     assert log.index("workers end") < log.index("head ends"), "else steps count as cancelled"
 
 
