@@ -62,6 +62,7 @@ def test_every_node_says_what_it_takes_of_the_machine() -> None:
         assert flags["num-cpus"] == "${ENTRORAY_CPUS:-1}" and service["mem_limit"] == "${ENTRORAY_MEMORY:-8g}"
         assert int(flags["object-store-memory"]) < 2e9 and service["shm_size"] == "2gb", "else Ray uses /tmp"
         assert service["stop_grace_period"] == "60s", "so long may a job take to save"
+        assert service["restart"] == "on-failure"
 
 
 def test_a_run_is_submitted_as_often_as_one_likes_into_the_volume() -> None:
