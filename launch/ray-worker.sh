@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Joins this machine to a Ray cluster: launch/ray-worker.sh HEAD:6379 [--host=ADDRESS] [ray's own]
-# The head's token must be here: in RAY_AUTH_TOKEN, or in ~/.ray/auth_token.
+# The head's token must be here: in RAY_AUTH_TOKEN, or in ~/.ray/auth_token. A head still to come is waited for, 5 minutes.
 set -euo pipefail
 
 head="" own=() rest=()
@@ -18,5 +18,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 [[ $head == *:* ]] || refuse "say which head to join, as in: launch/ray-worker.sh 10.0.0.1:6379"
 [[ -n ${RAY_AUTH_TOKEN:-} || -s ${HOME:-}/.ray/auth_token ]] ||
     refuse "no token here: copy ~/.ray/auth_token from the head (\`ray get-auth-token\` prints it), or set RAY_AUTH_TOKEN"
-export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
-exec ray start --address="$head" ${own[@]+"${own[@]}"} --disable-usage-stats ${rest[@]+"${rest[@]}"}
+# shellcheck source=launch/ray-node.sh
+source launch/ray-node.sh
+
+SECONDS=0
+until (: <>"/dev/tcp/${head%:*}/${head##*:}") 2>/dev/null; do
+    ((SECONDS < ${ENTRORAY_HEAD_WITHIN:-300})) || refuse "nothing answers at $head: start launch/ray-head.sh there with --host=${head%:*}"
+    sleep 1
+done
+serve ray start --address="$head" ${own[@]+"${own[@]}"} --disable-usage-stats ${rest[@]+"${rest[@]}"}

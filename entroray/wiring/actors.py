@@ -389,12 +389,15 @@ def check_gpus(c: Cluster) -> None:
 
 
 def join_cluster(config: Config) -> str:
-    """Start or join Ray and check that it is large enough; returns the arithmetic."""
+    """Start or join Ray and check that it is, or soon becomes, large enough; returns the arithmetic."""
     check_gpus(config.cluster)
     cluster.start(config.cluster.address, cpu_only=cpu_only(config.cluster))
-    return check_cluster(config)
+    within = (
+        min(nodes.JOINING, config.driver.call_deadline or nodes.JOINING) if config.cluster.address else 0.0
+    )
+    return check_cluster(config, within)
 
 
-def check_cluster(config: Config) -> str:
-    """The arithmetic of a cluster that was joined; PreflightError if it does not hold every actor."""
-    return nodes.check_resources(resource_shares(config), pairs=share_cards(config.cluster))
+def check_cluster(config: Config, within: float = 0.0) -> str:
+    """The arithmetic of a cluster that was joined; PreflightError if it holds not every actor."""
+    return nodes.await_resources(resource_shares(config), within, pairs=share_cards(config.cluster))

@@ -1,5 +1,7 @@
 """All of DeepSpeed that a learner rank uses; a second training engine would be one file beside this one."""
 
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -44,6 +46,20 @@ def deepspeed_config(s: LearnerConfig, dtype: str) -> dict[str, Any]:
         **over_ranks,
     }
     return _merged(ours, s.deepspeed)
+
+
+def _store(rank: int, ranks: int, within: timedelta) -> torch.distributed.TCPStore:
+    """Where ranks meet, as the environment names it; ranks of one machine listen on loopback alone.
+
+    Torch's own store listens on every address of the machine, whatever its host.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not host.startswith("127."):
+        return torch.distributed.TCPStore(host, port, ranks, rank == 0, within)
+    if loopback := [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])  # else that of the machine's name
+    listening = socket.create_server((host, port)).detach() if rank == 0 else None
+    return torch.distributed.TCPStore(host, port, ranks, rank == 0, within, master_listen_fd=listening)
 
 
 def _optimizer_params(s: LearnerConfig) -> dict[str, Any]:
@@ -120,9 +136,19 @@ class DeepSpeedBackend:
         """
         import deepspeed
 
-        communication = "nccl" if device == "cuda" else "gloo"
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        within, on_card = timedelta(seconds=timeout), device == "cuda"
+        communication = "nccl" if on_card else "gloo"
         check_interface(communication)
-        deepspeed.init_distributed(communication, timeout=timedelta(seconds=timeout))
+        torch.distributed.init_process_group(
+            communication,
+            store=_store(rank, ranks, within),
+            rank=rank,
+            world_size=ranks,
+            timeout=within,
+            device_id=torch.device("cuda", 0) if on_card and ranks > 1 else None,  # as DeepSpeed has it
+        )
+        deepspeed.init_distributed(communication, timeout=within)
 
     @property
     def policy(self) -> Policy:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from entroray.workers.cluster import Share
 
 Shares = Mapping[str, tuple[int, Share]]
 """By role how many actors there are, and what each takes."""
+JOINING = 60.0
+"""Seconds that nodes of a cluster have to join it, once a run asks for more than there is."""
 NODE_ID = "ray.io/node-id"
 """Ray's own label of a node."""
 
@@ -52,6 +55,21 @@ def check_resources(shares: Shares, nodes: Sequence[Node] | None = None, *, pair
     if why := placement.shortage(nodes, asked, pairs=pairs):
         raise PreflightError(why)
     return "; ".join(placement.arithmetic(nodes, asked).values())
+
+
+def await_resources(shares: Shares, within: float, *, pairs: bool = False) -> str:
+    """As `check_resources`, of a cluster whose nodes may still be joining, for `within` seconds."""
+    ends, said = time.monotonic() + within, False
+    while True:
+        try:
+            return check_resources(shares, pairs=pairs)
+        except PreflightError as error:
+            if time.monotonic() >= ends:
+                raise
+            if not said:
+                print(f"waiting at most {within:.0f} s for nodes to join, since {error}", flush=True)
+        said = True
+        time.sleep(min(1.0, within))
 
 
 @dataclass(frozen=True)

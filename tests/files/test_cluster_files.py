@@ -1,17 +1,18 @@
-"""The ways onto a cluster that cannot be gone here: parsed, and their commands tried with what is here."""
+"""The image, Compose and KubeRay: parsed, and their commands tried with what is here."""
 
-import os
+import copy
 import re
 import shlex
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 from entroray.cli import COMMANDS
+from entroray.cli.submit import RUNS
 from entroray.wiring import actors, compose
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,47 @@ def test_services_of_the_compose_file(name: str) -> None:
     assert service["build"]["target"] in targets()
 
 
+def test_every_node_says_what_it_takes_of_the_machine() -> None:
+    for name in ("head", "worker"):
+        service = COMPOSE["services"][name]
+        flags = dict(
+            word[2:].split("=") for word in service["command"] if word.startswith("--") and "=" in word
+        )
+        assert flags["num-cpus"] == "${ENTRORAY_CPUS:-1}" and service["mem_limit"] == "${ENTRORAY_MEMORY:-8g}"
+        assert int(flags["object-store-memory"]) < 2e9 and service["shm_size"] == "2gb", "else Ray uses /tmp"
+        assert service["stop_grace_period"] == "60s", "so long may a job take to save"
+        assert service["restart"] == "on-failure"
+
+
+def test_a_run_is_submitted_as_often_as_one_likes_into_the_volume() -> None:
+    submit = COMPOSE["services"]["submit"]
+    assert not any("run.dir" in word for word in submit["entrypoint"] + submit["command"])
+    kept = {v.partition(":")[2] for each in COMPOSE["services"].values() for v in each["volumes"]}
+    folder = RUNS.replace("~", "/home/entroray")
+    assert folder in kept and f"--logdir={folder}" in COMPOSE["services"]["tensorboard"]["command"]
+    assert "~/entroray-runs ~/.cache/entroray" in DOCKERFILE, "a volume takes its owner from the image"
+
+
+def test_health_is_asked_of_a_page_and_not_of_a_ray_of_its_own() -> None:
+    probe = COMPOSE["services"]["head"]["healthcheck"]["test"]
+    assert probe[:3] == ["CMD", "python", "-c"] and "/api/gcs_healthz" in probe[3]
+    compile(probe[3], "probe", "exec")
+
+
+def test_the_token_is_read_from_a_file_that_no_image_and_no_commit_holds() -> None:
+    for ignored in (".dockerignore", ".gitignore"):
+        assert "docker/.env" in (ROOT / ignored).read_text().splitlines()
+    assert "> docker/.env" in (ROOT / "launch" / "README.md").read_text()
+
+
+def test_every_builder_leaves_out_what_is_large_and_keeps_no_downloads() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().split()  # of the context, which any builder reads
+    assert {".git", ".venv", "runs"} <= set(ignored)
+    installs = re.findall(r"^RUN .*launch/setup\.sh.*$", DOCKERFILE, re.MULTILINE)
+    assert len(installs) == 2
+    assert all("UV_NO_CACHE=1" in line and "PIP_NO_CACHE_DIR=1" in line for line in installs)
+
+
 def targets() -> list[str]:
     return re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILE, re.MULTILINE)
 
@@ -87,6 +129,38 @@ def test_the_job_for_kuberay() -> None:
         assert all(Path(names[n]).parent.as_posix() in shared for n in ("ENTRORAY_CACHE", "HF_HOME"))
 
 
+def refused(job: dict[str, Any]) -> list[str]:
+    """What KubeRay's API would say to this RayJob."""
+    schema = yaml.safe_load((ROOT / "tests" / "cluster" / "rayjob-1.6.2.yaml").read_text())
+    return [error.message for error in jsonschema.Draft7Validator(schema).iter_errors(job)]
+
+
+def test_kuberay_1_6_2_knows_every_field_of_the_job() -> None:
+    assert refused(RAYJOB) == []
+    for text in ((ROOT / "launch" / "kuberay.yaml").read_text(), (ROOT / "launch" / "README.md").read_text()):
+        assert "1.6.0 or newer" in text, "older ones probe with wget, which the image lacks"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("shutdownAfterJobFinish", True, "'shutdownAfterJobFinish' was unexpected"),
+        ("backoffLimit", "0", "'0' is not of type 'integer'"),
+        ("rayClusterSpec.authOptions", {"mode": "none"}, "'none' is not one of ['disabled', 'token']"),
+        ("rayClusterSpec.headGroupSpec.rayStartParams", {"num-cpus": 4}, "4 is not of type 'string'"),
+        ("rayClusterSpec.headGroupSpec.replicas", 1, "'replicas' was unexpected"),
+    ],
+)
+def test_a_wrong_field_of_the_job_is_refused(place: str, value: Any, said: str) -> None:
+    job = copy.deepcopy(RAYJOB)
+    *parents, last = place.split(".")
+    part = job["spec"]
+    for parent in parents:
+        part = part[parent]
+    part[last] = value
+    assert any(said in message for message in refused(job))
+
+
 def asked(command: str) -> float:
     """GPUs that a run with these arguments takes."""
     config, _ = compose.load_config([w for w in shlex.split(command) if "=" in w])
@@ -106,39 +180,3 @@ def test_the_examples_take_the_gpus_they_reserve() -> None:
     readme = (ROOT / "launch" / "README.md").read_text()
     (said,) = re.findall(r'^run="(.*)"$', readme, re.M)
     assert asked(said) == nodes * cards
-
-
-STUB = """#!/usr/bin/env bash
-printf '%s\\n' "$SRUN_CPUS_PER_TASK CPUs: $*" >>"$LOG"
-case "$*" in
-*"hostname -I"*) echo "10.0.0.1 172.17.0.1" ;;
-*"ray-head.sh"* | *"ray-worker.sh"*) exec sleep 2 ;;
-*"entroray train"*) exit 5 ;;
-"show hostnames"*) printf 'n1\\nn2\\n' ;;
-esac
-"""
-
-
-def test_the_slurm_script_starts_both_kinds_of_node_and_returns_the_runs_code(tmp_path: Path) -> None:
-    stubs, log = tmp_path / "bin", tmp_path / "log"
-    (tmp_path / "launch").mkdir()
-    stubs.mkdir()
-    for stub in (stubs / "srun", stubs / "scontrol"):
-        stub.write_text(STUB)
-        stub.chmod(0o755)
-    setup = tmp_path / "launch" / "setup.sh"
-    setup.write_text("#!/usr/bin/env bash\n")
-    setup.chmod(0o755)
-    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
-    slurm |= {"SLURM_CPUS_PER_TASK": "16"}
-    environment = os.environ | slurm | {"PATH": f"{stubs}:{os.environ['PATH']}", "LOG": str(log)}
-    script = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "experiment=gsm8k"]
-    done = subprocess.run(script, env=environment, timeout=30, check=False)
-    until = time.monotonic() + 20  # the script need not outlive the start of its workers
-    while "ray-worker.sh" not in (said := log.read_text()) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert done.returncode == 5
-    assert "-w n1 --overlap launch/ray-head.sh --host=10.0.0.1 --num-cpus=16 --block" in said
-    assert "--exclude=n1 --overlap launch/ray-worker.sh 10.0.0.1:6379 --num-cpus=16 --block" in said
-    assert all(line.startswith("16 CPUs: ") for line in said.splitlines())
-    assert "entroray train experiment=gsm8k cluster.address=10.0.0.1:6379" in said

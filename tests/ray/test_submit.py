@@ -76,8 +76,9 @@ def test_a_job_runs_streams_its_log_and_returns_its_exit_code(
 def test_a_job_that_is_refused_says_so_with_its_own_code(
     head: tuple[str, dict[str, str]], model: str
 ) -> None:
-    code, said = submit(head, f"model.path={model}", "learner.ranks=99", "run.dir=/tmp/never")
-    assert code == 3 and "99 learner ranks x 0.4" in said
+    large = ("learner.ranks=99", "driver.call_deadline=2")  # so long are nodes waited for
+    code, said = submit(head, f"model.path={model}", *large, "run.dir=/tmp/never")
+    assert code == 3 and "99 learner ranks x 0.4" in said and "waiting at most 2 s for nodes" in said
 
 
 def test_without_the_token_nothing_is_taken(head: tuple[str, dict[str, str]], model: str) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,8 +17,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from entroray.errors import InfrastructureError
-from entroray.workers import cluster
+from entroray.errors import InfrastructureError, PreflightError
+from entroray.workers import cluster, nodes
 
 
 class Ref:
@@ -62,3 +63,31 @@ def test_killing_an_actor_whose_node_is_gone_keeps_nobody_waiting(monkeypatch: p
     cluster.kill_actors(["a"])
     assert begun.wait(5.0) and not returned.is_set(), "the call to Ray is still under way"
     answered.set()
+
+
+NODE = {"Alive": True, "Resources": {"CPU": 2.0}, "NodeID": "n", "NodeManagerHostname": "h"}
+NODE |= {"NodeManagerAddress": "10.0.0.1"}
+
+
+def test_a_run_waits_for_nodes_that_join_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joins = iter([1, 1, 1, 2])
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [NODE] * next(joins))
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
+    shares = {"engines": (3, cluster.Share(1.0, 0.0, None))}
+    assert nodes.await_resources(shares, 60.0) == "CPU: 3 engines x 1 = 3 of 4; GPU: 0 = 0 of 0"
+    said = capsys.readouterr().out
+    assert said.count("waiting at most 60 s for nodes to join") == 1 and "= 3 of 2" in said
+
+
+def test_nodes_that_do_not_join_in_time_are_missed_and_a_machine_alone_waits_for_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [NODE])
+    shares = {"engines": (3, cluster.Share(1.0, 0.0, None))}
+    for within in (0.0, 0.05):
+        began = time.monotonic()
+        with pytest.raises(PreflightError, match=r"= 3 of 2.*join more nodes"):
+            nodes.await_resources(shares, within)
+        assert within <= time.monotonic() - began < within + 1.0
