@@ -392,10 +392,8 @@ def join_cluster(config: Config) -> str:
     """Start or join Ray and check that it is, or soon becomes, large enough; returns the arithmetic."""
     check_gpus(config.cluster)
     cluster.start(config.cluster.address, cpu_only=cpu_only(config.cluster))
-    within = (
-        min(nodes.JOINING, config.driver.call_deadline or nodes.JOINING) if config.cluster.address else 0.0
-    )
-    return check_cluster(config, within)
+    wait = min(nodes.JOINING, config.driver.call_deadline or nodes.JOINING)
+    return check_cluster(config, wait if config.cluster.address else 0.0)
 
 
 def check_cluster(config: Config, within: float = 0.0) -> str:

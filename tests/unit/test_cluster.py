@@ -18,6 +18,7 @@ from ray.exceptions import (
 )
 
 from entroray.errors import InfrastructureError, PreflightError
+from entroray.planning.placement import ENGINES, RANKS, VERIFIERS
 from entroray.workers import cluster, nodes
 
 
@@ -75,8 +76,8 @@ def test_a_run_waits_for_nodes_that_join_and_says_so_once(
     joins = iter([1, 1, 1, 2])
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [NODE] * next(joins))
     monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
-    shares = {"engines": (3, cluster.Share(1.0, 0.0, None))}
-    assert nodes.await_resources(shares, 60.0) == "CPU: 3 engines x 1 = 3 of 4; GPU: 0 = 0 of 0"
+    shares = dict.fromkeys((ENGINES, RANKS, VERIFIERS), (1, cluster.Share(1.0, 0.0, None)))
+    assert "= 3 of 4; GPU: 0 = 0 of 0" in nodes.await_resources(shares, 60.0)
     said = capsys.readouterr().out
     assert said.count("waiting at most 60 s for nodes to join") == 1 and "= 3 of 2" in said
 
@@ -85,7 +86,7 @@ def test_nodes_that_do_not_join_in_time_are_missed_and_a_machine_alone_waits_for
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [NODE])
-    shares = {"engines": (3, cluster.Share(1.0, 0.0, None))}
+    shares = dict.fromkeys((ENGINES, RANKS, VERIFIERS), (1, cluster.Share(1.0, 0.0, None)))
     for within in (0.0, 0.05):
         began = time.monotonic()
         with pytest.raises(PreflightError, match=r"= 3 of 2.*join more nodes"):
