@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def engine(stack: Stack) -> Any:
 
 def alone(engine: Any) -> EnginePool:
     """A pool of one engine, which keeps the weights it started with."""
-    sender: Any = None
+    sender: Any = SimpleNamespace(silence=0.0)
     settings = {"restarts": 0, "start_deadline": 1.0, "report": lambda *a, **k: None}
     return EnginePool([engine], lambda: None, sender, **settings)
 
