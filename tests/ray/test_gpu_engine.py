@@ -92,6 +92,9 @@ class Llm:
     def update_weights(self, request: Any) -> None:
         self.core.model_executor.weights = "7"
 
+    def collective_rpc(self, method: Any) -> list[Any]:
+        return [method(SimpleNamespace(weight_transfer_engine=None))]
+
     def finish_weight_update(self, weight_version: str) -> None:
         self.core.set_weight_version(weight_version)
 
@@ -223,7 +226,7 @@ def batch() -> Iterator[Batch]:
 def notes(*names: str) -> list[np.ndarray]:
     from entroray.engine.logits_processor_v2 import drain
 
-    return drain(None, names)  # type: ignore[return-value]
+    return [noted[0] for noted in drain(None, names) if noted]
 
 
 def rows(count: int, seed: int = 0) -> torch.Tensor:
@@ -244,7 +247,7 @@ def test_v2_draws_and_notes_what_v1_does(batch: Batch, rule: str, temperature: f
     v1 = Shaping(None, torch.device("cpu"), False)
     tokens: list[list[int]] = [[] for _ in range(6)]
     for i in range(6):
-        v1.rows[i] = Row(NOTES.open(f"one {i}", 9), tokens[i], told, temperature, 1.1, None)
+        v1.rows[i] = Row(NOTES.open(f"one {i}", 9), tokens[i], told, temperature, 1.1, None, None)
     v1.bundles = v1._bundles()
     for step in range(2):
         ours = batch.step(z + step, {slot: 3 + step for slot in range(6)})
