@@ -68,7 +68,6 @@ class Communicator:
         watch = threading.Thread(target=self._watch, args=(over,), daemon=True)
         late = threading.Timer(seconds, self.leave, [f"not done after {seconds:.0f} s: {LOOK_AT}"])
         late.daemon = True  # no part of the watch, which a host that is silent keeps waiting
-        )
         late.start()
         watch.start()
         try:
