@@ -321,7 +321,8 @@ class EnginePool:
             )
 
     async def close(self) -> None:
-        """Cancel what is under way, replacements too."""
+        """Cancel what is under way, replacements too, and start none any more."""
+        self.restarts = 0
         for task in (*self.tasks, *self.replacing):
             task.cancel()
         await asyncio.gather(*self.tasks, *self.replacing, return_exceptions=True)
