@@ -20,7 +20,7 @@ from entroray.errors import InfrastructureError, PreflightError, first_line
 from entroray.policy.tokenizer import response_text
 from entroray.reward.programs import Programs
 from entroray.wiring import actors, compose, dataset, memory, preflight
-from entroray.workers import cluster
+from entroray.workers import cluster, nodes
 from entroray.workers.network import ask_here, try_network
 
 FLAGS = (CONFIG_DIR,)
@@ -165,11 +165,12 @@ def _joined(config: Config, address: str) -> str:
 def _between_nodes(config: Config) -> str:
     """A sum over the nodes that were joined; by NCCL over those with cards, if cards are asked for."""
     on_cards = not actors.cpu_only(config.cluster)
-    nodes = cluster.alive_nodes(with_cards=on_cards)
-    if len(nodes) < 2:
+    asked = [node for node in nodes.alive_nodes() if node.gpus or not on_cards]
+    if len(asked) < 2:
         return "one node, which sums over nothing"
-    ask = partial(cluster.ask_each_node, nodes=[*nodes], gpus=float(on_cards))
-    return try_network(cluster.own_address(), [*nodes.values()], "nccl" if on_cards else "gloo", ask)
+    ask = partial(cluster.ask_each_node, nodes=[node.id for node in asked], gpus=float(on_cards))
+    names = [node.name for node in asked]
+    return try_network(cluster.own_address(), names, "nccl" if on_cards else "gloo", ask)
 
 
 Read = Callable[[Config], dataset.Dataset]

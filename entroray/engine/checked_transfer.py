@@ -2,6 +2,7 @@
 
 import copy
 import math
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from entroray.engine.communicator import Communicator, meet
 from entroray.engine.interfaces import check_interface
 from entroray.engine.weight_bytes import Sums, checksum, read_sums
+from entroray.errors import EntrorayError, InfrastructureError
 from entroray.planning.deadlines import transfer_deadline
 
 CHECKED = ("nccl", "ipc")
@@ -22,6 +24,18 @@ def check_transfers(worker: Any) -> None:
     config = worker.vllm_config.weight_transfer_config
     if config is not None and config.backend in CHECKED:
         worker.weight_transfer_engine = CheckedEngine(worker.weight_transfer_engine)
+
+
+def check_workers(llm: Any) -> None:
+    """Raise what the last meeting or loading of a worker failed by."""
+    for error in (error for errors in llm.collective_rpc(failures) for error in errors):
+        raise error
+
+
+def failures(worker: Any) -> list[EntrorayError]:
+    """None or one, in a list: vLLM takes an error that is an answer for one that was raised."""
+    error = getattr(worker.weight_transfer_engine, "error", None)
+    return [] if error is None else [error]
 
 
 def received(worker: Any) -> Sums | None:
@@ -42,10 +56,15 @@ def agreed(shards: Sequence[Sums | None]) -> Sums | None:
 
 
 class CheckedEngine:
-    """vLLM's receiving engine, as its worker calls it."""
+    """vLLM's receiving engine, as its worker calls it. It keeps the `error` that others would raise.
+
+    Of workers that raise vLLM reads answers up to the first error, and the answers that are left as those to
+    its next call: an engine of several cards would be lost to one failure.
+    """
 
     def __init__(self, engine: Any):
         self.engine = engine
+        self.error: EntrorayError | None = None
         self.sums: dict[str, torch.Tensor] = {}
         """Of the update under way, or the last."""
 
@@ -53,23 +72,35 @@ class CheckedEngine:
         return getattr(self.engine, name)
 
     def init_transfer_engine(self, init_info: Any) -> None:
-        """Meet the learner; InfrastructureError if that takes too long."""
+        """Meet the learner; `error` is InfrastructureError if that takes too long."""
         fresh = copy.copy(self.engine)  # one that comes too late is nobody's
-        if hasattr(fresh, "model_update_group"):
-            check_interface("nccl")
-        meet(lambda: fresh.init_transfer_engine(init_info))
-        if getattr(fresh, "model_update_group", None) is not None:
-            fresh.model_update_group = Communicator(fresh.model_update_group)
-        self.engine = fresh
+        with self._kept():
+            if hasattr(fresh, "model_update_group"):
+                check_interface("nccl")
+            meet(lambda: fresh.init_transfer_engine(init_info))
+            if getattr(fresh, "model_update_group", None) is not None:
+                fresh.model_update_group = Communicator(fresh.model_update_group)
+            self.engine = fresh
 
     def start_weight_update(self) -> None:
         self.sums = {}
         self.engine.start_weight_update()
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
-        """Load what the learner sends; InfrastructureError if it does not come, or comes no further."""
-        with self._bounded(update_info), self._summing():
+        """Load what the learner sends; `error` is InfrastructureError if it comes no further."""
+        with self._kept(), self._bounded(update_info), self._summing():
             self.engine.update_weights(update_info)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        self.error = None
+        try:
+            yield
+        except EntrorayError as error:
+            self.error = error
+        except Exception as error:  # boundary: of torch, NCCL and the model
+            traceback.print_exc()
+            self.error = InfrastructureError(repr(error))
 
     def _bounded(self, info: Mapping[str, Any]) -> AbstractContextManager[None]:
         group = getattr(self.engine, "model_update_group", None)

@@ -1,10 +1,9 @@
 """A communicator of NCCL that can be left: NCCL itself waits without end for a member that is gone."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +28,7 @@ class Communicator:
     def __init__(self, nccl: Any):
         self.nccl, self.why = nccl, ""
         """`why` it was left; InfrastructureError says so to whoever uses it from then on."""
-        self.queueing = threading.Lock()
+        self.queueing, self.leaving = threading.Lock(), threading.Lock()
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
         """As vLLM's: queued on the card, and done once its stream is."""
@@ -44,11 +43,12 @@ class Communicator:
 
     def leave(self, why: str) -> None:
         """Abort it, from any thread."""
-        if self.why:
-            return
-        self.why = why  # first: nobody may begin anything with what is freed next
+        with self.leaving:
+            if self.why:
+                return
+            self.why = why  # first: nobody may begin anything with what is freed next
         queued = self.queueing.acquire(timeout=ENTER)
-        self.destroy()
+        self.nccl.destroy()
         if queued:
             self.queueing.release()
 
@@ -58,37 +58,40 @@ class Communicator:
         self.leave(why)
 
     def destroy(self) -> None:
-        """Free what it holds of the card."""
-        self.nccl.destroy()
+        """As vLLM's: free what it holds of the card."""
+        self.leave("it was closed")
 
     @contextmanager
     def bounded(self, seconds: float) -> Iterator[None]:
         """Work that ends, by InfrastructureError, after `seconds` or once the sender has left or died."""
         over = threading.Event()
-        watch = threading.Thread(target=self._watch, args=(over, seconds), daemon=True)
+        watch = threading.Thread(target=self._watch, args=(over,), daemon=True)
+        late = threading.Timer(seconds, self.leave, [f"not done after {seconds:.0f} s: {LOOK_AT}"])
+        late.daemon = True  # no part of the watch, which a host that is silent keeps waiting
+        late.start()
         watch.start()
         try:
             yield
         finally:
             over.set()
+            late.cancel()
             watch.join(timeout=ENTER)
         self.check()
 
-    def _watch(self, over: threading.Event, seconds: float) -> None:
-        ends = time.monotonic() + seconds
+    def _watch(self, over: threading.Event) -> None:
         while not over.wait(LOOK):
-            if why := self._reason(f"not done after {seconds:.0f} s", ends):
+            if why := self._reason():
                 self.leave(why)
                 return
 
-    def _reason(self, late: str, ends: float) -> str:
+    def _reason(self) -> str:
         """To leave; empty while there is none."""
         try:
             if self.nccl.group.store.check([LEFT]):
                 return "the sender of the weights has left"
         except RuntimeError as error:  # torch's, where nobody answers
             return f"the sender of the weights is gone ({error})"
-        return late if time.monotonic() > ends else ""
+        return ""
 
 
 def meet(work: Callable[[], T], seconds: float = START, ended: "Future[T] | None" = None) -> T:
@@ -108,7 +111,7 @@ def meet(work: Callable[[], T], seconds: float = START, ended: "Future[T] | None
         except BaseException as error:  # boundary: whoever waits is told
             fail(met, error)
         else:
-            if not met.done():
+            with suppress(InvalidStateError):  # it has failed meanwhile
                 met.set_result(value)
 
     threading.Thread(target=run, daemon=True).start()
@@ -122,5 +125,5 @@ def meet(work: Callable[[], T], seconds: float = START, ended: "Future[T] | None
 
 def fail(met: "Future[Any]", error: BaseException) -> None:
     """End the wait for `met` with `error`, unless it has ended."""
-    if not met.done():
+    with suppress(InvalidStateError):
         met.set_exception(error)

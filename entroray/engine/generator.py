@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from entroray.engine.checked_transfer import agreed, check_transfers, received
+from entroray.engine.checked_transfer import agreed, check_transfers, check_workers, received
 from entroray.engine.cpu_engine import StepThreads, forget_ray_threads
-from entroray.engine.overlap import come_to_rest, go_on
+from entroray.engine.overlap import RestlessError, come_to_rest, go_on
 from entroray.engine.starting import drain_notes, runner, sleep_level, start_llm
 from entroray.engine.vllm_request import (
     Noted,
@@ -114,9 +114,8 @@ class Generator:
 
     async def stage(self, payload: list[np.ndarray]) -> str:
         """Hold new weights beside the engine while it goes on; returns the hash of what arrived."""
-        received = await asyncio.to_thread(digest, payload)
-        self.staged = (received, payload)
-        return received
+        self.staged = await asyncio.to_thread(digest, payload), payload
+        return self.staged[0]
 
     async def init_weight_transfer_engine(self, info: Mapping[str, Any]) -> None:
         await self._run(lambda: self._connect(info))
@@ -206,6 +205,10 @@ class Generator:
                 action(future)
             except Exception as error:  # boundary: the caller gets it, the engine thread lives on
                 future.set_exception(error)
+                if isinstance(error, RestlessError):
+                    self.failure = error
+        if self.failure is not None:
+            raise self.failure
         if (samples := self.engine.get_num_unfinished_requests()) and not self.paused:
             self.threads.fit(samples)
             self._collect(self.engine.step())
@@ -338,6 +341,7 @@ class Generator:
         self._end_update()
         self.llm.shutdown_weight_transfer_engine()
         self.llm.init_weight_transfer_engine({"init_info": dict(info)})
+        check_workers(self.llm)
 
     def _sleep(self) -> None:
         if not self.asleep:
@@ -347,17 +351,14 @@ class Generator:
 
     def _end_update(self) -> None:
         """Close an update that was cut short, so that the next one counts none of its layers as loaded."""
-        if self.paused:
-            if not self.updating:
-                self.llm.start_weight_update()
+        if self.updating:
             self.llm.finish_weight_update()
         self.updating = False
 
     def _open(self) -> None:
         come_to_rest(self.llm, self._collect)
-        if self.paused:
-            self._end_update()
-        elif self.asleep:  # keys and values wake last: the learner still holds what it sends
+        self._end_update()
+        if self.asleep and not self.paused:  # keys and values wake last: the learner holds what it sends
             self.llm.wake_up(tags=["weights"])
             if self.asleep == 2:
                 self.llm.collective_rpc(void_weights)
@@ -368,9 +369,8 @@ class Generator:
 
     def _load_staged(self, info: Mapping[str, Any]) -> None:
         staged = {} if self.staged is None else {"payload": self.staged[1]}
-        self.updating = False  # vLLM leaves an update that fails here
         self.llm.update_weights({"update_info": dict(info) | staged})
-        self.updating = True
+        check_workers(self.llm)
 
     def _commit(self, version: int, keep_kv: bool) -> tuple[int, Digest]:
         self.llm.finish_weight_update(weight_version=str(version))

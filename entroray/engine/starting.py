@@ -11,9 +11,8 @@ from entroray.errors import ConfigError
 
 PROCESSOR_V2 = "entroray.engine.logits_processor_v2:Shaping"
 """`PROCESSOR` for vLLM's runner V2, which GPUs take."""
-STILL_TAKEN = ("Free memory on device", "WorkerProc initialization failed")
-"""How vLLM, which has no type for it, begins to say that a card has no room; of an engine of several
-processes no more is known in the one that started them."""
+STILL_TAKEN = "Free memory on device"
+"""How vLLM, which has no type for it, begins to say that a card has no room."""
 OWN_WEIGHTS = ("enable_lora", "speculative_config", "quantization")
 """vLLM's options of engines that hold weights which no sync brings."""
 LEAVING = 20.0
@@ -78,7 +77,7 @@ def try_twice(start: Callable[[], Any]) -> Any:
     """What `start` gives; once more after `LEAVING` seconds if the card's memory was taken."""
     try:
         return start()
-    except Exception as error:  # boundary: vLLM raises ValueError, or a bare Exception where it has processes
+    except ValueError as error:
         if not str(error).startswith(STILL_TAKEN):
             raise
     from vllm.distributed import cleanup_dist_env_and_memory

@@ -12,8 +12,8 @@ MOVED = 1e8
 """Bytes of weights a second that are read, sent or written, at least."""
 STORED = 7
 """A checkpoint is so many times as large as its weights, at most: two moments and a float32 copy of bf16."""
-BROADCAST, WIRE = 60.0, 1e9
-"""Seconds for NCCL to send weights, and bytes a second that it sends besides, at least."""
+BROADCAST = 60.0
+"""Seconds for NCCL to send weights besides what their size takes, at least."""
 RESPONSE, CALL, STEP = 300.0, 1800.0, 1800.0
 """Seconds at least: for a response, for a call or a start, and for a step besides its work."""
 
@@ -48,5 +48,5 @@ def floor_deadlines(
 
 
 def transfer_deadline(size: float) -> float:
-    """Seconds in which NCCL has sent `size` bytes to all engines."""
-    return BROADCAST + size / WIRE
+    """Seconds in which NCCL has sent `size` bytes to all engines, gathered from all ranks on the way."""
+    return BROADCAST + size / MOVED

@@ -141,7 +141,9 @@ def shortage(nodes: Sequence[Node], needs: Needs, *, pairs: bool) -> str | None:
 def smallest_change(nodes: Sequence[Node], needs: Needs, *, pairs: bool) -> str | None:
     """The fewest settings with which all have a place and the fewest cards, then CPUs, are given up; fewer
     shards of an engine only where fewer engines do not do."""
-    tried = sorted(_smaller(needs, pairs), key=lambda each: each[0])
+    have = {kind: _total(nodes, kind) + EPS for kind in KINDS}
+    holds = lambda less: all(_total(less.values(), kind) <= most for kind, most in have.items())
+    tried = sorted((each for each in _smaller(needs, pairs) if holds(each[2])), key=lambda each: each[0])
     return next((words for _, words, less in tried if place(nodes, less, pairs=pairs)), None)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -314,42 +315,40 @@ async def start_actors(
     within = run_deadlines(config).start
     options = engine_options(config) | logits_processors(config, parts)
 
+    v = config.verifier
+    limits = {"slots": v.slots, "deadline": config.reward.deadline, "memory_mb": v.memory_mb}
+
     def generator() -> Any:
         sizes = {"dtype": config.model.dtype, "max_length": limit, "seed": config.seed, "engine": options}
         return cluster.spawn(Generator, share(ENGINES), model, **sizes)
 
-    handles = [generator() for _ in range(config.generator.replicas)]
-    spawn = lambda i: cluster.spawn(LearnerRank, share(RANKS), i, settings, parts.objective, DeepSpeedBackend)
-    learner = Gang("learner", [spawn(i) for i in range(config.learner.ranks)])
-    engines = EnginePool(
-        handles,
-        generator,
-        WeightSender(learner, sender_settings(config), within),
-        restarts=config.generator.restarts,
-        start_deadline=within,
-        report=report,
-    )
-    v = config.verifier
-    limits = {"slots": v.slots, "deadline": config.reward.deadline, "memory_mb": v.memory_mb}
     verifier = lambda: cluster.spawn(Verifier, share(VERIFIERS), judge, **limits)
-    verifiers = VerifierPool(asked[VERIFIERS][0], verifier, start_deadline=within, report=report)
-    sync, facts = await _introduce(
-        config, engines=engines, learner=learner, verifiers=verifiers, probe=probe, resume=resume
-    )
-    return Actors(config, engines, learner, verifiers, sync, facts, places)
+    spawn = lambda i: cluster.spawn(LearnerRank, share(RANKS), i, settings, parts.objective, DeepSpeedBackend)
+    async with AsyncExitStack() as undo:  # nothing of a start that fails holds cards any more
+        undo.callback(places.release)
+        handles = [generator() for _ in range(config.generator.replicas)]
+        learner = Gang("learner", [spawn(i) for i in range(config.learner.ranks)])
+        engines = EnginePool(
+            handles,
+            generator,
+            WeightSender(learner, sender_settings(config), within),
+            restarts=config.generator.restarts,
+            start_deadline=within,
+            report=report,
+        )
+        verifiers = VerifierPool(asked[VERIFIERS][0], verifier, start_deadline=within, report=report)
+        sync = WeightSync(learner, engines, probe, config.driver, within, config.model.dtype)
+        made = Actors(config, engines, learner, verifiers, sync, {}, places)
+        undo.pop_all()
+        undo.push_async_callback(made.end)
+        facts = await _introduce(made, resume)
+        undo.pop_all()
+    return replace(made, facts=facts)
 
 
-async def _introduce(
-    config: Config,
-    *,
-    engines: EnginePool,
-    learner: Gang,
-    verifiers: VerifierPool,
-    probe: tuple[int, ...],
-    resume: tuple[Path, int] | None,
-) -> tuple[WeightSync, dict[str, Any]]:
-    """Gang together, engines ready, transfer open, the first version served and proved."""
-    within = run_deadlines(config).start
+async def _introduce(made: Actors, resume: tuple[Path, int] | None) -> dict[str, Any]:
+    """Gang together, engines ready, transfer open, the first version served and proved; facts of them."""
+    config, engines, learner, within = made.config, made.engines, made.learner, made.within
 
     async def gang() -> list[dict[str, Any]]:
         asked = learner.handles[0].address.remote()
@@ -359,18 +358,17 @@ async def _introduce(
     if config.generator.sleep:  # vLLM measures the card as it starts: nobody else may fill or leave it
         await engines.start()
         await rest(engines, within)  # nor may it fill the card while a rank is built on it
-    facts, *_ = await asyncio.gather(gang(), engines.start(), verifiers.start())
+    facts, *_ = await asyncio.gather(gang(), engines.start(), made.verifiers.start())
     if others := [each for each in facts if each.get("packed") != facts[0].get("packed")]:
         raise PreflightError(  # they have one plan of micro-batches
             f"learner.pack=auto: rows lie {facts[0]['rows']} and {others[0]['rows']}: set learner.pack=never"
         )
-    sync = WeightSync(learner, engines, probe, config.driver, within, config.model.dtype)
     folder, version = resume or (None, 0)
     if folder:
         limit = run_deadlines(config).checkpoint
         await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=limit)
     each = await engines.call_all(lambda h: h.describe.remote(), deadline=within, what="describing itself")
-    return sync, facts[0] | next(iter(each.values()), {}) | await sync(version)
+    return facts[0] | next(iter(each.values()), {}) | await made.sync(version)
 
 
 def prepare_engines(config: Config) -> None:

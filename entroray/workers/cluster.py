@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -133,15 +134,17 @@ FORWARDED = ("NCCL_", "TORCH_NCCL_", "GLOO_", "HF_", "HUGGING_FACE_", "TRANSFORM
 ALSO = {"CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_MODULE_LOADING"}
 """Others of CUDA say where things are on one node, or are Ray's, such as CUDA_VISIBLE_DEVICES."""
 OF_ONE_NODE = {"NCCL_HOSTID", "VLLM_HOST_IP", "VLLM_PORT"}
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH")
 """In the name of a variable: its value goes into no runtime environment, which Ray logs and shows."""
+WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+"""In the value of a variable: an address with a name and a password, which is as secret."""
 
 
 def forwarded(*, secret: bool) -> dict[str, str]:
     """Variables of this shell for actors on every node; either the secret ones, or the others."""
     named = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED) or k in ALSO}
-    hidden = lambda name: any(word in name for word in SECRET)
-    return {k: v for k, v in named.items() if k not in OF_ONE_NODE and hidden(k) == secret}
+    hidden = lambda name, value: any(word in name for word in SECRET) or bool(WITH_PASSWORD.search(value))
+    return {k: v for k, v in named.items() if k not in OF_ONE_NODE and hidden(k, v) == secret}
 
 
 def environment() -> dict[str, str]:
@@ -224,13 +227,6 @@ def joined() -> bool:
 def on_one_node() -> bool:
     """Whether all actors are on the same node."""
     return sum(node["Alive"] for node in ray.nodes()) == 1
-
-
-def alive_nodes(*, with_cards: bool) -> dict[str, str]:
-    """Address of each node by Ray's id; of those with cards alone, if so asked."""
-    alive = (node for node in ray.nodes() if node["Alive"])
-    asked = (node for node in alive if node["Resources"].get("GPU") or not with_cards)
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in asked}
 
 
 def own_address() -> str:

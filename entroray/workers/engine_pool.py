@@ -9,7 +9,7 @@ from typing import Any
 from ray.exceptions import RayTaskError
 
 from entroray.engine.adapter import ADAPTER
-from entroray.engine.communicator import LOOK_AT, START
+from entroray.engine.communicator import START
 from entroray.engine.generator import Request
 from entroray.errors import InfrastructureError, SyncError, first_line
 from entroray.types import Rollout
@@ -24,7 +24,7 @@ _LOOK = (
 )
 _UNSENT = (
     "the weights did not get through (generator.transfer=nccl), though every engine answers: {}\n"
-    f"{LOOK_AT}. Go on from the last checkpoint with the same command and run.resume=auto"
+    "Go on from the last checkpoint with the same command and run.resume=auto"
 )
 PING = START + GRACE
 """Seconds in which an engine answers, that may stand in the start of a group whose members never come."""
@@ -321,7 +321,8 @@ class EnginePool:
             )
 
     async def close(self) -> None:
-        """Cancel what is under way, replacements too."""
+        """Cancel what is under way, replacements too, and start none any more."""
+        self.restarts = 0
         for task in (*self.tasks, *self.replacing):
             task.cancel()
         await asyncio.gather(*self.tasks, *self.replacing, return_exceptions=True)

@@ -185,7 +185,7 @@ class LearnerRank:
                 rank=self.rank,
                 client=client,
                 source=transfer.GatheredSource(sent.named, sent.backend),
-                rendezvous=self.address(),
+                rendezvous=self.address,
                 adapter=sent.adapter,
             )
 

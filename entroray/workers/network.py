@@ -35,9 +35,9 @@ def try_network(host: str, places: Sequence[str], backend: str, ask: Ask) -> str
     within = timedelta(seconds=DEADLINE)
     store = distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=within)
     member = lambda rank: partial(take_part, backend, rank, len(places), host, store.port)
-    answers = dict(zip(places, ask([*map(member, range(len(places)))]), strict=True))
-    said = "; ".join(f"{place}: {text}" for place, (_, text) in answers.items())
-    if not all(well for well, _ in answers.values()):
+    answers = [*zip(places, ask([*map(member, range(len(places)))]), strict=True)]
+    said = "; ".join(f"{place}: {text}" for place, (_, text) in answers)
+    if not all(well for _, (well, _) in answers):
         raise PreflightError(
             f"1 MB could not be summed by {backend} over {len(places)} processes ({said}): set "
             f"{VARIABLES[backend]} to the interface between the nodes, or unset it, and open the ports"
@@ -82,13 +82,15 @@ def main(backend: str, rank: str, members: str, host: str, port: str) -> int:
     except Exception as error:  # boundary: torch, gloo and NCCL raise what they meet
         print(f"{interface_to(host, int(port))}, {first_line(error)}")
         return 1
-    print(", ".join([interface_to(host, int(port)), f"{1e3 * seconds:.1f} ms", *_of_card()]))
+    print(", ".join([interface_to(host, int(port)), f"{1e3 * seconds:.1f} ms", *_of_card(backend)]))
     return 0
 
 
 def _sum(backend: str, rank: int, members: int, host: str, port: int) -> float:
     within = timedelta(seconds=DEADLINE)
     store = distributed.TCPStore(host, port, is_master=False, timeout=within)
+    if backend == "nccl":  # which refuses two members on one card
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     distributed.init_process_group(backend, store=store, rank=rank, world_size=members, timeout=within)
     mine = torch.full((SIZE // 4,), float(rank + 1), device="cuda" if backend == "nccl" else "cpu")
     distributed.all_reduce(mine.clone())  # it opens the connections
@@ -100,12 +102,16 @@ def _sum(backend: str, rank: int, members: int, host: str, port: int) -> float:
     return time.perf_counter() - began
 
 
-def _of_card() -> list[str]:
-    """Driver and NCCL, where there is a card."""
-    if not torch.cuda.is_available():
-        return ["no card"]
-    asked = subprocess.run(DRIVER, capture_output=True, text=True, timeout=30, check=True).stdout.split()
-    return [f"driver {asked[0]}", f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"]
+def _of_card(backend: str) -> list[str]:
+    """Driver and NCCL, where a card has summed."""
+    if backend != "nccl":
+        return []
+    try:
+        asked = subprocess.run(DRIVER, capture_output=True, text=True, timeout=30, check=True)
+        driver = asked.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):  # a container may have no nvidia-smi
+        driver = "unknown"
+    return [f"driver {driver}", f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"]
 
 
 if __name__ == "__main__":

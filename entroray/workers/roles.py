@@ -1,6 +1,7 @@
 """Pools and gangs of actors in the shape of the roles the driver knows."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from entroray.engine.generator import Generator
 from entroray.engine.vllm_request import QUEUE, Request
+from entroray.errors import InfrastructureError
 from entroray.metrics.update import update_metrics
 from entroray.objective import Objective, count_tokens
 from entroray.ops import token_places
@@ -130,11 +132,19 @@ class LearnerRole:
 
 async def rest(engines: EnginePool, deadline: float) -> None:
     """Every engine leaves its card until the next sync; one that is starting in place of another starts
-    first, for it would fill the card of a rank at work."""
-    if engines.replacing:
-        await asyncio.wait([*engines.replacing], timeout=deadline)
-    sleep, what = lambda h: h.sleep.remote(), "sleeping"
-    await engines.call_all(sleep, deadline=deadline, what=what, newcomers=True)
+    first, for it would fill the card of a rank at work. InfrastructureError after `deadline` seconds."""
+    sleep, what, ends = lambda h: h.sleep.remote(), "sleeping", time.monotonic() + deadline
+    asleep = False
+    while not asleep:
+        if (left := ends - time.monotonic()) <= 0:
+            raise InfrastructureError(
+                f"engines have not left their cards within {deadline:.0f} s: raise driver.call_deadline"
+            )
+        if engines.replacing:
+            await asyncio.wait([*engines.replacing], timeout=left)
+        else:
+            await engines.call_all(sleep, deadline=left, what=what, newcomers=True)
+            asleep = not engines.replacing  # that one is dead may be seen as it is told to sleep
 
 
 def _scatter(

@@ -9,7 +9,7 @@ one copy, hashes and checks it while it still generates, then loads from it in o
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
@@ -110,12 +110,12 @@ def connect(
     rank: int,
     client: GeneratorClient,
     source: GatheredSource,
-    rendezvous: tuple[str, int],
+    rendezvous: Callable[[], tuple[str, int]],
     adapter: Mapping[str, Any],
 ) -> Any:
     """The learner's end of transfer `backend` on this rank: plasma, or nccl and ipc (GPUs only).
 
-    `rendezvous` is an address and port of rank 0, where an NCCL group of it and all engines may meet.
+    `rendezvous` gives an address and port of rank 0, where an NCCL group of it and all engines may meet.
     `adapter` is what peft's files say of an adapter that is sent in place of weights, as plasma sends these.
     """
     if backend in (BACKEND, ADAPTER):
@@ -155,13 +155,17 @@ def connect(
 
 
 def _init_info(
-    backend: str, rank: int, client: GeneratorClient, largest: int, rendezvous: tuple[str, int]
+    backend: str,
+    rank: int,
+    client: GeneratorClient,
+    largest: int,
+    rendezvous: Callable[[], tuple[str, int]],
 ) -> Any:
     """`largest` is the size of the largest parameter in bytes."""
     if backend == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        host, port = rendezvous
+        host, port = rendezvous()
         if ":" in host:
             raise PreflightError(
                 f"generator.transfer=nccl: vLLM meets at IPv4 addresses, and this node is {host} to Ray: "

@@ -126,7 +126,8 @@ class VerifierPool:
             self.report("verifier_joined", verifier=member.name)
 
     async def close(self) -> None:
-        """Cancel the starts under way."""
+        """Cancel the starts under way, and begin none any more."""
+        self.lost_in_a_row = self.most
         for task in self.joining:
             task.cancel()
         await asyncio.gather(*self.joining, return_exceptions=True)

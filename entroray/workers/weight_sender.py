@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from entroray.config import GeneratorConfig
-from entroray.engine.communicator import START
+from entroray.engine.communicator import LOOK_AT, START
 from entroray.engine.weight_bytes import Digest
-from entroray.errors import SyncError
+from entroray.errors import InfrastructureError, SyncError
 from entroray.planning.deadlines import transfer_deadline
 from entroray.workers.cluster import Gang, wait
 
@@ -114,9 +114,11 @@ class GeneratorClient:
         try:
             return self._all(calls, action)
         except Exception as error:  # boundary: who meets them in a collective would wait for ever
+            late = action in self.limits and isinstance(error.__cause__, TimeoutError)
+            told = InfrastructureError(f"{error}: {LOOK_AT}") if late else error
             if self.interrupt is not None:
-                self.interrupt(error)
-            raise
+                self.interrupt(told)
+            raise told from error.__cause__
 
 
 class WeightSender:

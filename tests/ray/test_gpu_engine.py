@@ -92,6 +92,9 @@ class Llm:
     def update_weights(self, request: Any) -> None:
         self.core.model_executor.weights = "7"
 
+    def collective_rpc(self, method: Any) -> list[Any]:
+        return [method(SimpleNamespace(weight_transfer_engine=None))]
+
     def finish_weight_update(self, weight_version: str) -> None:
         self.core.set_weight_version(weight_version)
 

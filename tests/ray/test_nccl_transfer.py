@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from entroray.engine import checked_transfer, communicator
-from entroray.engine.checked_transfer import CheckedEngine, agreed, received
+from entroray.engine.checked_transfer import CheckedEngine, agreed, check_workers, received
 from entroray.errors import InfrastructureError, SyncError
 from entroray.workers import transfer
 from entroray.workers.transfer import GatheredSource
@@ -144,6 +144,7 @@ class Actor:
         if self.dies_at == "initialising":
             self.die()
         self.engine.init_transfer_engine(self.engine.parse_init_info(info))
+        self.check()
 
     def do_start_weight_update(self) -> None:
         self.loaded.clear()
@@ -151,6 +152,11 @@ class Actor:
 
     def do_update_weights(self, info: dict[str, Any]) -> None:
         self.engine.update_weights(info)
+        self.check()
+
+    def check(self) -> None:
+        worker = SimpleNamespace(weight_transfer_engine=self.engine)
+        check_workers(SimpleNamespace(collective_rpc=lambda method: [method(worker)]))
 
     def do_finish_weight_update(self, version: int, keep_kv: bool) -> Any:
         return version, agreed([received(SimpleNamespace(weight_transfer_engine=self.engine))])
@@ -219,7 +225,8 @@ class Learner:
             rank=0,
             client=Client(engines, 1, WITHIN, False),
             source=GatheredSource(named, self),
-            rendezvous=("127.0.0.1", next(self.ports)),
+            rendezvous=lambda: ("127.0.0.1", next(self.ports)),
+            adapter={},
         )
 
     def send(self, version: int) -> Delivery:

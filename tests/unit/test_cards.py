@@ -6,6 +6,7 @@ import sys
 import weakref
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from entroray.config import LearnerConfig
 from entroray.engine import cpu_engine
-from entroray.errors import ConfigError, PreflightError
+from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.policy.head import (
     CARD_COLUMNS,
     CARD_TILE_ELEMENTS,
@@ -26,6 +27,7 @@ from entroray.policy.head import (
 )
 from entroray.wiring import actors
 from entroray.wiring.actors import learner_settings
+from entroray.wiring.parts import build_parts
 from entroray.workers import cluster, engine_pool, transfer, verifier_pool
 from entroray.workers.cluster import Gang
 from entroray.workers.deepspeed_backend import deepspeed_config
@@ -97,7 +99,7 @@ def test_nccl_is_told_to_pack_into_small_buffers(monkeypatch: pytest.MonkeyPatch
     for name in (*folders, f"{folders[-1]}.nccl_engine"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(NCCLTrainerInitInfo=dict))
     client: Any = SimpleNamespace(handles=[1, 2], tensor_parallel=2)
-    asked = transfer._init_info("nccl", 0, client, 3 << 30, ("10.0.0.1", 4000))
+    asked = transfer._init_info("nccl", 0, client, 3 << 30, lambda: ("10.0.0.1", 4000))
     assert asked["packed_buffer_size_bytes"] == 256 << 20 and asked["world_size"] == 5
 
 
@@ -295,16 +297,14 @@ def introduced(
 
     for module in (cluster, engine_pool, verifier_pool):
         monkeypatch.setattr(module, "settle", settle)
-    monkeypatch.setattr(actors, "WeightSync", lambda *_: sync)
     limits: dict[str, Any] = {"start_deadline": 1.0, "report": report}
     pools: dict[str, Any] = {
         "engines": EnginePool([actor("engine")], list, SimpleNamespace(), restarts=0, **limits),  # type: ignore[arg-type]
         "learner": Gang("learner", [actor("rank", **each) for each in facts]),
         "verifiers": VerifierPool(1, lambda: actor("judge"), **limits),
     }
-    _, known = asyncio.run(
-        actors._introduce(configured(f"cluster={cards}"), **pools, probe=(1,), resume=None)
-    )
+    made = actors.Actors(configured(f"cluster={cards}"), **pools, sync=sync, facts={})  # type: ignore[arg-type]
+    known = asyncio.run(actors._introduce(made, None))
     return before, known
 
 
@@ -315,6 +315,32 @@ def test_a_rank_waits_for_the_engine_it_shares_a_card_with(
     """vLLM measures the memory of the card as it starts, and then leaves it for the rank to be built."""
     before, _ = introduced(monkeypatch, cards, [{}])
     assert ("engine" in before["rank"]) is alone and ("asleep" in before["rank"]) is alone
+
+
+@pytest.mark.parametrize("fails", ["spawning", "starting"])
+def test_nothing_of_a_start_that_fails_holds_a_card(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    """A lab goes on to the next cell, whose actors would wait for the cards of this one."""
+    released, killed = list[str](), list[str]()
+
+    def spawn(kind: type, *_: Any, **__: Any) -> str:
+        if (fails, kind) == ("spawning", LearnerRank):
+            raise TypeError("cannot pickle an objective")
+        return kind.__name__
+
+    async def introduce(*_: Any) -> dict[str, Any]:
+        raise InfrastructureError("learner rank 0: its process died")
+
+    places = SimpleNamespace(of=lambda role: repeat("DEFAULT"), release=lambda: released.append("places"))
+    monkeypatch.setattr(actors.nodes, "find_places", lambda *_, **__: places)
+    monkeypatch.setattr(cluster, "spawn", spawn)
+    monkeypatch.setattr(cluster, "kill_actors", killed.extend)
+    monkeypatch.setattr(actors, "_introduce", introduce)
+    config = configured("cluster=one_gpu")
+    made = actors.start_actors(config, "m", build_parts(config), {}, (1,), total_updates=1)
+    with pytest.raises((TypeError, InfrastructureError)):
+        asyncio.run(made)
+    assert released == ["places"]
+    assert killed == ([] if fails == "spawning" else ["Generator", "LearnerRank", "Verifier"])
 
 
 def test_ranks_that_lay_rows_out_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from entroray.engine import interfaces
 from entroray.engine.interfaces import check_interface, hold_port
@@ -34,7 +35,12 @@ STAYS = {
     "VLLM_HOST_IP": "10.0.0.1",
     "AWS_PROFILE": "mine",
 }
-SECRETS = {"HF_TOKEN": "hf_secret", "HUGGING_FACE_HUB_TOKEN": "hf_other", "VLLM_API_KEY": "my own key"}
+SECRETS = {
+    "HF_TOKEN": "hf_secret",
+    "HUGGING_FACE_HUB_TOKEN": "hf_other",
+    "VLLM_API_KEY": "my own key",
+    "HF_ENDPOINT": "https://me:hf_third@mirror.example/hf",
+}
 
 
 @pytest.fixture
@@ -156,9 +162,40 @@ def test_a_sum_that_fails_says_where_and_names_the_variable() -> None:
     well, ill = (True, "10.0.0.1 on eth0, 0.5 ms"), (False, "10.0.0.2 on docker0, Connection refused")
     said = network.try_network("127.0.0.1", ("a", "b"), "gloo", lambda asked: [well] * len(asked))
     assert said.startswith("1 MB summed by gloo over 2 processes (a: 10.0.0.1 on eth0")
+    with pytest.raises(PreflightError, match=r"a: .*docker0.*a: .*eth0"):
+        network.try_network("127.0.0.1", ("a", "a"), "gloo", lambda asked: [ill, well])
     for backend, variable in interfaces.VARIABLES.items():
         with pytest.raises(PreflightError, match=rf"b: .*docker0, Connection refused.*{variable}"):
             network.try_network("127.0.0.1", ("a", "b"), backend, lambda asked: [well, ill])
+
+
+@pytest.mark.parametrize(("cards", "own"), [(2, [0, 1]), (1, [0, 0])], ids=["a machine", "two nodes"])
+def test_members_of_nccl_take_a_card_each_before_they_meet(
+    monkeypatch: pytest.MonkeyPatch, cards: int, own: list[int]
+) -> None:
+    """Two members on one card are an error of NCCL; a task of Ray sees the card that it was given alone."""
+    taken: list[int] = []
+
+    def met(*_: Any, **__: Any) -> None:
+        raise ArithmeticError(len(taken))
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(network.distributed, "TCPStore", lambda *_, **__: None)
+    monkeypatch.setattr(network.distributed, "init_process_group", met)
+    for rank in range(2):
+        with pytest.raises(ArithmeticError, match=f"{rank + 1}"):
+            network._sum("nccl", rank, 2, "127.0.0.1", 1)
+    assert taken == own
+
+
+def test_a_driver_that_nobody_tells_is_unknown_and_of_cpus_none_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(network, "DRIVER", ("no-nvidia-smi-here",))
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 29, 3))
+    assert network._of_card("nccl") == ["driver unknown", "NCCL 2.29.3"]
+    assert network._of_card("gloo") == []
 
 
 # --- plasma ---

@@ -53,7 +53,7 @@ def test_what_fails_within_nccl_though_all_engines_answer_ends_the_run(
 ) -> None:
     gang = Gang(lambda n, names: failure)
     pool = make_pool(gang, Handle("a"), spares=[Handle("c")], transfer="nccl")
-    with pytest.raises(InfrastructureError, match=r"(?s)transfer=nccl.*NCCL_SOCKET_IFNAME.*run\.resume=auto"):
+    with pytest.raises(InfrastructureError, match=r"(?s)transfer=nccl.*run\.resume=auto"):
         asyncio.run(pool.update_weights(1))
     assert gang.sent == [(1, "a")]
 
@@ -73,7 +73,7 @@ def test_after_a_failure_engines_and_learner_meet_anew(make_pool: Any) -> None:
 def test_silence_in_which_weights_may_still_travel_is_no_sign_of_death(
     make_pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine's thread stands in NCCL for as long as its weights may take: 300 GB have six minutes."""
+    """An engine's thread stands in NCCL for as long as its weights may take: 300 GB have 51 minutes."""
     limits: list[float] = []
 
     async def settle_next(stream: Any, *, deadline: float, what: str) -> Any:
@@ -85,7 +85,7 @@ def test_silence_in_which_weights_may_still_travel_is_no_sign_of_death(
         pool = make_pool(Gang(), Sampling("a"), transfer=transfer)
         pool.sender.size = 300 * 10**9 if limits[1:] else 0
         asyncio.run(asyncio.wait_for(pool.sample(wanted("q")), 5.0))
-    assert limits == [31.0, 151.0, 391.0]
+    assert limits == [31.0, 151.0, 3091.0]
 
 
 def test_an_engine_that_does_not_answer_is_not_waited_for_as_long_as_a_start(

@@ -14,7 +14,7 @@ from entroray.workers import cluster, engine_pool
 from entroray.workers.cluster import Gang
 from entroray.workers.engine_pool import Engine, EnginePool
 from entroray.workers.in_step import InStep
-from entroray.workers.roles import LearnerRole
+from entroray.workers.roles import LearnerRole, rest
 from entroray.workers.weight_sender import GeneratorClient
 from tests.unit.test_shares import step
 
@@ -33,8 +33,9 @@ def called(log: list[str], what: str, answer: Any = None) -> Any:
     return SimpleNamespace(remote=call)
 
 
-async def turns(call: str, *, late: bool = False) -> list[str]:
-    """What two engines and two ranks do at a call of the learner; `late`: a third engine is starting."""
+async def turns(call: str, *, late: bool = False, dead: bool = False) -> list[str]:
+    """What two engines and two ranks do at a call of the learner; `late`: a third engine is starting, `dead`:
+    it starts as the first does not go to sleep."""
     log: list[str] = []
     engine = lambda name: SimpleNamespace(sleep=called(log, f"{name} sleeps"))
     rank = SimpleNamespace(score=called(log, "score", [{}]), update=called(log, "update", defaultdict(float)))
@@ -46,8 +47,16 @@ async def turns(call: str, *, late: bool = False) -> list[str]:
         log.append("c started")
         pool.newcomers.append(Engine("c", engine("c")))
 
+    async def die() -> None:
+        pool.live.pop(0)
+        pool.replacing.add(task := asyncio.create_task(start()))
+        task.add_done_callback(pool.replacing.discard)
+
+    if dead:
+        pool.live[0].handle.sleep.remote = die
     if late:
-        pool.replacing.add(asyncio.create_task(start()))
+        pool.replacing.add(task := asyncio.create_task(start()))
+        task.add_done_callback(pool.replacing.discard)
     learner = LearnerRole(Gang("learner", [rank, rank]), 64, 1.0, pool)
     ids, lengths = np.arange(4, dtype=np.int32), np.array([2, 2], dtype=np.int32)
     batch = Batch(ids, lengths, ids, lengths, np.ones(2, np.float32))
@@ -75,6 +84,24 @@ def test_ranks_wait_for_an_engine_that_starts_on_a_card_of_theirs() -> None:
     log = asyncio.run(turns("score", late=True))
     assert log[0] == "c started" and sorted(log[1:4]) == ["a sleeps", "b sleeps", "c sleeps"]
     assert log[4:] == ["score", "score"]
+
+
+def test_ranks_wait_for_an_engine_that_starts_in_place_of_one_that_was_found_dead_as_it_was_to_sleep() -> (
+    None
+):
+    log = asyncio.run(turns("score", dead=True))
+    assert log[:5] == ["b sleeps", "c started", *log[2:4], "score"], log
+    assert sorted(log[2:4]) == ["b sleeps", "c sleeps"]
+
+
+def test_an_engine_that_never_comes_is_not_waited_for_for_ever() -> None:
+    async def run() -> None:
+        pool = EnginePool([], list, SimpleNamespace(), restarts=0, start_deadline=1.0, report=list)  # type: ignore[arg-type]
+        pool.replacing.add(asyncio.create_task(asyncio.sleep(60.0)))
+        await rest(pool, 0.02)
+
+    with pytest.raises(InfrastructureError, match=r"driver\.call_deadline"):
+        asyncio.run(run())
 
 
 class Client(GeneratorClient):
