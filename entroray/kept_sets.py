@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # and without torch, as in types.py
 
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,13 +76,14 @@ class KeptSets:
 
     def plain(self) -> dict[str, Any]:
         """What JSON holds; `from_plain` reads it."""
-        columns = {name: getattr(self, name).tolist() for name in ("sizes", "words", "data")}
-        return columns | {"type": self.data.dtype.name}
+        columns = {name: getattr(self, name) for name in ("sizes", "words", "data")}
+        coded = {name: b64encode(column.tobytes()).decode() for name, column in columns.items()}
+        return coded | {"type": self.data.dtype.name}
 
     @classmethod
     def from_plain(cls, state: dict[str, Any]) -> KeptSets:
-        sizes, words = (np.array(state[name], np.int32) for name in ("sizes", "words"))
-        return cls(sizes, words, np.array(state["data"], state["type"]))
+        types = {"sizes": np.int32, "words": np.int32, "data": state["type"]}
+        return cls(*(np.frombuffer(b64decode(state[name]), kind) for name, kind in types.items()))
 
 
 def _numbers(bits: NDArray[Any]) -> NDArray[Any]:

@@ -18,7 +18,7 @@ from entroray.evaluation.cot_decoding import TWO, Decoding, words
 from entroray.evaluation.evaluate import evaluate_policy, heldout_prompts, plan_evaluation
 from entroray.evaluation.sets import examine_sets
 from entroray.observe import evaluation, evaluation_page
-from entroray.policy.lora import read_config
+from entroray.policy.lora import base_of
 from entroray.wiring import actors, compose, dataset, run_directory, sampler, tool, warm_start
 from entroray.workers import cluster
 from entroray.workers.verifier import Verifier
@@ -73,7 +73,9 @@ async def evaluate(config: Config) -> dict[str, Any]:
     """Everything found on the held-out prompts, as JSON holds it."""
     os.environ.update(cluster.environment() | (cluster.CPU_ONLY if actors.cpu_only(config.cluster) else {}))
     model, e, s, v = warm_start.resolve_model(config), config.evaluate, config.sampler, config.verifier
-    read = dataset.load_dataset(config, model)
+    base = base_of(model)
+    own = Path(model, "tokenizer_config.json").is_file()  # of an adapter that others made it is the base's
+    read = dataset.load_dataset(config, model if own else base)
     heldout = read.split.heldout or not read.sets  # else the sets alone are asked for
     prompts = heldout_prompts(read.split.heldout, e.prompts, "entroray eval") if heldout else ()
     if e.cot > len(read.tokenizer):
@@ -88,9 +90,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
         engine=_options(config),
     )
     verifier = Verifier(read.judge, slots=v.slots, deadline=config.reward.deadline, memory_mb=v.memory_mb)
-    adapter = read_config(model)
-    known = words(read.tokenizer, adapter["base_model_name_or_path"] if adapter else model)
-
+    known = words(read.tokenizer, base)
     role = actors.generator_role(engine, config)
     generator = tool.with_tool(config.rollout, read.tokenizer, role, verifier)
     draw = sampler.evaluation_draw(s, config.rollout, config.generator.engine)

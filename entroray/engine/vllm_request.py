@@ -128,7 +128,9 @@ def probe_params(masks: bool = False) -> Any:
 def as_rollout(request: Request, completion: Any, read: Read, noted: Noted | None) -> Rollout:
     token_ids = np.asarray(completion.token_ids, dtype=np.int32)
     depth = request.draw.top_tokens
-    reported = np.asarray(completion.logprobs.logprobs, dtype=np.float32)
+    reported = np.array(completion.logprobs.logprobs, dtype=np.float32)
+    if request.draw.temperature == 0 and completion.sampling_mask:
+        reported[:] = np.nan  # `sampling_params` had it drawn as the only one of its set, so that 0 is said
     logprobs = reported.reshape(len(token_ids), 1 + depth)  # the drawn token comes first
     versions = np.zeros(len(token_ids), dtype=np.int32)
     for span in completion.weight_versions or ():

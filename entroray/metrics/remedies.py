@@ -128,6 +128,7 @@ REMEDIES: Mapping[str, Remedy] = {
     "clip_higher": clip_higher,
     "clip_lower": clip_lower,
     "less_bonus": less_bonus,
+    "uncut": lambda settings: "sampler.top_p=1",
 }
 
 # --- signs ---

@@ -84,6 +84,8 @@ class Layout:
     reference: bool = False
     adapter: int = 0
     """Parameters of LoRA's adapter, which alone is trained; 0: all are."""
+    lora_rank: int = 0
+    """vLLM's max_lora_rank, where engines serve adapters."""
     transfer: str = "nccl"
     tensor_parallel: int = 1
     utilisation: float = 0.92
@@ -180,13 +182,25 @@ def engine_bytes(m: ModelShape, s: Layout, card: float) -> dict[str, float]:
     tp, large = s.tensor_parallel, card >= LARGE
     logits = (s.seats or SEATS[large]) * m.vocabulary * 8  # and their probabilities, in FP32
     parts = {
-        "weights": (m.parameters + (s.adapter if s.transfer == "adapter" else 0)) * s.element / tp,
+        "weights": m.parameters * s.element / tp,
+        **({"adapter": lora_slots(m, s) * s.element} if s.lora_rank else {}),
         "a step": (s.batched or BATCHED[large]) * s.element * (3 * m.intermediate / tp + 6 * m.width)
         + logits,
         "graphs": float(GRAPHS if s.graphs else 0),
     }
     left = s.utilisation * card - sum(parts.values())
     return {**parts, "keys and values": float(left if s.kv_bytes is None else s.kv_bytes)}
+
+
+def lora_slots(m: ModelShape, s: Layout) -> float:
+    """Numbers of A and B that vLLM 0.32 holds on one shard: for every matrix, whatever the adapter's targets.
+
+    Embedding and head too, as of Llama and Qwen3. Shards divide B of q, k, v, gate and up, and A of o and
+    down; they have the others whole.
+    """
+    whole, divided = 7 * m.width, 2 * m.queries + 2 * m.keys + 3 * m.intermediate
+    layer = whole + divided / s.tensor_parallel
+    return s.lora_rank * (m.layers * layer + 2 * (m.vocabulary + m.width))
 
 
 def token_bytes(m: ModelShape, s: Layout) -> float:
@@ -296,7 +310,7 @@ def smallest_change(
         if found or not apart:
             return found
         two = replace(s, shared=False, sleep=False, transfer="nccl", kv_bytes=None, utilisation=0.85)
-        beyond = smallest_change(m, replace(two, ranks=1), card, ranks=ranks, parallel=parallel)
+        beyond = smallest_change(m, replace(two, ranks=1, lora_rank=0), card, ranks=ranks, parallel=parallel)
         return beyond and (["cluster=gpu", *beyond[0]], beyond[1])
     learner = _first(m, s, card, learner_steps(s, ranks), "learner")
     both = learner and _first(m, learner[1], card, engine_steps(m, s, parallel), "engine")

@@ -114,11 +114,12 @@ class _KeptStats(torch.autograd.Function):
             seen[part.ids] = True
         place = seen.cumsum(0) - 1  # of rows in some set: no sum in FP32 is as large as a weight in bf16
         zeros = lambda *size: hidden.new_zeros(size, dtype=sent.dtype)
-        of_hidden, of_bias = zeros(*hidden.shape), zeros(len(weight))
+        of_hidden, of_bias = zeros(*hidden.shape), None if bias is None else zeros(len(weight))
         of_rows = zeros(int(seen.sum()), hidden.shape[1])
         for part in _cut(ctx.kept, live, hidden.device):
             slope = _slope(ctx, _products(hidden, weight, part, sent.dtype), part, ids, temperature, sent)
-            of_bias.index_add_(0, part.ids, slope)
+            if of_bias is not None:
+                of_bias.index_add_(0, part.ids, slope)
             for some in _gathers(len(slope), hidden):
                 token, word, dz = part.tokens[part.token[some]], part.ids[some], slope[some, None]
                 of_hidden.index_add_(0, token, dz * weight[word].to(dz.dtype))
@@ -127,7 +128,8 @@ class _KeptStats(torch.autograd.Function):
         full = torch.zeros_like(weight) if trained else None
         if full is not None:
             full[seen] = of_rows.to(weight.dtype)
-        return of_hidden.to(hidden.dtype), full, None if bias is None else of_bias.to(bias.dtype), *[None] * 5
+        of_bias = None if of_bias is None else of_bias.to(bias.dtype)
+        return of_hidden.to(hidden.dtype), full, of_bias, *[None] * 5
 
 
 def _gathers(members: int, hidden: Tensor) -> Iterator[slice]:

@@ -26,26 +26,32 @@ _NAME = "default"
 """What peft calls an adapter that nobody named."""
 
 
-def find_targets(model: Any, targets: Sequence[str]) -> list[str]:
-    """Last names of the matrices that get an adapter; PreflightError for one that is none, or the head."""
+def find_targets(model: Any, targets: Sequence[str], rank: int = 0) -> list[str]:
+    """Last names of the matrices that get an adapter; PreflightError for one that is none, or the head, or
+    has no more columns than `rank`.
+    """
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
     found = {
-        name.rpartition(".")[2]: type(module).__name__
+        name.rpartition(".")[2]: module.in_features if isinstance(module, nn.Linear) else module.nx
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    if list(targets) == [ALL]:
-        return sorted(found)
-    for name in targets:
+    chosen = sorted(found if list(targets) == [ALL] else set(targets))
+    for name in chosen:
         if name not in found:
             raise PreflightError(
                 f"learner.lora.targets={list(targets)}: {name} is no matrix within the layers of "
                 f"{type(model).__name__}, and neither head nor embedding can have an adapter: "
                 f"{nearest(name, found)}, or take {ALL}"
             )
-    return sorted(set(targets))
+        if rank >= found[name]:
+            raise PreflightError(
+                f"learner.lora.rank={rank} is not low: {name} has {found[name]} columns. Lower it, or set "
+                "learner.lora.rank=0, which trains all weights"
+            )
+    return chosen
 
 
 def add_adapter(policy: Policy, lora: Lora, seed: int) -> None:
@@ -63,7 +69,7 @@ def add_adapter(policy: Policy, lora: Lora, seed: int) -> None:
             r=lora.rank,
             lora_alpha=alpha,
             lora_dropout=0.0,
-            target_modules=find_targets(model, lora.targets),
+            target_modules=find_targets(model, lora.targets, lora.rank),
             task_type="CAUSAL_LM",
         )
         inject_adapter_in_model(policy.adapter, model)
@@ -130,8 +136,8 @@ def write_adapter(folder: Path, config: dict[str, Any], weights: Iterable[tuple[
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     save_file({name: t.cpu().contiguous() for name, t in weights}, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors gives 0600
 
 
@@ -148,6 +154,12 @@ def read_config(folder: str) -> dict[str, Any] | None:
             f"{file} does not say rank and base of an adapter: export it again, with "
             "learner.lora.export=merged for a model that needs no base"
         ) from error
+
+
+def base_of(model: str) -> str:
+    """The model that an adapter's folder is of; any other model itself."""
+    config = read_config(model)
+    return str(config["base_model_name_or_path"]) if config else model
 
 
 class _Merging:

@@ -28,12 +28,7 @@ def tensor_shapes(place: Path) -> dict[str, list[int]]:
 
     Raises PreflightError where a file is something else, such as a pointer of Git LFS.
     """
-    return {
-        name: t["shape"]
-        for f in weight_files(place)
-        for name, t in _header(f).items()
-        if name != "__metadata__"
-    }
+    return {name: t["shape"] for f in weight_files(place) for name, t in read_header(f).items()}
 
 
 def weight_files(place: Path) -> list[Path]:
@@ -47,8 +42,8 @@ def weight_files(place: Path) -> list[Path]:
     return files if all(f.is_file() for f in files) else []
 
 
-def _header(file: Path) -> dict[str, dict]:
-    """A safetensors file begins with the length of its header, 8 bytes little-endian, and the header.
+def read_header(file: Path) -> dict[str, dict]:
+    """What a safetensors file says of each tensor: its first 8 bytes, little-endian, are the header's length.
 
     PreflightError unless the file is as long as its header says.
     """
@@ -57,8 +52,8 @@ def _header(file: Path) -> dict[str, dict]:
         length = int.from_bytes(opened.read(8), "little")
         try:
             header: dict[str, dict] = json.loads(opened.read(min(length, size)))
-            ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
-            whole = size == 8 + length + max(ends, default=0)
+            header.pop("__metadata__", None)
+            whole = size == 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
             whole = False
     if not whole:

@@ -30,7 +30,7 @@ BOUNDS = {
     "positive_share_or_null": Bound("above 0 and at most 1, or null", lambda x: x is None or 0 < x <= 1),
     "repeats": Bound("0 (off) or at least 2", lambda x: x == 0 or x >= 2),
     "seed": Bound("from 0 to 2^32 - 1, as NumPy's", lambda x: 0 <= x < 2**32),
-    "top_k": Bound("at least 1, or 0 or -1 for all tokens", lambda x: x >= -1),
+    "top_k": Bound("at least 1, or 0 for all tokens", lambda x: x >= 0),
     "band": Bound(
         "two shares, the lower first, both in [0, 1]", lambda x: len(x) == 2 and 0 <= x[0] <= x[1] <= 1
     ),
@@ -144,10 +144,17 @@ def check_lora(n: LearnerConfig, g: GeneratorConfig) -> None:
             f"{asked} is of adapters, and learner.lora.rank=0 trains none: set learner.lora.rank, as "
             "learner=lora does, or leave it out"
         )
-    if alone and rank > RANKS[-1]:
+    if rank and not n.lora.targets:
+        raise ConfigError(
+            f"learner.lora.targets=[] gives no matrix an adapter of learner.lora.rank={rank}: name some, or "
+            "take [all-linear]"
+        )
+    remedies = {"generator.transfer=plasma": alone, "learner.lora.export=merged": n.lora.export == "adapter"}
+    if rank > RANKS[-1] and any(remedies.values()):
+        asked = " and ".join(name for name, needed in remedies.items() if needed)
         raise ConfigError(
             f"learner.lora.rank={rank}: vLLM serves adapters of rank {RANKS[-1]} at most: lower it, or set "
-            "generator.transfer=plasma, which sends merged weights"
+            f"{asked}, for merged weights"
         )
     if alone and g.sleep:
         raise ConfigError(

@@ -42,7 +42,7 @@ def memory_lines(config: Config, objective: Objective, card: float | None = None
     limit = f"at most {v.memory_mb:,} MiB" if v.memory_mb else "no limit"
     return [
         f"model: {found:,} parameters, {config.model.dtype}",
-        *(f"trained: {line}" for line in lora_lines(config, adapter_size(config))),
+        *(f"trained: {line}" for line in lora_lines(config, adapter_size(config), "about ")),
         f"memory of a learner rank between updates, {_mib(sum(parts.values()))}: "
         + ", ".join(f"{name} {_mib(size)}" for name, size in parts.items()),
         f"memory of a generator's shard: weights {_mib(found * e / g.tensor_parallel)}, {kept}",
@@ -51,11 +51,11 @@ def memory_lines(config: Config, objective: Objective, card: float | None = None
     ]
 
 
-def lora_lines(config: Config, trained: int) -> list[str]:
+def lora_lines(config: Config, trained: int, about: str = "") -> list[str]:
     """What LoRA trains, and how it is served; nothing without it. `trained` are parameters, 0: unknown."""
     of, alone = config.learner.lora, config.generator.transfer == ADAPTER
     how = "as an adapter" if alone else "merged into the weights"
-    size = f"{trained:,} parameters" if trained else "few parameters"
+    size = f"{about}{trained:,} parameters" if trained else "few parameters"
     return [f"LoRA of rank {of.rank} on {', '.join(of.targets)}, {size}, served {how}"] if of.rank else []
 
 
@@ -147,6 +147,7 @@ def layout(config: Config, objective: Objective) -> Layout:
         compiled=n.compile,
         reference=n.reference or "ref_logprobs" in objective.needs,
         adapter=adapter_size(config),
+        lora_rank=engine.get("max_lora_rank", 0),
         transfer=g.transfer,
         tensor_parallel=g.tensor_parallel,
         utilisation=float(engine.get("gpu_memory_utilization", Layout.utilisation)),

@@ -182,9 +182,8 @@ def disk(config: Config) -> str:
         exported = size if config.learner.lora.export == "merged" else trained
     else:
         trained = exported = size
-    each = trained * (
-        3 if config.model.dtype == "float32" else 7
-    )  # two moments, and a master copy below FP32
+    copies = 3 if config.model.dtype == "float32" else 7  # two moments, and a master copy below FP32
+    each = trained * copies
     need = each * (config.checkpoint.keep + 2) + exported
     if need > free:
         raise PreflightError(

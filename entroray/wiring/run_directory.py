@@ -23,8 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from entroray.config import USER_FILES, Config, Run
 from entroray.errors import DataError, PreflightError
 from entroray.observe.journal import read_metrics, replace_text
-from entroray.policy.lora import read_config
-from entroray.policy.safetensors_header import tensor_shapes
+from entroray.policy.lora import WEIGHTS, read_config
+from entroray.policy.safetensors_header import read_header, tensor_shapes
 from entroray.wiring.overrides import setting_type
 from entroray.workers import checkpoint
 
@@ -195,9 +195,9 @@ def finished(run: Run) -> str:
 
 
 def _is_whole(model: Path) -> bool:
-    """Whether every file of weights is as long as its header says; or it is an adapter."""
+    """Whether every file of weights, of a model or an adapter, is as long as its header says."""
     try:
-        return bool(tensor_shapes(model) or read_config(str(model)))
+        return bool(read_header(model / WEIGHTS) if read_config(str(model)) else tensor_shapes(model))
     except (OSError, PreflightError):
         return False
 

@@ -145,6 +145,11 @@ def check_training_sampler(config: Config, parts: Parts) -> None:
     s, engine = config.sampler, config.generator.engine
     if s.temperature <= 0:
         raise ConfigError("sampler.temperature must be above 0 in training: greedy samples carry no gradient")
+    if s.top_k == 1:
+        raise ConfigError(
+            "sampler.top_k=1 leaves one token to draw, which carries no gradient: set sampler.top_k=0 in "
+            "training, or 2 or more"
+        )
     if engine.get("logprobs_mode", REPORTED) != REPORTED:
         raise ConfigError(
             f"generator.engine.logprobs_mode={engine['logprobs_mode']}: an engine that does not report the "
@@ -180,17 +185,17 @@ def _check_sets(config: Config, parts: Parts) -> None:
             f"{cut}: log-probs are over the set that a token is drawn from, and generator.engine."
             f"logits_processors={own} may change it unseen: drop them, or {whole}"
         )
+    if engine.get("speculative_config"):
+        raise ConfigError(
+            f"{cut}: with speculative decoding vLLM takes no logits processor, which cuts on CPUs, and its "
+            f"sampling masks are untried there: drop generator.engine.speculative_config, or {whole}"
+        )
     if not masks(config):
-        if engine.get("speculative_config"):
-            raise ConfigError(
-                f"{cut} is done by a logits processor on CPUs, and with speculative decoding vLLM takes "
-                f"none: drop generator.engine.speculative_config, or {whole}"
-            )
         return
     if not 0 < s.top_k <= MOST_KEPT:
         raise ConfigError(
             f"{cut}: on GPUs vLLM's sampling mask tells what each token is drawn from, and needs sampler."
-            f"top_k between 1 and {MOST_KEPT}: set sampler.top_k={MOST_KEPT}"
+            f"top_k between 2 and {MOST_KEPT}: set sampler.top_k={MOST_KEPT}"
         )
     if noted := _beside_masks(config, parts):
         raise ConfigError(
@@ -201,13 +206,14 @@ def _check_sets(config: Config, parts: Parts) -> None:
 
 def _beside_masks(config: Config, parts: Parts) -> str:
     """What asks an engine that gives sampling masks for what it cannot do; empty if nothing does."""
-    greedy = [name for name, each in config.evaluate.sets.items() if set_draw(config, each).temperature == 0]
+    sets = config.evaluate.sets.items()
+    greedy = next((name for name, each in sets if set_draw(config, each).temperature == 0), "")
     asked = {
         "sampler.rule reshapes (sampler=fixed does not)": parts.reshapes,
         "rollout.plan reads more of an engine than it draws (rollout=plain does not)": bool(
             traits(parts.plan).needs
         ),
         f"rollout.second.factor={config.rollout.second.factor:g} is not 1": config.rollout.second.factor != 1,
-        f"evaluate.sets.{greedy[:1]} has temperature 0, and its log-probs would be of one token": greedy,
+        f"evaluate.sets.{greedy} has temperature 0, and its log-probs would be of one token": bool(greedy),
     }
     return next((what for what, wrong in asked.items() if wrong), "")

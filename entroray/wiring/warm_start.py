@@ -174,7 +174,8 @@ def _supervised(config: Config) -> Config:
     transfer = "plasma" if config.generator.transfer == ADAPTER else config.generator.transfer
     generator = replace(config.generator, replicas=1, transfer=transfer)
     driver = replace(config.driver, probe=probe)
-    own = replace(config, learner=learner, driver=driver, generator=generator, seed=SEED)
+    whole = replace(config.sampler, top_p=1.0, top_k=0)  # one model, however a run cuts its draws
+    own = replace(config, learner=learner, driver=driver, generator=generator, sampler=whole, seed=SEED)
     return replace(own, evaluate=Evaluate())  # sets would have the engine note entropies
 
 

@@ -221,9 +221,7 @@ class DeepSpeedBackend:
 
         The learning rate is that of the settings, which may have changed since, not the one that was saved.
         """
-        whole = (
-            self.policy.adapter is None
-        )  # else what stays was read from the model, and is in no checkpoint
+        whole = self.policy.adapter is None  # else the base is in no checkpoint
         loaded, _ = self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=whole)
         if loaded is None:
             raise PreflightError(f"{folder} holds no learner that DeepSpeed can read: resume from another")

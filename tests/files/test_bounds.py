@@ -75,8 +75,8 @@ def test_what_is_off_stays_legal(told: str) -> None:
 
 
 def test_a_tail_may_be_cut_in_an_evaluation_only_where_there_is_one() -> None:
-    configured("sampler.top_k=-1", "sampler.top_p=0.5", training=False)
-    for told in ("sampler.top_k=-2", "sampler.top_p=0", "sampler.top_p=1.5"):
+    configured("sampler.top_k=1", "sampler.top_p=0.5", training=False)
+    for told in ("sampler.top_k=-1", "sampler.top_p=0", "sampler.top_p=1.5"):
         with pytest.raises(ConfigError, match=told):
             configured(told, training=False)
 

@@ -1,5 +1,6 @@
 """`entroray eval` on a real engine: exact entropies, CoT-decoding by transformers too, a comparison."""
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +88,30 @@ def test_entropies_are_those_of_the_whole_distribution_at_the_temperature(
         exact, _ = token_entropy(logits(model, before, ids), temperature)
         np.testing.assert_allclose([h for _, h in response["tokens"]], exact, atol=1e-3)
         assert 0.01 < float(exact.mean()) < 5
+
+
+def test_an_adapter_that_peft_saved_is_evaluated_with_its_bases_tokenizer(
+    trained: list[str], read: tuple[Any, Any, dataset.Dataset], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base, tokenizer, data = read
+    low = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(base), low)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert not list(tmp_path.glob("adapter/tokenizer*"))
+    own = [f"model.path={tmp_path}/adapter", "evaluate.prompts=2", "evaluate.samples=2"]
+    entroray("eval", "--heldout", f"--out={tmp_path}/found.json", trained[0], *SETTINGS[:2], *own)
+    result = json.loads((tmp_path / "found.json").read_text())
+    prompts = {p.text: p.token_ids for p in data.split.heldout}
+    names, gaps = {words(tokenizer).name(i): i for i in range(len(tokenizer))}, []
+    for response in result["responses"]:
+        before, ids = prompts[response["prompt"]], [names[name] for name, _ in response["tokens"]]
+        noted = [h for _, h in response["tokens"]]
+        exact, of_base = (token_entropy(logits(m, before, ids), 0.8)[0].numpy() for m in (adapted, base))
+        np.testing.assert_allclose(noted, exact, atol=1e-3)
+        gaps.append(np.abs(noted - of_base).max())
+    assert max(gaps) > 0.01, "the adapter is there"
 
 
 def test_gaps_are_those_of_the_model_on_each_greedy_path(

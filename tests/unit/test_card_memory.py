@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from entroray import cli
-from entroray.config import Config
+from entroray.config import Config, LearnerConfig
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.planning import memory as planning
 from entroray.planning.memory import GIB, NAMED, QWEN, Layout, ModelShape, learner_states
@@ -18,11 +18,13 @@ from entroray.policy import head
 from entroray.wiring import memory, preflight
 from entroray.wiring.parts import build_parts
 from entroray.workers import cluster
+from entroray.workers.deepspeed_backend import deepspeed_config
 from tests.composed import configured
 
 NONE: Any = SimpleNamespace(needs=())
 SEVEN = "model.path=Qwen/Qwen2.5-7B-Instruct", "learner.lr=1e-6"
 RANK = Layout(2, 8704, ranks=4)
+LOW = "learner=lora", "learner.lora.rank=4"
 
 
 def counted(m: ModelShape, *, tied: bool) -> int:
@@ -318,3 +320,52 @@ def test_the_page_has_the_table_that_the_command_prints(capsys: pytest.CaptureFi
     assert cli.run(["plan", "--table"]) == 0
     page = (Path(__file__).parents[2] / "launch" / "README.md").read_text()
     assert capsys.readouterr().out in page and len(re.findall(r"^\| (?:1\.5|7|32)B ", page, re.M)) == 24
+
+
+def test_memory_is_that_of_a_frozen_base_and_a_trained_adapter() -> None:
+    """7.6e9 weights in bf16; of 40.4 M of rank 16 gradients in both precisions, a copy and two moments."""
+    config = configured("cluster=gpu", *SEVEN, "learner=lora", "learner.lora.rank=16", "learner.zero_stage=1")
+    s = memory.layout(config, SimpleNamespace(needs={"ref_logprobs"}))  # type: ignore[arg-type]
+    layer = 2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18_944)
+    assert s.adapter == 28 * 16 * layer == 40_370_176
+    states = planning.learner_states(QWEN["7B"].parameters, s)
+    ranks = config.learner.ranks
+    assert states == {
+        "weights": 2 * (7_615_616_512 + s.adapter),
+        "gradients": 6 * s.adapter,
+        "float32 copy": 4 * s.adapter / ranks,
+        "Adam moments": 8 * s.adapter / ranks,
+    }
+    assert (
+        s.bucket
+        == 50_000_000
+        == deepspeed_config(config.learner, "bfloat16")["zero_optimization"]["reduce_bucket_size"]
+    )
+    assert "reduce_bucket_size" not in deepspeed_config(LearnerConfig(), "bfloat16")["zero_optimization"]
+    assert planning.adapter_size(QWEN["7B"], 16, ["q_proj", "v_proj"]) == 28 * 16 * (2 * 3584 + 3584 + 512)
+
+
+def test_an_engine_that_serves_adapters_has_room_for_one_on_every_matrix() -> None:
+    """vLLM 0.32: of the rank it knows, for seven matrices of each layer, embedding and head."""
+    alone = [*SEVEN, *LOW, "learner.lora.targets=[q_proj]", "cluster=gpu", "generator.transfer=adapter"]
+    s, card = memory.layout(configured(*alone), NONE), 80 * NAMED
+    layer = 2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18_944)
+    of = lambda **how: planning.engine_bytes(QWEN["7B"], replace(s, **how), card)
+    assert s.lora_rank == 8 and of(tensor_parallel=1)["adapter"] == 2 * 8 * (
+        28 * layer + 2 * (152_064 + 3584)
+    )
+    divided = 2 * 3584 + 2 * 512 + 3 * 18_944
+    assert of(tensor_parallel=1)["adapter"] - of(tensor_parallel=2)["adapter"] == 8 * 28 * divided
+    assert "adapter" not in of(lora_rank=0)
+
+
+def test_adapters_are_named_where_full_training_does_not_fit() -> None:
+    alone = ["cluster=one_gpu", *SEVEN]
+    with pytest.raises(PreflightError, match=r"learner\.lora\.rank=32 learner\.lr=1e-05") as refused:
+        memory.check_cards(configured(*alone), NONE, 80 * NAMED)
+    words = str(refused.value).partition("it does: ")[2].partition(". ")[0].split()
+    taken = [*alone, *[word for word in words if not word.startswith("learner.lr")], "learner.lr=1e-5"]
+    assert "GiB of" in memory.check_cards(configured(*taken), NONE, 80 * NAMED)
+    with pytest.raises(PreflightError) as low:
+        memory.check_cards(configured(*alone, "learner=lora"), NONE, 10 * NAMED)
+    assert "in place of full training" not in str(low.value)

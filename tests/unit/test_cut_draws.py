@@ -13,7 +13,7 @@ from entroray.engine.vllm_request import Noted, Request, as_rollout, probe_param
 from entroray.errors import ConfigError, InfrastructureError
 from entroray.kept_sets import KeptSets, encode
 from entroray.types import Draw
-from entroray.wiring import actors, sampler
+from entroray.wiring import actors, sampler, warm_start
 from entroray.wiring.parts import build_parts
 from tests.composed import configured
 
@@ -96,6 +96,19 @@ def test_training_draws_ask_for_sets_and_evaluations_do_not() -> None:
     assert not sampler.describe_sets(whole) and "our logits processor" in sampler.describe_sets(config)
 
 
+def test_a_cut_changes_neither_the_tiny_model_nor_how_it_is_measured() -> None:
+    cut, whole = configured("sampler.top_p=0.9", "sampler.top_k=50"), configured()
+    assert warm_start.cached_folder(cut) == warm_start.cached_folder(whole)
+    drawn, usual = (sampler.plain_draw(warm_start._supervised(c).sampler, c.rollout) for c in (cut, whole))
+    assert drawn == usual and (drawn.top_p, drawn.top_k) == (1.0, 0)
+
+
+def test_log_probs_of_a_greedy_draw_among_one_token_are_not_known() -> None:
+    greedy = CUT.greedy()
+    assert np.isnan(answered([5, 7], [[5], [7]], draw=greedy).logprobs).all()
+    assert answered([5, 7], draw=greedy).logprobs.tolist() == [-0.5, -0.5], "of an engine without masks"
+
+
 def options(*told: str) -> dict[str, Any]:
     config = configured(*told)
     return actors.logits_processors(config, build_parts(config))
@@ -118,9 +131,12 @@ def test_engines_are_started_with_what_tells_the_sets() -> None:
         ([*GPU, "sampler.top_k=50", "rollout=hotter_again"], r"rollout\.second\.factor=1\.\d+ is not 1"),
         (
             [*GPU, "sampler.top_k=50", "evaluate=aime24", "evaluate.sets.aime24.temperature=0"],
-            r"evaluate\.sets\.\['aime24'\] has temperature 0",
+            r"evaluate\.sets\.aime24 has temperature 0",
         ),
         (["sampler.top_k=5", "+generator.engine.speculative_config={a: b}"], r"speculative_config"),
+        ([*GPU, "sampler.top_k=5", "+generator.engine.speculative_config={a: b}"], r"speculative_config"),
+        (["sampler.top_k=1"], r"sampler\.top_k=1 .*gradient.*sampler\.top_k=0"),
+        (["sampler.top_k=-1"], r"sampler\.top_k=-1.*or 0 for all"),
         (
             [
                 "sampler.top_k=5",

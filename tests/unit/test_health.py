@@ -64,6 +64,12 @@ def test_collapse_is_dated_from_its_own_rate():
     )
 
 
+def test_tokens_alone_in_their_sets_explain_a_run_without_gain():
+    flat = [{"entropy/mean": 0.1, "correct/mean": 0.2, "kept/alone": 0.97}] * 40
+    found = read_health(flat)
+    assert found.cause.startswith("97% of tokens were alone") and found.remedy == "sampler.top_p=1"
+
+
 def test_the_strongest_sign_is_the_cause():
     """Each by how far it is from where it counts to its most: 0.1 nats, all groups."""
     signs = {"update/kl": 0.02, "mismatch/kl": 0.0001, "groups/all_right": 0.41}

@@ -57,6 +57,9 @@ def test_sets_are_cut_put_together_and_kept_as_json():
     ]  # fmt: skip
     again = KeptSets.from_plain(json.loads(json.dumps(kept.plain())))
     assert read(again) == SETS and again.data.dtype == kept.data.dtype
+    assert all(np.array_equal(getattr(again, n), getattr(kept, n)) for n in ("sizes", "words", "data"))
+    large = written([range(0, 150_000, 3)], 150_000)
+    assert len(json.dumps(large.plain())) < 26_000, "a bit for each token of the vocabulary, in base 64"
     assert kept.hold(np.array([5, 7, 9, 0, 4, 20, 6])) and not kept.hold(np.array([4, 7, 9, 0, 4, 20, 6]))
 
 
@@ -276,6 +279,8 @@ def test_records_and_metrics_say_size_and_mass_and_the_entropy_before_the_cut():
     rows = record_table(1, [group], tokens).to_pylist()
     assert [r["kept_size"] for r in rows] == [3, None, 1]
     assert [r["kept_mass"] for r in rows] == [0.5, None, 0.75]
+    for name in ("logprob_old", "entropy", "varentropy"):
+        assert [r[name] for r in rows] == [0.5, None, 0.0]
     assert [r["vocabulary_entropy"] for r in rows] == [2.0, None, 3.0]
     found = step_metrics([group], tokens)
     assert (found["kept/size"], found["kept/alone"], found["kept/mass"]) == (2.0, 0.5, 0.625)

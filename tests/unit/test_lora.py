@@ -1,6 +1,7 @@
 """LoRA: what is trained, merged, sent, written and refused, on small random models of every family."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,10 @@ from entroray.engine.adapter import AdapterWeights, adapter_options
 from entroray.engine.weight_bytes import pack
 from entroray.errors import ConfigError, PreflightError, SyncError
 from entroray.objective import build_objective
-from entroray.planning import memory as planning
-from entroray.planning.memory import NAMED, QWEN
 from entroray.policy import lora, proof
 from entroray.policy.model import Policy, load_policy, pad
-from entroray.wiring import actors, compose, constraints, memory, preflight
+from entroray.wiring import actors, compose, constraints, memory, preflight, run_directory
 from entroray.wiring.parts import build_parts
-from entroray.workers.deepspeed_backend import deepspeed_config
 from entroray.workers.learner_rank import LearnerRank, LearnerSettings
 from tests.composed import configured
 from tests.families.models import FAMILIES, configuration, folder
@@ -199,6 +197,34 @@ def test_targets_that_have_no_matrix_are_refused(name: str, tmp_path: Path) -> N
     proof.check_architecture("some/model", config, targets=["q_proj"])
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_a_rank_as_large_as_a_matrix_is_refused(name: str, tmp_path: Path) -> None:
+    policy = load_policy(str(folder(name, tmp_path / "read")), torch.float32)
+    width = policy.model.config.hidden_size
+    with pytest.raises(PreflightError, match=rf"learner\.lora\.rank={width} .*{width} columns.*rank=0"):
+        lora.add_adapter(policy, Lora(rank=width), seed=0)
+
+
+def test_an_adapter_cut_short_is_no_whole_model(tmp_path: Path) -> None:
+    place = exported(adapted(folder("qwen3", tmp_path / "read")), tmp_path / "adapter", "some/base")
+    assert run_directory._is_whole(place)
+    weights = place / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert not run_directory._is_whole(place)
+    weights.unlink()
+    assert not run_directory._is_whole(place)
+
+
+def test_the_configuration_of_an_adapter_comes_after_its_weights(tmp_path: Path) -> None:
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "one", torch.zeros(2)
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        lora.write_adapter(tmp_path, {"r": 4}, weights())
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
 def test_an_engine_loads_what_was_sent_in_place_and_every_request_goes_through_it(tmp_path: Path) -> None:
     policy = adapted(folder("qwen3", tmp_path / "read"))
     weights, config = sent(policy, "base"), lora.outgoing(policy, Whole(policy), "base").adapter
@@ -256,7 +282,12 @@ def test_engines_get_the_adapter_alone_only_where_the_transfer_says_so() -> None
     [
         (["generator.transfer=adapter"], r"generator\.transfer=adapter.*learner\.lora\.rank"),
         (["learner.lora.alpha=3"], r"learner\.lora.*learner\.lora\.rank=0"),
-        ([*LOW, "learner.lora.rank=1024", "generator.transfer=adapter"], r"rank=1024.*512.*plasma"),
+        (
+            [*LOW, "learner.lora.rank=1024", "generator.transfer=adapter"],
+            r"rank=1024.*512.*plasma and learner\.lora\.export=merged",
+        ),
+        ([*LOW, "learner.lora.rank=513"], r"rank=513.*512.*set learner\.lora\.export=merged"),
+        ([*LOW, "learner.lora.targets=[]"], r"learner\.lora\.targets=\[\].*rank=4.*all-linear"),
         ([*LOW, "learner.reset_after=2", "evaluate.every=1"], r"learner\.reset_after=2.*set"),
         (
             [*LOW, "cluster=one_gpu", "generator.transfer=adapter"],
@@ -326,47 +357,11 @@ def test_an_adapter_is_no_model_to_train(tmp_path: Path) -> None:
         lora.read_config(str(place))
 
 
-SEVEN = "model.path=Qwen/Qwen2.5-7B-Instruct", "learner.lr=1e-6"
-NONE: Any = SimpleNamespace(needs=())
-
-
-def test_memory_is_that_of_a_frozen_base_and_a_trained_adapter() -> None:
-    """7.6e9 weights in bf16; of 40.4 M of rank 16 gradients in both precisions, a copy and two moments."""
-    config = configured("cluster=gpu", *SEVEN, "learner=lora", "learner.lora.rank=16", "learner.zero_stage=1")
-    s = memory.layout(config, SimpleNamespace(needs={"ref_logprobs"}))  # type: ignore[arg-type]
-    layer = 2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18_944)
-    assert s.adapter == 28 * 16 * layer == 40_370_176
-    states = planning.learner_states(QWEN["7B"].parameters, s)
-    ranks = config.learner.ranks
-    assert states == {
-        "weights": 2 * (7_615_616_512 + s.adapter),
-        "gradients": 6 * s.adapter,
-        "float32 copy": 4 * s.adapter / ranks,
-        "Adam moments": 8 * s.adapter / ranks,
-    }
-    assert (
-        s.bucket
-        == 50_000_000
-        == deepspeed_config(config.learner, "bfloat16")["zero_optimization"]["reduce_bucket_size"]
-    )
-    assert "reduce_bucket_size" not in deepspeed_config(LearnerConfig(), "bfloat16")["zero_optimization"]
-    assert planning.adapter_size(QWEN["7B"], 16, ["q_proj", "v_proj"]) == 28 * 16 * (2 * 3584 + 3584 + 512)
-
-
-def test_adapters_are_named_where_full_training_does_not_fit() -> None:
-    alone = ["cluster=one_gpu", *SEVEN]
-    with pytest.raises(PreflightError, match=r"learner\.lora\.rank=32 learner\.lr=1e-05") as refused:
-        memory.check_cards(configured(*alone), NONE, 80 * NAMED)
-    words = str(refused.value).partition("it does: ")[2].partition(". ")[0].split()
-    taken = [*alone, *[word for word in words if not word.startswith("learner.lr")], "learner.lr=1e-5"]
-    assert "GiB of" in memory.check_cards(configured(*taken), NONE, 80 * NAMED)
-    with pytest.raises(PreflightError) as low:
-        memory.check_cards(configured(*alone, "learner=lora"), NONE, 10 * NAMED)
-    assert "in place of full training" not in str(low.value)
-
-
 def test_a_dry_run_says_what_is_trained() -> None:
     line = memory.lora_lines(configured(*LOW, "generator.transfer=adapter"), 12_345)
     assert line == ["LoRA of rank 4 on all-linear, 12,345 parameters, served as an adapter"]
     assert memory.lora_lines(configured(), 12_345) == []
+    known = configured("model.path=Qwen/Qwen2.5-7B-Instruct", "learner.lr=1e-6", *LOW)
+    (said,) = [x for x in memory.memory_lines(known, SimpleNamespace(needs=())) if x.startswith("trained")]
+    assert "about 10,092,544 parameters" in said, "of a model's shape, not of its matrices"
     constraints.check_lora(LearnerConfig(), configured().generator)

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from entroray.cli import eval as cli_eval
 from entroray.cli import lab
+from entroray.cli.verify_resume import differences
 from entroray.config import Config, Reward, Run
 from entroray.data.prompts import Split
 from entroray.errors import ConfigError, PreflightError
@@ -137,6 +138,19 @@ def model_of(run: Path, cut: int = 0) -> None:
     (run / "model").mkdir()
     whole = save({"w": torch.zeros(8)})
     (run / "model" / "model.safetensors").write_bytes(whole[: len(whole) - cut])
+
+
+def test_runs_without_weights_have_not_the_same(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("")
+    assert differences(one, other, after=0) == ["the exported weights"]
+    model_of(one)
+    model_of(other)
+    assert differences(one, other, after=0) == []
+    (other / "model" / "model.safetensors").rename(other / "model" / "adapter_model.safetensors")
+    assert differences(one, other, after=0) == ["the exported weights"]
 
 
 def test_a_finished_run_is_left_alone(begun: Path) -> None:
