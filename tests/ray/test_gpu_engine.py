@@ -98,9 +98,6 @@ class Llm:
     def finish_weight_update(self, weight_version: str) -> None:
         self.core.set_weight_version(weight_version)
 
-    def collective_rpc(self, method: Any) -> list[None]:
-        return [None]  # nothing sums what a stub loads
-
     def get_weight_version(self) -> str:
         return self.core.get_weight_version()
 
