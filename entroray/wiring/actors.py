@@ -357,7 +357,7 @@ async def _introduce(made: Actors, resume: tuple[Path, int] | None) -> dict[str,
     if config.generator.sleep:  # vLLM measures the card as it starts: nobody else may fill or leave it
         await engines.start()
         await rest(engines, within)  # nor may it fill the card while a rank is built on it
-    starts = [asyncio.ensure_future(each) for each in (gang(), engines.start(), made.verifiers.start())]
+    starts: list[Any] = [*map(asyncio.create_task, (gang(), engines.start(), made.verifiers.start()))]
     try:
         facts, *_ = await asyncio.gather(*starts)
     finally:  # of a failure: nobody waits for the others, which are killed
