@@ -326,10 +326,9 @@ async def start_actors(
     spawn = lambda i: cluster.spawn(LearnerRank, share(RANKS), i, settings, parts.objective, DeepSpeedBackend)
     async with AsyncExitStack() as undo:  # nothing of a start that fails holds cards any more
         undo.callback(places.release)
-        handles = [generator() for _ in range(config.generator.replicas)]
         learner = Gang("learner", [spawn(i) for i in range(config.learner.ranks)])
         engines = EnginePool(
-            handles,
+            [generator() for _ in range(config.generator.replicas)],
             generator,
             WeightSender(learner, sender_settings(config), within),
             restarts=config.generator.restarts,
@@ -358,15 +357,18 @@ async def _introduce(made: Actors, resume: tuple[Path, int] | None) -> dict[str,
     if config.generator.sleep:  # vLLM measures the card as it starts: nobody else may fill or leave it
         await engines.start()
         await rest(engines, within)  # nor may it fill the card while a rank is built on it
-    facts, *_ = await asyncio.gather(gang(), engines.start(), made.verifiers.start())
+    starts: list[Any] = [*map(asyncio.create_task, (gang(), engines.start(), made.verifiers.start()))]
+    try:
+        facts, *_ = await asyncio.gather(*starts)
+    finally:  # of a failure: nobody waits for the others, which are killed
+        _ = [each.cancel() for each in starts]
     if others := [each for each in facts if each.get("packed") != facts[0].get("packed")]:
         raise PreflightError(  # they have one plan of micro-batches
             f"learner.pack=auto: rows lie {facts[0]['rows']} and {others[0]['rows']}: set learner.pack=never"
         )
     folder, version = resume or (None, 0)
     if folder:
-        limit = run_deadlines(config).checkpoint
-        await learner.all(lambda rank, h: h.load.remote(str(folder)), deadline=limit)
+        await learner.all(lambda _, h: h.load.remote(str(folder)), deadline=run_deadlines(config).checkpoint)
     each = await engines.call_all(lambda h: h.describe.remote(), deadline=within, what="describing itself")
     return facts[0] | next(iter(each.values()), {}) | await made.sync(version)
 

@@ -29,6 +29,7 @@ from entroray.workers.in_step import InStep
 from entroray.workers.weight_sender import GeneratorClient
 
 BACKEND = "plasma"
+Rendezvous = Callable[[], tuple[str, int]]
 
 
 @cache
@@ -110,7 +111,7 @@ def connect(
     rank: int,
     client: GeneratorClient,
     source: GatheredSource,
-    rendezvous: Callable[[], tuple[str, int]],
+    rendezvous: Rendezvous,
     adapter: Mapping[str, Any],
 ) -> Any:
     """The learner's end of transfer `backend` on this rank: plasma, or nccl and ipc (GPUs only).
@@ -154,13 +155,7 @@ def connect(
     return trainer
 
 
-def _init_info(
-    backend: str,
-    rank: int,
-    client: GeneratorClient,
-    largest: int,
-    rendezvous: Callable[[], tuple[str, int]],
-) -> Any:
+def _init_info(backend: str, rank: int, client: GeneratorClient, largest: int, rendezvous: Rendezvous) -> Any:
     """`largest` is the size of the largest parameter in bytes."""
     if backend == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo

@@ -37,7 +37,7 @@ def test_a_run_in_a_reused_machine_is_a_fresh_process_bit_for_bit(tmp_path: Path
     (tmp_path / "mine.py").write_text("def odd(response, prompt):\n    return float(len(response) % 2)\n")
     folder, told = tmp_path / "lab", [*SMALL, f"model.path={model}", f"reward.path={tmp_path}/mine.py:odd"]
     lab = ["lab", f"--dir={folder}", *told]
-    said = entroray(*lab, "objective=grpo", "seed=1,2", BROKEN, expect=1)
+    said = entroray(*lab, "objective=grpo", "seed=1,2", BROKEN, expect=3)
     assert "4 cells asked for, 0 done before" in said
     assert said.count("failed: quickstart, grpo") == 2
     assert [c.status for c in lab_cells.load_cells(folder)].count("done") == 2

@@ -226,5 +226,5 @@ def test_tensors_survive_packing() -> None:
 def test_ipc_sends_one_buffer_after_another_and_the_largest_parameter_fits_in(
     largest: int, size: int
 ) -> None:
-    info: Any = transfer._init_info("ipc", 0, None, largest, ("", 0))
+    info: Any = transfer._init_info("ipc", 0, None, largest, lambda: ("", 0))
     assert info.packed and info.packed_buffer_size_bytes == size
