@@ -314,7 +314,6 @@ async def start_actors(
     limit = max(sequence_length(config), len(probe) + 1)
     within = run_deadlines(config).start
     options = engine_options(config) | logits_processors(config, parts)
-
     v = config.verifier
     limits = {"slots": v.slots, "deadline": config.reward.deadline, "memory_mb": v.memory_mb}
 
