@@ -136,10 +136,10 @@ class DeepSpeedBackend:
         """
         import deepspeed
 
-        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         within, on_card = timedelta(seconds=timeout), device == "cuda"
         communication = "nccl" if on_card else "gloo"
         check_interface(communication)
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         torch.distributed.init_process_group(
             communication,
             store=_store(rank, ranks, within),
