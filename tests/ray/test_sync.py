@@ -25,6 +25,7 @@ from entroray.wiring.parts import build_parts
 from entroray.workers import cluster, transfer
 from entroray.workers.learner_rank import LearnerRank
 from entroray.workers.transfer import GatheredSource
+from tests.ray.stack import SHARES
 
 LONG = tuple(int(i) for i in np.random.default_rng(0).integers(0, 250, 300))
 """Longer than two blocks of 128 tokens, so that a prefix cache has something to keep."""
@@ -60,7 +61,7 @@ def _all_but_one(weights: Any) -> Any:
 @pytest.fixture(scope="module")
 def config() -> Config:
     overrides = ["data.max_prompt=384", "rollout.max_tokens=64", "learner.lr=0.01", "reward.deadline=30"]
-    return compose.load_config(overrides)[0]
+    return compose.load_config([*overrides, *SHARES])[0]
 
 
 @pytest.fixture(scope="module")
