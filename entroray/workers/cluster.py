@@ -283,10 +283,14 @@ def spawn(cls: type, share: Share, *args: Any, **kwargs: Any) -> Any:
 
 def ask_each_node(questions: Sequence[Callable[[], T]], nodes: Sequence[str], *, gpus: float) -> list[T]:
     """What each question answers on its node, by Ray's id, with so many of its GPUs, within two minutes."""
-    remote: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)
+    remote: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_answer)
     at = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    asked = [remote(q).options(scheduling_strategy=a).remote() for q, a in zip(questions, at, strict=True)]
+    asked = [remote.options(scheduling_strategy=a).remote(q) for q, a in zip(questions, at, strict=True)]
     return wait(asked, deadline=120.0, what="a sum over all nodes")
+
+
+def _answer(question: Callable[[], T]) -> T:
+    return question()
 
 
 def ask_node(question: Callable[[], T]) -> T:
