@@ -19,6 +19,7 @@ A part ends after 60 seconds (e: 70, f: 90, h: 150), whatever it has: what it ha
 next call goes on, also with what was not there for want of a piece.
 Python is python3, or what PYTHON names. One without vLLM has the zips of tests/gpu/pieces, which pieces.sh makes,
 checked by their SHA256SUMS, unpacked once into tests/gpu/unpacked and put on its path.
+A copy without its .git is given its commit by PROOF_COMMIT, which the JSON says.
 Exit code: 0, all right; 1, a check is wrong or broke; 2, wrong arguments or a damaged piece; 3, a part ran out of
 its time.
 END

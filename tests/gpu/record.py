@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -186,7 +187,7 @@ def identity(asked: Asked) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         **{name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
-        "commit": _said("git", "rev-parse", "HEAD") or "none",
+        "commit": _said("git", "rev-parse", "HEAD") or os.environ.get("PROOF_COMMIT", "none"),
         "source": source_hash(),
         "seed": SEED,
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
