@@ -15,7 +15,7 @@ usage: tests/gpu/prove.sh [--dry] [--again] [--results DIR] PART...
   --results  where the JSON goes, tests/gpu/results if not given
   --unpack   only take in the pieces that were copied, before the next is copied
 
-A part ends after 60 seconds (e: 70, f: 90, h: 150), whatever it has: what it has found by then is kept, and the
+A part ends after 60 seconds (d, e: 100, f: 120, h: 150), whatever it has: what it has found by then is kept, and the
 next call goes on, also with what was not there for want of a piece.
 Python is python3, or what PYTHON names. One without vLLM has the zips of tests/gpu/pieces, which pieces.sh makes,
 checked by their SHA256SUMS, unpacked once into tests/gpu/unpacked and put on its path.
@@ -26,7 +26,7 @@ END
 }
 
 LIMIT=60 DRY_LIMIT=240                    # seconds; two cores may be busy with other tests
-declare -A LONGER=([e]=70 [f]=90 [h]=150) # part -> seconds, for parts that start vLLM several times, or the product
+declare -A LONGER=([d]=100 [e]=100 [f]=120 [h]=150) # part -> seconds, for parts that start vLLM several times, or the product
 folder=tests/gpu
 results=$folder/results dry=() again=() parts=() unpack=0
 while (($#)); do
@@ -51,6 +51,8 @@ if ((unpack)) || ! has vllm; then
     PYTHONPATH+=:$PWD/$folder/unpacked
 fi
 ((${#parts[@]})) || exit 0
+# A machine with the pieces has no flashinfer, which vLLM samples with unless it is told otherwise.
+has flashinfer || export VLLM_USE_FLASHINFER_SAMPLER=0
 export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore::FutureWarning HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1
 logs=$(mktemp -d) && trap 'rm -r "$logs"' EXIT
 if ((${#dry[@]})); then
