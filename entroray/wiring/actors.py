@@ -20,7 +20,7 @@ from entroray.errors import PreflightError
 from entroray.objective import Objective
 from entroray.planning.deadlines import Deadlines, floor_deadlines
 from entroray.planning.placement import ENGINES, RANKS, VERIFIERS
-from entroray.policy.microbatches import plan_microbatches, plan_packed
+from entroray.policy.microbatches import plan_microbatches, plan_on_card, plan_packed
 from entroray.policy.safetensors_header import model_folder, weight_files
 from entroray.roles import Learner
 from entroray.wiring import sampler
@@ -138,7 +138,8 @@ class Actors:
     def learner_role(self) -> Learner:
         resting = self.engines if self.config.generator.sleep else None
         budget, deadline = self.config.learner.token_budget, run_deadlines(self.config).call
-        plan = plan_packed if self.facts.get("packed") else plan_microbatches
+        padded = plan_on_card if self.config.cluster.gpus_per_learner else plan_microbatches
+        plan = plan_packed if self.facts.get("packed") else padded
         learner = LearnerRole(self.learner, budget, deadline, resting, plan)
         shares = core_shares(self.config) if cluster.on_one_node() else None
         return SharingLearner(learner, self.engines, *shares) if shares else learner
@@ -221,10 +222,7 @@ def learner_settings(config: Config, model: str, total_updates: int) -> LearnerS
 def longest_response(config: Config) -> tuple[int, str]:
     """Most tokens of a response, in training or of an evaluation set, and the setting that says so."""
     own = {f"evaluate.sets.{name}.max_tokens": s.max_tokens for name, s in config.evaluate.sets.items()}
-    limits = [
-        (config.rollout.max_tokens, "rollout.max_tokens"),
-        *((n or 0, place) for place, n in own.items()),
-    ]
+    limits = [(config.rollout.max_tokens, "rollout.max_tokens"), *((n or 0, at) for at, n in own.items())]
     return max(limits, key=lambda limit: limit[0])
 
 

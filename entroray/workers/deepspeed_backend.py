@@ -1,5 +1,6 @@
 """All of DeepSpeed that a learner rank uses; a second training engine would be one file beside this one."""
 
+import inspect
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -257,12 +258,19 @@ class FrozenPolicy:
 
 
 def _destroy(engine: Any) -> None:
-    """Destroy `engine`, and undo what ZeRO 3 leaves: its module on a stack, and a `linear` of its own."""
+    """Destroy `engine`, and undo what DeepSpeed leaves, each of which would keep its weights alive."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     engine.destroy()
     FWD_MODULE_STACK[:] = [m for m in FWD_MODULE_STACK if m not in set(engine.module.modules())]
-    nn.functional.linear = _LINEAR
+    nn.functional.linear = _LINEAR  # ZeRO 3 has one of its own
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()  # of methods: it holds their objects
+    for parameter in engine.module.parameters():
+        vars(parameter).clear()  # methods bound to itself
+        if (held := parameter.untyped_storage()).resizable():  # what was read from a mapped file is not
+            held.resize_(0)  # of its whole group at ZeRO 1 and 2
 
 
 def rebase_schedule(schedule: Any, lr: float) -> None:

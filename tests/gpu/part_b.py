@@ -24,7 +24,10 @@ WIDTHS = (1536, 3584, 5120)
 """Of Qwen2.5 with 1.5B, 7B and 32B parameters."""
 WAYS = ("before", "torch", "triton")
 NATS, NATS_SQUARED, GRADIENT = 2e-4, 2e-3, 1e-2
-"""Most that log-prob and entropy, varentropy, and a gradient (as a share of its length) may be off."""
+"""Most that log-prob and entropy at width 1,536, varentropy, and a gradient may be off, the last as a share.
+
+A logit of more products is larger and less exact: an H200 had 1.5, 3.9 and 5.0e-4 nats in all ways alike.
+"""
 
 
 class Size(NamedTuple):
@@ -125,10 +128,12 @@ def as_trained(run: Callable[..., dict[str, Tensor]], given: Inputs, back: Tenso
     return stats | dict(zip(("dh", "dW"), gradients, strict=True))
 
 
-def errors(found: dict[str, Tensor], wanted: dict[str, Tensor], label: str) -> Iterator[Check]:
+def errors(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], label: str, width: int = 1536
+) -> Iterator[Check]:
     """From float64: in nats, nats squared, and shares of a gradient's length."""
     nats = {name: largest(found[name], wanted[name]) for name in ("logprobs", "entropy")}
-    yield at_most(f"{label}: nats from float64", NATS, **nats)
+    yield at_most(f"{label}: nats from float64", NATS * max(1.0, width / 1536), **nats)
     apart = largest(found["varentropy"], wanted["varentropy"])
     yield at_most(f"{label}: varentropy from float64", NATS_SQUARED, nats2=apart)
     yield at_most(
@@ -145,7 +150,7 @@ def at_width(name: str, width: int, asked: Asked) -> Iterator[Check]:
     compared = inputs(asked, width, size(asked).compared)
     with as_before(name):
         found = as_trained(run, compared, sent(asked, len(compared.ids)))
-        yield from errors(found, exact(asked, width), label)
+        yield from errors(found, exact(asked, width), label, width)
         del found
         given = inputs(asked, width, size(asked).timed)
         back = sent(asked, len(given.ids))

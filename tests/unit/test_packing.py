@@ -126,6 +126,32 @@ def test_a_packed_model_reads_one_row_that_has_no_bounds_and_refuses_two_side_by
         model(input_ids=ids.expand(2, -1))
 
 
+@pytest.mark.parametrize(
+    ("bounds", "window", "batched"),
+    [
+        ((0, 6), None, True),
+        ((0, 3, 6), None, True),
+        ((0, 3, 6), 3, True),
+        ((0, 3, 6), 2, False),
+        ((0, 2, 6), None, False),
+    ],
+)
+def test_rows_of_one_length_are_a_batch_of_torchs_causal_kernel(monkeypatch, bounds, window, batched):
+    taken = []
+    plain = packing._side_by_side
+    monkeypatch.setattr(packing, "_side_by_side", lambda *given: taken.append(1) or plain(*given))
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 6, 8, generator=draw) for n in (4, 2, 2))
+    longest = max(b - a for a, b in pairwise(bounds))
+    at = torch.tensor(bounds, dtype=torch.int32)
+    asked = {"cu_seq_lens_q": at, "max_length_q": longest, "sliding_window": window}
+    found, _ = packing.attend(nn.Module(), q, k, v, None, **asked)
+    rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+    wanted = packing._row_by_row(*rows, at, longest, None, window - 1 if window else -1)
+    torch.testing.assert_close(found[0], wanted, rtol=0, atol=1e-6)
+    assert bool(taken) == batched
+
+
 @pytest.mark.parametrize("asked", [{"softcap": 50.0}, {"s_aux": torch.zeros(2)}, {"is_causal": False}])
 def test_attention_that_asks_for_more_is_an_error(asked):
     q = torch.zeros(1, 2, 3, 8)

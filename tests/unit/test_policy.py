@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from entroray.errors import PreflightError
 from entroray.policy import microbatches
-from entroray.policy.microbatches import cut_by_groups, plan_microbatches
+from entroray.policy.microbatches import cut_by_groups, plan_microbatches, plan_on_card
 from entroray.policy.model import load_policy, pad
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.policy.tokenizer import byte_tokenizer, chat, fingerprint, load_tokenizer
@@ -131,6 +131,14 @@ def test_no_other_cut_of_rows_by_length_costs_less(lengths, budget):
         for places in range(2 ** (len(sizes) - 1))
     ]
     assert cost(sizes, cut) == min(cost(sizes, other) for other in every if all(map(fits, other)))
+
+
+def test_a_gpu_pads_rather_than_launch_its_layers_thrice() -> None:
+    lengths = np.array([1000, 500, 500, 100])
+    (on_cpu,) = plan_microbatches(lengths, ranks=1, token_budget=4096)
+    (on_card,) = plan_on_card(lengths, ranks=1, token_budget=4096)
+    assert [rows.tolist() for rows in on_cpu] == [[0], [1, 2], [3]]
+    assert [rows.tolist() for rows in on_card] == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("rows", [256, 1024, 8192])
