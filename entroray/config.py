@@ -233,9 +233,9 @@ class LearnerConfig:
 class GeneratorConfig:
     replicas: int = 1  # vLLM engines
     tensor_parallel: int = 1  # GPUs of one engine
-    transfer: str = "plasma"  # plasma (any machine) | nccl | ipc (GPUs, unproved) | adapter: LoRA's alone
+    transfer: str = "plasma"  # plasma (any machine) | ipc (one GPU) | nccl (unproved) | adapter: LoRA's alone
     restarts: int = 2  # engines started in place of those that died or failed to start
-    sleep: bool = False  # free the engines' GPU memory while ranks work on the same cards (unproved)
+    sleep: bool = False  # free the engines' GPU memory while ranks work on the same cards
     keep_kv: bool | None = None  # a sync keeps keys and values of samples under way; null: with a lag on GPUs
     overlap: bool = False  # a step is scheduled while the last one computes; GPUs, off until one has shown it
     threads: int | None = None  # of one engine on CPU; null: all cores, halved beside a learner at work
