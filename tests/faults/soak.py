@@ -31,14 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.faults.soak", description=__doc__)
     parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--every", type=int, default=15, help="steps between faults, about")
+    parser.add_argument("--every", type=int, default=15, help="steps between faults, about; 0: no faults")
     parser.add_argument("--again", action="store_true", help="forget what is kept of these runs")
     parser.add_argument("--print", action="store_true", help="print what is kept, run nothing")
     parser.add_argument("--work", type=Path, default=Path("runs/soak"), help="where the runs themselves are")
     asked = parser.parse_args(arguments)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    runs = [(seed, every) for seed in asked.seed for every in (asked.every, 0)]
+    runs = list(dict.fromkeys((seed, every) for seed in asked.seed for every in (asked.every, 0)))
     kept = {run: RESULTS / f"{name(*run, asked.steps)}.json" for run in runs}
     try:
         for run in runs if not asked.print else ():

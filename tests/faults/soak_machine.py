@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from tests.faults.soak_numbers import KEPT_BY_RAY, Machine
+from tests.faults.soak_numbers import Machine
 
 MARK = "ENTRORAY_SOAK"
 """Variable of the driver, and of every process that descends from it and does not write over its own."""
@@ -19,7 +19,7 @@ ROLES = {
     "rank": r"^ray::LearnerRank",
     "verifier": r"^ray::Verifier",
     "judge fork server": rf"-m {re.escape(JUDGES)}",
-    "engine fork server": r"-m entroray\.engine\.engine_forkserver|-m entroray\.workers\.engine_forkserver",
+    "engine fork server": r"-m entroray\.workers\.engine_forkserver",
     "orphans": r"-m entroray\.workers\.orphans",
     "raylet": r"/raylet/raylet ",
     "GCS": r"/gcs/gcs_server ",
@@ -146,7 +146,7 @@ def _shared() -> dict[str, set[int]]:
 def _folders(top: Path) -> Iterator[str]:
     """Folders and files at the top of `top`, those of Ray with their session."""
     for path in top.iterdir() if top.exists() else ():
-        if path.name == KEPT_BY_RAY.rstrip("/"):
-            yield from (f"{KEPT_BY_RAY}{each.name}" for each in path.iterdir())
+        if path.name == "ray":
+            yield from (f"ray/{each.name}" for each in path.iterdir())
         else:
             yield path.name

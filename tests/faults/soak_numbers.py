@@ -132,8 +132,8 @@ class Machine:
     """Open in the process that supervises, which started and ended all the others."""
 
 
-KEPT_BY_RAY = "ray/"
-"""Beginning of the temporary folders with Ray's logs, one a driver, which Ray keeps on purpose."""
+KEPT = ("ray/", "torchinductor_")
+"""Beginnings of temporary folders kept on purpose: Ray's logs, one a driver, and what torch compiled."""
 
 
 def left_over(before: Machine, after: Machine, ours: set[int]) -> list[str]:
@@ -143,4 +143,5 @@ def left_over(before: Machine, after: Machine, ours: set[int]) -> list[str]:
         was, now = getattr(before, name), getattr(after, name)
         new = {thing: holders for thing, holders in now.items() if thing not in was}
         found += [f"{name}: {thing}" for thing, by in new.items() if not by or by & ours]
-    return sorted(each for each in found if not each.startswith(f"folders: {KEPT_BY_RAY}"))
+    kept = tuple(f"folders: {beginning}" for beginning in KEPT)
+    return sorted(each for each in found if not each.startswith(kept))

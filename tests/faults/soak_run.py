@@ -163,7 +163,7 @@ class Supervisor:
             self.open = {"name": fault.kind, "turn": self.turn, "began": began, "at": time.monotonic()}
 
     def _look_for_answer(self) -> None:
-        """The open fault is answered by an event, or, where it leaves none, by two more steps; or it has none."""
+        """The open fault is answered by an event, or, where none is due, by two more steps; or never."""
         if self.open is None or KINDS[self.open["name"]].number == signal.SIGTERM:
             return
         kind = KINDS[self.open["name"]]

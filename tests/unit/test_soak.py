@@ -89,7 +89,7 @@ def test_what_is_new_and_nobodys_or_ours_is_left_over_and_what_another_holds_is_
         processes={"70 ray::Generator": {70}},
         shared={"old": set(), "psm_1": set(), "psm_2": {70}, "psm_3": {99}},
         ports={"127.0.0.1:22": {1}, "127.0.0.1:8265": {70}, "0.0.0.0:80": {99}, "127.0.0.1:9": set()},
-        folders={"ray/session_1": set(), "entroray-x": set()},
+        folders={"ray/session_1": set(), "torchinductor_0": set(), "entroray-x": set()},
         descriptors={"socket:[1]": {5}, "socket:[2]": {5}},
     )
     assert left_over(before, after, {5, 70}) == [
