@@ -39,7 +39,7 @@ def end_with_parent() -> dict[str, str]:
 
 def main(fd: int, pid: int, folder: str) -> None:
     """Watch until the pipe closes, then kill what is left and remove its temporary files."""
-    known: set[psutil.Process] = set()
+    known = set(_children(pid))
     while not select.select([fd], [], [], POLL_INTERVAL)[0]:
         known = {p for p in (*known, *_children(pid)) if p.is_running() and p.pid != os.getpid()}
     _, alive = psutil.wait_procs(known, timeout=GRACE)

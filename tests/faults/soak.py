@@ -22,6 +22,8 @@ COLUMNS = (
     *("seed", "run", "steps", "faults", "restarts", "dropped", "reward (last 20)", "left over"),
     *("most growth", "commit, date"),
 )
+DROPPED = ("/dropped", "/refused", "/surplus", "/rolled_back")
+"""Ends of the names of metrics that count what was drawn and not trained on, by reason."""
 LAST = 20
 """Steps that `reward_last` is the mean of."""
 
@@ -91,7 +93,7 @@ def result(log: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) 
         "not_answered": sum(row["fired"] for row in faults) - len(of("answer")) - open_at_interruption,
         "restarts": len(of("start")) - 1 - len(of("interrupted")),
         "unexplained": [row["code"] for row in of("exit") if not row["explained"]],
-        "dropped": {key: value for key, value in last.items() if "drop" in key or "refused" in key},
+        "dropped": {key: last[key] for key in last if key.endswith(DROPPED)},
         "reward": round(statistics.fmean(rewards), 4) if rewards else None,
         "reward_last": round(statistics.fmean(rewards[-LAST:]), 4) if rewards else None,
         "left_over": end["left_over"],

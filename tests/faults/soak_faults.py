@@ -39,7 +39,7 @@ KINDS = {
     "kill a serving engine": Kind("engine", signal.SIGKILL, "serving", ("engine_joined",)),
     "kill a verifier": Kind("verifier", signal.SIGKILL, answers=("verifier_joined",)),
     "kill a judge process": Kind("judge", signal.SIGKILL),
-    "kill a rank": Kind("rank", signal.SIGKILL, answers=("learner_restarted",), exits=(4,)),
+    "kill a rank": Kind("rank", signal.SIGKILL, answers=("rolled_back",), exits=(4,)),
     "kill the driver": Kind("driver", signal.SIGKILL, exits=(KILLED,)),
     "terminate the driver": Kind("driver", signal.SIGTERM, exits=(ENDED,)),
     "stop an engine": Kind("engine", signal.SIGSTOP),
