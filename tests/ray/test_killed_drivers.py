@@ -1,4 +1,4 @@
-"""What a driver that is killed does not leave: a warm start that goes on, temporary files of its processes."""
+"""What a killed driver does not leave: a warm start that goes on, temporary files of its processes."""
 
 import subprocess
 import sys
