@@ -100,11 +100,12 @@ def is_dead(process: psutil.Process) -> bool:
 
 
 def memory(processes: list[psutil.Process], driver: int) -> Iterator[dict[str, Any]]:
-    """Of each long-lived process: memory that would be free without it (USS), open descriptors."""
+    """Of each long-lived process: anonymous memory, which is of no file; open descriptors."""
     for process in processes:
         with suppress(psutil.Error, OSError):
             if named := role(process, driver):
-                mb = round(process.memory_full_info().uss / 2**20, 2)
+                anonymous = re.search(rb"RssAnon:\s+(\d+) kB", _read(process.pid, "status"))
+                mb = round(int(anonymous[1]) / 1024, 2) if anonymous else 0.0
                 born = process.create_time()
                 yield {
                     "role": named, "pid": process.pid, "born": born,

@@ -78,6 +78,20 @@ def test_temporary_files_are_those_of_the_run_in_a_cluster_of_its_own_alone(
     assert own["TMPDIR"] == "of-the-run" and "TMPDIR" not in another
 
 
+@pytest.mark.parametrize(
+    ("address", "own", "kept"), [(None, None, "0"), (None, "500", "500"), ("10.0.0.1:6379", None, None)]
+)
+def test_a_ray_of_ours_keeps_no_record_of_each_call_unless_it_is_told_to(
+    joined: list[Any], monkeypatch: pytest.MonkeyPatch, address: str | None, own: str | None, kept: str | None
+) -> None:
+    name = "RAY_task_events_report_interval_ms"
+    monkeypatch.setenv(name, own or "")
+    if own is None:
+        monkeypatch.delenv(name)
+    cluster.start(address, cpu_only=True)
+    assert os.environ.get(name) == kept
+
+
 def test_ours_come_before_those_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
