@@ -66,15 +66,14 @@ def _interrupt(number: int, _: Any) -> None:
 
 def _measure(work: Path, run: tuple[int, int], steps: int, kept: Path, *, again: bool) -> None:
     folder = (work / name(*run, steps)).resolve()
-    finished = Log(folder / "soak.jsonl").of("end")
-    if (again or finished) and folder.exists():
+    if again and folder.exists():
         folder.rename(folder.with_name(f"{folder.name}-before-{len(list(work.glob('*-before-*'))) + 1}"))
-    print(f"{folder.name}", flush=True)
+    print(folder.name, flush=True)
     seed, every = run
-    supervisor = Supervisor(folder, seed=seed, steps=steps, every=every)
-    supervisor.supervise()
+    if not Log(folder / "soak.jsonl").of("end"):
+        Supervisor(folder, seed=seed, steps=steps, every=every).supervise()
     about = {"seed": seed, "steps": steps, "every": every, "commit": commit()}
-    log, rows = supervisor.log.rows, whole_lines(supervisor.run / "metrics.jsonl")
+    log, rows = whole_lines(folder / "soak.jsonl"), whole_lines(folder / "run" / "metrics.jsonl")
     kept.parent.mkdir(exist_ok=True)
     kept.write_text(json.dumps(about | result(log, rows), indent=1) + "\n")
 
