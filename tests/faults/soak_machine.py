@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,24 @@ class Processes:
         with suppress(psutil.NoSuchProcess):
             top = psutil.Process(driver)
             self.seen |= {top, *top.children(recursive=True)}
+        self._find(lambda pid: self.mark in _read(pid, "environ"))
+        return self.alive()
+
+    def look_closely(self) -> list[psutil.Process]:
+        """Those that live when no driver does: one that wrote over its mark has a file of the run open."""
+        self._find(
+            lambda pid: (
+                self.mark in _read(pid, "environ")
+                or any(name.startswith(self.folder) for name in _open_files(pid))
+            )
+        )
+        return self.alive()
+
+    def _find(self, is_ours: Callable[[int], bool]) -> None:
         for pid in _pids():
             with suppress(psutil.NoSuchProcess):
-                if pid != os.getpid() and self.mark in _read(pid, "environ"):
+                if pid != os.getpid() and is_ours(pid):
                     self.seen.add(psutil.Process(pid))
-        return self.alive()
 
     def alive(self) -> list[psutil.Process]:
         """Of those seen, by age."""
@@ -77,10 +90,6 @@ class Processes:
 
     def machine(self) -> Machine:
         """What is there now; files in shared memory with who has mapped them."""
-        for pid in _pids():
-            with suppress(psutil.NoSuchProcess):
-                if pid != os.getpid() and any(f.startswith(self.folder) for f in _open_files(pid)):
-                    self.seen.add(psutil.Process(pid))
         listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
         return Machine(
             processes={f"{p.pid} {title(p.pid)[:120]}": {p.pid} for p in self.alive()},

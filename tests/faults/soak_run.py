@@ -193,7 +193,7 @@ class Supervisor:
             self.driver.wait(timeout=30.0)
             self.log.add("interrupted", step=self.step, turn=self.turn, open=bool(self.open))
         until = time.monotonic() + GRACE
-        while self.processes.alive() and time.monotonic() < until:
+        while self.processes.look_closely() and time.monotonic() < until:
             time.sleep(0.2)
 
     def _look_over(self, before: soak_machine.Machine) -> None:
