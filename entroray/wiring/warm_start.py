@@ -25,7 +25,7 @@ from entroray.types import Group
 from entroray.wiring import actors, compose, dataset, sampler, tool
 from entroray.wiring.constraints import refuse_nobody
 from entroray.wiring.parts import build_parts
-from entroray.workers import cluster
+from entroray.workers import cluster, orphans
 
 FORMAT = 2
 """Raise when the recipe changes in a way its settings do not show."""
@@ -245,6 +245,7 @@ def ensure_model(config: Config, overrides: list[str], config_dir: str | None = 
     began = time.monotonic()
     extra = [f"--config-dir={config_dir}"] if config_dir else []
     command = [sys.executable, "-m", "entroray", "warm-start", *overrides, *extra]
+    orphans.end_with_parent()  # else it outlives a driver that is killed
     done = subprocess.run(command, check=False, timeout=3600)
     if done.returncode < 0:
         raise InfrastructureError(

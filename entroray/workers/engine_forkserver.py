@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable
 from importlib import import_module
@@ -85,6 +86,7 @@ def _become(
         os.close(stream)
     os.environ.clear()
     os.environ.update(variables)
+    tempfile.tempdir = None  # of its own variables, not of those it was forked with
     os.chdir(folder)
     sys.argv, sys.path[0] = arguments, os.path.dirname(arguments[0])
     runpy.run_path(arguments[0], run_name="__main__")

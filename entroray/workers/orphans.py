@@ -1,14 +1,16 @@
 """Ends the processes that a local Ray cluster leaves behind when the process that started it is killed.
 
 Ray's own processes follow a killed driver, but two agents wait a minute and more for servers that are
-gone. Run as `python -m entroray.workers.orphans FD PID`: it keeps a list of the descendants of PID, and
-kills those that outlive the closing of the other end of the pipe FD by `GRACE` seconds.
+gone. Run as `python -m entroray.workers.orphans FD PID FOLDER`: it keeps a list of the descendants of PID,
+kills those that outlive the closing of the other end of the pipe FD by `GRACE` seconds, and removes FOLDER.
 """
 
 import os
 import select
+import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from functools import cache
 
@@ -20,18 +22,24 @@ GRACE = 5.0
 
 
 @cache
-def end_with_parent() -> None:
-    """Start a process that ends all descendants of this one some seconds after it is gone."""
+def end_with_parent() -> dict[str, str]:
+    """Start a process that ends all descendants of this one some seconds after it is gone.
+
+    Variables of a process whose temporary files go then, too: vLLM leaves one of each engine.
+    """
     read, _ = os.pipe()  # the other end stays open here, and nowhere else, until this process is gone
-    command = [sys.executable, "-m", __name__, str(read), str(os.getpid())]
+    folder, shared = tempfile.mkdtemp(prefix="entroray-"), tempfile.gettempdir()
+    command = [sys.executable, "-m", __name__, str(read), str(os.getpid()), folder]
     # deadline: it lives as long as this process and GRACE more
     subprocess.Popen(command, pass_fds=[read], start_new_session=True)
     os.close(read)
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{shared}/torchinductor_{os.getuid()}")
+    return {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": compiled}  # what is compiled serves the next run
 
 
-def main(fd: int, pid: int) -> None:
-    """Watch until the pipe closes, then kill what is left."""
-    known: set[psutil.Process] = set()
+def main(fd: int, pid: int, folder: str) -> None:
+    """Watch until the pipe closes, then kill what is left and remove its temporary files."""
+    known = set(_children(pid))
     while not select.select([fd], [], [], POLL_INTERVAL)[0]:
         known = {p for p in (*known, *_children(pid)) if p.is_running() and p.pid != os.getpid()}
     _, alive = psutil.wait_procs(known, timeout=GRACE)
@@ -39,6 +47,7 @@ def main(fd: int, pid: int) -> None:
         for each in (*_children(process.pid), process):
             with suppress(psutil.NoSuchProcess):
                 each.kill()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _children(pid: int) -> list[psutil.Process]:
@@ -49,4 +58,4 @@ def _children(pid: int) -> list[psutil.Process]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -54,7 +54,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What `ray.init` is told."""
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(cluster.ray, "init", lambda **told_now: told.append(told_now))
-    monkeypatch.setattr(cluster.orphans, "end_with_parent", lambda: None)
+    monkeypatch.setattr(cluster.orphans, "end_with_parent", lambda: {"TMPDIR": "of-the-run"})
     for name in ("RAY_prestart_worker_first_driver", "RAY_enable_worker_prestart"):
         monkeypatch.setenv(name, "0")
     return told
@@ -67,6 +67,29 @@ def test_settings_of_libraries_in_the_drivers_shell_reach_every_actor(
     variables = joined[0]["runtime_env"]["env_vars"]
     assert SHELL.items() <= variables.items() and not STAYS.keys() & variables.keys()
     assert variables["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "ours are ours"
+
+
+def test_temporary_files_are_those_of_the_run_in_a_cluster_of_its_own_alone(
+    joined: list[dict[str, Any]],
+) -> None:
+    cluster.start(None, cpu_only=True)
+    cluster.start("10.0.0.1:6379", cpu_only=True)
+    own, another = (told["runtime_env"]["env_vars"] for told in joined)
+    assert own["TMPDIR"] == "of-the-run" and "TMPDIR" not in another
+
+
+@pytest.mark.parametrize(
+    ("address", "own", "kept"), [(None, None, "0"), (None, "500", "500"), ("10.0.0.1:6379", None, None)]
+)
+def test_a_ray_of_ours_keeps_no_record_of_each_call_unless_it_is_told_to(
+    joined: list[Any], monkeypatch: pytest.MonkeyPatch, address: str | None, own: str | None, kept: str | None
+) -> None:
+    name = "RAY_task_events_report_interval_ms"
+    monkeypatch.setenv(name, own or "")
+    if own is None:
+        monkeypatch.delenv(name)
+    cluster.start(address, cpu_only=True)
+    assert os.environ.get(name) == kept
 
 
 def test_ours_come_before_those_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:

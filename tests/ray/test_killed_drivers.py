@@ -1,0 +1,49 @@
+"""What a killed driver does not leave: a warm start that goes on, temporary files of its processes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from entroray.workers.orphans import GRACE
+from tests.ray.processes import descendants, is_dead, start, until
+
+
+def test_a_warm_start_ends_with_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENTRORAY_CACHE", str(tmp_path))
+    process = start("train", "experiment=quickstart", f"run.dir={tmp_path}/run")
+    ours = lambda: [p for p in descendants(process) if "warm-start" in p.cmdline()]
+    until(process, lambda: any("raylet" in p.name() for p in descendants(process)))
+    (warm,) = ours()
+    process.kill()
+    _, alive = psutil.wait_procs([warm], timeout=10 * GRACE)
+    assert all(map(is_dead, alive))
+    process.communicate(timeout=30)
+
+
+WITH_FILE = """
+import os, pathlib, signal
+from entroray.workers import orphans
+variables = orphans.end_with_parent()
+pathlib.Path(variables["TMPDIR"], "vllm_dist_1").touch()
+print(variables["TMPDIR"], variables["TORCHINDUCTOR_CACHE_DIR"], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_temporary_files_go_with_the_driver_and_what_was_compiled_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    driver = [sys.executable, "-c", WITH_FILE]
+    killed = subprocess.run(driver, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    temporary, compiled = map(Path, killed.stdout.split())
+    assert temporary.parent == compiled.parent == tmp_path
+    until = time.monotonic() + 30
+    while temporary.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not temporary.exists()
