@@ -1,0 +1,55 @@
+"""What a fault test tells of its fault: what was injected, that it fired, and what then happened."""
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Fault:
+    """One row of the table of README.md. Seconds are counted from `fired`."""
+
+    number: str
+    injected: str
+    test: str
+    witness: str = ""
+    detected: str = ""
+    healed: str = ""
+    lost: str = ""
+    began: float = field(default_factory=time.monotonic)
+    at: float = 0.0
+
+    def fired(self, witness: str) -> None:
+        """The fault is there now, and `witness` is what shows it."""
+        self.at, self.witness = time.monotonic(), witness
+
+    def saw(self, what: str) -> None:
+        """It was noticed, by `what`."""
+        self.detected = self._after(what)
+
+    def goes_on(self, what: str, lost: str = "nothing") -> None:
+        """All is as before, by `what`, but for what is `lost`."""
+        self.healed, self.lost = self._after(what), lost
+
+    def refused(self, what: str) -> None:
+        """Nothing was begun: the error or the verdict says `what`."""
+        self.detected, self.healed, self.lost = self._after(what), "-", "nothing was begun"
+
+    def row(self, *, held: bool, commit: str) -> dict[str, str]:
+        """As it is kept."""
+        return {
+            "fault": self.number,
+            "test": self.test,
+            "injected": self.injected,
+            "witness": self.witness,
+            "detected": self.detected,
+            "healed": self.healed,
+            "lost": self.lost,
+            "verdict": "held" if held else "FAILED",
+            "seconds": f"{time.monotonic() - self.began:.0f}",
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "commit": commit,
+        }
+
+    def _after(self, what: str) -> str:
+        assert self.witness, f"{self.number}: nothing has shown that the fault fired"
+        return f"{time.monotonic() - self.at:.1f} s: {what}"
