@@ -1,4 +1,4 @@
-"""What `ray/` and `faults/` share: one local Ray, one tiny model, one warm-started model, one finished run."""
+"""What `ray/` and `faults/` share: a local Ray, a tiny model, a cache of warm starts, a finished run."""
 
 import json
 from collections.abc import Iterator

@@ -9,6 +9,7 @@ import pytest
 from tests.faults import table
 from tests.faults.record import Fault
 
+HERE = Path(__file__).parent
 PASSED = pytest.StashKey[bool]()
 DONE = "faults/done"
 """Of pytest's cache: [hash of the source, the tests of the table under way that passed]."""
@@ -34,10 +35,13 @@ def remember(config: pytest.Config, tests: set[str]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> Iterator[None]:
-    """Every row is in the lane, those of the default lane too; of a whole table, or by -k, none is skipped."""
+    """Every row is in the lane, those of the default lane too; where all are done, or by -k, all are run."""
+    for item in items:
+        if {"model", "local_ray"} & {*getattr(item, "fixturenames", ())} and item.path.parent == HERE:
+            item.add_marker(pytest.mark.ray)
     if not in_lane(config):
         return (yield)
-    rows = [i for i in items if Path(__file__).parent in i.path.parents and i.get_closest_marker("fault")]
+    rows = [i for i in items if i.path.parent == HERE and i.get_closest_marker("fault")]
     for item in rows:
         item.add_marker(pytest.mark.faults)
     yield  # takes out of `items` what is not in the lane

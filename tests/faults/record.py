@@ -22,13 +22,13 @@ class Fault:
         """The fault is there now, and `witness` is what shows it."""
         self.at, self.witness = time.monotonic(), witness
 
-    def saw(self, what: str) -> None:
-        """It was noticed, by `what`."""
-        self.detected = self._after(what)
+    def saw(self, what: str, after: float | None = None) -> None:
+        """It was noticed, by `what`, now or so many seconds after."""
+        self.detected = self._after(what, after)
 
-    def goes_on(self, what: str, lost: str = "nothing") -> None:
+    def goes_on(self, what: str, lost: str = "nothing", after: float | None = None) -> None:
         """All is as before, by `what`, but for what is `lost`."""
-        self.healed, self.lost = self._after(what), lost
+        self.healed, self.lost = self._after(what, after), lost
 
     def refused(self, what: str) -> None:
         """Nothing was begun: the error or the verdict says `what`."""
@@ -50,6 +50,6 @@ class Fault:
             "commit": commit,
         }
 
-    def _after(self, what: str) -> str:
+    def _after(self, what: str, after: float | None = None) -> str:
         assert self.witness, f"{self.number}: nothing has shown that the fault fired"
-        return f"{time.monotonic() - self.at:.1f} s: {what}"
+        return f"{time.monotonic() - self.at if after is None else after:.1f} s: {what}"

@@ -1,6 +1,7 @@
 """The rows kept, printed as the table of tests/faults/README.md: python -m tests.faults.table."""
 
 import csv
+import fcntl
 import hashlib
 import subprocess
 from collections.abc import Sequence
@@ -27,13 +28,15 @@ def read(file: Path) -> list[Row]:
 
 def keep(row: Row) -> None:
     """Put a row in the place of the one before of the same test."""
-    kept = [each for each in read(KEPT) if each["test"] != row["test"]]
     plain = {name: " ".join(row[name].split()) for name in COLUMNS}
-    rows = sorted([*kept, plain], key=lambda each: (each["fault"], each["test"]))
-    lines = ["\t".join(COLUMNS), *("\t".join(each[name] for name in COLUMNS) for each in rows)]
-    beside = KEPT.with_suffix(".part")
-    beside.write_text("\n".join(lines) + "\n")
-    beside.rename(KEPT)
+    with FAULTS.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two halves of a table may run at once
+        kept = [each for each in read(KEPT) if each["test"] != row["test"]]
+        rows = sorted([*kept, plain], key=lambda each: (each["fault"], each["test"]))
+        lines = ["\t".join(COLUMNS), *("\t".join(each[name] for name in COLUMNS) for each in rows)]
+        beside = KEPT.with_suffix(".part")
+        beside.write_text("\n".join(lines) + "\n")
+        beside.rename(KEPT)
 
 
 def lines() -> list[str]:

@@ -1,4 +1,4 @@
-"""F06, F18, F19, F21 to F23, F33, F44 and F45: numbers that are none, odd batches, late results, dead trackers."""
+"""F06, F18, F19, F21 to F23, F33, F44, F45: no numbers, odd batches, late results, dead trackers."""
 
 import asyncio
 import random

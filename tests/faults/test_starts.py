@@ -47,9 +47,7 @@ def asked(folder: Path, *overrides: str) -> Config:
     return configured(*small, f"model.path={folder}", *overrides)
 
 
-@pytest.mark.fault(
-    "F20", "a table with nine bad rows of eleven: no column, wrong types, no text, no UTF-8, no JSON"
-)
+@pytest.mark.fault("F20", "nine bad rows of eleven: no column, wrong types, no text, no UTF-8, no JSON")
 def test_every_bad_row_is_listed_before_anything_starts(fault: Fault, tmp_path: Path) -> None:
     good = {"question": "1+1?", "answer": "2"}
     bad = [{"answer": "2"}, {"question": 7, "answer": "2"}, {"question": " \n", "answer": "2"}]
@@ -191,7 +189,12 @@ def test_a_target_of_hydra_runs_nothing(fault: Fault, folder: Path, tmp_path: Pa
     fault.refused("_target_ by name; nothing of it ran")
 
 
-REMOTE = "import pathlib\npathlib.Path({canary!r}).touch()\nfrom transformers import Qwen3Config\nclass C(Qwen3Config): pass\n"
+REMOTE = """
+import pathlib
+pathlib.Path({canary!r}).touch()
+from transformers import Qwen3Config
+class C(Qwen3Config): pass
+"""
 
 
 @pytest.mark.fault("F42", "a model whose folder brings code of its own (auto_map)")
