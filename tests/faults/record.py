@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Fault:
-    """One row of the table of README.md. Seconds are counted from `fired`."""
+    """One row of the table of README.md. Seconds are counted from `inject`, or from `fired` without it."""
 
     number: str
     injected: str
@@ -18,9 +18,13 @@ class Fault:
     began: float = field(default_factory=time.monotonic)
     at: float = 0.0
 
+    def inject(self) -> None:
+        """The fault is made now; what shows it comes later."""
+        self.at = time.monotonic()
+
     def fired(self, witness: str) -> None:
-        """The fault is there now, and `witness` is what shows it."""
-        self.at, self.witness = time.monotonic(), witness
+        """The fault is there, and `witness` is what shows it."""
+        self.at, self.witness = self.at or time.monotonic(), witness
 
     def saw(self, what: str, after: float | None = None) -> None:
         """It was noticed, by `what`, now or so many seconds after."""

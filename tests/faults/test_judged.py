@@ -55,7 +55,7 @@ def judged(
     return asyncio.run(use())
 
 
-@pytest.mark.fault("F08", "a judge: {slow}, deaf to signals or not; 20 other answers in the queue")
+@pytest.mark.fault("F08", "a judge: {slow}; 20 other answers in the queue")
 @pytest.mark.parametrize("slow", ["python loop", "c loop", "deaf"])
 def test_a_judge_that_never_ends_costs_one_deadline_of_one_slot(
     fault: Fault, tmp_path: Path, slow: str
@@ -89,6 +89,7 @@ def test_who_takes_all_memory_fails_alone(fault: Fault, tmp_path: Path, what: st
     right = "8" if what == "a judge" else test_code.RIGHT
     prompt = test_verifier.PROMPT if what == "a judge" else test_code.PROMPT
     reward = mine(tmp_path) if what == "a judge" else test_code.code(timeout=5.0, memory_mb=256)
+    fault.inject()
     free = psutil.virtual_memory().available
     graded = judged(reward, [hoards, right], lambda processes: None, prompt, memory_mb=256, deadline=20.0)
     assert "MemoryError" in graded[0].detail and free - psutil.virtual_memory().available < 2**30
@@ -101,10 +102,11 @@ def test_who_takes_all_memory_fails_alone(fault: Fault, tmp_path: Path, what: st
 @pytest.mark.fault("F10", "a program that forks without end, and one that starts threads")
 def test_a_program_that_forks_leaves_no_process(fault: Fault) -> None:
     texts = [SPREAD, ATTACKS["threads"], test_code.RIGHT]
+    fault.inject()
     counts = []
     seen = lambda processes: counts.append(len(processes))
     graded = judged(test_code.code(timeout=1.0), texts, seen, test_code.PROMPT, deadline=10.0)
-    fault.fired(f"fork refused: {graded[0].detail.splitlines()[0][:80]}")
+    fault.fired(graded[0].detail.partition("; ")[2][:80])
     assert [v.reward for v in graded] == [0.0, 0.0, 1.0] and counts[0] < 12 and graded[0].detail
     fault.saw(f"{counts[0]} processes at most, the two slots' own")
     fault.goes_on("the next program has its verdict; no process is left")
@@ -166,10 +168,11 @@ def test_what_a_program_tries_outside_is_refused(
 )
 def test_a_forged_verdict_is_a_wrong_answer(fault: Fault, attack: str) -> None:
     texts = [ATTACKS[attack], test_code.RIGHT]
+    fault.inject()
     graded = judged(test_code.code(timeout=2.0), texts, lambda ps: None, test_code.PROMPT, deadline=20.0)
     fault.fired(f"it ran: {graded[0].detail.splitlines()[0][:80]}")
     assert [v.reward for v in graded] == [0.0, 1.0]
-    fault.saw("0 of 1 tests")
+    fault.saw("0 of 1 tests passed")
     fault.goes_on("the next program has its verdict")
 
 
@@ -178,6 +181,7 @@ def test_a_gigabyte_of_output_is_not_kept(fault: Fault) -> None:
     endless = "x = 'y' * 65536\nwhile True: print(x)"
     row = {"input_output": {"inputs": ["1 2\n"], "outputs": ["3\n"]}}
     prompt = Prompt("0" * 16, "?", (1,), "", row)
+    fault.inject()
     before = psutil.Process().memory_info().rss
     (graded,) = judged(test_code.code(timeout=20.0), [endless], lambda ps: None, prompt, deadline=60.0)
     fault.fired("it was cut at 4,194,304 bytes")
@@ -190,6 +194,7 @@ def test_a_gigabyte_of_output_is_not_kept(fault: Fault) -> None:
 @pytest.mark.fault("F12", "a judge's process forges answers on every channel that it finds open")
 def test_a_judge_that_forges_answers_harms_nobody_else(fault: Fault, tmp_path: Path) -> None:
     texts = ["forges", "8", "8", "8"]
+    fault.inject()
     graded = judged(mine(tmp_path), texts, lambda ps: None, test_verifier.PROMPT, deadline=20.0)
     fault.fired(f"{graded[0].status.name}: {graded[0].detail[:80]}")
     assert graded[0].status is not Status.OK and [v.correct for v in graded[1:]] == [1, 1, 1]
@@ -208,6 +213,7 @@ def judge(response, prompt):
 @pytest.mark.fault("F13", "a judge raises, or gives None, NaN, infinity, a text, a list")
 def test_what_is_no_verdict_is_a_failure_of_the_data_and_never_a_zero(fault: Fault, tmp_path: Path) -> None:
     texts = ["none", "nan", "inf", "text", "list", "raises", "8"]
+    fault.inject()
     graded = judged(mine(tmp_path, WRONG), texts, lambda ps: None, test_verifier.PROMPT, deadline=20.0)
     fault.fired("each stands in its verdict: " + "; ".join(v.detail.split("(")[0][-30:] for v in graded[:3]))
     assert [v.status for v in graded] == [*[Status.DATA_FAILED] * 6, Status.OK]

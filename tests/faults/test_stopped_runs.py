@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,33 @@ def test_a_signal_before_the_first_step_ends_with_its_code_too(
     psutil.wait_procs(ours, timeout=30)
     assert time.monotonic() - began < 30
     fault.goes_on("every process of it has ended")
+
+
+@pytest.mark.faults
+@pytest.mark.fault("F43", "secrets in the environment of a run with two trackers that a signal ends")
+def test_no_secret_of_the_environment_stands_in_what_a_run_writes(
+    fault: Fault, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, logs, canary = tmp_path / "run", Path(f"/tmp/fault-{os.getpid()}"), b"canary-5e1f"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, canary.decode() + name)
+    monkeypatch.setenv("HF_ENDPOINT", f"https://me:{canary.decode()}@hub.example.org")
+    monkeypatch.setenv("RAY_TMPDIR", str(logs))
+    trackers = "observe.trackers=[csv,tensorboard]"
+    process = start(*BASE, trackers, f"run.dir={folder}", f"model.path={model}")
+    try:
+        until(process, step_reached(folder, 1))
+        told = [p for p in descendants(process) if canary.decode() in str(p.environ())]
+        fault.fired(f"{len(told)} processes of the run have them in their environment")
+        process.terminate()
+        printed = printed_at_end(process, 143, 90)
+        files = [f for place in (folder, logs) for f in place.rglob("*") if f.is_file()]
+        assert told and len(files) > 20
+        assert canary.decode() not in printed and [f for f in files if canary in f.read_bytes()] == []
+        fault.saw(f"in none of {len(files)} files of the run and of Ray's logs, nor printed")
+        fault.goes_on("nothing to heal")
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 @pytest.mark.faults
