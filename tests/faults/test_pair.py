@@ -56,7 +56,7 @@ class Pair:
     def pids(self) -> list[int]:
         return [pid(handle) for handle in self.actors.engines.handles]
 
-    async def samples(self, count: int = 8, **changes: Any) -> list[Rollout]:
+    async def samples(self, count: int, **changes: Any) -> list[Rollout]:
         """Of `count` prompts, four each, by whichever engine."""
         request = Request("", LONG, (1, 2, 3, 4), Draw(1.0, 48), deadline=120.0)
         asked = [replace(request, prompt_id=f"p{time.time()}{i}", **changes) for i in range(count)]
@@ -113,8 +113,8 @@ def test_the_samples_of_a_dead_engine_come_from_the_other(fault: Fault, pair: Pa
         if state == "idle":
             os.kill(victim, signal.SIGKILL)
             fault.fired(f"process {victim} got it, nothing was asked of it")
-        asked = asyncio.ensure_future(pair.samples())
-        await asyncio.sleep(0.3)
+        asked = asyncio.ensure_future(pair.samples(32))
+        await asyncio.sleep(0.1)
         if state == "serving":
             assert all(engine.in_flight for engine in pair.actors.engines.live)
             os.kill(victim, signal.SIGKILL)
@@ -125,10 +125,10 @@ def test_the_samples_of_a_dead_engine_come_from_the_other(fault: Fault, pair: Pa
         return await asked
 
     drawn = pair.wait(served())
-    assert len(drawn) == 32 and all(r.status.usable for r in drawn) and gone(victim)
+    assert len(drawn) == 128 and all(r.status.usable for r in drawn) and gone(victim)
     pair.wait(pair.healed())
     assert pair.events == ["engine_lost", "engine_joined"] and pair.agrees() < 1e-4
-    fault.goes_on("engine_joined, with the learner's weights; all 32 samples drawn by the other")
+    fault.goes_on("engine_joined, with the learner's weights; all 128 samples drawn by the other")
 
 
 @contextmanager
@@ -158,12 +158,12 @@ def test_an_engine_ten_times_slower_is_waited_for(fault: Fault, pair: Pair) -> N
     pair.events.clear()
     before, stops = pair.pids, [0]
     with slowed(before[1], stops):
-        drawn = pair.wait(pair.samples(4))
+        drawn = pair.wait(pair.samples(16))
     fault.fired(f"process {before[1]} was stopped {stops[0]} times")
-    assert stops[0] > 2 and len(drawn) == 16 and all(r.status.usable for r in drawn)
+    assert stops[0] > 2 and len(drawn) == 64 and all(r.status.usable for r in drawn)
     assert not pair.events and pair.pids == before
     fault.saw("waited for: no engine is lost")
-    fault.goes_on("all 16 samples, by the same two processes")
+    fault.goes_on("all 64 samples, by the same two processes")
 
 
 @pytest.mark.fault("F29", "samples that have had their deadline")
