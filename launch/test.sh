@@ -10,7 +10,8 @@ usage: launch/test.sh [LANE] [pytest arguments, as in: launch/test.sh -k sync -x
   slow       long tests, and assertions that the default lane makes on a smaller run; installs the extras
              wandb and mlflow, unless ENTRORAY_EXTRAS names others (ENTRORAY_EXTRAS= for none)
   families   models of other families than Llama
-  faults     processes killed on purpose, beyond the deaths of the default lane
+  faults     the table of tests/faults/README.md: every fault injected, at most an hour; one that was interrupted
+             goes on; faults long, with a partition of five minutes and 20 deaths of the driver
   bench      speed and memory against a limit; bench ROW, one row of tests/bench/README.md (8 minutes)
   cluster    more nodes than this one, or what starts them
 END
@@ -36,15 +37,18 @@ check() { # NAME COMMAND...
     took+="$name $((SECONDS - from)) s, "
 }
 
-one_lane() { # [ROW of bench] PYTEST ARGUMENTS...
-    local rc=0 what=tests
+one_lane() { # [ROW of bench | long, of faults] PYTEST ARGUMENTS...
+    local rc=0 what=tests marked=$lane
     if [[ $lane == bench && ${1:-} =~ ^[a-z][a-z0-9_]*$ ]]; then
         what="tests/bench/test_rows.py::test_row[$1]" && shift
     fi
+    if [[ $lane == faults ]]; then
+        if [[ ${1:-} == long ]]; then shift; else marked="faults and not long"; fi
+    fi
     printf '\n== lane %s\n' "$lane"
-    pytest "$what" -m "$lane" --durations=0 "$@" || rc=$?
+    pytest "$what" -m "$marked" --durations=0 "$@" || rc=$?
     ((rc != 5)) || echo "lane $lane: no such test yet"
-    [[ $lane != families ]] || python -m tests.families.table
+    [[ $lane != families && $lane != faults ]] || python -m "tests.$lane.table"
     exit $((rc == 5 ? 0 : rc))
 }
 
@@ -57,4 +61,4 @@ check "unit tests" pytest tests/unit "${both[@]}" "$@"
 check "kernels" env TRITON_INTERPRET=1 pytest tests/interpreter "$@"
 check "mypy" mypy
 printf '\n== took: %snow the real stack\n' "$took"
-check "real stack" pytest tests/ray --durations=15 "$@"
+check "real stack" pytest tests/ray tests/faults --durations=15 "$@"

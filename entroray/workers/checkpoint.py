@@ -75,8 +75,8 @@ class Checkpoints:
     ) -> Path:
         (partial / STATE).write_text(json.dumps(state))
         done = commit(partial, final, listed)
-        for old in expired(committed(self.folder), self.keep):
-            shutil.rmtree(old)
+        for old in (*expired(committed(self.folder), self.keep), *self.folder.glob(".step-*.part")):
+            shutil.rmtree(old)  # parts of saves that were cut, too
         return done
 
 

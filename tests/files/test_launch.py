@@ -262,7 +262,7 @@ def test_the_tests_run_cheapest_first(machine):
         "pytest tests/unit --numprocesses 2 --dist worksteal -x",
         "pytest tests/interpreter -x",
         "mypy",
-        "pytest tests/ray --durations=15 -x",
+        "pytest tests/ray tests/faults --durations=15 -x",
     ]
 
 
@@ -273,7 +273,16 @@ LANES = ("slow", "families", "faults", "bench", "cluster")
 def test_a_lane_runs_its_own_tests_alone(machine, lane):
     machine.tools(ruff=0, mypy=0, pytest=1)
     assert machine.run("test.sh", lane, "-x", "tests/ray", ENTRORAY_EXTRAS="").returncode == 1
-    assert machine.told().split(" /")[0] == f"pytest tests -m {lane} --durations=0 -x tests/ray"
+    marked = "faults and not long" if lane == "faults" else lane
+    assert machine.told().split(" /")[0] == f"pytest tests -m {marked} --durations=0 -x tests/ray"
+
+
+def test_long_faults_are_run_where_they_are_asked_for_and_the_table_is_printed(machine):
+    machine.tools(pytest=0)
+    assert machine.run("test.sh", "faults", "long", "-x").returncode == 0
+    asked, printed = machine.told().splitlines()
+    assert asked.split(" /")[0] == "pytest tests -m faults --durations=0 -x"
+    assert printed.split(" /")[0] == "python -m tests.faults.table"
 
 
 def test_a_row_of_the_bench_lane_runs_alone_and_takes_pytest_s_arguments(machine):

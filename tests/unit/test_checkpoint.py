@@ -16,6 +16,7 @@ from entroray.errors import InfrastructureError, PreflightError
 from entroray.wiring import run_directory
 from entroray.workers import checkpoint
 from entroray.workers.checkpoint import MARKER, Checkpoints, commit, committed, expired, newest
+from tests.faults import saves
 
 
 def opened(run, tree):
@@ -138,6 +139,12 @@ def test_a_checkpoint_that_the_disk_refuses_is_typed_and_leaves_nothing(tmp_path
     with pytest.raises(InfrastructureError, match=r"step-000007 .*unexpected pos.* MiB .*checkpoint\.keep=2"):
         asyncio.run(saves.save(7, {"version": 7}))
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_save_clears_away_what_the_cut_save_of_another_step_left(tmp_path: Path) -> None:
+    (tmp_path / ".step-000002.part").mkdir()
+    saves.save(tmp_path, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-000003"]
 
 
 NAMES = (

@@ -20,6 +20,7 @@ from entroray.workers.engine_pool import EnginePool
 from entroray.workers.roles import VerifierRole
 from entroray.workers.verifier import Verifier
 from entroray.workers.verifier_pool import VerifierPool
+from tests.faults.record import Fault
 from tests.ray.processes import (
     descendants,
     engines,
@@ -42,23 +43,31 @@ BASE = [
 
 
 @pytest.mark.faults
+@pytest.mark.fault("F01", "SIGKILL to an engine of a run with {replicas}")
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_an_engine_that_dies_is_replaced_and_its_prompts_asked_again(
-    tmp_path: Path, model: str, replicas: int
+    fault: Fault, tmp_path: Path, model: str, replicas: int
 ) -> None:
     folder = tmp_path / "run"
     settings = [*BASE, f"generator.replicas={replicas}", "run.steps=12", f"run.dir={folder}"]
     process = start(*settings, f"model.path={model}")
     until(process, step_reached(folder, 2))
-    engines(process)[0].kill()
+    victim = engines(process)[0]
+    victim.kill()
+    fault.fired(f"process {victim.pid} of the run, after step {steps(folder)[-1]}")
+    until(process, lambda: "engine_lost" in kinds(folder))
+    fault.saw("engine_lost")
+    until(process, step_reached(folder, steps(folder)[-1] + 1))
+    fault.goes_on("the next step")
     printed_at_end(process, 0)
     assert steps(folder) == list(range(1, 13))
     assert "engine_lost" in kinds(folder)
     assert replicas > 1 or "engine_joined" in kinds(folder)
 
 
+@pytest.mark.fault("F02", "SIGKILL to the only engine left, generator.restarts=0")
 def test_one_engine_dying_costs_no_step_and_the_last_ends_the_run_with_4_and_leaves_nothing(
-    tmp_path: Path, model: str
+    fault: Fault, tmp_path: Path, model: str
 ) -> None:
     folder, shared = tmp_path / "run", set(os.listdir("/dev/shm"))
     settings = [*BASE, "generator.replicas=2", "generator.restarts=0", "run.steps=1000", f"run.dir={folder}"]
@@ -70,11 +79,14 @@ def test_one_engine_dying_costs_no_step_and_the_last_ends_the_run_with_4_and_lea
     until(process, step_reached(folder, steps(folder)[-1] + 3))
     (last,), began = engines(process), time.monotonic()
     last.kill()
+    fault.fired(f"process {last.pid}, after the other was killed and survived")
     printed = printed_at_end(process, 4, 120)
+    fault.saw("ends with 4, naming generator.restarts")
     assert time.monotonic() - began < 120
     assert "no generator is left" in printed and "generator.restarts" in printed
     assert steps(folder) == list(range(1, len(steps(folder)) + 1)) and kinds(folder).count("engine_lost") == 2
     assert left_over(ours, shared) == []
+    fault.goes_on("no process and no shared memory is left", lost="what follows the last checkpoint")
 
 
 LITTLE = Share(cpus=0.05, gpus=0.0, threads=1)
@@ -96,8 +108,9 @@ def judge(response, prompt):
 """
 
 
+@pytest.mark.fault("F07", "SIGKILL to one of two verifiers that judge")
 def test_verdicts_of_a_verifier_that_is_killed_come_from_another_and_it_is_replaced(
-    stack: Stack, tmp_path: Path
+    fault: Fault, stack: Stack, tmp_path: Path
 ) -> None:
     judge = tmp_path / "judge.py"
     judge.write_text(SLOW)
@@ -116,8 +129,11 @@ def test_verdicts_of_a_verifier_that_is_killed_come_from_another_and_it_is_repla
         calls = [asyncio.ensure_future(role.judge(prompt, answers)) for _ in range(4)]
         await asyncio.sleep(0.2)
         os.kill(victim, signal.SIGKILL)
+        fault.fired(f"process {victim} had verdicts to give")
         found = [[v.correct for v in verdicts] for verdicts in await asyncio.gather(*calls)]
+        fault.saw("verifier_lost; its verdicts come from the other")
         await asyncio.gather(*pool.joining)
+        fault.goes_on("verifier_joined")
         return found
 
     victim = pid(pool.handles[0])
@@ -129,7 +145,10 @@ def test_verdicts_of_a_verifier_that_is_killed_come_from_another_and_it_is_repla
         cluster.kill_actors(pool.handles)
 
 
-def test_an_engine_that_dies_as_it_starts_is_left_out_and_the_others_serve(stack: Stack) -> None:
+@pytest.mark.fault("F01", "an engine and the one that replaces it die as they start")
+def test_an_engine_that_dies_as_it_starts_is_left_out_and_the_others_serve(
+    fault: Fault, stack: Stack
+) -> None:
     m, events = stack.wait(stack.machine()), list[str]()
 
     class Stillborn:
@@ -154,6 +173,34 @@ def test_an_engine_that_dies_as_it_starts_is_left_out_and_the_others_serve(stack
 
     assert stack.wait(served()) == 1
     assert events == ["engine_lost generator 1", "engine_lost generator 2"], "its replacement died too"
+    fault.fired("both sent themselves SIGKILL in `start`")
+    fault.saw("engine_lost, twice")
+    fault.goes_on("the other serves; where none starts the run is refused")
     with pytest.raises(InfrastructureError, match="generator 0, starting: its process died"):
         stack.wait(pool(stillborn(), stillborn()).start())
     assert len(events) == 2, "where none comes, none is tried again"
+
+
+@pytest.mark.faults
+@pytest.mark.fault("F36", "SIGKILL to Ray's head (its GCS) under a run")
+def test_a_run_without_its_head_ends_soon_and_can_be_gone_on_with(
+    fault: Fault, tmp_path: Path, model: str
+) -> None:
+    folder, shared = tmp_path / "run", set(os.listdir("/dev/shm"))
+    settings = [*BASE, "generator.replicas=1", "run.steps=1000", f"run.dir={folder}", "checkpoint.every=1"]
+    process = start(*settings, f"model.path={model}")
+    until(process, step_reached(folder, 2))
+    ours = descendants(process)
+    (head,) = [p for p in ours if "gcs_server" in p.name()]
+    head.kill()
+    fault.fired(f"process {head.pid} is dead")
+    printed, _ = process.communicate(timeout=150)
+    assert process.returncode not in (0, None), printed[-3000:]
+    fault.saw(f"ends with {process.returncode}: {printed.strip().splitlines()[-1][:80]}")
+    assert left_over(ours, shared, 60.0) == []
+    again = start(*settings, f"model.path={model}", "run.resume=auto")
+    until(again, step_reached(folder, steps(folder)[-1] + 1), 150.0)
+    fault.goes_on("the same command with run.resume=auto", lost="at most the step under way")
+    again.terminate()
+    printed_at_end(again, 143, 90)
+    assert steps(folder) == list(range(1, len(steps(folder)) + 1))

@@ -1,6 +1,8 @@
 """Killed and stopped runs go on: every step once, the prompts they would have had, and what they printed."""
 
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import psutil
 import pytest
 
 from entroray.observe.trackers import TrackedRun, tensorboard
+from tests.faults.record import Fault
 from tests.ray.processes import (
     beyond_loopback,
     descendants,
@@ -56,6 +59,10 @@ class Resumed:
     listening: set[str]
     left_over: list[str]
     printed: str
+    gone: float
+    """Seconds after which nothing of it was left."""
+    step: float
+    """Seconds after which it had its next step."""
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +75,14 @@ def resumed(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory)
     ours = descendants(process)
     listening = beyond_loopback(ours)
     process.send_signal(signal.SIGKILL)
+    began = time.monotonic()
     process.communicate(timeout=30)
     left = left_over(ours, shared)
-    return Resumed(folder, listening, left, printed_at_end(start(*again), 0))
+    gone, reached = time.monotonic() - began, steps(folder)[-1]
+    process = start(*again)
+    until(process, step_reached(folder, reached + 1))
+    step = time.monotonic() - began
+    return Resumed(folder, listening, left, printed_at_end(process, 0), gone, step)
 
 
 def test_a_run_listens_on_loopback(resumed: Resumed) -> None:
@@ -82,13 +94,23 @@ def test_a_killed_driver_leaves_nothing(resumed: Resumed) -> None:
     assert resumed.left_over == []
 
 
-def test_a_killed_run_goes_on_after_its_last_checkpoint(finished_run: FinishedRun, resumed: Resumed) -> None:
+@pytest.mark.fault("F27", "SIGKILL to the driver after step 3, then the same command")
+def test_a_killed_run_goes_on_after_its_last_checkpoint(
+    fault: Fault, finished_run: FinishedRun, resumed: Resumed
+) -> None:
+    fault.fired("the process was killed, and said again: going on after step")
     assert "going on after step" in resumed.printed
     assert steps(resumed.folder) == [1, 2, 3, 4, 5, 6]
     assert prompts(resumed.folder) == prompts(finished_run.folder)
     assert "high: objective.surrogate.high <- band(" in resumed.printed
     high = [row["control/high"] for row in metrics(resumed.folder)]
     assert high == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    fault.saw("every process of it has ended", after=resumed.gone)
+    fault.goes_on(
+        "the next step; steps 1 to 6 once each, on the prompts of the run that was not killed",
+        lost="steps since the last checkpoint, made again",
+        after=resumed.step,
+    )
 
 
 def test_held_out_accuracy_is_measured_and_changes_nothing(
@@ -103,33 +125,42 @@ def test_held_out_accuracy_is_measured_and_changes_nothing(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path: Path, model: str) -> None:
+@pytest.mark.fault("F27", "a run stopped after 3 of 6 steps and gone on with, beside one that was not")
+def test_a_resumed_run_is_the_same_run_bit_for_bit(fault: Fault, tmp_path: Path, model: str) -> None:
     settings = [*BASE[1:], f"model.path={model}", f"--dir={tmp_path}/both", "--steps=3"]
     command = [sys.executable, "-m", "entroray", "verify-resume", *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "3 + 3 steps equal 6" in done.stdout
+    fault.fired("verify-resume made both runs")
+    fault.saw("3 + 3 steps equal 6")
+    fault.goes_on("bit for bit")
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.fault("F26", "{number.name} to the driver between steps")
 def test_a_signal_saves_a_checkpoint_and_ends_with_its_code(
-    tmp_path: Path, model: str, number: signal.Signals
+    fault: Fault, tmp_path: Path, model: str, number: signal.Signals
 ) -> None:
     folder = tmp_path / "run"
     process = start(*BASE, f"run.dir={folder}", f"model.path={model}")
     until(process, step_reached(folder, 1))
     os.kill(process.pid, number)
+    fault.fired(f"after step {steps(folder)[-1]}")
     began = time.monotonic()
     said = printed_at_end(process, 128 + number, 60)
     assert time.monotonic() - began < 30
     last = steps(folder)[-1]
     saved = folder / "checkpoints" / f"step-{last:06d}"
     assert (saved / "COMMITTED").exists() and "run.resume=auto" in said
+    fault.saw(f"ends with {128 + number}")
+    fault.goes_on(f"a checkpoint of step {last}, its last")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.fault("F26", "{number.name} to the driver while Ray starts")
 def test_a_signal_before_the_first_step_ends_with_its_code_too(
-    tmp_path: Path, model: str, number: signal.Signals
+    fault: Fault, tmp_path: Path, model: str, number: signal.Signals
 ) -> None:
     deaf = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts `... &`
     process = start(*BASE, f"run.dir={tmp_path}/run", f"model.path={model}", first=deaf)
@@ -138,9 +169,65 @@ def test_a_signal_before_the_first_step_ends_with_its_code_too(
         time.sleep(0.05)
     ours, began = psutil.Process(process.pid).children(recursive=True), time.monotonic()
     os.kill(process.pid, number)
+    fault.fired("a raylet is there, no step is")
     printed_at_end(process, 128 + number, 60)
+    fault.saw(f"ends with {128 + number}")
     psutil.wait_procs(ours, timeout=30)
     assert time.monotonic() - began < 30
+    fault.goes_on("every process of it has ended")
+
+
+@pytest.mark.faults
+@pytest.mark.fault("F43", "secrets in the environment of a run with two trackers that a signal ends")
+def test_no_secret_of_the_environment_stands_in_what_a_run_writes(
+    fault: Fault, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, logs, canary = tmp_path / "run", Path(f"/tmp/fault-{os.getpid()}"), b"canary-5e1f"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, canary.decode() + name)
+    monkeypatch.setenv("HF_ENDPOINT", f"https://me:{canary.decode()}@hub.example.org")
+    monkeypatch.setenv("RAY_TMPDIR", str(logs))
+    trackers = "observe.trackers=[csv,tensorboard]"
+    process = start(*BASE, trackers, f"run.dir={folder}", f"model.path={model}")
+    try:
+        until(process, step_reached(folder, 1))
+        told = [p for p in descendants(process) if canary.decode() in str(p.environ())]
+        fault.fired(f"{len(told)} processes of the run have them in their environment")
+        process.terminate()
+        printed = printed_at_end(process, 143, 90)
+        files = [f for place in (folder, logs) for f in place.rglob("*") if f.is_file()]
+        assert told and len(files) > 20
+        assert canary.decode() not in printed and [f for f in files if canary in f.read_bytes()] == []
+        fault.saw(f"in none of {len(files)} files of the run and of Ray's logs, nor printed")
+        fault.goes_on("nothing to heal")
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+@pytest.mark.faults
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.fault("F27", "20 SIGKILLs to the driver at random moments of its life")
+def test_twenty_deaths_of_the_driver_leave_every_step_once(fault: Fault, tmp_path: Path, model: str) -> None:
+    folder, chance, shared = tmp_path / "run", random.Random(20), set(os.listdir("/dev/shm"))
+    settings = [*BASE, "run.steps=40", "checkpoint.every=1", f"run.dir={folder}", f"model.path={model}"]
+    reached = []
+    for _ in range(20):
+        process, end = start(*settings), time.monotonic() + chance.uniform(2.0, 45.0)
+        while time.monotonic() < end and process.poll() is None:
+            time.sleep(0.05)
+        ours = descendants(process) if process.poll() is None else []
+        process.kill()
+        process.communicate(timeout=30)
+        assert left_over(ours, shared) == []
+        reached.append(steps(folder)[-1] if steps(folder) else 0)
+    fault.fired(f"steps reached: {', '.join(map(str, reached))}")
+    fault.saw("every process of it has ended, each time")
+    printed_at_end(start(*settings), 0, 400.0)
+    assert steps(folder) == list(range(1, 41))
+    trained = prompts(folder)
+    assert sum(map(len, trained.values())) == len(set().union(*trained.values())) == 160
+    fault.goes_on("steps 1 to 40 once each, 160 prompts once each", lost="steps under way, made again")
 
 
 def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path: Path) -> None:
