@@ -76,7 +76,7 @@ class Checkpoints:
         (partial / STATE).write_text(json.dumps(state))
         done = commit(partial, final, listed)
         for old in expired(committed(self.folder), self.keep):
-            shutil.rmtree(old)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
         return done
 
 

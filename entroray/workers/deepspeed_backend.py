@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from entroray.config import LearnerConfig
-from entroray.engine.interfaces import check_interface
+from entroray.engine.interfaces import check_interface, stay_on_loopback
 from entroray.errors import PreflightError
 from entroray.planning.memory import LORA_BUCKET
 from entroray.policy.model import Layout, Policy
@@ -56,8 +56,7 @@ def _store(rank: int, ranks: int, within: timedelta) -> torch.distributed.TCPSto
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if not host.startswith("127."):
         return torch.distributed.TCPStore(host, port, ranks, rank == 0, within)
-    if loopback := [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])  # else that of the machine's name
+    stay_on_loopback()
     listening = socket.create_server((host, port)).detach() if rank == 0 else None
     return torch.distributed.TCPStore(host, port, ranks, rank == 0, within, master_listen_fd=listening)
 

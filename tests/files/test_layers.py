@@ -17,7 +17,10 @@ FLOORS = [  # each may import from those before it
     *("ground", "objective", "roles", "metrics", "control", "planning", "reward", "policy", "data"),
     *("rollout", "train", "evaluation", "observe", "engine", "workers", "wiring", "cli", "top"),
 ]
-GROUND = {"types", "kept_sets", "ops", "config", "errors", "rows", "seeds", "binding", "formula", "home"}
+GROUND = {
+    *("types", "kept_sets", "ops", "config", "errors", "rows", "seeds", "binding", "formula", "home"),
+    "redaction",
+}
 TOP = {"__init__", "__main__"}
 HOMES = {  # heavy library -> the only folders that may import it
     "ray": {"workers", "wiring", "cli"},
