@@ -264,9 +264,7 @@ def _unfinished(name: str, tree: DictConfig) -> Path | None:
     A run whose settings are lost is none.
     """
     files = sorted(Path("runs", name).glob("*/config.yaml"), reverse=True)
-    found = {
-        f.parent: read for f in files if not (f.parent / "model").exists() and (read := read_settings(f))
-    }
+    found = {f.parent: s for f in files if not (f.parent / "model").exists() and (s := read_settings(f))}
     for rules in (("fixed", "free"), ("fixed",)):
         mine = _ruled(plain(tree), rules)
         for folder, theirs in found.items():

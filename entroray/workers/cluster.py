@@ -154,6 +154,7 @@ def environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",  # whatever a library's call of torch.load says
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
         "PYTHONDONTWRITEBYTECODE": "",  # set, it makes every worker recompile vLLM: 10 s

@@ -221,7 +221,8 @@ class DeepSpeedBackend:
         The learning rate is that of the settings, which may have changed since, not the one that was saved.
         """
         whole = self.policy.adapter is None  # else the base is in no checkpoint
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=whole)
+        with torch.serialization.safe_globals(_own_classes()):  # all else that a file asks for is refused
+            loaded, _ = self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=whole)
         if loaded is None:
             raise PreflightError(f"{folder} holds no learner that DeepSpeed can read: resume from another")
         self.set_base_lr(self.lr)
@@ -229,6 +230,15 @@ class DeepSpeedBackend:
     def close(self) -> None:
         """Release weights and optimizer."""
         _destroy(self.engine)
+
+
+def _own_classes() -> list[Any]:
+    """What DeepSpeed writes into checkpoints beside tensors and plain values."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class FrozenPolicy:
