@@ -59,6 +59,11 @@ def _of_nccl(said: str, names: Sequence[str]) -> bool:
     return len(found) < len(names) if said.startswith("^") else bool(found)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches what listens at `host`."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def interface_to(host: str, port: int) -> str:
     """The address of this machine from which `host` is reached, and its interface."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
