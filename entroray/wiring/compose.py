@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +28,7 @@ from entroray.wiring import (
     overrides,
     own_files,
     rollout_plan,
+    run_directory,
     sampler,
     selection,
     tool,
@@ -184,7 +185,7 @@ def check_config(config: Config) -> Parts:
     check_cards(config)
     check_recomputation(config.learner)
     controllers.check_controllers(config, parts)
-    constraints.check_secrets(config)
+    constraints.check_secrets(run_directory.flatten(asdict(config)))
     return parts
 
 

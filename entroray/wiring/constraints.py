@@ -1,8 +1,7 @@
 """What single numbers and names of the settings may be; rules between several stand in `settings.check`."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,10 +172,10 @@ def check_lora(n: LearnerConfig, g: GeneratorConfig) -> None:
         )
 
 
-def check_secrets(config: Config) -> None:
+def check_secrets(settings: Iterable[tuple[str, Any]]) -> None:
     """ConfigError for a setting with a password in a URL, or a secret of this shell: settings are written."""
     known = {value: name for value, name in secrets().items() if len(value) >= LONG}
-    for path, text in _texts(asdict(config), ""):
+    for path, text in ((path, f"{path}={value}") for path, value in settings):
         name = next((name for value, name in known.items() if value in text), "")
         if name or IN_URL.search(text):
             what = f"the value of {name}" if name else "a password or key in a URL"
@@ -184,17 +183,6 @@ def check_secrets(config: Config) -> None:
                 f"{path} holds {what}, which would be written with the run: leave it to a variable of the "
                 "environment, by its name where a setting takes one (key_env=NAME)"
             )
-
-
-def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every text of the settings, and every name there, by its dotted path."""
-    if isinstance(value, str):
-        yield path, value
-    for name, inner in value.items() if isinstance(value, Mapping) else ():
-        yield path, str(name)
-        yield from _texts(inner, f"{path}.{name}".lstrip("."))
-    for inner in value if isinstance(value, list | tuple) else ():
-        yield from _texts(inner, path)
 
 
 def refuse_nobody(setting: str, path: str | None) -> None:

@@ -1,10 +1,15 @@
 """Files from strangers that would run code where they are read naively: each fires so, and not here."""
 
+import errno
+import fcntl
 import json
+import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +20,7 @@ import torch
 import yaml
 
 from entroray.cli import lab
+from entroray.config import Run
 from entroray.data.tables import open_table, read_rows
 from entroray.errors import ConfigError, EntrorayError, PreflightError
 from entroray.policy.model import load_policy
@@ -247,6 +253,39 @@ def test_a_link_in_a_run_leads_no_write_out_of_it(tmp_path: Path) -> None:
         with pytest.raises(PreflightError, match=rf"{folder}.*"):
             run_directory.resume_run(config.run, tree)
         assert victim.read_text() == "mine\n", name
+
+
+@pytest.mark.parametrize("missing", ["", "flock"])
+def test_a_second_run_is_refused_by_any_name_of_the_folder_until_the_first_is_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """Some network file systems know no `flock`, and `lockf` over all their hosts."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if missing:
+        monkeypatch.setattr(fcntl, missing, refuse)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path)
+    ready, tell = os.pipe()
+    if not (first := os.fork()):
+        held = run_directory.new_run(Run(dir=str(tmp_path / "run")))
+        os.write(tell, b"1")
+        time.sleep(60)
+        del held
+        os._exit(1)
+    assert os.read(ready, 1) == b"1"
+    for name in (str(tmp_path / "run"), "run", "./link/../run", "link"):
+        with pytest.raises(PreflightError, match=rf"is being written by another run \(process {first} on "):
+            run_directory.new_run(Run(dir=name))
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert run_directory.new_run(Run(dir="link")).folder == tmp_path / "run"
+
+
+# Whoever reads other formats.
 
 
 def test_nothing_of_ours_unpacks_or_unpickles_what_strangers_wrote() -> None:
