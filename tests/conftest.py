@@ -1,6 +1,8 @@
 """What `ray/` and `faults/` share: a local Ray, a tiny model, a cache of warm starts, a finished run."""
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +34,15 @@ FEATURES = (
     "step: 0.1, low: 0.2, high: 1}",
 )
 """Of a run that evaluates prompts and a set, saves, diagnoses, keeps every token, moves a knob, is traced."""
+SECRETS = {
+    "HF_TOKEN": "hf_canary-0001",
+    "WANDB_API_KEY": "canary-0002-wandb",
+    "MY_SECRET": "canary-0003/+=",
+    "DB_PASSWORD": "canary-0004",
+    "AWS_SECRET_ACCESS_KEY": "canary-0005",
+    "HF_ENDPOINT": "https://me:canary-0006@mirror.invalid/hf",
+}
+"""In the environment of a run; each has `canary` in it, and nothing else has."""
 
 
 @pytest.fixture(scope="session")
@@ -75,9 +86,19 @@ def stack(local_ray: None, model: str) -> "Iterator[Stack]":
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> "FinishedRun":
-    """A run of `FEATURES` in a process of its own, warm start included, for tests that only read."""
-    from tests.ray.stack import FinishedRun, entroray
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[FinishedRun]":
+    """A run of `FEATURES` in a process of its own, warm start included, for tests that only read.
+
+    It has secrets in its environment, and runs on a machine whose name leads beyond loopback.
+    """
+    from tests.ray.processes import Watched, on_a_named_machine, printed_at_end, start
+    from tests.ray.stack import FinishedRun
 
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    return FinishedRun(folder, FEATURES, entroray("train", *FEATURES, f"run.dir={folder}"))
+    logs = tempfile.mkdtemp(prefix="entroray-")  # a short name: sockets lie in it
+    command, told = ("train", *FEATURES, f"run.dir={folder}"), {**SECRETS, "RAY_TMPDIR": logs}
+    process = start(*command, within=on_a_named_machine(), variables=told)
+    watched = Watched(process)
+    printed = printed_at_end(process, 0, 280.0)
+    yield FinishedRun(folder, FEATURES, printed, frozenset(watched.found), Path(logs))
+    shutil.rmtree(logs, ignore_errors=True)

@@ -9,8 +9,10 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
+from entroray.engine.interfaces import stay_on_loopback
 from entroray.errors import EntrorayError
 from entroray.home import ensure_home
+from entroray.redaction import HidingStream
 
 USAGE = Path(__file__).with_name("usage.txt").read_text()
 
@@ -21,6 +23,7 @@ EXIT = 30.0
 
 def main() -> None:
     """Run one command; exit codes as DESIGN 7 lists them."""
+    sys.stdout, sys.stderr = HidingStream(sys.stdout), HidingStream(sys.stderr)  # type: ignore[assignment]
     code = run(sys.argv[1:])
     with suppress(OSError):  # `entroray ... | head`
         sys.stdout.flush()
@@ -71,16 +74,12 @@ COMMANDS = {
 }
 
 
-LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Ray's switch for clusters of several nodes; off, it binds to loopback alone, on Linux too."""
-
-
 def _dispatch(command: str, arguments: list[str]) -> int:
     """Import the one module that is asked for: some take seconds to import."""
     if command not in COMMANDS:
         print(f"entroray: unknown command `{command}`\n\n{USAGE}", file=sys.stderr)
         return 2
     if not any("cluster.address=" in argument for argument in arguments):
-        os.environ.setdefault(LOOPBACK, "0")  # before Ray is imported, which reads it then and never again
+        stay_on_loopback()  # before Ray is imported, which reads its switch then and never again
     asked: Callable[[list[str]], int] = import_module(COMMANDS[command]).main
     return asked(arguments)

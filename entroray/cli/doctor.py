@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -16,6 +17,7 @@ import torch
 from entroray.cli import flags, judge_trial
 from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config, judge_specs
+from entroray.engine.interfaces import is_loopback
 from entroray.errors import InfrastructureError, PreflightError, first_line
 from entroray.policy.tokenizer import response_text
 from entroray.reward.programs import Programs
@@ -150,6 +152,8 @@ def _joined(config: Config, address: str) -> str:
     try:
         if port:
             socket.create_connection((host, int(port)), timeout=3).close()
+        if port and not is_loopback(host):
+            _refuse_open(address)
         rows = actors.join_cluster(config)
         told = [f"{address}: {rows}", *actors.placement_lines(config), _between_nodes(config)]
         return "; ".join(told)
@@ -160,6 +164,26 @@ def _joined(config: Config, address: str) -> str:
         ) from error
     finally:
         cluster.stop()
+
+
+WITHOUT_TOKEN = "import ray, sys; ray.init(sys.argv[1], logging_level='CRITICAL', log_to_driver=False)"
+
+
+def _refuse_open(address: str) -> None:
+    """PreflightError where a process without the cluster's token may join it."""
+    without = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_")}
+    asked = [sys.executable, "-c", WITHOUT_TOKEN, address]
+    try:
+        done = subprocess.run(
+            asked, env={**without, "RAY_AUTH_MODE": "disabled"}, capture_output=True, timeout=60, check=False
+        )
+    except subprocess.TimeoutExpired:  # it is not let in
+        return
+    if done.returncode == 0:
+        raise PreflightError(
+            f"cluster.address={address} runs code of whoever reaches it, without a token: start its head and "
+            "every node with RAY_AUTH_MODE=token, as launch/ray-head.sh does"
+        )
 
 
 def _between_nodes(config: Config) -> str:

@@ -33,6 +33,7 @@ from entroray.observe.comparison import (
 from entroray.observe.console import plain_table, wide_terminal
 from entroray.observe.journal import read_metrics, replace_text
 from entroray.observe.lab_cells import Cell, variant_name
+from entroray.redaction import hide_secrets
 from entroray.wiring import compose, run_directory
 from entroray.wiring.actors import cpu_only, lasting
 from entroray.wiring.objective import check_objective
@@ -166,9 +167,9 @@ async def _attempt(bench: ReusedActors, job: Job) -> Cell:
     except Exception as error:  # boundary: one cell's fault, whatever it is, is not the others'
         if not isinstance(error, ConfigError):  # which comes before any machine is touched
             await bench.clear(broken=True)
-        Path(str(job.config.run.dir), "error.txt").write_text(traceback.format_exc())
+        Path(str(job.config.run.dir), "error.txt").write_text(hide_secrets(traceback.format_exc()))
         code = error.exit_code if isinstance(error, EntrorayError) else 1
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        said = hide_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}")
         return _ended(replace(job.cell, status="failed", reason=said[:300], exit_code=code))
     return _ended(replace(job.cell, status="done", measured=measured))
 

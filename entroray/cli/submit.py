@@ -9,14 +9,17 @@ import shutil
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from entroray import rows
 from entroray.cli import flags
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config, Data, EvaluationSet, Part, user_files
+from entroray.engine.interfaces import is_loopback
 from entroray.errors import ConfigError, InfrastructureError, PreflightError, first_line
 from entroray.wiring import compose
 from entroray.wiring.overrides import quote
@@ -148,6 +151,7 @@ def _submit(address: str | None, command: list[str], folder: str) -> tuple[Any, 
 
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     place = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
+    _refuse_open(place)
     try:
         client = JobSubmissionClient(place)
         environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE)}}
@@ -157,6 +161,21 @@ def _submit(address: str | None, command: list[str], folder: str) -> tuple[Any, 
         raise PreflightError(f"no job could be given to {place}: {said}. {_hint(said)}") from error
     print(f"submitted {job} to {place}: {shlex.join(command)}", flush=True)
     return client, job
+
+
+def _refuse_open(place: str) -> None:
+    """PreflightError where a job server serves whoever reaches it, unless RAY_AUTH_MODE says that it may."""
+    host = urlsplit(place).hostname
+    if os.environ["RAY_AUTH_MODE"] != "token" or not host or is_loopback(host):
+        return
+    try:
+        urllib.request.urlopen(f"{place.rstrip('/')}/api/jobs/", timeout=10.0).close()
+    except (OSError, ValueError):  # it wants a token, or is none; who is not there is told of below
+        return
+    raise PreflightError(
+        f"{place} runs code of whoever reaches it, without a token: start it with RAY_AUTH_MODE=token, as "
+        "launch/ray-head.sh does, or say RAY_AUTH_MODE=disabled here too if nobody else can reach it"
+    )
 
 
 def _hint(said: str) -> str:

@@ -7,12 +7,11 @@ import csv
 import io
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
 from entroray.errors import ConfigError, PreflightError
 
@@ -34,6 +33,8 @@ _ENCODINGS = (
     (rb"\0", "UTF-16BE"),
 )
 """How a file that is no UTF-8 begins, with a mark or, its first letter being of ASCII, without."""
+LONGEST = 64 << 20
+"""Bytes of a line, characters of a field."""
 _WRAPPERS = ("data", "rows", "examples", "items", "instances", "samples", "records")
 """Under which name a document holds its rows, beside others."""
 
@@ -104,9 +105,29 @@ def recoded(name: str, encoding: str) -> str:
     return f"iconv -f {encoding} -t UTF-8 {name} > utf8-{name}"
 
 
-def _decoded(path: Path) -> str:
+def _lines(path: Path, file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """Those of a file; PreflightError for one that is no row, before it fills the memory."""
+    for number in count(1):
+        line = file.readline(LONGEST)
+        if len(line) == LONGEST and not (number == 1 and line[:1] == b"["):  # an array may lie in one line
+            raise PreflightError(
+                f"data.task: {path} line {number} is longer than {LONGEST >> 20} MiB: put one row in a line, "
+                "and what is large elsewhere"
+            )
+        if line:
+            yield line
+        if not line or len(line) == LONGEST:
+            return
+
+
+def _decoded(path: Path, most: int = -1) -> str:
     with content(path) as file:
-        data = file.read()
+        data = file.read(most)
+    if len(data) == most:
+        raise PreflightError(
+            f"data.task: {path} is one document of more than {most >> 20} MiB, which is read whole: "
+            f"jq -c '.[]' {path.name} > rows.jsonl"
+        )
     try:
         return data.decode().lstrip("\ufeff")
     except UnicodeDecodeError as error:
@@ -122,7 +143,7 @@ def _decoded(path: Path) -> str:
 
 def _json(path: Path, file: io.BufferedReader) -> Lines:
     """An object a line, or one array of objects."""
-    pieces = (piece for raw in file for piece in (raw.splitlines() if b"\r" in raw else (raw,)))
+    pieces = (piece for raw in _lines(path, file) for piece in (raw.splitlines() if b"\r" in raw else (raw,)))
     lines = ((n, _unmarked(raw)) for n, raw in enumerate(pieces, 1))
     filled = ((n, raw) for n, raw in lines if raw.strip())
     first = list(islice(filled, 2))
@@ -145,7 +166,7 @@ def _unmarked(raw: bytes) -> bytes:
 def _document(path: Path) -> Lines:
     """The rows of a file that is one JSON array; PreflightError for what else is no row a line."""
     try:
-        document = _DECODER.decode(_decoded(path))
+        document = _DECODER.decode(_decoded(path, 8 * LONGEST))
     except _RepeatedKey as error:
         raise PreflightError(f"data.task: {path}: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -219,10 +240,12 @@ def _separated(path: Path, file: io.BufferedReader) -> Lines:
 
     As Excel writes them: a first line `sep=;`, and `="007"` for a text of digits.
     """
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(LONGEST)
     text = io.TextIOWrapper(file, "utf-8", newline="")
     try:
-        lines = ((n, line.lstrip("\ufeff") if n == 1 else line) for n, line in enumerate(text, 1))
+        lines = (
+            (n, line.lstrip("\ufeff") if n == 1 else line) for n, line in enumerate(_lines(path, text), 1)
+        )
         number, header = next(((n, line) for n, line in lines if line.strip("\r\n")), (1, ""))
         named = re.fullmatch(r"\s*\"?sep=(.)\"?\s*", header, re.IGNORECASE)
         if named:

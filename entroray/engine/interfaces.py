@@ -9,6 +9,30 @@ import psutil
 from entroray.errors import PreflightError
 
 VARIABLES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch for clusters of several nodes; off, it binds to loopback alone, on Linux too."""
+_OURS: set[str] = set()
+"""Variables that `stay_on_loopback` has set."""
+
+
+def stay_on_loopback() -> None:
+    """Have Ray, gloo, NCCL and vLLM of a run of one machine listen on loopback; the shell's variables hold.
+
+    Left to themselves gloo listens where the machine's name leads, NCCL on its first card, vLLM on that
+    which leads out. Before they are imported; child processes inherit it.
+    """
+    name = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")][:1]
+    wanted = {LOOPBACK: "0", "VLLM_HOST_IP": "127.0.0.1"}
+    wanted |= {variable: each for variable in VARIABLES.values() for each in name}
+    new = wanted.keys() - os.environ.keys()
+    _OURS.update(new)
+    os.environ.update({variable: wanted[variable] for variable in new})
+
+
+def leave_loopback() -> None:
+    """Undo `stay_on_loopback`, for a run that joins a cluster after all."""
+    while _OURS:
+        os.environ.pop(_OURS.pop(), None)
 
 
 def check_interface(backend: str) -> None:
@@ -33,6 +57,11 @@ def _of_nccl(said: str, names: Sequence[str]) -> bool:
     exact = said.lstrip("^").startswith("=")
     found = [name for name in names if any(name == x if exact else name.startswith(x) for x in listed)]
     return len(found) < len(names) if said.startswith("^") else bool(found)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches what listens at `host`."""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def interface_to(host: str, port: int) -> str:

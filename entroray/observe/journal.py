@@ -15,11 +15,12 @@ from typing import Any, TextIO
 
 import torch
 
-from entroray.errors import DataError, InfrastructureError, Stopped, writing
+from entroray.errors import DataError, InfrastructureError, PreflightError, Stopped, writing
 from entroray.observe import token_records
 from entroray.observe.run_summary import RunSummary, summarize
 from entroray.observe.tracker_thread import LostError, TrackerThread
 from entroray.observe.trackers import SETTING, Tracker
+from entroray.redaction import hide_secrets
 from entroray.types import Batch, Group, Tokens
 
 
@@ -265,6 +266,18 @@ def replace_text(path: Path, text: str) -> None:
             aside.unlink(missing_ok=True)
 
 
+def refuse_links(run_dir: Path) -> None:
+    """PreflightError for a link in the place of a file, through which a run would write somewhere else.
+
+    A folder of it, such as `checkpoints`, may be a link to another disk.
+    """
+    for path in run_dir.iterdir():
+        if path.is_symlink() and (path.name.startswith(".") or not path.is_dir()):
+            raise PreflightError(
+                f"{path} is a link to {os.readlink(path)}: a run's files are its own: move it away"
+            )
+
+
 def _append_to(path: Path) -> TextIO:
     """The file opened for appending, without a last line that a crash cut short."""
     with writing(path):
@@ -289,10 +302,10 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    if value is None or isinstance(value, str | bool):
+    if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
         return float(value) if math.isfinite(value) else None
-    return str(value)
+    return hide_secrets(str(value))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from entroray.errors import EntrorayError, Stopped, first_line
+from entroray.redaction import hide_secrets
 
 STEP = "run/step"
 
@@ -55,5 +56,5 @@ def summarize(
     known = [(line["eval/greedy"], line["step"]) for line in history if line.get("eval/greedy") is not None]
     accuracy, step = max(known, key=lambda pair: pair[0], default=(None, 0))
     best = None if accuracy is None else (step, accuracy)
-    reason = "" if error is None else first_line(error)
+    reason = "" if error is None else hide_secrets(first_line(error))
     return RunSummary(status, code, reason, int(last.pop("step", 0)), last, best, health)

@@ -135,7 +135,7 @@ def load_policy(
     from transformers import AutoConfig, AutoModelForCausalLM  # a second of imports, and only ranks need it
 
     try:
-        config, whole = AutoConfig.from_pretrained(path), None
+        config, whole = AutoConfig.from_pretrained(path, trust_remote_code=False), None
         if division:
             whole, place = divided.outline(config, dtype), divided.fetch(path)
             _check_shapes(path, whole, divided.wrong_shapes(whole, place))  # on every rank, before they join
@@ -147,6 +147,7 @@ def load_policy(
                 dtype=dtype,
                 attn_implementation=families.attention(config, attention),
                 output_loading_info=True,
+                trust_remote_code=False,  # nor does it ask at the terminal then
                 ignore_mismatched_sizes=True,  # told apart below, by name
             )
     except PreflightError:

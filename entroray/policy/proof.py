@@ -75,7 +75,7 @@ def why_not_packed(path: str, attention: str, dtype: torch.dtype, device: torch.
     from transformers import AutoConfig
 
     try:
-        text = families.text_config(AutoConfig.from_pretrained(path))
+        text = families.text_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
         if device.type == "cuda":
             packing.check_kernel(text, dtype, device)
         model = build_small_copy(text)

@@ -52,7 +52,7 @@ def load_tokenizer(path: str, template: str | None = None) -> Any:
     from transformers import AutoTokenizer  # it imports every architecture's table
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # boundary: each kind of damaged file is another library's exception
         said = _first_line(error)
         raise PreflightError(f"model.path={path} has no tokenizer that can be loaded: {said}") from error
@@ -224,7 +224,9 @@ def _generation_ends(model: str) -> list[int]:
     try:
         described = GenerationConfig.from_pretrained(model)
     except OSError:  # no such file, or a damaged one
-        described = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+        described = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(model, trust_remote_code=False)
+        )
     found = described.eos_token_id
     return [found] if isinstance(found, int) else list(found or ())
 

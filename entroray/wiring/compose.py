@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +28,7 @@ from entroray.wiring import (
     overrides,
     own_files,
     rollout_plan,
+    run_directory,
     sampler,
     selection,
     tool,
@@ -40,6 +41,7 @@ TAKEN = {
     "seed": "seed says it",
     "max_model_len": "it is data.max_prompt + rollout.max_tokens",
     "async_scheduling": "generator.overlap says it",
+    "trust_remote_code": "a model's own code is not run",
     **dict.fromkeys(("enable_lora", "max_lora_rank"), "learner.lora and generator.transfer=adapter say it"),
     "return_sampling_mask": "sampler.top_p and sampler.top_k ask for it",
 }
@@ -183,6 +185,7 @@ def check_config(config: Config) -> Parts:
     check_cards(config)
     check_recomputation(config.learner)
     controllers.check_controllers(config, parts)
+    constraints.check_secrets(run_directory.flatten(asdict(config)))
     return parts
 
 

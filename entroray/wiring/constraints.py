@@ -1,7 +1,7 @@
 """What single numbers and names of the settings may be; rules between several stand in `settings.check`."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from entroray.config import USER_FILES, Config, GeneratorConfig, LearnerConfig, Lora
 from entroray.engine.adapter import ADAPTER, RANKS
 from entroray.errors import ConfigError
+from entroray.redaction import IN_URL, secrets
 
 
 class Bound(NamedTuple):
@@ -77,6 +78,8 @@ NAMES: dict[str, tuple[object, ...]] = {
 """What may be chosen. A schedule is one that transformers makes of two numbers, warm-up and all updates."""
 
 
+LONG = 12
+"""Characters of a secret that stands in a setting by no chance."""
 PATHS = ("run.dir", "model.path", "model.warm_start.cache", *USER_FILES, "data.task")
 """Settings that may be a file or a folder."""
 
@@ -167,6 +170,19 @@ def check_lora(n: LearnerConfig, g: GeneratorConfig) -> None:
             f"learner.lora.rank={rank} that is the model itself: set learner.reset_after=0, or "
             "learner.lora.rank=0"
         )
+
+
+def check_secrets(settings: Iterable[tuple[str, Any]]) -> None:
+    """ConfigError for a setting with a password in a URL, or a secret of this shell: settings are written."""
+    known = {value: name for value, name in secrets().items() if len(value) >= LONG}
+    for path, text in ((path, f"{path}={value}") for path, value in settings):
+        name = next((name for value, name in known.items() if value in text), "")
+        if name or IN_URL.search(text):
+            what = f"the value of {name}" if name else "a password or key in a URL"
+            raise ConfigError(
+                f"{path} holds {what}, which would be written with the run: leave it to a variable of the "
+                "environment, by its name where a setting takes one (key_env=NAME)"
+            )
 
 
 def refuse_nobody(setting: str, path: str | None) -> None:

@@ -217,7 +217,7 @@ def model_shape(config: Config) -> ModelShape | None:
         return None
     from transformers import AutoConfig
 
-    return _shape(AutoConfig.from_pretrained(folder), count)
+    return _shape(AutoConfig.from_pretrained(folder, trust_remote_code=False), count)
 
 
 def _shape(described: Any, count: int) -> ModelShape | None:
@@ -259,8 +259,9 @@ def _declared(folder: Path) -> int | None:
         return None
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return int(model.num_parameters())
 
 

@@ -103,6 +103,7 @@ def _check_choice(group: Path, name: str, kind: Callable[[str], Any]) -> yaml.No
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _refuse_repeated(file, root)
+        yaml.safe_load(text)  # which makes no object of a tag
     except yaml.YAMLError as error:
         raise ConfigError(explain_yaml(file, text, error)) from error
     except RecursionError as error:

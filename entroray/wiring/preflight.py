@@ -76,7 +76,7 @@ def model(config: Config) -> str:
     from transformers import AutoConfig
 
     try:
-        described = AutoConfig.from_pretrained(path)
+        described = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # boundary: a config.json is anyone's, and transformers raises what it meets
         raise PreflightError(
             f"model.path={path} is no model: {first_line(error).rstrip('.')}. Give a Hugging Face folder "

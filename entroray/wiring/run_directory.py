@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from entroray.config import USER_FILES, Config, Run
 from entroray.errors import DataError, PreflightError
-from entroray.observe.journal import read_metrics, replace_text
+from entroray.observe.journal import read_metrics, refuse_links, replace_text
 from entroray.policy.lora import WEIGHTS, read_config
 from entroray.policy.safetensors_header import read_header, tensor_shapes
 from entroray.wiring.overrides import setting_type
@@ -148,19 +148,24 @@ def check_place(run: Run) -> str:
 def lock_folder(folder: Path) -> Any:
     """The folder's lock, open; the kernel lets go of it when this process ends, however it ends."""
     try:
-        lock = (folder / ".lock").open("a+")
+        how = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        lock = os.fdopen(os.open(folder / ".lock", how, 0o666), "a+")
     except OSError as error:
         raise PreflightError(f"run.dir={folder}: {error}; give another run.dir") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        raise PreflightError(
-            f"run.dir={folder} is being written by another run ({lock.read().strip()}): wait for it, "
-            "stop it, or give another run.dir"
-        ) from error
-    except OSError as error:
-        print(f"{folder}: {error.strerror}, so nothing keeps another run from writing there", flush=True)
+    for take in (fcntl.flock, fcntl.lockf):  # some network file systems know the older one alone
+        try:
+            take(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise PreflightError(
+                f"run.dir={folder} is being written by another run ({lock.read().strip()}): wait for it, "
+                "stop it, or give another run.dir"
+            ) from error
+        except OSError as error:
+            why = error.strerror
+    else:
+        print(f"{folder}: {why}, so nothing keeps another run from writing there", flush=True)
     lock.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
     return lock
@@ -211,6 +216,7 @@ def _last_line(folder: Path) -> Mapping[str, Any]:
 
 
 def _resumed(folder: Path, steps: int, settings: Mapping[str, Any]) -> RunDirectory:
+    refuse_links(folder)
     for path in (folder / name for name in FILES):
         if os.path.lexists(path) and not path.is_file():
             raise PreflightError(f"{path} is no file: move it away, the run goes on without it")
@@ -258,9 +264,7 @@ def _unfinished(name: str, tree: DictConfig) -> Path | None:
     A run whose settings are lost is none.
     """
     files = sorted(Path("runs", name).glob("*/config.yaml"), reverse=True)
-    found = {
-        f.parent: read for f in files if not (f.parent / "model").exists() and (read := read_settings(f))
-    }
+    found = {f.parent: s for f in files if not (f.parent / "model").exists() and (s := read_settings(f))}
     for rules in (("fixed", "free"), ("fixed",)):
         mine = _ruled(plain(tree), rules)
         for folder, theirs in found.items():

@@ -76,7 +76,7 @@ class Checkpoints:
         (partial / STATE).write_text(json.dumps(state))
         done = commit(partial, final, listed)
         for old in (*expired(committed(self.folder), self.keep), *self.folder.glob(".step-*.part")):
-            shutil.rmtree(old)  # parts of saves that were cut, too
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)  # parts of saves that were cut, too
         return done
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -22,7 +21,9 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from entroray.engine.interfaces import leave_loopback
 from entroray.errors import EntrorayError, InfrastructureError, Stopped, first_line
+from entroray.redaction import is_secret
 from entroray.train.clock import BusyTime
 from entroray.train.trace import NO_TRACE
 from entroray.workers import engine_forkserver, orphans
@@ -134,17 +135,15 @@ FORWARDED = ("NCCL_", "TORCH_NCCL_", "GLOO_", "HF_", "HUGGING_FACE_", "TRANSFORM
 ALSO = {"CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_MODULE_LOADING"}
 """Others of CUDA say where things are on one node, or are Ray's, such as CUDA_VISIBLE_DEVICES."""
 OF_ONE_NODE = {"NCCL_HOSTID", "VLLM_HOST_IP", "VLLM_PORT"}
-SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH")
-"""In the name of a variable: its value goes into no runtime environment, which Ray logs and shows."""
-WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
-"""In the value of a variable: an address with a name and a password, which is as secret."""
 
 
 def forwarded(*, secret: bool) -> dict[str, str]:
-    """Variables of this shell for actors on every node; either the secret ones, or the others."""
+    """Variables of this shell for actors on every node; either the secret ones, or the others.
+
+    A secret one goes into no runtime environment, which Ray logs and shows.
+    """
     named = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED) or k in ALSO}
-    hidden = lambda name, value: any(word in name for word in SECRET) or bool(WITH_PASSWORD.search(value))
-    return {k: v for k, v in named.items() if k not in OF_ONE_NODE and hidden(k, v) == secret}
+    return {k: v for k, v in named.items() if k not in OF_ONE_NODE and is_secret(k, v) == secret}
 
 
 def environment() -> dict[str, str]:
@@ -155,6 +154,7 @@ def environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",  # whatever a library's call of torch.load says
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
         "PYTHONDONTWRITEBYTECODE": "",  # set, it makes every worker recompile vLLM: 10 s
@@ -186,6 +186,8 @@ def start(address: str | None, *, cpu_only: bool) -> None:
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
     # Ray's spare workers have none of an actor's variables: nobody could use them.
     os.environ.update({"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"})
+    if address:
+        leave_loopback()  # the command line may not have said it
     temporary = {} if address else orphans.end_with_parent()
     if not address:  # else Ray keeps what its last 100,000 calls did, in 340 MB that nobody looks at
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from entroray.config import LearnerConfig
-from entroray.engine.interfaces import check_interface
+from entroray.engine.interfaces import check_interface, stay_on_loopback
 from entroray.errors import PreflightError
 from entroray.planning.memory import LORA_BUCKET
 from entroray.policy.model import Layout, Policy
@@ -57,8 +57,7 @@ def _store(rank: int, ranks: int, within: timedelta) -> torch.distributed.TCPSto
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if not host.startswith("127."):
         return torch.distributed.TCPStore(host, port, ranks, rank == 0, within)
-    if loopback := [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])  # else that of the machine's name
+    stay_on_loopback()
     listening = socket.create_server((host, port)).detach() if rank == 0 else None
     return torch.distributed.TCPStore(host, port, ranks, rank == 0, within, master_listen_fd=listening)
 
@@ -223,7 +222,8 @@ class DeepSpeedBackend:
         The learning rate is that of the settings, which may have changed since, not the one that was saved.
         """
         whole = self.policy.adapter is None  # else the base is in no checkpoint
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=whole)
+        with torch.serialization.safe_globals(_own_classes()):  # all else that a file asks for is refused
+            loaded, _ = self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=whole)
         if loaded is None:
             raise PreflightError(f"{folder} holds no learner that DeepSpeed can read: resume from another")
         self.set_base_lr(self.lr)
@@ -231,6 +231,15 @@ class DeepSpeedBackend:
     def close(self) -> None:
         """Release weights and optimizer."""
         _destroy(self.engine)
+
+
+def _own_classes() -> list[Any]:
+    """What DeepSpeed writes into checkpoints beside tensors and plain values."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class FrozenPolicy:

@@ -18,7 +18,8 @@ FLOORS = [  # each may import from those before it
     *("rollout", "train", "evaluation", "observe", "engine", "workers", "wiring", "cli", "top"),
 ]
 GROUND = {"types", "kept_sets", "ops", "config", "errors", "rows", "seeds", "binding", "formula", "home"}
-TOP = {"__init__", "__main__"}
+GROUND |= {"redaction"}
+TOP, BROAD = {"__init__", "__main__"}, {"Exception", "BaseException"}
 HOMES = {  # heavy library -> the only folders that may import it
     "ray": {"workers", "wiring", "cli"},
     "vllm": {"engine", "workers", "wiring", "cli"},
@@ -34,7 +35,6 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 LOOPS = (ast.For, ast.AsyncFor, ast.While)
 BRANCHES = (ast.If, ast.Match, ast.Try, ast.TryStar, ast.With, ast.AsyncWith)
 BY_NAME = {"importlib.import_module", "__import__"}
-BROAD = {"Exception", "BaseException"}
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,10 @@ class FinishedRun:
     folder: Path
     overrides: tuple[str, ...]
     printed: str
+    listened: frozenset[tuple[str, Any]]
+    """Names of its processes, and the addresses where they took connections."""
+    logs: Path
+    """Ray's own, of this run alone."""
 
     @property
     def first_model(self) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from entroray.cli import LOOPBACK
+from entroray.engine.interfaces import LOOPBACK
 
 ROOT = Path(__file__).parents[2]
 JOB = [

@@ -245,3 +245,37 @@ def test_plasma_takes_no_large_and_no_divided_weights_to_cards(
     with pytest.raises(PreflightError, match=rf"generator\.transfer=plasma .*generator\.transfer={remedy}$"):
         preflight.transfer(configured(*overrides))
     assert preflight.transfer in preflight.FAST
+
+
+# --- loopback ---
+
+
+def test_a_run_of_one_machine_is_told_to_stay_on_loopback_and_one_that_joins_is_not(
+    monkeypatch: pytest.MonkeyPatch, joined: list[dict[str, Any]]
+) -> None:
+    names = (interfaces.LOOPBACK, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "VLLM_HOST_IP")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
+    monkeypatch.setattr(interfaces, "_OURS", set())
+    interfaces.stay_on_loopback()
+    found = [os.environ[name] for name in names]
+    assert found == ["0", found[1], "eth1", "127.0.0.1"] and found[1].startswith("lo")
+    cluster.start(None, cpu_only=True)
+    assert joined[-1]["runtime_env"]["env_vars"]["GLOO_SOCKET_IFNAME"] == found[1]
+    cluster.start("10.0.0.1:6379", cpu_only=True)
+    assert [os.environ.get(name) for name in names] == [None, None, "eth1", None]
+    assert "GLOO_SOCKET_IFNAME" not in joined[-1]["runtime_env"]["env_vars"]
+
+
+def test_only_this_machine_reaches_loopback() -> None:
+    there = {
+        "localhost": True,
+        "127.0.1.1": True,
+        "::1": True,
+        "10.0.0.1": False,
+        "head": False,
+        "0.0.0.0": False,
+    }
+    assert {host: interfaces.is_loopback(host) for host in there} == there

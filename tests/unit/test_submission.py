@@ -1,11 +1,15 @@
 """What `entroray submit` asks of a head, with stand-ins for Ray's client; the real one is in tests/ray."""
 
 import sys
+import threading
 import time
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from entroray.cli import submit
 from entroray.cli.submit import _accepted, _hint, pack
 from entroray.config import USER_FILES, Config
 from entroray.errors import PreflightError
@@ -20,25 +24,25 @@ def test_a_head_without_its_agent_yet_is_asked_again(monkeypatch: pytest.MonkeyP
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
 
-    def submit() -> str:
+    def give() -> str:
         answer = next(answers)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    assert _accepted(submit) == "job-1" and len(waits) == 2
+    assert _accepted(give) == "job-1" and len(waits) == 2
 
 
 @pytest.mark.parametrize("said", [YOUNG, "Request failed with status code 400: no such folder"])
 def test_it_is_not_asked_for_ever_and_only_where_ray_says_so(said: str) -> None:
     asked: list[str] = []
 
-    def submit() -> str:
+    def give() -> str:
         asked.append(said)
         raise RuntimeError(said)
 
     with pytest.raises(RuntimeError, match="Request failed"):
-        _accepted(submit, within=0.0)
+        _accepted(give, within=0.0)
     assert len(asked) == 1
     assert ("--dashboard-agent-listen-port" in _hint(said)) == (said == YOUNG)
 
@@ -127,3 +131,33 @@ def test_a_template_lies_where_it_is_looked_for_and_a_task_is_no_file(
     assert (tmp_path / "job" / settings["model.template"]).is_file() and "data.task" not in settings
     with pytest.raises(PreflightError, match=r"^model\.path=lab .*absolute"):
         packed(tmp_path, configured("model.path=lab", "learner.lr=1e-6"))
+
+
+@pytest.mark.parametrize(
+    ("status", "mode", "refused"), [(200, "token", True), (401, "token", False), (200, "disabled", False)]
+)
+def test_a_job_server_that_takes_jobs_of_anybody_is_refused(
+    monkeypatch: pytest.MonkeyPatch, status: int, mode: str, refused: bool
+) -> None:
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    asked: list[tuple[str, str | None]] = []
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        submit._refuse_open(place)  # on loopback nobody else is
+        assert not asked
+        monkeypatch.setattr(submit, "is_loopback", lambda host: False)
+        with pytest.raises(PreflightError, match="RAY_AUTH_MODE=token") if refused else nullcontext():
+            submit._refuse_open(place)
+        server.shutdown()
+    assert asked == ([("/api/jobs/", None)] if mode == "token" else [])
