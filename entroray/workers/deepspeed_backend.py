@@ -267,7 +267,7 @@ class DeepSpeedBackend:
         self.engine.lr_scheduler.load_state_dict(schedule)
         self.set_base_lr(self.lr)
 
-    def _put(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    def _put(self, parameter: Any, kind: str, value: Tensor) -> None:
         """Take this rank's part of a whole tensor, which may lie in a file."""
         from deepspeed import utils
 
