@@ -114,7 +114,7 @@ def seal(folder: Path, files: Iterable[Path]) -> dict[str, Fingerprint]:
 
 
 def commit(partial: Path, final: Path, listed: Mapping[str, Fingerprint] = {}) -> Path:
-    """Write a manifest of `partial`, rename it to `final`, and write the marker last.
+    """Write a manifest of `partial`, then the marker, and rename it to `final`.
 
     Everything is on the disk before the marker is, so that a power cut leaves a whole checkpoint or none. The
     files `listed` were sealed by who wrote them: InfrastructureError if one is not there as it was.
