@@ -1,6 +1,8 @@
 """The typed ways a run can end badly; each carries the exit code of the contract (DESIGN 7)."""
 
 import difflib
+import errno
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -72,22 +74,31 @@ MORE_ROOM = "free some space there, or put run.dir on a larger disk"
 
 
 @contextmanager
-def writing(place: Path, remedy: str = MORE_ROOM) -> Iterator[None]:
+def writing(place: Path, remedy: str = MORE_ROOM, needed: int = 0) -> Iterator[None]:
     """Raise InfrastructureError with the reason, the free space and `remedy` if `place` cannot be written.
 
-    Whatever a library raises inside counts: torch, safetensors and Ray each hide a full disk in another type.
+    It is raised at once where less than the `needed` bytes are free. Whatever a library raises inside counts:
+    torch, safetensors and Ray each hide a full disk in another type.
     """
     try:
+        if needed > _free(place):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
     except EntrorayError:
         raise
     except Exception as error:  # boundary: what is done inside is writing, and each library has its own error
         cause = getattr(error, "cause", None) or error  # Ray's wrapping holds a traceback
         why = f"{type(cause).__name__}: {first_line(cause)}"
-        raise InfrastructureError(f"{place} cannot be written ({why}), {_free(place)}: {remedy}") from error
+        asked = f", {_mib(needed)} needed" if needed else ""
+        raise InfrastructureError(
+            f"{place} cannot be written ({why}){asked}, {_mib(_free(place))} free on its disk: {remedy}"
+        ) from error
 
 
-def _free(place: Path) -> str:
-    """The free space of the disk that `place` lies on, or would."""
-    there = next(p for p in (place, *place.parents) if p.exists())
-    return f"{shutil.disk_usage(there).free / 2**20:,.1f} MiB free on its disk"
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _free(place: Path) -> int:
+    """Bytes free on the disk that `place` lies on, or would."""
+    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free

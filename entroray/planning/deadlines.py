@@ -11,7 +11,9 @@ RANK = 1000.0
 MOVED = 1e8
 """Bytes of weights a second that are read, sent or written, at least."""
 STORED = 7
-"""A checkpoint is so many times as large as its weights, at most: two moments and a float32 copy of bf16."""
+"""A checkpoint is less than so many times as large as its weights in bf16."""
+CHECKPOINT = 12
+"""Bytes of a checkpoint for each parameter that is trained: its weight and two moments in float32."""
 BROADCAST = 60.0
 """Seconds for NCCL to send weights besides what their size takes, at least."""
 RESPONSE, CALL, STEP = 300.0, 1800.0, 1800.0

@@ -40,7 +40,7 @@ def _write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
     from safetensors.torch import save_file
 
     parts: list[dict[str, int]] = []
-    for part in _parts(weights):
+    for part in split_files(weights, SHARD_BYTES):
         file = folder / f"part-{len(parts)}.safetensors"
         save_file(part, file, metadata={"format": "pt"})
         shutil.copymode(folder / CONFIG, file)  # safetensors gives 0600
@@ -57,11 +57,11 @@ def _write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
         (folder / safetensors_header.INDEX).write_text(index, encoding="utf-8")
 
 
-def _parts(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """What goes into one file each, and no more is held; a tensor too large for a file has one alone."""
+def split_files(weights: Iterable[tuple[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
+    """What goes into one file of `size` bytes each, and no more is held; a larger tensor has a file alone."""
     part: dict[str, Tensor] = {}
     for name, tensor in weights:
-        if part and sum(each.nbytes for each in part.values()) + tensor.nbytes > SHARD_BYTES:
+        if part and sum(each.nbytes for each in part.values()) + tensor.nbytes > size:
             yield part
             part = {}
         part[name] = tensor.cpu().contiguous()

@@ -18,7 +18,7 @@ from entroray.engine.generator import Generator
 from entroray.engine.vllm_request import PROCESSOR, QUEUE
 from entroray.errors import PreflightError
 from entroray.objective import Objective
-from entroray.planning.deadlines import Deadlines, floor_deadlines
+from entroray.planning.deadlines import CHECKPOINT, Deadlines, floor_deadlines
 from entroray.planning.placement import ENGINES, RANKS, VERIFIERS
 from entroray.policy.microbatches import plan_microbatches, plan_on_card, plan_packed
 from entroray.policy.safetensors_header import model_folder, weight_files
@@ -153,8 +153,8 @@ class Actors:
 
     def checkpoints(self, run: Path) -> Checkpoints:
         """Where this run's checkpoints go."""
-        keep = self.config.checkpoint.keep
-        return Checkpoints(run / "checkpoints", self.learner, keep, run_deadlines(self.config).checkpoint)
+        size, within = CHECKPOINT * self.facts.get("trained", 0), run_deadlines(self.config).checkpoint
+        return Checkpoints(run / "checkpoints", self.learner, self.config.checkpoint.keep, within, size)
 
     async def export(self, folder: str) -> None:
         """The policy in Hugging Face format; the tokenizer is the caller's to add."""

@@ -13,6 +13,7 @@ from entroray.binding import effective_settings, function_name, traits
 from entroray.config import Config, share_cards
 from entroray.engine.adapter import ADAPTER
 from entroray.errors import EntrorayError, PreflightError, first_line
+from entroray.planning.deadlines import CHECKPOINT
 from entroray.policy import families, lora, proof
 from entroray.policy.safetensors_header import tensor_shapes
 from entroray.policy.tokenizer import end_ids, token_name
@@ -176,14 +177,11 @@ def disk(config: Config) -> str:
     count = _of_model(config, memory.parameter_count)
     if count is None:
         return f"{free / 2**30:.1f} GiB free at {place}; the model's size is unknown"
-    size = count * memory.BYTES[config.model.dtype]
-    if config.learner.lora.rank:  # checkpoints are of the adapter alone
-        trained = memory.adapter_size(config) * memory.BYTES[config.model.dtype]
-        exported = size if config.learner.lora.export == "merged" else trained
-    else:
-        trained = exported = size
-    copies = 3 if config.model.dtype == "float32" else 7  # two moments, and a master copy below FP32
-    each = trained * copies
+    low = config.learner.lora
+    trained = memory.adapter_size(config) if low.rank else count
+    alone = bool(low.rank) and low.export == "adapter"
+    each = trained * CHECKPOINT
+    exported = (trained if alone else count) * memory.BYTES[config.model.dtype]
     need = each * (config.checkpoint.keep + 2) + exported
     if need > free:
         raise PreflightError(

@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entroray.errors import InfrastructureError, PreflightError, first_line, writing
+from entroray.errors import InfrastructureError, first_line, writing
 from entroray.train.threads import in_thread
 
 if TYPE_CHECKING:  # it imports Ray, which a rank does without
     from entroray.workers.cluster import Gang
 
 MANIFEST, MARKER, STATE = "manifest.json", "COMMITTED", "driver.json"
-LAYOUT = "layout.json"
-"""How many ranks wrote a checkpoint, at which stage of ZeRO."""
 HASHED_BYTES = 64 << 30
 """Of a checkpoint that is hashed before a run goes on from it: a minute at 1 GB/s, less on several cores."""
 HASHERS = 8
@@ -44,15 +42,25 @@ class Checkpoints:
     learner: "Gang"
     keep: int
     deadline: float
+    size: int = 0
+    """Bytes that must be free before one is written."""
+
+    def __post_init__(self) -> None:
+        for left in self.folder.glob(".step-*"):  # by a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
 
     async def save(self, step: int, state: Mapping[str, Any], accuracy: float | None = None) -> Path:
         """Every rank's part, the driver's state and the held-out accuracy, if known; the committed folder.
 
-        InfrastructureError if the disk refuses; nothing of the part that was written is left.
+        InfrastructureError if the disk has no room, refuses or is too slow; nothing of the part that was
+        written is left, and no other checkpoint is touched.
         """
         final, partial = self.folder / f"step-{step:06d}", self.folder / f".step-{step:06d}.part"
-        remedy = f"free some space, or lower checkpoint.keep={self.keep}; then go on with run.resume=auto"
-        with writing(final, remedy):
+        remedy = (
+            f"free some space, lower checkpoint.keep={self.keep} or, for a slow disk, raise "
+            "driver.call_deadline; then go on with run.resume=auto"
+        )
+        with writing(final, remedy, self.size):
             sealing = False
             try:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -68,6 +76,8 @@ class Checkpoints:
             except BaseException as error:  # boundary: it is raised again
                 if not sealing or not isinstance(error, asyncio.CancelledError):  # else the thread is at it
                     shutil.rmtree(partial, ignore_errors=True)
+                if isinstance(error.__cause__, TimeoutError):
+                    raise TimeoutError(str(error)) from error
                 raise
 
     def _seal(
@@ -75,8 +85,8 @@ class Checkpoints:
     ) -> Path:
         (partial / STATE).write_text(json.dumps(state))
         done = commit(partial, final, listed)
-        for old in (*expired(committed(self.folder), self.keep), *self.folder.glob(".step-*.part")):
-            old.unlink() if old.is_symlink() else shutil.rmtree(old)  # parts of saves that were cut, too
+        for old in expired(committed(self.folder), self.keep):
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
         return done
 
 
@@ -89,7 +99,7 @@ def expired(checkpoints: Sequence[Path], keep: int) -> list[Path]:
 
 def written_by(rank: int, folder: Path) -> list[Path]:
     """The files of a checkpoint that `rank` wrote: those that bear its number; rank 0 what bears none."""
-    numbers = {f: re.search(r"(?:zero_pp_rank_|rng-)(\d+)", f.name) for f in _files(folder)}
+    numbers = {f: re.match(r"(?:rank|rng)-(\d+)", f.name) for f in _files(folder)}
     own = {f: int(found[1]) if found else 0 for f, found in numbers.items()}
     listings = (MANIFEST, MARKER, STATE)
     return [f for f, owner in own.items() if owner == rank and f.name not in listings]
@@ -104,7 +114,7 @@ def seal(folder: Path, files: Iterable[Path]) -> dict[str, Fingerprint]:
 
 
 def commit(partial: Path, final: Path, listed: Mapping[str, Fingerprint] = {}) -> Path:
-    """Write a manifest of `partial`, rename it to `final`, and write the marker last.
+    """Write a manifest of `partial`, then the marker, and rename it to `final`.
 
     Everything is on the disk before the marker is, so that a power cut leaves a whole checkpoint or none. The
     files `listed` were sealed by who wrote them: InfrastructureError if one is not there as it was.
@@ -120,11 +130,14 @@ def commit(partial: Path, final: Path, listed: Mapping[str, Fingerprint] = {}) -
     folders = [f for f in partial.rglob("*") if f.is_dir()]
     for written in (partial / MANIFEST, *folders, partial):
         _flush(written)
-    shutil.rmtree(final, ignore_errors=True)
+    (partial / MARKER).touch()
+    _flush(partial)
+    aside = final.with_name(f".{final.name}.old")
+    if final.exists():  # of this step too: whole until the new one stands in its place
+        final.rename(aside)
     partial.rename(final)
-    (final / MARKER).touch()
-    _flush(final)
     _flush(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
     if said := point_link(final.parent / "latest", final):
         print(said, flush=True)
     return final
@@ -177,14 +190,12 @@ def complaint(checkpoint: Path) -> str:
     return _wrong_state(checkpoint) if STATE in manifest else f"{MANIFEST} does not list {STATE}"
 
 
-def damage(checkpoint: Path, rank: int) -> str:
-    """What is wrong with the files that `rank` wrote, where `complaint` left out hashes; else empty."""
+def damage(checkpoint: Path, rank: int, ranks: int) -> str:
+    """What is wrong with this rank's share of the files, where `complaint` left out hashes; else empty."""
     file = checkpoint / MANIFEST
     manifest = json.loads(file.read_bytes()) if file.is_file() else {}  # none before it is committed
-    own = (
-        {str(f.relative_to(checkpoint)) for f in written_by(rank, checkpoint)} if _large(manifest) else set()
-    )
-    return _other_hashes(checkpoint, {name: manifest[name] for name in own & manifest.keys()})
+    own = sorted(manifest)[rank::ranks] if _large(manifest) else []
+    return _other_hashes(checkpoint, {name: manifest[name] for name in own})
 
 
 def _large(manifest: Mapping[str, Fingerprint]) -> bool:
@@ -206,26 +217,6 @@ def _other_hashes(checkpoint: Path, manifest: Mapping[str, Fingerprint]) -> str:
         found = threads.map(lambda name: _fingerprint(checkpoint / name), manifest)
         wrong = [name for name, each in zip(manifest, found, strict=True) if manifest[name] != each]
     return f"{wrong[0]} is not the file that was written" if wrong else ""
-
-
-def check_layout(folder: Path, layout: Mapping[str, int]) -> None:
-    """PreflightError if other ranks wrote `folder`: each reads its own part of what a stage divides."""
-    try:
-        wrote = json.loads((folder / LAYOUT).read_text())
-    except (OSError, ValueError) as error:
-        raise PreflightError(
-            f"{folder} has no {LAYOUT} that says which ranks wrote it: resume from another"
-        ) from error
-    if wrote != layout:
-        is_, was = (" ".join(f"{k}={v}" for k, v in x.items()) for x in (layout, wrote))
-        raise PreflightError(
-            f"{folder} was written with {was}, and this run has {is_}: resume with {was}, or begin in "
-            "another run.dir"
-        )
-    if (folder / "reference.pt").exists():  # as it once was written; a model now
-        raise PreflightError(
-            f"{folder}/reference.pt is of an older entroray: go on with that, or begin in another run.dir"
-        )
 
 
 def _wrong_state(checkpoint: Path) -> str:

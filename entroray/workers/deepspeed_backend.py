@@ -3,10 +3,10 @@
 import inspect
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,8 @@ from entroray.engine.interfaces import check_interface, stay_on_loopback
 from entroray.errors import PreflightError
 from entroray.planning.memory import LORA_BUCKET
 from entroray.policy.model import Layout, Policy
+from entroray.workers.rank_checkpoint import WEIGHT
 
-_TAG = "learner"
-"""Subfolder of a checkpoint in which DeepSpeed writes."""
 _LINEAR = nn.functional.linear  # torch's own, which ZeRO 3 replaces as it divides a model
 
 
@@ -108,12 +107,16 @@ class DeepSpeedBackend:
         s = learner
         schedule = lambda optimizer: get_scheduler(s.schedule, optimizer, s.warmup_updates, total_updates)
         self.world, self.zero_stage, self.lr = s.ranks, s.zero_stage, s.lr or 0.0
+        config = deepspeed_config(learner, dtype)
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             model_parameters=[p for p in policy.parameters() if p.requires_grad],
-            config=deepspeed_config(learner, dtype),
+            config=config,
             lr_scheduler=schedule,
         )
+        self.optimizer: str = config["optimizer"]["type"]
+        self.inner: Any = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        self.stepped = _stepped(self.engine.optimizer, self.inner, config["zero_optimization"])
 
     @staticmethod
     def dividing(learner: LearnerConfig, dtype: str) -> AbstractContextManager[None] | None:
@@ -211,35 +214,126 @@ class DeepSpeedBackend:
         with GatheredParameters([parameter]):
             return parameter.detach().clone()
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of the weights that are trained, of moments and schedule."""
-        left_out = {"exclude_frozen_parameters": self.policy.adapter is not None}
-        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, **left_out)
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """By the names that they have in memory."""
+        return {name: p for name, p in self.policy.named_parameters() if p in self.stepped}
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote with as many ranks and the same ZeRO stage; else PreflightError.
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Callable[[], Tensor]]:
+        """What makes its float32 weight whole, and each thing that the optimizer keeps of it.
 
-        The learning rate is that of the settings, which may have changed since, not the one that was saved.
+        All ranks must call these, in one order. A number that is not one of each element is of shape [].
         """
-        whole = self.policy.adapter is None  # else the base is in no checkpoint
-        with torch.serialization.safe_globals(_own_classes()):  # all else that a file asks for is refused
-            loaded, _ = self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=whole)
-        if loaded is None:
-            raise PreflightError(f"{folder} holds no learner that DeepSpeed can read: resume from another")
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        x, whole = self.stepped[parameter], self.zero_stage == 0
+        kinds = {WEIGHT: x.detach if whole else partial(safe_get_full_fp32_param, parameter)}
+        for kind, value in self.inner.state.get(x, {}).items():
+            if isinstance(value, Tensor) and value.dim() and whole:
+                kinds[kind] = value.detach
+            elif isinstance(value, Tensor) and value.dim():
+                kinds[kind] = partial(safe_get_full_optimizer_state, parameter, kind)
+            elif value is not None:
+                kinds[kind] = partial(torch.tensor, float(value), dtype=torch.float64)
+        return kinds
+
+    def schedule(self) -> dict[str, Any]:
+        """Where the learning-rate schedule is."""
+        return dict(self.engine.lr_scheduler.state_dict())
+
+    @torch.no_grad()
+    def restore(
+        self, kinds: Mapping[str, Iterable[str]], tensors: Iterable[tuple[str, str, Tensor]], schedule: Any
+    ) -> None:
+        """Become what `state_of` and `schedule` gave, whatever the ranks and their stage of ZeRO were.
+
+        `kinds` has those of each element by the parameter's name; `tensors` are name, kind, value. The
+        learning rate is that of the settings, which may have changed since, not the one that was saved.
+        """
+        optimizer, trained = self.engine.optimizer, self.trained
+        for name, each in kinds.items():
+            state = self.inner.state[x := self.stepped[trained[name]]]
+            state.update({kind: torch.zeros_like(x) for kind in each if kind not in {WEIGHT, *state}})
+        if self.zero_stage in (1, 2) and any(self.inner.state.values()):
+            optimizer._lazy_init_hp_params_optimizer_state()  # else it does so after its first step
+        if self.zero_stage == 3:
+            optimizer.checkpoint_event_prologue()
+        for name, kind, value in tensors:
+            self._put(trained[name], kind, value)
+        if self.zero_stage == 3:
+            optimizer.checkpoint_event_epilogue()
+        elif self.zero_stage:
+            optimizer.update_lp_params()
+        self.engine.lr_scheduler.load_state_dict(schedule)
         self.set_base_lr(self.lr)
+
+    def _put(self, parameter: Any, kind: str, value: Tensor) -> None:
+        """Take this rank's part of a whole tensor, which may lie in a file."""
+        from deepspeed import utils
+
+        x = self.stepped[parameter]
+        if not value.dim():
+            self.inner.state[x][kind] = self._counted(x, value.item())
+        elif self.zero_stage == 0:
+            for own in (x, parameter) if kind == WEIGHT else (self.inner.state[x][kind],):
+                own.copy_(value)
+        elif self.zero_stage == 3:
+            part = _own_part(parameter, value)
+            if kind == WEIGHT:
+                utils.safe_set_local_fp32_param(parameter, part)
+                parameter.ds_tensor.copy_(part)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, part, kind)
+        elif kind == WEIGHT:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _counted(self, x: Tensor, number: float) -> Tensor | int:
+        """As the optimizer counts steps: torch's in float32, on the card if fused; DeepSpeed's an integer."""
+        if not type(self.inner).__module__.startswith("torch."):
+            return int(number)
+        groups = self.inner.param_groups
+        there = any(group.get("fused") or group.get("capturable") for group in groups)
+        return torch.tensor(number, dtype=torch.float32, device=x.device if there else "cpu")
 
     def close(self) -> None:
         """Release weights and optimizer."""
         _destroy(self.engine)
 
 
-def _own_classes() -> list[Any]:
-    """What DeepSpeed writes into checkpoints beside tensors and plain values."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+def _stepped(optimizer: Any, inner: Any, zero: Mapping[str, Any]) -> dict[nn.Parameter, Tensor]:
+    """What `inner` steps in place of each parameter: the parameter, a copy in float32, or a part of many.
 
-    return [LossScaler, ZeroStageEnum, fragment_address]
+    PreflightError where a checkpoint could not hold what it keeps.
+    """
+    own = [group["params"] for group in inner.param_groups]
+    names = ("bit16_groups", "bf16_groups", "fp16_groups")  # ZeRO 1 and 2; 1 in bf16; 3, and 0 in bf16
+    given = next((getattr(optimizer, name) for name in names if hasattr(optimizer, name)), own)
+    parts = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # of stage 3
+    held = own if parts is None else [[part] for part in parts]
+    apart = all(len(p) == len(x) for p, x in zip(given, held, strict=True))
+    if any(isinstance(it, Mapping) and it.get("device") == "nvme" for it in zero.values()):
+        raise PreflightError(
+            "learner.deepspeed.zero_optimization: no checkpoint can hold what lies on nvme: set device=cpu"
+        )
+    if zero["stage"] == 0 and not apart:
+        raise PreflightError(
+            f"learner.zero_stage=0: no checkpoint can hold what {type(inner).__name__} keeps of all weights "
+            "in one: set learner.zero_stage=1, or leave learner.deepspeed.optimizer out"
+        )
+    return {
+        p: x
+        for ps, xs in zip(given, held, strict=True)
+        for p, x in zip(ps, xs if zero["stage"] == 0 else xs * len(ps), strict=True)
+    }
+
+
+def _own_part(parameter: Any, whole: Tensor) -> Tensor:
+    """This rank's part of a parameter that stage 3 divides, with zeros where the last one is filled up."""
+    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(parameter.ds_process_group)
+    part = whole.flatten()[size * rank : size * (rank + 1)]
+    return nn.functional.pad(part, (0, size - part.numel()))
 
 
 class FrozenPolicy:

@@ -1,7 +1,6 @@
 """One rank of the learner, a Ray actor: scores, updates, sends and saves the policy, on any backend."""
 
 import gc
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from entroray.policy.proof import check_loaded, why_not_packed
 from entroray.roles import Scores
 from entroray.train.batching import tokens_on, with_live_statistics, with_scores
 from entroray.types import Batch, Tokens
-from entroray.workers import checkpoint
+from entroray.workers import checkpoint, rank_checkpoint
 from entroray.workers.checkpoint import Fingerprint
 
 if TYPE_CHECKING:  # it imports Ray, which a rank that sends nothing does without
@@ -359,40 +358,28 @@ class LearnerRank:
 
         Returns size and hash of every file that this rank wrote, which is on the disk then.
         """
-        self.backend.save(Path(folder))
-        if self.rank == 0:
-            Path(folder, checkpoint.LAYOUT).write_text(json.dumps(self._layout()))
-        torch.save([torch.get_rng_state(), *torch.cuda.get_rng_state_all()], self._rng(folder))
+        learner, also = self.settings.learner, lambda: self._write_anchor(Path(folder, REFERENCE))
+        return rank_checkpoint.save_part(Path(folder), self.rank, learner, self.backend, also)
+
+    def _write_anchor(self, folder: Path) -> None:
         if self.anchored and self.reference:
-            self._write(self.reference.policy, Path(folder, REFERENCE))
-        return checkpoint.seal(Path(folder), checkpoint.written_by(self.rank, Path(folder)))
+            self._write(self.reference.policy, folder)
 
     def load(self, folder: str) -> None:
-        """Go on from what `save` wrote with as many ranks and the same ZeRO stage."""
-        checkpoint.check_layout(Path(folder), self._layout())
-        if wrong := checkpoint.damage(Path(folder), self.rank):
+        """Go on from what `save` wrote, whatever its ranks and their stage of ZeRO were."""
+        s = self.settings
+        if wrong := checkpoint.damage(Path(folder), self.rank, s.learner.ranks):
             raise PreflightError(
                 f"{folder} is damaged ({wrong}): delete its {checkpoint.MARKER}, and run.resume=auto takes "
                 "the one before"
             )
-        self.backend.load(Path(folder))
+        rank_checkpoint.load_part(Path(folder), self.rank, s.seed, self.backend)
         anchored = Path(folder, REFERENCE)
         self.anchored = self.reference is not None and anchored.is_dir()
         if self.anchored:
             self.reference.close()
             self.reference = None  # before another is read
             self.reference = self._freeze(str(anchored))
-        cpu, *cuda = torch.load(self._rng(folder))
-        torch.set_rng_state(cpu)
-        torch.cuda.set_rng_state_all(cuda)
-
-    def _layout(self) -> dict[str, int]:
-        s = self.settings.learner
-        low = {"learner.lora.rank": s.lora.rank} if s.lora.rank else {}
-        return {"learner.ranks": s.ranks, "learner.zero_stage": s.zero_stage, **low}
-
-    def _rng(self, folder: str) -> Path:
-        return Path(folder, f"rng-{self.rank}.pt")
 
     def stop(self) -> None:
         """Leave the gang in order, so that no rank waits for another that is gone."""

@@ -77,7 +77,7 @@ def in_float32(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> list[d
 
 
 def stored_bytes(saved: Path) -> int:
-    return sum(file.stat().st_size for file in saved.rglob("*.pt"))
+    return sum(file.stat().st_size for file in saved.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

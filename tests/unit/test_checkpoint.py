@@ -16,7 +16,6 @@ from entroray.errors import InfrastructureError, PreflightError
 from entroray.wiring import run_directory
 from entroray.workers import checkpoint
 from entroray.workers.checkpoint import MARKER, Checkpoints, commit, committed, expired, newest
-from tests.faults import saves
 
 
 def opened(run, tree):
@@ -141,22 +140,58 @@ def test_a_checkpoint_that_the_disk_refuses_is_typed_and_leaves_nothing(tmp_path
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_a_save_clears_away_what_the_cut_save_of_another_step_left(tmp_path: Path) -> None:
-    (tmp_path / ".step-000002.part").mkdir()
-    saves.save(tmp_path, 3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-000003"]
+class Slow:
+    """Ranks that are still writing when the deadline comes."""
+
+    async def all(self, method: Callable[[int, object], object], *, deadline: float) -> list[object]:
+        method(0, SimpleNamespace(save=SimpleNamespace(remote=lambda f: Path(f, "half").touch())))
+        raise InfrastructureError(f"learner rank 0 gave no answer within {deadline} s") from TimeoutError()
+
+
+def test_a_disk_that_is_too_slow_is_typed_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    done = written(tmp_path, 1)
+    saves = Checkpoints(tmp_path, Slow(), keep=2, deadline=1.0, size=12)  # type: ignore[arg-type]
+    said = r"step-000002 .*within 1\.0 s.* MiB needed.*driver\.call_deadline"
+    with pytest.raises(InfrastructureError, match=said):
+        asyncio.run(saves.save(2, {"version": 2}))
+    assert newest(tmp_path) == (done, []) and not list(tmp_path.glob(".step-*"))
+
+
+def test_a_save_that_was_killed_is_swept_away_by_the_next_run(tmp_path: Path) -> None:
+    done = written(tmp_path, 1)
+    for left in (".step-000002.part", ".step-000001.old"):
+        (tmp_path / left / "learner").mkdir(parents=True)
+    Checkpoints(tmp_path, Slow(), keep=2, deadline=1.0)  # type: ignore[arg-type]
+    assert not list(tmp_path.glob(".step-*")) and newest(tmp_path) == (done, [])
+
+
+def test_a_step_saved_again_stands_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a resumption from an older checkpoint."""
+    done, seen = written(tmp_path, 1), []
+    rename = Path.rename
+
+    def noted(self: Path, target: Path) -> Path:
+        seen.append((self.name, (self / MARKER).is_file(), newest(tmp_path)[0] == done))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", noted)
+    assert written(tmp_path, 1) == done and newest(tmp_path) == (done, [])
+    assert seen == [("step-000001", True, True), (".step-000001.part", True, False)]
+    assert not list(tmp_path.glob(".step-*"))
 
 
 NAMES = (
-    "learner/mp_rank_00_model_states.pt",
-    "learner/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
-    "learner/zero_pp_rank_1_mp_rank_00_model_states.pt",
-    "learner/bf16_zero_pp_rank_12_mp_rank_00_optim_states.pt",
+    "learner/rank-0-00000.safetensors",
+    "learner/rank-0-00001.safetensors",
+    "learner/rank-1-00000.safetensors",
+    "learner/rank-12-00000.safetensors",
     "reference/model-00001-of-00002.safetensors",
     "rng-1.pt",
     "layout.json",
 )
-"""What ranks write, as DeepSpeed 0.19 and `LearnerRank.save` name it."""
+"""What ranks write, as `LearnerRank.save` names it."""
 
 
 def of_ranks(partial: Path) -> None:
@@ -230,8 +265,9 @@ def test_of_a_large_checkpoint_sizes_are_compared_and_its_ranks_hash_what_they_r
     assert newest(tmp_path)[0] == first, "a small one is hashed"
     monkeypatch.setattr(checkpoint, "HASHED_BYTES", 10)
     assert newest(tmp_path) == (second, [])
-    assert [rank for rank in range(13) if checkpoint.damage(second, rank)] == [1]
-    assert NAMES[2] in checkpoint.damage(second, 1)
+    for ranks in (13, 1, 2):  # any number of ranks reads it, and hashes all of it
+        wrong = [found for rank in range(ranks) if (found := checkpoint.damage(second, rank, ranks))]
+        assert len(wrong) == 1 and NAMES[2] in wrong[0]
     other.write_bytes(b"x")
     found, why = newest(tmp_path)
     assert found == first and NAMES[2] in why[0]

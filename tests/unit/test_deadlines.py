@@ -1,6 +1,7 @@
 """How long is waited: by lengths and floor rates where nothing is set; and learning rates that have to be."""
 
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ def test_a_checkpoint_is_waited_for_as_long_as_it_is_large(tmp_path: Path) -> No
     config = configured(f"model.path={tmp_path}", "learner.lr=1e-6")
     m = actors.Actors(config, None, None, None, None, {})  # type: ignore[arg-type]
     assert m.within == 1810 and m.checkpoints(tmp_path).deadline == 1870
+    assert replace(m, facts={"trained": 5}).checkpoints(tmp_path).size == 60, "a weight, two moments"
 
 
 def test_a_short_response_is_waited_for_as_long_as_ever() -> None:

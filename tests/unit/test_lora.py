@@ -11,16 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from entroray.config import LearnerConfig, Lora, Model
+from entroray.config import LearnerConfig, Lora
 from entroray.engine.adapter import AdapterWeights, adapter_options
 from entroray.engine.weight_bytes import pack
 from entroray.errors import ConfigError, PreflightError, SyncError
-from entroray.objective import build_objective
 from entroray.policy import lora, proof
 from entroray.policy.model import Policy, load_policy, pad
 from entroray.wiring import actors, compose, constraints, memory, preflight, run_directory
 from entroray.wiring.parts import build_parts
-from entroray.workers.learner_rank import LearnerRank, LearnerSettings
 from tests.composed import configured
 from tests.families.models import FAMILIES, configuration, folder
 
@@ -309,19 +307,6 @@ def test_rates_up_to_20_times_those_of_full_training_are_taken() -> None:
     assert config.learner.lora == Lora(rank=4) and config.learner.lora.targets == ["all-linear"]
     named, _ = compose.load_config([*LOW, "learner.lora.targets=[q_proj,v_proj]"])
     assert named.learner.lora.targets == ["q_proj", "v_proj"]
-
-
-def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path) -> None:
-    def rank(size: int) -> LearnerRank:
-        learner = LearnerConfig(lora=Lora(rank=size))
-        settings = LearnerSettings(learner, Model(), "plasma", 0, 1)
-        return LearnerRank(0, settings, build_objective("grpo"), None)
-
-    (tmp_path / "layout.json").write_text(json.dumps(rank(8)._layout()))
-    for other in (4, 0):
-        with pytest.raises(PreflightError, match=r"learner\.lora\.rank=8.*run\.dir"):
-            rank(other).load(str(tmp_path))
-    assert rank(0)._layout() == {"learner.ranks": 1, "learner.zero_stage": 1}, "as it was without LoRA"
 
 
 @pytest.mark.parametrize(

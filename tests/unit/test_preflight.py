@@ -238,9 +238,9 @@ def test_what_a_run_writes_is_counted_from_parameters_and_dtype(
 ) -> None:
     monkeypatch.setattr(preflight.memory, "parameter_count", lambda config: 2**30)
     monkeypatch.setattr("shutil.disk_usage", lambda place: namedtuple("usage", "free")(1 << 40))
-    assert preflight.disk(config("checkpoint.keep=1")).endswith(f"at most {4 * (3 * 3 + 1):.2f} needed")
+    assert preflight.disk(config("checkpoint.keep=1")).endswith(f"at most {12 * 3 + 4:.2f} needed")
     told = config("checkpoint.keep=1", "model.dtype=bfloat16")
-    assert preflight.disk(told).endswith(f"at most {2 * (7 * 3 + 1):.2f} needed")
+    assert preflight.disk(told).endswith(f"at most {12 * 3 + 2:.2f} needed"), "float32, whatever the model's"
 
 
 def test_a_folder_that_is_no_model_has_no_size_and_a_damaged_file_is_named(

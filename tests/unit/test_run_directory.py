@@ -69,7 +69,7 @@ def test_every_setting_has_a_rule_and_every_rule_a_setting() -> None:
     assert {resume_rule(path)[0] for path in known} == {"fixed", "free", "own"}
     for beginning, (kind, _) in RESUME.items():
         assert kind in ("fixed", "free", "own")
-        free = ("reward.parts.", "*.judge.")  # what a judge's own settings are called
+        free = ("reward.parts.", "*.judge.", "learner.deepspeed.")  # what others call their settings
         assert beginning.startswith(free) or any(f"{path}.".startswith(f"{beginning}.") for path in known)
     assert all(path.split(".")[0] in RESUME for path in known), "a new setting has its section's rule"
 
@@ -85,7 +85,8 @@ def test_the_same_command_goes_on(begun: Path) -> None:
         *(("seed", 2), ("model.path", "/other"), ("model.dtype", "bfloat16"), ("data.task", "countdown")),
         *(("data.settings.size", 5), ("objective.keep.fn", "informative"), ("reward.path", "a.py:f")),
         *(("sampler.temperature", 0.9), ("rollout.group_size", 4), ("driver.max_lag", 1)),
-        *(("learner.ranks", 2), ("learner.zero_stage", 2), ("learner.betas", [0.9, 0.9])),
+        *(("learner.lora.rank", 2), ("learner.betas", [0.9, 0.9])),
+        ("learner.deepspeed.optimizer.type", "Lion"),
         ("control.a", {"knob": "learner.lr", "fn": "constant"}),
     ],
 )
@@ -96,6 +97,8 @@ def test_what_makes_a_run_another_is_refused_by_name(begun: Path, path: str, val
 
 def test_what_may_change_is_said_and_kept(begun: Path, capsys: pytest.CaptureFixture) -> None:
     changes = {"run.steps": 9, "learner.lr": 1e-5, "evaluate.every": 2, "driver.stall": 60.0}
+    changes |= {"learner.ranks": 2, "learner.zero_stage": 3, "generator.replicas": 2, "verifier.replicas": 3}
+    changes["learner.deepspeed.zero_optimization.offload_optimizer.device"] = "cpu"
     found = resume(begun, **changes, **{"generator.engine.max_num_seqs": 8})
     assert found and {path: new for path, (_, new) in found.changed.items()} == {
         **changes,
