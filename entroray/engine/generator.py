@@ -19,7 +19,7 @@ import numpy as np
 from entroray.engine.checked_transfer import agreed, check_transfers, check_workers, received
 from entroray.engine.cpu_engine import StepThreads, forget_ray_threads
 from entroray.engine.overlap import RestlessError, come_to_rest, go_on
-from entroray.engine.starting import drain_notes, runner, sleep_level, start_llm
+from entroray.engine.starting import ask_workers, drain_notes, runner, sleep_level, start_llm
 from entroray.engine.vllm_request import (
     Noted,
     Request,
@@ -34,10 +34,11 @@ from entroray.engine.vllm_request import (
     unfinished_rollout,
     without_notes,
 )
-from entroray.engine.waiting import Waiting, as_they_end
+from entroray.engine.waiting import BEAT, Waiting, as_they_end
 from entroray.engine.weight_bytes import Digest, digest, void_weights
 from entroray.errors import InfrastructureError
 from entroray.policy.tokenizer import response_text
+from entroray.train.pulse import TURN, TURNS
 from entroray.types import Draw, Rollout, Status
 
 TICK = 0.2
@@ -56,15 +57,15 @@ class Generator:
         self.waiting: dict[str, Waiting] = {}
         self.owner: dict[str, str] = {}
         self.serial, self.tag = 0, uuid.uuid4().hex
-        """Tells this engine's requests from those of another in the same process."""
+        """Tells this engine's requests from those of another in the same process, to the sampler."""
         self.paused = self.updating = False
         """Between beginning and commit of an update; whether one is open in vLLM."""
         self.asleep = 0
         """vLLM's level of sleep, with weights and cache off the card; 0 is awake."""
         self.salt = 0
         """Of prompts in the prefix cache, changed by an update that keeps it: later prompts find nothing."""
-        self.moved = self.next_look = self.turned = 0.0
-        """When a sample last ended or was under way, when to look again, when the thread last turned."""
+        self.moved = self.next_look = self.asked = 0.0
+        """When a sample last ended or was under way, when to look again, when workers were last asked."""
         self.staged: tuple[str, list[np.ndarray]] | None = None
         self.failure: InfrastructureError | None = None
         self.ready: Future[float] = Future()
@@ -104,7 +105,7 @@ class Generator:
             admitted.set_result(None)
 
         await self._post(admit)
-        async for ended in as_they_end(futures, lambda: self.turned):
+        async for ended in as_they_end(futures, lambda: TURNS.count):
             yield ended
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
@@ -165,9 +166,9 @@ class Generator:
                 self._turn()
         except BaseException as error:  # boundary: the thread's death must reach every waiter
             self.failure = InfrastructureError(f"the engine's thread died: {error!r}")
-            waiters = [w.future for w in self.waiting.values()]
+            TURNS.failure = str(self.failure)
             unread = [future for _, future in self._drain(block=False)]
-            for future in (self.ready, *waiters, *unread):
+            for future in (self.ready, *(w.future for w in self.waiting.values()), *unread):
                 if not future.done():
                     future.set_exception(self.failure)
             raise
@@ -184,13 +185,13 @@ class Generator:
         self.threads = StepThreads(self.llm)
         self.llm.update_weight_version("0")
         self._warm_up()
+        TURNS.limit = TURNS.usual
         self.ready.set_result(time.monotonic() - began)
 
     def _warm_up(self) -> None:
         done: Future = Future()
         draw = Draw(1.0, 4, top_k=int(self.masks))
-        request = Request("warm-up", (1, 2, 3), (0, 1), draw, deadline=600.0, queue=600.0)
-        self._admit(request, done)
+        self._admit(Request("warm-up", (1, 2, 3), (0, 1), draw, deadline=600.0, queue=600.0), done)
         while not done.done():
             self._collect(self.engine.step())
         come_to_rest(self.llm, self._collect)
@@ -198,7 +199,7 @@ class Generator:
         go_on(self.llm)
 
     def _turn(self) -> None:
-        self.turned = time.monotonic()
+        TURNS.count += 1
         busy = self.engine.has_unfinished_requests() and not self.paused
         for action, future in self._drain(block=not busy):
             try:
@@ -212,6 +213,9 @@ class Generator:
         if (samples := self.engine.get_num_unfinished_requests()) and not self.paused:
             self.threads.fit(samples)
             self._collect(self.engine.step())
+        elif time.monotonic() > self.asked + BEAT:
+            ask_workers(self.llm)
+            self.asked = time.monotonic()
         self._expire(time.monotonic())
 
     def _drain(self, *, block: bool) -> list[tuple[Callable[[Future], object], Future]]:
@@ -236,7 +240,7 @@ class Generator:
         prompt, lora = self._prompt(request), getattr(self.llm, "adapter", None)
         try:
             for name, seed in zip(names, request.seeds, strict=True):
-                own = request, seed, self._noted(name), self.masks
+                own = request, seed, f"{self.tag}-{name}", self.masks
                 wanted = probe_params(self.masks) if probe else sampling_params(*own)
                 self.engine.add_request(name, prompt, wanted, lora_request=lora)
         except Exception:  # boundary: vLLM has an exception for each thing it refuses
@@ -275,17 +279,14 @@ class Generator:
         if output.prompt_logprobs is not None:
             waiting.done[output.request_id] = prompt_logprobs(output)  # type: ignore[assignment]
         else:
+            TURNS.limit = TURN  # a whole wave has been read: the longest turn is known
             drawn = as_rollout(waiting.request, output.outputs[0], self.read, notes)
             waiting.done[output.request_id] = drawn
         waiting.left.discard(output.request_id)
 
-    def _noted(self, name: str) -> str:
-        """What the sampler calls a request."""
-        return f"{self.tag}-{name}"
-
     def _drain_notes(self, names: Sequence[str]) -> list[Noted | None]:
         """The sampler's notes on requests that are over, once; every rank has the same."""
-        return drain_notes(self.llm, self.runner, [self._noted(n) for n in names]) if names else []
+        return drain_notes(self.llm, self.runner, [f"{self.tag}-{n}" for n in names]) if names else []
 
     def _settle(self, key: str) -> None:
         """Answer when every sample is in, or enough of them are."""
@@ -299,8 +300,7 @@ class Generator:
         if waiting.left:
             return
         del self.waiting[key]
-        names = sorted(waiting.done, key=lambda n: int(n.rpartition("-")[2]))
-        results = [waiting.done[n] for n in names]
+        results = [waiting.done[n] for n in sorted(waiting.done, key=lambda n: int(n.rpartition("-")[2]))]
         probe = not isinstance(results[0], Rollout)
         if not waiting.future.done():  # else cancelled
             waiting.future.set_result(results[0] if probe else results)

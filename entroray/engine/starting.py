@@ -18,6 +18,9 @@ OWN_WEIGHTS = ("enable_lora", "speculative_config", "quantization")
 LEAVING = 20.0
 """Seconds given to processes of an engine that was killed to leave their cards."""
 
+ANSWER = 20.0
+"""Seconds in which a worker of an engine at rest answers."""
+
 
 def start_llm(**options: Any) -> Any:
     """vLLM's `LLM` with these options; ConfigError if they ask for what its runner cannot do."""
@@ -57,6 +60,11 @@ def _fits_v2(name: str) -> bool:
 def runner(llm: Any) -> str:
     """The runner that serves; V1 and V2 draw other samples with one seed."""
     return "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
+
+
+def ask_workers(llm: Any) -> None:
+    """Return once every worker of an engine that rests has answered; TimeoutError if one is frozen."""
+    llm.collective_rpc("check_health", timeout=ANSWER)
 
 
 def drain_notes(llm: Any, runner: str, names: Sequence[str]) -> list[Noted | None]:

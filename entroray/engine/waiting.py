@@ -36,11 +36,9 @@ class Waiting:
         return {n for n in self.left if (self.begun[n] + lasts if n in self.begun else first) < now}
 
 
-async def as_they_end(
-    futures: Sequence[Future], turned: Callable[[], float]
-) -> AsyncIterator[dict[int, Any]]:
+async def as_they_end(futures: Sequence[Future], turns: Callable[[], int]) -> AsyncIterator[dict[int, Any]]:
     """Results of an engine's `futures` by index, those that end together at once; {} where none has in `BEAT`
-    seconds and the engine's thread has `turned` since, which gives when it last did.
+    seconds and the engine's thread has turned since, whose `turns` have been so many.
     """
     finished: asyncio.Queue[int] = asyncio.Queue()
     waiting = [asyncio.wrap_future(future) for future in futures]
@@ -48,11 +46,11 @@ async def as_they_end(
         future.add_done_callback(partial(lambda place, _: finished.put_nowait(place), place))
     left = len(waiting)
     while left:
-        seen = turned()
+        seen = turns()
         try:
             ended = [await asyncio.wait_for(finished.get(), BEAT)]
         except TimeoutError:
-            if turned() > seen:  # a thread that is stuck says nothing
+            if turns() > seen:  # a thread that is stuck says nothing
                 yield {}
             continue
         while not finished.empty():  # each answer costs Ray a message: what ended together goes together

@@ -31,6 +31,7 @@ from entroray.workers.cluster import Gang, Share
 from entroray.workers.cores import BESIDE, SharingLearner, Threads, divide_cores
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
 from entroray.workers.engine_pool import EnginePool
+from entroray.workers.heartbeat import watch
 from entroray.workers.learner_rank import LearnerRank, LearnerSettings
 from entroray.workers.nodes import Places
 from entroray.workers.roles import GeneratorRole, LearnerRole, VerifierRole, rest
@@ -123,6 +124,7 @@ class Actors:
     sync: WeightSync
     facts: dict[str, Any]
     places: Places = field(default_factory=lambda: Places({}))
+    watch: asyncio.Task[None] | None = None  # of heartbeats
 
     @property
     def within(self) -> float:
@@ -186,12 +188,17 @@ class Actors:
 
     async def stop(self) -> None:
         """Ranks leave their process group in order; Ray ends the rest."""
-        await asyncio.gather(self.engines.close(), self.verifiers.close())
+        await self._close()
         await self.learner.all(lambda rank, h: h.stop.remote(), deadline=60.0)
+
+    async def _close(self) -> None:
+        if self.watch:
+            self.watch.cancel()
+        await asyncio.gather(self.engines.close(), self.verifiers.close())
 
     async def end(self) -> None:
         """Every actor dies at once, whatever it is doing, and its place is free for another machine."""
-        await asyncio.gather(self.engines.close(), self.verifiers.close())
+        await self._close()
         cluster.kill_actors([*self.engines.all_handles, *self.learner.handles, *self.verifiers.handles])
         self.places.release()
 
@@ -206,9 +213,8 @@ def lasting(config: Config, parts: Parts) -> dict[str, Any]:
     freed = ("seed", "run", "objective", "control", "driver", "observe", "checkpoint")
     kept = {name: value for name, value in every.items() if name not in freed}
     kept["learner"] = {name: every["learner"][name] for name in LASTING}
-    kept["engine"] = engine_options(config)
-    kept["cores"] = core_shares(config)
-    kept["processors"] = logits_processors(config, parts)
+    made_of = {"cores": core_shares(config), "processors": logits_processors(config, parts)}
+    kept |= {"engine": engine_options(config), **made_of}
     kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline", "turns", "tool")}
     return kept | {"call_deadline": every["driver"]["call_deadline"]}
 
@@ -309,8 +315,7 @@ async def start_actors(
     at = {role: places.of(role) for role in asked}
     share = lambda role: replace(asked[role][1], at=next(at[role]))
     settings = learner_settings(config, model, total_updates)
-    limit = max(sequence_length(config), len(probe) + 1)
-    within = run_deadlines(config).start
+    limit, within = max(sequence_length(config), len(probe) + 1), run_deadlines(config).start
     options = engine_options(config) | logits_processors(config, parts)
     v = config.verifier
     limits = {"slots": v.slots, "deadline": config.reward.deadline, "memory_mb": v.memory_mb}
@@ -324,17 +329,15 @@ async def start_actors(
     async with AsyncExitStack() as undo:  # nothing of a start that fails holds cards any more
         undo.callback(places.release)
         learner = Gang("learner", [spawn(i) for i in range(config.learner.ranks)])
-        engines = EnginePool(
-            [generator() for _ in range(config.generator.replicas)],
-            generator,
-            WeightSender(learner, sender_settings(config), within),
-            restarts=config.generator.restarts,
-            start_deadline=within,
-            report=report,
-        )
-        verifiers = VerifierPool(asked[VERIFIERS][0], verifier, start_deadline=within, report=report)
+        g, sender = config.generator, WeightSender(learner, sender_settings(config), within)
+        pooled: dict[str, Any] = {"start_deadline": within, "report": report}
+        first = [generator() for _ in range(g.replicas)]
+        engines = EnginePool(first, generator, sender, restarts=g.restarts, **pooled)
+        verifiers = VerifierPool(asked[VERIFIERS][0], verifier, **pooled)
         sync = WeightSync(learner, engines, probe, config.driver, within, config.model.dtype)
-        made = Actors(config, engines, learner, verifiers, sync, {}, places)
+        every = lambda: [*engines.watched(), *verifiers.watched(), *learner.watched(report)]
+        looks = asyncio.create_task(watch(every))
+        made = Actors(config, engines, learner, verifiers, sync, {}, places, looks)
         undo.pop_all()
         undo.push_async_callback(made.end)
         facts = await _introduce(made, resume)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,8 @@ from entroray.errors import EntrorayError, InfrastructureError, Stopped, first_l
 from entroray.redaction import is_secret
 from entroray.train.clock import BusyTime
 from entroray.train.trace import NO_TRACE
-from entroray.workers import engine_forkserver, orphans
+from entroray.workers import engine_forkserver, heartbeat, orphans
+from entroray.workers.heartbeat import Watched
 
 
 class OpenWaits:
@@ -192,12 +194,13 @@ def start(address: str | None, *, cpu_only: bool) -> None:
     if not address:  # else Ray keeps what its last 100,000 calls did, in 340 MB that nobody looks at
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     variables: dict[str, Any] = {"env_vars": environment() | (CPU_ONLY if cpu_only else {}) | temporary}
-    if address and (secrets := forwarded(secret=True)):  # here every process has them from this one
+    secrets = forwarded(secret=True) if address else {}  # here every process has them from this one
 
-        def take_secrets() -> None:
-            os.environ.update(secrets)
+    def begin_worker() -> None:
+        os.environ.update(secrets)
+        heartbeat.begin()
 
-        variables["worker_process_setup_hook"] = take_secrets
+    variables["worker_process_setup_hook"] = begin_worker
     local: dict[str, Any] = {"num_cpus": os.cpu_count(), "include_dashboard": False}
     with _own_sigterm():
         ray.init(
@@ -321,6 +324,8 @@ class Gang:
 
     def __init__(self, name: str, handles: Sequence[Any]):
         self.name, self.handles = name, list(handles)
+        self.lost: dict[int, str] = {}
+        """Why a rank was killed, by rank."""
 
     def member(self, rank: int) -> str:
         """What a rank is called."""
@@ -331,4 +336,23 @@ class Gang:
         calls = [
             settle(method(r, h), deadline=deadline, what=self.member(r)) for r, h in enumerate(self.handles)
         ]
-        return list(await asyncio.gather(*calls))
+        try:
+            return list(await asyncio.gather(*calls))
+        except InfrastructureError as error:
+            for why in self.lost.values():
+                raise InfrastructureError(why) from error
+            raise
+
+    def watched(self, report: Callable[..., None]) -> list[Watched]:
+        """Every rank that was not lost, for its heartbeat to be looked at; `report` hears of `rank_lost`.
+
+        A rank that is frozen is killed: what is asked of the gang, now or later, fails and says why.
+        """
+
+        def lose(rank: int, error: InfrastructureError) -> None:
+            self.lost[rank] = f"{self.member(rank)}: {error}"
+            report("rank_lost", rank=self.member(rank), error=str(error))
+            kill_actors([self.handles[rank]])
+
+        ranks = [r for r in range(len(self.handles)) if r not in self.lost]
+        return [Watched(self.handles[rank], partial(lose, rank)) for rank in ranks]

@@ -152,6 +152,8 @@ class DeepSpeedBackend:
             device_id=torch.device("cuda", 0) if on_card and ranks > 1 else None,  # as DeepSpeed has it
         )
         deepspeed.init_distributed(communication, timeout=within)
+        groups = torch.distributed.distributed_c10d  # where groups that DeepSpeed makes, without one, find it
+        groups.default_pg_timeout = groups.default_pg_nccl_timeout = within
 
     @property
     def policy(self) -> Policy:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ray.exceptions import RayTaskError
@@ -14,6 +15,7 @@ from entroray.engine.generator import Request
 from entroray.errors import InfrastructureError, SyncError, first_line
 from entroray.types import Rollout
 from entroray.workers.cluster import SAMPLING, WAITS, await_starts, kill_actors, settle, settle_next
+from entroray.workers.heartbeat import Watched
 from entroray.workers.weight_sender import WeightSender
 
 GRACE = 30.0
@@ -95,6 +97,8 @@ class EnginePool:
         self.restarts = self.allowed = restarts
         self.start_deadline = start_deadline
         self.started = len(handles)
+        self.starting: list[Engine] = []
+        """In place of others, until they serve or have failed."""
         self.newcomers: list[Engine] = []
         """Started, but without the weights."""
         self.first_awaited = False
@@ -125,6 +129,10 @@ class EnginePool:
         try:
             failed = await await_starts([self._await_start(engine) for engine in engines])
         except InfrastructureError as error:
+            if any(
+                engine.lost for engine in engines
+            ):  # frozen as it started, and replaced if that is allowed
+                return await self.wait_for_engine(newcomers=True)
             raise InfrastructureError(f"no generator started ({error}): {_LOOK}") from error
         for index, why in failed.items():
             self.drop(engines[index], why)
@@ -132,6 +140,12 @@ class EnginePool:
     async def _await_start(self, engine: Engine) -> None:
         started, what = engine.handle.start.remote(), f"{engine.name}, starting"
         await settle(started, deadline=self.start_deadline, what=what)
+
+    def watched(self) -> list[Watched]:
+        """Every engine there is, for its heartbeat to be looked at."""
+        engines = dict.fromkeys((*self.live, *self.newcomers, *self.starting))
+        allowed = self.sender.longest if self.updating.locked() else 0.0
+        return [Watched(e.handle, partial(self.drop, e), allowed) for e in engines if not e.lost]
 
     @property
     def busy(self) -> bool:
@@ -167,8 +181,8 @@ class EnginePool:
         """One call for all of `share`; what a lost engine has not answered is dispatched again."""
         left, began = dict(enumerate(share)), time.monotonic()
         WAITS.trace.change("groups in flight", len(left))
-        deadline = max(p.request.patience for p in share) + GRACE + self.sender.silence
         try:
+            deadline = max(p.request.patience for p in share) + GRACE + self.sender.silence
             answers = engine.handle.sample_all.options(num_returns="streaming").remote(
                 [p.request for p in share]
             )
@@ -294,6 +308,7 @@ class EnginePool:
         self.report("engine_lost", engine=engine.name, error=str(error), restarts_left=self.restarts)
         if replaced:
             replacement = Engine(f"generator {self.started}", self.spawn())
+            self.starting.append(replacement)
             self.started += 1
             task = _start(self._admit_replacement(replacement), self.replacing)
             task.add_done_callback(lambda task: self._replaced(replacement, task))
@@ -307,6 +322,7 @@ class EnginePool:
             pass  # an engine was lost on the way: perhaps this one, and the others wait for an update
 
     def _replaced(self, engine: Engine, task: asyncio.Task[None]) -> None:
+        self.starting.remove(engine)
         if task.cancelled():
             kill_actors([engine.handle])
         elif error := task.exception():

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from entroray.config import LearnerConfig, Model
@@ -27,6 +26,7 @@ from entroray.policy.packing import compile_layers, enable_packing, pack, use_li
 from entroray.policy.proof import check_loaded, why_not_packed
 from entroray.roles import Scores
 from entroray.train.batching import tokens_on, with_live_statistics, with_scores
+from entroray.train.pulse import TURNS
 from entroray.types import Batch, Tokens
 from entroray.workers import checkpoint, rank_checkpoint
 from entroray.workers.checkpoint import Fingerprint
@@ -204,9 +204,8 @@ class LearnerRank:
 
     # --- one step ---
 
-    def score(
-        self, micros: Sequence[Batch], extra: Sequence[str] = ()
-    ) -> list[dict[str, NDArray[np.float32]]]:
+    @TURNS.working()
+    def score(self, micros: Sequence[Batch], extra: Sequence[str] = ()) -> list[Scores]:
         """Log-prob, entropy, varentropy (nats) of each micro-batch's tokens [n], the reference's too.
 
         `extra` names further statistics (`policy.vocabulary_statistics`), from the same pass; where tokens
@@ -221,10 +220,11 @@ class LearnerRank:
         self.threads = number
 
     def _take_threads(self) -> None:
+        TURNS.count += 1  # this begins a micro-batch
         if self.threads is not None and self.threads != torch.get_num_threads():
             torch.set_num_threads(self.threads)  # of the thread that calls
 
-    def _score(self, micro: Batch, extra: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    def _score(self, micro: Batch, extra: Sequence[str]) -> Scores:
         self._take_threads()
         layout = self._lay_out(micro)
         mass = (MASS,) if micro.kept else ()
@@ -232,9 +232,7 @@ class LearnerRank:
         return self._columns(micro, layout, stats)
 
     @torch.no_grad()
-    def _columns(
-        self, micro: Batch, layout: Layout, stats: Mapping[str, Tensor]
-    ) -> dict[str, NDArray[np.float32]]:
+    def _columns(self, micro: Batch, layout: Layout, stats: Mapping[str, Tensor]) -> Scores:
         """`stats` of a forward pass and the reference's log-probs, [n] of the tokens of `micro`."""
         scored = {name: x.detach() for name, x in stats.items()}
         if self.reference is not None:
@@ -261,6 +259,7 @@ class LearnerRank:
         scores: list[Scores] = []
         return self._update(micros, objective, lr, scores), scores
 
+    @TURNS.working(proof=True)
     def _update(
         self,
         micros: Sequence[tuple[Batch, Tokens]],

@@ -32,6 +32,7 @@ from entroray.reward.parts import judge_parts, sum_parts
 from entroray.reward.served import ServedJudges, bind_judge
 from entroray.reward.tools import Call
 from entroray.reward.verdicts import Response, as_verdict, failed, graded
+from entroray.train.pulse import TURN, TURNS, Beat, Pulse
 from entroray.types import Answer, Prompt, Rollout, Status, Verdict
 from entroray.workers.judge_forkserver import FORK, HEADER
 
@@ -43,6 +44,8 @@ _START_DEADLINE = 120.0
 """Seconds for a fork server or a worker to start, the judge built."""
 _SAYING = 5.0
 """Seconds beyond its own deadline that a judge of ours has to say what it found."""
+LOOK = 2.0
+"""Seconds between two looks at whether a process of a verifier is stopped."""
 _CLOSE_DEADLINE = 10.0
 """Seconds the fork server has to end itself and its workers."""
 
@@ -77,6 +80,9 @@ class Verifier:
         self._patience, self._judges = patience, self._reward["judges"]
         self._parts = {domain: judge_parts(judge) for domain, judge in self._judges.items()}
         self._idle: deque[_Worker] = deque()
+        self._pids = set[int]()
+        """Of judge processes that wait or judge."""
+        self._watch: asyncio.Task[None] | None = None
         self._forking, self._closed = asyncio.Lock(), False
         self._server = _ForkServer(self._reward, memory_mb, output)
 
@@ -95,6 +101,7 @@ class Verifier:
     async def warm_up(self) -> None:
         """Return once every slot has its worker; raises ConfigError when the judge cannot be built."""
         _ = self._served
+        self._watch = self._watch or asyncio.create_task(self._look())
         while len(self._idle) < self._width:
             self._idle.append(await self._fork())
 
@@ -110,9 +117,22 @@ class Verifier:
         verdicts = await asyncio.gather(*(self._local(prompt, Call(call)) for call in calls))
         return [Answer(str(v.answer or ""), not v.correct, v.status, v.detail) for v in verdicts]
 
+    async def _look(self) -> None:
+        """Count turns of the loop, and kill those of its processes that have been stopped for too long."""
+        TURNS.limit, pulses = TURN, dict[int, Pulse]()
+        while True:
+            await asyncio.sleep(LOOK)
+            TURNS.count += 1
+            pulses = {pid: pulses.get(pid) or Pulse() for pid in (self._server.pid, *self._pids)}
+            for pid, pulse in pulses.items():
+                if pulse.look(_beat_of(pid), LOOK):
+                    _kill(pid)  # a fork server takes its own along
+
     def close(self) -> None:
         """End every process this verifier started; what is still being judged fails."""
         self._closed = True
+        if self._watch:
+            self._watch.cancel()
         for worker in self._idle:
             worker.channel.close()
         self._idle.clear()
@@ -165,6 +185,8 @@ class Verifier:
             reusable = verdict.status.usable and worker.served < ITEMS_PER_WORKER
             return verdict
         except TimeoutError:
+            if _is_stopped(worker.pid):
+                return None  # that is nothing the response did
             late = f"no verdict within {deadline:g} s"
             worked = _cpu_seconds(worker.pid) - before > deadline / 4
             return graded(False, None, late) if ours and worked else failed(late, Status.TIMEOUT)
@@ -175,6 +197,7 @@ class Verifier:
                 self._idle.append(worker)
             else:
                 worker.channel.close()
+                self._pids.discard(worker.pid)
                 self._server.kill(worker.pid)
 
     async def _fork(self) -> "_Worker":
@@ -188,7 +211,9 @@ class Verifier:
                     self._server = _ForkServer(self._reward, self._memory_mb, self._output)
                 try:
                     async with asyncio.timeout(_START_DEADLINE):
-                        return await self._server.fork()
+                        worker = await self._server.fork()
+                    self._pids.add(worker.pid)
+                    return worker
                 except (OSError, EOFError) as error:  # TimeoutError is an OSError
                     if last:
                         raise InfrastructureError(
@@ -221,7 +246,7 @@ class _ForkServer:
             self._launch(theirs.fileno(), [json.dumps(reward), json.dumps(memory_mb)], output)
         try:
             (length,) = HEADER.unpack(self._control.recv(HEADER.size, socket.MSG_WAITALL))
-            self._pid = int(self._control.recv(length, socket.MSG_WAITALL))
+            self.pid = int(self._control.recv(length, socket.MSG_WAITALL))
         except (OSError, struct.error) as error:
             raise InfrastructureError("the verifier's fork server did not start: see its log") from error
         self._control.setblocking(False)
@@ -270,14 +295,14 @@ class _ForkServer:
         if self._control.fileno() < 0:
             return
         if not self._ready:  # still importing: it has no workers yet
-            _kill(self._pid)
+            _kill(self.pid)
         self._control.settimeout(_CLOSE_DEADLINE)
         try:
             self._control.shutdown(socket.SHUT_WR)
             while self._control.recv(1 << 16):
                 pass
         except OSError:
-            _kill(self._pid)
+            _kill(self.pid)
         self._control.close()
 
 
@@ -287,6 +312,21 @@ def _cpu_seconds(pid: int) -> float:
         return sum(psutil.Process(pid).cpu_times()[:2])
     except psutil.Error:
         return 0.0
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.Error:
+        return False
+
+
+def _beat_of(pid: int) -> Beat:
+    """Another at each call, except of a process that is stopped and has not run since the last."""
+    with suppress(psutil.Error):
+        if _is_stopped(pid):
+            return Beat(psutil.Process(pid).num_ctx_switches(), 1)
+    return Beat(object(), 1)
 
 
 def _kill(pid: int) -> None:

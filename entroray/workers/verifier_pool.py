@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ray.exceptions import RayError
 
 from entroray.errors import EntrorayError, InfrastructureError
 from entroray.workers.cluster import await_starts, kill_actors, settle
+from entroray.workers.heartbeat import Watched
 
 LOSSES = 3
 """For each verifier of a pool: how many may be lost while no call is answered, before the run ends."""
@@ -49,6 +51,10 @@ class VerifierPool:
     def handles(self) -> list[Any]:
         """Of every verifier that is not lost."""
         return [member.handle for member in self.members]
+
+    def watched(self) -> list[Watched]:
+        """Every verifier there is, for its heartbeat to be looked at."""
+        return [Watched(member.handle, partial(self._drop, member)) for member in self.members]
 
     async def start(self) -> None:
         """Return when all have warmed up or failed; those that failed are replaced, unless none came."""

@@ -136,6 +136,11 @@ class WeightSender:
         """Seconds in which a sync may keep an engine's thread in NCCL."""
         return max(START, transfer_deadline(self.size)) if self.generator.transfer == "nccl" else 0.0
 
+    @property
+    def longest(self) -> float:
+        """Seconds that a turn of an engine may take in a sync; in the first, of unknown size, `deadline`."""
+        return max(START, transfer_deadline(self.size)) if self.size else self.deadline
+
     async def send(self, handles: list[Any], version: int | None = None) -> bool:
         """Send the weights as `version`; SyncError if an engine took something else.
 

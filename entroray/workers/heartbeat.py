@@ -1,0 +1,91 @@
+"""Who of a run's actors is frozen: each beats in a thread of its own, and the driver looks at all of them.
+
+A beat is an entry of the key-value store of Ray's GCS. So an actor that still imports beats too, one whose
+interpreter is held does not, and nobody waits for an actor in order to look at it.
+"""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.experimental import internal_kv
+
+from entroray.errors import InfrastructureError
+from entroray.train.pulse import TURNS, Beat, Pulse
+
+INTERVAL = 2.0
+"""Seconds between two beats, and between two looks."""
+_NAMESPACE = b"entroray"
+_READ = 10.0
+"""Seconds for the GCS to answer."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One actor that is looked at."""
+
+    handle: Any
+    lose: Callable[[InfrastructureError], None]
+    """Called once it is found frozen."""
+    allowed: float = 0.0
+    """As of `Pulse.look`."""
+
+
+async def watch(actors: Callable[[], Iterable[Watched]]) -> None:
+    """Look at all that `actors` gives, for ever; it is asked before every look.
+
+    Time in which this task did not run, as the machine was stopped or busy, counts for nobody.
+    """
+    pulses, before = dict[str, Pulse](), time.monotonic()
+    while True:
+        await asyncio.sleep(INTERVAL)
+        looked = {_key(each.handle): each for each in actors()}
+        try:
+            beats = await asyncio.to_thread(_read, [*looked])
+        except (RayError, OSError, RuntimeError):  # of the GCS: nobody is frozen for that
+            before = time.monotonic()
+            continue
+        now = time.monotonic()
+        passed, before = min(now - before, 2 * INTERVAL), now
+        pulses = {key: pulses.get(key) or Pulse() for key in looked}
+        for key, each in looked.items():
+            if why := pulses[key].look(beats.get(key), passed, each.allowed):
+                each.lose(InfrastructureError(why))
+
+
+def _key(handle: Any) -> str:
+    return str(handle._actor_id.hex())
+
+
+def _read(keys: Sequence[str]) -> Mapping[str, Beat]:
+    store = internal_kv.internal_kv_get_gcs_client()
+    found = store.internal_kv_multi_get([key.encode() for key in keys], _NAMESPACE, timeout=_READ)
+    return {key.decode(): Beat(*json.loads(value)) for key, value in found.items()}
+
+
+def begin() -> None:
+    """Beat from now on, once Ray makes this process an actor."""
+    threading.Thread(target=_beat, name="heartbeat", daemon=True).start()
+
+
+def _beat() -> None:
+    serial = 0
+    while True:
+        if key := ray.get_runtime_context().get_actor_id():
+            serial += 1
+            beat = Beat(serial, TURNS.count, TURNS.limit, TURNS.failure)
+            _write(key, json.dumps(beat))
+        time.sleep(INTERVAL)
+
+
+def _write(key: str, value: str) -> None:
+    try:
+        internal_kv._internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
+    except (RayError, OSError, RuntimeError):  # the next may get through
+        return
