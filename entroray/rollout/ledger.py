@@ -29,8 +29,10 @@ REFUSED, SURPLUS = "refused", "surplus"
 """Too old, its prompt issued again; finished beyond a step's need."""
 SKIPPED, ROLLED_BACK = "skipped", "rolled_back"
 """Of an update that was left out; drawn after the checkpoint that the run went on from."""
+FIRST, REPLACED = "first_draw", "replaced"
+"""A second draw, or what was replayed, took their place."""
 SECOND, REPLAY, ANEW, EVALUATION = "second_draw", "replay", "drawn_anew", "evaluation"
-"""Lines beside the balance. The first two are also reasons: a second draw, or a replay, took the place."""
+"""Lines beside the balance: parts of it, or of none."""
 
 
 @dataclass
@@ -242,9 +244,9 @@ def _contents(group: Group, reason: str) -> Lines:
     found: Lines = {}
     _add(found, reason, _count(group.rollouts))
     _add(found, str(Status.ABANDONED), _count(group.abandoned))
-    _add(found, REPLAY, _count(group.replaced))
+    _add(found, REPLACED, _count(group.replaced))
     for first in group.earlier:
-        for why, amount in _contents(first, SECOND).items():
+        for why, amount in _contents(first, FIRST).items():
             _add(found, why, amount)
     return found
 
