@@ -4,6 +4,7 @@ The stream issues prompts, the driver asks for samples and receives them. Whoeve
 it hands it in, and it must hold what was drawn for it. `check` compares after each step (README.md).
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from entroray.errors import LedgerError
 from entroray.roles import Generator
 from entroray.rollout.branch_points import Attempt, failure
-from entroray.types import Draw, Group, Prompt, Rollout, Status
+from entroray.types import Group, Rollout, Status
 
 UNITS = "prompts", "groups", "samples", "tokens"
 Amount = NDArray[np.int64]  # [4], of UNITS
@@ -44,7 +45,11 @@ class Account:
     drawn: Amount = field(default_factory=NONE.copy)
     """Samples asked for it, tokens received."""
     lost: Lines = field(default_factory=dict)
-    """Of these, by reason, what its group will not hold."""
+    """Of these, by reason, what failed."""
+
+    @property
+    def rest(self) -> Amount:
+        return self.drawn - sum(self.lost.values(), NONE)
 
 
 class Ledger:
@@ -53,7 +58,7 @@ class Ledger:
     def __init__(self) -> None:
         self.lines: Lines = {}
         """`issued`, `trained`, `dropped: <reason>`; and what is part of these, or of none."""
-        self.open: dict[int, Account] = {}
+        self.open = defaultdict[int, Account](Account)
         """Groups in flight, by serial; `taken` are those of the step under way."""
         self.taken: dict[int, Account] = {}
         self.again: set[int] = set()
@@ -76,56 +81,49 @@ class Ledger:
 
     def ask(self, serial: int, samples: int) -> None:
         """So many samples of a group are asked for."""
-        self._account(serial).drawn[2] += samples
+        self.open[serial].drawn += np.array([0, 0, samples, 0])
         _add(self.lines, ISSUED, np.array([0, 0, samples, 0]))
 
     def receive(self, serial: int, found: Attempt, line: str = "") -> None:
         """What came of that; `line` says why it was asked for, where that was not the first time."""
-        failed = [(failure(*pair), _count(pair[:1])) for pair in found.failed]
-        drawn = _count(r for r, _ in found.kept) + _count(found.abandoned) + sum((n for _, n in failed), NONE)
-        account = self._account(serial)
-        for reason, amount in failed:
-            _add(account.lost, reason, amount)
-        account.drawn[3] += drawn[3]
-        _add(self.lines, ISSUED, drawn * (0, 0, 0, 1))
-        if line:
-            _add(self.lines, line, drawn)
-
-    def lose(self, serial: int, reason: str, rollouts: Iterable[Rollout]) -> None:
-        """Samples that did not fail and are of no use, because others did."""
-        _add(self._account(serial).lost, _short(reason), _count(rollouts))
+        account = self.open[serial]
+        for rollout, verdict in found.failed:
+            _add(account.lost, failure(rollout, verdict), _count([rollout]))
+        amount = _count([*(r for r, _ in (*found.kept, *found.failed)), *found.abandoned])
+        account.drawn += amount * (0, 0, 0, 1)
+        _add(self.lines, ISSUED, amount * (0, 0, 0, 1))
+        _add(self.lines, line, amount if line else NONE)
 
     def drop(self, serial: int, reason: str, group: Group | None = None) -> None:
-        """A group in flight is given up, whole where it is there."""
-        self._close(self.open.pop(serial, Account()), group, _short(reason))
+        """A group in flight is given up; where none came of it, whatever did not fail goes with it."""
+        account, why = self.open.pop(serial, Account()), reason.partition(":")[0]
+        self._close(account, _contents(group, why) if group else {why: account.rest}, why)
+        if why == REFUSED:
+            self.again.add(account.position)
 
     def take(self, serial: int) -> None:
         """A group is handed to the step."""
         self.taken[serial] = self.open.pop(serial, Account())
 
-    def commit(self, groups: Sequence[Group], skipped: bool = False) -> None:
-        """The groups of a step are trained on, or dropped with an update that was left out."""
+    def commit(self, groups: Sequence[Group], reason: str = TRAINED) -> None:
+        """What was handed to the step is trained on, or dropped with an update that was left out."""
         for account, group in zip_longest(self.taken.values(), groups):
-            self._close(account or Account(), group, SKIPPED if skipped else TRAINED)
-        self.taken = {}
-        for group in groups:
-            old = [r.length for r in group.rollouts if r.replayed]
+            account = account or Account()
+            self._close(account, _contents(group, reason) if group else {}, reason)
+            if group and group.prompt.id != account.prompt_id:
+                self.wrong.append(f"the group of {group.prompt.id} was trained on for {account.prompt_id}")
+            old = [r.length for r in group.rollouts if r.replayed] if group else []
             _add(self.lines, REPLAY, np.array([0, bool(old), len(old), sum(old)]))
+        self.taken = {}
 
-    def _account(self, serial: int) -> Account:
-        return self.open.setdefault(serial, Account())  # one that nobody issued shows in `check`
-
-    def _close(self, account: Account, group: Group | None, reason: str) -> None:
-        parts = _contents(group, reason) if group else {}
-        lacks = account.drawn - sum((*parts.values(), *account.lost.values()), NONE)
-        if lacks.any() or (group and group.prompt.id != account.prompt_id):
-            whose = f"of {account.prompt_id}, {reason}: {lacks[2]} samples and {lacks[3]} tokens"
-            self.wrong.append(f"{whose} were drawn and are not in the group of {group and group.prompt.id}")
-        _add(parts, reason, np.array([reason != REFUSED, 1, 0, 0]))
-        for why, amount in (*parts.items(), *account.lost.items()):
-            _add(self.lines, TRAINED if why == TRAINED else DROPPED + why, amount)
-        if reason == REFUSED:
-            self.again.add(account.position)
+    def _close(self, account: Account, parts: Lines, reason: str) -> None:
+        lacks = account.rest - sum(parts.values(), NONE)
+        if lacks.any():
+            whose = f"the group of {account.prompt_id}, {reason}"
+            self.wrong.append(f"{whose}, lacks {lacks[2]} samples and {lacks[3]} tokens drawn for it")
+        for lines in (parts, account.lost, {reason: np.array([reason != REFUSED, 1, 0, 0])}):
+            for why, amount in lines.items():
+                _add(self.lines, TRAINED if why == TRAINED else DROPPED + why, amount)
 
     # The law.
 
@@ -169,16 +167,11 @@ class Ledger:
 
     def metrics(self) -> dict[str, float]:
         """The running totals."""
-        dropped, pending = self.dropped, self.pending
-        refused, surplus, skipped, back = (
-            dropped.pop(reason, NONE) for reason in (REFUSED, SURPLUS, SKIPPED, ROLLED_BACK)
-        )
-        failed = sum(dropped.values(), NONE)
-        lines = {"trained": self.of(TRAINED), "pending": pending, "rolled_back": back}
+        back, refused, surplus = (self.of(DROPPED + reason) for reason in (ROLLED_BACK, REFUSED, SURPLUS))
+        lines = {"pending": self.pending, ROLLED_BACK: back} | {n: self.of(n) for n in (ISSUED, TRAINED)}
         found = {f"{u}/{name}": n[i] for name, n in lines.items() for i, u in enumerate(UNITS) if i}
-        found |= {"groups/dropped": failed[1], "groups/refused": refused[1], "groups/surplus": surplus[1]}
-        found |= {"samples/dropped": (failed + refused + surplus + skipped)[2]}
-        found |= {"groups/issued": self.of(ISSUED)[1], "samples/issued": self.of(ISSUED)[2]}
+        found["groups/dropped"] = (sum(self.dropped.values(), NONE) - back - refused - surplus)[1]
+        found |= {"groups/refused": refused[1], "groups/surplus": surplus[1]}
         found |= {"tokens/drawn": self.spent, "tokens/evaluated": self.of(EVALUATION)[3]}
         return {name: float(value) for name, value in found.items()}
 
@@ -195,27 +188,27 @@ class Ledger:
     # What a checkpoint holds.
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON; of what is pending the prompts, which are issued again."""
-        waiting = {a.position for a in (*self.open.values(), *self.taken.values())}
-        lines = {name: amount.tolist() for name, amount in self.lines.items()}
-        return {"lines": lines, "last": self.last, "again": sorted(waiting | self.again)}
+        """Plain JSON for whoever goes on: what is pending, or missing, is rolled back, its prompts wait."""
+        waiting = {a.position for a in (*self.open.values(), *self.taken.values())} | self.again
+        lines, rest = dict(self.lines), self.gap - np.array([len(waiting), 0, 0, 0])
+        _add(lines, DROPPED + ROLLED_BACK, np.maximum(rest, 0))
+        _add(lines, ISSUED, -np.minimum(rest, 0))
+        return {"lines": _plain(lines), "last": self.last, "again": sorted(waiting)}
 
-    def rolled_back(self, state: Mapping[str, Any]) -> "Ledger":
-        """`state`, with what was pending in it and what was drawn since dropped as `rolled_back`."""
-        then = Ledger()
-        then.lines = {name: np.array(amount) for name, amount in state["lines"].items()}
-        then.last, then.again = state["last"], set(state["again"])
-        since = np.maximum(self.of(ISSUED) - then.of(ISSUED), 0)
-        _add(then.lines, ISSUED, since * (0, 1, 1, 1))  # its prompts are issued again
-        rest = then.gap - then.pending
-        _add(then.lines, ISSUED, -np.minimum(rest, 0))  # of a ledger that did not balance
-        _add(then.lines, DROPPED + ROLLED_BACK, np.maximum(rest, 0))
-        _add(then.lines, EVALUATION, np.maximum(self.of(EVALUATION) - then.of(EVALUATION), 0))
-        return then
+    def roll_back(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """`state`, with what this ledger has seen beyond it rolled back, too."""
+        lines = {name: np.array(amount) for name, amount in state["lines"].items()}
+        beyond = np.maximum(self.of(ISSUED) - lines.get(ISSUED, NONE), 0)
+        for name in (ISSUED, DROPPED + ROLLED_BACK):
+            _add(lines, name, beyond * (0, 1, 1, 1))  # its prompts are issued again
+        return {**state, "lines": _plain(lines)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`: what this ledger has seen beyond it is rolled back."""
-        vars(self).update(vars(self.rolled_back(state)))
+        """Go on from `state`, in a new process or in this one."""
+        self.lines = {name: np.array(n) for name, n in self.roll_back(state)["lines"].items()}
+        self.taken, self.wrong = {}, []
+        self.open.clear()
+        self.again, self.last = set(state["again"]), state["last"]
 
 
 @dataclass(frozen=True)
@@ -225,10 +218,8 @@ class Evaluated:
     generator: Generator
     ledger: Ledger
 
-    async def sample(
-        self, prompt: Prompt, seeds: Sequence[int], draw: Draw, after: Sequence[int] = ()
-    ) -> list[Rollout]:
-        rollouts = await self.generator.sample(prompt, seeds, draw, after)
+    async def sample(self, *asked: Any, **named: Any) -> list[Rollout]:
+        rollouts = await self.generator.sample(*asked, **named)
         _add(self.ledger.lines, EVALUATION, _count(rollouts))
         return rollouts
 
@@ -256,6 +247,5 @@ def _add(lines: Lines, name: str, amount: Amount) -> None:
         lines[name] = lines.get(name, NONE) + amount
 
 
-def _short(reason: str) -> str:
-    """A reason without its details."""
-    return reason.partition(":")[0]
+def _plain(lines: Lines) -> dict[str, list[int]]:
+    return {name: amount.tolist() for name, amount in lines.items()}

@@ -14,7 +14,7 @@ from entroray.objective import Objective, active_tokens, corrected, gradient_wei
 from entroray.objective.activity import counted_functions
 from entroray.roles import Generator, Journal, Learner, Prompts, Resumable, Scores, Sync, Verifier
 from entroray.rollout.branch_points import Attempt, failure, sort_members
-from entroray.rollout.ledger import ANEW, SECOND, Ledger
+from entroray.rollout.ledger import ANEW, SECOND, SKIPPED, TRAINED, Ledger
 from entroray.rollout.plans import Plan, independent
 from entroray.rollout.selection import Selection
 from entroray.rollout.stream import Dropped, Stream
@@ -236,7 +236,6 @@ class Driver:
                 return Group(prompt, rollouts, verdicts, abandoned=members.abandoned)
             reason = _failure(*found.failed[0])
             self.roles.journal.event("resample", prompt=prompt.id, attempt=attempt, reason=reason)
-        self.ledger.lose(serial, reason, [*(r for r, _ in members.kept), *members.abandoned])
         return Dropped(reason)
 
     async def _sample_and_judge(
@@ -287,7 +286,7 @@ class Driver:
         with clock("sync"):
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
-        self.ledger.commit(groups, skipped=updated.get("update/skipped", 0) >= knobs.updates)
+        self.ledger.commit(groups, SKIPPED if updated.get("update/skipped", 0) >= knobs.updates else TRAINED)
         metrics = updated | synced | await self._measure(groups, tokens, active)
         self._report_idle(metrics)
         self.over = self._is_over()  # before the evaluation, in which groups may be lost
@@ -350,7 +349,7 @@ class Driver:
     def committed(self) -> dict[str, Any]:
         """The state after the last step; what is of prompts is long, and moves at a step's end alone."""
         stream = self.marked["stream"]
-        ledger = self.ledger.rolled_back(stream["ledger"]).state()
+        ledger = self.ledger.roll_back(stream["ledger"])
         return self.marked | {"stream": stream | {"ledger": ledger}} | self._of_prompts()
 
     def _of_loop(self) -> dict[str, Any]:
