@@ -277,13 +277,14 @@ async def drive(
     generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
     evaluate = _evaluation(config, read_in, Evaluated(generator, ledger), verifier, health.say)
     watched: dict[str, Any] = {"waits": cluster.WAITS.lines, "busy": m.busy, "trace": cluster.WAITS.trace}
-    roles = Roles(generator, verifier, m.learner_role(), m.sync, journal, evaluate=evaluate, **watched)
+    watched |= {"evaluate": evaluate, "ledger": ledger}
+    roles = Roles(generator, verifier, m.learner_role(), m.sync, journal, **watched)
     began = {"settings": asdict(config), "identity": dataset.identity(config, read_in)}
     state = {name: value for name, value in run.state.items() if name not in began}
     pace = asdict(loop_settings(config, read_in.sets))
     journal.event("start", objective=config.objective, pace=pace, state=state, changed=run.changed)
     draw = sampler.training_draw(config.sampler, config.rollout, parts, read_in.tokenizer)
-    driver = build_driver(config, parts, read_in, roles, draw, ledger)
+    driver = build_driver(config, parts, read_in, roles, draw)
     journal.event("control", controllers=controllers.describe_controllers(parts, config.driver.max_lag))
     if run.checkpoint:
         driver.restore(run.state)

@@ -193,15 +193,15 @@ class Ledger:
         lines, rest = dict(self.lines), self.gap - np.array([len(waiting), 0, 0, 0])
         _add(lines, DROPPED + ROLLED_BACK, np.maximum(rest, 0))
         _add(lines, ISSUED, -np.minimum(rest, 0))
-        return {"lines": _plain(lines), "last": self.last, "again": sorted(waiting)}
+        plain = {name: amount.tolist() for name, amount in lines.items()}
+        return {"lines": plain, "last": self.last, "again": sorted(waiting)}
 
     def roll_back(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """`state`, with what this ledger has seen beyond it rolled back, too."""
-        lines = {name: np.array(amount) for name, amount in state["lines"].items()}
-        beyond = np.maximum(self.of(ISSUED) - lines.get(ISSUED, NONE), 0)
-        for name in (ISSUED, DROPPED + ROLLED_BACK):
-            _add(lines, name, beyond * (0, 1, 1, 1))  # its prompts are issued again
-        return {**state, "lines": _plain(lines)}
+        lines = state["lines"]
+        beyond = np.maximum(self.of(ISSUED) - lines.get(ISSUED, NONE), 0) * (0, 1, 1, 1)  # prompts come again
+        more = {n: (beyond + lines.get(n, NONE)).tolist() for n in (ISSUED, DROPPED + ROLLED_BACK)}
+        return {**state, "lines": {**lines, **more} if beyond.any() else lines}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, in a new process or in this one."""
@@ -245,7 +245,3 @@ def _contents(group: Group, reason: str) -> Lines:
 def _add(lines: Lines, name: str, amount: Amount) -> None:
     if amount.any():
         lines[name] = lines.get(name, NONE) + amount
-
-
-def _plain(lines: Lines) -> dict[str, list[int]]:
-    return {name: amount.tolist() for name, amount in lines.items()}

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,6 +79,8 @@ class Roles:
     busy: Callable[[], Mapping[str, float]] = dict
     """Seconds at work by actor, since any moment, for idle shares."""
     trace: Trace = NO_TRACE
+    ledger: Ledger = field(default_factory=Ledger)
+    """Of what they draw."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,10 @@ class Driver:
         selection: Selection | None = None,
         control: Control | None = None,
         tune: Tune | None = None,
-        ledger: Ledger | None = None,
     ):
         self.roles, self.knobs, self.pace, self.seed, self.plan = roles, knobs, pace, seed, plan
         size = {"per_step": pace.groups_per_step, "max_lag": pace.max_lag}
-        self.ledger = ledger or Ledger()
+        self.ledger = roles.ledger
         self.stream = Stream(prompts, self.group, **size, keeps=pace.keeps_surplus, ledger=self.ledger)
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)

@@ -9,7 +9,6 @@ from entroray.config import Config, Observe
 from entroray.errors import LedgerError
 from entroray.evaluation.sets import EvaluatedSet
 from entroray.policy.tokenizer import chat
-from entroray.rollout.ledger import Ledger
 from entroray.train.diagnostics import DiagnosticsSchedule
 from entroray.train.driver import After, Driver, Knobs, LoopSettings, Roles
 from entroray.train.prompt_entropy import build_prompt_entropy
@@ -21,9 +20,7 @@ LAW_WINDOW = 50
 """Steps that the reward-entropy law is fitted over."""
 
 
-def build_driver(
-    config: Config, parts: Parts, read_in: dataset.Dataset, roles: Roles, draw: Draw, ledger: Ledger
-) -> Driver:
+def build_driver(config: Config, parts: Parts, read_in: dataset.Dataset, roles: Roles, draw: Draw) -> Driver:
     """The driver of a run, at its first step."""
     training = read_in.split.training
     order = dataset.prompt_order(config.data, training, config.seed)
@@ -41,7 +38,6 @@ def build_driver(
         selection=chosen,
         control=controllers.build_control(config, parts.controllers),
         tune=controllers.build_tuner(config.objective, config.packages, parts),
-        ledger=ledger,
     )
 
 
@@ -53,7 +49,10 @@ async def train_balanced(
         await driver.train(steps, after)
     except LedgerError as error:
         saved = await driver.within_stall(save())
-        raise LedgerError(f"after step {driver.version}, saved in {saved}: {error}") from error
+        raise LedgerError(
+            f"after step {driver.version}, saved in {saved}: {error}\nThis is a fault of the program: please "
+            f"report it with events.jsonl. run.resume=auto goes on and counts what is missing as rolled back"
+        ) from error
     finally:
         driver.roles.journal.event("ledger", step=driver.version, lines=driver.ledger.table())
     if driver.ledger.dropped:
