@@ -119,8 +119,8 @@ class Ledger:
     def _close(self, account: Account, parts: Lines, reason: str) -> None:
         lacks = account.rest - sum(parts.values(), NONE)
         if lacks.any():
-            whose = f"the group of {account.prompt_id}, {reason}"
-            self.wrong.append(f"{whose}, lacks {lacks[2]} samples and {lacks[3]} tokens drawn for it")
+            whose = f"the group of {account.prompt_id}, {reason}, does not hold what was drawn for it"
+            self.wrong.append(f"{whose}: {lacks[2]:+d} samples, {lacks[3]:+d} tokens")
         for lines in (parts, account.lost, {reason: np.array([reason != REFUSED, 1, 0, 0])}):
             for why, amount in lines.items():
                 _add(self.lines, TRAINED if why == TRAINED else DROPPED + why, amount)
@@ -177,7 +177,8 @@ class Ledger:
 
     def table(self) -> dict[str, dict[str, int]]:
         """Every line, as JSON holds it."""
-        lines = self.lines | {"pending": self.pending}
+        whole = {ISSUED: self.of(ISSUED), TRAINED: self.of(TRAINED), "pending": self.pending}
+        lines = whole | {name: amount for name, amount in self.lines.items() if name not in whole}
         return {name: dict(zip(UNITS, amount.tolist(), strict=True)) for name, amount in lines.items()}
 
     def report(self) -> list[str]:

@@ -20,11 +20,12 @@ def judge(response, prompt):
 """
 
 
-@pytest.fixture
-def settings(stack: Stack, tmp_path: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def settings(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Of a run of the random model, whose judge fails by what it reads, evaluated after each step."""
-    (tmp_path / "judge.py").write_text(JUDGE)
-    judged = [f"reward.path={tmp_path}/judge.py:judge", "reward.max_failed=1", "driver.refill_limit=20"]
+    file = tmp_path_factory.mktemp("judge") / "judge.py"
+    file.write_text(JUDGE)
+    judged = [f"reward.path={file}:judge", "reward.max_failed=1", "driver.refill_limit=20"]
     evaluated = ["evaluate.every=1", "evaluate.prompts=4", "evaluate.samples=2", "evaluate.final=false"]
     quick = ["observe.report=false", "objective.keep.fn=always", f"model.path={stack.model}"]
     return [*QUICK, *judged, *evaluated, *quick]

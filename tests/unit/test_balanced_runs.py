@@ -27,19 +27,19 @@ from tests.toy import TARGET, ToyPrompts, ToyWorld, driver, trained
 
 
 def a_world(seed: int) -> ToyWorld:
-    """A third of its samples fails, in one of two ways; a third of its prompts has no right answer."""
+    """Samples fail in one of two ways; a third of its prompts has no right answer, a third few of them."""
     world = ToyWorld(build_objective({**objective_row("grpo"), "keep": {"fn": "informative"}}))
     sampled = world.sample
 
     async def some_fail(prompt: Prompt, seeds: list[int], *given: Any) -> list[Rollout]:
         fate = lambda number: Status.INFRA_FAILED if number % 9 == 0 else Status.OK
         pairs = zip(await sampled(prompt, seeds, *given), seeds, strict=True)
-        return [replace(drawn, status=fate(number)) for drawn, number in pairs]
+        return [replace(drawn, status=fate(number), text=str(number)) for drawn, number in pairs]
 
     async def judge(prompt: Prompt, rollouts: list[Rollout]) -> list[Verdict]:
         kind = int(prompt.id.lstrip("q")) % 3
         late = Verdict(0.0, False, status=Status.TIMEOUT, detail="of 8 s")
-        right = [float(bool(kind and i % 2)) for i, _ in enumerate(rollouts)]
+        right = [float(kind > 0 and int(r.text) % (2, 5)[kind == 1] == 0) for r in rollouts]
         return [
             late if (i + seed) % 7 == 0 and kind == 2 else Verdict(x, bool(x)) for i, x in enumerate(right)
         ]
