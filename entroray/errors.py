@@ -49,6 +49,10 @@ class NumericsError(EntrorayError):
     exit_code = 6
 
 
+class LedgerError(EntrorayError):
+    """Prompts, samples or tokens are unaccounted for: a fault of the program, whose numbers would lie."""
+
+
 class Stopped(EntrorayError):
     """Ended by a signal: 130 for Ctrl-C, 143 for SIGTERM."""
 

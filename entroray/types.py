@@ -199,7 +199,7 @@ class Rollout:
         own = [span for span in self.spans if span.why is not MaskReason.PREFIX]
         return int((self._observed(own)[: self.inherited] < 0).sum())
 
-    @property
+    @cached_property
     def drawn(self) -> int:
         """Tokens that the policy drew for it; none where it was replayed."""
         if self.notes is None and not self.spans:
@@ -248,20 +248,14 @@ class Group:
     """Judged draws of this prompt that this one took the place of; the first at the policy's temperature."""
     abandoned: tuple[Rollout, ...] = ()
     """Drawn beside these and given up when enough had finished."""
-    lost: int = 0
-    """Response tokens drawn for members that failed or made room for others, and are nowhere here."""
+    replaced: tuple[Rollout, ...] = ()
+    """Drawn for it, and gone to make room for what was replayed."""
 
     def __post_init__(self) -> None:
         if len(self.rollouts) != len(self.verdicts):
             raise ValueError(
                 f"group of {self.prompt.id}: {len(self.rollouts)} rollouts but {len(self.verdicts)} verdicts"
             )
-
-    @property
-    def drawn(self) -> int:
-        """Response tokens that the policy was asked for, whatever became of them (`tokens/drawn`)."""
-        here = sum(r.drawn for r in (*self.rollouts, *self.abandoned))
-        return here + sum(g.drawn for g in self.earlier) + self.lost
 
     @property
     def draws(self) -> tuple[Group, ...]:

@@ -29,6 +29,7 @@ from entroray.observe.tracker_thread import TrackerThread
 from entroray.observe.trackers import TrackedRun
 from entroray.policy.tokenizer import end_ids, fingerprint, token_name
 from entroray.roles import Generator, Verifier
+from entroray.rollout.ledger import Evaluated, Ledger
 from entroray.train.driver import Roles
 from entroray.train.failure_limits import Stagnation
 from entroray.train.trace import Trace, trace_path
@@ -46,7 +47,7 @@ from entroray.wiring import (
     tool,
     warm_start,
 )
-from entroray.wiring.driver import build_driver, loop_settings
+from entroray.wiring.driver import build_driver, loop_settings, train_balanced
 from entroray.wiring.objective import advised_settings, check_objective, remark_lines
 from entroray.wiring.overrides import quote
 from entroray.wiring.parts import Parts, build_parts
@@ -272,11 +273,12 @@ async def drive(
     run: run_directory.RunDirectory,
 ) -> None:
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
-    verifier = m.verifier_role()
+    verifier, ledger = m.verifier_role(), Ledger()
     generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
-    evaluate = _evaluation(config, read_in, generator, verifier, health.say)
+    evaluate = _evaluation(config, read_in, Evaluated(generator, ledger), verifier, health.say)
     watched: dict[str, Any] = {"waits": cluster.WAITS.lines, "busy": m.busy, "trace": cluster.WAITS.trace}
-    roles = Roles(generator, verifier, m.learner_role(), m.sync, journal, evaluate=evaluate, **watched)
+    watched |= {"evaluate": evaluate, "ledger": ledger}
+    roles = Roles(generator, verifier, m.learner_role(), m.sync, journal, **watched)
     began = {"settings": asdict(config), "identity": dataset.identity(config, read_in)}
     state = {name: value for name, value in run.state.items() if name not in began}
     pace = asdict(loop_settings(config, read_in.sets))
@@ -307,7 +309,7 @@ async def drive(
             journal.event("checkpoint", step=step, folder=str(saved))
 
     caught = signals.stop_on_signals(driver)
-    await driver.train(config.run.steps, after)
+    await train_balanced(driver, config.run.steps, after, save, health.say)
     if caught:
         saved = await driver.within_stall(save())
         journal.event("stopped", signal=caught[0], step=driver.version, folder=str(saved))

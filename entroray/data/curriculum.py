@@ -31,6 +31,7 @@ class Curriculum:
         self.rates: dict[str, list[float]] = {}
         """Shares of right answers of each prompt's last groups, the newest last."""
         self.passed = self.forced = 0
+        self.counted = 0, 0  # both at the end of the last step: what is drawn after it is drawn again
 
     @property
     def position(self) -> int:
@@ -92,7 +93,7 @@ class Curriculum:
 
     def metrics(self, groups: Sequence[Group], judged: Sequence[Group], version: Version) -> dict[str, float]:
         """Of every prompt judged so far, and how often one was passed over since the run began."""
-        known = max(1, len(self.rates))
+        self.counted, known = (self.passed, self.forced), max(1, len(self.rates))
         return {
             "prompts/seen": float(len(self.rates)),
             "prompts/mastered": sum(map(self.mastered, self.rates)) / known,
@@ -103,11 +104,12 @@ class Curriculum:
 
     def state(self) -> dict[str, Any]:
         """Plain JSON; the position is the stream's to keep."""
-        return {"rates": dict(self.rates), "passed": self.passed, "forced": self.forced}
+        return {"rates": dict(self.rates), "counted": list(self.counted)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.rates = {name: list(rates) for name, rates in state["rates"].items()}
-        self.passed, self.forced = state["passed"], state["forced"]
+        self.passed, self.forced = state["counted"]
+        self.counted = self.passed, self.forced
 
 
 def _coin(seed: int, position: int) -> float:

@@ -53,7 +53,7 @@ class Attempt(NamedTuple):
     kept: tuple[tuple[Rollout, Verdict], ...] = ()
     """Those that can be used, their parents named by their places here."""
     abandoned: tuple[Rollout, ...] = ()
-    failed: tuple[Rollout, ...] = ()
+    failed: tuple[tuple[Rollout, Verdict], ...] = ()
 
     def then(self, later: "Attempt") -> "Attempt":
         """Both; the later draw has no branches."""
@@ -67,8 +67,8 @@ def sort_members(judged: Sequence[tuple[Rollout, Verdict]]) -> Attempt:
     A branch whose parent cannot be used fails with it: its first tokens would be trained on nowhere.
     """
     place: dict[int | None, int | None] = {None: None}
-    kept: list[tuple[Rollout, Verdict]] = []
-    abandoned, failed = list[Rollout](), list[Rollout]()
+    kept, failed = list[tuple[Rollout, Verdict]](), list[tuple[Rollout, Verdict]]()
+    abandoned: list[Rollout] = []
     for index, (rollout, verdict) in enumerate(judged):
         if rollout.status.usable and verdict.status.usable and rollout.parent in place:
             place[index], parent = len(kept), place[rollout.parent]
@@ -76,5 +76,11 @@ def sort_members(judged: Sequence[tuple[Rollout, Verdict]]) -> Attempt:
         elif rollout.status is Status.ABANDONED:
             abandoned.append(rollout)
         else:
-            failed.append(rollout)
+            failed.append((rollout, verdict))
     return Attempt(tuple(kept), tuple(abandoned), tuple(failed))
+
+
+def failure(rollout: Rollout, verdict: Verdict) -> str:
+    """Why a member failed: its status, its verdict's, or that its parent did."""
+    status = verdict.status if rollout.status.usable else rollout.status
+    return "parent_failed" if status.usable else str(status)

@@ -35,8 +35,7 @@ class Replay:
             return group
         rollout, verdict = found
         rollouts, verdicts = (*group.rollouts[:-1], rollout), (*group.verdicts[:-1], verdict)
-        lost = group.lost + group.rollouts[-1].drawn
-        return replace(group, rollouts=rollouts, verdicts=verdicts, lost=lost)
+        return replace(group, rollouts=rollouts, verdicts=verdicts, replaced=group.rollouts[-1:])
 
     def observe(self, group: Group) -> None:
         """Keep a success of a group mostly wrong; forget those of one that is not."""

@@ -34,7 +34,8 @@ class SecondDraw:
         if not isinstance(group, Group):
             return group
         if self.when == "at_once" and self.factor != 1.0 and group.share_right == 0:
-            group = _replace_first(group, await again(replace(draw, factor=self.factor)))
+            hotter = await again(replace(draw, factor=self.factor))
+            group = replace(hotter, earlier=(group,)) if isinstance(hotter, Group) else group
         return self.replay.insert_success(group) if self.replay else group
 
     def observe(self, group: Group) -> None:
@@ -60,10 +61,3 @@ class SecondDraw:
 
     def restore(self, state: Mapping[str, float]) -> None:
         self.factors = dict(state)
-
-
-def _replace_first(first: Group, second: Group | Dropped) -> Group:
-    """The second draw, which holds the first; the first if the second gave no group."""
-    if isinstance(second, Group):
-        return replace(second, earlier=(first,))
-    return replace(first, lost=first.lost + second.drawn)

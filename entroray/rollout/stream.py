@@ -10,10 +10,8 @@ from typing import Any
 from entroray.errors import DataError
 from entroray.ops import as_count
 from entroray.roles import Prompts
+from entroray.rollout.ledger import NO_SIGNAL, REFUSED, SURPLUS, Ledger
 from entroray.types import Group, Prompt, Version
-
-NO_SIGNAL = "no signal"
-"""Why a group that `keep` sent back was dropped; all other reasons are failures."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +19,6 @@ class Dropped:
     """A prompt that gave no group, and why."""
 
     reason: str
-    drawn: int = 0
-    """Response tokens drawn for it all the same."""
 
 
 @dataclass
@@ -71,7 +67,16 @@ class Stream:
     grow with their number. `slots` is in order of issue, and there `Slot.version` never falls.
     """
 
-    def __init__(self, prompts: Prompts, rollout: Rollouts, *, per_step: int, max_lag: int, keeps: bool):
+    def __init__(
+        self,
+        prompts: Prompts,
+        rollout: Rollouts,
+        *,
+        per_step: int,
+        max_lag: int,
+        keeps: bool,
+        ledger: Ledger | None = None,
+    ):
         if keeps and max_lag == 0:
             raise ValueError("rollout.surplus=keep lets groups grow a step old: raise driver.max_lag above 0")
         self.prompts, self.rollout = prompts, rollout
@@ -86,11 +91,10 @@ class Stream:
         self.tasks: set[asyncio.Task[None]] = set()
         self.errors: list[BaseException] = []
         self.changed = asyncio.Event()
+        self.ledger = ledger or Ledger()
         self.dropped: Counter[str] = Counter()
-        self.dropped_now = 0  # since `take` was called
-        self.refused = 0
-        self.lost = 0
-        self.surplus = self.held = 0
+        """Groups given up since `take` was called, by reason."""
+        self.held = 0
         self.keeps = keeps
         self.kept_share = 1.0
         self.judged: dict[int, Group] = {}
@@ -113,6 +117,7 @@ class Stream:
 
     def _start(self, slot: Slot) -> None:
         self.slots[slot.serial] = slot
+        self.ledger.issue(slot.serial, slot.position, slot.prompt.id)
         self.issued[slot.version] += 1
         task = asyncio.get_running_loop().create_task(self._one(slot))
         self.tasks.add(task)
@@ -125,7 +130,6 @@ class Stream:
             self.finished[slot.version] += 1
             self.fresh.append(slot)
         else:
-            self.lost += result.drawn
             self._free(slot, result.reason)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -137,7 +141,7 @@ class Stream:
     def _free(self, slot: Slot, reason: str) -> None:
         """Give up a slot's group; `fill` draws the next prompt in its place."""
         self.dropped[reason] += 1
-        self.dropped_now += 1
+        self.ledger.drop(slot.serial, reason, slot.group)
         self._remove(slot)
 
     def _remove(self, slot: Slot) -> None:
@@ -153,15 +157,15 @@ class Stream:
         `wait` holds until nothing left behind can grow older than `max_lag`; without it groups that did
         are refused and their prompts re-issued. DataError when more than `limit` groups are dropped.
         """
-        before, self.dropped_now = Counter(self.dropped), 0
+        self.dropped.clear()
         self.fresh = [s for s in self.slots.values() if s.group]  # the rule or the version may have changed
         while True:
             self.changed.clear()
             if self.errors:
                 raise self.errors[0]
             self._sift(keep, wait=wait)
-            if self.dropped_now > limit:
-                raise DataError(_too_many(self.dropped - before, limit))
+            if self.dropped.total() > limit:
+                raise DataError(_too_many(self.dropped, limit))
             self.fill()
             if self._may_go(wait=wait):
                 return self._leave()
@@ -180,11 +184,13 @@ class Stream:
         there = [s for s in self.slots.values() if s.group]
         ready, surplus = there[: self.per_step], there[self.per_step :]
         self.held = len(surplus) if self.keeps else 0
-        if not self.keeps:
-            self.surplus += len(surplus)
         for slot in ready if self.keeps else there:
             self.judged[slot.serial] = slot.group  # type: ignore[assignment]
             self._remove(slot)
+        for slot in ready:
+            self.ledger.take(slot.serial)
+        for slot in () if self.keeps else surplus:
+            self.ledger.drop(slot.serial, SURPLUS, slot.group)
         return [s.group for s in ready]  # type: ignore[misc]
 
     def _sift(self, keep: Callable[[Group], bool], *, wait: bool) -> None:
@@ -193,8 +199,7 @@ class Stream:
         for slot in fresh:
             assert slot.group is not None
             if not wait and self.version - slot.group.version > self.max_lag:
-                self.refused += 1
-                self.lost += slot.group.drawn
+                self.ledger.drop(slot.serial, REFUSED, slot.group)
                 self._remove(slot)
                 self._issue(slot.prompt, slot.position)
             elif slot.kept_by is keep or keep(slot.group):
@@ -232,19 +237,14 @@ class Stream:
             "serial": self.serial,
             "in_flight": [[s.serial, s.position] for s in self.slots.values()],
             "kept_share": self.kept_share,
-            "dropped": dict(self.dropped),
-            "refused": self.refused,
-            "surplus": self.surplus,
-            "lost": self.lost,
+            "ledger": self.ledger.state(),
         }
 
     def restore(self, state: Mapping[str, Any], version: Version) -> None:
         """Go on from `state`: what was in flight is sampled anew, by the weights of `version`."""
         self.version, self.prompts.position = version, state["position"]
         self.serial, self.kept_share = state["serial"], state["kept_share"]
-        self.dropped = Counter(state["dropped"])
-        self.refused, self.surplus = state["refused"], state["surplus"]
-        self.lost = state["lost"]
+        self.ledger.restore(state["ledger"])
         for serial, position in state["in_flight"]:
             prompt = self.prompts.at(position)
             assert prompt, "it was given once"

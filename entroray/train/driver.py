@@ -1,8 +1,8 @@
 """The one process that sees the whole loop; it knows roles, never Ray or an engine (rollout/README.md)."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,8 @@ from entroray.metrics.step import step_metrics
 from entroray.objective import Objective, active_tokens, corrected, gradient_weight, why_scored
 from entroray.objective.activity import counted_functions
 from entroray.roles import Generator, Journal, Learner, Prompts, Resumable, Scores, Sync, Verifier
-from entroray.rollout.branch_points import Attempt, sort_members
+from entroray.rollout.branch_points import Attempt, failure, sort_members
+from entroray.rollout.ledger import ANEW, SECOND, SKIPPED, TRAINED, Ledger
 from entroray.rollout.plans import Plan, independent
 from entroray.rollout.selection import Selection
 from entroray.rollout.stream import Dropped, Stream
@@ -24,7 +25,7 @@ from entroray.train.diagnostics import NO_DIAGNOSTICS, Diagnostics, DiagnosticsS
 from entroray.train.failure_limits import IdleFunctions, SkippedUpdates, VerdictFailures
 from entroray.train.threads import in_thread
 from entroray.train.trace import NO_TRACE, Trace
-from entroray.types import Draw, Group, Prompt, Rollout, Status, Tokens, Verdict, Version
+from entroray.types import Draw, Group, Prompt, Rollout, Tokens, Verdict, Version
 
 UNTOUCHED = 20
 """Steps without a token touched by a rule after which the journal says so."""
@@ -78,6 +79,8 @@ class Roles:
     busy: Callable[[], Mapping[str, float]] = dict
     """Seconds at work by actor, since any moment, for idle shares."""
     trace: Trace = NO_TRACE
+    ledger: Ledger = field(default_factory=Ledger)
+    """Of what they draw."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ class Driver:
     ):
         self.roles, self.knobs, self.pace, self.seed, self.plan = roles, knobs, pace, seed, plan
         size = {"per_step": pace.groups_per_step, "max_lag": pace.max_lag}
-        self.stream = Stream(prompts, self.group, **size, keeps=pace.keeps_surplus)
+        self.ledger = roles.ledger
+        self.stream = Stream(prompts, self.group, **size, keeps=pace.keeps_surplus, ledger=self.ledger)
         self.failures = VerdictFailures(pace.max_failed)
         self.skipped = SkippedUpdates(pace.max_skipped)
         self.idle = IdleFunctions(UNTOUCHED)
@@ -130,7 +134,6 @@ class Driver:
         self.control, self.tune = control or Control(), tune
         self.version: Version = 0
         self.steps = 0  # of the run, once it is told
-        self.drawn = 0  # in groups judged; `stream.lost` are the others
         self.turn: asyncio.Future[Any] | None = None
         self.stopping = self.over = False
         self.clock = Clock(roles.busy, roles.trace)
@@ -139,7 +142,10 @@ class Driver:
     # The run.
 
     async def train(self, steps: int, after: After | None = None) -> list[dict[str, float]]:
-        """Run until `steps` are committed, `pace.tokens` drawn, or `stop`; `after` comes between steps."""
+        """Run until `steps` are committed, `pace.tokens` drawn, or `stop`; `after` comes between steps.
+
+        LedgerError after a step in which something got lost; `committed` is then of that step.
+        """
         self.steps, self.clock = steps, Clock(self.roles.busy, self.roles.trace)
         history = []
         try:
@@ -154,6 +160,7 @@ class Driver:
                 self.stream.advance(self.version)
                 history.append(await self.within_stall(self.step()))
                 self.marked = self._of_loop()
+                self.ledger.check(self.stream.slots)
                 with self.clock("checkpoint"):
                     if after:
                         await self.within_stall(after(self.version, history[-1]))
@@ -166,7 +173,7 @@ class Driver:
 
     def _is_over(self) -> bool:
         """Whether no further step is begun: the run has made its steps, or drawn its tokens."""
-        spent = self.pace.tokens is not None and self.drawn + self.stream.lost >= self.pace.tokens
+        spent = self.pace.tokens is not None and self.ledger.spent >= self.pace.tokens
         return spent or self.version >= self.steps
 
     def _turn_knobs(self) -> None:
@@ -221,16 +228,16 @@ class Driver:
             drawn = seeds(self.seed, serial, attempt, missing + self.pace.extra)
             how = replace(draw, enough=missing) if self.pace.extra else draw
             plan = self.plan if attempt == first else independent
-            judged = await self._sample_and_judge(plan, prompt, drawn, how)
-            members = members.then(sort_members(judged))
+            self.ledger.ask(serial, len(drawn))
+            found = sort_members(await self._sample_and_judge(plan, prompt, drawn, how))
+            self.ledger.receive(serial, found, ANEW if attempt > first else SECOND if first else "")
+            members = members.then(found)
             if len(members.kept) == self.pace.group_size:
                 rollouts, verdicts = zip(*members.kept, strict=True)
-                lost = _drawn(members.failed)
-                return Group(prompt, rollouts, verdicts, abandoned=members.abandoned, lost=lost)
-            reason = _failure(judged)
+                return Group(prompt, rollouts, verdicts, abandoned=members.abandoned)
+            reason = _failure(*found.failed[0])
             self.roles.journal.event("resample", prompt=prompt.id, attempt=attempt, reason=reason)
-        rollouts = (*(r for r, _ in members.kept), *members.abandoned, *members.failed)
-        return Dropped(reason, _drawn(rollouts))
+        return Dropped(reason)
 
     async def _sample_and_judge(
         self, plan: Plan, prompt: Prompt, drawn: list[int], draw: Draw
@@ -280,6 +287,7 @@ class Driver:
         with clock("sync"):
             synced = await self.roles.sync(self.version + 1)
         self.version += 1
+        self.ledger.commit(groups, SKIPPED if updated.get("update/skipped", 0) >= knobs.updates else TRAINED)
         metrics = updated | synced | await self._measure(groups, tokens, active)
         self._report_idle(metrics)
         self.over = self._is_over()  # before the evaluation, in which groups may be lost
@@ -303,20 +311,16 @@ class Driver:
         rewards = [r for g in groups for r in self.knobs.objective.shape_rewards(g).tolist()]
         correct = [v.correct for g in groups for v in g.verdicts]
         finished = self.stream.judged_since()
-        self.drawn += sum(group.drawn for group in finished)
         for group in finished:  # here, not as they finish: in order of issue, the same in every run
             for observer in self.selection.observers.values():
                 observer.observe(group)
         judged = [draw for group in finished for draw in group.draws]
-        counts = {f"objective/{name}_tokens": float(n) for name, n in active.items()} | {
+        counts = {f"objective/{name}_tokens": float(n) for name, n in active.items()}
+        counts |= self.ledger.metrics() | {
             "correct/trained_mean": sum(correct) / len(correct),
             "reward/shaped_mean": sum(rewards) / len(rewards),
-            "groups/dropped": float(self.stream.dropped.total()),
-            "groups/refused": float(self.stream.refused),
             "verdicts/failed": self.failures.share,
-            "groups/surplus": float(self.stream.surplus),
             "groups/held": float(self.stream.held),
-            "tokens/drawn": float(self.drawn + self.stream.lost),
         }
         metrics = await in_thread(
             lambda: (
@@ -345,12 +349,13 @@ class Driver:
     @property
     def committed(self) -> dict[str, Any]:
         """The state after the last step; what is of prompts is long, and moves at a step's end alone."""
-        return self.marked | self._of_prompts()
+        stream = self.marked["stream"]
+        ledger = self.ledger.roll_back(stream["ledger"])
+        return self.marked | {"stream": stream | {"ledger": ledger}} | self._of_prompts()
 
     def _of_loop(self) -> dict[str, Any]:
         return {
             "version": self.version,
-            "drawn": self.drawn,
             "stream": self.stream.state(),
             "diagnostics": self.diagnostics.state(),
             "control": self.control.state(),
@@ -365,7 +370,7 @@ class Driver:
 
         ConfigError for a run that remembers of its prompts what that one did not.
         """
-        self.version, self.drawn = state["version"], state["drawn"]
+        self.version = state["version"]
         self.stream.restore(state["stream"], self.version)
         self.diagnostics.restore(state["diagnostics"])
         self.control.restore(state["control"])
@@ -375,17 +380,10 @@ class Driver:
         self.marked = self._of_loop()
 
 
-def _drawn(rollouts: Iterable[Rollout]) -> int:
-    return sum(r.drawn for r in rollouts)
-
-
-def _failure(judged: list[tuple[Rollout, Verdict]]) -> str:
-    """Status, and detail if there is one, of the first member that failed."""
-    members = [(r, v) for r, v in judged if r.status is not Status.ABANDONED]
-    failed = [(r, v) for r, v in members if not (r.status.usable and v.status.usable)]
-    rollout, verdict = failed[0]
-    status = verdict.status if rollout.status.usable else rollout.status
-    return f"{status}: {verdict.detail}" if verdict.detail else str(status)
+def _failure(rollout: Rollout, verdict: Verdict) -> str:
+    """Status, and detail if there is one, of a member that failed."""
+    status = failure(rollout, verdict)
+    return f"{status}: {verdict.detail}" if verdict.detail else status
 
 
 def _stack(task: "asyncio.Task[Any]") -> str:

@@ -1,14 +1,16 @@
 """Settings -> the driver of a run: its loop, its prompts, its diagnostics, what may move."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from entroray.binding import holds
 from entroray.config import Config, Observe
+from entroray.errors import LedgerError
 from entroray.evaluation.sets import EvaluatedSet
 from entroray.policy.tokenizer import chat
 from entroray.train.diagnostics import DiagnosticsSchedule
-from entroray.train.driver import Driver, Knobs, LoopSettings, Roles
+from entroray.train.driver import After, Driver, Knobs, LoopSettings, Roles
 from entroray.train.prompt_entropy import build_prompt_entropy
 from entroray.types import Draw
 from entroray.wiring import actors, controllers, dataset, selection
@@ -37,6 +39,24 @@ def build_driver(config: Config, parts: Parts, read_in: dataset.Dataset, roles: 
         control=controllers.build_control(config, parts.controllers),
         tune=controllers.build_tuner(config.objective, config.packages, parts),
     )
+
+
+async def train_balanced(
+    driver: Driver, steps: int, after: After, save: Callable[[], Awaitable[Path]], say: Callable[[str], None]
+) -> None:
+    """Train, and say what was dropped; where the ledger does not balance, save and raise LedgerError."""
+    try:
+        await driver.train(steps, after)
+    except LedgerError as error:
+        saved = await driver.within_stall(save())
+        raise LedgerError(
+            f"after step {driver.version}, saved in {saved}: {error}\nThis is a fault of the program: please "
+            f"report it with events.jsonl. run.resume=auto goes on and counts what is missing as rolled back"
+        ) from error
+    finally:
+        driver.roles.journal.event("ledger", step=driver.version, lines=driver.ledger.table())
+    if driver.ledger.dropped:
+        say("\n".join(driver.ledger.report()))
 
 
 def loop_settings(config: Config, sets: Mapping[str, EvaluatedSet] | None = None) -> LoopSettings:

@@ -15,7 +15,7 @@ from entroray.metrics import step_metrics
 from entroray.metrics.catalogue import family_metrics
 from entroray.objective.aggregate import rollout_mean
 from entroray.objective.masking import masked_in
-from entroray.rollout.branch_points import Attempt, branch_off, choose_positions, sort_members
+from entroray.rollout.branch_points import Attempt, branch_off, choose_positions, failure, sort_members
 from entroray.rollout.plans import branching, first_token_forks, independent, tree
 from entroray.rollout.splice import cut
 from entroray.train.batching import tokens_of
@@ -313,7 +313,8 @@ def test_a_branch_goes_with_its_parent_and_the_rest_are_named_anew() -> None:
     kept, abandoned, failed = sort_members(list(zip(members, verdicts, strict=True)))
     assert [r.parent for r, _ in kept] == [None, 0, 1]
     assert [r.token_ids.tolist() for r, _ in kept] == [members[i].token_ids.tolist() for i in (1, 3, 7)]
-    assert abandoned == (members[5],) and failed == tuple(members[i] for i in (0, 2, 4, 6))
+    assert abandoned == (members[5],) and [r for r, _ in failed] == [members[i] for i in (0, 2, 4, 6)]
+    assert [failure(*pair) for pair in failed] == ["infra_failed", *["parent_failed"] * 3]
     both = Attempt(tuple(kept)).then(Attempt((), abandoned, failed))
     assert both == Attempt(tuple(kept), abandoned, failed), "what is lost is added once"
 

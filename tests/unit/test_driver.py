@@ -158,7 +158,7 @@ def test_too_many_dropped_groups_are_those_of_the_step_and_the_error_says_what_t
 
     async def drop_beyond(limit: int) -> None:
         stream = Stream(ToyPrompts(), failing, per_step=5, max_lag=0, keeps=False)
-        stream.dropped.update({"timeout: slow": 14})  # of earlier steps
+        stream.dropped.update({"timeout: slow": 14})  # of an earlier step
         try:
             await stream.take(lambda group: True, wait=True, limit=limit)
         finally:
@@ -363,7 +363,12 @@ def test_tokens_of_members_that_failed_of_dropped_groups_and_of_refusals_are_dra
     asyncio.run(d.train(1))
     assert world.trained == ["q1", "q2", "q3", "q4"] and world.steps[0]["groups/dropped"] == 1
     assert world.steps[0]["tokens/drawn"] == 4 * 16 + 3 * 16 + 2
-    assert d.state()["drawn"] == 4 * 16 + 2 and d.state()["stream"]["lost"] == 3 * 16
+    assert {name: n.tolist() for name, n in d.ledger.dropped.items()} == {
+        "infra_failed": [1, 1, 24, 48],
+        "timeout": [0, 0, 1, 2],
+    }
+    assert d.ledger.of("trained").tolist() == [4, 4, 32, 64]
+    assert d.ledger.of("drawn_anew").tolist() == [0, 0, 16 + 1, 32 + 2]
 
 
 def test_a_refused_group_was_drawn_all_the_same() -> None:
@@ -384,4 +389,5 @@ def test_a_refused_group_was_drawn_all_the_same() -> None:
     told = world.steps[-1]
     assert told["groups/refused"] == 1
     assert told["tokens/drawn"] == 6 * 4 * 16 + 16
-    assert d.state()["stream"]["lost"] == 16
+    assert d.ledger.of("dropped: refused").tolist() == [0, 1, 8, 16], "its prompt goes on"
+    assert d.state()["stream"]["ledger"]["lines"]["dropped: refused"] == [0, 1, 8, 16]

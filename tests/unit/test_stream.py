@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from entroray.errors import DataError
-from entroray.rollout.stream import NO_SIGNAL, Dropped, Slot, Stream, _too_many
+from entroray.rollout.ledger import NO_SIGNAL, REFUSED, SURPLUS
+from entroray.rollout.stream import Dropped, Slot, Stream, _too_many
 from entroray.types import Group, Prompt, Rollout, Verdict
 from tests.toy import ToyPrompts
 
@@ -24,12 +25,12 @@ class Plain(Stream):
         return any(slot.group is None for slot in self.slots.values())
 
     async def take(self, keep: Keep, *, wait: bool, limit: int) -> list[Group]:
-        before = Counter(self.dropped)
+        self.dropped = Counter()
         while True:
             self.changed.clear()
             self.sift(keep, wait)
-            if (since := self.dropped - before).total() > limit:
-                raise DataError(_too_many(since, limit))
+            if self.dropped.total() > limit:
+                raise DataError(_too_many(self.dropped, limit))
             self.fill()
             ready = [s for _, s in sorted(self.slots.items()) if s.group][: self.per_step]
             if len(ready) == self.per_step and self.may_go(ready, wait):
@@ -39,8 +40,7 @@ class Plain(Stream):
     def sift(self, keep: Keep, wait: bool) -> None:
         for slot in [s for s in self.slots.values() if s.group]:
             if not wait and self.version - slot.group.version > self.max_lag:
-                self.refused += 1
-                self.lost += slot.group.drawn
+                self.ledger.drop(slot.serial, REFUSED, slot.group)
                 self._remove(slot)
                 self._issue(slot.prompt, slot.position)
             elif not keep(slot.group):
@@ -65,11 +65,13 @@ class Plain(Stream):
         taken = {s.serial for s in ready}
         surplus = [s for s in self.slots.values() if s.group and s.serial not in taken]
         self.held = len(surplus) if self.keeps else 0
-        if not self.keeps:
-            self.surplus += len(surplus)
         for slot in ready if self.keeps else [*ready, *surplus]:
             self.judged[slot.serial] = slot.group
             self._remove(slot)
+        for slot in ready:
+            self.ledger.take(slot.serial)
+        for slot in [] if self.keeps else surplus:
+            self.ledger.drop(slot.serial, SURPLUS, slot.group)
         return [s.group for s in ready]
 
 
@@ -90,7 +92,7 @@ async def told(kind: type[Stream], seed: int, *, wait: bool, **settings: Any) ->
         for _ in range(chance.choice([1, 1, 2, 3, 5, 40])):
             await asyncio.sleep(0)
         if chance.random() < 0.1:
-            return Dropped(f"timeout: {chance.randrange(3)}", 2)
+            return Dropped(f"timeout: {chance.randrange(3)}")
         return group_of(prompt, began)
 
     def keeps(below: int) -> Keep:
