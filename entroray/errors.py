@@ -2,6 +2,7 @@
 
 import difflib
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,15 @@ class InfrastructureError(EntrorayError):
     """A process, a node or a deadline was lost and could not be healed."""
 
     exit_code = 4
+
+
+class LearnerLostError(InfrastructureError):
+    """A rank of the learner died or fell silent: the run can go on from its last checkpoint."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.issued = Counter[str]()
+        """`groups` issued and `tokens` drawn by the run until then, as its driver tells."""
 
 
 class SyncError(InfrastructureError):

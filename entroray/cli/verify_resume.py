@@ -71,6 +71,7 @@ def _train(overrides: list[str], folder: Path, steps: int) -> None:
         "run.resume": "auto",
         "run.steps": 2 * steps,
         "checkpoint.every": steps,
+        "checkpoint.every_minutes": 0,
         "checkpoint.keep": 2,
         "observe.tokens.every": 1,
         "observe.report": "false",

@@ -90,6 +90,8 @@ class Stream:
         self.dropped_now = 0  # since `take` was called
         self.refused = 0
         self.lost = 0
+        self.rolled_back = Counter[str]()
+        """`groups` issued and `tokens` drawn of steps that the loss of the learner has undone."""
         self.surplus = self.held = 0
         self.keeps = keeps
         self.kept_share = 1.0
@@ -236,6 +238,7 @@ class Stream:
             "refused": self.refused,
             "surplus": self.surplus,
             "lost": self.lost,
+            "rolled_back": dict(self.rolled_back),
         }
 
     def restore(self, state: Mapping[str, Any], version: Version) -> None:
@@ -244,7 +247,7 @@ class Stream:
         self.serial, self.kept_share = state["serial"], state["kept_share"]
         self.dropped = Counter(state["dropped"])
         self.refused, self.surplus = state["refused"], state["surplus"]
-        self.lost = state["lost"]
+        self.lost, self.rolled_back = state["lost"], Counter(state["rolled_back"])
         for serial, position in state["in_flight"]:
             prompt = self.prompts.at(position)
             assert prompt, "it was given once"

@@ -8,7 +8,8 @@ from entroray.config import Config, Observe
 from entroray.evaluation.sets import EvaluatedSet
 from entroray.policy.tokenizer import chat
 from entroray.train.diagnostics import DiagnosticsSchedule
-from entroray.train.driver import Driver, Knobs, LoopSettings, Roles
+from entroray.train.driver import Driver, Knobs, Roles
+from entroray.train.loop_settings import LoopSettings
 from entroray.train.prompt_entropy import build_prompt_entropy
 from entroray.types import Draw
 from entroray.wiring import actors, controllers, dataset, selection

@@ -52,6 +52,8 @@ class RunDirectory:
     """Of the driver, when there is a checkpoint."""
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     """Setting -> its value until now and from now on."""
+    rolled_back: Mapping[str, int] = field(default_factory=dict)
+    """Groups issued and tokens drawn in this process that the loss of the learner has undone."""
     lock: Any = None
     """Held as long as this lives, so that no other run writes there."""
 
@@ -225,7 +227,7 @@ def _resumed(folder: Path, steps: int, settings: Mapping[str, Any]) -> RunDirect
         print(f"resume: {folder / 'config.yaml'} cannot be read: settings are not compared", flush=True)
     changed = compare(folder, began or settings, settings)
     if found is None:
-        _check_beginning(folder, passed_over)
+        check_beginning(folder, passed_over)
         print(f"resume: {folder} has no checkpoint yet, starting it over", flush=True)
         return RunDirectory(folder, changed=changed)
     if state["version"] > steps:
@@ -238,7 +240,7 @@ def _resumed(folder: Path, steps: int, settings: Mapping[str, Any]) -> RunDirect
     return RunDirectory(folder, found, state, changed)
 
 
-def _check_beginning(folder: Path, passed_over: list[str]) -> None:
+def check_beginning(folder: Path, passed_over: list[str]) -> None:
     """PreflightError where starting over would destroy more than steps of a run that was cut short."""
     if passed_over:
         raise PreflightError(

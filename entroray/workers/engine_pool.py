@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 from entroray.engine.adapter import ADAPTER
 from entroray.engine.communicator import START
 from entroray.engine.generator import Request
-from entroray.errors import InfrastructureError, SyncError, first_line
+from entroray.errors import InfrastructureError, LearnerLostError, SyncError, first_line
 from entroray.types import Rollout
 from entroray.workers.cluster import SAMPLING, WAITS, await_starts, kill_actors, settle, settle_next
 from entroray.workers.weight_sender import WeightSender
@@ -237,7 +237,7 @@ class EnginePool:
                     self.first_awaited = self.cut_short = False
                     self._admit(handles)
                 return True
-            except SyncError:
+            except (SyncError, LearnerLostError):
                 raise
             except (InfrastructureError, RayTaskError) as error:
                 if not await self._drop_unhealthy():
@@ -309,9 +309,16 @@ class EnginePool:
     def _replaced(self, engine: Engine, task: asyncio.Task[None]) -> None:
         if task.cancelled():
             kill_actors([engine.handle])
-        elif error := task.exception():
+        elif (error := task.exception()) and not isinstance(error, LearnerLostError):
             self.drop(engine, error)
         self.changed.set()
+
+    async def begin_anew(self, deadline: float) -> None:
+        """Serve nothing until other weights come; returns when no samples of before are under way."""
+        self.first_awaited, self.cut_short, self.affinity = True, False, PrefixAffinity()
+        self.sender.disconnect()
+        self.sender.attempt += 1
+        await self.drain(deadline)
 
     async def drain(self, deadline: float) -> None:
         """Return when no samples are under way; InfrastructureError after `deadline` seconds."""
