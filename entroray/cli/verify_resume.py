@@ -15,7 +15,7 @@ from entroray.observe.token_records import files, step_of
 from entroray.wiring.overrides import quote
 from entroray.wiring.run_directory import make_folder
 
-CLOCKED = ("seconds/", "tokens/per_second")
+CLOCKED = ("seconds/", "tokens/per_second", "idle/")
 """Metrics that are times: they may differ."""
 
 

@@ -361,16 +361,15 @@ class Gang:
             if not _is_lost(error):
                 await asyncio.wait(calls, timeout=NAMED)
             ended = [c.exception() for c in calls if c.done() and not c.cancelled()]
-            lost = next((e for e in ended if e and _is_lost(e)), error)
-            raise LearnerLostError(first_line(lost)) from lost
+            lost = next((e for e in ended if e and _is_lost(e)), None)
+            why = first_line(lost) if lost else f"{self.name}: {first_line(getattr(error, 'cause', error))}"
+            raise LearnerLostError(why) from error
 
 
 def _is_lost(error: BaseException) -> bool:
     """Whether an actor died or gave no answer, and did not raise this itself."""
-    cause = error.__cause__
-    return isinstance(cause, TimeoutError) or (
-        isinstance(cause, RayError) and not isinstance(cause, RayTaskError)
-    )
+    cause = error.__cause__ if isinstance(error, InfrastructureError) else None
+    return isinstance(cause, TimeoutError | RayError) and not isinstance(cause, RayTaskError)
 
 
 def _lacks_peer(error: BaseException) -> bool:
