@@ -224,7 +224,8 @@ async def _go_back(
     step, stream = state.get("version", 0), state.get("stream", {"serial": 0, "lost": 0})
     undone = issued - Counter(groups=stream["serial"], tokens=state.get("drawn", 0) + stream["lost"])
     journal.cut(step)
-    journal.event("rolled_back", step=step, checkpoint=str(found or ""), **undone)
+    attempt = m.engines.sender.attempt + 1
+    journal.event("rolled_back", step=step, attempt=attempt, checkpoint=str(found or ""), **undone)
     where = (
         f"going on after step {step} from {found}"
         if found

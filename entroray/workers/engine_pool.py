@@ -237,7 +237,10 @@ class EnginePool:
                     self.first_awaited = self.cut_short = False
                     self._admit(handles)
                 return True
-            except (SyncError, LearnerLostError):
+            except LearnerLostError:
+                self.cut_short = True
+                raise
+            except SyncError:
                 raise
             except (InfrastructureError, RayTaskError) as error:
                 if not await self._drop_unhealthy():
@@ -314,11 +317,14 @@ class EnginePool:
         self.changed.set()
 
     async def begin_anew(self, deadline: float) -> None:
-        """Serve nothing until other weights come; returns when no samples of before are under way."""
+        """Serve nothing until another learner's weights come; returns when no samples are under way, or at
+        once where an update was cut short: engines are paused then, and give their samples to nobody later."""
+        paused = self.cut_short
         self.first_awaited, self.cut_short, self.affinity = True, False, PrefixAffinity()
         self.sender.disconnect()
         self.sender.attempt += 1
-        await self.drain(deadline)
+        if not paused:
+            await self.drain(deadline)
 
     async def drain(self, deadline: float) -> None:
         """Return when no samples are under way; InfrastructureError after `deadline` seconds."""
