@@ -317,8 +317,10 @@ class EnginePool:
         self.changed.set()
 
     async def begin_anew(self, deadline: float) -> None:
-        """Serve nothing until another learner's weights come; returns when no samples are under way, or at
-        once where an update was cut short: engines are paused then, and give their samples to nobody later."""
+        """Serve nothing until another learner's weights come; returns when no samples are under way.
+
+        At once where an update was cut short: engines are paused then, and nobody takes their samples later.
+        """
         paused = self.cut_short
         self.first_awaited, self.cut_short, self.affinity = True, False, PrefixAffinity()
         self.sender.disconnect()

@@ -273,7 +273,9 @@ def test_engines_get_the_adapter_alone_only_where_the_transfer_says_so() -> None
     options = actors.engine_options(alone)
     assert options["max_lora_rank"] == 8 and "weight_transfer_config" not in options
     parts = build_parts(merged)
-    assert reused_actors.lasting(merged, parts) == reused_actors.lasting(configured(), parts), "a lab keeps its machine"
+    assert reused_actors.lasting(merged, parts) == reused_actors.lasting(configured(), parts), (
+        "a lab keeps its machine"
+    )
     assert reused_actors.lasting(alone, parts) != reused_actors.lasting(merged, parts)
 
 
