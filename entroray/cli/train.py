@@ -226,12 +226,8 @@ async def _go_back(
     journal.cut(step)
     attempt = m.engines.sender.attempt + 1
     journal.event("rolled_back", step=step, attempt=attempt, checkpoint=str(found or ""), **undone)
-    where = (
-        f"going on after step {step} from {found}"
-        if found
-        else "no checkpoint yet, starting over from step 0"
-    )
-    journal.say(f"a rank of the learner is lost, all start anew: {where}")
+    where = f"after step {step} from {found}" if found else "from step 0, for there is no checkpoint yet"
+    journal.say(f"a rank of the learner is lost: all start anew, and the run goes on {where}")
     back = replace(run, checkpoint=found, state=state, changed={}, rolled_back=undone)
     await m.replace_learner(back.resume)
     return back

@@ -68,7 +68,7 @@ def test_a_run_whose_rank_was_killed_in_an_update_is_the_run_without(
     (lost,), (back,) = happened(folder, "learner_lost"), happened(folder, "rolled_back")
     assert "learner rank 0" in lost["error"] and lost["restarts_left"] == 0
     assert back["step"] in (2, 4) and back["groups"] % 8 == 0 and back["groups"] and back["tokens"] > 0
-    assert f"goes on after step {back['step']}" in printed
+    assert f"the run goes on after step {back['step']}" in printed
     assert steps(folder) == [1, 2, 3, 4, 5, 6]
     assert differences(finished_run.folder, folder, after=0) == []
     assert left_over(ours, shared) == []
@@ -85,7 +85,7 @@ def test_of_two_ranks_one_that_dies_before_any_checkpoint_starts_the_run_over_an
     assert happened(folder, "rolled_back")[0]["step"] == 0
     kill_in(process, "LearnerRank.", lambda: steps(folder)[-1:] == [3])
     printed = printed_at_end(process, 4)
-    assert "goes on from step 0, for there is no checkpoint yet" in printed
+    assert "the run goes on from step 0" in printed
     assert "learner.restarts=1 is used up" in printed and "run.resume=auto" in printed
     assert len(happened(folder, "learner_lost")) == 2
     assert steps(folder) == [*range(1, len(steps(folder)) + 1)]
