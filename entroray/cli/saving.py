@@ -61,7 +61,6 @@ class Saving:
 
 def last_save(folder: Path) -> float:
     """Seconds that the last checkpoint of the run in `folder` took; 0 without one."""
-    saves = [
-        e["fields"] for e in read_metrics(folder / "events.jsonl") if e["kind"] in ("checkpoint", "stopped")
-    ]
-    return float(saves[-1]["seconds"]) if saves else 0.0
+    kinds = ("checkpoint", "stopped")
+    saves = [e["fields"] for e in read_metrics(folder / "events.jsonl") if e["kind"] in kinds]
+    return float(saves[-1].get("seconds", 0.0)) if saves else 0.0
