@@ -18,6 +18,7 @@ class Run:
     steps: int = 100  # each trains on rollout.groups_per_step groups in learner.updates_per_rollout updates
     tokens: int = 0  # response tokens drawn that end a run before run.steps, for fair comparisons; 0: none
     resume: str = "never"  # never | auto: go on with run.dir, else with the newest unfinished run like this
+    grace: float = 25.0  # seconds that who sends SIGTERM waits before a kill; a save that took longer is said
     trace: bool = False  # write trace.json.gz, which ui.perfetto.dev shows: what each role did when
     dry: bool = False  # print resources and memory by role, start nothing
 
@@ -205,6 +206,7 @@ class Lora:
 @dataclass
 class LearnerConfig:
     ranks: int = 1  # DeepSpeed processes, one GPU each where there are any
+    restarts: int = 1  # times that all ranks start anew from the last checkpoint because one of them died
     zero_stage: int = 1  # 0 | 1 | 2 | 3: what of optimizer, gradients and weights is split over ranks
     updates_per_rollout: int = 1  # optimizer updates a step, each over whole groups
     score: str = "auto"  # auto | always: rows are scored before their update only if something reads it
@@ -301,7 +303,8 @@ class Observe:
 
 @dataclass
 class Checkpoint:
-    every: int = 0  # steps between checkpoints; 0: only when stopped by Ctrl-C or SIGTERM
+    every: int = 0  # steps between checkpoints, which Ctrl-C and SIGTERM save too; 0: by time alone
+    every_minutes: float = 10.0  # minutes after a checkpoint in which no other is saved; 0: by steps alone
     keep: int = 2  # newest checkpoints kept; the best by held-out accuracy is kept besides
 
 

@@ -33,6 +33,10 @@ class InfrastructureError(EntrorayError):
     exit_code = 4
 
 
+class LearnerLostError(InfrastructureError):
+    """A rank of the learner died or fell silent: the run can go on from its last checkpoint."""
+
+
 class SyncError(InfrastructureError):
     """Generators and learner do not hold the same weights."""
 

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from entroray.cli import signals, train
-from entroray.config import Config, Evaluate
+from entroray.config import Checkpoint, Config, Evaluate
 from entroray.observe.journal import read_metrics
 from entroray.planning.rates import LEARNER, Step, Wave, on_shared_cores, rates
 from entroray.planning.simulate import Rates, Shape
@@ -104,7 +104,7 @@ class Bench:
 
     async def steps(self, config: Config, count: int) -> list[Step]:
         """`count` steps of a run of `config`, by the true driver."""
-        run, checkpoint = replace(config.run, steps=count, tokens=0), replace(config.checkpoint, every=0)
+        run, checkpoint = replace(config.run, steps=count, tokens=0), Checkpoint(every_minutes=0.0)
         config = replace(config, run=run, checkpoint=checkpoint, evaluate=Evaluate())
         updates, parts = count * config.learner.updates_per_rollout, replace(self.parts, trackers=())
         self.machine = await self.machine.reset(config, self.model, parts.objective, total_updates=updates)

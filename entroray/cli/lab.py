@@ -35,10 +35,10 @@ from entroray.observe.journal import read_metrics, replace_text
 from entroray.observe.lab_cells import Cell, variant_name
 from entroray.redaction import hide_secrets
 from entroray.wiring import compose, run_directory
-from entroray.wiring.actors import cpu_only, lasting
+from entroray.wiring.actors import cpu_only
 from entroray.wiring.objective import check_objective
 from entroray.wiring.parts import Parts, build_parts
-from entroray.wiring.reused_actors import ReusedActors
+from entroray.wiring.reused_actors import ReusedActors, lasting
 from entroray.workers import cluster
 
 
@@ -113,6 +113,7 @@ def _job(folder: Path, overrides: Sequence[str], config_dir: str | None) -> Job:
     digest = hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
     cell = Cell(tuple(overrides), config.seed, digest)
     config.run.dir = tree.run.dir = str(lab_cells.cell_path(folder, cell))
+    config.checkpoint.every_minutes = tree.checkpoint.every_minutes = 0.0  # a killed one starts over
     return Job(cell, config, tree, build_parts(config))
 
 

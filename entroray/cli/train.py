@@ -1,37 +1,34 @@
 """`entroray train`: configuration -> machines -> driver -> model, journal and report."""
 
 import asyncio
-import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from entroray.binding import function_name
 from entroray.cli import flags, judge_trial, multirun, signals
+from entroray.cli.finish import finish_run
 from entroray.cli.flags import CONFIG_DIR, Flag
+from entroray.cli.journalling import open_journal, track_run
+from entroray.cli.saving import Saving
 from entroray.config import Config
-from entroray.errors import ConfigError, EntrorayError, InfrastructureError, Stopped, writing
+from entroray.errors import ConfigError, InfrastructureError, LearnerLostError, Stopped, writing
 from entroray.evaluation.evaluate import heldout_accuracy, heldout_prompts
 from entroray.evaluation.sets import measure_sets
-from entroray.observe.console import Console, summary
-from entroray.observe.health_tracker import HealthTracker, health_lines, moved_settings
-from entroray.observe.journal import REMEDY, Journal, read_metrics
-from entroray.observe.tracker_thread import TrackerThread
-from entroray.observe.trackers import TrackedRun
+from entroray.observe.console import Console
+from entroray.observe.health_tracker import HealthTracker
+from entroray.observe.journal import REMEDY, Journal
 from entroray.policy.tokenizer import end_ids, fingerprint, token_name
 from entroray.roles import Generator, Verifier
-from entroray.rollout.ledger import Evaluated, Ledger
+from entroray.rollout.ledger import DROPPED, ROLLED_BACK, UNITS, Evaluated, Ledger
 from entroray.train.driver import Roles
 from entroray.train.failure_limits import Stagnation
+from entroray.train.threads import in_thread
 from entroray.train.trace import Trace, trace_path
 from entroray.wiring import (
     actors,
@@ -48,10 +45,9 @@ from entroray.wiring import (
     warm_start,
 )
 from entroray.wiring.driver import build_driver, loop_settings, train_balanced
-from entroray.wiring.objective import advised_settings, check_objective, remark_lines
-from entroray.wiring.overrides import quote
+from entroray.wiring.objective import check_objective, remark_lines
 from entroray.wiring.parts import Parts, build_parts
-from entroray.workers import cluster
+from entroray.workers import checkpoint, cluster
 
 FLAGS = (Flag("cfg", "job", short="-c"), CONFIG_DIR, Flag("multirun", short="-m"))
 
@@ -106,7 +102,7 @@ def _run(config: Config, parts: Parts, tree: Any, overrides: list[str], config_d
         seconds = asyncio.run(_train(config, parts, read_in, run, facts, settings))
     except asyncio.CancelledError as error:
         raise Stopped(signal.SIGTERM, signals.OUTSIDE) from error
-    _finish(config, parts, run.folder, model, seconds)
+    finish_run(config, parts, run.folder, model, seconds)
     return 0
 
 
@@ -171,16 +167,70 @@ async def _train(
             journal.check()
             console.header("entroray", _header(config, parts, read_in, folder, facts))
             trained = time.monotonic()
-            await drive(config, parts, read_in, m, journal, health, run)
-            signals.cancel_on_sigterm()
-            journal.event("trained", seconds=round(time.monotonic() - trained, 1), steps=config.run.steps)
-            await export_model(m, read_in.tokenizer, folder)
+            await _drive_through(config, parts, read_in, m, journal, console, health, run)
             await m.stop()
     except InfrastructureError as error:
         raise type(error)(f"{error}. Log: {folder}/events.jsonl") from error
     finally:
         cluster.stop()
     return time.monotonic() - trained
+
+
+async def _drive_through(
+    config: Config,
+    parts: Parts,
+    read_in: dataset.Dataset,
+    m: actors.Actors,
+    journal: Journal,
+    console: Console,
+    health: HealthTracker,
+    run: run_directory.RunDirectory,
+) -> None:
+    """Every step and the export; where the learner is lost, from the last checkpoint on once more."""
+    left, ledger, lost, began = config.learner.restarts, Ledger(), None, time.monotonic()
+    while True:
+        try:
+            if lost:
+                run = await _go_back(m, journal, run, ledger)
+                health = track_run(config, parts, journal, console, run.state.get("version", 0) + 1, lost)
+            await drive(config, parts, read_in, m, journal, health, run, ledger)
+            signals.cancel_on_sigterm()
+            journal.event("trained", seconds=round(time.monotonic() - began, 1), steps=config.run.steps)
+            return await export_model(m, read_in.tokenizer, run.folder)
+        except LearnerLostError as error:
+            signals.cancel_on_sigterm()
+            journal.event("learner_lost", error=str(error), restarts_left=max(0, left - 1))
+            if not left:
+                raise LearnerLostError(
+                    f"{error}; learner.restarts={config.learner.restarts} is used up: go on from the last "
+                    f"checkpoint with the same command and run.resume=auto run.dir={run.folder}"
+                ) from error
+            lost, left = error, left - 1
+
+
+async def _go_back(
+    m: actors.Actors, journal: Journal, run: run_directory.RunDirectory, ledger: Ledger
+) -> run_directory.RunDirectory:
+    """The run at its last checkpoint, or its beginning; other ranks hold its weights, and engines serve them.
+
+    `ledger` is of the whole run until now, and counts as rolled back what was issued since.
+    """
+    found, passed_over = await in_thread(lambda: checkpoint.newest(run.folder / "checkpoints"))
+    if not found:
+        run_directory.check_beginning(run.folder, passed_over)
+    state = checkpoint.driver_state(found) if found else {}
+    step, before = state.get("version", 0), ledger.of(DROPPED + ROLLED_BACK)
+    ledger.restore(state["stream"]["ledger"] if found else Ledger().state())
+    undone = zip(UNITS, (ledger.of(DROPPED + ROLLED_BACK) - before).tolist(), strict=True)
+    journal.cut(step)
+    attempt = m.engines.sender.attempt + 1
+    told = {"step": step, "attempt": attempt, "checkpoint": str(found or "")}
+    journal.event("rolled_back", **told, **{unit: n for unit, n in undone if unit != "prompts"})
+    where = f"after step {step} from {found}" if found else "from step 0, for there is no checkpoint yet"
+    journal.say(f"a rank of the learner is lost: all start anew, and the run goes on {where}")
+    back = replace(run, checkpoint=found, state=state, changed={})
+    await m.replace_learner(back.resume)
+    return back
 
 
 async def export_model(m: actors.Actors, tokenizer: Any, run: Path) -> None:
@@ -195,32 +245,6 @@ async def export_model(m: actors.Actors, tokenizer: Any, run: Path) -> None:
             partial.rename(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def open_journal(
-    config: Config,
-    parts: Parts,
-    folder: Path,
-    tokenizer: Any,
-    file: TextIO | None = None,
-    first_step: int = 1,
-) -> tuple[Journal, Console, HealthTracker]:
-    """The journal of a run in `folder`, its console (the terminal, or `file`) and what tracks its health.
-
-    What trackers hold of `first_step` and beyond, from before a resumption, is outdated.
-    """
-    console = Console(file=file)
-    words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
-    o = config.observe.tokens
-    journal = Journal(folder, tokens_every=o.every, tokens_half=o.half, trackers=[console], vocabulary=words)
-    history = read_metrics(folder / "metrics.jsonl")
-    name = f"{config.run.name}/{folder.name}"
-    run = TrackedRun(folder, name, asdict(config), first_step, history)
-    health = HealthTracker(journal.event, console.say, history, advised_settings(config, parts.controllers))
-    journal.trackers.append(health)
-    journal.say, journal.summarize = console.say, health.summarize
-    journal.copies += [TrackerThread(function_name(each), partial(each, run)) for each in parts.trackers]
-    return journal, console, health
 
 
 def _header(
@@ -271,9 +295,10 @@ async def drive(
     journal: Journal,
     health: HealthTracker,
     run: run_directory.RunDirectory,
+    ledger: Ledger,
 ) -> None:
     """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
-    verifier, ledger = m.verifier_role(), Ledger()
+    verifier = m.verifier_role()
     generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
     evaluate = _evaluation(config, read_in, Evaluated(generator, ledger), verifier, health.say)
     watched: dict[str, Any] = {"waits": cluster.WAITS.lines, "busy": m.busy, "trace": cluster.WAITS.trace}
@@ -289,14 +314,13 @@ async def drive(
     if run.checkpoint:
         driver.restore(run.state)
         health.restore(run.state["health"])
-    saves = m.checkpoints(run.folder)
     stagnation = Stagnation(config.learner.reset_after, **run.state.get("stagnation", {}))
 
-    async def save(accuracy: float | None = None) -> Path:
+    def committed() -> Mapping[str, Any]:
         stagnated = {"best": stagnation.best, "since": stagnation.since}
-        moved = {**began, "stagnation": stagnated, "health": health.state()}
-        state = await asyncio.to_thread(lambda: driver.committed | moved)
-        return await saves.save(driver.version, state, accuracy)
+        return driver.committed | {**began, "stagnation": stagnated, "health": health.state()}
+
+    saving = Saving(config, m.checkpoints(run.folder), journal, committed)
 
     async def after(step: int, metrics: Mapping[str, float]) -> None:
         if stagnation.observe(metrics.get("eval/greedy")):
@@ -304,20 +328,25 @@ async def drive(
             with writing(kept, REMEDY):
                 await m.anchor(str(kept))
             journal.event("reference_reset", step=step, best=stagnation.best)
-        if config.checkpoint.every and step % config.checkpoint.every == 0:
-            saved = await save(metrics.get("eval/greedy"))
-            journal.event("checkpoint", step=step, folder=str(saved))
+        if saving.due(step):
+            await saving.save(step, metrics.get("eval/greedy"))
 
     caught = signals.stop_on_signals(driver)
-    await train_balanced(driver, config.run.steps, after, save, health.say)
-    if caught:
-        saved = await driver.within_stall(save())
-        journal.event("stopped", signal=caught[0], step=driver.version, folder=str(saved))
-        raise Stopped(
-            caught[0],
-            f"stopped by {signal.Signals(caught[0]).name} after step {driver.version}, saved in {saved}. "
-            f"Go on with the same command and run.resume=auto run.dir={run.folder}",
-        )
+    save = lambda: saving.save(driver.version)
+    try:
+        await train_balanced(driver, config.run.steps, after, save, health.say)
+        if caught:
+            saved = await driver.within_stall(saving.save(driver.version, kind="stopped", signal=caught[0]))
+            raise _stopped(caught[0], f"after step {driver.version}, saved in {saved}", run.folder)
+    except LearnerLostError as error:
+        if caught:
+            raise _stopped(caught[0], f"and not saved, for {error}", run.folder) from error
+        raise
+
+
+def _stopped(number: int, how: str, folder: Path) -> Stopped:
+    going_on = f"Go on with the same command and run.resume=auto run.dir={folder}"
+    return Stopped(number, f"stopped by {signal.Signals(number).name} {how}. {going_on}")
 
 
 def _evaluation(
@@ -346,52 +375,3 @@ def _evaluation(
         return {f"eval/{name}": value for name, value in found.items()}
 
     return evaluate
-
-
-def _finish(config: Config, parts: Parts, folder: Path, model: str, seconds: float) -> None:
-    signals.take_sigterm()  # the event loop took its own with it
-    metrics = read_metrics(folder / "metrics.jsonl")
-    advised = advised_settings(config, parts.controllers)
-    words = lambda: [*health_lines(metrics, advised), *moved_settings(parts.controllers, metrics)]
-    print(_comment("summary", lambda: summary(metrics)) + "\n")
-    print(_comment("health", lambda: "\n".join(words())))
-    print(f"\n{metrics[-1]['step'] if metrics else 0} steps in {seconds:.0f} s")
-    print(f"model      {folder / 'model'}\nrun        {folder}", flush=True)
-    if config.observe.report:
-        from entroray.observe.report import write_report
-
-        print(_comment("report", lambda: f"report     {write_report(folder)}"), flush=True)
-    if config.evaluate.final:
-        _compare(folder, model)
-
-
-def _comment(name: str, make: Callable[[], str]) -> str:
-    """What `make` says of a run that is done, or why it says nothing."""
-    try:
-        return make()
-    except EntrorayError:
-        raise
-    except Exception as error:  # boundary: the model is trained and exported, whatever is said about it
-        return f"{name}: cannot be made: {error!r}"
-
-
-def _compare(folder: Path, model: str) -> None:
-    """Held-out accuracy of the first and the last weights, each read from its folder by a new process."""
-    for name, path in (("before", model), ("after", str(folder / "model"))):
-        out = folder / f"eval-{name}.json"
-        command = [sys.executable, "-m", "entroray", "eval", f"--config={folder}/config.yaml"]
-        command += [f"--out={out}", f"model.path={quote(path)}", "--heldout"]
-        try:
-            done = subprocess.run(command, check=False, timeout=1800, capture_output=True, text=True)
-        except subprocess.TimeoutExpired as error:
-            raise InfrastructureError(
-                f"the evaluation of {path} took more than 1800 s: lower evaluate.prompts or evaluate.samples"
-            ) from error
-        if done.returncode:
-            raise InfrastructureError(f"the evaluation of {path} ended with {done.stderr[-800:]}")
-        e = json.loads(out.read_text())
-        best = f"pass@{e['samples']}"
-        print(
-            f"{name:10s} held-out greedy accuracy {e['greedy']:.3f}, sampled {e['pass@1']:.3f}, "
-            f"{best} {e[best]:.3f} ({e['prompts']} prompts)"
-        )

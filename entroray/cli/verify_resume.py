@@ -15,7 +15,7 @@ from entroray.observe.token_records import files, step_of
 from entroray.wiring.overrides import quote
 from entroray.wiring.run_directory import make_folder
 
-CLOCKED = ("seconds/", "tokens/per_second")
+CLOCKED = ("seconds/", "tokens/per_second", "idle/")
 """Metrics that are times: they may differ."""
 
 
@@ -71,6 +71,7 @@ def _train(overrides: list[str], folder: Path, steps: int) -> None:
         "run.resume": "auto",
         "run.steps": 2 * steps,
         "checkpoint.every": steps,
+        "checkpoint.every_minutes": 0,
         "checkpoint.keep": 2,
         "observe.tokens.every": 1,
         "observe.report": "false",

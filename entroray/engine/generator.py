@@ -19,6 +19,7 @@ import numpy as np
 from entroray.engine.checked_transfer import agreed, check_transfers, check_workers, received
 from entroray.engine.cpu_engine import StepThreads, forget_ray_threads
 from entroray.engine.overlap import RestlessError, come_to_rest, go_on
+from entroray.engine.served_version import check_attempt
 from entroray.engine.starting import ask_workers, drain_notes, runner, sleep_level, start_llm
 from entroray.engine.vllm_request import (
     Noted,
@@ -129,6 +130,7 @@ class Generator:
         """The three calls below between two steps, on what is staged."""
 
         def replaced() -> tuple[int, Digest]:
+            check_attempt(self.llm.get_weight_version(), version)
             self._open()
             self._load_staged(info)
             return self._commit(version, keep_kv)
@@ -189,8 +191,7 @@ class Generator:
         self.ready.set_result(time.monotonic() - began)
 
     def _warm_up(self) -> None:
-        done: Future = Future()
-        draw = Draw(1.0, 4, top_k=int(self.masks))
+        done, draw = Future[Any](), Draw(1.0, 4, top_k=int(self.masks))
         self._admit(Request("warm-up", (1, 2, 3), (0, 1), draw, deadline=600.0, queue=600.0), done)
         while not done.done():
             self._collect(self.engine.step())

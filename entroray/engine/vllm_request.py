@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from entroray.engine.served_version import version_of
 from entroray.errors import InfrastructureError
 from entroray.kept_sets import KeptSets, encode
 from entroray.metrics.diversity import Loops
@@ -134,7 +135,7 @@ def as_rollout(request: Request, completion: Any, read: Read, noted: Noted | Non
     logprobs = reported.reshape(len(token_ids), 1 + depth)  # the drawn token comes first
     versions = np.zeros(len(token_ids), dtype=np.int32)
     for span in completion.weight_versions or ():
-        versions[span.start : span.end] = int(span.version)
+        versions[span.start : span.end] = version_of(span.version)
     return Rollout(
         prompt_id=request.prompt_id,
         token_ids=token_ids,

@@ -105,19 +105,18 @@ class Journal:
         self.event("update_skipped", step=step, kept=str(path))
 
     def cut(self, step: int) -> None:
-        """Delete metrics and token records beyond `step`, so that a resumed run can write them again."""
-        path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self._metrics.close()
-        replace_text(path, "".join(kept))
-        self._metrics = _append_to(path)
+        """Delete metrics, events and token records beyond `step`, so that they can be written again."""
+        of_step = lambda line: json.loads(line)["step"] <= step
+        told = lambda line: json.loads(line)["fields"].get("step", 0) <= step
+        with self._writing, self._line_by_line:
+            self._metrics, kept, metrics = _keep_lines(self._metrics, of_step)
+            self._events, _, events = _keep_lines(self._events, told)
         self.last_step = json.loads(kept[-1])["step"] if kept else 0
         beyond = [file for file in token_records.files(self.run_dir) if token_records.step_of(file) > step]
         for file in beyond:
             file.unlink()
-        if beyond or len(kept) < len(lines):
-            self.event("journal_cut", step=step, metrics=len(lines) - len(kept), token_files=len(beyond))
+        if beyond or metrics or events:
+            self.event("journal_cut", step=step, metrics=metrics, events=events, token_files=len(beyond))
 
     def check(self) -> None:
         """Let go of the copies that have failed or hang, without waiting for a step."""
@@ -138,6 +137,13 @@ class Journal:
         if self._events.closed:
             return
         self._writing.acquire(timeout=LAST)  # never released: nothing is written any more
+        self.close_trackers(error)
+        for file in (self._metrics, self._events):
+            with suppress(OSError):  # the line that a full disk refused is still in its buffer
+                file.close()
+
+    def close_trackers(self, error: BaseException | None) -> None:
+        """Have every tracker still held end; the copies are told what the run came to, and `error`."""
         summary = self.summarize(error)
         calls: list[tuple[Tracker, Callable[[], None]]] = [
             *((tracker, partial(tracker.finish, summary)) for tracker in self.copies),
@@ -146,9 +152,6 @@ class Journal:
         for tracker, call in calls:
             with suppress(InfrastructureError):
                 self._ask(tracker, self.last_step, call)
-        for file in (self._metrics, self._events):
-            with suppress(OSError):  # the line that a full disk refused is still in its buffer
-                file.close()
 
     def _keep_vocabulary(self, words: str) -> None:
         try:
@@ -285,6 +288,18 @@ def _append_to(path: Path) -> TextIO:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
         return path.open("a", encoding="utf-8")
+
+
+def _keep_lines(file: TextIO, keep: Callable[[str], bool]) -> tuple[TextIO, list[str], int]:
+    """The file with the lines to `keep` alone, opened for appending; those lines, and how many went."""
+    path = Path(file.name)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if keep(line)]
+    if len(kept) < len(lines):
+        file.close()
+        replace_text(path, "".join(kept))
+        file = _append_to(path)
+    return file, kept, len(lines) - len(kept)
 
 
 def _line(file: TextIO, entry: Mapping[str, Any]) -> None:

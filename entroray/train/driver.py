@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from entroray.control import Control
@@ -23,39 +22,13 @@ from entroray.train.batching import assemble, group_index, tokens_of, unknown_sc
 from entroray.train.clock import Clock
 from entroray.train.diagnostics import NO_DIAGNOSTICS, Diagnostics, DiagnosticsSchedule
 from entroray.train.failure_limits import IdleFunctions, SkippedUpdates, VerdictFailures
-from entroray.train.threads import in_thread
+from entroray.train.loop_settings import LoopSettings
+from entroray.train.threads import describe_stack, in_thread
 from entroray.train.trace import NO_TRACE, Trace
 from entroray.types import Draw, Group, Prompt, Rollout, Tokens, Verdict, Version
 
 UNTOUCHED = 20
 """Steps without a token touched by a rule after which the journal says so."""
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """How the loop runs; what a field does not say is with the setting of its name in `config`."""
-
-    group_size: int
-    groups_per_step: int
-    max_lag: int
-    wait: bool
-    """For groups about to grow too old; False refuses and re-issues them."""
-    refill_limit: int
-    max_failed: float
-    stall: float
-    resamples: int = 2
-    """Times that the failed members of a group are sampled anew before the group is dropped."""
-    max_skipped: int = 3
-    """Steps in a row that may leave an update out."""
-    extra: int = 0
-    tokens: int | None = None
-    """Response tokens drawn after which no further step is begun."""
-    surplus: str = "by_lag"
-    score: str = "auto"
-
-    @property
-    def keeps_surplus(self) -> bool:
-        return self.max_lag > 0 if self.surplus == "by_lag" else self.surplus == "keep"
 
 
 async def no_evaluation(step: int, last: bool) -> dict[str, float]:
@@ -135,6 +108,8 @@ class Driver:
         self.version: Version = 0
         self.steps = 0  # of the run, once it is told
         self.turn: asyncio.Future[Any] | None = None
+        self.evaluation: asyncio.Future[dict[str, float]] | None = None
+        self.owed = True  # the evaluation of `version`, where a signal came before it was through
         self.stopping = self.over = False
         self.clock = Clock(roles.busy, roles.trace)
         self.marked = self._of_loop()
@@ -149,12 +124,14 @@ class Driver:
         self.steps, self.clock = steps, Clock(self.roles.busy, self.roles.trace)
         history = []
         try:
-            if self.version == 0:
-                with self.clock("evaluate"):
-                    first = await self.within_stall(self.roles.evaluate(0, False))
-                if first:
-                    self.roles.journal.event("evaluation", step=0, **first)
             self.over = self._is_over()
+            if self.owed:
+                first = await self.within_stall(self.evaluate())
+                self.marked = self._of_loop()
+                if first:
+                    self.roles.journal.event("evaluation", step=self.version, **first)
+                    if after and self.version:
+                        await self.within_stall(after(self.version, first))
             while not self.over and not self.stopping:
                 self._turn_knobs()  # before anything is sampled for this step
                 self.stream.advance(self.version)
@@ -188,7 +165,7 @@ class Driver:
         if done:
             return turn.result()
         phase, waits = self.clock.phase, self.roles.waits()
-        stacks = [_stack(task) for task in asyncio.all_tasks()]
+        stacks = [describe_stack(task) for task in asyncio.all_tasks()]
         self.roles.journal.event("stalled", phase=phase, waits=waits, stacks=stacks)
         turn.cancel()
         await asyncio.wait({turn}, timeout=1.0)
@@ -205,6 +182,25 @@ class Driver:
         self.stopping = True
         if self.turn and self.clock.phase in ("sample", "score"):
             self.turn.cancel()
+        if self.evaluation:
+            self.evaluation.cancel()
+
+    async def evaluate(self) -> dict[str, float]:
+        """Metrics of the weights served; none once the run is to stop, whose next start then owes them."""
+        self.owed = self.stopping
+        if self.stopping:
+            return {}
+        self.evaluation = asyncio.ensure_future(self.roles.evaluate(self.version, self.over))
+        try:
+            with self.clock("evaluate"):
+                return await self.evaluation
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise
+            self.owed = True
+            return {}
+        finally:
+            self.evaluation = None
 
     # A group in flight.
 
@@ -291,8 +287,7 @@ class Driver:
         metrics = updated | synced | await self._measure(groups, tokens, active)
         self._report_idle(metrics)
         self.over = self._is_over()  # before the evaluation, in which groups may be lost
-        with clock("evaluate"):
-            metrics |= await self.roles.evaluate(self.version, self.over)
+        metrics |= await self.evaluate()
         metrics |= clock.lap(len(tokens.row), self.version)
         metrics |= self.control.observe(metrics)
         with clock("journal"):
@@ -356,6 +351,7 @@ class Driver:
     def _of_loop(self) -> dict[str, Any]:
         return {
             "version": self.version,
+            "owed": self.owed,
             "stream": self.stream.state(),
             "diagnostics": self.diagnostics.state(),
             "control": self.control.state(),
@@ -370,7 +366,7 @@ class Driver:
 
         ConfigError for a run that remembers of its prompts what that one did not.
         """
-        self.version = state["version"]
+        self.version, self.owed = state["version"], state["owed"]
         self.stream.restore(state["stream"], self.version)
         self.diagnostics.restore(state["diagnostics"])
         self.control.restore(state["control"])
@@ -384,10 +380,3 @@ def _failure(rollout: Rollout, verdict: Verdict) -> str:
     """Status, and detail if there is one, of a member that failed."""
     status = failure(rollout, verdict)
     return f"{status}: {verdict.detail}" if verdict.detail else status
-
-
-def _stack(task: "asyncio.Task[Any]") -> str:
-    """File, line and function of a task's frames, outermost first."""
-    frames = task.get_stack(limit=8)
-    at = lambda f: f"{Path(f.f_code.co_filename).name}:{f.f_lineno} {f.f_code.co_name}"
-    return f"{task.get_name()}: {' > '.join(map(at, frames))}"

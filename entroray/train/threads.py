@@ -1,10 +1,11 @@
-"""What would hold up the event loop, in a thread."""
+"""What would hold up the event loop, in a thread; where a task of it stands."""
 
 import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -26,3 +27,10 @@ async def in_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="in_thread", daemon=True).start()
     return await asyncio.wrap_future(done)
+
+
+def describe_stack(task: "asyncio.Task[Any]") -> str:
+    """File, line and function of a task's frames, outermost first."""
+    frames = task.get_stack(limit=8)
+    at = lambda f: f"{Path(f.f_code.co_filename).name}:{f.f_lineno} {f.f_code.co_name}"
+    return f"{task.get_name()}: {' > '.join(map(at, frames))}"

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,24 @@ class Actors:
         sync = replace(self.sync, engines=self.engines, driver=config.driver, deadline=within, compared=False)
         return replace(self, config=config, sync=sync, facts=self.facts | await sync(0))
 
+    async def replace_learner(self, resume: tuple[Path, int] | None) -> None:
+        """Other ranks in the place of those there are, at the first weights or at those of `resume`
+        (checkpoint, step), which are served everywhere when this returns; nothing is under way then."""
+        self.learner.respawn()
+        await self.engines.begin_anew(run_deadlines(self.config).step)
+        if self.config.generator.sleep:
+            await rest(self.engines, self.within)
+        await self.learner.start(self.within)
+        await self.load(resume)
+        self.sync.compared = False
+        await self.sync(resume[1] if resume else 0)
+
+    async def load(self, resume: tuple[Path, int] | None) -> None:
+        """Have the ranks go on from a checkpoint, if there is one."""
+        if resume:
+            folder, deadline = str(resume[0]), run_deadlines(self.config).checkpoint
+            await self.learner.all(lambda rank, h: h.load.remote(folder), deadline=deadline)
+
     async def anchor(self, folder: str) -> None:
         """The present weights, kept in `folder`, become the reference; optimizer and schedule begin anew."""
         await self.export(folder)
@@ -201,22 +219,6 @@ class Actors:
         await self._close()
         cluster.kill_actors([*self.engines.all_handles, *self.learner.handles, *self.verifiers.handles])
         self.places.release()
-
-
-LASTING = ("ranks", "threads", "pack", "liger")
-"""Settings of the learner that a rank keeps for its life."""
-
-
-def lasting(config: Config, parts: Parts) -> dict[str, Any]:
-    """The settings that `reset` cannot change: what actors are made of, what is read, what is measured."""
-    every = asdict(config)
-    freed = ("seed", "run", "objective", "control", "driver", "observe", "checkpoint")
-    kept = {name: value for name, value in every.items() if name not in freed}
-    kept["learner"] = {name: every["learner"][name] for name in LASTING}
-    made_of = {"cores": core_shares(config), "processors": logits_processors(config, parts)}
-    kept |= {"engine": engine_options(config), **made_of}
-    kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline", "turns", "tool")}
-    return kept | {"call_deadline": every["driver"]["call_deadline"]}
 
 
 def learner_settings(config: Config, model: str, total_updates: int) -> LearnerSettings:
@@ -314,6 +316,7 @@ async def start_actors(
     places = nodes.find_places(asked, pairs=share_cards(config.cluster))
     at = {role: places.of(role) for role in asked}
     share = lambda role: replace(asked[role][1], at=next(at[role]))
+    of_ranks = [share(RANKS) for _ in range(config.learner.ranks)]
     settings = learner_settings(config, model, total_updates)
     limit, within = max(sequence_length(config), len(probe) + 1), run_deadlines(config).start
     options = engine_options(config) | logits_processors(config, parts)
@@ -325,10 +328,10 @@ async def start_actors(
         return cluster.spawn(Generator, share(ENGINES), model, **sizes)
 
     verifier = lambda: cluster.spawn(Verifier, share(VERIFIERS), judge, **limits)
-    spawn = lambda i: cluster.spawn(LearnerRank, share(RANKS), i, settings, parts.objective, DeepSpeedBackend)
+    spawn = lambda i: cluster.spawn(LearnerRank, of_ranks[i], i, settings, parts.objective, DeepSpeedBackend)
     async with AsyncExitStack() as undo:  # nothing of a start that fails holds cards any more
         undo.callback(places.release)
-        learner = Gang("learner", [spawn(i) for i in range(config.learner.ranks)])
+        learner = Gang("learner", [spawn(i) for i in range(config.learner.ranks)], spawn)
         g, sender = config.generator, WeightSender(learner, sender_settings(config), within)
         pooled: dict[str, Any] = {"start_deadline": within, "report": report}
         first = [generator() for _ in range(g.replicas)]
@@ -348,16 +351,12 @@ async def start_actors(
 async def _introduce(made: Actors, resume: tuple[Path, int] | None) -> dict[str, Any]:
     """Gang together, engines ready, transfer open, the first version served and proved; facts of them."""
     config, engines, learner, within = made.config, made.engines, made.learner, made.within
-
-    async def gang() -> list[dict[str, Any]]:
-        asked = learner.handles[0].address.remote()
-        host, port = await cluster.settle(asked, deadline=within, what="learner rank 0")
-        return await learner.all(lambda r, h: h.start.remote(host, port, within), deadline=within)
-
     if config.generator.sleep:  # vLLM measures the card as it starts: nobody else may fill or leave it
         await engines.start()
         await rest(engines, within)  # nor may it fill the card while a rank is built on it
-    starts: list[Any] = [*map(asyncio.create_task, (gang(), engines.start(), made.verifiers.start()))]
+    starts: list[Any] = [
+        *map(asyncio.create_task, (learner.start(within), engines.start(), made.verifiers.start()))
+    ]
     try:
         facts, *_ = await asyncio.gather(*starts)
     finally:  # of a failure: nobody waits for the others, which are killed
@@ -366,11 +365,9 @@ async def _introduce(made: Actors, resume: tuple[Path, int] | None) -> dict[str,
         raise PreflightError(  # they have one plan of micro-batches
             f"learner.pack=auto: rows lie {facts[0]['rows']} and {others[0]['rows']}: set learner.pack=never"
         )
-    folder, version = resume or (None, 0)
-    if folder:
-        await learner.all(lambda _, h: h.load.remote(str(folder)), deadline=run_deadlines(config).checkpoint)
+    await made.load(resume)
     each = await engines.call_all(lambda h: h.describe.remote(), deadline=within, what="describing itself")
-    return facts[0] | next(iter(each.values()), {}) | await made.sync(version)
+    return facts[0] | next(iter(each.values()), {}) | await made.sync(resume[1] if resume else 0)
 
 
 def prepare_engines(config: Config) -> None:

@@ -10,7 +10,8 @@ from entroray.errors import LedgerError
 from entroray.evaluation.sets import EvaluatedSet
 from entroray.policy.tokenizer import chat
 from entroray.train.diagnostics import DiagnosticsSchedule
-from entroray.train.driver import After, Driver, Knobs, LoopSettings, Roles
+from entroray.train.driver import After, Driver, Knobs, Roles
+from entroray.train.loop_settings import LoopSettings
 from entroray.train.prompt_entropy import build_prompt_entropy
 from entroray.types import Draw
 from entroray.wiring import actors, controllers, dataset, selection

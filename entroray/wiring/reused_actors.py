@@ -1,6 +1,7 @@
 """One machine at a time for many runs: kept while settings allow it, reset in between."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from entroray.config import Config
 from entroray.errors import InfrastructureError
@@ -8,6 +9,22 @@ from entroray.evaluation.evaluate import heldout_prompts
 from entroray.evaluation.heldout_metrics import heldout_metrics
 from entroray.wiring import actors, compose, dataset, preflight, sampler, tool, warm_start
 from entroray.wiring.parts import Parts
+
+LASTING = ("ranks", "threads", "pack", "liger")
+"""Settings of the learner that a rank keeps for its life."""
+
+
+def lasting(config: Config, parts: Parts) -> dict[str, Any]:
+    """The settings that `reset` cannot change: what actors are made of, what is read, what is measured."""
+    every = asdict(config)
+    freed = ("seed", "run", "objective", "control", "driver", "observe", "checkpoint")
+    kept = {name: value for name, value in every.items() if name not in freed}
+    kept["learner"] = {name: every["learner"][name] for name in LASTING}
+    kept["engine"] = actors.engine_options(config)
+    kept["cores"] = actors.core_shares(config)
+    kept["processors"] = actors.logits_processors(config, parts)
+    kept["rollout"] = {name: every["rollout"][name] for name in ("max_tokens", "deadline", "turns", "tool")}
+    return kept | {"call_deadline": every["driver"]["call_deadline"]}
 
 
 @dataclass
@@ -27,7 +44,7 @@ class ReusedActors:
         self, config: Config, overrides: list[str], parts: Parts
     ) -> tuple[actors.Actors, dataset.Dataset, dict[str, float]]:
         """A machine at the first weights with `config` in effect, its data, and what its first weights do."""
-        if self.stands is None or self.made_of != compose.fingerprint(actors.lasting(config, parts)):
+        if self.stands is None or self.made_of != compose.fingerprint(lasting(config, parts)):
             await self.clear()
             await self._make(config, overrides, parts)
         assert self.stands and self.read_in
@@ -49,7 +66,7 @@ class ReusedActors:
         probe = dataset.probe_ids(self.read_in.tokenizer)
         judge = self.read_in.judge
         self.stands = await actors.start_actors(config, self.model, parts, judge, probe, total_updates=1)
-        self.made_of = compose.fingerprint(actors.lasting(config, parts))
+        self.made_of = compose.fingerprint(lasting(config, parts))
         self.before = await self.measure_heldout(config)
 
     async def measure_heldout(self, config: Config) -> dict[str, float]:

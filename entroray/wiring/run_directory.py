@@ -231,7 +231,7 @@ def _resumed(folder: Path, steps: int, settings: Mapping[str, Any]) -> RunDirect
         print(f"resume: {folder / 'config.yaml'} cannot be read: settings are not compared", flush=True)
     changed = compare(folder, began or settings, settings)
     if found is None:
-        _check_beginning(folder, passed_over)
+        check_beginning(folder, passed_over)
         print(f"resume: {folder} has no checkpoint yet, starting it over", flush=True)
         return RunDirectory(folder, changed=changed)
     if state["version"] > steps:
@@ -244,7 +244,7 @@ def _resumed(folder: Path, steps: int, settings: Mapping[str, Any]) -> RunDirect
     return RunDirectory(folder, found, state, changed)
 
 
-def _check_beginning(folder: Path, passed_over: list[str]) -> None:
+def check_beginning(folder: Path, passed_over: list[str]) -> None:
     """PreflightError where starting over would destroy more than steps of a run that was cut short."""
     if passed_over:
         raise PreflightError(

@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from entroray.engine.interfaces import leave_loopback
-from entroray.errors import EntrorayError, InfrastructureError, Stopped, first_line
+from entroray.errors import EntrorayError, InfrastructureError, LearnerLostError, Stopped, first_line
 from entroray.redaction import is_secret
 from entroray.train.clock import BusyTime
 from entroray.train.trace import NO_TRACE
@@ -319,29 +319,61 @@ def stop() -> None:
     stop_forking()
 
 
-class Gang:
-    """Ranks that move together: one call is a call on every rank, and one failure is a failure of all."""
+COLLECTIVE = ("gloo", "NCCL", "process group", "Connection closed by peer")
+"""In the error of a rank whose peer is gone: what it says comes from torch.distributed."""
+NAMED = 5.0
+"""Seconds in which Ray tells that a rank died, once its peers have failed for want of it."""
 
-    def __init__(self, name: str, handles: Sequence[Any]):
-        self.name, self.handles = name, list(handles)
+
+class Gang:
+    """Ranks that move together: one call is a call on every rank, and one failure is a failure of all.
+
+    `spawn` is rank -> the handle of an actor started for it.
+    """
+
+    def __init__(self, name: str, handles: Sequence[Any], spawn: Callable[[int], Any] | None = None):
+        self.name, self.handles, self.spawn = name, list(handles), spawn
         self.lost: dict[int, str] = {}
         """Why a rank was killed, by rank."""
+
+    def respawn(self) -> None:
+        """Kill every rank, and start another in the place of each, which has joined nobody yet."""
+        assert self.spawn
+        kill_actors(self.handles)
+        self.handles, self.lost = [self.spawn(rank) for rank in range(len(self.handles))], {}
+
+    async def start(self, deadline: float) -> list[dict[str, Any]]:
+        """Have the ranks meet at rank 0 and load the model; what each says of it."""
+        asked = self.handles[0].address.remote()
+        host, port = await settle(asked, deadline=deadline, what=self.member(0))
+        return await self.all(lambda rank, h: h.start.remote(host, port, deadline), deadline=deadline)
 
     def member(self, rank: int) -> str:
         """What a rank is called."""
         return f"{self.name} rank {rank}"
 
     async def all(self, method: Callable[[int, Any], Any], *, deadline: float) -> list[Any]:
-        """`method(rank, handle)` on every rank; the first failure or the deadline ends the wait."""
+        """`method(rank, handle)` on every rank; the first failure or the deadline ends the wait.
+
+        LearnerLostError where a rank died or gave no answer, also if it is a peer that says so first.
+        """
         calls = [
-            settle(method(r, h), deadline=deadline, what=self.member(r)) for r, h in enumerate(self.handles)
+            asyncio.ensure_future(settle(method(r, h), deadline=deadline, what=self.member(r)))
+            for r, h in enumerate(self.handles)
         ]
         try:
             return list(await asyncio.gather(*calls))
-        except InfrastructureError as error:
+        except (InfrastructureError, RayTaskError) as error:
             for why in self.lost.values():
-                raise InfrastructureError(why) from error
-            raise
+                raise LearnerLostError(why) from error
+            if not (_is_lost(error) or _lacks_peer(error)):
+                raise
+            if not _is_lost(error):
+                await asyncio.wait(calls, timeout=NAMED)
+            ended = [c.exception() for c in calls if c.done() and not c.cancelled()]
+            lost = next((e for e in ended if e and _is_lost(e)), None)
+            why = first_line(lost) if lost else f"{self.name}: {first_line(getattr(error, 'cause', error))}"
+            raise LearnerLostError(why) from error
 
     def watched(self, report: Callable[..., None]) -> list[Watched]:
         """Every rank that was not lost, for its heartbeat to be looked at; `report` hears of `rank_lost`.
@@ -356,3 +388,14 @@ class Gang:
 
         ranks = [r for r in range(len(self.handles)) if r not in self.lost]
         return [Watched(self.handles[rank], partial(lose, rank)) for rank in ranks]
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an actor died or gave no answer, and did not raise this itself."""
+    cause = error.__cause__ if isinstance(error, InfrastructureError) else None
+    return isinstance(cause, TimeoutError | RayError) and not isinstance(cause, RayTaskError)
+
+
+def _lacks_peer(error: BaseException) -> bool:
+    """Whether a rank raised this because another that it was to meet is gone."""
+    return isinstance(error, RayTaskError) and any(word in str(error.cause) for word in COLLECTIVE)

@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 from entroray.engine.adapter import ADAPTER
 from entroray.engine.communicator import START
 from entroray.engine.generator import Request
-from entroray.errors import InfrastructureError, SyncError, first_line
+from entroray.errors import InfrastructureError, LearnerLostError, SyncError, first_line
 from entroray.types import Rollout
 from entroray.workers.cluster import SAMPLING, WAITS, await_starts, kill_actors, settle, settle_next
 from entroray.workers.heartbeat import Watched
@@ -251,6 +251,9 @@ class EnginePool:
                     self.first_awaited = self.cut_short = False
                     self._admit(handles)
                 return True
+            except LearnerLostError:
+                self.cut_short = True
+                raise
             except SyncError:
                 raise
             except (InfrastructureError, RayTaskError) as error:
@@ -325,9 +328,21 @@ class EnginePool:
         self.starting.remove(engine)
         if task.cancelled():
             kill_actors([engine.handle])
-        elif error := task.exception():
+        elif (error := task.exception()) and not isinstance(error, LearnerLostError):
             self.drop(engine, error)
         self.changed.set()
+
+    async def begin_anew(self, deadline: float) -> None:
+        """Serve nothing until another learner's weights come; returns when no samples are under way.
+
+        At once where an update was cut short: engines are paused then, and nobody takes their samples later.
+        """
+        paused = self.cut_short
+        self.first_awaited, self.cut_short, self.affinity = True, False, PrefixAffinity()
+        self.sender.disconnect()
+        self.sender.attempt += 1
+        if not paused:
+            await self.drain(deadline)
 
     async def drain(self, deadline: float) -> None:
         """Return when no samples are under way; InfrastructureError after `deadline` seconds."""

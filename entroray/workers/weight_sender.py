@@ -6,6 +6,7 @@ from typing import Any
 
 from entroray.config import GeneratorConfig
 from entroray.engine.communicator import LOOK_AT, START
+from entroray.engine.served_version import stamp_version, version_of
 from entroray.engine.weight_bytes import Digest
 from entroray.errors import InfrastructureError, SyncError
 from entroray.planning.deadlines import transfer_deadline
@@ -98,7 +99,7 @@ class GeneratorClient:
         self.acknowledged = tuple(tuple(a) for a in self._all(calls, "committing"))
 
     def _keeps_kv(self) -> bool:
-        return self.keep_kv and self.version > 0  # version 0 begins a run: what is cached is another's
+        return self.keep_kv and version_of(self.version) > 0  # 0 begins a run: what is cached is another's
 
     def _ranked(self, info: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
         """Each engine's ranks follow those of the one before it in an NCCL group."""
@@ -126,6 +127,8 @@ class WeightSender:
 
     def __init__(self, learner: Gang, generator: GeneratorConfig, deadline: float):
         self.learner, self.generator, self.deadline = learner, generator, deadline
+        self.attempt = 0
+        """Of the run: how often its learner was started anew."""
         self.connected: list[Any] = []
         """The engines that the learner has a client for."""
         self.size = 0
@@ -152,7 +155,8 @@ class WeightSender:
             client = GeneratorClient(handles, g.tensor_parallel, self.deadline, bool(g.keep_kv))
             await self.learner.all(lambda rank, h: h.connect.remote(client), deadline=self.deadline)
         self.connected = [] if g.transfer == "nccl" else handles  # a group that is left is not met again
-        deliveries = await self.learner.all(lambda rank, h: h.sync.remote(version), deadline=self.deadline)
+        stamp = None if version is None else stamp_version(self.attempt, version)
+        deliveries = await self.learner.all(lambda rank, h: h.sync.remote(stamp), deadline=self.deadline)
         self.connected = handles
         if deliveries[0] is None:
             return False

@@ -11,7 +11,7 @@ import pytest
 from entroray.config import DriverConfig
 from entroray.engine.generator import Generator
 from entroray.engine.vllm_request import Request
-from entroray.errors import ConfigError, InfrastructureError, SyncError
+from entroray.errors import ConfigError, InfrastructureError, LearnerLostError, SyncError
 from entroray.types import Draw
 from entroray.workers import engine_pool
 from entroray.workers.engine_pool import Engine, EnginePool
@@ -369,3 +369,20 @@ def test_what_an_engine_has_not_read_as_its_thread_dies_is_answered() -> None:
             await asyncio.wait_for(dying.prompt_logprobs([1, 2]), 5.0)
 
     asyncio.run(ask())
+
+
+def test_engines_outlive_their_learner_and_take_the_weights_of_its_next_attempt(make_pool) -> None:
+    gang = Gang(lambda n, names: LearnerLostError("learner rank 0: its process died") if n == 2 else None)
+    pool = make_pool(gang, Handle("a"), Handle("b"))
+
+    async def run() -> None:
+        await pool.update_weights(7)
+        with pytest.raises(LearnerLostError):
+            await pool.update_weights(8)
+        assert names(pool) == "ab" and pool.cut_short
+        await pool.begin_anew(1.0)
+        assert await pool._send_weights(None), "newcomers wait for the first weights of the attempt"
+        await pool.update_weights(7)
+
+    asyncio.run(run())
+    assert gang.sent == [(7, "ab"), (8, "ab"), (1_000_000_007, "ab")] and not pool.cut_short

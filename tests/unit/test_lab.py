@@ -31,8 +31,8 @@ from entroray.observe.lab_cells import Cell, moving_means, summarise_run, varian
 from entroray.observe.svg import Line, chart, frame, mean_line, ticks
 from entroray.types import Draw
 from entroray.wiring import run_directory
-from entroray.wiring.actors import lasting
 from entroray.wiring.parts import build_parts
+from entroray.wiring.reused_actors import lasting
 from tests.composed import configured
 from tests.toy import ToyPrompts, ToyWorld
 

@@ -17,7 +17,7 @@ from entroray.engine.weight_bytes import pack
 from entroray.errors import ConfigError, PreflightError, SyncError
 from entroray.policy import lora, proof
 from entroray.policy.model import Policy, load_policy, pad
-from entroray.wiring import actors, compose, constraints, memory, preflight, run_directory
+from entroray.wiring import actors, compose, constraints, memory, preflight, reused_actors, run_directory
 from entroray.wiring.parts import build_parts
 from tests.composed import configured
 from tests.families.models import FAMILIES, configuration, folder
@@ -271,8 +271,10 @@ def test_engines_get_the_adapter_alone_only_where_the_transfer_says_so() -> None
     options = actors.engine_options(alone)
     assert options["max_lora_rank"] == 8 and "weight_transfer_config" not in options
     parts = build_parts(merged)
-    assert actors.lasting(merged, parts) == actors.lasting(configured(), parts), "a lab keeps its machine"
-    assert actors.lasting(alone, parts) != actors.lasting(merged, parts)
+    assert reused_actors.lasting(merged, parts) == reused_actors.lasting(configured(), parts), (
+        "a lab keeps its machine"
+    )
+    assert reused_actors.lasting(alone, parts) != reused_actors.lasting(merged, parts)
 
 
 @pytest.mark.parametrize(

@@ -200,14 +200,18 @@ def test_every_line_is_on_disk_at_once_and_holds_finite_floats_or_null(tmp_path)
 def test_cut_forgets_what_lies_beyond_a_step(tmp_path):
     book = journal(tmp_path, tokens_every=1)
     write(book, 1, 2, 3, 4)
+    for step in (2, 3):
+        book.event("checkpoint", step=step)
+    book.event("engine_lost", engine="generator 0")
     book.cut(2)
     assert book.last_step == 2
     assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     assert [token_records.step_of(f) for f in token_records.files(tmp_path)] == [1, 2]
     write(book, 3, again=1.0)
     assert [m.get("again") for m in read_metrics(tmp_path / "metrics.jsonl")] == [None, None, 1.0]
-    (event,) = read_metrics(tmp_path / "events.jsonl")
-    assert event["fields"] == {"step": 2, "metrics": 2, "token_files": 2}
+    saved, lost, event = read_metrics(tmp_path / "events.jsonl")
+    assert saved["fields"] == {"step": 2} and lost["kind"] == "engine_lost"
+    assert event["fields"] == {"step": 2, "metrics": 2, "events": 1, "token_files": 2}
 
 
 def test_a_line_cut_short_by_a_crash_is_dropped_on_resume(tmp_path):

@@ -21,7 +21,7 @@ from entroray.policy.microbatches import plan_packed
 from entroray.policy.model import EMPTY, Policy, pad
 from entroray.policy.packing import pack
 from entroray.types import Batch
-from entroray.wiring import actors, compose
+from entroray.wiring import actors, compose, reused_actors
 from entroray.wiring.parts import build_parts
 from entroray.workers import learner_rank
 from entroray.workers.learner_rank import LearnerRank, LearnerSettings
@@ -353,7 +353,7 @@ def test_a_rank_keeps_its_layout_and_its_kernels_for_life():
     """A lab starts other actors for a cell that asks for others."""
     config, _ = compose.load_config([])
     parts = build_parts(config)
-    before = actors.lasting(config, parts)
+    before = reused_actors.lasting(config, parts)
     for name, value in (("pack", "always"), ("liger", True)):
         other = replace(config, learner=replace(config.learner, **{name: value}))
-        assert actors.lasting(other, parts) != before
+        assert reused_actors.lasting(other, parts) != before
