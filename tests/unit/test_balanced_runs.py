@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from entroray.data.curriculum import Curriculum, Rule
@@ -57,7 +57,8 @@ def totals(metrics: dict[str, float]) -> None:
     assert m["tokens/drawn"] >= m["tokens/trained"] > 0 and m["samples/issued"] > m["samples/trained"]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
+@example(seed=0, max_lag=0, wait=True, second="", replays=True, retire=False)  # one is trained on, one is not
 @given(
     seed=st.integers(0, 99),
     max_lag=st.integers(0, 2),
@@ -84,9 +85,9 @@ def test_every_run_balances_after_each_step_and_after_a_resume(
         return d, world
 
     (whole, world), (rest, resumed) = made(), made()
-    states = trained(whole, 4)
+    states = trained(whole, 6)
     resumed.version = 2
-    trained(rest, 4, states[2])
+    trained(rest, 6, states[2])
     for steps in (world.steps, resumed.steps):
         for metrics in steps:
             totals(metrics)
@@ -94,7 +95,7 @@ def test_every_run_balances_after_each_step_and_after_a_resume(
             assert all(matches(name, family_metrics("run", "step")) for name in told)
     for d in (whole, rest):
         issued, trained_on = (d.ledger.of(name)[0] for name in ("issued", "trained"))
-        assert trained_on == 12 and issued <= d.stream.prompts.position
+        assert trained_on == 18 and issued <= d.stream.prompts.position
     if max_lag == 0:
         assert whole.ledger.table() == rest.ledger.table()
 

@@ -146,6 +146,10 @@ def test_what_is_drawn_beyond_the_checkpoint_that_a_run_goes_on_from_is_rolled_b
     here["issued"] = [3, 6, 8, 30]
     assert lines(ledger) == {**here, "dropped: rolled_back": [0, 3, 6, 20]}, "the fourth group, too"
     assert ledger.spent == fresh.spent == 10
+    ledger.restore(Ledger().state())  # there was no checkpoint
+    ledger.issue(9, 0, "p0")
+    ledger.check([9])
+    assert lines(ledger)["dropped: rolled_back"] == [0, 6, 8, 30] and lines(ledger)["issued"] == [1, 7, 8, 30]
 
 
 # What goes wrong is found.
