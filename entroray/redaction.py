@@ -7,7 +7,7 @@ from typing import Any, TextIO
 from urllib.parse import quote
 
 NAMED = re.compile(
-    r"(?!.*_(PATH|FILE|SOCK|MODE)$)"
+    r"(?!.*_(PATH|FILE|DIR|HOME|ROOT|SOCK|MODE|NAME|ENV)$)"
     r".*(TOKEN|KEYS?|SECRETS?|PASS(WORDS?|WD|PHRASE)?|_PWD|CREDENTIALS?|AUTH|COOKIE)(_|$)"
 )
 """The name of a variable that holds a secret, and not where one is."""

@@ -88,7 +88,6 @@ ip link add er-name type veth peer name er-out
 ip addr add 10.98.0.1/24 dev er-name
 ip link set er-name up
 ip link set er-out up
-ip route add default via 10.98.0.2
 hostname entroray-test
 hosts=$(mktemp)
 printf '127.0.0.1 localhost\\n10.98.0.1 entroray-test\\n' > "$hosts"
