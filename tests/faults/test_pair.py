@@ -157,12 +157,13 @@ def slowed(number: int, told: list[int]) -> Iterator[None]:
 def test_an_engine_ten_times_slower_is_waited_for(fault: Fault, pair: Pair) -> None:
     pair.events.clear()
     before, stops = pair.pids, [0]
+    fault.inject()
     with slowed(before[1], stops):
         drawn = pair.wait(pair.samples(16))
     fault.fired(f"process {before[1]} was stopped {stops[0]} times")
     assert stops[0] > 2 and len(drawn) == 64 and all(r.status.usable for r in drawn)
     assert not pair.events and pair.pids == before
-    fault.saw("waited for: no engine is lost")
+    fault.saw("it is waited for: no engine is lost")
     fault.goes_on("all 64 samples, by the same two processes")
 
 
