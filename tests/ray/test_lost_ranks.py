@@ -28,8 +28,11 @@ from tests.ray.stack import FinishedRun, lines
 SMALL = [
     *("train", "experiment=quickstart", "objective=grpo", "run.steps=6", "rollout.groups_per_step=4"),
     *("learner.lr_high=true", "observe.tokens.every=1", "observe.report=false", "evaluate.final=false"),
-    *("run.resume=auto", "++data.settings.size=2000", "data.max_prompt=128"),
+    *("run.resume=auto", "++data.settings.size=2000", "data.max_prompt=128", "generator.replicas=1"),
 ]
+
+START = 300.0
+"""Seconds that a busy machine may take to the first steps of a run."""
 
 
 def doing(run: subprocess.Popen, what: str) -> list[psutil.Process]:
@@ -46,7 +49,7 @@ def doing(run: subprocess.Popen, what: str) -> list[psutil.Process]:
 
 def kill_in(run: subprocess.Popen, what: str, reached: Callable[[], bool]) -> None:
     """SIGKILL for the last actor found at it, once `reached()`."""
-    until(run, reached)
+    until(run, reached, START)
     caught = list[psutil.Process]()
     until(run, lambda: caught.extend(doing(run, what)) or caught)
     caught[-1].kill()
@@ -81,7 +84,7 @@ def test_of_two_ranks_one_that_dies_before_any_checkpoint_starts_the_run_over_an
     folder = tmp_path / "run"
     process = start(*SMALL, "learner.ranks=2", "run.steps=30", f"run.dir={folder}", f"model.path={model}")
     kill_in(process, "LearnerRank.update", step_reached(folder, 2))
-    until(process, lambda: "rolled_back" in kinds(folder))
+    until(process, lambda: "rolled_back" in kinds(folder), START)
     assert happened(folder, "rolled_back")[0]["step"] == 0
     kill_in(process, "LearnerRank.", lambda: steps(folder)[-1:] == [3])
     printed = printed_at_end(process, 4)
@@ -101,7 +104,7 @@ def test_a_driver_killed_at_random_moments_and_resumed_makes_every_step_once(
     for kill in range(3):
         process = start(*again, f"run.dir={folder}", "checkpoint.every=1")
         began, moment = len(kinds(folder)), dice.uniform(0.0, 4.0)
-        until(process, lambda began=began: len(kinds(folder)) > began)
+        until(process, lambda began=began: len(kinds(folder)) > began, START)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=moment)
         ours = descendants(process)
@@ -121,8 +124,9 @@ def test_sigterm_saves_what_is_whole_and_ends_with_143(tmp_path: Path, model: st
         ["evaluate.every=2", "evaluate.samples=32", "evaluate.prompts=96"] if at == "evaluation" else []
     )
     saved = ["checkpoint.every=1"] if at.endswith("save") else []
-    process = start(*SMALL, *evaluated, *saved, f"run.dir={folder}", f"model.path={model}")
-    until(process, step_reached(folder, 1))
+    settings = [*SMALL, *evaluated, *saved, "run.steps=1000", f"run.dir={folder}"]
+    process = start(*settings, f"model.path={model}")
+    until(process, step_reached(folder, 1), START)
     if at == "evaluation":  # of step 2, whose weights are served
         until(process, lambda: doing(process, "LearnerRank.sync"))
         until(process, lambda: not doing(process, "LearnerRank.sync") and doing(process, "Generator.sample"))
