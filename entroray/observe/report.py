@@ -15,7 +15,7 @@ from entroray.observe.run_data import run_data
 PAGE = Path(__file__).with_name("page")
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'"
 SCRIPTS = ("parts.js", "charts.js", "block.js", "tokens.js", "unsure.js", "page.js")
-BYTES = 7_500_000
+BYTES = 8_300_000
 """Of all token blocks, as text; the page stays below 10 MB."""
 TOKENS, SHARED = 1_000_000, 8
 """Most tokens of all recorded steps, of which each has this part at least if all have many."""
@@ -66,8 +66,9 @@ def _token_blocks(run_dir: Path, notes: list[str]) -> list[tuple[int, str]]:
     most, blocks, damaged = TOKENS // min(len(files), SHARED), dict[int, str](), 0
     for file in _spread(files):
         try:
-            tokens = token_blocks.load_step(run_dir, file, most)
-            text = base64.b64encode(token_blocks.encode_step(tokens)).decode()
+            text = _block(run_dir, file, most)
+            if len(text) > left and not blocks:
+                text = _block(run_dir, file, int(most * 0.9 * left / len(text)))
         except (OSError, ValueError, KeyError) as error:  # Arrow's errors are all three
             notes.append(f"Nothing from tokens/{file.name}: it is damaged ({error}).")
             damaged += 1
@@ -75,10 +76,14 @@ def _token_blocks(run_dir: Path, notes: list[str]) -> list[tuple[int, str]]:
         if len(text) > left:
             break
         left -= len(text)
-        blocks[tokens.step] = text
+        blocks[token_records.step_of(file)] = text
     if len(blocks) + damaged < len(files):
         notes.append(f"Tokens of {len(blocks)} of {len(files)} recorded steps are here; all are in tokens/.")
     return sorted(blocks.items())
+
+
+def _block(run_dir: Path, file: Path, most: int) -> str:
+    return base64.b64encode(token_blocks.encode_step(token_blocks.load_step(run_dir, file, most))).decode()
 
 
 def _spread(files: Sequence[Path]) -> Iterator[Path]:

@@ -4,6 +4,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from entroray.observe.journal import read_metrics
 from entroray.rows import objective_names, objective_row
 
 PLOTS = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text(encoding="utf-8"))
-EVENTS, FIELDS = 1000, 600
+EVENTS, FIELDS = 500, 400
 """Newest events that are shown, and characters of the fields of each."""
-NUMBERS = 150_000
+NUMBERS = 100_000
 """Most values of metrics on a page: a longer run is drawn in means of several steps."""
 Found = dict[str, Any]
 
@@ -101,22 +102,26 @@ def _moved(config: Mapping[str, Any]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
 
 
 def _settings(config: Mapping[str, Any]) -> list[list[str]]:
-    """Name, value and default of each; the default is empty where there is none."""
-    row = {"objective": objective_row(name)} if (name := _nearest_row(config.get("objective") or {})) else {}
-    default = {name: _text(value) for name, value in _flat(asdict(Config()) | row).items()}
+    """Name, value and default of each, in an objective that of its nearest row; empty where there is none."""
+    default = _texts(asdict(Config()))
+    if row := _nearest_row(config.get("objective") or {}):
+        default |= {f"objective.{name}": text for name, text in _rows()[row].items()}
     return [[name, _text(value), default.get(name, "")] for name, value in _flat(config).items()]
 
 
 def _nearest_row(objective: Mapping[str, Any]) -> str:
     """The row of conf/objective that differs least from `objective`; empty without one."""
-    given = _texts(objective).items()
-    return (
-        min(objective_names(), key=lambda n: len(given ^ _texts(objective_row(n)).items())) if given else ""
-    )
+    given, rows = _texts(objective).items(), _rows()
+    return min(rows, key=lambda name: len(given ^ rows[name].items())) if given else ""
+
+
+@cache
+def _rows() -> dict[str, dict[str, str]]:
+    return {name: _texts(objective_row(name)) for name in objective_names()}
 
 
 def _texts(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -127,7 +132,7 @@ def _objective_name(objective: Mapping[str, Any]) -> str:
     """The nearest row, and what is not as in it."""
     if not (name := _nearest_row(objective)):
         return "an unknown objective"
-    given, row = _texts(objective), _texts(objective_row(name))
+    given, row = _texts(objective), _rows()[name]
     others = [f"{k}={given.get(k, 'none')}" for k in sorted({k for k, _ in given.items() ^ row.items()})]
     return name if not others else f"{name} but for {', '.join(others)}"
 

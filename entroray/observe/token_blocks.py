@@ -1,8 +1,8 @@
 """The tokens of a recorded step for report.html: quantised columns in one gzip block, decoded by the page."""
 
-import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +85,9 @@ def encode_step(tokens: StepTokens) -> bytes:
     packed += [_packed(n, c) for n, c in columns.items() if n not in ("rollout", "token_id")]
     header["columns"] = [about for about, _ in packed]
     head = json.dumps(plain(header)).encode()
-    return gzip.compress(
-        b"".join([len(head).to_bytes(4, "little"), head, *(p for _, p in packed)]), 9, mtime=0
-    )
+    packer = zlib.compressobj(level=6, wbits=31, strategy=zlib.Z_FILTERED)  # 9 is 14 times slower
+    parts = [len(head).to_bytes(4, "little"), head, *(planes for _, planes in packed)]
+    return b"".join([*map(packer.compress, parts), packer.flush()])
 
 
 def _column(table: pa.Table, name: str) -> NDArray:

@@ -16,14 +16,12 @@ async function readBlock(bytes) {
   let at = 4 + size;
   for (const about of block.columns) {
     const wide = about.kind === "constant" ? 0 : about.kind === "float" ? 2 : about.wide;
-    const values = wide ? new Float64Array(n) : null;
+    const values = new (about.kind === "float" ? Float32Array : Float64Array)(wide ? n : 0);
     const planes = Array.from({ length: wide }, (_, i) => new Uint8Array(buffer, at + i * n, n));
     at += wide * n;
-    for (let i = 0; wide && i < n; i++) {
-      let whole = 0;
-      for (let p = wide - 1; p >= 0; p--) whole = whole * 256 + planes[p][i];
-      values[i] = about.kind === "float" ? half[whole] * about.unit : whole ? whole + about.low : NaN;
-    }
+    if (about.kind === "float") for (let i = 0; i < n; i++) values[i] = half[planes[0][i] | planes[1][i] << 8] * about.unit;
+    else planes.forEach((plane, k) => { for (let i = 0; i < n; i++) values[i] += plane[i] * 256 ** k; });
+    if (about.kind === "integer") for (let i = 0; i < n; i++) values[i] = values[i] ? values[i] + about.low : NaN;
     column[about.name] = wide ? (i) => values[i] : () => about.value ?? NaN;
   }
   return new Block(block, column);

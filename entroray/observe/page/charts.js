@@ -245,14 +245,12 @@ function zoomBy(factor) {
 
 function curvesSection(run) {
   const steps = run.metrics.steps, title = el("h2", { id: "curves-title" }, "Curves");
+  Object.assign(view, { run, charts: [], listeners: [] });
   if (!steps.length) return [title, el("p", { class: "missing" }, "Nothing from metrics.jsonl: there are no curves.")];
-  view.run = run;
   view.marker = steps.at(-1);
-  view.listeners = [];
   placeEvents(run);
   const grid = el("div", { class: "cards" });
   const add = (plot) => { const chart = new Chart(run, plot); view.charts.push(chart); grid.append(chart.node); return chart; };
-  view.charts = [];
   plotsOf(run).forEach(add);
   const slider = el("input", { type: "range", min: 0, max: steps.length - 1, step: 1, oninput: () => mark(steps[slider.value]) });
   const where = el("output", {}), here = el("p", { class: "note" });

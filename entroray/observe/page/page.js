@@ -65,7 +65,7 @@ function eventsSection(run) {
   const list = el("div", {});
   const draw = () => {
     const of = run.events.filter((e) => !kind || e.kind === kind);
-    const rows = of.slice(-most).reverse().map((e) => [e.kind, e.at === undefined ? "–" : button(`${e.step === null ? "about " : ""}${e.at}`, () => mark(e.at), { class: "link" }), e.time.slice(0, 19).replace("T", " "), el("code", { class: "text" }, visible(e.fields))]);
+    const rows = of.slice(-most).reverse().map((e) => [e.kind, e.at === undefined || !run.metrics.steps.length ? "–" : button(`${e.step === null ? "about " : ""}${e.at}`, () => mark(e.at), { class: "link" }), e.time.slice(0, 19).replace("T", " "), el("code", { class: "text" }, visible(e.fields))]);
     list.replaceChildren(table(["kind", "step", "time (UTC)", "fields"], rows, "events"), el("p", { class: "note" }, of.length > most ? `The newest ${most} of ${of.length}.` : ""));
   };
   draw();
@@ -97,7 +97,7 @@ async function render() {
   fill("forks", forksSection(run));
   fill("events", eventsSection(run));
   fill("settings", settingsSection(run));
-  zoom();
+  if (run.metrics.steps.length) zoom();
 }
 
 let resized = 0;

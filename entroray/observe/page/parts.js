@@ -58,9 +58,9 @@ function table(head, rows, caption) {
 }
 
 function choice(label, options, chosen, change) {
-  const select = el("select", { onchange: () => change(select.value) },
+  const select = el("select", { "aria-label": label, onchange: () => change(select.value) },
     options.map(([value, text]) => el("option", { value, selected: String(value) === String(chosen) }, text)));
-  return el("label", { class: "field" }, el("span", {}, label), select);
+  return el("span", { class: "field" }, el("span", { "aria-hidden": "true" }, label), select);
 }
 
 const button = (text, press, more = {}) => el("button", { type: "button", onclick: press, ...more }, text);

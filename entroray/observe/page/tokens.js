@@ -26,7 +26,7 @@ function tokensSection(run) {
   if (!run.recorded.length) return [title, el("p", { class: "missing" }, run.notes.find((n) => n.includes("tokens/")) || "Nothing from tokens/.")];
   look.parts = Object.fromEntries(["bar", "filters", "found", "legend", "siblings", "sure"].map((name) => [name, el("div", { class: name })]));
   look.parts.bar.className = "bar";
-  look.parts.detail = el("aside", { class: "detail", "aria-live": "polite", "aria-label": "the chosen token" });
+  look.parts.detail = el("aside", { class: "detail", tabindex: 0, "aria-live": "polite", "aria-label": "the chosen token" });
   const p = look.parts;
   p.siblings.addEventListener("focusin", (event) => event.target.dataset.i && chooseToken(Number(event.target.dataset.i)));
   p.siblings.addEventListener("pointerover", (event) => event.target.dataset?.i && chooseToken(Number(event.target.dataset.i)));
@@ -65,14 +65,14 @@ const shownGroups = () => look.block.groups.filter((g) => look.block.rollouts.so
 function drawFilters() {
   const f = look.filter, block = look.block;
   const set = (name) => (value) => { f[name] = value; const kept = shownGroups(); chooseGroup(kept.includes(look.group) ? look.group : kept[0] ?? look.group); };
-  const box = (label, name, type) => el("label", { class: "field" }, el("span", {}, label),
-    el("input", { type, value: f[name], size: 14, min: type === "number" ? 0 : null, onchange: (event) => set(name)(event.target.value) }));
+  const box = (label, name, type) => el("span", { class: "field" }, el("span", { "aria-hidden": "true" }, label),
+    el("input", { type, "aria-label": label, value: f[name], size: 14, min: type === "number" ? 0 : null, onchange: (event) => set(name)(event.target.value) }));
   const statuses = [...new Set(block.rollouts.map((r) => r.status).filter(Boolean))];
   look.parts.filters.className = "bar";
   look.parts.filters.replaceChildren(
     choice("Verdict", [["", "all"], ["right", "right"], ["wrong", "wrong"]], f.verdict, set("verdict")),
     choice("Status", [["", "all"], ...statuses.map((s) => [s, s])], f.status, set("status")),
-    box("Tokens from", "shortest", "number"), box("to", "longest", "number"), box("Text", "text", "search"));
+    box("Tokens from", "shortest", "number"), box("Tokens to", "longest", "number"), box("Text", "text", "search"));
 }
 
 function drawBar() {
