@@ -72,6 +72,11 @@ def test_one_marker_and_one_zoom_serve_all_curves(run: Path, show: Open) -> None
     assert 5 < int(first) < int(last) < 30
     page.get_by_role("button", name="All steps").click()
     assert page.input_value("[aria-label='last step shown']") == "40"
+    entropy.locator("svg").focus()
+    page.keyboard.press("Home")
+    page.get_by_role("button", name="Tokens of step 1").click()
+    page.wait_for_selector(".rollout .t")
+    assert page.get_by_label("Step", exact=True).input_value() == "1"
 
 
 def test_texts_are_shown_and_never_obeyed(run: Path, show: Open) -> None:

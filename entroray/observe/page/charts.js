@@ -265,7 +265,10 @@ function curvesSection(run) {
     zoom(view.first, view.last);
     chart.node.scrollIntoView({ block: "nearest" });
   } });
+  const step = () => run.recorded.reduce((best, s) => (Math.abs(s - view.marker) < Math.abs(best - view.marker) ? s : best), run.recorded[0]);
+  const open = button("", () => { document.getElementById("tokens").scrollIntoView(); openStep(step()); });
   view.listeners.push(() => {
+    open.textContent = `Tokens of step ${step()}`;
     slider.value = steps.indexOf(view.marker);
     where.textContent = view.marker;
     first.value = view.first;
@@ -276,6 +279,7 @@ function curvesSection(run) {
   const bar = el("div", { class: "bar" }, button("◀", () => moveMarker(-1), { "aria-label": "previous step" }),
     el("label", { class: "field grow" }, el("span", {}, "Step ", where), slider), button("▶", () => moveMarker(1), { "aria-label": "next step" }),
     el("span", { class: "field" }, el("span", {}, "Shown"), el("span", {}, first, " to ", last)), button("All steps", () => zoom()),
+    run.recorded.length ? open : null,
     el("label", { class: "field" }, el("span", {}, "Add a curve"), more), names);
   const every = run.metrics.every > 1 ? ` Each point is the mean of ${run.metrics.every} steps.` : "";
   return [title, el("p", { class: "note" }, `Point at a curve for its values; drag across to zoom, double-click for all. Dashed lines are events.${every}`), bar, here, grid, ...setsTable(run)];

@@ -39,12 +39,22 @@ function tokensSection(run) {
   return [title, el("p", { class: "note" }, "Each response as the policy wrote it, a shade for each token. Point at a token, or move to it by Tab and the arrow keys, for all its columns. Underlined tokens were selected where not all are; dotted ones are masked."), p.body];
 }
 
+async function readStep(step) {
+  if (!window.DecompressionStream) return "This browser cannot unpack the tokens (DecompressionStream): open the page with one of 2023 or newer.";
+  try {
+    return await readBlock(await source.step(Number(step)));
+  } catch (error) {
+    return `The tokens of step ${step} are damaged: ${error}`;
+  }
+}
+
 async function openStep(step, rollout, position) {
   const ask = ++look.ask, p = look.parts;
   if (!look.block || look.block.step !== Number(step)) {
     p.body.setAttribute("aria-busy", "true");
-    const block = await readBlock(await source.step(Number(step)));
+    const block = await readStep(step);
     if (ask !== look.ask) return;
+    if (typeof block === "string") return p.body.replaceChildren(el("p", { class: "missing" }, block));
     look.block = block;
     p.body.replaceChildren(p.bar, p.filters, p.found, p.legend, el("div", { class: "reader" }, p.siblings, p.detail), p.sure);
     p.body.removeAttribute("aria-busy");

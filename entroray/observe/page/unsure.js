@@ -21,7 +21,8 @@ function forksSection(run) {
     seen.disconnect();
     const parts = [];
     for (const step of new Set([run.recorded[0], run.recorded.at(-1)])) {
-      const block = look.block?.step === step ? look.block : await readBlock(await source.step(step));
+      const block = look.block?.step === step ? look.block : await readStep(step);
+      if (typeof block === "string") continue;
       const when = run.recorded.length < 2 ? "" : step === run.recorded[0] ? "Early: " : "Late: ";
       parts.push(...forksOf(block, when));
     }
