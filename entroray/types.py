@@ -162,8 +162,8 @@ class Rollout:
     kept: KeptSets | None = None  # what each token was drawn from; None: the vocabulary
     spans: tuple[Span, ...] = ()
     """Observations besides inserted tokens, which are in `notes`."""
-    parent: int | None = None
-    """Index in its group of the rollout whose first tokens it shares, where it branched off one."""
+    parent: int | None = None  # index in its group of the rollout whose first tokens it shares
+    seed: int | None = None  # that it was drawn with; None: its generator tells none
     top_tokens: TopTokens | None = None
     """None where nobody asked for it."""
     replayed: bool = False

@@ -6,7 +6,8 @@ lanes() {
     cat <<'END'
 usage: launch/test.sh [LANE] [pytest arguments, as in: launch/test.sh -k sync -x]
 
-  (no lane)  every push: ruff, conf and launch, unit tests, kernels interpreted, mypy, the real stack on the CPU
+  (no lane)  every push: ruff, conf and launch, unit tests, report.html in a browser, kernels interpreted, mypy, the
+             real stack on the CPU; installs the extra pages (ENTRORAY_EXTRAS= for none)
   slow       long tests, and assertions that the default lane makes on a smaller run; installs the extras
              wandb and mlflow, unless ENTRORAY_EXTRAS names others (ENTRORAY_EXTRAS= for none)
   families   models of other families than Llama
@@ -21,6 +22,7 @@ case ${1:-} in
 slow | families | faults | bench | cluster) lane=$1 && shift ;;
 *) lane="" ;;
 esac
+[[ -n $lane ]] || export ENTRORAY_EXTRAS=${ENTRORAY_EXTRAS-pages}
 [[ $lane != slow ]] || export ENTRORAY_EXTRAS=${ENTRORAY_EXTRAS-wandb,mlflow}
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -35,6 +37,16 @@ check() { # NAME COMMAND...
     ((rc != 5 || chosen == 0)) || rc=0 # pytest: the arguments choose no test of this folder
     ((rc == 0)) || exit "$rc"
     took+="$name $((SECONDS - from)) s, "
+}
+
+browser() { # is there one? root in CI installs it, anybody else is told what is not tested
+    local packages=(chromium fonts-noto-color-emoji)
+    ! command -v chromium >/dev/null || return 0
+    if [[ -n ${CI:-} && $EUID == 0 ]] && command -v apt-get >/dev/null; then
+        apt-get -qq update && apt-get -qq install -y --no-install-recommends "${packages[@]}" >/dev/null && return 0
+    fi
+    printf '\n== NOT TESTED: report.html in a browser; as root: apt-get install -y %s\n' "${packages[*]}"
+    return 1
 }
 
 one_lane() { # [ROW of bench | long, of faults] PYTEST ARGUMENTS...
@@ -58,6 +70,7 @@ check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "conf, launch and docker" pytest tests/files "${both[@]}" "$@"
 check "unit tests" pytest tests/unit "${both[@]}" "$@"
+if browser; then check "pages" pytest tests/pages "${both[@]}" "$@"; fi
 check "kernels" env TRITON_INTERPRET=1 pytest tests/interpreter "$@"
 check "mypy" mypy
 printf '\n== took: %snow the real stack\n' "$took"

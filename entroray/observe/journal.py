@@ -17,6 +17,7 @@ import torch
 
 from entroray.errors import DataError, InfrastructureError, PreflightError, Stopped, writing
 from entroray.observe import token_records
+from entroray.observe.rollout_records import rollout_table
 from entroray.observe.run_summary import RunSummary, summarize
 from entroray.observe.tracker_thread import LostError, TrackerThread
 from entroray.observe.trackers import SETTING, Tracker
@@ -91,7 +92,7 @@ class Journal:
         with self._line_by_line:
             if self._events.closed:
                 return
-            _line(self._events, {"time": time, "kind": kind, "fields": _plain(fields)})
+            _line(self._events, {"time": time, "kind": kind, "fields": plain(fields)})
         if kind == "evaluation":  # before step 1: it is in no line of metrics
             values = {k: v for k, v in fields.items() if k != "step" and math.isfinite(v)}
             self._track(fields["step"], values, self.copies)
@@ -112,8 +113,9 @@ class Journal:
             self._metrics, kept, metrics = _keep_lines(self._metrics, of_step)
             self._events, _, events = _keep_lines(self._events, told)
         self.last_step = json.loads(kept[-1])["step"] if kept else 0
-        beyond = [file for file in token_records.files(self.run_dir) if token_records.step_of(file) > step]
-        for file in beyond:
+        kept_of = {kind: token_records.files(self.run_dir, kind) for kind in ("tokens", "rollouts")}
+        beyond = [file for file in kept_of["tokens"] if token_records.step_of(file) > step]
+        for file in {*beyond, *(f for f in kept_of["rollouts"] if token_records.step_of(f) > step)}:
             file.unlink()
         if beyond or metrics or events:
             self.event("journal_cut", step=step, metrics=metrics, events=events, token_files=len(beyond))
@@ -161,9 +163,10 @@ class Journal:
 
     def _record(self, step: int, groups: Sequence[Group], tokens: Tokens) -> None:
         table = token_records.record_table(step, groups, tokens)
+        place = partial(token_records.record_path, self.run_dir, step)
         try:
-            path = token_records.record_path(self.run_dir, step)
-            token_records.write_records(path, table, self.tokens_half)
+            token_records.write_records(place("rollouts"), rollout_table(step, groups))
+            token_records.write_records(place("tokens"), table, self.tokens_half)
         except OSError as error:
             self.event("tokens_lost", step=step, reason=str(error))
 
@@ -312,11 +315,12 @@ def _line(file: TextIO, entry: Mapping[str, Any]) -> None:
 REMEDY = "free some space there, then go on with the same command and run.resume=auto"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold of `value`: numbers that are not finite are null, other objects are text."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Integral):

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from entroray.metrics.step import aligned, kept_sizes
 from entroray.train.batching import observed_tokens
-from entroray.types import REASONS, Group, Rollout, Status, Tokens
+from entroray.types import REASONS, Group, Rollout, Status, Tokens, Verdict
 
 WORD = pa.dictionary(pa.int32(), pa.string())
-TYPES = {"text": WORD, "int32": pa.int32(), "float": pa.float32(), "bool": pa.bool_()}
+TYPES = {
+    **{"text": WORD, "int32": pa.int32(), "int64": pa.int64(), "float": pa.float32(), "bool": pa.bool_()},
+    "rows": pa.list_(pa.int32()),
+}
 MEASURED = (
     *("logprob_behavior", "logprob_old", "entropy", "varentropy"),
     *("sampler_entropy", "sampler_varentropy", "vocabulary_entropy", "kept_mass"),
@@ -28,20 +31,20 @@ ENCODINGS = dict.fromkeys(MEASURED, "BYTE_STREAM_SPLIT") | dict.fromkeys(
 )
 
 
-def _schema() -> pa.Schema:
-    """Every column of token_records.tsv with its type, unit and meaning; README.md shows them."""
-    with Path(__file__).with_name("token_records.tsv").open(encoding="utf-8", newline="") as file:
+def record_schema(name: str) -> pa.Schema:
+    """Every column of the table `name` beside this file with its type, unit and meaning, as in README.md."""
+    with Path(__file__).with_name(name).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     meta = lambda row: {name: row[name] for name in ("unit", "meaning")}
     return pa.schema([pa.field(row["column"], TYPES[row["type"]], metadata=meta(row)) for row in rows])
 
 
-SCHEMA = _schema()
+SCHEMA = record_schema("token_records.tsv")
 
 
-def record_path(run_dir: Path, step: int) -> Path:
-    """The file of the records of `step`."""
-    return run_dir / "tokens" / f"step-{step:06d}.parquet"
+def record_path(run_dir: Path, step: int, kind: str = "tokens") -> Path:
+    """The file of the records of `step`; of `kind` "rollouts" those of rollout_records.py."""
+    return run_dir / kind / f"step-{step:06d}.parquet"
 
 
 def step_of(file: Path) -> int:
@@ -49,9 +52,9 @@ def step_of(file: Path) -> int:
     return int(file.stem.removeprefix("step-"))
 
 
-def files(run_dir: Path) -> list[Path]:
+def files(run_dir: Path, kind: str = "tokens") -> list[Path]:
     """Every record file of the run, oldest step first; a copy under another name is none."""
-    found = (run_dir / "tokens").glob("step-*.parquet")
+    found = (run_dir / kind).glob("step-*.parquet")
     return sorted((file for file in found if file.stem.removeprefix("step-").isdecimal()), key=step_of)
 
 
@@ -65,9 +68,9 @@ def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table
     judged = [(g.prompt.id, v) for g in groups for v in g.verdicts]
     length, mask = tokens.length.cpu().numpy(), tokens.mask.cpu().numpy()
     pairs = zip(rollouts, judged, strict=True)
-    status = [str(r.status if v.status is Status.OK else v.status) for r, (_, v) in pairs]
+    status = [rollout_status(r, v) for r, (_, v) in pairs]
     reason = [s if s != Status.OK else "masked" for s in status]
-    parts = [_object(v.parts) for _, v in judged]
+    parts = [parts_object(v.parts) for _, v in judged]
 
     def learnt(x: Tensor) -> pa.Array:
         values = x.detach().cpu().float().numpy()
@@ -118,7 +121,12 @@ def _unless(null: NDArray[np.bool_], values: NDArray) -> pa.Array:
     return pa.array(values, mask=null if null.any() else None)
 
 
-def _object(parts: Mapping[str, float]) -> str:
+def rollout_status(rollout: Rollout, verdict: Verdict) -> str:
+    """`ok`, `truncated`, or why sampling or judging failed."""
+    return str(rollout.status if verdict.status is Status.OK else verdict.status)
+
+
+def parts_object(parts: Mapping[str, float]) -> str:
     """A JSON object, in which NaN is null; empty without parts."""
     finite = {name: value if np.isfinite(value) else None for name, value in parts.items()}
     return json.dumps(finite) if finite else ""

@@ -41,7 +41,8 @@ class GeneratorRole:
     ) -> list[Rollout]:
         begun, ids = tuple(after), prompt.token_ids
         request = Request(prompt.id, ids, tuple(seeds), draw, self.deadline, begun, self.queue)
-        return await self.engine.sample(request)
+        drawn = await self.engine.sample(request)
+        return [replace(r, seed=seed) for r, seed in zip(drawn, seeds, strict=True)]
 
 
 @dataclass(frozen=True)

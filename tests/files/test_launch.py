@@ -250,9 +250,29 @@ def test_quickstart_trains_with_its_arguments_and_the_compiled_op(machine):
     assert machine.told() == f"entroray train experiment=quickstart run.steps=2 {ops}\n"
 
 
+def test_the_page_is_tested_where_there_is_a_browser_and_else_not_tested_is_said(machine):
+    machine.tools(ruff=0, mypy=0, pytest=0)
+    done = machine.run("test.sh", "-x", ENTRORAY_EXTRAS="")
+    assert "NOT TESTED: report.html in a browser" in done.stdout and "tests/pages" not in machine.told()
+    machine.stub("chromium", "#!/bin/sh\n")
+    done = machine.run("test.sh", "-x")
+    told = machine.told()
+    assert "-e .[cpu,dev,pages]" in told and "pytest tests/pages --numprocesses 2 --dist worksteal -x" in told
+    assert "NOT TESTED" not in done.stdout
+
+
+def test_root_in_ci_installs_a_browser_and_an_emoji_font(machine):
+    machine.tools(ruff=0, mypy=0, pytest=0)
+    machine.stub("apt-get", f'#!/bin/sh\necho apt-get "$@" >>{machine.log}\n')
+    for variables, asked in (({}, False), ({"CI": "true"}, os.geteuid() == 0)):
+        machine.run("test.sh", "-x", ENTRORAY_EXTRAS="", **variables)
+        told = machine.told()
+        assert ("chromium fonts-noto-color-emoji" in told) == asked == ("pytest tests/pages" in told)
+
+
 def test_the_tests_run_cheapest_first(machine):
     machine.tools(ruff=0, mypy=0, pytest=0)
-    done = machine.run("test.sh", "-x")
+    done = machine.run("test.sh", "-x", ENTRORAY_EXTRAS="")
     assert done.returncode == 0 and re.search(r"took: ruff check \d+ s, .*unit tests \d+ s", done.stdout)
     calls = [line.split(" /")[0] for line in machine.told().splitlines()]
     assert calls == [
@@ -327,7 +347,7 @@ def test_every_lane_is_a_marker_that_the_default_run_leaves_out_and_the_readme_e
 )
 def test_a_failing_stage_ends_the_tests_with_its_code(machine, codes, arguments, code, calls):
     machine.tools(**codes)
-    assert machine.run("test.sh", *arguments).returncode == code
+    assert machine.run("test.sh", *arguments, ENTRORAY_EXTRAS="").returncode == code
     assert len(machine.told().splitlines()) == calls
 
 

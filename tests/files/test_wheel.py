@@ -20,6 +20,8 @@ def test_the_wheel_runs_from_another_folder_with_its_own_settings(tmp_path: Path
     package = tmp_path / "site" / "entroray"
     catalogue = package / "metrics" / "catalogue.tsv"
     assert catalogue.read_text() == (ROOT / "entroray/metrics/catalogue.tsv").read_text()
+    pages = {file.name for file in (ROOT / "entroray/observe/page").iterdir()}
+    assert pages == {file.name for file in (package / "observe/page").iterdir()} and len(pages) >= 8
     away = tmp_path / "elsewhere"
     away.mkdir()
     experiment = package / "conf" / "experiment" / "countdown.yaml"

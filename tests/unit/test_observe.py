@@ -17,10 +17,12 @@ from entroray.metrics import step_metrics
 from entroray.metrics.by_domain import judged_metrics
 from entroray.observe import console, report, token_records
 from entroray.observe.journal import Journal, read_metrics
+from entroray.observe.run_data import PLOTS
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.types import Counts, Group, Prompt, Rollout, Status, Tokens, Verdict
 from entroray.wiring.parts import build_parts
 from tests.composed import configured
+from tests.documented import IN_A_RUN, matches
 from tests.records import query
 
 COLUMNS = token_records.SCHEMA.names
@@ -336,8 +338,9 @@ def test_summary_says_by_how_much_entropy_fell():
 
 
 def page(run_dir):
+    """What report.html says, but for tokens: its data."""
     text = report.write_report(run_dir).read_text()
-    return text[: text.index("<script>")] + text[text.index("<header>") :]
+    return json.loads(re.search(r'id="run">(.*?)</script>', text, re.DOTALL)[1])
 
 
 DRAWN = {
@@ -349,16 +352,13 @@ DRAWN = {
 
 
 def test_the_shaped_reward_that_is_drawn_is_the_shaped_one():
-    drawn = {c.name: c.key for c in report.PLOTS[0].curves}
+    drawn = {c["name"]: c["key"] for c in PLOTS[0]["curves"]}
     assert drawn == {"shaped reward": "reward/shaped_mean", "share right": "correct/mean"}
 
 
-def test_a_prediction_is_drawn_in_nats_where_its_slope_is_known():
-    plot = next(p for p in report.PLOTS if "predicted" in p.title)
-    slope, foretold = "entropy/prediction_slope_exact", "entropy/predicted_change_exact"
-    steps = [{"step": 1, foretold: -2.0}, {"step": 2}, {"step": 3, foretold: -4.0, slope: 0.5}]
-    assert plot.curves[0].drawn(steps) == ([3], [-2.0])
-    assert plot.curves[1].drawn([{"step": 3, "entropy/realised_change": -1.5}]) == ([3], [-1.5])
+def test_every_curve_of_the_page_is_a_metric_of_the_catalogue():
+    keys = [c[name] for plot in PLOTS for c in plot["curves"] for name in ("key", "times") if name in c]
+    assert len(keys) > 25 and [key for key in keys if not matches(key, IN_A_RUN)] == []
 
 
 def test_report_of_a_run(tmp_path):
@@ -370,20 +370,17 @@ def test_report_of_a_run(tmp_path):
         )
     book.event("engine_lost", reason="<i>")
     (tmp_path / "config.yaml").write_text("name: <script>")
-    text = page(tmp_path)
-    assert text.count('class="plotly-graph-div"') == len(report.PLOTS) + 2 == 13
-    assert "Setting moved by bonus" in text and "Parts of the reward" in text
-    ranking = re.findall(r"<tr><td>(.{5})</td>", text)
-    assert ranking == ["0.700", "0.600", "0.400", "0.300", "0.200", "0.100"]
-    assert "&lt;b&gt; so<mark>⏎</mark>" in text
-    assert "name: &lt;script&gt;" in text and "&lt;i&gt;" in text
-    assert not any(each in text for each in ("<b> so", "<i>", 'src="http', "<link"))
+    said = page(tmp_path)
+    assert said["recorded"] == [1, 2] and said["metrics"]["steps"] == [1, 2]
+    assert said["metrics"]["values"]["control/bonus"] == [0.1, 0.1]
+    assert said["settings"] == [["name", '"<script>"', ""]]
+    assert [(e["kind"], e["fields"]) for e in said["events"]] == [("engine_lost", '{"reason": "<i>"}')]
+    text = (tmp_path / "report.html").read_text()
+    assert not any(each in text for each in ("<i>", 'src="http', "<link", "name: <script>"))
 
 
 def test_report_says_what_is_missing(tmp_path):
-    assert [
-        name in page(tmp_path) for name in ("metrics.jsonl", "tokens/", "events.jsonl", "manifest.json")
-    ] == [True] * 4
+    notes = " ".join(page(tmp_path)["notes"])
+    assert [n in notes for n in ("metrics.jsonl", "tokens/", "events.jsonl", "manifest.json")] == [True] * 4
     write(journal(tmp_path), 1)
-    text = page(tmp_path)
-    assert "Nothing from metrics.jsonl: it holds none of <code>varentropy/mean</code>" in text
+    assert "metrics.jsonl" not in " ".join(page(tmp_path)["notes"])

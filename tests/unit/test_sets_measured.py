@@ -20,6 +20,7 @@ from entroray.evaluation.summary import followed
 from entroray.metrics.catalogue import family_metrics
 from entroray.objective import build_objective
 from entroray.observe import evaluation, evaluation_page, report
+from entroray.observe.run_data import run_data
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.types import Draw, Group, Prompt, Rollout, SamplerNotes, Status, Verdict
 from entroray.wiring import dataset, measured_metrics
@@ -157,7 +158,7 @@ def test_a_controller_may_read_what_is_measured_of_a_set() -> None:
 # Shown.
 
 
-def test_the_page_of_a_run_has_a_curve_for_each_set_and_its_first_and_last_numbers(tmp_path: Path) -> None:
+def test_the_page_of_a_run_has_a_curve_for_each_set_from_before_the_first_step_on(tmp_path: Path) -> None:
     row = lambda x: {
         **{"eval/avg@4:a<b": x, "eval/avg@4_low:a<b": x - 0.1, "eval/avg@4_high:a<b": x + 0.1},
         **{"eval/pass@4:a<b": 0.9, "eval/failed:a<b": 0.0, "eval/length/truncated:a<b": 0.25},
@@ -169,11 +170,13 @@ def test_the_page_of_a_run_has_a_curve_for_each_set_and_its_first_and_last_numbe
         for kind, fields in (("evaluation", {"step": 0, **row(0.2)}), ("x", {}))
     ]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    page = report.write_report(tmp_path).read_text()
-    assert "Evaluated: a&lt;b" in page and "<b " not in page
-    assert "avg@4 0.200 [0.100 0.300]" in page and "avg@4 0.500 [0.400 0.600]" in page and "25.0%" in page
+    drawn = run_data(tmp_path)["metrics"]
+    assert drawn["steps"] == [0, 1, 2]
+    assert drawn["values"]["eval/avg@4:a<b"] == [0.2, None, 0.5]
+    assert drawn["values"]["eval/avg@4_low:a<b"] == [0.1, None, 0.4]
+    assert "a<b" not in report.write_report(tmp_path).read_text()
     (tmp_path / "events.jsonl").unlink()
-    assert "avg@4 0.200" not in report.write_report(tmp_path).read_text()
+    assert run_data(tmp_path)["metrics"]["steps"] == [1, 2]
 
 
 def examined(**kwargs: Any) -> dict[str, Any]:
