@@ -11,8 +11,8 @@ from entroray.errors import PreflightError
 VARIABLES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for clusters of several nodes; off, it binds to loopback alone, on Linux too."""
-_OURS: set[str] = set()
-"""Variables that `stay_on_loopback` has set."""
+_OURS: dict[str, str] = {}
+"""Variables that `stay_on_loopback` has set, as it has."""
 
 
 def stay_on_loopback() -> None:
@@ -24,15 +24,17 @@ def stay_on_loopback() -> None:
     name = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")][:1]
     wanted = {LOOPBACK: "0", "VLLM_HOST_IP": "127.0.0.1"}
     wanted |= {variable: each for variable in VARIABLES.values() for each in name}
-    new = wanted.keys() - os.environ.keys()
+    new = {variable: wanted[variable] for variable in wanted.keys() - os.environ.keys()}
     _OURS.update(new)
-    os.environ.update({variable: wanted[variable] for variable in new})
+    os.environ.update(new)
 
 
 def leave_loopback() -> None:
     """Undo `stay_on_loopback`, for a run that joins a cluster after all."""
     while _OURS:
-        os.environ.pop(_OURS.pop(), None)
+        variable, value = _OURS.popitem()
+        if os.environ.get(variable) == value:
+            del os.environ[variable]
 
 
 def check_interface(backend: str) -> None:

@@ -1,7 +1,8 @@
 """Closed doors: a run listens on loopback alone, and nothing that it leaves has a secret of its shell."""
 
-import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,16 +70,20 @@ def judge(response, prompt):
 @pytest.mark.faults
 def test_an_exception_that_tells_a_secret_is_kept_without_it(tmp_path: Path, model: str) -> None:
     (tmp_path / "mine.py").write_text(JUDGE)
-    folder, logs = tmp_path / "run", Path("/tmp", f"er-{os.getpid()}")
+    folder, logs = tmp_path / "run", Path(tempfile.mkdtemp(prefix="entroray-"))  # short: sockets lie in it
     settings = ["experiment=quickstart", "objective=grpo", "run.steps=3", "rollout.groups_per_step=4"]
     settings += ["learner.lr_high=true", "learner.ranks=2", "generator.replicas=1", "data.max_prompt=128"]
     settings += [f"model.path={model}", f"reward.path={tmp_path}/mine.py:judge", f"run.dir={folder}"]
     told = {**SECRETS, "RAY_TMPDIR": str(logs)}
-    logs.mkdir()
     process = start("train", *settings, "evaluate.final=false", within=on_a_named_machine(), variables=told)
     watched = Watched(process)
-    printed, _ = process.communicate(timeout=250)
+    try:
+        printed, _ = process.communicate(timeout=500)
+    finally:
+        process.kill()
     events = lines(folder / "events.jsonl")
     assert any("RuntimeError: 401 for *** at ***" in str(event) for event in events), printed[-3000:]
-    assert "canary" not in printed and holding("canary", folder, logs) == []
+    left = holding("canary", folder, logs)
+    shutil.rmtree(logs, ignore_errors=True)
+    assert "canary" not in printed and left == []
     assert beyond(watched.found) == set()

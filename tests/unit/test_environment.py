@@ -258,7 +258,7 @@ def test_a_run_of_one_machine_is_told_to_stay_on_loopback_and_one_that_joins_is_
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
-    monkeypatch.setattr(interfaces, "_OURS", set())
+    monkeypatch.setattr(interfaces, "_OURS", {})
     interfaces.stay_on_loopback()
     found = [os.environ[name] for name in names]
     assert found == ["0", found[1], "eth1", "127.0.0.1"] and found[1].startswith("lo")
