@@ -75,7 +75,6 @@ def add_adapter(policy: Policy, lora: Lora, seed: int) -> None:
         inject_adapter_in_model(policy.adapter, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_adapters(name))
-    policy.register_state_dict_post_hook(_leave_base_out)
     every = model.named_parameters(remove_duplicate=False)  # a tied head has two names
     moved = {name.replace(".base_layer.", "."): name for name, _ in every}
     policy.names = {moved[name]: of_files for name, of_files in stored.items()}
@@ -83,12 +82,6 @@ def add_adapter(policy: Policy, lora: Lora, seed: int) -> None:
 
 def _is_adapters(name: str) -> bool:
     return ".lora_" in name
-
-
-def _leave_base_out(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
-    """A checkpoint is of what is trained; DeepSpeed itself leaves the second name of a tied head in."""
-    for name in [name for name in state if not _is_adapters(name)]:
-        del state[name]
 
 
 @dataclass(frozen=True)

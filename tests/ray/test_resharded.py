@@ -121,6 +121,7 @@ def test_weights_moments_and_step_are_the_same_on_other_ranks_and_stages(
     (state, logprobs), metrics, (after, moved) = first
     kinds = {key.split("/")[0] for key in state}
     assert kinds == {"weight", "exp_avg", "exp_avg_sq", "step", "model"}
+    assert all((".lora_" in key) is (which == "adapter") for key in state), "what is trained, alone"
     assert np.abs(np.subtract(logprobs, moved)).max() > 1e-3, "witness: the update moves the weights"
     close = {"rtol": 1e-4, "atol": 2e-2 if which == "bfloat16" else 2e-4}
     for layout, ((known_, said), measured, (then, told_)) in zip(layouts[1:], others, strict=True):

@@ -174,15 +174,6 @@ def test_peft_reads_an_exported_adapter(tmp_path: Path) -> None:
     assert lora.read_config(str(place)) == described and lora.read_config(str(source)) is None
 
 
-def test_a_checkpoint_is_of_what_is_trained(tmp_path: Path) -> None:
-    """A tied head has a second name, under which the embedding would be saved once more."""
-    policy = adapted(folder("qwen2", tmp_path / "read"))
-    assert policy.state_dict() and all(".lora_" in name for name in policy.state_dict())
-    other = adapted(tmp_path / "read", size=0.1)
-    other.load_state_dict(policy.state_dict(), strict=False)
-    assert torch.equal(logprobs(other), logprobs(policy))
-
-
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "q_prj", "norm"])
 def test_targets_that_have_no_matrix_are_refused(name: str, tmp_path: Path) -> None:
     place = folder("qwen3", tmp_path / "read")
