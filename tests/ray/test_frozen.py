@@ -1,4 +1,4 @@
-"""What is frozen is killed and replaced, what is only slow is not, and no collective waits for half an hour."""
+"""What is frozen is killed and replaced, what is slow is not, and no collective waits for half an hour."""
 
 import asyncio
 import os
