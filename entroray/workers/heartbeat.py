@@ -21,6 +21,8 @@ from entroray.train.pulse import TURNS, Beat, Pulse
 
 INTERVAL = 2.0
 """Seconds between two beats, and between two looks."""
+MOST = 2 * INTERVAL
+"""Seconds that one look counts at most."""
 _NAMESPACE = b"entroray"
 _READ = 10.0
 """Seconds for the GCS to answer."""
@@ -52,7 +54,7 @@ async def watch(actors: Callable[[], Iterable[Watched]]) -> None:
             before = time.monotonic()
             continue
         now = time.monotonic()
-        passed, before = min(now - before, 2 * INTERVAL), now
+        passed, before = min(now - before, MOST), now
         pulses = {key: pulses.get(key) or Pulse() for key in looked}
         for key, each in looked.items():
             if why := pulses[key].look(beats.get(key), passed, each.allowed):

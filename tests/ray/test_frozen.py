@@ -1,4 +1,4 @@
-"""What is frozen is killed and replaced, what is only slow is not, and no collective waits half an hour."""
+"""What is frozen is killed and replaced, what is slow is not, and no collective waits for half an hour."""
 
 import asyncio
 import os
@@ -93,7 +93,9 @@ def test_whoever_is_frozen_is_killed_and_replaced_and_who_is_slow_is_not(stack: 
             drawn = asyncio.create_task(m.engines.sample(request))
             assert await slowed(pids, 45.0) == 45
             assert len(await drawn) == 1
-        with lost_by(events, "engine_lost generator 0: the engine's thread die", "engine_joined generator 1"):
+        with lost_by(
+            events, "engine_lost generator 0: the engine's thread died", "engine_joined generator 1"
+        ):
             every[0].__ray_call__.remote(kill_engine_thread)
             await until(lambda: len(events) == 2, 150.0)
         idle = await asyncio.to_thread(pid, m.engines.handles[0])

@@ -1,0 +1,123 @@
+"""How the driver looks at heartbeats, and what pools and gangs do with who is frozen."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from entroray.engine.vllm_request import Request
+from entroray.errors import InfrastructureError
+from entroray.train.pulse import Beat
+from entroray.types import Draw
+from entroray.workers import cluster, heartbeat
+from entroray.workers.cluster import Gang
+from entroray.workers.heartbeat import Watched, watch
+from tests.unit.test_engines import Gang as Learner
+from tests.unit.test_engines import Handle, make_pool, names
+
+__all__ = ["make_pool"]
+
+
+def looks(monkeypatch: pytest.MonkeyPatch, seconds: float, read: Callable[[int], dict[str, Beat]]) -> int:
+    """Looks, `seconds` of the clock apart, until the one actor is found frozen; 0 if 100 do not find it."""
+    counted, lost, clock = [0], list[int](), [0.0]
+
+    def answer(keys: Any) -> dict[str, Beat]:
+        counted[0] += 1
+        clock[0] += seconds
+        return read(counted[0])
+
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.0)
+    monkeypatch.setattr(heartbeat, "MOST", 4.0)
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(heartbeat, "_read", answer)
+    handle: Any = SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda: "a"))
+    one = Watched(handle, lambda error: lost.append(counted[0]))
+
+    async def look() -> None:
+        task = asyncio.create_task(watch(lambda: [] if lost else [one]))
+        while not lost and counted[0] < 100 and not task.done():
+            await asyncio.sleep(0)
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(look(), 10.0))
+    return (lost or [0])[0]
+
+
+def test_time_in_which_the_driver_did_not_look_counts_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = lambda n: {"a": Beat(1, 5)}
+    assert looks(monkeypatch, 2.0, silent) == 11, "20 s after the first look"
+    assert looks(monkeypatch, 500.0, silent) == 6, "five looks of 4 s each, not one of 500"
+
+
+def test_nobody_is_frozen_because_the_store_of_beats_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(n: int) -> dict[str, Beat]:
+        if n > 1:
+            raise RuntimeError("the GCS is gone")
+        return {"a": Beat(1, 5)}
+
+    assert looks(monkeypatch, 2.0, fails) == 0
+
+
+def test_an_idle_engine_that_is_frozen_is_dropped_and_its_replacement_watched_as_it_starts(
+    make_pool: Any,
+) -> None:
+    pool = make_pool(Learner(), Handle("a"), Handle("b"), spares=[Handle("c")])
+
+    async def run() -> list[str]:
+        assert len(pool.watched()) == 2
+        pool.watched()[0].lose(InfrastructureError("frozen"))
+        watched = [each.handle.name for each in pool.watched()]
+        while pool.replacing:
+            await asyncio.wait(pool.replacing, timeout=5.0)
+        assert [each.handle.name for each in pool.watched()] == ["b", "c"] and not pool.starting
+        return watched
+
+    assert asyncio.run(run()) == ["b", "c"] and names(pool) == "bc"
+
+
+def test_an_update_of_weights_allows_engines_more_time(make_pool: Any) -> None:
+    pool = make_pool(Learner(), Handle("a"))
+    pool.sender.deadline = 1800.0
+
+    async def run() -> None:
+        assert pool.watched()[0].allowed == 0.0
+        async with pool.updating:
+            assert pool.watched()[0].allowed == 1800.0, "of the first the size is not known"
+            pool.sender.size = int(30e9)
+            assert pool.watched()[0].allowed == 360.0
+
+    asyncio.run(run())
+
+
+def test_who_asks_is_told_of_an_error_in_the_deadline_of_a_call(make_pool: Any) -> None:
+    pool = make_pool(Learner(), Handle("a"))
+    pool.sender.generator = None  # has no transfer
+    asked = pool.sample(Request("q", (1,), (1,), Draw(1.0, 1), deadline=1.0))
+    with pytest.raises(AttributeError):
+        asyncio.run(asyncio.wait_for(asked, 5.0))
+
+
+def test_a_gang_that_lost_a_frozen_rank_says_so_and_watches_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed, events = list[Any](), list[tuple[str, str]]()
+    monkeypatch.setattr(cluster, "kill_actors", killed.extend)
+
+    async def settle(ref: Any, **_: Any) -> Any:
+        return await ref
+
+    monkeypatch.setattr(cluster, "settle", settle)
+    gang = Gang("learner", ["r0", "r1"])
+    report = lambda kind, **fields: events.append((kind, fields["rank"]))
+    gang.watched(report)[1].lose(InfrastructureError("frozen: no sign of life for 20 s"))
+    assert killed == ["r1"] and events == [("rank_lost", "learner rank 1")]
+    assert [each.handle for each in gang.watched(report)] == ["r0"]
+
+    async def dead(rank: int, handle: Any) -> None:
+        raise InfrastructureError("its process died")
+
+    with pytest.raises(InfrastructureError, match="learner rank 1: frozen: no sign of life for 20 s"):
+        asyncio.run(gang.all(dead, deadline=1.0))
