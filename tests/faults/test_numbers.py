@@ -168,6 +168,7 @@ def test_lag_stays_bounded_after_a_resume(fault: Fault, max_lag: int) -> None:
     seen = []
     for step in (1, 2, 3):
         world = ToyWorld(row("grpo"))
+        world.version = step  # what a run that goes on serves first
         trained_states(driver(world, max_lag=max_lag), 8, states[step])
         seen += [s["lag/max"] for s in world.steps]
         assert world.steps[0]["step"] == step + 1
@@ -187,20 +188,23 @@ class Late(ToyWorld):
         return drawn
 
 
-@pytest.mark.fault("F45", "results come in any order, and time.time() jumps by a day to and fro")
-def test_order_of_results_and_jumps_of_the_clock_change_nothing(
-    fault: Fault, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.fault(
+    "F45", "results come in any order, time.time() jumps by a day to and fro (max_lag={max_lag})"
+)
+@pytest.mark.parametrize("max_lag", [0, 1])
+def test_order_of_results_and_jumps_of_the_clock_train_each_prompt_once(
+    fault: Fault, monkeypatch: pytest.MonkeyPatch, max_lag: int
 ) -> None:
     wall, world, jumps = time.time, Late(row("grpo")), random.Random(0)
     world.came = []  # type: ignore[attr-defined]
     monkeypatch.setattr(time, "time", lambda: wall() + jumps.uniform(-86400, 86400))
-    asyncio.run(driver(world, max_lag=1, stall=20.0).train(6))
+    asyncio.run(driver(world, max_lag=max_lag, stall=20.0).train(6))
     issued = [f"q{i}" for i in range(24)]
     came = world.came[:24]  # type: ignore[attr-defined]
     assert came != sorted(came, key=lambda q: int(q[1:]))
     fault.fired(f"results came as {', '.join(came[:4])}, ...")
-    assert world.trained == issued
-    fault.saw("trained in order of issue")
+    assert len(set(world.trained)) == 24 and (max_lag or world.trained == issued)
+    fault.saw("they are put in order of issue" if not max_lag else "late ones are trained a step later")
     fault.goes_on("24 prompts, each once; no deadline was missed")
 
 
