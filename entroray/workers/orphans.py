@@ -39,9 +39,11 @@ def end_with_parent() -> dict[str, str]:
 
 def main(fd: int, pid: int, folder: str) -> None:
     """Watch until the pipe closes, then kill what is left and remove its temporary files."""
-    known = set(_children(pid))
-    while not select.select([fd], [], [], POLL_INTERVAL)[0]:
+    known = set[psutil.Process]()
+    ended = False
+    while not ended:
         known = {p for p in (*known, *_children(pid)) if p.is_running() and p.pid != os.getpid()}
+        ended = bool(select.select([fd], [], [], POLL_INTERVAL)[0])
     _, alive = psutil.wait_procs(known, timeout=GRACE)
     for process in alive:
         for each in (*_children(process.pid), process):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,10 +74,10 @@ class Log:
 class Supervisor:
     """Of one run in `folder`; `every` steps a fault, 0 for none."""
 
-    def __init__(self, folder: Path, *, seed: int, steps: int, every: int, settings: Sequence[str] = ()):
-        self.folder, self.run, self.steps = folder, folder / "run", steps
+    def __init__(self, folder: Path, *, seed: int, steps: int, every: int):
+        self.folder, self.run = folder, folder / "run"
         self.log = Log(folder / "soak.jsonl")
-        self.command = [sys.executable, "-m", "entroray", "train", *SETTINGS, *settings]
+        self.command = [sys.executable, "-m", "entroray", "train", *SETTINGS]
         self.command += [f"seed={seed}", f"run.steps={steps}", f"run.dir={self.run}"]
         faults = schedule(seed, steps, every, list(KINDS)) if every else []
         self.left: list[Fault] = faults[len(self.log.of("fault")) :]

@@ -25,25 +25,29 @@ def test_a_warm_start_ends_with_its_driver(tmp_path: Path, monkeypatch: pytest.M
 
 
 WITH_FILE = """
-import os, pathlib, signal
+import os, pathlib, signal, subprocess, time
 from entroray.workers import orphans
 variables = orphans.end_with_parent()
 pathlib.Path(variables["TMPDIR"], "vllm_dist_1").touch()
-print(variables["TMPDIR"], variables["TORCHINDUCTOR_CACHE_DIR"], flush=True)
+child = subprocess.Popen(["sleep", "62"], stdout=subprocess.DEVNULL, start_new_session=True)
+time.sleep(5)  # until it is known
+print(variables["TMPDIR"], variables["TORCHINDUCTOR_CACHE_DIR"], child.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_temporary_files_go_with_the_driver_and_what_was_compiled_stays(
+def test_children_and_their_temporary_files_go_with_the_driver_and_what_was_compiled_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     driver = [sys.executable, "-c", WITH_FILE]
     killed = subprocess.run(driver, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
-    temporary, compiled = map(Path, killed.stdout.split())
+    *folders, child = killed.stdout.split()
+    temporary, compiled = map(Path, folders)
     assert temporary.parent == compiled.parent == tmp_path
     until = time.monotonic() + 30
     while temporary.exists() and time.monotonic() < until:
         time.sleep(0.1)
     assert not temporary.exists()
+    assert all(is_dead(p) for p in psutil.process_iter() if p.pid == int(child))
