@@ -95,6 +95,7 @@ def test_of_two_ranks_one_that_dies_before_any_checkpoint_starts_the_run_over_an
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(900)
 def test_a_driver_killed_at_random_moments_and_resumed_makes_every_step_once(
     finished_run: FinishedRun, tmp_path: Path
 ) -> None:
