@@ -17,6 +17,8 @@ POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'"
 SCRIPTS = ("parts.js", "charts.js", "block.js", "tokens.js", "unsure.js", "page.js")
 BYTES = 8_300_000
 """Of all token blocks, as text; the page stays below 10 MB."""
+DAMAGED = (OSError, ValueError, KeyError, TypeError, NotImplementedError)
+"""Arrow's errors are all of these."""
 TOKENS, SHARED = 1_000_000, 8
 """Most tokens of all recorded steps, of which each has this part at least if all have many."""
 
@@ -69,7 +71,7 @@ def _token_blocks(run_dir: Path, notes: list[str]) -> list[tuple[int, str]]:
             text = _block(run_dir, file, most)
             if len(text) > left and not blocks:
                 text = _block(run_dir, file, int(most * 0.9 * left / len(text)))
-        except (OSError, ValueError, KeyError) as error:  # Arrow's errors are all three
+        except DAMAGED as error:
             notes.append(f"Nothing from tokens/{file.name}: it is damaged ({error}).")
             damaged += 1
             continue

@@ -38,10 +38,10 @@ def run_data(run_dir: Path) -> Found:
         {k: v for k, v in m.items() if isinstance(v, int | float) and isfinite(v)} for m in steps or []
     ]
     events, config, manifest = events or [], config or {}, manifest or {}
-    advised = _flat(config) | {"objective": config.get("objective") or {}, "control": _moved(config)}
-    found = health.read_health(metrics, advised)
+    objective = _section(config, "objective")
+    advised = _flat(config) | {"objective": objective, "control": _moved(config)}
+    found = _said(lambda: health.read_health(metrics, advised))
     _, prediction, law = _said(lambda: health_lines(metrics, advised)) or ("", "", "")
-    objective = config.get("objective") or {}
     return {
         "name": run_dir.resolve().name,
         "running": _is_held(run_dir),
@@ -83,7 +83,7 @@ def _said(make: Callable[[], Any]) -> Any:
     """What `make` makes; None of settings that another program or another version wrote."""
     try:
         return make()
-    except (EntrorayError, ValueError, TypeError, KeyError, AttributeError):
+    except (EntrorayError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
         return None
 
 
@@ -97,8 +97,13 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Found:
 
 
 def _moved(config: Mapping[str, Any]) -> list[str]:
-    given = config.get("control") or {}
-    return [c["knob"] for c in given.values() if isinstance(c, dict) and c.get("knob")]
+    given = _section(config, "control").values()
+    return [c["knob"] for c in given if isinstance(c, dict) and c.get("knob")]
+
+
+def _section(config: Mapping[str, Any], name: str) -> Found:
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _text(value: Any) -> str:
@@ -108,7 +113,7 @@ def _text(value: Any) -> str:
 def _settings(config: Mapping[str, Any]) -> list[list[str]]:
     """Name, value and default of each, in an objective that of its nearest row; empty where there is none."""
     default = _texts(asdict(Config()))
-    if row := _nearest_row(config.get("objective") or {}):
+    if row := _nearest_row(_section(config, "objective")):
         default |= {f"objective.{name}": text for name, text in _rows()[row].items()}
     return [[name, _text(value), default.get(name, "")] for name, value in _flat(config).items()]
 
@@ -154,7 +159,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _event(event: Found) -> Found:
-    fields = event.get("fields") if isinstance(event.get("fields"), dict) else {}
+    fields = _section(event, "fields")
     text = _text(fields)
     return {
         "time": str(event.get("time", "")),

@@ -61,10 +61,17 @@ def load_step(run_dir: Path, file: Path, most: int) -> StepTokens:
     rows = columns["rollout"]
     starts = np.flatnonzero(np.diff(rows, prepend=-1) != 0)
     shown = [r for r in about if chosen is None or r["rollout"] in set(chosen)] or _bare(table, rows, starts)
-    vocabulary = file.with_name("vocabulary.json")
-    words = json.loads(vocabulary.read_text(encoding="utf-8")) if vocabulary.exists() else {}
     step, count = token_records.step_of(file), pq.read_metadata(file).num_rows
-    return StepTokens(step, count, columns, masks[1] if masks else [], starts, shown, words)
+    return StepTokens(step, count, columns, masks[1] if masks else [], starts, shown, _vocabulary(file))
+
+
+def _vocabulary(file: Path) -> dict[str, str]:
+    """Text by token id, beside the record file; empty where it is missing or cut short: ids are shown."""
+    try:
+        words = json.loads(file.with_name("vocabulary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {i: text for i, text in words.items() if isinstance(text, str)} if isinstance(words, dict) else {}
 
 
 def encode_step(tokens: StepTokens) -> bytes:

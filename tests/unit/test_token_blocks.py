@@ -159,6 +159,23 @@ def test_a_foreign_or_damaged_file_is_a_sentence_on_the_page(tmp_path, name):
     assert f"{name} is damaged" in said if name != "events.jsonl" else said == ""
 
 
+def test_settings_and_events_of_another_program_are_shown_as_they_are(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("objective: text\ncontrol: [1]\ndata: null\nrun: {steps: x}\n")
+    (tmp_path / "events.jsonl").write_text('{"kind": "evaluation", "fields": [1]}\n{"kind": "evaluation"}\n')
+    assert notes(tmp_path) == ""
+    found = run_data(tmp_path)
+    assert found["objective"] == "an unknown objective" and ["run.steps", '"x"', "100"] in found["settings"]
+
+
+@pytest.mark.parametrize("text", ['{"0": "a', "[]", '{"0": 1}'])
+def test_without_a_whole_vocabulary_tokens_are_shown_by_their_ids(tmp_path, text):
+    write_run(tmp_path, recorded=[1])
+    (tmp_path / "tokens" / "vocabulary.json").write_text(text)
+    header, _ = decoded(encode_step(load_step(tmp_path, STEP(tmp_path, 1), 10**6)))
+    assert {text for _, text in header["words"]} == {""} and notes(tmp_path) == ""
+
+
 def test_a_file_cut_short_in_a_copy_leaves_the_rest(tmp_path):
     write_run(tmp_path)
     for name in (
