@@ -17,6 +17,8 @@ from entroray.wiring.run_directory import make_folder
 
 CLOCKED = ("seconds/", "tokens/per_second", "idle/")
 """Metrics that are times: they may differ."""
+UNDONE = ("/issued", "/rolled_back")
+"""Ends of metrics that grow by what a resumption draws anew."""
 
 
 FLAGS = (Flag("steps", "N"), Flag("dir", "FOLDER"))
@@ -100,7 +102,7 @@ def differences(whole: Path, resumed: Path, *, after: int) -> list[str]:
 
 def _metrics(run: Path, after: int) -> list[Mapping[str, Any]]:
     rows = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] > after]
-    return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
+    return [{k: v for k, v in row.items() if not (k.startswith(CLOCKED) or k.endswith(UNDONE))} for row in rows]
 
 
 def _same_records(file: Path, other: Path) -> bool:
