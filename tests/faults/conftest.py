@@ -75,7 +75,7 @@ def fault(request: pytest.FixtureRequest) -> Iterator[Fault]:
     row = Fault(marker.args[0], marker.args[1].format(**given), request.node.name)
     yield row
     passed = request.node.stash.get(PASSED, False)
-    if in_lane(request.config):
+    if in_lane(request.config) and PASSED in request.node.stash:  # else it was interrupted
         table.keep(row.row(held=passed, commit=table.commit()))
     if passed:
         assert row.witness and row.detected and row.lost, f"{row.number}: the row is not told whole: {row}"
