@@ -102,7 +102,9 @@ def differences(whole: Path, resumed: Path, *, after: int) -> list[str]:
 
 def _metrics(run: Path, after: int) -> list[Mapping[str, Any]]:
     rows = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] > after]
-    return [{k: v for k, v in row.items() if not (k.startswith(CLOCKED) or k.endswith(UNDONE))} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not (k.startswith(CLOCKED) or k.endswith(UNDONE))} for row in rows
+    ]
 
 
 def _same_records(file: Path, other: Path) -> bool:

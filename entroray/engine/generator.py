@@ -181,10 +181,9 @@ class Generator:
         sizes = {"dtype": self.dtype, "max_model_len": self.max_length}
         self.llm = start_llm(model=self.model, seed=self.seed, **sizes, **self.options)
         self.llm.collective_rpc(check_transfers)
-        self.runner = runner(self.llm)
         self.engine, tokenizer = self.llm.llm_engine, self.llm.get_tokenizer()
         self.read = response_text(tokenizer, end_tokens(self.llm.model_config, tokenizer))
-        self.threads = StepThreads(self.llm)
+        self.threads, self.runner = StepThreads(self.llm), runner(self.llm)
         self.llm.update_weight_version("0")
         self._warm_up()
         TURNS.limit = TURNS.usual

@@ -193,19 +193,18 @@ def start(address: str | None, *, cpu_only: bool) -> None:
     temporary = {} if address else orphans.end_with_parent()
     if not address:  # else Ray keeps what its last 100,000 calls did, in 340 MB that nobody looks at
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-    variables: dict[str, Any] = {"env_vars": environment() | (CPU_ONLY if cpu_only else {}) | temporary}
+    variables = environment() | (CPU_ONLY if cpu_only else {}) | temporary
     secrets = forwarded(secret=True) if address else {}  # here every process has them from this one
 
     def begin_worker() -> None:
         os.environ.update(secrets)
         heartbeat.begin()
 
-    variables["worker_process_setup_hook"] = begin_worker
     local: dict[str, Any] = {"num_cpus": os.cpu_count(), "include_dashboard": False}
     with _own_sigterm():
         ray.init(
             address=address or "local",
-            runtime_env=variables,
+            runtime_env={"env_vars": variables, "worker_process_setup_hook": begin_worker},
             logging_level=logging.WARNING,
             log_to_driver=bool(os.environ.get("ENTRORAY_WORKER_LOGS")),
             **({} if address else local),
