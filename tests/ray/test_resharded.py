@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from ray import cloudpickle
-from tests.ray.test_resume import BASE, prompts
 
 from entroray.objective import build_objective
 from entroray.train.batching import assemble, group_index, tokens_of
@@ -21,6 +20,7 @@ from entroray.wiring import actors, compose
 from entroray.workers.cluster import Gang
 from entroray.workers.learner_rank import LearnerSettings
 from entroray.workers.roles import LearnerRole
+from tests.faults.test_stopped_runs import BASE, prompts
 from tests.ray.processes import steps
 from tests.ray.stack import Stack, entroray
 from tests.ray.test_learner import groups

@@ -1,5 +1,6 @@
 """What of the driver's shell reaches every node, and what is wrong with a network before anybody waits."""
 
+import inspect
 import os
 import socket
 from collections import namedtuple
@@ -115,7 +116,9 @@ def test_processes_of_this_machine_have_the_secrets_without_ray(
     shell: None, joined: list[dict[str, Any]]
 ) -> None:
     cluster.start(None, cpu_only=True)
-    assert "worker_process_setup_hook" not in joined[0]["runtime_env"]
+    env = joined[0]["runtime_env"]
+    assert inspect.getclosurevars(env["worker_process_setup_hook"]).nonlocals == {"secrets": {}}
+    assert not {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"} & env["env_vars"].keys()
 
 
 # --- interfaces ---
