@@ -56,7 +56,7 @@ def _write(folder: Path, rank: int, learner: LearnerConfig, backend: Any) -> Non
 
     whole = _own_share(rank, learner.ranks, backend)
     try:
-        (folder / LEARNER).mkdir(exist_ok=True)
+        (folder / LEARNER).mkdir(parents=True, exist_ok=True)
         torch.save([torch.get_rng_state(), *torch.cuda.get_rng_state_all()], _random(folder, rank))
         if rank == 0:
             ways = {"learner.ranks": learner.ranks, "learner.zero_stage": learner.zero_stage}
