@@ -16,7 +16,6 @@ from entroray.config import Checkpoint, Config, Evaluate
 from entroray.observe.journal import read_metrics
 from entroray.planning.rates import LEARNER, Step, Wave, on_shared_cores, rates
 from entroray.planning.simulate import Rates, Shape
-from entroray.rollout.ledger import Ledger
 from entroray.seeds import seeds
 from entroray.wiring import actors, dataset, sampler
 from entroray.wiring.parts import Parts
@@ -114,9 +113,7 @@ class Bench:
             journal, _, health = train.open_journal(config, parts, folder, words, io.StringIO())
             with journal:
                 run_in = RunDirectory(folder)
-                await train.drive(
-                    config, parts, self.read_in, self.machine, journal, health, run_in, Ledger()
-                )
+                await train.drive(config, parts, self.read_in, self.machine, journal, health, run_in)
             signals.cancel_on_sigterm()
             return [Step(shape_of(config), line) for line in read_metrics(folder / "metrics.jsonl")]
 

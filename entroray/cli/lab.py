@@ -34,7 +34,6 @@ from entroray.observe.console import plain_table, wide_terminal
 from entroray.observe.journal import read_metrics, replace_text
 from entroray.observe.lab_cells import Cell, variant_name
 from entroray.redaction import hide_secrets
-from entroray.rollout.ledger import Ledger
 from entroray.wiring import compose, run_directory
 from entroray.wiring.actors import cpu_only
 from entroray.wiring.objective import check_objective
@@ -194,7 +193,7 @@ async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
             journal, _, health = train.open_journal(config, job.parts, folder, read_in.tokenizer, file)
             run = run_directory.RunDirectory(folder)
             with journal:
-                await train.drive(config, job.parts, read_in, m, journal, health, run, Ledger())
+                await train.drive(config, job.parts, read_in, m, journal, health, run)
     finally:
         signals.cancel_on_sigterm()
     seconds = time.monotonic() - began

@@ -295,9 +295,13 @@ async def drive(
     journal: Journal,
     health: HealthTracker,
     run: run_directory.RunDirectory,
-    ledger: Ledger,
+    ledger: Ledger | None = None,
 ) -> None:
-    """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped."""
+    """Every step of a run, from its beginning or its checkpoint; a signal saves one and raises Stopped.
+
+    `ledger` is that of the attempts before, whose learner was lost.
+    """
+    ledger = ledger or Ledger()
     verifier = m.verifier_role()
     generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
     evaluate = _evaluation(config, read_in, Evaluated(generator, ledger), verifier, health.say)

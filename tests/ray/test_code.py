@@ -38,7 +38,7 @@ async def judged(
         await asked.warm_up()
         began = time.monotonic()
         verdicts = await asked.judge(PROMPT, [rollout(text) for text in texts])
-        started = psutil.Process(asked._server._pid).children(recursive=True)
+        started = psutil.Process(asked._server.pid).children(recursive=True)
         return verdicts, time.monotonic() - began, started
     finally:
         asked.close()

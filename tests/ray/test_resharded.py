@@ -33,7 +33,7 @@ OFFLOADED = "learner.deepspeed={zero_optimization:{offload_optimizer:{device:cpu
 LOW = ["learner=lora", "learner.lora.rank=3", "learner.lr=0.02", "learner.lr_high=true"]
 HOPS: dict[str, tuple[list[str], list[Layout]]] = {
     "float32": ([], [(1, 1), (2, 1), (1, 1), (1, 3), (1, 1), (2, 3), (1, 0), (1, 1), (2, 2)]),
-    "bfloat16": (["model.dtype=bfloat16"], [(2, 0), (1, 1), (2, 3), (1, 2), (2, 0)]),
+    "bfloat16": (["model.dtype=bfloat16"], [(2, 1), (1, 2), (2, 3), (1, 1), (2, 1)]),
     "adapter": (LOW, [(1, 1), (2, 3), (1, 0), (1, 1)]),
     "offloaded": ([], [(1, 1), (1, 2, OFFLOADED), (2, 3), (2, 3, OFFLOADED), (1, 1)]),
 }

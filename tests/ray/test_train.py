@@ -55,7 +55,7 @@ def test_a_set_is_evaluated_before_the_first_step_every_few_and_after_the_last(
         assert 1 < row["eval/length/mean:sums"] <= 40 and "eval/greedy" in row
     assert "evaluated  sums: chain_sum, 12 prompts x 4 samples, temperature 0.7, top-p 0.9" in printed
     assert "questions are in the training data, too" in printed and "step 6: sums: avg@4 " in printed
-    assert "Evaluated: sums" in (folder / "report.html").read_text()
+    assert "eval/avg@4:sums" in (folder / "report.html").read_text()
     assert json.loads((folder / "manifest.json").read_text())["evaluation_sets"]
 
 
