@@ -99,7 +99,8 @@ def expired(checkpoints: Sequence[Path], keep: int) -> list[Path]:
 
 def written_by(rank: int, folder: Path) -> list[Path]:
     """The files of a checkpoint that `rank` wrote: those that bear its number; rank 0 what bears none."""
-    numbers = {f: re.match(r"(?:rank|rng)-(\d+)", f.name) for f in _files(folder)}
+    done = [f for f in _files(folder) if not f.name.startswith(".")]  # others may still be writing theirs
+    numbers = {f: re.match(r"(?:rank|rng)-(\d+)", f.name) for f in done}
     own = {f: int(found[1]) if found else 0 for f, found in numbers.items()}
     listings = (MANIFEST, MARKER, STATE)
     return [f for f, owner in own.items() if owner == rank and f.name not in listings]
