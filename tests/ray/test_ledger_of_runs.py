@@ -14,7 +14,7 @@ from tests.ray.test_chosen_rows import QUICK
 
 JUDGE = """
 def judge(response, prompt):
-    if len(response) > 4 and len(response) % 5 == 0:  # not what judges are tried with as a run starts
+    if len(response) % 5 == 0 and len(response) > 4 and "word" not in response:  # nor the trial at the start
         raise ValueError("a length that it cannot judge")
     return float(len(response) % 7 == 0)
 """
