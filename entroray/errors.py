@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,7 +90,7 @@ def writing(place: Path, remedy: str = MORE_ROOM, needed: int = 0) -> Iterator[N
     torch, safetensors and Ray each hide a full disk in another type.
     """
     try:
-        if needed > _free(place):
+        if needed > free_bytes(place):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
     except EntrorayError:
@@ -99,7 +100,7 @@ def writing(place: Path, remedy: str = MORE_ROOM, needed: int = 0) -> Iterator[N
         why = f"{type(cause).__name__}: {first_line(cause)}"
         asked = f", {_mib(needed)} needed" if needed else ""
         raise InfrastructureError(
-            f"{place} cannot be written ({why}){asked}, {_mib(_free(place))} free on its disk: {remedy}"
+            f"{place} cannot be written ({why}){asked}, {_mib(free_bytes(place))} free on its disk: {remedy}"
         ) from error
 
 
@@ -107,6 +108,7 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def _free(place: Path) -> int:
-    """Bytes free on the disk that `place` lies on, or would."""
-    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+def free_bytes(place: Path) -> int:
+    """Bytes free on the disk that `place` lies on, or would; no end of them where a mount tells nothing."""
+    usage = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists()))
+    return usage.free if usage.free or usage.total else sys.maxsize

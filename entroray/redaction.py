@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from functools import lru_cache
 from typing import Any, TextIO
 from urllib.parse import quote
 
@@ -13,7 +14,7 @@ NAMED = re.compile(
 """The name of a variable that holds a secret, and not where one is."""
 IN_URL = re.compile(
     r"(?<=://)(?:[^/@\s:]*:[^/\s]+|[^/@\s:]{16,})(?=@)"
-    r"|(?<=[?&])[\w-]*(?i:token|key|secret|passw|signature)[\w-]*=[^&#\s\"'<>]+"
+    r"|(?<=[?&])(?:[\w-]*[_-])?(?i:(?:access|auth)?token|(?:api)?key|secret|passw(?:or)?d|signature)=[^&#\s\"'<>]+"
 )
 """A name and a password, or a token, before the host; a key or a token in the query."""
 SHORTEST = 8
@@ -21,6 +22,7 @@ SHORTEST = 8
 STARS = "***"
 
 
+@lru_cache(maxsize=4096)  # every string that is journalled asks it of every variable
 def is_secret(name: str, value: str) -> bool:
     """Whether the value of this variable of the environment is nobody else's."""
     return bool(NAMED.match(name.upper()) or IN_URL.search(value))

@@ -16,7 +16,7 @@ from entroray.errors import DataError, EntrorayError
 from entroray.metrics import health
 from entroray.objective import build_objective
 from entroray.observe.health_tracker import TOO_EARLY, health_lines
-from entroray.observe.journal import read_metrics
+from entroray.observe.journal import plain, read_metrics
 from entroray.rows import objective_names, objective_row
 
 PLOTS = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text(encoding="utf-8"))
@@ -107,7 +107,7 @@ def _section(config: Mapping[str, Any], name: str) -> Found:
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    return json.dumps(plain(value), ensure_ascii=False, sort_keys=True)
 
 
 def _settings(config: Mapping[str, Any]) -> list[list[str]]:

@@ -95,7 +95,7 @@ class ToolTurns:
             return Dialogue(replace(dialogue.response, status=answer.status), None)
         why = MaskReason.TOOL_ERROR if answer.failed else MaskReason.TOOL
         appended = observation(dialogue.response, self.encode(self.syntax.answer, answer.text), why)
-        response, room = join(dialogue.response, appended), dialogue.response.limit - len(before)
+        response, room = _joined(dialogue.response, appended), dialogue.response.limit - len(before)
         if response.length < room:
             return Dialogue(response, dialogue.call)
         response = cut(response, room)
@@ -109,7 +109,7 @@ class ToolTurns:
             return dialogue
         there = (*before, *dialogue.response.token_ids.tolist())
         (drawn,) = await self.generator.sample(prompt, [seed], draw, there)
-        return Dialogue(join(dialogue.response, drawn), self._find_call(drawn))
+        return Dialogue(_joined(dialogue.response, drawn), self._find_call(drawn))
 
     def _report_error(self, answer: Answer) -> None:
         kind = answer.detail.partition(":")[0]
@@ -121,6 +121,11 @@ class ToolTurns:
 def turn_seed(seed: int, turn: int) -> int:
     """The seed of a response's `turn`th turn after its first, the same whatever happens beside it."""
     return seeds_of(seed, turn, 0, 1)[0]
+
+
+def _joined(head: Rollout, tail: Rollout) -> Rollout:
+    """`join`, under the seed that all turns' seeds follow from."""
+    return replace(join(head, tail), seed=head.seed)
 
 
 def _truncated(rollout: Rollout) -> Rollout:

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 TURN = 60.0
 """Seconds that a turn may take, however short those before it were."""
 SILENCE, LOADING = 20.0, 60.0
-"""Seconds without a beat after which an actor is frozen; before its first turn, as libraries that hold the
+"""Seconds without a beat after which an actor is frozen; until it has worked once, as libraries that hold the
 interpreter are read from slow disks."""
+TWICE = 2
+"""A silence may take so many times as long as the longest that ended."""
 TIMES = 10
 """A turn may take so many times as long as the longest before."""
 
@@ -64,6 +66,10 @@ class Pulse:
     """Seconds that the turn under way takes."""
     longest: float = 0.0
     """Seconds of the longest turn that has ended."""
+    leave: float = 0.0
+    """Seconds that the turn under way was allowed in a look at it."""
+    quiet: float = 0.0
+    """Seconds of the longest silence that a beat has ended: one may hold the interpreter as it works."""
 
     def look(self, beat: Beat | None, passed: float, allowed: float = 0.0) -> str:
         """Why it is frozen, or "". `passed` are the seconds since the last look in which somebody looked.
@@ -74,15 +80,20 @@ class Pulse:
         last, self.last = self.last, beat or self.last
         if beat is None or beat.failure or last is None:
             return beat.failure if beat else ""
-        self.silent = 0.0 if beat.serial != last.serial else self.silent + passed
+        self.leave = max(self.leave, allowed)
+        if beat.serial != last.serial:
+            self.quiet, self.silent = max(self.quiet, self.silent), 0.0
+        else:
+            self.silent += passed
         if beat.turns != last.turns or beat.limit is None:
-            usual = beat.turns != last.turns and last.limit is not None and not allowed
+            usual = beat.turns != last.turns and last.limit is not None and not self.leave
             self.longest = max(self.longest, self.turning + passed) if usual else self.longest
-            self.turning = 0.0
+            self.turning = self.leave = 0.0
         else:
             self.turning += passed
-        if self.silent >= (SILENCE if beat.turns else LOADING):
+        unproven = not beat.turns or beat.limit == math.inf
+        if self.silent >= max(LOADING if unproven else SILENCE, TWICE * self.quiet):
             return f"frozen: no sign of life for {self.silent:.0f} s"
-        if beat.limit is not None and self.turning >= max(beat.limit, TIMES * self.longest, allowed):
+        if beat.limit is not None and self.turning >= max(beat.limit, TIMES * self.longest, self.leave):
             return f"frozen: its thread has been in one turn for {self.turning:.0f} s"
         return ""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from entroray.binding import holds
 from entroray.config import Config, Observe
-from entroray.errors import LedgerError
+from entroray.errors import InfrastructureError, LedgerError
 from entroray.evaluation.sets import EvaluatedSet
 from entroray.policy.tokenizer import chat
 from entroray.train.diagnostics import DiagnosticsSchedule
@@ -49,9 +49,12 @@ async def train_balanced(
     try:
         await driver.train(steps, after)
     except LedgerError as error:
-        saved = await driver.within_stall(save())
+        try:
+            saved = f"saved in {await driver.within_stall(save())}"
+        except InfrastructureError as failed:
+            saved = f"not saved, for {failed}"
         raise LedgerError(
-            f"after step {driver.version}, saved in {saved}: {error}\nThis is a fault of the program: please "
+            f"after step {driver.version}, {saved}: {error}\nThis is a fault of the program: please "
             f"report it with events.jsonl. run.resume=auto goes on and counts what is missing as rolled back"
         ) from error
     finally:

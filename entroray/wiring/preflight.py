@@ -12,7 +12,7 @@ from typing import Any
 from entroray.binding import effective_settings, function_name, traits
 from entroray.config import Config, share_cards
 from entroray.engine.adapter import ADAPTER
-from entroray.errors import EntrorayError, PreflightError, first_line
+from entroray.errors import EntrorayError, PreflightError, first_line, free_bytes
 from entroray.planning.deadlines import CHECKPOINT
 from entroray.policy import families, lora, proof
 from entroray.policy.safetensors_header import tensor_shapes
@@ -173,7 +173,7 @@ def transfer(config: Config) -> str:
 def disk(config: Config) -> str:
     """Room for the checkpoints kept, the one being written, and the exported model."""
     place = _existing(run_directory.place(config.run.dir or "runs"))
-    free = shutil.disk_usage(place).free
+    free = free_bytes(place)
     count = _of_model(config, memory.parameter_count)
     if count is None:
         return f"{free / 2**30:.1f} GiB free at {place}; the model's size is unknown"

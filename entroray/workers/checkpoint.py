@@ -76,7 +76,11 @@ class Checkpoints:
             except BaseException as error:  # boundary: it is raised again
                 if not sealing or not isinstance(error, asyncio.CancelledError):  # else the thread is at it
                     shutil.rmtree(partial, ignore_errors=True)
-                if isinstance(error.__cause__, TimeoutError):
+                late = (
+                    error.__cause__,
+                    getattr(error.__cause__, "__cause__", None),
+                )  # of a gang
+                if any(isinstance(cause, TimeoutError) for cause in late):
                     raise TimeoutError(str(error)) from error
                 raise
 

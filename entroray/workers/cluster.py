@@ -380,13 +380,13 @@ class Gang:
         A rank that is frozen is killed: what is asked of the gang, now or later, fails and says why.
         """
 
-        def lose(rank: int, error: InfrastructureError) -> None:
-            self.lost[rank] = f"{self.member(rank)}: {error}"
-            report("rank_lost", rank=self.member(rank), error=str(error))
-            kill_actors([self.handles[rank]])
+        def lose(rank: int, handle: Any, error: InfrastructureError) -> None:
+            if self.handles[rank] is handle:  # else another has taken its place meanwhile
+                self.lost[rank] = f"{self.member(rank)}: {error}"
+                kill_actors([handle])
+                report("rank_lost", rank=self.member(rank), error=str(error))
 
-        ranks = [r for r in range(len(self.handles)) if r not in self.lost]
-        return [Watched(self.handles[rank], partial(lose, rank)) for rank in ranks]
+        return [Watched(h, partial(lose, r, h)) for r, h in enumerate(self.handles) if r not in self.lost]
 
 
 def _is_lost(error: BaseException) -> bool:

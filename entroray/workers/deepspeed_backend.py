@@ -319,6 +319,11 @@ def _stepped(optimizer: Any, inner: Any, zero: Mapping[str, Any]) -> dict[nn.Par
         raise PreflightError(
             "learner.deepspeed.zero_optimization: no checkpoint can hold what lies on nvme: set device=cpu"
         )
+    if hasattr(optimizer, "backup_optimizer"):
+        raise PreflightError(
+            "learner.deepspeed.zero_optimization.offload_optimizer.ratio: no checkpoint can hold what two "
+            "optimizers keep: leave ratio out"
+        )
     if zero["stage"] == 0 and not apart:
         raise PreflightError(
             f"learner.zero_stage=0: no checkpoint can hold what {type(inner).__name__} keeps of all weights "

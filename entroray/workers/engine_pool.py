@@ -108,6 +108,10 @@ class EnginePool:
         self.affinity = PrefixAffinity()
         self.queue: list[Pending] = []
         self.tasks: set[asyncio.Task[None]] = set()
+        self.held: set[asyncio.Task[None]] = set()
+        """Requests that wait for an engine."""
+        self.learner_lost: LearnerLostError | None = None
+        """As a replacement was told that asked for weights: no engine will serve before another learner."""
         self.replacing: set[asyncio.Task[None]] = set()
         self.updating = asyncio.Lock()
         self.changed = asyncio.Event()
@@ -166,7 +170,7 @@ class EnginePool:
         """Give every request of the last turn to an engine, all requests of an engine in one call."""
         pending, self.queue = [p for p in self.queue if not p.answer.done()], []
         if not self.live:
-            _start(self._dispatch_later(pending), self.tasks)
+            _start(self._dispatch_later(pending), self.held)
             return
         shares: dict[Engine, list[Pending]] = {engine: [] for engine in self.live}
         for each in pending:
@@ -218,6 +222,8 @@ class EnginePool:
     async def wait_for_engine(self, *, newcomers: bool = False) -> None:
         """Return when one serves, or has at least started; InfrastructureError when none ever will."""
         while not (self.live or (newcomers and self.newcomers)):
+            if self.learner_lost:
+                raise self.learner_lost
             if not self.replacing and not self.newcomers:
                 raise InfrastructureError(
                     f"no generator is left ({self.last_error}) and generator.restarts={self.allowed} is used "
@@ -328,7 +334,9 @@ class EnginePool:
         self.starting.remove(engine)
         if task.cancelled():
             kill_actors([engine.handle])
-        elif (error := task.exception()) and not isinstance(error, LearnerLostError):
+        elif isinstance(error := task.exception(), LearnerLostError):
+            self.learner_lost = error
+        elif error:
             self.drop(engine, error)
         self.changed.set()
 
@@ -337,7 +345,9 @@ class EnginePool:
 
         At once where an update was cut short: engines are paused then, and nobody takes their samples later.
         """
-        paused = self.cut_short
+        paused, self.learner_lost = self.cut_short, None
+        for task in self.held:  # whoever asked is gone, and engines serve only behind this
+            task.cancel()
         self.first_awaited, self.cut_short, self.affinity = True, False, PrefixAffinity()
         self.sender.disconnect()
         self.sender.attempt += 1
@@ -354,9 +364,10 @@ class EnginePool:
     async def close(self) -> None:
         """Cancel what is under way, replacements too, and start none any more."""
         self.restarts = 0
-        for task in (*self.tasks, *self.replacing):
+        ended = [*self.tasks, *self.held, *self.replacing]
+        for task in ended:
             task.cancel()
-        await asyncio.gather(*self.tasks, *self.replacing, return_exceptions=True)
+        await asyncio.gather(*ended, return_exceptions=True)
 
 
 def _start(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> asyncio.Task[None]:

@@ -64,6 +64,22 @@ def test_an_update_of_weights_may_take_longer_and_is_no_measure_for_turns() -> N
     assert frozen_after([Beat(i, 8, WORK) for i in range(151, 300)], pulse) == 59.0
 
 
+def test_a_turn_that_an_update_began_has_its_leave_until_it_ends() -> None:
+    pulse = Pulse()
+    assert frozen_after([Beat(i, 7, WORK) for i in range(100)], pulse, allowed=180.0) == math.inf
+    assert frozen_after([Beat(100 + i, 7, WORK) for i in range(50)], pulse) == math.inf, (
+        "the lock is free again"
+    )
+    assert frozen_after([Beat(150, 8, WORK)], pulse) == math.inf and pulse.longest == 0.0
+    assert frozen_after([Beat(151 + i, 8, WORK) for i in range(100)], pulse) == 59.0
+
+
+def test_a_silence_may_be_twice_the_longest_that_ended_and_sixty_seconds_until_work_is_done() -> None:
+    pulse = Pulse()
+    assert frozen_after([Beat(1, 5, math.inf)] * 50, pulse) == math.inf
+    assert frozen_after([Beat(2, 6, WORK)] * 200, pulse) == 98.0
+
+
 def test_a_thread_that_died_in_a_living_process_is_told_at_once() -> None:
     assert (
         Pulse().look(Beat(1, 3, WORK, "the engine's thread died: boom"), 1.0)

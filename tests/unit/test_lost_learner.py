@@ -67,6 +67,21 @@ def test_a_rank_that_dies_or_is_silent_is_the_loss_of_the_learner(
         asyncio.run(gang.all(lambda rank, error: Call(error), deadline=0.05 if errors == [None] * 2 else 5.0))
 
 
+def test_a_verdict_on_a_rank_that_was_replaced_kills_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed, told = list[Any](), list[str]()
+    monkeypatch.setattr(cluster, "kill_actors", killed.extend)
+    gang = Gang("learner", ["old"], lambda rank: "new")
+    (watched,) = gang.watched(lambda kind, **fields: told.append(kind))
+    gang.respawn()
+    watched.lose(InfrastructureError("frozen: no sign of life for 20 s"))
+    assert (killed, gang.lost, told) == (["old"], {}, [])
+    (watched,) = gang.watched(lambda kind, **fields: told.append(kind))
+    watched.lose(InfrastructureError("frozen: no sign of life for 20 s"))
+    assert killed == ["old", "new"] and list(gang.lost) == [0] and told == ["rank_lost"]
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [

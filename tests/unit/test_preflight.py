@@ -13,7 +13,7 @@ import pytest
 from entroray.cli import doctor, judge_trial, train
 from entroray.config import Config
 from entroray.data.prompts import Split
-from entroray.errors import ConfigError, DataError, NumericsError, PreflightError
+from entroray.errors import ConfigError, DataError, NumericsError, PreflightError, free_bytes
 from entroray.policy.tiny_model import build_tiny_model
 from entroray.policy.tokenizer import byte_tokenizer
 from entroray.reward.verdicts import failed
@@ -217,6 +217,16 @@ def test_a_disk_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
     with pytest.raises(PreflightError, match=r"checkpoint\.keep=2 \+ 2 .*checkpoint\.keep.*run\.dir"):
         preflight.disk(config(f"model.path={folder}", "learner.lr=1e-6"))
+
+
+def test_a_mount_that_tells_nothing_of_its_room_is_not_taken_for_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage(0, 0, 0))
+    assert free_bytes(tmp_path / "run") > 1 << 60
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage(10, 10, 0))
+    assert free_bytes(tmp_path / "run") == 0
 
 
 def test_a_disk_too_small_for_a_model_in_shards_or_not_made_yet(

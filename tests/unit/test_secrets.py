@@ -59,6 +59,7 @@ def test_other_variables_are_not(name: str) -> None:
         ("https://me:p@ss@host:80/x y@z", "https://***@host:80/x y@z"),
         ("https://ghp_0123456789abcdef@host/x", "https://***@host/x"),
         ("http://host/?n=1&api_key=abc&m=2", "http://host/?n=1&***&m=2"),
+        ("http://host/judge?max_tokens=256&tokenizer=q", "http://host/judge?max_tokens=256&tokenizer=q"),
         ("ssh://git@host, a:b@c, 2:3", "ssh://git@host, a:b@c, 2:3"),
         ("short, 123456789 and 0.123456789", "short, 123456789 and 0.123456789"),
     ],

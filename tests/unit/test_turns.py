@@ -69,7 +69,7 @@ class Script:
     ) -> list[Rollout]:
         assert draw is DRAW, "every turn is drawn as the first"
         self.read += [(decode(after), seed) for seed in seeds]
-        return [self._say(tuple(after), len(self.read)) for _ in seeds]
+        return [replace(self._say(tuple(after), len(self.read)), seed=seed) for seed in seeds]
 
     def _say(self, after: tuple[int, ...], version: int) -> Rollout:
         ids = encode(self.turns.pop(0))
@@ -97,7 +97,7 @@ def test_each_turn_reads_every_token_before_it_and_nothing_else() -> None:
     script = Script("[2+3]", "[5*2]", "=10", answers=[Answer("5"), Answer("10")])
     (whole,) = talk(script)
     assert script.read == [("", 7), ("[2+3]5", turn_seed(7, 1)), ("[2+3]5[5*2]10", turn_seed(7, 2))]
-    assert script.asked == [["2+3"], ["5*2"]]
+    assert script.asked == [["2+3"], ["5*2"]] and whole.seed == 7
     assert decode(whole.token_ids) == whole.text == "[2+3]5[5*2]10=10" and whole.status is Status.OK
     assert why(whole) == ".....t.....tt..."
     assert whole.versions.tolist() == [1] * 6 + [2] * 7 + [3] * 3  # the tool's: of the turn that called
