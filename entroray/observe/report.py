@@ -69,8 +69,9 @@ def _token_blocks(run_dir: Path, notes: list[str]) -> list[tuple[int, str]]:
     for file in _spread(files):
         try:
             text = _block(run_dir, file, most)
-            if len(text) > left and not blocks:
-                text = _block(run_dir, file, int(most * 0.9 * left / len(text)))
+            while len(text) > left and not blocks and most:  # long prompts, or a cap above what was recorded
+                most = int(most * 0.9 * left / len(text))
+                text = _block(run_dir, file, most)
         except DAMAGED as error:
             notes.append(f"Nothing from tokens/{file.name}: it is damaged ({error}).")
             damaged += 1
