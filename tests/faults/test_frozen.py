@@ -17,6 +17,7 @@ from entroray.types import Draw
 from entroray.wiring import actors, compose, dataset
 from entroray.wiring.parts import build_parts
 from entroray.workers import cluster
+from tests.faults.record import Fault
 from tests.ray.stack import ROOM, Stack
 
 STOPPED, RAN = 0.9, 0.1
@@ -68,8 +69,13 @@ def kill_engine_thread(engine: Any) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.fault(
+    "F04", "SIGSTOP to an idle engine, a verifier and a rank; before, a tenth of the time to each"
+)
 @pytest.mark.timeout(580)
-def test_whoever_is_frozen_is_killed_and_replaced_and_who_is_slow_is_not(stack: Stack, model: str) -> None:
+def test_whoever_is_frozen_is_killed_and_replaced_and_who_is_slow_is_not(
+    fault: Fault, stack: Stack, model: str
+) -> None:
     events = list[str]()
 
     def report(kind: str, **fields: Any) -> None:
@@ -92,7 +98,7 @@ def test_whoever_is_frozen_is_killed_and_replaced_and_who_is_slow_is_not(stack: 
             request = Request("q", (1, 2, 3), (5,), Draw(1.0, 64), deadline=200.0)
             drawn = asyncio.create_task(m.engines.sample(request))
             assert await slowed(pids, 45.0) == 45
-            assert len(await drawn) == 1
+            assert len(await drawn) == 1, "witness: 45 times stopped, and it drew its sample"
         with lost_by(
             events, "engine_lost generator 0: the engine's thread died", "engine_joined generator 1"
         ):
@@ -110,7 +116,11 @@ def test_whoever_is_frozen_is_killed_and_replaced_and_who_is_slow_is_not(stack: 
         ):
             os.kill(idle, signal.SIGSTOP)
             os.kill(pids[1], signal.SIGSTOP)
+            fault.fired(f"processes {idle}, {pids[1]} are stopped; slowed for 45 s they were not lost")
+            await until(lambda: any("lost" in event for event in events), 200.0)
+            fault.saw("engine_lost and verifier_lost: no sign of life")
             await until(lambda: len(events) == 4, 200.0)
+            fault.goes_on("engine_joined, verifier_joined; the rank, stopped next, is lost to its gang")
             os.kill(pids[2], signal.SIGSTOP)
             await until(lambda: len(events) == 5, 100.0)
         with pytest.raises(InfrastructureError, match="learner rank 0: frozen"):
