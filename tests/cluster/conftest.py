@@ -5,15 +5,7 @@ from pathlib import Path
 import pytest
 
 from entroray.policy.tiny_model import build_tiny_model
-
-TINY = {
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 128,
-    "max_position_embeddings": 512,
-}
+from tests.conftest import TINY
 
 
 @pytest.fixture(scope="session")
