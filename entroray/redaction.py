@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 NAMED = re.compile(
     r"(?!.*_(PATH|FILE|DIR|HOME|ROOT|SOCK|MODE|NAME|ENV)$)"
-    r".*(TOKEN|KEYS?|SECRETS?|PASS(WORDS?|WD|PHRASE)?|_PWD|CREDENTIALS?|AUTH|COOKIE)(_|$)"
+    r".*(TOKEN|KEYS?|SECRETS?|PASS(WORDS?|WD|PHRASE)?|_PWD|_PAT|CREDENTIALS?|AUTH|COOKIE|WEBHOOK)\d*(_|$)"
 )
 """The name of a variable that holds a secret, and not where one is."""
 IN_URL = re.compile(

@@ -29,6 +29,7 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         *("HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "PGPASSWORD", "MYSQL_PWD", "AWS_SECRET_ACCESS_KEY"),
         *("AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "github_token", "RAY_AUTH_TOKEN", "GOOGLE_CREDENTIALS"),
+        *("API_KEY2", "MY_TOKEN1", "GH_PAT", "SLACK_WEBHOOK"),
     ],
 )
 def test_a_variable_is_secret_by_its_name(name: str) -> None:
@@ -45,6 +46,7 @@ def test_a_variable_is_secret_by_its_name(name: str) -> None:
         "RAY_AUTH_MODE",
         "SSH_AUTH_SOCK",
         "KEY_DIR",
+        "GLIBC_COMPAT",
     ],
 )
 def test_other_variables_are_not(name: str) -> None:
