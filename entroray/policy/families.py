@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from entroray.config import LearnerConfig
 from entroray.errors import PreflightError, first_line
-from entroray.policy.head import Readout, StreamedHead
+from entroray.policy.head import Readout
+from entroray.policy.streamed_head import StreamedHead
 
 _SMALL, _LARGE = 2.0**-30, 2.0**40
 """Logits at which c tanh(s x / c) is s x, and c, to the last bit of float64."""

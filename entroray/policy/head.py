@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from entroray.kept_sets import KeptSets
 from entroray.policy.vocabulary_statistics import named
 
 TILE_ELEMENTS = 1 << 20
@@ -23,8 +22,6 @@ CARD_TILE_ELEMENTS = 1 << 27
 """The same on a GPU, 0.5 GiB: smaller matrices would leave most of it idle."""
 CARD_COLUMNS = 4096
 """Columns of a tile for kernels are a multiple of it, unless they are all."""
-CARD_EVEN = 16
-"""Its rows begin at multiples of it, wherever the last ends: tensor cores and loads take 16 bytes at once."""
 _LEAST = -1e4
 """Least log-prob in sums, p being 0 already: 0 * -inf were not a number."""
 
@@ -169,7 +166,7 @@ class _Logits:
         """Whether states are divided by the temperature, n D numbers, in place of logits, n V."""
         self.states = self.hidden * self.factor if self.early else self.hidden
         self.scale, self.tile = readout.scale, tile
-        self.even = CARD_EVEN if tile.kernels else 1
+        self.even = _kernels().EVEN if tile.kernels else 1
         """Rows of a tile begin at multiples of it."""
         elements = min(tile.rows, len(hidden)) * self._pitch(min(tile.columns, len(weight)))
         spare = hidden.dtype if tile.kernels else self.dtype
@@ -209,15 +206,20 @@ class _Logits:
         """Of a tile, which is overwritten but by kernels."""
         if not self.tile.kernels:
             return _Moments.of(z, spare)
-        from entroray.policy import head_kernels  # Triton comes with torch for CUDA, not with that for CPU
-
-        return _Moments(*head_kernels.moments(z, self.late[rows])).joined()
+        return _Moments(*_kernels().moments(z, self.late[rows])).joined()
 
     def slope(self, z: Tensor, rows: slice) -> Tensor | None:
         """Of the softcap, which made `z`."""
         if self.softcap is None:
             return None
         return 1.0 - (z * (self.temperature[rows] / self.softcap)).square_()
+
+
+def _kernels() -> Any:
+    """Triton comes with torch for CUDA, not with that for CPU."""
+    from entroray.policy import head_kernels
+
+    return head_kernels
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
@@ -335,11 +337,9 @@ class _Slopes(NamedTuple):
         return dz if bend is None else dz.mul_(bend)
 
     def _by_kernel(self, z: Tensor, out: Tensor, rows: slice, columns: slice, logits: _Logits) -> Tensor:
-        from entroray.policy import head_kernels
-
         ids, capped = self.ids[rows] - columns.start, logits.softcap is not None
         of_rows = self.logsumexp[rows], self.entropy[rows], *self.sent[:, rows]
-        head_kernels.slopes(z, logits.late[rows], out, ids, *of_rows, capped=capped)
+        _kernels().slopes(z, logits.late[rows], out, ids, *of_rows, capped=capped)
         return out
 
 
@@ -349,30 +349,3 @@ def _further_gradient(logits: Tensor, more: Sequence[Callable[[Tensor], Tensor]]
     z = logits.detach().clone().requires_grad_()
     logp = z.log_softmax(-1)
     return torch.autograd.grad([statistic(logp) for statistic in more], z, list(grads))[0]
-
-
-class StreamedHead(nn.Module):
-    """Stands where the head stood and keeps its parameters, so that ZeRO-3 gathers them as any module's."""
-
-    bias: nn.Parameter | None
-
-    def __init__(self, head: nn.Linear, readout: Readout = PLAIN):
-        super().__init__()
-        self.weight, self.readout = head.weight, readout
-        self.register_parameter("bias", head.bias)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        token_ids: Tensor,
-        temperature: Tensor,
-        more: Sequence[str] = (),
-        kept: KeptSets | None = None,
-    ) -> dict[str, Tensor]:
-        """Over the vocabulary, or over the sets of `kept`."""
-        given, bias, readout = (hidden, self.weight, token_ids, temperature), self.bias, self.readout
-        if kept is None:
-            return token_stats(*given, tuple(more), bias=bias, readout=readout)
-        from entroray.policy.kept_head import kept_stats  # which is made of this module
-
-        return kept_stats(*given, kept, more, bias=bias, readout=readout)

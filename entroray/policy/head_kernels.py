@@ -4,8 +4,8 @@ cuBLAS makes the tile and takes its gradient (`head.py`). A program has one bloc
 16 FP32 numbers a thread in four loads of 16 bytes, which stay in registers for all its sums. No program waits
 for another, and blocks are joined behind the kernel. Triton 3.7.1 assembles 48 registers a thread (moments)
 and 34 (slopes) for A100, 48 and 32 for H100, and spills none: five programs or more share a multiprocessor,
-so that one loads while another sums. Values were seen in Triton's interpreter (`tests/interpreter`); it says
-nothing of races or speed, which wait for a card, as does the card's own exp (2^x to 22 bits).
+so that one loads while another sums. Values are tested in Triton's interpreter (`tests/interpreter`), and
+were seen with their speed on an H200 (`tests/gpu/README.md`, part b).
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entroray.policy.head import CARD_EVEN
-
 BLOCK = 4096
 """Logits of one program: 16 KiB in FP32."""
+EVEN = 16
+"""Rows begin at multiples of it, wherever the last ends: tensor cores and loads take 16 bytes at once."""
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 """No fused multiply-add: a row's largest logit less itself is then 0, as in torch and in the interpreter."""
 
@@ -25,7 +25,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 def moments(z: Tensor, factor: Tensor) -> Tensor:
     """Top, total, mean, variance, [4, blocks, n], as `head._Moments`, of each BLOCK of logits z factor.
 
-    `z` is [n, k], each row at the next multiple of CARD_EVEN; `factor` is [n, 1].
+    `z` is [n, k], each row at the next multiple of EVEN; `factor` is [n, 1].
     """
     out = z.new_empty(len(z), triton.cdiv(z.shape[1], BLOCK), 4)
     _launch(_moments_kernel, z, factor, out, z.shape[1])
@@ -45,7 +45,7 @@ def slopes(z: Tensor, factor: Tensor, out: Tensor, ids: Tensor, *rows: Tensor, c
 def _launch(kernel: Any, z: Tensor, *args: Tensor | int, **constants: Any) -> None:
     """One program for each row and block; rows come first, as only that axis may be longer than 65,535."""
     grid = len(z), triton.cdiv(z.shape[1], BLOCK)
-    assert z.stride(0) == triton.cdiv(z.shape[1], CARD_EVEN) * CARD_EVEN
+    assert z.stride(0) == triton.cdiv(z.shape[1], EVEN) * EVEN
     if len(z):
         kernel[grid](z, *args, z.stride(0), BLOCK=BLOCK, **constants, **OPTIONS)
 
