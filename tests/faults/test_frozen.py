@@ -61,11 +61,16 @@ def ended(number: int) -> bool:
     return not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE
 
 
-def kill_engine_thread(engine: Any) -> None:
-    def die(future: Future) -> None:
-        raise SystemExit("for the test")
+def killer_of_the_thread() -> Callable[[Any], None]:
+    """What ends the thread of an engine; pickled by value, since an actor cannot import a test."""
 
-    engine.inbox.put((die, Future()))
+    def kill(engine: Any) -> None:
+        def die(future: Future) -> None:
+            raise SystemExit("for the test")
+
+        engine.inbox.put((die, Future()))
+
+    return kill
 
 
 @pytest.mark.faults
@@ -102,7 +107,7 @@ def test_whoever_is_frozen_is_killed_and_replaced_and_who_is_slow_is_not(
         with lost_by(
             events, "engine_lost generator 0: the engine's thread died", "engine_joined generator 1"
         ):
-            every[0].__ray_call__.remote(kill_engine_thread)
+            every[0].__ray_call__.remote(killer_of_the_thread())
             await until(lambda: len(events) == 2, 150.0)
         idle = await asyncio.to_thread(pid, m.engines.handles[0])
         lost = "frozen: no sign of life "
