@@ -146,8 +146,8 @@ FAMILIES = {
         special="hidden states divided by 4, latent attention",
     ),
 }
-FEW = ("gemma2", "cohere", "gpt_neox", "opt")
-"""Of the default lane: softcap and window; a scale; names and vLLM's other backend; dropout and body."""
+FEW = ("gemma2", "opt")
+"""Of the default lane: softcap and window; dropout and another body."""
 
 
 OUTPUTS = ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "dense_4h_to_h", "dense.weight", "post_")

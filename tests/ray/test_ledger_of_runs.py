@@ -56,6 +56,7 @@ def test_a_run_whose_samples_fail_and_whose_successes_come_again_balances(
     )
 
 
+@pytest.mark.slow
 def test_a_miscount_ends_the_run_with_1_behind_a_checkpoint_from_which_it_goes_on(
     stack: Stack, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ ABSENT = {"liger"}
 """Steps whose package the default lane does not install."""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_every_part_of_the_proof_runs_on_the_cpu(tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable}

@@ -107,7 +107,9 @@ async def hop(stack: Stack, settings: LearnerSettings, before: Path | None, fold
     return [start, await update(gang, 2), await looked_at(gang)]
 
 
-@pytest.mark.parametrize("which", HOPS)
+@pytest.mark.parametrize(
+    "which", [pytest.param(name, marks=[pytest.mark.slow] * (name == "offloaded")) for name in HOPS]
+)
 def test_weights_moments_and_step_are_the_same_on_other_ranks_and_stages(
     stack: Stack, odd: str, which: str, tmp_path: Path
 ) -> None:

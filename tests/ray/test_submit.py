@@ -91,6 +91,7 @@ def test_a_run_dir_in_the_packed_code_is_refused(head: tuple[str, dict[str, str]
     assert code == 2 and "absolute" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_job_which_saves_a_checkpoint(
     head: tuple[str, dict[str, str]], model: str, tmp_path: Path
 ) -> None:

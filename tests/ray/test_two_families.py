@@ -1,4 +1,4 @@
-"""Four families as unlike as there are; `launch/test.sh families` runs all of them."""
+"""Two families as unlike as there are; `launch/test.sh families` runs all of them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,5 +18,5 @@ def trial(local_ray: None) -> Iterator[Trial]:
 
 @pytest.mark.parametrize("name", models.FEW)
 def test_a_family_is_sampled_trained_and_exported_exactly(trial: Trial, name: str, tmp_path: Path) -> None:
-    """Softcap and window; a scale; another engine and names; dropout and another body."""
+    """Softcap and window; dropout and another body."""
     assert not table.complaints(trial.run(name, models.write(name, tmp_path / name)))
