@@ -23,7 +23,7 @@ from entroray.evaluation.sets import measure_sets
 from entroray.observe.console import Console
 from entroray.observe.health_tracker import HealthTracker
 from entroray.observe.journal import REMEDY, Journal
-from entroray.policy.tokenizer import end_ids, fingerprint, token_name
+from entroray.policy.tokenizer import check_vocabularies, end_ids, fingerprint, token_name
 from entroray.roles import Generator, Verifier
 from entroray.rollout.ledger import DROPPED, ROLLED_BACK, UNITS, Evaluated, Ledger
 from entroray.train.driver import Roles
@@ -161,6 +161,7 @@ async def _train(
                 resume=run.resume,
                 report=journal.report,
             )
+            check_vocabularies(read_in.tokenizer, m.facts.pop("vocabularies"), model)
             journal.cut(first - 1)  # all of it where a run without a checkpoint is started over
             facts |= m.facts | {"start_seconds": round(time.monotonic() - began, 1)}
             run_directory.write_manifest(folder, settings, facts)

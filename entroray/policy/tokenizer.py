@@ -279,6 +279,16 @@ def vocabulary_hash(tokenizer: Any) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
+def check_vocabularies(tokenizer: Any, served: Mapping[str, str], model: str) -> None:
+    """PreflightError unless each engine, by name, serves the vocabulary (its hash) of `tokenizer`."""
+    own = vocabulary_hash(tokenizer)
+    if wrong := [f"{name} ({found})" for name, found in served.items() if found != own]:
+        raise PreflightError(
+            f"model.path={model}: {', '.join(wrong)} has another vocabulary there than this process ({own}): "
+            "put the same files at this path on every node"
+        )
+
+
 def _first_line(error: BaseException) -> str:
     said = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
