@@ -63,9 +63,7 @@ def runner(llm: Any) -> str:
 
 
 def ask_workers(llm: Any) -> float:
-    """When every worker of an engine that rests has answered, by `time.monotonic`; TimeoutError if one is
-    frozen.
-    """
+    """When (monotonic) every worker of an engine that rests has answered; TimeoutError if one is frozen."""
     llm.collective_rpc("check_health", timeout=ANSWER)
     return time.monotonic()
 

@@ -207,7 +207,9 @@ class Verifier:
         async with self._forking:
             for last in (False, True):
                 if not self._server.healthy and not self._closed:
-                    self._server = await asyncio.to_thread(self._replace_server)  # the loop turns meanwhile
+                    await asyncio.to_thread(self._server.close)  # the loop turns meanwhile
+                    again = self._reward, self._memory_mb, self._output
+                    self._server = await asyncio.to_thread(_ForkServer, *again)
                 if self._closed:
                     self._server.close()
                     raise InfrastructureError("this verifier is closed")
@@ -222,10 +224,6 @@ class Verifier:
                             f"no judge process could be started ({error!r}): see the verifier's log"
                         ) from error
         raise AssertionError("unreachable")
-
-    def _replace_server(self) -> "_ForkServer":
-        self._server.close()
-        return _ForkServer(self._reward, self._memory_mb, self._output)
 
 
 @dataclass
