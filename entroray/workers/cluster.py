@@ -218,6 +218,8 @@ def _own_sigterm() -> Iterator[None]:
         yield
     except SystemExit as left:
         raise Stopped(signal.SIGTERM, "ended by SIGTERM while Ray was starting") from left
+    except Exception as error:  # boundary: Ray has none of its own for this; its log says more
+        raise InfrastructureError(f"Ray did not start ({first_line(error)}): try again") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)
@@ -375,10 +377,7 @@ class Gang:
             raise LearnerLostError(why) from error
 
     def watched(self, report: Callable[..., None]) -> list[Watched]:
-        """Every rank that was not lost, for its heartbeat to be looked at; `report` hears of `rank_lost`.
-
-        A rank that is frozen is killed: what is asked of the gang, now or later, fails and says why.
-        """
+        """Every rank not lost, to be looked at; a frozen one is killed, and calls of the gang say why."""
 
         def lose(rank: int, handle: Any, error: InfrastructureError) -> None:
             if self.handles[rank] is handle:  # else another has taken its place meanwhile
