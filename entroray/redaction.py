@@ -13,7 +13,7 @@ NAMED = re.compile(
 )
 """The name of a variable that holds a secret, and not where one is."""
 IN_URL = re.compile(
-    r"(?<=://)(?:[^/@\s:]*:[^/\s]+|[^/@\s:]{16,})(?=@)"
+    r"(?<=://)(?:[^/@\s:\[]*:(?!\d{1,5}/)[^\s\"'<>]+|[^/@\s:]*:[^/\s]+|[^/@\s:]{16,})(?=@)"
     r"|(?<=[?&])(?:[\w-]*[_-])?(?i:(?:access|auth)?token|(?:api)?key|secret|passw(?:or)?d|signature)=[^&#\s\"'<>]+"
 )
 """A name and a password, or a token, before the host; a key or a token in the query."""

@@ -157,7 +157,7 @@ def _joined(config: Config, address: str) -> str:
         rows = actors.join_cluster(config)
         told = [f"{address}: {rows}", *actors.placement_lines(config), _between_nodes(config)]
         return "; ".join(told)
-    except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
+    except (OSError, ValueError, RuntimeError, InfrastructureError) as error:
         raise PreflightError(
             f"cluster.address={address} cannot be joined ({first_line(error)}): start it with "
             "launch/ray-head.sh, and compare address, Ray versions and tokens"

@@ -29,6 +29,18 @@ def cancel_on_sigterm() -> None:
     loop.add_signal_handler(signal.SIGTERM, task.cancel, OUTSIDE)  # asyncio's own, of Ctrl-C, says nothing
 
 
+def cancel_on_sigint() -> None:
+    """Have Ctrl-C cancel this task as well, once, where a driver has taken asyncio's own way with it."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task
+
+    def cancel() -> None:
+        loop.remove_signal_handler(signal.SIGINT)
+        task.cancel()
+
+    loop.add_signal_handler(signal.SIGINT, cancel)
+
+
 def stop_on_signals(driver: Driver) -> list[int]:
     """Ctrl-C and SIGTERM ask the driver to stop, once; a second one ends the process as it always did."""
     caught: list[int] = []

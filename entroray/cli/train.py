@@ -23,7 +23,7 @@ from entroray.evaluation.sets import measure_sets
 from entroray.observe.console import Console
 from entroray.observe.health_tracker import HealthTracker
 from entroray.observe.journal import REMEDY, Journal
-from entroray.policy.tokenizer import end_ids, fingerprint, token_name
+from entroray.policy.tokenizer import check_vocabularies, end_ids, fingerprint, token_name
 from entroray.roles import Generator, Verifier
 from entroray.rollout.ledger import DROPPED, ROLLED_BACK, UNITS, Evaluated, Ledger
 from entroray.train.driver import Roles
@@ -159,8 +159,9 @@ async def _train(
                 probe,
                 total_updates=updates,
                 resume=run.resume,
-                report=journal.event,
+                report=journal.report,
             )
+            check_vocabularies(read_in.tokenizer, m.facts.pop("vocabularies"), model)
             journal.cut(first - 1)  # all of it where a run without a checkpoint is started over
             facts |= m.facts | {"start_seconds": round(time.monotonic() - began, 1)}
             run_directory.write_manifest(folder, settings, facts)
@@ -193,12 +194,20 @@ async def _drive_through(
             if lost:
                 run = await _go_back(m, journal, run, ledger)
                 health = track_run(config, parts, journal, console, run.state.get("version", 0) + 1, lost)
+                lost = None
             await drive(config, parts, read_in, m, journal, health, run, ledger)
             signals.cancel_on_sigterm()
             journal.event("trained", seconds=round(time.monotonic() - began, 1), steps=config.run.steps)
             return await export_model(m, read_in.tokenizer, run.folder)
+        except asyncio.CancelledError as error:
+            if not lost:
+                raise
+            kept = checkpoint.committed(run.folder / "checkpoints")
+            how = f"as the run went back to {kept[-1] if kept else 'its beginning'}"
+            raise _stopped(signal.SIGTERM if error.args else signal.SIGINT, how, run.folder) from error
         except LearnerLostError as error:
             signals.cancel_on_sigterm()
+            signals.cancel_on_sigint()
             journal.event("learner_lost", error=str(error), restarts_left=max(0, left - 1))
             if not left:
                 raise LearnerLostError(
@@ -306,7 +315,7 @@ async def drive(
     generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
     evaluate = _evaluation(config, read_in, Evaluated(generator, ledger), verifier, health.say)
     watched: dict[str, Any] = {"waits": cluster.WAITS.lines, "busy": m.busy, "trace": cluster.WAITS.trace}
-    watched |= {"evaluate": evaluate, "ledger": ledger}
+    watched |= {"evaluate": evaluate, "ledger": ledger, "guards": [m.watch] if m.watch else []}
     roles = Roles(generator, verifier, m.learner_role(), m.sync, journal, **watched)
     began = {"settings": asdict(config), "identity": dataset.identity(config, read_in)}
     state = {name: value for name, value in run.state.items() if name not in began}

@@ -107,13 +107,16 @@ def recoded(name: str, encoding: str) -> str:
 
 def _lines(path: Path, file: IO[AnyStr]) -> Iterator[AnyStr]:
     """Those of a file; PreflightError for one that is no row, before it fills the memory."""
+    blank = True
     for number in count(1):
         line = file.readline(LONGEST)
-        if len(line) == LONGEST and not (number == 1 and line[:1] == b"["):  # an array may lie in one line
+        array = blank and isinstance(line, bytes) and _unmarked(line[:1000]).lstrip()[:1] == b"["
+        if len(line) == LONGEST and not array:  # which may lie in one line
             raise PreflightError(
                 f"data.task: {path} line {number} is longer than {LONGEST >> 20} MiB: put one row in a line, "
                 "and what is large elsewhere"
             )
+        blank = blank and not line.strip()
         if line:
             yield line
         if not line or len(line) == LONGEST:

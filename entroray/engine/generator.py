@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from entroray.engine.vllm_request import (
 from entroray.engine.waiting import BEAT, Waiting, as_they_end
 from entroray.engine.weight_bytes import Digest, digest, void_weights
 from entroray.errors import InfrastructureError
-from entroray.policy.tokenizer import response_text
+from entroray.policy.tokenizer import response_text, vocabulary_hash
 from entroray.train.pulse import TURN, TURNS
 from entroray.types import Draw, Rollout, Status
 
@@ -80,8 +81,9 @@ class Generator:
         return await asyncio.wrap_future(self.ready)
 
     async def describe(self) -> dict[str, str]:
-        """What of an engine decides what a seed draws: which of vLLM's runners serves it."""
-        return await self._run(lambda: {"runner": self.runner})
+        """What decides what a seed draws and how it is read: vLLM's runner, its tokenizer's vocabulary."""
+        vocabulary = lambda: vocabulary_hash(self.llm.get_tokenizer())
+        return await self._run(lambda: {"runner": self.runner, "vocabulary": vocabulary()})
 
     async def sample(self, request: Request) -> list[Rollout]:
         """One rollout per seed; those not done `deadline` seconds after their first token are `timeout`."""
@@ -151,6 +153,10 @@ class Generator:
         """
         return await self._run(lambda: self._commit(version, keep_kv))
 
+    async def abort(self) -> None:
+        """Give up every sample that is under way."""
+        await self._run(lambda: self._end(lambda waiting: waiting.left, Status.ABANDONED))
+
     async def use_threads(self, number: int) -> None:
         """Compute with at most `number` CPU threads from the next step on."""
         await self._run(lambda: setattr(self.threads, "most", number))
@@ -214,8 +220,7 @@ class Generator:
             self.threads.fit(samples)
             self._collect(self.engine.step())
         elif time.monotonic() > self.asked + BEAT:
-            ask_workers(self.llm)
-            self.asked = time.monotonic()
+            self.asked = ask_workers(self.llm)
         self._expire(time.monotonic())
 
     def _drain(self, *, block: bool) -> list[tuple[Callable[[Future], object], Future]]:
@@ -260,8 +265,7 @@ class Generator:
             self.owner.pop(name, None)
 
     def _collect(self, outputs: list[Any]) -> None:
-        finished = [output for output in outputs if output.finished]
-        if finished:
+        if finished := [output for output in outputs if output.finished]:
             self.moved = time.monotonic()
         keys = [self.owner.pop(output.request_id) for output in finished]
         owners = [self.waiting[key] for key in keys]
@@ -280,8 +284,7 @@ class Generator:
             waiting.done[output.request_id] = prompt_logprobs(output)  # type: ignore[assignment]
         else:
             TURNS.limit = TURN  # a whole wave has been read: the longest turn is known
-            drawn = as_rollout(waiting.request, output.outputs[0], self.read, notes)
-            waiting.done[output.request_id] = drawn
+            waiting.done[output.request_id] = as_rollout(waiting.request, output.outputs[0], self.read, notes)
         waiting.left.discard(output.request_id)
 
     def _drain_notes(self, names: Sequence[str]) -> list[Noted | None]:
@@ -301,28 +304,25 @@ class Generator:
             return
         del self.waiting[key]
         results = [waiting.done[n] for n in sorted(waiting.done, key=lambda n: int(n.rpartition("-")[2]))]
-        probe = not isinstance(results[0], Rollout)
-        if not waiting.future.done():  # else cancelled
-            waiting.future.set_result(results[0] if probe else results)
+        if not waiting.future.done():  # else cancelled; a probe has one result, which is no rollout
+            waiting.future.set_result(results if isinstance(results[0], Rollout) else results[0])
 
     def _expire(self, now: float) -> None:
         """Give up what is out of time."""
         if now < self.next_look:
             return
-        self._look(now)
-        for key, waiting in list(self.waiting.items()):
-            if late := waiting.late(now, self.moved):
-                self._give_up(waiting, late, Status.TIMEOUT)
-                self._settle(key)
+        under_way = [w.look(now, partial(has_begun, self.engine)) for w in self.waiting.values()]
+        if self.paused or any(under_way):  # then none waits in vain
+            self.moved = now
+        self._end(lambda waiting: waiting.late(now, self.moved), Status.TIMEOUT)
         self.next_look = now + min([TICK, *(w.request.deadline for w in self.waiting.values())])
 
-    def _look(self, now: float) -> None:
-        """Note which samples have a token; while any is under way, or weights change, none waits in vain."""
-        for waiting in self.waiting.values():
-            begun = (n for n in waiting.left - waiting.begun.keys() if has_begun(self.engine, n))
-            waiting.begun |= dict.fromkeys(begun, now)
-        if self.paused or any(w.left & w.begun.keys() for w in self.waiting.values()):
-            self.moved = now
+    def _end(self, chosen: Callable[[Waiting], Set[str]], status: Status) -> None:
+        """Give up these samples of each request."""
+        for key, waiting in list(self.waiting.items()):
+            if names := chosen(waiting):
+                self._give_up(waiting, names, status)
+                self._settle(key)
 
     def _give_up(self, waiting: Waiting, names: Set[str], status: Status) -> None:
         """Abort these samples of a request, and keep what there is of them."""

@@ -62,9 +62,10 @@ def runner(llm: Any) -> str:
     return "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
 
 
-def ask_workers(llm: Any) -> None:
-    """Return once every worker of an engine that rests has answered; TimeoutError if one is frozen."""
+def ask_workers(llm: Any) -> float:
+    """When (monotonic) every worker of an engine that rests has answered; TimeoutError if one is frozen."""
     llm.collective_rpc("check_health", timeout=ANSWER)
+    return time.monotonic()
 
 
 def drain_notes(llm: Any, runner: str, names: Sequence[str]) -> list[Noted | None]:

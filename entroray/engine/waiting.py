@@ -26,6 +26,11 @@ class Waiting:
     """When a sample was first seen to have a token."""
     done: dict[str, Rollout] = field(default_factory=dict)
 
+    def look(self, now: float, has_begun: Callable[[str], bool]) -> bool:
+        """Note which samples have a token; is one of those without an answer under way?"""
+        self.begun |= dict.fromkeys(filter(has_begun, self.left - self.begun.keys()), now)
+        return not self.left.isdisjoint(self.begun)
+
     def late(self, now: float, idle_since: float) -> set[str]:
         """Samples without an answer `request.deadline` seconds after their first token.
 

@@ -54,6 +54,8 @@ class Journal:
         self.copies: list[TrackerThread] = []
         self.say: Callable[[str], None] = lambda line: None
         self.summarize: Callable[[BaseException | None], RunSummary] = summarize
+        self.refused: InfrastructureError | None = None
+        """Why a line of `report` could not be written."""
         run_dir.mkdir(parents=True, exist_ok=True)
         dropped = {name: _drop_damaged(run_dir / name) for name in ("metrics.jsonl", "events.jsonl")}
         self._metrics, self._events = (_append_to(run_dir / name) for name in dropped)
@@ -69,6 +71,8 @@ class Journal:
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], tokens: Tokens) -> None:
         """Append a line of metrics, NaN and infinity as null; ValueError unless `step` is past the last."""
         with self._writing:
+            if self.refused:
+                raise self.refused
             if step <= self.last_step:
                 raise ValueError(
                     f"{self.run_dir / 'metrics.jsonl'} already holds step {self.last_step}, so step {step} "
@@ -96,6 +100,13 @@ class Journal:
         if kind == "evaluation":  # before step 1: it is in no line of metrics
             values = {k: v for k, v in fields.items() if k != "step" and math.isfinite(v)}
             self._track(fields["step"], values, self.copies)
+
+    def report(self, kind: str, **fields: Any) -> None:
+        """`event`, for who is in the middle of replacing what died: the next `step` raises a refusal."""
+        try:
+            self.event(kind, **fields)
+        except InfrastructureError as error:
+            self.refused = error
 
     def skipped(self, step: int, batch: Batch, tokens: Tokens) -> None:
         """Keep the batch of a skipped update, to be read by `torch.load(path, weights_only=False)`."""

@@ -177,6 +177,11 @@ def sync_bytes(m: ModelShape, s: Layout) -> tuple[float, float]:
     return (2 * max(IPC, largest), 0.0) if s.transfer == "ipc" else (0.0, 0.0)
 
 
+def save_bytes(m: ModelShape, s: Layout) -> float:
+    """Of the largest parameter, whole in float32 on every rank as it is saved; less than `learner_work`."""
+    return 4.0 * m.vocabulary * m.width if s.zero_stage and not s.adapter else 0.0
+
+
 def engine_bytes(m: ModelShape, s: Layout, card: float) -> dict[str, float]:
     """Bytes of one shard of an engine; keys and values are what is left of its share of the card."""
     tp, large = s.tensor_parallel, card >= LARGE
@@ -229,7 +234,7 @@ def cards(m: ModelShape, s: Layout, card: float) -> dict[str, dict[str, float]]:
     return {
         "card of both, while it learns": {**states, **work, **graphs, **own},
         "card of both, at a sync": {**states, **syncing, **loaded, **own},
-        "card of both, while it samples": {**states, **engine_parts, **own},
+        "card of both, while it samples": {**states, "a save": save_bytes(m, s), **engine_parts, **own},
     }
 
 

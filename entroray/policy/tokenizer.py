@@ -268,9 +268,25 @@ def encode_frame(tokenizer: Any) -> Callable[[str, str], list[int]]:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Hash of vocabulary and template, for the manifest and the handshake with the generators."""
+    """Hash of vocabulary and template, for the manifest."""
     content = repr(sorted(tokenizer.get_vocab().items())) + str(tokenizer.chat_template)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """Of tokens and which of them are special, for the handshake with engines, which read no template."""
+    content = sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def check_vocabularies(tokenizer: Any, served: Mapping[str, str], model: str) -> None:
+    """PreflightError unless each engine, by name, serves the vocabulary (its hash) of `tokenizer`."""
+    own = vocabulary_hash(tokenizer)
+    if wrong := [f"{name} ({found})" for name, found in served.items() if found != own]:
+        raise PreflightError(
+            f"model.path={model}: {', '.join(wrong)} has another vocabulary there than this process ({own}): "
+            "put the same files at this path on every node"
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -367,7 +367,8 @@ async def _introduce(made: Actors, resume: tuple[Path, int] | None) -> dict[str,
         )
     await made.load(resume)
     each = await engines.call_all(lambda h: h.describe.remote(), deadline=within, what="describing itself")
-    return facts[0] | next(iter(each.values()), {}) | await made.sync(resume[1] if resume else 0)
+    read = {"vocabularies": {name: e["vocabulary"] for name, e in each.items()}}
+    return facts[0] | next(iter(each.values()), {}) | read | await made.sync(resume[1] if resume else 0)
 
 
 def prepare_engines(config: Config) -> None:

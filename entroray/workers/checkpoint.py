@@ -30,7 +30,7 @@ HASHERS = 8
 """Files hashed at a time: hashing leaves Python's lock to others."""
 Fingerprint = list[Any]
 """A file's size in bytes and its hash."""
-MAPPINGS = ("settings", "identity", "stagnation", "health")
+MAPPINGS = ("settings", "identity", "stagnation", "health", "stream")
 """What of a driver's state is one."""
 
 
@@ -230,12 +230,17 @@ def _wrong_state(checkpoint: Path) -> str:
     if type(state.get("version")) is not int or state["version"] != step:
         return f"{STATE} is of version {state.get('version')!r}"
     wrong = [name for name in MAPPINGS if not isinstance(state.get(name, {}), dict)]
+    if not wrong and "ledger" not in state.get("stream", {"ledger": {}}):
+        return f"{STATE} has no ledger, as those of an older version of entroray: go on with that version"
     return f"{STATE} has no mapping under {wrong[0]}" if wrong else ""
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint, and a sentence for each newer one that cannot be gone on from."""
     wrong: list[str] = []
+    for aside in folder.glob(".step-*.old"):  # a save of a step again was ended between its two renames
+        if not (final := folder / aside.stem.removeprefix(".")).exists():
+            aside.rename(final)
     bare = [
         f"{p.name} has no {MARKER}: if it is whole, make an empty file of that name in it"
         for p in _unmarked(folder)

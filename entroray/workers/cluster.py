@@ -151,7 +151,6 @@ def forwarded(*, secret: bool) -> dict[str, str]:
 def environment() -> dict[str, str]:
     """Variables every worker needs: those of this shell, the environment's own tools, one compiled op, no
     usage reports."""
-    tools = str(Path(sys.executable).parent)
     quiet = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "VLLM_NO_USAGE_STATS": "1",
@@ -166,7 +165,7 @@ def environment() -> dict[str, str]:
         # The in-process engine: a second engine process costs a start-up and buys nothing on one node.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    path = tools + os.pathsep + os.environ.get("PATH", "")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return (
         forwarded(secret=False)
         | quiet
@@ -219,6 +218,8 @@ def _own_sigterm() -> Iterator[None]:
         yield
     except SystemExit as left:
         raise Stopped(signal.SIGTERM, "ended by SIGTERM while Ray was starting") from left
+    except Exception as error:  # boundary: Ray has none of its own for this; its log says more
+        raise InfrastructureError(f"Ray did not start ({first_line(error)}): try again") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)
@@ -343,22 +344,23 @@ class Gang:
 
     async def start(self, deadline: float) -> list[dict[str, Any]]:
         """Have the ranks meet at rank 0 and load the model; what each says of it."""
-        asked = self.handles[0].address.remote()
-        host, port = await settle(asked, deadline=deadline, what=self.member(0))
+        ((host, port),) = await self.all(lambda rank, h: h.address.remote(), deadline=deadline, ranks=1)
         return await self.all(lambda rank, h: h.start.remote(host, port, deadline), deadline=deadline)
 
     def member(self, rank: int) -> str:
         """What a rank is called."""
         return f"{self.name} rank {rank}"
 
-    async def all(self, method: Callable[[int, Any], Any], *, deadline: float) -> list[Any]:
-        """`method(rank, handle)` on every rank; the first failure or the deadline ends the wait.
+    async def all(
+        self, method: Callable[[int, Any], Any], *, deadline: float, ranks: int | None = None
+    ) -> list[Any]:
+        """`method(rank, handle)` on all, or the first `ranks`; a failure or the deadline ends the wait.
 
         LearnerLostError where a rank died or gave no answer, also if it is a peer that says so first.
         """
         calls = [
             asyncio.ensure_future(settle(method(r, h), deadline=deadline, what=self.member(r)))
-            for r, h in enumerate(self.handles)
+            for r, h in enumerate(self.handles[:ranks])
         ]
         try:
             return list(await asyncio.gather(*calls))
@@ -375,10 +377,7 @@ class Gang:
             raise LearnerLostError(why) from error
 
     def watched(self, report: Callable[..., None]) -> list[Watched]:
-        """Every rank that was not lost, for its heartbeat to be looked at; `report` hears of `rank_lost`.
-
-        A rank that is frozen is killed: what is asked of the gang, now or later, fails and says why.
-        """
+        """Every rank not lost, to be looked at; a frozen one is killed, and calls of the gang say why."""
 
         def lose(rank: int, handle: Any, error: InfrastructureError) -> None:
             if self.handles[rank] is handle:  # else another has taken its place meanwhile

@@ -224,16 +224,18 @@ class DeepSpeedBackend:
     def state_of(self, parameter: nn.Parameter) -> dict[str, Callable[[], Tensor]]:
         """What makes its float32 weight whole, and each thing that the optimizer keeps of it.
 
-        All ranks must call these, in one order. A number that is not one of each element is of shape [].
+        All ranks must call these, in one order. A number that is not one of each element is of shape [] and
+        in float64.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         x, whole = self.stepped[parameter], self.zero_stage == 0
         kinds = {WEIGHT: x.detach if whole else partial(safe_get_full_fp32_param, parameter)}
         for kind, value in self.inner.state.get(x, {}).items():
-            if isinstance(value, Tensor) and value.dim() and whole:
+            one_each = isinstance(value, Tensor) and (value.dim() or not (x.dim() or kind == "step"))
+            if one_each and whole:
                 kinds[kind] = value.detach
-            elif isinstance(value, Tensor) and value.dim():
+            elif one_each:
                 kinds[kind] = partial(safe_get_full_optimizer_state, parameter, kind)
             elif value is not None:
                 kinds[kind] = partial(torch.tensor, float(value), dtype=torch.float64)
@@ -274,7 +276,7 @@ class DeepSpeedBackend:
         from deepspeed import utils
 
         x = self.stepped[parameter]
-        if not value.dim():
+        if not value.dim() and value.dtype == torch.float64:
             self.inner.state[x][kind] = self._counted(x, value.item())
         elif self.zero_stage == 0:
             for own in (x, parameter) if kind == WEIGHT else (self.inner.state[x][kind],):

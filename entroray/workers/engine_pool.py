@@ -107,11 +107,12 @@ class EnginePool:
         """Whether an engine died during the last update: the others wait, paused, for it to be made again."""
         self.affinity = PrefixAffinity()
         self.queue: list[Pending] = []
+        self.unanswered: set[asyncio.Future[list[Rollout]]] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self.held: set[asyncio.Task[None]] = set()
         """Requests that wait for an engine."""
         self.learner_lost: LearnerLostError | None = None
-        """As a replacement was told that asked for weights: no engine will serve before another learner."""
+        """As seen in a send, which may have left engines paused: none serves before the next learner."""
         self.replacing: set[asyncio.Task[None]] = set()
         self.updating = asyncio.Lock()
         self.changed = asyncio.Event()
@@ -133,9 +134,7 @@ class EnginePool:
         try:
             failed = await await_starts([self._await_start(engine) for engine in engines])
         except InfrastructureError as error:
-            if any(
-                engine.lost for engine in engines
-            ):  # frozen as it started, and replaced if that is allowed
+            if any(engine.lost for engine in engines):  # frozen, and replaced if that is allowed
                 return await self.wait_for_engine(newcomers=True)
             raise InfrastructureError(f"no generator started ({error}): {_LOOK}") from error
         for index, why in failed.items():
@@ -159,11 +158,15 @@ class EnginePool:
     # --- sampling ---
 
     async def sample(self, request: Request) -> list[Rollout]:
-        """One rollout per seed of `request`; InfrastructureError if no engine is left to give them."""
+        """One rollout per seed of `request`; InfrastructureError if no engine, or no learner, is left."""
+        if self.learner_lost:
+            raise self.learner_lost
         if not self.queue:
             asyncio.get_running_loop().call_soon(self._dispatch)
         pending = Pending(request, asyncio.get_running_loop().create_future())
         self.queue.append(pending)
+        self.unanswered.add(pending.answer)
+        pending.answer.add_done_callback(self.unanswered.discard)
         return await pending.answer
 
     def _dispatch(self) -> None:
@@ -205,7 +208,7 @@ class EnginePool:
             self.queue += [p for p in left.values() if not p.answer.done()]
             self._dispatch()
         except Exception as error:  # boundary: a request no engine would take; whoever asked is told
-            _fail(left.values(), error)
+            _fail([p.answer for p in left.values()], error)
         finally:
             engine.in_flight -= sum(len(p.request.seeds) for p in left.values())
             WAITS.trace.change("groups in flight", -len(left))
@@ -214,7 +217,7 @@ class EnginePool:
         try:
             await self.wait_for_engine()
         except InfrastructureError as error:
-            _fail(pending, error)
+            _fail([p.answer for p in pending], error)
             return
         self.queue += pending
         self._dispatch()
@@ -257,8 +260,10 @@ class EnginePool:
                     self.first_awaited = self.cut_short = False
                     self._admit(handles)
                 return True
-            except LearnerLostError:
-                self.cut_short = True
+            except LearnerLostError as error:
+                self.learner_lost = error
+                _fail(self.unanswered, error)  # engines may be paused: nobody shall wait for them
+                self.changed.set()
                 raise
             except SyncError:
                 raise
@@ -334,32 +339,31 @@ class EnginePool:
         self.starting.remove(engine)
         if task.cancelled():
             kill_actors([engine.handle])
-        elif isinstance(error := task.exception(), LearnerLostError):
-            self.learner_lost = error
-        elif error:
+        elif (error := task.exception()) and not isinstance(error, LearnerLostError):
             self.drop(engine, error)
         self.changed.set()
 
     async def begin_anew(self, deadline: float) -> None:
-        """Serve nothing until another learner's weights come; returns when no samples are under way.
-
-        At once where an update was cut short: engines are paused then, and nobody takes their samples later.
-        """
-        paused, self.learner_lost = self.cut_short, None
+        """Serve nothing until another learner's weights come; returns as `drain` does."""
         for task in self.held:  # whoever asked is gone, and engines serve only behind this
             task.cancel()
         self.first_awaited, self.cut_short, self.affinity = True, False, PrefixAffinity()
-        self.sender.disconnect()
-        self.sender.attempt += 1
-        if not paused:
-            await self.drain(deadline)
+        async with self.updating:  # what is sent at this moment fails with the learner before
+            self.learner_lost, self.cut_short = None, False
+            self.sender.disconnect()
+            self.sender.attempt += 1
+        await self.drain(deadline)
 
     async def drain(self, deadline: float) -> None:
-        """Return when no samples are under way; InfrastructureError after `deadline` seconds."""
-        if self.tasks and (await asyncio.wait(self.tasks, timeout=deadline))[1]:
-            raise InfrastructureError(
-                f"samples of the run before were still under way after {deadline:.0f} s"
-            )
+        """Give up samples under way, return when none is; InfrastructureError after `deadline` seconds."""
+        ends, what = time.monotonic() + deadline, "giving up its samples"
+        while under_way := [*self.tasks]:
+            if time.monotonic() > ends:
+                raise InfrastructureError(
+                    f"samples of the run before were still under way after {deadline:.0f} s"
+                )
+            await self.call_all(lambda h: h.abort.remote(), deadline=PING, what=what)
+            await asyncio.wait(under_way, timeout=1.0)
 
     async def close(self) -> None:
         """Cancel what is under way, replacements too, and start none any more."""
@@ -386,7 +390,7 @@ def _trace(engine: Engine, request: Request, began: float, rollouts: Sequence[Ro
         WAITS.trace.change("groups in flight", -1)
 
 
-def _fail(pending: Iterable[Pending], error: Exception) -> None:
-    for each in pending:
-        if not each.answer.done():
-            each.answer.set_exception(error)
+def _fail(answers: Iterable[asyncio.Future[Any]], error: Exception) -> None:
+    for answer in answers:
+        if not answer.done():
+            answer.set_exception(error)

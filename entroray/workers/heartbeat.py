@@ -40,7 +40,7 @@ class Watched:
 
 
 async def watch(actors: Callable[[], Iterable[Watched]]) -> None:
-    """Look at all that `actors` gives, for ever; it is asked before every look.
+    """Look at all that `actors` gives, until something fails; it is asked before every look.
 
     Time in which this task did not run, as the machine was stopped or busy, counts for nobody.
     """

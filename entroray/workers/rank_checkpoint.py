@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from entroray.config import LearnerConfig
-from entroray.errors import PreflightError, first_line
+from entroray.errors import LearnerLostError, PreflightError, first_line
 from entroray.policy.model_files import split_files
 from entroray.seeds import seeds
 from entroray.workers import checkpoint
@@ -35,7 +35,8 @@ def save_part(
     """Write what of weights, optimizer and random state falls to `rank`, and what `also` writes.
 
     Size and hash of every file of this rank, which is on the disk then. All ranks must call; RuntimeError on
-    every rank where the disk refuses one, once none of them writes any more.
+    every rank where the disk refuses one, once none of them writes any more. LearnerLostError at once where
+    this rank could not make a tensor whole: the others are in that call, and will not leave it.
     """
     written: dict[str, Fingerprint] = {}
     seal = lambda: written.update(checkpoint.seal(folder, checkpoint.written_by(rank, folder)))
@@ -43,6 +44,8 @@ def save_part(
     for work in (lambda: _write(folder, rank, learner, backend), also, seal):
         try:
             work()
+        except LearnerLostError:
+            raise
         except Exception as error:  # boundary: every rank raises it, after what they do together
             failed = failed or f"{type(error).__name__}: {first_line(error)}"
     torch.distributed.all_gather_object(said, failed)
@@ -76,7 +79,10 @@ def _own_share(rank: int, ranks: int, backend: Any) -> Iterator[tuple[str, Tenso
     sizes = [math.prod(backend.full_shape(p)) for p in trained.values()]
     for (name, parameter), owner in zip(trained.items(), divide_sizes(sizes, ranks), strict=True):
         for kind, whole in backend.state_of(parameter).items():
-            tensor = whole()
+            try:
+                tensor = whole()
+            except Exception as error:  # boundary: whatever it is, ranks no longer move together
+                raise LearnerLostError(f"{kind}/{name} of a checkpoint: {first_line(error)}") from error
             if owner == rank:
                 yield f"{kind}/{name}", tensor
             del tensor
@@ -104,10 +110,11 @@ def load_part(folder: Path, rank: int, seed: int, backend: Any) -> None:
             f"{backend.optimizer} (learner.deepspeed): {REMEDY}"
         )
     files = sorted((folder / LEARNER).glob("rank-*.safetensors"))
-    found = {key: shape for file in files for key, shape in _shapes(file)}
+    listed = [each for file in files for each in _shapes(file)]
+    found = {key: shape for key, shape, _ in listed}
     _check_same(folder, found, {n: list(backend.full_shape(p)) for n, p in backend.trained.items()})
     kinds: dict[str, list[str]] = {}
-    for kind, _, name in (key.partition("/") for key, shape in found.items() if shape):
+    for kind, _, name in (key.partition("/") for key, shape, dtype in listed if shape or dtype != "F64"):
         kinds.setdefault(name, []).append(kind)
     backend.restore(kinds, _tensors(files), layout["schedule"])
     _restore_random(folder, rank, seed, layout["schedule"]["last_epoch"])
@@ -136,11 +143,13 @@ def _check_same(folder: Path, found: Mapping[str, list[int]], here: Mapping[str,
         )
 
 
-def _shapes(file: Path) -> list[tuple[str, list[int]]]:
+def _shapes(file: Path) -> list[tuple[str, list[int], str]]:
+    """Name, shape and type of each; a number that the optimizer keeps is of shape [] and F64."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
-        return [(key, opened.get_slice(key).get_shape()) for key in sorted(opened.keys())]
+        slices = [(key, opened.get_slice(key)) for key in sorted(opened.keys())]
+        return [(key, each.get_shape(), each.get_dtype()) for key, each in slices]
 
 
 def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, str, Tensor]]:

@@ -101,7 +101,9 @@ class Verifier:
     async def warm_up(self) -> None:
         """Return once every slot has its worker; raises ConfigError when the judge cannot be built."""
         _ = self._served
-        self._watch = self._watch or asyncio.create_task(self._look())
+        if not self._watch:
+            self._watch = asyncio.create_task(self._look())
+            self._watch.add_done_callback(_tell)
         while len(self._idle) < self._width:
             self._idle.append(await self._fork())
 
@@ -204,11 +206,13 @@ class Verifier:
         """A fresh worker; if the fork server is gone, another is started, once."""
         async with self._forking:
             for last in (False, True):
+                if not self._server.healthy and not self._closed:
+                    await asyncio.to_thread(self._server.close)  # the loop turns meanwhile
+                    again = self._reward, self._memory_mb, self._output
+                    self._server = await asyncio.to_thread(_ForkServer, *again)
                 if self._closed:
-                    raise InfrastructureError("this verifier is closed")
-                if not self._server.healthy:
                     self._server.close()
-                    self._server = _ForkServer(self._reward, self._memory_mb, self._output)
+                    raise InfrastructureError("this verifier is closed")
                 try:
                     async with asyncio.timeout(_START_DEADLINE):
                         worker = await self._server.fork()
@@ -242,12 +246,12 @@ class _ForkServer:
     def __init__(self, reward: Mapping[str, Any], memory_mb: int | None, output: int | None):
         self._control, theirs = socket.socketpair()
         self._control.settimeout(_START_DEADLINE)
-        with theirs:
-            self._launch(theirs.fileno(), [json.dumps(reward), json.dumps(memory_mb)], output)
         try:
+            with theirs:
+                self._launch(theirs.fileno(), [json.dumps(reward), json.dumps(memory_mb)], output)
             (length,) = HEADER.unpack(self._control.recv(HEADER.size, socket.MSG_WAITALL))
             self.pid = int(self._control.recv(length, socket.MSG_WAITALL))
-        except (OSError, struct.error) as error:
+        except (OSError, struct.error, subprocess.SubprocessError) as error:
             raise InfrastructureError("the verifier's fork server did not start: see its log") from error
         self._control.setblocking(False)
         self._ready, self.healthy = False, True
@@ -304,6 +308,12 @@ class _ForkServer:
         except OSError:
             _kill(self.pid)
         self._control.close()
+
+
+def _tell(watch: asyncio.Task[None]) -> None:
+    """Have who looks at heartbeats know that nobody looks at judge processes any more."""
+    if not watch.cancelled() and (error := watch.exception()):
+        TURNS.failure = f"what looks at its judge processes has failed: {error!r}"
 
 
 def _cpu_seconds(pid: int) -> float:

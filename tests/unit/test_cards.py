@@ -276,13 +276,14 @@ def introduced(
     def actor(name: str, **found: Any) -> Any:
         async def start(*_: Any) -> dict[str, Any]:
             before.setdefault(name, list(ready))
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
             ready.append(name)
             return found
 
         answer = lambda *_: asyncio.sleep(0, ("here", 1))
         ask = {name: SimpleNamespace(remote=answer) for name in ("address", "warm_up")}
-        ask["describe"] = SimpleNamespace(remote=lambda: asyncio.sleep(0, {"runner": "V2"}))
+        described = {"runner": "V2", "vocabulary": "v"}
+        ask["describe"] = SimpleNamespace(remote=lambda: asyncio.sleep(0, described))
         ask |= {"sleep": SimpleNamespace(remote=sleep)}
         return SimpleNamespace(start=SimpleNamespace(remote=start), **ask)
 
@@ -346,7 +347,8 @@ def test_nothing_of_a_start_that_fails_holds_a_card(monkeypatch: pytest.MonkeyPa
 def test_ranks_that_lay_rows_out_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them have one plan, of micro-batches that fit only rows laid out as it says."""
     end, padded = {"packed": True, "rows": "end to end"}, {"packed": False, "rows": "padded, for no kernel"}
-    assert introduced(monkeypatch, "gpu", [end, end])[1] == end | {"runner": "V2"}
-    assert introduced(monkeypatch, "gpu", [padded])[1] == padded | {"runner": "V2"}
+    engine = {"runner": "V2", "vocabulary": "v", "vocabularies": {"generator 0": "v"}}
+    assert introduced(monkeypatch, "gpu", [end, end])[1] == end | engine
+    assert introduced(monkeypatch, "gpu", [padded])[1] == padded | engine
     with pytest.raises(PreflightError, match=r"rows lie end to end and padded, for no kernel"):
         introduced(monkeypatch, "gpu", [end, end, padded])

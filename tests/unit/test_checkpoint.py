@@ -23,11 +23,11 @@ def opened(run, tree):
     return run_directory.resume_run(run, tree) or run_directory.new_run(run)
 
 
-def written(folder: Path, step: int, accuracy: float | None = None) -> Path:
+def written(folder: Path, step: int, accuracy: float | None = None, **state: object) -> Path:
     partial = folder / f".step-{step:06d}.part"
     (partial / "learner").mkdir(parents=True)
     (partial / "learner" / "weights.pt").write_bytes(bytes([step % 256] * 100))
-    (partial / "driver.json").write_text(json.dumps({"version": step, "accuracy": accuracy}))
+    (partial / "driver.json").write_text(json.dumps({"version": step, "accuracy": accuracy, **state}))
     return commit(partial, folder / f"step-{step:06d}")
 
 
@@ -173,13 +173,27 @@ def test_a_step_saved_again_stands_until_the_new_one_is_whole(
     rename = Path.rename
 
     def noted(self: Path, target: Path) -> Path:
-        seen.append((self.name, (self / MARKER).is_file(), newest(tmp_path)[0] == done))
+        seen.append((self.name, (self / MARKER).is_file(), committed(tmp_path) == [done]))
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", noted)
     assert written(tmp_path, 1) == done and newest(tmp_path) == (done, [])
     assert seen == [("step-000001", True, True), (".step-000001.part", True, False)]
     assert not list(tmp_path.glob(".step-*"))
+
+
+def test_a_step_saved_again_that_was_ended_between_its_two_renames_is_put_back(tmp_path: Path) -> None:
+    done = written(tmp_path, 1)
+    done.rename(tmp_path / ".step-000001.old")
+    (tmp_path / ".step-000001.part").mkdir()
+    assert newest(tmp_path) == (done, []) and not list(tmp_path.glob(".*.old"))
+
+
+def test_a_checkpoint_without_a_ledger_is_refused_in_words(tmp_path: Path) -> None:
+    state = {"stream": {"position": 4, "serial": 4, "in_flight": [], "kept_share": 1.0}}
+    written(tmp_path / "checkpoints", 1, **state)
+    with pytest.raises(PreflightError, match=r"step-000001.*no ledger.*older version"):
+        opened(*settings(tmp_path, resume="auto"))
 
 
 NAMES = (

@@ -1,5 +1,6 @@
 """One engine and its weights, on stand-ins for vLLM: updates cut short, sleep, caches, and how it starts."""
 
+import asyncio
 import queue
 import sys
 from concurrent.futures import Future
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 from torch import nn
 
-from entroray.engine import starting
+from entroray.engine import generator, starting
 from entroray.engine.generator import Generator
 from entroray.engine.overlap import RestlessError
 from entroray.engine.starting import OWN_WEIGHTS
 from entroray.engine.vllm_request import Request
+from entroray.engine.waiting import Waiting
 from entroray.errors import ConfigError, InfrastructureError
-from entroray.types import Draw
+from entroray.types import Draw, Status
 from entroray.wiring import actors
 from tests.composed import configured
 
@@ -149,6 +151,32 @@ def test_an_engine_with_a_step_that_cannot_be_read_ends_for_it_would_schedule_no
     assert all(future.done() for future in asked) and isinstance(engine.failure, InfrastructureError)
     with pytest.raises(RestlessError, match="came to rest"):
         asked[0].result(timeout=0)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_an_engine_gives_up_every_sample_under_way_also_where_an_update_left_it_paused(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, paused: bool
+) -> None:
+    aborted: list[str] = []
+    monkeypatch.setattr(generator, "partial_completion", lambda engine, name: None)
+    engine.engine = SimpleNamespace(abort_request=aborted.extend)
+    engine.paused, engine.masks, engine.read, engine.failure = paused, False, str, None
+    request = Request("q", (1, 2), (5, 6), Draw(1.0, 4), 1.0)
+    engine.waiting = {n: Waiting(request, Future(), 0.0, {f"{n}-0", f"{n}-1"}) for n in ("1", "2")}
+    engine.owner = {f"{n}-{i}": n for n in ("1", "2") for i in (0, 1)}
+    waiting, engine.inbox = [*engine.waiting.values()], queue.SimpleQueue()
+
+    async def give_up() -> None:
+        asked = asyncio.ensure_future(engine.abort())
+        await asyncio.sleep(0)
+        action, future = engine.inbox.get_nowait()
+        action(future)
+        await asked
+
+    asyncio.run(give_up())
+    assert aborted == ["1-0", "1-1", "2-0", "2-1"] and not engine.waiting and not engine.owner
+    given = [rollout.status for each in waiting for rollout in each.future.result(timeout=0)]
+    assert given == [Status.ABANDONED] * 4
 
 
 def test_prompts_after_a_sync_find_nothing_that_older_weights_cached(engine: Any) -> None:

@@ -379,10 +379,10 @@ def test_engines_outlive_their_learner_and_take_the_weights_of_its_next_attempt(
         await pool.update_weights(7)
         with pytest.raises(LearnerLostError):
             await pool.update_weights(8)
-        assert names(pool) == "ab" and pool.cut_short
+        assert names(pool) == "ab" and pool.learner_lost
         await pool.begin_anew(1.0)
         assert await pool._send_weights(None), "newcomers wait for the first weights of the attempt"
         await pool.update_weights(7)
 
     asyncio.run(run())
-    assert gang.sent == [(7, "ab"), (8, "ab"), (1_000_000_007, "ab")] and not pool.cut_short
+    assert gang.sent == [(7, "ab"), (8, "ab"), (1_000_000_007, "ab")] and not pool.learner_lost

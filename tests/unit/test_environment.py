@@ -12,7 +12,7 @@ import torch
 
 from entroray.engine import interfaces
 from entroray.engine.interfaces import check_interface, hold_port
-from entroray.errors import PreflightError
+from entroray.errors import InfrastructureError, PreflightError
 from entroray.wiring import preflight
 from entroray.workers import cluster, network
 from entroray.workers.deepspeed_backend import DeepSpeedBackend
@@ -68,6 +68,18 @@ def test_settings_of_libraries_in_the_drivers_shell_reach_every_actor(
     variables = joined[0]["runtime_env"]["env_vars"]
     assert SHELL.items() <= variables.items() and not STAYS.keys() & variables.keys()
     assert variables["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "ours are ours"
+
+
+def test_a_ray_that_does_not_start_is_one_typed_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is too busy Ray gives up after 30 s, with an exception of no type."""
+
+    def late(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(cluster.ray, "init", late)
+    monkeypatch.setattr(cluster.orphans, "end_with_parent", dict)
+    with pytest.raises(InfrastructureError, match="timed out during startup"):
+        cluster.start(None, cpu_only=True)
 
 
 def test_temporary_files_are_those_of_the_run_in_a_cluster_of_its_own_alone(

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from entroray.cli import train
-from entroray.errors import DataError, InfrastructureError, Stopped
+from entroray.cli import signals, train
+from entroray.errors import DataError, InfrastructureError, LearnerLostError, Stopped
 from entroray.observe import report
 from entroray.observe.journal import read_metrics, replace_text
 from entroray.policy.tokenizer import byte_tokenizer
@@ -54,6 +54,18 @@ def test_a_journal_that_the_disk_refuses_ends_the_run_with_the_space_and_the_rem
     setattr(book, file, Full(tmp_path / "it.jsonl"))
     with pytest.raises(InfrastructureError, match=r"it\.jsonl .*No space.* MiB free.*run\.resume=auto"):
         write(book, 1) if file == "_metrics" else book.event("start")
+    book.close()
+
+
+def test_what_is_reported_of_an_actor_on_a_full_disk_interrupts_nobody_and_ends_the_run_at_its_next_step(
+    tmp_path,
+):
+    book = journal(tmp_path)
+    book._events = Full(tmp_path / "events.jsonl")
+    book.report("engine_lost", engine="generator 0")
+    with pytest.raises(InfrastructureError, match=r"events\.jsonl .*No space"):
+        write(book, 1)
+    assert not read_metrics(tmp_path / "metrics.jsonl")
     book.close()
 
 
@@ -140,3 +152,32 @@ def test_journal_and_trackers_are_closed_however_a_run_ends(tmp_path, monkeypatc
     with pytest.raises(raised):
         asyncio.run(train._train(configured(), parts, read_in, run, {"model": "tiny"}, ""))
     assert closed == [True]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("saved", ["step-000004", ""])
+def test_a_signal_as_a_run_goes_back_ends_it_with_the_line_of_its_last_checkpoint(
+    tmp_path, monkeypatch, number, code, saved
+):
+    if saved:
+        (tmp_path / "checkpoints" / saved).mkdir(parents=True)
+        (tmp_path / "checkpoints" / saved / "COMMITTED").touch()
+
+    async def drive(*_):
+        signals.stop_on_signals(SimpleNamespace(stop=lambda: None))
+        raise LearnerLostError("learner rank 0: its process died")
+
+    async def go_back(*_):
+        os.kill(os.getpid(), number)
+        await asyncio.sleep(5)
+
+    async def run():
+        book = SimpleNamespace(event=lambda *_, **__: None)
+        of = RunDirectory(tmp_path)
+        return await train._drive_through(configured(), None, None, None, book, None, None, of)
+
+    monkeypatch.setattr(train, "drive", drive)
+    monkeypatch.setattr(train, "_go_back", go_back)
+    with pytest.raises(Stopped, match=rf"{saved or 'its beginning'}\. .*run\.resume=auto") as raised:
+        asyncio.run(run())
+    assert raised.value.exit_code == code

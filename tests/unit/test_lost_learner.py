@@ -67,6 +67,15 @@ def test_a_rank_that_dies_or_is_silent_is_the_loss_of_the_learner(
         asyncio.run(gang.all(lambda rank, error: Call(error), deadline=0.05 if errors == [None] * 2 else 5.0))
 
 
+@pytest.mark.parametrize(("error", "named"), [(ActorDiedError(), "its process died"), (None, "no answer")])
+def test_a_rank_that_dies_before_the_others_have_met_it_is_the_loss_of_the_learner(
+    error: Exception | None, named: str
+) -> None:
+    handle = SimpleNamespace(address=SimpleNamespace(remote=lambda: Call(error)))
+    with pytest.raises(LearnerLostError, match=named):
+        asyncio.run(Gang("learner", [handle, None]).start(0.01))
+
+
 def test_a_verdict_on_a_rank_that_was_replaced_kills_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

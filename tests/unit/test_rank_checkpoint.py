@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from entroray.config import LearnerConfig
-from entroray.errors import InfrastructureError, PreflightError
+from entroray.errors import InfrastructureError, LearnerLostError, PreflightError
 from entroray.workers import deepspeed_backend, rank_checkpoint
 from entroray.workers.checkpoint import Checkpoints, newest
 
@@ -46,7 +46,7 @@ class Backend:
             self.made.append(weakref.ref(tensor := torch.full(parameter.shape, float(len(self.made)))))
             return tensor
 
-        return {"weight": whole, "exp_avg": whole, "step": lambda: torch.tensor(7.0)}
+        return {"weight": whole, "exp_avg": whole, "step": lambda: torch.tensor(7.0, dtype=torch.float64)}
 
     def schedule(self) -> dict[str, Any]:
         return {"last_epoch": 7}
@@ -60,13 +60,37 @@ def save(folder: Path, backend: Backend, rank: int = 0) -> dict[str, Any]:
     return rank_checkpoint.save_part(folder, rank, LearnerConfig(), backend, NOTHING)
 
 
+def test_a_parameter_of_one_number_is_no_number_of_the_optimizers(tmp_path: Path) -> None:
+    save(tmp_path, backend := Backend((), (2,)))
+    rank_checkpoint.load_part(tmp_path, 0, 1, backend)
+    assert backend.kinds == {name: ["exp_avg", "weight"] for name in ("layer0", "layer1")}
+
+
+def test_a_tensor_that_cannot_be_made_whole_is_the_loss_of_the_learner_and_nobody_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks are in that call, and hear nothing of what is agreed after it."""
+
+    class Broken(Backend):
+        def state_of(self, parameter: Any) -> dict[str, Callable[[], torch.Tensor]]:
+            def whole() -> torch.Tensor:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+            return super().state_of(parameter) | {"exp_avg_sq": whole}
+
+    agree = lambda *_: pytest.fail("the other ranks are in another call")
+    monkeypatch.setattr(torch.distributed, "all_gather_object", agree)
+    with pytest.raises(LearnerLostError, match=r"exp_avg_sq/layer0.*out of memory"):
+        save(tmp_path, Broken((4,), (2,)))
+
+
 def test_each_rank_writes_about_as_much() -> None:
     assert rank_checkpoint.divide_sizes([5, 3, 3, 1, 1], 2) == [0, 1, 1, 0, 0]
     assert rank_checkpoint.divide_sizes([2, 2], 3) == [0, 1]
 
 
 def test_what_was_saved_is_what_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_checkpoint, "FILE_BYTES", 50)
+    monkeypatch.setattr(rank_checkpoint, "FILE_BYTES", 60)
     backend = Backend((4,), (2, 3), (5,))
     written = save(tmp_path, backend)
     names = [f"learner/rank-0-{i:05d}.safetensors" for i in range(3)]

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from entroray.data import text_rows
 from entroray.data.sources import table
 from entroray.data.tables import table_name, written
 from entroray.errors import ConfigError, PreflightError
@@ -168,6 +169,16 @@ def test_a_null_among_numbers_and_what_is_not_finite_are_named_by_line(tmp_path:
 )
 def test_rows_are_read_from_every_file_that_holds_them(tmp_path: Path, name: str, content: bytes) -> None:
     assert answers(file(tmp_path, name, content)) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("before", [b"", b"  ", b"\xef\xbb\xbf", b"\xef\xbb\xbf\t", b"\n \n"])
+def test_an_array_may_lie_in_one_line_longer_than_a_row_may_be_whatever_stands_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    monkeypatch.setattr(text_rows, "LONGEST", len(array := json.dumps(ROWS).encode()) // 2)
+    assert answers(file(tmp_path, "rows.json", before + array)) == answers(file(tmp_path, "a.jsonl", LINES))
+    with pytest.raises(PreflightError, match="line 2 is longer"):
+        table(str(file(tmp_path, "late.jsonl", b'{"question": "a", "answer": "b"}\n' + array)))
 
 
 def test_parquet_is_known_by_its_content_whatever_it_is_called(tmp_path: Path) -> None:

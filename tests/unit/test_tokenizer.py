@@ -12,11 +12,13 @@ from entroray.policy.tokenizer import (
     TEMPLATE,
     byte_tokenizer,
     chat,
+    check_vocabularies,
     encode_frame,
     end_ids,
     load_tokenizer,
     response_text,
     token_name,
+    vocabulary_hash,
     with_template,
 )
 
@@ -222,3 +224,16 @@ def test_special_tokens_are_read_in_a_frame_and_never_in_what_is_put_into_it() -
     assert encode("<think>{answer}b", "<think>") == [THINK, *spelt, b] and len(spelt) == 7
     assert encode("{answer}", "a=b") == [a, equals, b] and encode("{answer}", "") == []
     assert encode("{answer}b{answer}", "a") == [a, b, a]
+
+
+def test_an_engine_that_reads_other_tokens_under_the_same_path_is_refused_by_name() -> None:
+    here, more, other = byte_tokenizer(), byte_tokenizer(), byte_tokenizer()
+    more.add_tokens(["<tool>"])
+    other.chat_template = "{{ messages }}"
+    same = {"generator 0": vocabulary_hash(here), "generator 1": vocabulary_hash(other)}
+    check_vocabularies(here, same, "/model")
+    other.add_special_tokens({"additional_special_tokens": [other.convert_ids_to_tokens(65)]})
+    assert len({vocabulary_hash(each) for each in (here, more, other)}) == 3
+    said = rf"model\.path=/model: generator 2 \({vocabulary_hash(more)}\) .*\({vocabulary_hash(here)}\)"
+    with pytest.raises(PreflightError, match=said):
+        check_vocabularies(here, same | {"generator 2": vocabulary_hash(more)}, "/model")

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 
 from entroray.engine.vllm_request import Request
 from entroray.errors import InfrastructureError
+from entroray.objective import build_objective
 from entroray.train.pulse import Beat
 from entroray.types import Draw
 from entroray.workers import cluster, heartbeat
 from entroray.workers.cluster import Gang
 from entroray.workers.heartbeat import Watched, watch
+from tests.toy import ToyWorld, driver
 from tests.unit.test_engines import Gang as Learner
 from tests.unit.test_engines import Handle, make_pool, names
 
@@ -59,6 +62,22 @@ def test_nobody_is_frozen_because_the_store_of_beats_does_not_answer(monkeypatch
         return {"a": Beat(1, 5)}
 
     assert looks(monkeypatch, 2.0, fails) == 0
+
+
+def test_a_run_ends_typed_where_looking_at_heartbeats_fails() -> None:
+    async def run() -> None:
+        def fails() -> list[Watched]:
+            raise KeyError("a fault of ours")
+
+        world = ToyWorld(build_objective("grpo"), slow="q0")
+        world.gate, d = asyncio.Event(), driver(world)
+        d.roles = replace(d.roles, guards=[asyncio.ensure_future(watch(fails))])
+        await asyncio.wait_for(d.train(1), 5.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heartbeat, "INTERVAL", 0.01)
+        with pytest.raises(InfrastructureError, match=r"a fault of ours.*run\.resume"):
+            asyncio.run(run())
 
 
 def test_an_idle_engine_that_is_frozen_is_dropped_and_its_replacement_watched_as_it_starts(
