@@ -47,7 +47,7 @@ from entroray.wiring import (
 from entroray.wiring.driver import build_driver, loop_settings, train_balanced
 from entroray.wiring.objective import check_objective, remark_lines
 from entroray.wiring.parts import Parts, build_parts
-from entroray.workers import checkpoint, cluster
+from entroray.workers import checkpoint, cluster, nodes
 
 FLAGS = (Flag("cfg", "job", short="-c"), CONFIG_DIR, Flag("multirun", short="-m"))
 
@@ -148,7 +148,7 @@ async def _train(
         first = run.state.get("version", 0) + 1
         journal, console, health = open_journal(config, parts, folder, read_in.tokenizer, first_step=first)
         cluster.WAITS.trace = Trace(trace_path(folder, first) if config.run.trace else None, journal.event)
-        with journal, cluster.WAITS.trace:
+        with journal, cluster.WAITS.trace, nodes.object_store():
             probe = dataset.probe_ids(read_in.tokenizer)
             updates = config.run.steps * config.learner.updates_per_rollout
             m = await actors.start_actors(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
@@ -26,6 +27,8 @@ MOST = 2 * INTERVAL
 _NAMESPACE = b"entroray"
 _READ = 10.0
 """Seconds for the GCS to answer."""
+MEMORY: dict[str, tuple[float, float]] = {}
+"""By name of an actor GB of its process: as it began to work, and at its last beat."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Watched:
     """Called once it is found frozen."""
     allowed: float = 0.0
     """As of `Pulse.look`."""
+    name: str = ""
 
 
 async def watch(actors: Callable[[], Iterable[Watched]]) -> None:
@@ -45,6 +49,7 @@ async def watch(actors: Callable[[], Iterable[Watched]]) -> None:
     Time in which this task did not run, as the machine was stopped or busy, counts for nobody.
     """
     pulses, before = dict[str, Pulse](), time.monotonic()
+    MEMORY.clear()
     while True:
         await asyncio.sleep(INTERVAL)
         looked = {_key(each.handle): each for each in actors()}
@@ -57,8 +62,23 @@ async def watch(actors: Callable[[], Iterable[Watched]]) -> None:
         passed, before = min(now - before, MOST), now
         pulses = {key: pulses.get(key) or Pulse() for key in looked}
         for key, each in looked.items():
+            if beat := beats.get(key):
+                first = MEMORY[each.name][0] if beat.turns and each.name in MEMORY else beat.memory
+                MEMORY[each.name] = first, beat.memory
             if why := pulses[key].look(beats.get(key), passed, each.allowed):
                 each.lose(InfrastructureError(why))
+
+
+def memory_of(what: str) -> str:
+    """How the memory of an actor that is lost grew, and that of another where it has more than doubled."""
+    grown = {name: last - first for name, (first, last) in MEMORY.items()}
+    name = what.partition(", ")[0]
+    most = max(grown, key=lambda each: grown[each], default=name)
+    told = [name, *([most] if most != name and grown[most] > MEMORY[most][0] else [])]
+    said = [
+        f"{each} grew from {{:.1f}} to {{:.1f}} GB".format(*MEMORY[each]) for each in told if each in MEMORY
+    ]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _key(handle: Any) -> str:
@@ -81,7 +101,8 @@ def _beat() -> None:
     while True:
         if key := ray.get_runtime_context().get_actor_id():
             serial += 1
-            beat = Beat(serial, TURNS.count, TURNS.limit, TURNS.failure)
+            memory = psutil.Process().memory_info().rss / 1e9
+            beat = Beat(serial, TURNS.count, TURNS.limit, TURNS.failure, memory)
             _write(key, json.dumps(beat))
         time.sleep(INTERVAL)
 
