@@ -8,7 +8,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
 
-from entroray.errors import InfrastructureError
+from entroray.errors import InfrastructureError, first_line
 from entroray.train.pulse import TURNS, Beat, Pulse
 
 INTERVAL = 2.0
@@ -27,6 +27,9 @@ MOST = 2 * INTERVAL
 _NAMESPACE = b"entroray"
 _READ = 10.0
 """Seconds for the GCS to answer."""
+GONE = 3
+"""Reads in a row without an answer after which the run ends; after a minute Ray itself ends the process."""
+_RESUME = "Go on with the same command and run.resume=auto"
 MEMORY: dict[str, tuple[float, float]] = {}
 """By name of an actor GB of its process: as it began to work, and at its last beat."""
 
@@ -47,18 +50,21 @@ async def watch(actors: Callable[[], Iterable[Watched]]) -> None:
     """Look at all that `actors` gives, for ever; it is asked before every look.
 
     Time in which this task did not run, as the machine was stopped or busy, counts for nobody.
+    InfrastructureError where Ray's head does not answer any more.
     """
-    pulses, before = dict[str, Pulse](), time.monotonic()
+    pulses, before, missed = dict[str, Pulse](), time.monotonic(), 0
     MEMORY.clear()
     while True:
         await asyncio.sleep(INTERVAL)
         looked = {_key(each.handle): each for each in actors()}
         try:
             beats = await asyncio.to_thread(_read, [*looked])
-        except (RayError, OSError, RuntimeError):  # of the GCS: nobody is frozen for that
-            before = time.monotonic()
+        except (RayError, OSError, RuntimeError) as error:  # of the GCS: nobody is frozen for that
+            before, missed = time.monotonic(), missed + 1
+            if missed == GONE:
+                raise InfrastructureError(f"Ray's head is lost: {first_line(error)} {_RESUME}") from error
             continue
-        now = time.monotonic()
+        now, missed = time.monotonic(), 0
         passed, before = min(now - before, MOST), now
         pulses = {key: pulses.get(key) or Pulse() for key in looked}
         for key, each in looked.items():
@@ -67,6 +73,17 @@ async def watch(actors: Callable[[], Iterable[Watched]]) -> None:
                 MEMORY[each.name] = first, beat.memory
             if why := pulses[key].look(beats.get(key), passed, each.allowed):
                 each.lose(InfrastructureError(why))
+
+
+async def alongside(look: asyncio.Task[None] | None, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`; the error of `look`, which is a task of `watch`, ends it."""
+    turn, looks = asyncio.create_task(work), [look] if look else []
+    try:
+        await asyncio.wait([turn, *looks], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        turn.cancel()
+        await asyncio.wait([turn], timeout=_READ)
+    await (look if look and look.done() and turn.cancelled() else turn)
 
 
 def memory_of(what: str) -> str:

@@ -83,11 +83,9 @@ def object_store() -> Iterator[None]:
     except (ObjectStoreFullError, OutOfDiskError) as error:
         size, call = ray.cluster_resources()["object_store_memory"], re.search(r"ray::([\w.]+)", str(error))
         raise InfrastructureError(
-            f"Ray's object store, {size / 1e9:.2f} GB on all nodes, and the disk behind it are full: there "
-            f"was no room for what {call[1] if call else 'the driver'} put there. Free that disk, full at "
-            "95 %, or give Ray more: ray start --object-store-memory, and for a run that starts its own "
-            "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES. Weights need their size twice, samples less with a "
-            "smaller rollout.groups_per_step"
+            f"Ray's object store ({size / 1e9:.2f} GB on all nodes) and its disk are full, as "
+            f"{call[1] if call else 'the driver'} put something there: free that disk, or give Ray more by "
+            "ray start --object-store-memory, or RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES if it is the run's"
         ) from error
 
 

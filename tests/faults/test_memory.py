@@ -82,7 +82,7 @@ def test_a_full_object_store_with_a_full_disk_ends_the_run_with_4_and_says_who_f
     printed = printed_at_end(process, 4, 200.0)
     fault.saw("ends with 4, naming LearnerRank and Ray's settings")
     last = printed.strip().splitlines()[-1]
-    assert last.startswith("entroray train: InfrastructureError: Ray's object store, 0.08 GB"), printed[
+    assert last.startswith("entroray train: InfrastructureError: Ray's object store (0.08 GB"), printed[
         -3000:
     ]
     assert "LearnerRank." in last and "--object-store-memory" in last

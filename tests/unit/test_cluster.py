@@ -114,7 +114,7 @@ def test_an_object_store_without_room_is_said_with_its_size_who_filled_it_and_wh
 ) -> None:
     monkeypatch.setattr(nodes.ray, "cluster_resources", lambda: {"object_store_memory": 8e7})
     with (
-        pytest.raises(InfrastructureError, match=f"0.08 GB .* {who} put there.*--object-store-memory"),
+        pytest.raises(InfrastructureError, match=f"0.08 GB .* {who} put .*--object-store-memory"),
         nodes.object_store(),
     ):
         raise error

@@ -61,6 +61,52 @@ def test_nobody_is_frozen_because_the_store_of_beats_does_not_answer(monkeypatch
     assert looks(monkeypatch, 2.0, fails) == 0
 
 
+def test_a_store_of_beats_that_misses_three_looks_in_a_row_is_a_lost_head_and_ends_what_is_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked, ended = [0], list[str]()
+
+    def read(keys: Any) -> dict[str, Beat]:
+        looked[0] += 1
+        if looked[0] in (1, 2, 4, 5, 6):
+            raise RuntimeError("Timed out while waiting for GCS")
+        return {}
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(5.0)
+        finally:
+            ended.append("in order")
+
+    async def run() -> None:
+        await heartbeat.alongside(asyncio.create_task(watch(list)), work())
+
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.0)
+    monkeypatch.setattr(heartbeat, "_read", read)
+    with pytest.raises(InfrastructureError, match=r"head is lost: Timed out .* run.resume=auto"):
+        asyncio.run(run())
+    assert looked == [6] and ended == ["in order"]
+
+
+def test_what_goes_on_while_heartbeats_are_looked_at_ends_as_it_does_alone() -> None:
+    async def work(error: Exception | None) -> None:
+        await asyncio.sleep(0)
+        if error:
+            raise error
+
+    async def cancelled() -> None:
+        turn = asyncio.create_task(heartbeat.alongside(asyncio.create_task(watch(list)), asyncio.sleep(5.0)))
+        await asyncio.sleep(0.01)
+        turn.cancel()
+        await turn
+
+    asyncio.run(heartbeat.alongside(None, work(None)))
+    with pytest.raises(KeyError):
+        asyncio.run(heartbeat.alongside(None, work(KeyError("x"))))
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancelled())
+
+
 def test_an_idle_engine_that_is_frozen_is_dropped_and_its_replacement_watched_as_it_starts(
     make_pool: Any,
 ) -> None:
