@@ -47,7 +47,7 @@ from entroray.wiring import (
 from entroray.wiring.driver import build_driver, loop_settings, train_balanced
 from entroray.wiring.objective import check_objective, remark_lines
 from entroray.wiring.parts import Parts, build_parts
-from entroray.workers import checkpoint, cluster
+from entroray.workers import checkpoint, cluster, heartbeat, nodes
 
 FLAGS = (Flag("cfg", "job", short="-c"), CONFIG_DIR, Flag("multirun", short="-m"))
 
@@ -148,7 +148,7 @@ async def _train(
         first = run.state.get("version", 0) + 1
         journal, console, health = open_journal(config, parts, folder, read_in.tokenizer, first_step=first)
         cluster.WAITS.trace = Trace(trace_path(folder, first) if config.run.trace else None, journal.event)
-        with journal, cluster.WAITS.trace:
+        with journal, cluster.WAITS.trace, nodes.object_store():
             probe = dataset.probe_ids(read_in.tokenizer)
             updates = config.run.steps * config.learner.updates_per_rollout
             m = await actors.start_actors(
@@ -168,7 +168,8 @@ async def _train(
             journal.check()
             console.header("entroray", _header(config, parts, read_in, folder, facts))
             trained = time.monotonic()
-            await _drive_through(config, parts, read_in, m, journal, console, health, run)
+            through = _drive_through(config, parts, read_in, m, journal, console, health, run)
+            await heartbeat.alongside(m.watch, through)
             await m.stop()
     except InfrastructureError as error:
         raise type(error)(f"{error}. Log: {folder}/events.jsonl") from error
@@ -315,7 +316,7 @@ async def drive(
     generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
     evaluate = _evaluation(config, read_in, Evaluated(generator, ledger), verifier, health.say)
     watched: dict[str, Any] = {"waits": cluster.WAITS.lines, "busy": m.busy, "trace": cluster.WAITS.trace}
-    watched |= {"evaluate": evaluate, "ledger": ledger, "guards": [m.watch] if m.watch else []}
+    watched |= {"evaluate": evaluate, "ledger": ledger}
     roles = Roles(generator, verifier, m.learner_role(), m.sync, journal, **watched)
     began = {"settings": asdict(config), "identity": dataset.identity(config, read_in)}
     state = {name: value for name, value in run.state.items() if name not in began}

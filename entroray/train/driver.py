@@ -1,7 +1,7 @@
 """The one process that sees the whole loop; it knows roles, never Ray or an engine (rollout/README.md)."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -51,8 +51,6 @@ class Roles:
     """What is being waited for and since when, for a run that stalls."""
     busy: Callable[[], Mapping[str, float]] = dict
     """Seconds at work by actor, since any moment, for idle shares."""
-    guards: Collection[asyncio.Future[Any]] = ()
-    """Tasks that look after the machines; a run ends when one of them does."""
     trace: Trace = NO_TRACE
     ledger: Ledger = field(default_factory=Ledger)
     """Of what they draw."""
@@ -163,16 +161,9 @@ class Driver:
     async def within_stall(self, work: Awaitable[T]) -> T:
         """What `work` gives, a part of the run; InfrastructureError if `driver.stall` seconds pass."""
         turn = self.turn = asyncio.ensure_future(work)
-        first, tasks = asyncio.FIRST_COMPLETED, {turn, *self.roles.guards}
-        done, _ = await asyncio.wait(tasks, timeout=self.pace.stall, return_when=first)
-        if turn in done:
-            return turn.result()
+        done, _ = await asyncio.wait({turn}, timeout=self.pace.stall)
         if done:
-            turn.cancel()
-            error = done.pop().exception()
-            raise InfrastructureError(
-                f"nothing looks after the actors any more ({error!r}): go on with run.resume=auto"
-            ) from error
+            return turn.result()
         phase, waits = self.clock.phase, self.roles.waits()
         stacks = [describe_stack(task) for task in asyncio.all_tasks()]
         self.roles.journal.event("stalled", phase=phase, waits=waits, stacks=stacks)

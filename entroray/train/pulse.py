@@ -53,6 +53,8 @@ class Beat(NamedTuple):
     limit: float | None = None
     """As `Turns.limit`."""
     failure: str = ""
+    memory: float = 0.0
+    """GB that it has in memory."""
 
 
 @dataclass

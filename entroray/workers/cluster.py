@@ -28,7 +28,7 @@ from entroray.redaction import is_secret
 from entroray.train.clock import BusyTime
 from entroray.train.trace import NO_TRACE
 from entroray.workers import engine_forkserver, heartbeat, orphans
-from entroray.workers.heartbeat import Watched
+from entroray.workers.heartbeat import Watched, memory_of
 
 
 class OpenWaits:
@@ -115,7 +115,7 @@ def _typed_errors(deadline: float, what: str) -> Iterator[None]:
         raise type(error.cause)(f"{what}: {error.cause}") from error
     except RayError as error:  # its node may go with an answer already given, and Ray may be full
         lost = "its process died" if isinstance(error, RayActorError) else type(error).__name__
-        raise InfrastructureError(f"{what}: {lost}: {first_line(error)}") from error
+        raise InfrastructureError(f"{what}: {lost}{memory_of(what)}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -385,7 +385,8 @@ class Gang:
                 kill_actors([handle])
                 report("rank_lost", rank=self.member(rank), error=str(error))
 
-        return [Watched(h, partial(lose, r, h)) for r, h in enumerate(self.handles) if r not in self.lost]
+        there = [(r, h) for r, h in enumerate(self.handles) if r not in self.lost]
+        return [Watched(h, partial(lose, r, h), name=self.member(r)) for r, h in there]
 
 
 def _is_lost(error: BaseException) -> bool:

@@ -148,7 +148,7 @@ class EnginePool:
         """Every engine there is, for its heartbeat to be looked at."""
         engines = dict.fromkeys((*self.live, *self.newcomers, *self.starting))
         allowed = self.sender.longest if self.updating.locked() else 0.0
-        return [Watched(e.handle, partial(self.drop, e), allowed) for e in engines if not e.lost]
+        return [Watched(e.handle, partial(self.drop, e), allowed, e.name) for e in engines if not e.lost]
 
     @property
     def busy(self) -> bool:

@@ -8,15 +8,16 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
 
-from entroray.errors import InfrastructureError
+from entroray.errors import InfrastructureError, first_line
 from entroray.train.pulse import TURNS, Beat, Pulse
 
 INTERVAL = 2.0
@@ -26,6 +27,11 @@ MOST = 2 * INTERVAL
 _NAMESPACE = b"entroray"
 _READ = 10.0
 """Seconds for the GCS to answer."""
+GONE = 3
+"""Reads in a row without an answer after which the run ends; after a minute Ray itself ends the process."""
+_RESUME = "Go on with the same command and run.resume=auto"
+MEMORY: dict[str, tuple[float, float]] = {}
+"""By name of an actor GB of its process: as it began to work, and at its last beat."""
 
 
 @dataclass(frozen=True)
@@ -37,28 +43,60 @@ class Watched:
     """Called once it is found frozen."""
     allowed: float = 0.0
     """As of `Pulse.look`."""
+    name: str = ""
 
 
 async def watch(actors: Callable[[], Iterable[Watched]]) -> None:
     """Look at all that `actors` gives, until something fails; it is asked before every look.
 
     Time in which this task did not run, as the machine was stopped or busy, counts for nobody.
+    InfrastructureError where Ray's head does not answer any more.
     """
-    pulses, before = dict[str, Pulse](), time.monotonic()
+    pulses, before, missed = dict[str, Pulse](), time.monotonic(), 0
+    MEMORY.clear()
     while True:
         await asyncio.sleep(INTERVAL)
         looked = {_key(each.handle): each for each in actors()}
         try:
             beats = await asyncio.to_thread(_read, [*looked])
-        except (RayError, OSError, RuntimeError):  # of the GCS: nobody is frozen for that
-            before = time.monotonic()
+        except (RayError, OSError, RuntimeError) as error:  # of the GCS: nobody is frozen for that
+            before, missed = time.monotonic(), missed + 1
+            if missed == GONE:
+                raise InfrastructureError(f"Ray's head is lost: {first_line(error)} {_RESUME}") from error
             continue
-        now = time.monotonic()
+        now, missed = time.monotonic(), 0
         passed, before = min(now - before, MOST), now
         pulses = {key: pulses.get(key) or Pulse() for key in looked}
         for key, each in looked.items():
+            if beat := beats.get(key):
+                first = MEMORY[each.name][0] if beat.turns and each.name in MEMORY else beat.memory
+                MEMORY[each.name] = first, beat.memory
             if why := pulses[key].look(beats.get(key), passed, each.allowed):
                 each.lose(InfrastructureError(why))
+
+
+async def alongside(look: asyncio.Task[None] | None, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`; the error of `look`, which is a task of `watch`, ends it."""
+    turn, looks = asyncio.create_task(work), [look] if look else []
+    try:
+        await asyncio.wait([turn, *looks], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        turn.cancel()
+        await asyncio.wait([turn], timeout=_READ)
+    lost = look is not None and look.done() and (turn.cancelled() or not turn.done())
+    await (look if look and lost else turn)
+
+
+def memory_of(what: str) -> str:
+    """How the memory of an actor that is lost grew, and that of another where it has more than doubled."""
+    grown = {name: last - first for name, (first, last) in MEMORY.items()}
+    name = what.partition(", ")[0]
+    most = max(grown, key=lambda each: grown[each], default=name)
+    told = [name, *([most] if most != name and grown[most] > MEMORY[most][0] else [])]
+    said = [
+        f"{each} grew from {{:.1f}} to {{:.1f}} GB".format(*MEMORY[each]) for each in told if each in MEMORY
+    ]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _key(handle: Any) -> str:
@@ -81,7 +119,8 @@ def _beat() -> None:
     while True:
         if key := ray.get_runtime_context().get_actor_id():
             serial += 1
-            beat = Beat(serial, TURNS.count, TURNS.limit, TURNS.failure)
+            memory = psutil.Process().memory_info().rss / 1e9
+            beat = Beat(serial, TURNS.count, TURNS.limit, TURNS.failure, memory)
             _write(key, json.dumps(beat))
         time.sleep(INTERVAL)
 

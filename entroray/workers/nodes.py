@@ -1,20 +1,23 @@
 """Ray's nodes: what they have, and the place that each actor of a run starts at."""
 
 import os
+import re
 import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 from ray._private.state import available_resources_per_node
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from entroray.errors import PreflightError
+from entroray.errors import InfrastructureError, PreflightError
 from entroray.planning import placement
 from entroray.planning.placement import ENGINES, RANKS, Need, Needs, Node, Placement
 from entroray.workers import cluster
@@ -70,6 +73,20 @@ def await_resources(shares: Shares, within: float, *, pairs: bool = False) -> st
                 print(f"waiting at most {within:.0f} s for nodes to join, since {error}", flush=True)
         said = True
         time.sleep(min(1.0, within))
+
+
+@contextmanager
+def object_store() -> Iterator[None]:
+    """InfrastructureError where inside something fits neither into Ray's object store nor on its disk."""
+    try:
+        yield
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        size, call = ray.cluster_resources()["object_store_memory"], re.search(r"ray::([\w.]+)", str(error))
+        raise InfrastructureError(
+            f"Ray's object store ({size / 1e9:.2f} GB on all nodes) and its disk are full, as "
+            f"{call[1] if call else 'the driver'} put something there: free that disk, or give Ray more by "
+            "ray start --object-store-memory, or RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES if it is the run's"
+        ) from error
 
 
 @dataclass(frozen=True)

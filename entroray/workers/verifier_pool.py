@@ -54,7 +54,7 @@ class VerifierPool:
 
     def watched(self) -> list[Watched]:
         """Every verifier there is, for its heartbeat to be looked at."""
-        return [Watched(member.handle, partial(self._drop, member)) for member in self.members]
+        return [Watched(m.handle, partial(self._drop, m), 0.0, m.name) for m in self.members]
 
     async def start(self) -> None:
         """Return when all have warmed up or failed; those that failed are replaced, unless none came."""

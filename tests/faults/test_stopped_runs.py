@@ -26,7 +26,7 @@ from tests.ray.processes import (
     steps,
     until,
 )
-from tests.ray.stack import FinishedRun, lines, metrics
+from tests.ray.stack import FinishedRun, entroray, lines, metrics
 from tests.records import query
 
 BASE = [
@@ -186,7 +186,7 @@ def test_no_secret_of_the_environment_stands_in_what_a_run_writes(
         monkeypatch.setenv(name, canary.decode() + name)
     monkeypatch.setenv("HF_ENDPOINT", f"https://me:{canary.decode()}@hub.example.org")
     monkeypatch.setenv("RAY_TMPDIR", str(logs))
-    trackers = "observe.trackers=[csv,tensorboard]"
+    trackers = "observe.trackers=[{fn: csv}, {fn: tensorboard}]"
     process = start(*BASE, trackers, f"run.dir={folder}", f"model.path={model}")
     try:
         until(process, step_reached(folder, 1))
@@ -201,6 +201,29 @@ def test_no_secret_of_the_environment_stands_in_what_a_run_writes(
         fault.goes_on("nothing to heal")
     finally:
         shutil.rmtree(logs, ignore_errors=True)
+
+
+@pytest.mark.faults
+@pytest.mark.fault(
+    "F28", "a resume with 2 ranks, ZeRO 3, two engines and verifiers; then with 1 rank, ZeRO 0"
+)
+def test_a_run_goes_on_with_other_ranks_another_stage_more_engines_and_verifiers(
+    fault: Fault, tmp_path: Path, model: str
+) -> None:
+    told = [*BASE, f"run.dir={tmp_path}/run", f"model.path={model}", "evaluate.every=0"]
+    entroray(*told, "run.steps=2")
+    other = ["learner.ranks=2", "learner.zero_stage=3", "generator.replicas=2", "verifier.replicas=2"]
+    fault.inject()
+    said = entroray(*told, "run.steps=4", *other)
+    fault.fired("each of the four settings is said: from here on")
+    assert all(f"resume: {name} from here on" in said for name in other)
+    assert "going on after step 2 of 4" in said and steps(tmp_path / "run") == [1, 2, 3, 4]
+    fault.saw("going on after step 2 of 4; two steps")
+    said = entroray(*told, "run.steps=6", "learner.zero_stage=0")
+    assert "going on after step 4 of 6" in said and steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    drawn = prompts(tmp_path / "run")
+    assert len(set.union(*drawn.values())) == sum(len(each) for each in drawn.values()), "each prompt once"
+    fault.goes_on("two steps at ZeRO 0; every step and every prompt once")
 
 
 @pytest.mark.faults

@@ -120,13 +120,20 @@ def listening(process: psutil.Process) -> set[tuple[str, Address]]:
     """Its name, and each address where it takes connections, or datagrams of whoever sends them."""
     found = set()
     with suppress(OSError, psutil.Error):  # it may end meanwhile
-        own = set(_open_files(process.pid))
-        for table in ("tcp", "tcp6", "udp", "udp6"):  # as its own network has them
-            for line in Path(f"/proc/{process.pid}/net/{table}").read_text().splitlines()[1:]:
-                _, local, remote, state, *_, inode = line.split()[:10]
-                waits = state == "0A" if table.startswith("tcp") else not int(remote.replace(":", ""), 16)
-                if waits and f"socket:[{inode}]" in own:
-                    found.add((process.name(), _address(local.partition(":")[0])))
+        found = {(process.name(), address) for _, address, _ in bound(process)}
+    return found
+
+
+def bound(process: psutil.Process) -> set[tuple[str, Address, int]]:
+    """`tcp` or `udp`, address and port of each socket where it waits for whoever comes."""
+    own, found = set(_open_files(process.pid)), set()
+    for table in ("tcp", "tcp6", "udp", "udp6"):  # as its own network has them
+        for line in Path(f"/proc/{process.pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, remote, state, *_, inode = line.split()[:10]
+            waits = state == "0A" if table.startswith("tcp") else not int(remote.replace(":", ""), 16)
+            if waits and f"socket:[{inode}]" in own:
+                address, _, port = local.partition(":")
+                found.add((table[:3], _address(address), int(port, 16)))
     return found
 
 

@@ -20,9 +20,7 @@ from entroray.wiring import actors, compose
 from entroray.workers.cluster import Gang
 from entroray.workers.learner_rank import LearnerSettings
 from entroray.workers.roles import LearnerRole
-from tests.faults.test_stopped_runs import BASE, prompts
-from tests.ray.processes import steps
-from tests.ray.stack import Stack, entroray
+from tests.ray.stack import Stack
 from tests.ray.test_learner import groups
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # ranks cannot import this file
@@ -170,19 +168,3 @@ def test_a_full_disk_of_one_rank_is_said_by_all_and_they_go_on(
     *said, metrics = stack.wait(run())
     assert said == ["rank 1: OSError: [Errno 28] No space left on device"] * 2
     assert np.isfinite(metrics["update/loss"])
-
-
-@pytest.mark.faults
-def test_a_run_goes_on_with_other_ranks_another_stage_more_engines_and_verifiers(
-    tmp_path: Path, model: str
-) -> None:
-    told = [*BASE, f"run.dir={tmp_path}/run", f"model.path={model}", "evaluate.every=0"]
-    entroray(*told, "run.steps=2")
-    other = ["learner.ranks=2", "learner.zero_stage=3", "generator.replicas=2", "verifier.replicas=2"]
-    said = entroray(*told, "run.steps=4", *other)
-    assert all(f"resume: {name} from here on" in said for name in other)
-    assert "going on after step 2 of 4" in said and steps(tmp_path / "run") == [1, 2, 3, 4]
-    said = entroray(*told, "run.steps=6", "learner.zero_stage=0")
-    assert "going on after step 4 of 6" in said and steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
-    drawn = prompts(tmp_path / "run")
-    assert len(set.union(*drawn.values())) == sum(len(each) for each in drawn.values()), "each prompt once"

@@ -13,7 +13,10 @@ from ray.exceptions import (
     NodeDiedError,
     ObjectFetchTimedOutError,
     ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
     OwnerDiedError,
+    RayTaskError,
     WorkerCrashedError,
 )
 
@@ -92,3 +95,26 @@ def test_nodes_that_do_not_join_in_time_are_missed_and_a_machine_alone_waits_for
         with pytest.raises(PreflightError, match=r"= 3 of 2.*join more or larger nodes"):
             nodes.await_resources(shares, within)
         assert within <= time.monotonic() - began < within + 1.0
+
+
+@pytest.mark.parametrize(
+    ("error", "who"),
+    [
+        (OutOfDiskError("Local disk is full"), "the driver"),
+        (
+            RayTaskError(
+                "sync", "ray::LearnerRank.sync() (pid=1)", ObjectStoreFullError("")
+            ).as_instanceof_cause(),
+            "LearnerRank.sync",
+        ),
+    ],
+)
+def test_an_object_store_without_room_is_said_with_its_size_who_filled_it_and_what_gives_room(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, who: str
+) -> None:
+    monkeypatch.setattr(nodes.ray, "cluster_resources", lambda: {"object_store_memory": 8e7})
+    with (
+        pytest.raises(InfrastructureError, match=f"0.08 GB .* {who} put .*--object-store-memory"),
+        nodes.object_store(),
+    ):
+        raise error

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +9,11 @@ import pytest
 
 from entroray.engine.vllm_request import Request
 from entroray.errors import InfrastructureError
-from entroray.objective import build_objective
 from entroray.train.pulse import Beat
 from entroray.types import Draw
 from entroray.workers import cluster, heartbeat
 from entroray.workers.cluster import Gang
 from entroray.workers.heartbeat import Watched, watch
-from tests.toy import ToyWorld, driver
 from tests.unit.test_engines import Gang as Learner
 from tests.unit.test_engines import Handle, make_pool, names
 
@@ -64,20 +61,64 @@ def test_nobody_is_frozen_because_the_store_of_beats_does_not_answer(monkeypatch
     assert looks(monkeypatch, 2.0, fails) == 0
 
 
-def test_a_run_ends_typed_where_looking_at_heartbeats_fails() -> None:
+def test_a_store_of_beats_that_misses_three_looks_in_a_row_is_a_lost_head_and_ends_what_is_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked, ended = [0], list[str]()
+
+    def read(keys: Any) -> dict[str, Beat]:
+        looked[0] += 1
+        if looked[0] in (1, 2, 4, 5, 6):
+            raise RuntimeError("Timed out while waiting for GCS")
+        return {}
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(5.0)
+        finally:
+            ended.append("in order")
+
+    async def run() -> None:
+        await heartbeat.alongside(asyncio.create_task(watch(list)), work())
+
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.0)
+    monkeypatch.setattr(heartbeat, "_read", read)
+    with pytest.raises(InfrastructureError, match=r"head is lost: Timed out .* run.resume=auto"):
+        asyncio.run(run())
+    assert looked == [6] and ended == ["in order"]
+
+
+def test_a_look_that_fails_ends_what_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         def fails() -> list[Watched]:
             raise KeyError("a fault of ours")
 
-        world = ToyWorld(build_objective("grpo"), slow="q0")
-        world.gate, d = asyncio.Event(), driver(world)
-        d.roles = replace(d.roles, guards=[asyncio.ensure_future(watch(fails))])
-        await asyncio.wait_for(d.train(1), 5.0)
+        await asyncio.wait_for(
+            heartbeat.alongside(asyncio.create_task(watch(fails)), asyncio.sleep(60.0)), 5.0
+        )
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heartbeat, "INTERVAL", 0.01)
-        with pytest.raises(InfrastructureError, match=r"a fault of ours.*run\.resume"):
-            asyncio.run(run())
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.0)
+    with pytest.raises(KeyError, match="a fault of ours"):
+        asyncio.run(run())
+
+
+def test_what_goes_on_while_heartbeats_are_looked_at_ends_as_it_does_alone() -> None:
+    async def work(error: Exception | None) -> None:
+        await asyncio.sleep(0)
+        if error:
+            raise error
+
+    async def cancelled() -> None:
+        turn = asyncio.create_task(heartbeat.alongside(asyncio.create_task(watch(list)), asyncio.sleep(5.0)))
+        await asyncio.sleep(0.01)
+        turn.cancel()
+        await turn
+
+    asyncio.run(heartbeat.alongside(None, work(None)))
+    with pytest.raises(KeyError):
+        asyncio.run(heartbeat.alongside(None, work(KeyError("x"))))
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancelled())
 
 
 def test_an_idle_engine_that_is_frozen_is_dropped_and_its_replacement_watched_as_it_starts(
@@ -140,3 +181,22 @@ def test_a_gang_that_lost_a_frozen_rank_says_so_and_watches_the_others(
 
     with pytest.raises(InfrastructureError, match="learner rank 1: frozen: no sign of life for 20 s"):
         asyncio.run(gang.all(dead, deadline=1.0))
+
+
+def test_an_actor_that_is_lost_is_named_with_its_memory_and_with_another_that_more_than_doubled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    beats = {1: (0, 0.1), 2: (0, 0.2), 3: (2, 0.6)}  # what it took before it worked is no growth
+    beat = lambda n: {"a": Beat(n, beats[n][0], memory=beats[n][1])} if n in beats else {}
+    monkeypatch.setattr(heartbeat, "MEMORY", {})
+    looks(monkeypatch, 2.0, beat)
+    assert heartbeat.MEMORY == {"": (0.2, 0.6)}
+    heartbeat.MEMORY.clear()
+    heartbeat.MEMORY.update({"generator 0": (0.5, 0.7), "verifier 1": (0.4, 0.7)})
+    assert heartbeat.memory_of("generator 0, sampling") == " (generator 0 grew from 0.5 to 0.7 GB)"
+    heartbeat.MEMORY["verifier 1"] = 0.4, 2.04
+    more = " (generator 0 grew from 0.5 to 0.7 GB, verifier 1 grew from 0.4 to 2.0 GB)"
+    assert heartbeat.memory_of("generator 0, sampling") == more
+    assert heartbeat.memory_of("verifier 1") == " (verifier 1 grew from 0.4 to 2.0 GB)"
+    heartbeat.MEMORY.clear()
+    assert heartbeat.memory_of("generator 0, sampling") == ""
