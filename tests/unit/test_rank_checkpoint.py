@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +65,39 @@ def test_a_parameter_of_one_number_is_no_number_of_the_optimizers(tmp_path: Path
     save(tmp_path, backend := Backend((), (2,)))
     rank_checkpoint.load_part(tmp_path, 0, 1, backend)
     assert backend.kinds == {name: ["exp_avg", "weight"] for name in ("layer0", "layer1")}
+
+
+def at_stage_0(scale: float) -> Any:
+    """The true backend, without DeepSpeed's engine, after some updates of a number and a vector."""
+    weights = {"scale": torch.nn.Parameter(torch.tensor(scale)), "bias": torch.nn.Parameter(torch.ones(2))}
+    moments = lambda p: {"step": int(4 * scale), "exp_avg": p.detach() * 2, "exp_avg_sq": p.detach() * 3}
+    inner = SimpleNamespace(state={p: moments(p) for p in weights.values()}, param_groups=[])
+    made: Any = object.__new__(deepspeed_backend.DeepSpeedBackend)
+    made.engine = SimpleNamespace(
+        optimizer=inner,
+        module=SimpleNamespace(named_parameters=weights.items),
+        lr_scheduler=SimpleNamespace(state_dict=lambda: {"last_epoch": 2}, load_state_dict=lambda _: None),
+    )
+    made.zero_stage, made.optimizer, made.inner, made.lr = 0, "AdamW", inner, 0.1
+    made.stepped, made.set_base_lr = {p: p for p in weights.values()}, lambda _: None
+    return made
+
+
+def test_a_weight_of_one_number_its_moments_and_its_step_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = SimpleNamespace(safe_get_full_fp32_param=None, safe_get_full_optimizer_state=None)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(utils=other))  # which takes seconds
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", other)
+    saved, here = at_stage_0(0.5), at_stage_0(3.0)
+    save(tmp_path, saved)
+    rank_checkpoint.load_part(tmp_path, 0, 1, here)
+    for was, now in zip(saved.trained.values(), here.trained.values(), strict=True):
+        assert torch.equal(was, now)
+        assert here.inner.state[now].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        state, of = here.inner.state[now], saved.inner.state[was]
+        assert state["step"] == of["step"] == 2
+        assert all(torch.equal(state[kind], of[kind]) for kind in ("exp_avg", "exp_avg_sq"))
 
 
 def test_a_tensor_that_cannot_be_made_whole_is_the_loss_of_the_learner_and_nobody_is_waited_for(
