@@ -20,7 +20,7 @@ SETTINGS = [
     *("train", "experiment=quickstart", "objective=grpo", "rollout.groups_per_step=4"),
     *("learner.lr_high=true", "observe.tokens.every=1", "observe.report=false", "evaluate.final=false"),
     *("++data.settings.size=4000", "data.max_prompt=128", "generator.replicas=2", "verifier.replicas=2"),
-    *("cluster.cpus.learner=1.25", "cluster.cpus.generator=2", "cluster.cpus.verifier=0.75"),
+    *("cluster.cpus.learner=3", "cluster.cpus.generator=1.5", "cluster.cpus.verifier=0.25"),
     *("cluster.address=10.99.0.1:6379", "checkpoint.every=5"),
 ]
 START = 300.0
@@ -28,18 +28,18 @@ START = 300.0
 
 @pytest.fixture
 def cluster() -> Iterator[Nodes]:
-    """A head with room for the learner, an engine and a verifier; a node for an engine and a verifier."""
-    with nodes("f30", [4, 3]) as made:
+    """A head that the learner fits on, and a node that it does not; an engine and a verifier on each."""
+    with nodes("f30", [5, 2]) as made:
         yield made
 
 
-def begin(cluster: Nodes, folder: Path, model: str, count: int) -> subprocess.Popen:
+def begin(cluster: Nodes, folder: Path, model: str, count: int, *own: str) -> subprocess.Popen:
     """A run of `count` steps, driven from the head, once it has made two."""
     within, told = (
         cluster.network.within(0),
         [f"run.dir={folder}", f"model.path={model}", f"run.steps={count}"],
     )
-    process = start(*SETTINGS, *told, within=within, variables=cluster.environment)
+    process = start(*SETTINGS, *told, *own, within=within, variables=cluster.environment)
     until(process, step_reached(folder, 2), START)
     return process
 
@@ -107,7 +107,7 @@ def test_a_partition_of_five_minutes_is_a_node_that_is_lost_once(
     fault: Fault, cluster: Nodes, tmp_path: Path, model: str
 ) -> None:
     folder = tmp_path / "run"
-    process = begin(cluster, folder, model, 4000)
+    process = begin(cluster, folder, model, 4000, "++data.settings.size=20000")
     far, before = actors(cluster), steps(folder)[-1]
     cut(cluster, process, 300.0, fault)
     after = steps(folder)[-1]
