@@ -29,7 +29,7 @@ START = 300.0
 @pytest.fixture
 def cluster() -> Iterator[Nodes]:
     """A head that the learner fits on, and a node that it does not; an engine and a verifier on each."""
-    with nodes("f30", [5, 2]) as made:
+    with nodes("f", [5, 2]) as made:
         yield made
 
 
