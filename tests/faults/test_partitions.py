@@ -19,7 +19,13 @@ FAR = 1
 SETTINGS = [
     *("train", "experiment=quickstart", "objective=grpo", "rollout.groups_per_step=4"),
     *("learner.lr_high=true", "observe.tokens.every=1", "observe.report=false", "evaluate.final=false"),
-    *("++data.settings.size=4000", "data.max_prompt=128", "generator.replicas=2", "verifier.replicas=2"),
+    *(
+        "++data.settings.size=4000",
+        "data.settings.max_digits=3",
+        "data.max_prompt=128",
+        "generator.replicas=2",
+        "verifier.replicas=2",
+    ),
     *("cluster.cpus.learner=3", "cluster.cpus.generator=1.5", "cluster.cpus.verifier=0.25"),
     *("cluster.address=10.99.0.1:6379", "checkpoint.every=5"),
 ]
@@ -83,7 +89,7 @@ def cut(cluster: Nodes, process: subprocess.Popen, seconds: float, fault: Fault)
 
 
 def lost(folder: Path) -> list[str]:
-    """As `engine_lost generator 0`; one that was started in the place of another may be lost with its node."""
+    """As `engine_lost generator 0`; who was started in its place on the same node may be lost as well."""
     named = lambda kind, role: [f"{kind} {fields[role]}" for fields in happened(folder, kind)]
     found = named("engine_lost", "engine") + named("verifier_lost", "verifier")
     assert len(set(found)) == len(found), f"somebody is lost twice: {found}"
@@ -117,7 +123,7 @@ def test_a_partition_of_five_minutes_is_a_node_that_is_lost_once(
     fault: Fault, cluster: Nodes, tmp_path: Path, model: str
 ) -> None:
     folder = tmp_path / "run"
-    process = begin(cluster, folder, model, 4000, "++data.settings.size=20000")
+    process = begin(cluster, folder, model, 2500, "++data.settings.size=20000")
     far, before = actors(cluster), steps(folder)[-1]
     cut(cluster, process, 300.0, fault)
     after = steps(folder)[-1]
