@@ -19,13 +19,8 @@ FAR = 1
 SETTINGS = [
     *("train", "experiment=quickstart", "objective=grpo", "rollout.groups_per_step=4"),
     *("learner.lr_high=true", "observe.tokens.every=1", "observe.report=false", "evaluate.final=false"),
-    *(
-        "++data.settings.size=4000",
-        "data.settings.max_digits=3",
-        "data.max_prompt=128",
-        "generator.replicas=2",
-        "verifier.replicas=2",
-    ),
+    *("++data.settings.size=4000", "data.settings.max_digits=3", "data.max_prompt=128"),
+    *("generator.replicas=2", "verifier.replicas=2"),
     *("cluster.cpus.learner=3", "cluster.cpus.generator=1.5", "cluster.cpus.verifier=0.25"),
     *("cluster.address=10.99.0.1:6379", "checkpoint.every=5"),
 ]
@@ -41,11 +36,8 @@ def cluster() -> Iterator[Nodes]:
 
 def begin(cluster: Nodes, folder: Path, model: str, count: int, *own: str) -> subprocess.Popen:
     """A run of `count` steps, driven from the head, once it has made two."""
-    within, told = (
-        cluster.network.within(0),
-        [f"run.dir={folder}", f"model.path={model}", f"run.steps={count}"],
-    )
-    process = start(*SETTINGS, *told, *own, within=within, variables=cluster.environment)
+    told = [*SETTINGS, f"run.dir={folder}", f"model.path={model}", f"run.steps={count}", *own]
+    process = start(*told, within=cluster.network.within(0), variables=cluster.environment)
     until(process, step_reached(folder, 2), START)
     return process
 
