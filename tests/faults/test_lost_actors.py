@@ -194,9 +194,10 @@ def test_a_run_without_its_head_ends_soon_and_can_be_gone_on_with(
     (head,) = [p for p in ours if "gcs_server" in p.name()]
     head.kill()
     fault.fired(f"process {head.pid} is dead")
-    printed, _ = process.communicate(timeout=150)
-    assert process.returncode not in (0, None), printed[-3000:]
-    fault.saw(f"ends with {process.returncode}: {printed.strip().splitlines()[-1][:80]}")
+    printed = printed_at_end(process, 4, 150)
+    last = printed.strip().splitlines()[-1]
+    assert "InfrastructureError: Ray's head is lost" in last and "run.resume=auto" in last, printed[-3000:]
+    fault.saw("ends with 4: Ray's head is lost, and the command that goes on")
     assert left_over(ours, shared, 60.0) == []
     again = start(*settings, f"model.path={model}", "run.resume=auto")
     until(again, step_reached(folder, steps(folder)[-1] + 1), 150.0)

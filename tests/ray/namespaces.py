@@ -119,7 +119,8 @@ class Nodes:
 @contextmanager
 def nodes(name: str, cpus: Sequence[int], *told: str) -> Iterator[Nodes]:
     """A cluster of as many nodes as there are numbers of cores; `told` to each `ray start`."""
-    folder = Path(f"/tmp/ray-{name}-{os.getpid()}")  # a short name: sockets lie in it
+    name += str(os.getpid())  # others may be at it on this machine
+    folder = Path(f"/tmp/ray-{name}")  # a short name: sockets lie in it
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_TMPDIR": str(folder)}
     own |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | own
