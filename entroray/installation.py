@@ -77,7 +77,9 @@ def install_line(extra: str = "", *, build: str = "") -> str:
 
 def _uninstall(*names: str) -> str:
     tool = (
-        f"{sys.executable} -m pip uninstall -y" if installed("pip") else f"uv pip uninstall -p {sys.prefix}"
+        f"{sys.executable} -m pip uninstall -y"
+        if installed("pip")
+        else f"uv pip uninstall -p {shlex.quote(sys.prefix)}"
     )
     return " ".join([tool, *names])
 
