@@ -1,4 +1,4 @@
-"""An environment made of nothing by launch/install.sh, used from an empty folder when the checkout is gone."""
+"""An environment made by launch/install.sh, used from an empty folder when the checkout is gone."""
 
 import json
 import os
