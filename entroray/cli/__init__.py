@@ -89,9 +89,8 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         installation.check_environment()
     try:
         if not any("cluster.address=" in argument for argument in arguments):
-            import_module(
-                "entroray.engine.interfaces"
-            ).stay_on_loopback()  # before Ray reads its switch, once
+            # before Ray is imported, which reads its switch then and never again
+            import_module("entroray.engine.interfaces").stay_on_loopback()
         asked: Callable[[list[str]], int] = import_module(COMMANDS[command]).main
     except (ImportError, OSError, RuntimeError) as error:  # of libraries that do not fit each other
         installation.check_environment(first_line(error))

@@ -70,10 +70,9 @@ def tools(config: Config) -> str:
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         missing.append("Python.h")
     if not compiled and missing:
-        headers = "python{}.{}-dev".format(*sys.version_info)
         raise PreflightError(
             f"{' and '.join(missing)} not found and DeepSpeed's op is not compiled in {folder}: "
-            f"apt-get install g++ {headers}, then {installation.install_line()}"
+            f"apt-get install g++ python3.{sys.version_info[1]}-dev"
         )
     locks = [p for p in folder.rglob("lock") if p.is_file()]
     if locks and not compiled:

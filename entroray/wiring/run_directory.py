@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from entroray import __version__
 from entroray.config import USER_FILES, Config, Run
 from entroray.errors import DataError, PreflightError
-from entroray.installation import STACK, versions
+from entroray.installation import STACK, installed
 from entroray.observe.journal import read_metrics, refuse_links, replace_text
 from entroray.policy.lora import WEIGHTS, read_config
 from entroray.policy.safetensors_header import read_header, tensor_shapes
@@ -364,7 +364,8 @@ def check_same_data(run: RunDirectory, identity: Mapping[str, str]) -> None:
 def write_manifest(folder: Path, settings: str, facts: dict[str, Any]) -> None:
     """Write config.yaml, which is `settings`, and manifest.json (versions, seeds, hashes)."""
     replace_text(folder / "config.yaml", settings)
-    found = {"python": platform.python_version(), "packages": versions(PACKAGES), "commit": commit()}
+    versions = {"entroray": __version__, **{name: v for name in PACKAGES if (v := installed(name))}}
+    found = {"python": platform.python_version(), "packages": versions, "commit": commit()}
     replace_text(folder / "manifest.json", json.dumps(found | facts, indent=2, default=str))
 
 

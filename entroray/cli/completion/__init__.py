@@ -52,13 +52,11 @@ def _values() -> dict[str, str]:
     """Of each group and setting what it may be; of a setting without choices its default."""
     lines = (HERE.parents[1] / "wiring" / "choices.tsv").read_text().splitlines()
     choices = dict(line.split("\t") for line in lines) | dict.fromkeys(PATHS, "@files")
-    found = {path: choices.get(path, _plain(default)) for path, default, _ in settings(Config)}
+    switch = dict.fromkeys(("true", "false"), "true false")
+    found = {
+        path: choices.get(path) or switch.get(default) or "".join(re.findall(r"^[\w.+-]+$", default))
+        for path, default, _ in settings(Config)
+    }
     for folder in sorted(folder for folder in conf_folder().iterdir() if folder.is_dir()):
         found[folder.name] = " ".join(sorted(file.stem for file in folder.glob("*.yaml")))
     return found | {"keys": " ".join(f"{key}=" for key in found)}
-
-
-def _plain(default: str) -> str:
-    if default in ("true", "false"):
-        return "true false"
-    return default if re.fullmatch(r"[\w.+-]+", default) else ""
