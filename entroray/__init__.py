@@ -1,8 +1,12 @@
 """entroray: distributed RL for language models that measures, predicts and steers entropy."""
 
+from __future__ import annotations
+
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"
+"""The one place of it: pyproject.toml reads it here."""
 PUBLIC = {
     "Answer": "entroray.types",
     "Batch": "entroray.types",

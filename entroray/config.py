@@ -9,6 +9,8 @@ TINY = "tiny"
 """`model.path` of the tiny model: built and warm-started here, cached by content."""
 USER_FILES = ("reward.path", "rollout.tool.path", "model.template")
 """Settings that name a file of the user's (`my_file.py:my_function`); `user_files` adds those of judges."""
+PATHS = ("run.dir", "model.path", "model.warm_start.cache", *USER_FILES, "data.task")
+"""Settings that may be a file or a folder."""
 
 
 @dataclass

@@ -20,6 +20,16 @@ def conf_folder() -> Path:
     )
 
 
+def in_checkout() -> bool:
+    """Whether this is a checkout, with launch/ and tests/, and not a package that was installed from one."""
+    return (PACKAGE.parent / "launch" / "setup.sh").is_file()
+
+
+def repository_file(path: str) -> str:
+    """How a sentence names a file of the repository, which an installed package has not."""
+    return path if in_checkout() else f"{path} of entroray's repository"
+
+
 def objective_names() -> list[str]:
     """Every row of conf/objective."""
     return sorted(path.stem for path in (conf_folder() / "objective").glob("*.yaml"))

@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 UV=0.13.8
-VENV=$PWD/.venv
+INTO=${ENTRORAY_INTO:-} # of install.sh: a folder for an environment with a copy of this package
+VENV=${INTO:-$PWD/.venv}
 MARK=$VENV/entroray-setup # "begun" while at work, then what is installed: build, Python, pins, place
 LOG=$VENV/entroray-setup.log
 EXTRAS=$VENV/entroray-extras
@@ -56,7 +57,11 @@ extras() { # those that are here and those of ENTRORAY_EXTRAS, which once instal
     echo "$all"
 }
 
-pins() { sha256sum pyproject.toml | cut -c1-16; }
+pins() { # of what is installed from: the pins, and of a copy everything
+    local files=(pyproject.toml)
+    [[ -z $INTO ]] || mapfile -t -O 1 files < <(find entroray conf -type f ! -path '*/__pycache__/*' | sort)
+    cat "${files[@]}" | sha256sum | cut -c1-16
+}
 
 choose() { # sets build, python (its real path) and version; names all that is missing at once
     local driver missing=() candidate found=() fits=False makes=True headers=True
@@ -102,7 +107,7 @@ packaged() { # the packages of a Python that fits, as this system's own package 
 
 room() { # GB: refuse unless that much is free here and where uv keeps its downloads
     local place free cache=${UV_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}}
-    for place in "$PWD" "$cache"; do
+    for place in "$VENV" "$cache"; do
         while [[ ! -d $place ]]; do place=$(dirname "$place"); done
         free=$(($(df -Pk "$place" | awk 'END {print $4}') / 1000000))
         ((free >= $1)) || refuse "$place has $free GB free and the $build build needs $1 GB: free some, or name another place for downloads in UV_CACHE_DIR"
@@ -144,7 +149,9 @@ packages() { # decides where torch comes from, then installs everything
     fi
     local extras
     extras=$(extras)
-    stage "packages of the $build build${extras:+, $extras}" uv_install "${flags[@]}" -e ".[$build,dev${extras:+,${extras// /,}}]" &&
+    local what=(-e ".[$build,dev${extras:+,${extras// /,}}]")
+    [[ -z $INTO ]] || what=(--reinstall-package entroray ".[$build${extras:+,${extras// /,}}]")
+    stage "packages of the $build build${extras:+, $extras}" uv_install "${flags[@]}" "${what[@]}" &&
         echo "$extras" >"$EXTRAS"
 }
 
@@ -162,13 +169,13 @@ install_all() {
     choose
     [[ ! -f $MARK ]] || read -ra old <"$MARK"
     if [[ ${old[0]:-} == "$build" && ${old[1]} == "$version" && ${old[*]:3} == "$PWD" ]]; then
-        say "setup: pyproject.toml or ENTRORAY_EXTRAS has changed; bringing .venv up to date"
+        say "setup: pyproject.toml${INTO:+, the package} or ENTRORAY_EXTRAS has changed; bringing ${INTO:-.venv} up to date"
         echo begun >"$MARK"
     else
-        [[ -f $MARK || ! -f $VENV/pyvenv.cfg ]] || refuse "launch/setup.sh did not make the .venv that is here: move it away, then start again"
+        [[ -f $MARK || ! -f $VENV/pyvenv.cfg ]] || refuse "launch/setup.sh did not make ${INTO:-the .venv that is here}: move it away, then start again"
         [[ ${old[0]:-} != begun ]] || say "setup: the last set-up was interrupted; starting over (downloads are kept)"
         if [[ $build == cuda ]]; then room 15; else room 6; fi
-        say "setup: $build build, Python $version, in .venv"
+        say "setup: $build build, Python $version, in ${INTO:-.venv}"
         mkdir -p "$VENV" && echo begun >"$MARK" && : >"$LOG"
         stage "environment" environment
     fi

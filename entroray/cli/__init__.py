@@ -9,8 +9,8 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-from entroray.engine.interfaces import stay_on_loopback
-from entroray.errors import EntrorayError
+from entroray import installation
+from entroray.errors import EntrorayError, first_line
 from entroray.home import ensure_home
 from entroray.redaction import HidingStream
 
@@ -38,6 +38,9 @@ def run(argv: list[str]) -> int:
     if not argv or {"-h", "--help", "help"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(installation.describe_versions())
+        return 0
     ensure_home()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job starts deaf to it
     os.environ.setdefault(
@@ -70,8 +73,11 @@ COMMANDS = {
         "plan",
         "objectives",
         "reference",
+        "completion",
     )
 }
+STARTS = {"train", "warm-start", "eval", "lab", "doctor", "verify-resume"}
+"""Commands that need the whole stack."""
 
 
 def _dispatch(command: str, arguments: list[str]) -> int:
@@ -79,7 +85,14 @@ def _dispatch(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         print(f"entroray: unknown command `{command}`\n\n{USAGE}", file=sys.stderr)
         return 2
-    if not any("cluster.address=" in argument for argument in arguments):
-        stay_on_loopback()  # before Ray is imported, which reads its switch then and never again
-    asked: Callable[[list[str]], int] = import_module(COMMANDS[command]).main
+    if command in STARTS:
+        installation.check_environment()
+    try:
+        if not any("cluster.address=" in argument for argument in arguments):
+            # before Ray is imported, which reads its switch then and never again
+            import_module("entroray.engine.interfaces").stay_on_loopback()
+        asked: Callable[[list[str]], int] = import_module(COMMANDS[command]).main
+    except (ImportError, OSError, RuntimeError) as error:  # of libraries that do not fit each other
+        installation.check_environment(first_line(error))
+        raise
     return asked(arguments)

@@ -5,15 +5,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial, wraps
-from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import psutil
 import torch
 
+from entroray import installation
 from entroray.cli import flags, judge_trial
 from entroray.cli.flags import CONFIG_DIR
 from entroray.config import Config, judge_specs
@@ -21,6 +22,7 @@ from entroray.engine.interfaces import is_loopback
 from entroray.errors import InfrastructureError, PreflightError, first_line
 from entroray.policy.tokenizer import response_text
 from entroray.reward.programs import Programs
+from entroray.rows import repository_file
 from entroray.wiring import actors, compose, dataset, memory, preflight
 from entroray.workers import cluster, nodes
 from entroray.workers.network import ask_here, try_network
@@ -48,23 +50,15 @@ def main(arguments: list[str]) -> int:
 
 def packages(_: Config) -> str:
     """Versions installed against the exact ones this version was tested with."""
-    pins = dict(line.split(";")[0].strip().split("==") for line in requires("entroray") or () if "==" in line)
-    found = {name.partition("[")[0]: pin for name, pin in pins.items()}
+    found = installation.pins("cpu", "cuda", "liger", "wandb", "mlflow")
     other = [
-        f"{n} {i} where {pin} was tested"
-        for n, pin in found.items()
-        if (i := _installed(n)) not in (None, pin)
+        f"{name} {version} where {pin} was tested"
+        for name, pin in found.items()
+        if (version := installation.installed(name).partition("+")[0]) not in ("", pin)
     ]
     if other:
-        raise PreflightError("; ".join(other) + ". Run ./launch/setup.sh, or install these versions")
+        raise PreflightError("; ".join(other) + f"; {installation.install_line()}")
     return f"{len(found)} at the tested versions, Python {sys.version.split()[0]}"
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package).partition("+")[0]
-    except PackageNotFoundError:
-        return None
 
 
 def tools(config: Config) -> str:
@@ -73,10 +67,12 @@ def tools(config: Config) -> str:
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     compiled = [p.name for p in folder.rglob("*.so")]
     missing = [tool for tool in ("g++", "ninja") if not shutil.which(tool)]
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("Python.h")
     if not compiled and missing:
         raise PreflightError(
             f"{' and '.join(missing)} not found and DeepSpeed's op is not compiled in {folder}: "
-            "apt-get install g++, then ./launch/setup.sh"
+            f"apt-get install g++ python3.{sys.version_info[1]}-dev"
         )
     locks = [p for p in folder.rglob("lock") if p.is_file()]
     if locks and not compiled:
@@ -160,7 +156,7 @@ def _joined(config: Config, address: str) -> str:
     except (OSError, ValueError, RuntimeError, InfrastructureError) as error:
         raise PreflightError(
             f"cluster.address={address} cannot be joined ({first_line(error)}): start it with "
-            "launch/ray-head.sh, and compare address, Ray versions and tokens"
+            f"{repository_file('launch/ray-head.sh')}, and compare address, Ray versions and tokens"
         ) from error
     finally:
         cluster.stop()
@@ -182,7 +178,7 @@ def _refuse_open(address: str) -> None:
     if done.returncode == 0:
         raise PreflightError(
             f"cluster.address={address} runs code of whoever reaches it, without a token: start its head and "
-            "every node with RAY_AUTH_MODE=token, as launch/ray-head.sh does"
+            f"every node with RAY_AUTH_MODE=token, as {repository_file('launch/ray-head.sh')} does"
         )
 
 

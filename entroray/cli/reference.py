@@ -18,7 +18,7 @@ from entroray.cli.flags import Flag
 from entroray.config import Config
 from entroray.control import feedback, schedules
 from entroray.errors import ConfigError
-from entroray.rows import conf_folder
+from entroray.rows import PACKAGE, conf_folder, in_checkout
 
 TABLES = ("| | what it is |", "| `fn` | its settings | what it does |", "| setting | default | meaning |")
 """First lines of the tables of conf/README.md that are made here; its prose stays as it is written there."""
@@ -30,6 +30,8 @@ def main(arguments: list[str]) -> int:
     given, others = flags.parse_flags("reference", arguments, FLAGS)
     if others:
         raise ConfigError(f"reference takes --write alone, got {others[0]}")
+    if "write" in given and not in_checkout():
+        raise ConfigError(f"reference --write writes conf/README.md of a checkout, and {PACKAGE} is in none")
     page = conf_folder() / "README.md"
     text = reference_text(page.read_text(encoding="utf-8"))
     page.write_text(text, encoding="utf-8") if "write" in given else print(text, end="")

@@ -174,7 +174,8 @@ def _refuse_open(place: str) -> None:
         return
     raise PreflightError(
         f"{place} runs code of whoever reaches it, without a token: start it with RAY_AUTH_MODE=token, as "
-        "launch/ray-head.sh does, or say RAY_AUTH_MODE=disabled here too if nobody else can reach it"
+        f"{rows.repository_file('launch/ray-head.sh')} does, or say "
+        "RAY_AUTH_MODE=disabled here too if nobody else can reach it"
     )
 
 
@@ -185,8 +186,8 @@ def _hint(said: str) -> str:
             "head with --dashboard-agent-listen-port=<a free one>"
         )
     return (
-        "Is a head running there (launch/ray-head.sh), and is its token here, in RAY_AUTH_TOKEN or "
-        "~/.ray/auth_token?"
+        f"Is a head running there ({rows.repository_file('launch/ray-head.sh')}), and is its "
+        "token here, in RAY_AUTH_TOKEN or ~/.ray/auth_token?"
     )
 
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from entroray.binding import declare
 from entroray.errors import PreflightError
+from entroray.installation import install_line
 from entroray.observe.run_summary import STEP, RunSummary
 
 SETTING = "observe.trackers"
@@ -156,8 +157,8 @@ def _refuse_missing(extra: str, *modules: str) -> None:
     found = {name: find_spec(name) for name in modules}  # a folder of that name has no origin
     if missing := [name for name, spec in found.items() if spec is None or spec.origin is None]:
         raise PreflightError(
-            f"{SETTING}: {extra} needs {' and '.join(missing)}, not installed here: pip install "
-            f"'entroray[{extra}]' (in a checkout: ENTRORAY_EXTRAS={extra} launch/setup.sh), or leave it out"
+            f"{SETTING}: {extra} needs {' and '.join(missing)}, not installed here: "
+            f"{install_line(extra)}, or leave it out"
         )
 
 

@@ -6,7 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from entroray.config import USER_FILES, Config, GeneratorConfig, LearnerConfig, Lora
+from entroray.config import PATHS, Config, GeneratorConfig, LearnerConfig, Lora
 from entroray.engine.adapter import ADAPTER, RANKS
 from entroray.errors import ConfigError
 from entroray.redaction import IN_URL, secrets
@@ -54,34 +54,14 @@ OF_SETS = {
 """What each number of an evaluation set must be."""
 
 NAMES: dict[str, tuple[object, ...]] = {
-    "run.resume": ("never", "auto"),
-    "model.dtype": ("float32", "bfloat16"),
-    "rollout.second.when": ("at_once", "next_time"),
-    "rollout.surplus": ("by_lag", "keep", "drop"),
-    "driver.stale": ("wait", "drop"),
-    "learner.score": ("auto", "always"),
-    "learner.pack": ("auto", "always", "never"),
-    "learner.zero_stage": (0, 1, 2, 3),
-    "learner.schedule": (
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-    ),
-    "learner.lora.export": ("adapter", "merged"),
-    "generator.transfer": ("plasma", "nccl", "ipc", ADAPTER),
-    "verifier.isolation": ("auto", "contained"),
+    path: tuple(int(choice) if choice.isdecimal() else choice for choice in choices)
+    for path, *choices in map(str.split, Path(__file__).with_name("choices.tsv").read_text().splitlines())
 }
 """What may be chosen. A schedule is one that transformers makes of two numbers, warm-up and all updates."""
 
 
 LONG = 12
 """Characters of a secret that stands in a setting by no chance."""
-PATHS = ("run.dir", "model.path", "model.warm_start.cache", *USER_FILES, "data.task")
-"""Settings that may be a file or a folder."""
 
 
 def check_bounds(config: Config) -> None:

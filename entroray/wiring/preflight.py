@@ -9,6 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from entroray import installation
 from entroray.binding import effective_settings, function_name, traits
 from entroray.config import Config, share_cards
 from entroray.engine.adapter import ADAPTER
@@ -124,12 +127,14 @@ def resources(config: Config) -> str:
     """CPUs and GPUs of this machine against what every role asks; a cluster's are asked of the cluster."""
     if config.cluster.address:
         return f"to be asked of the cluster at {config.cluster.address}"
-    if not actors.cpu_only(config.cluster):
+    if actors.cpu_only(config.cluster):
+        installation.check_cpu_build(cards=torch.cuda.is_available())
+    else:
         memory.check_driver(memory.cards_here())  # else torch alone says that it sees none
     actors.check_gpus(config.cluster)
     if config.learner.liger and not find_spec("liger_kernel"):
         raise PreflightError(
-            "learner.liger=true needs liger-kernel: ENTRORAY_EXTRAS=liger launch/setup.sh, or set "
+            f"learner.liger=true needs liger-kernel: {installation.install_line('liger')}, or set "
             "learner.liger=false"
         )
     _refuse_expandable(config)

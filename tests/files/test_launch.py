@@ -38,7 +38,7 @@ class Machine:
         shutil.copytree(ROOT / "launch", self.checkout / "launch")
         shutil.copy(ROOT / "pyproject.toml", self.checkout)
         self.bin.mkdir()
-        for tool in (*TOOLS.split(), "cp", "touch", "cat", "env"):
+        for tool in (*TOOLS.split(), "cp", "touch", "cat", "env", "ls", "realpath", "sort"):
             if found := shutil.which(tool):
                 (self.bin / tool).symlink_to(found)
         self.stub("g++", "#!/bin/sh\n")
@@ -360,3 +360,30 @@ def test_a_lock_left_by_a_killed_process_is_removed(machine):
     os.utime(locks[0], (0, 0))
     machine.setup()
     assert [lock.exists() for lock in locks] == [False, True]
+
+
+def test_a_copy_goes_into_a_folder_that_is_given_and_is_brought_up_to_date(machine):
+    for folder in ("entroray", "conf"):
+        (machine.checkout / folder).mkdir()
+        (machine.checkout / folder / "file").write_text("first")
+    place = machine.checkout.parent / "an environment"
+    first = machine.run("install.sh", str(place))
+    assert first.returncode == 0 and f"{place}/bin/entroray doctor" in first.stdout, first.stderr
+    told = machine.told()
+    assert "--reinstall-package entroray .[cpu]\n" in told and " -e " not in told and "dev" not in told
+    assert not (machine.checkout / ".venv").exists()
+    machine.run("install.sh", str(place))
+    assert machine.told() == ""
+    (machine.checkout / "conf" / "file").write_text("second")
+    assert f"bringing {place} up to date" in machine.run("install.sh", str(place)).stdout
+    assert "--reinstall-package entroray .[cpu]\n" in machine.told()
+
+
+def test_a_folder_with_something_else_in_it_is_left_as_it_is(machine):
+    place = machine.checkout.parent / "letters"
+    place.mkdir()
+    (place / "letter").write_text("dear")
+    refused = machine.run("install.sh", str(place))
+    assert refused.returncode == 2 and "give another folder" in refused.stderr
+    assert (place / "letter").read_text() == "dear" and machine.told() == ""
+    assert machine.run("install.sh").returncode == machine.run("install.sh", "--help").returncode == 2

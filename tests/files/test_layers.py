@@ -18,7 +18,7 @@ FLOORS = [  # each may import from those before it
     *("rollout", "train", "evaluation", "observe", "engine", "workers", "wiring", "cli", "top"),
 ]
 GROUND = {"types", "kept_sets", "ops", "config", "errors", "rows", "seeds", "binding", "formula", "home"}
-GROUND |= {"redaction"}
+GROUND |= {"installation", "redaction"}
 TOP, BROAD = {"__init__", "__main__"}, {"Exception", "BaseException"}
 HOMES = {  # heavy library -> the only folders that may import it
     "ray": {"workers", "wiring", "cli"},

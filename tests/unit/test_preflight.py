@@ -292,7 +292,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 
 def test_other_versions_than_the_tested_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "at the tested versions" in doctor.packages(Config())
-    monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "ray" else "2.13.0")
+    monkeypatch.setattr(doctor.installation, "installed", lambda name: "0.1" if name == "ray" else "2.13.0")
     with pytest.raises(PreflightError, match=r"ray 0\.1 [^;]*2\.60\.0.*launch/setup\.sh"):
         doctor.packages(Config())
 

@@ -287,7 +287,7 @@ def test_a_package_that_is_missing_is_refused_with_its_extra(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     for name in ("wandb", "mlflow"):
         config = configured(f"observe.trackers=[{{fn: tensorboard}}, {{fn: {name}}}]")
-        with pytest.raises(PreflightError, match=rf"^observe\.trackers: {name} .*'entroray\[{name}\]'"):
+        with pytest.raises(PreflightError, match=rf"^observe\.trackers: {name} .*ENTRORAY_EXTRAS={name} "):
             preflight.trackers(config)
     assert preflight.trackers in preflight.FAST and preflight.trackers(configured()) == "tensorboard"
 

