@@ -1,0 +1,290 @@
+"""Parts of pages made from the package itself: its schema, its catalogues, its docstrings, its errors."""
+
+import ast
+import csv
+import inspect
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
+from pathlib import Path
+
+import entroray
+from docs.equations import markdown_formula
+from entroray import errors
+from entroray.binding import effective_settings, function_name, keyword_settings, slot_functions
+from entroray.cli import objectives, reference
+from entroray.config import Config
+from entroray.metrics import catalogue
+from entroray.objective import Objective, build_objective
+from entroray.objective.objective import MANY, SLOTS
+from entroray.rows import conf_folder, objective_names
+from entroray.wiring import constraints
+from entroray.wiring.run_directory import resume_rule
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ("token_records", "rollout_records")
+TYPED = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, errors.EntrorayError)]
+"""Every typed error, the base first."""
+NEUTRAL = {
+    **{"keep if": "every group", "reward R": "verdict", "selected": "all tokens", "scale w": "1"},
+    **{"correction c": "1", "penalties P": "0", "share s": "1 per token"},
+}
+"""Lines of an equation that change nothing, and what stands in them then."""
+FORMULA = re.compile(r"^`([^`]+)`$", re.MULTILINE)
+
+
+def anchor(kind: str, name: str) -> str:
+    """Where something is explained on the site."""
+    spelt = name.lower().replace("@", " at ").replace("^", " all ")
+    return f"{kind}-{re.sub(r'[^a-z0-9]+', '-', spelt).strip('-')}"
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
+
+
+def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
+    return _row(*head) + "|---" * len(head) + "|\n" + "".join(_row(*row) for row in rows)
+
+
+def _defined(kind: str, name: str) -> str:
+    return f"`{name}`{{#{anchor(kind, name)}}}"
+
+
+# Objectives
+
+
+def objective_rows() -> str:
+    """Every row of conf/objective: what it is, its equation with the numbers in effect, its settings."""
+    told = {name.strip("`"): (what, *rest) for name, what, *rest in _cells(objectives.table())}
+    return "".join(_objective(name, *told[name]) for name in objective_names())
+
+
+def objective_overview() -> str:
+    """A table of all rows, each with one sentence."""
+    link = lambda name: f"[`{name}`](#{anchor('objective', name)})"
+    found = [(link(name), *objectives.head(name)) for name in objective_names()]
+    return _table(("objective", "what it is", "entropy"), found)
+
+
+def _cells(table: str) -> Iterator[list[str]]:
+    for line in table.splitlines()[2:]:
+        yield [cell.replace("\\|", "|") for cell in line[2:-2].split(" | ")]  # "|" within a cell is escaped
+
+
+def _objective(name: str, what: str, _: str, __: str, entropy: str, idle: str, scored: str) -> str:
+    file = conf_folder() / "objective" / f"{name}.yaml"
+    objective = build_objective(name)
+    remarks = [("Entropy", entropy), ("Without effect", idle), ("Scored before the update for", scored)]
+    said = "".join(f"- {label}: {text}\n" for label, text in remarks if text)
+    return (
+        f"({anchor('objective', name)})=\n## {name}\n\n{reference.title(file).partition(' Entropy: ')[0]}\n\n"
+        f"{equation(objective)}\n{said}\n{_numbers(objective)}\n"
+        f"<details><summary><code>objective={name}</code> as a file: conf/objective/{name}.yaml</summary>\n\n"
+        f"```yaml\n{file.read_text()}```\n\n</details>\n\n"
+    )
+
+
+def equation(objective: Objective) -> str:
+    """The loss and what its letters stand for, from `Objective.describe`; what changes nothing is left out."""
+    lines = [(line[2:15].strip(), line[15:]) for line in objective.describe().splitlines()[1:]]
+    used = {label: text for label, text in lines if NEUTRAL.get(label) != text}
+    factors = "".join(f"{s} \\, " for label, s in (("correction c", "c"), ("scale w", "w")) if label in used)
+    body = f"{factors}S" + (" + P" if "penalties P" in used else "")
+    share = "s" if "share s" in used else ""
+    inner = f"{share} \\left({body}\\right)" if share and "+" in body else f"{share} \\, {body}"
+    loss = f"$$\n\\text{{loss}} = \\frac{{1}}{{D}} \\sum_{{\\text{{response tokens}}}} {inner}\n$$\n\n"
+    return loss + _table(("", "in effect"), [(_label(label), markdown_formula(text)) for label, text in used.items()])
+
+
+def _label(label: str) -> str:
+    """`ratio r` with its letter as in the equation."""
+    if label == "denominator":
+        label += " D"
+    word, _, letter = label.partition(" ")
+    return f"{word} ${letter}$" if len(letter) == 1 else label
+
+
+def _numbers(objective: Objective) -> str:
+    """Every number of a row, its setting, and what it must be."""
+    found = [
+        (f"`{slot}.{name}`", f"`{value}`", _must_be(choice, name))
+        for slot, choice in _choices(objective)
+        for name, value in effective_settings(choice).items()
+    ]
+    return _table(("setting", "value", "must be"), found) if found else ""
+
+
+def _must_be(choice: partial, name: str) -> str:
+    limit = objectives.find_limit(keyword_settings(choice.func)[name].annotation)
+    return limit.text if limit else ""
+
+
+def _choices(objective: Objective) -> Iterator[tuple[str, partial]]:
+    """Every bound function with its slot; of a list, its place in it."""
+    for slot, module in SLOTS.items():
+        for place, choice in enumerate(objective.slot(slot)):
+            yield f"{slot}[{place}]" if module in MANY else slot, choice
+
+
+def slot_functions_page() -> str:
+    """Every function of every slot: what it does, its formula, its settings."""
+    text = ""
+    for slot, module in SLOTS.items():
+        text += f"## {slot}{' (a list)' if module in MANY else ''}\n\n{inspect.getdoc(module)}\n\n"
+        for name, function in slot_functions(module).items():
+            text += f"### `{name}`\n\n{_explained(function)}\n\n"
+    return text
+
+
+def _explained(function: object) -> str:
+    """A docstring with its formula drawn and its settings listed."""
+    said = inspect.getdoc(function) or ""
+    takes = keyword_settings(function)  # type: ignore[arg-type]
+    drawn = lambda found: f"\n> {markdown_formula(found[1], frozenset(takes))}\n"
+    given = [f"`{p.name}" + ("" if p.default is p.empty else f"={p.default}") + "`" for p in takes.values()]
+    return FORMULA.sub(drawn, said) + (f"\n\nSettings: {', '.join(given)}" if given else "")
+
+
+# Settings, metrics, records
+
+
+def settings_tables() -> str:
+    """Every setting of config.py by group: default, meaning, what it must be, whether a resumption may change it."""
+    text = ""
+    for group, each in itertools.groupby(reference.settings(Config), lambda row: row[0].partition(".")[0]):
+        rows = [
+            (_defined("setting", path), f"`{default}`", " ".join(filter(None, [meaning, _must(path)])), _resume(path))
+            for path, default, meaning in each
+        ]
+        text += f"### {group}\n\n" + _table(("setting", "default", "meaning", "resume"), rows) + "\n"
+    return text
+
+
+def _must(path: str) -> str:
+    if bound := constraints.NUMBERS.get(path):
+        return f"({bound.words})"
+    choices = constraints.NAMES.get(path)
+    return f"({', '.join(map(str, choices))})" if choices else ""
+
+
+def _resume(path: str) -> str:
+    return {"free": "may change", "fixed": "must not change", "own": "of the command"}[resume_rule(path)[0]]
+
+
+def metrics_tables() -> str:
+    """The catalogue, a table a family."""
+    text = ""
+    for title, rows in itertools.groupby(catalogue.read_catalogue(), lambda m: catalogue.FAMILIES[m.family]):
+        cells = [
+            (_defined("metric", m.name), m.definition, m.unit, f"{m.over}; {m.estimator}", m.temperature)
+            for m in rows
+        ]
+        text += f"## {title}\n\n" + _table(("metric", "definition", "unit", "over; estimator", "temperature"), cells)
+        text += "\n"
+    return text
+
+
+def _columns(name: str) -> list[Mapping[str, str]]:
+    with (ROOT / f"entroray/observe/{name}.tsv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+# Errors
+
+
+def error_classes() -> str:
+    """Every typed error with its exit code and what it says of itself."""
+    code = lambda kind: "130 or 143" if kind is errors.Stopped else str(kind.exit_code)
+    return _table(
+        ("exit code", "error", "meaning"),
+        [(code(kind), f"`{kind.__name__}`", inspect.getdoc(kind) or "") for kind in TYPED],
+    )
+
+
+def error_messages() -> str:
+    """Every sentence that the package raises as a typed error, from its source: what is wrong, what to do."""
+    text = ""
+    for kind in TYPED:
+        found = sorted({said for name, said in messages() if name == kind.__name__}, key=str.lower)
+        if found:
+            text += f"## {kind.__name__}\n\n" + _table(("what is wrong", "what to do"), list(map(_remedy, found)))
+            text += "\n"
+    return text
+
+
+def _remedy(said: str) -> tuple[str, str]:
+    """A message cut before its remedy, which stands behind the last colon."""
+    wrong, colon, remedy = said.rpartition(": ")
+    return (_literal(wrong), _literal(remedy)) if colon else (_literal(said), "")
+
+
+def _literal(text: str) -> str:
+    """Text as it is, whatever marks it holds; what is filled in when it is raised is ‹named›."""
+    return re.sub(r"([\\*_<>$\[\]`{}|#~])", r"\\\1", text)
+
+
+@cache
+def messages() -> tuple[tuple[str, str], ...]:
+    """(error, its message) of every `raise` in the package whose message is written there."""
+    return tuple(found for file in sorted((ROOT / "entroray").rglob("*.py")) for found in _raised(file))
+
+
+def _raised(file: Path) -> Iterator[tuple[str, str]]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = {kind.__name__ for kind in TYPED}
+    known = {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name) and isinstance(node.value.value, str)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names and node.args:
+            said = _said(node.args[-1], known).strip()
+            if re.search(r"[a-z]{2,} [a-z]", re.sub(r"‹[^›]*›", "", said)):
+                yield node.func.id, said
+
+
+def _said(node: ast.AST, known: Mapping[str, str]) -> str:
+    """The text of an expression; what only a run knows is ‹the name it has there›, or ‹…›."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(_said(part, known) for part in parts)
+        case ast.BinOp(left=left, right=right):
+            return _said(left, known) + _said(right, known)
+        case ast.FormattedValue(value=value):
+            return _said(value, known)
+        case ast.Name(id=name):
+            return known.get(name, f"‹{name.lower().replace('_', ' ')}›")
+        case ast.Attribute(attr=name):
+            return f"‹{name.replace('_', ' ')}›"
+        case _:
+            return "‹…›"
+
+
+# What in backticks becomes a link
+
+
+def targets() -> dict[str, str]:
+    """Names of settings, metrics, choices and objectives -> the anchors where they are explained."""
+    found = {path: anchor("setting", path) for path, _, _ in reference.settings(Config)}
+    for metric in catalogue.read_catalogue():
+        found |= dict.fromkeys(
+            [metric.name, *catalogue.expand_names(metric, {})], anchor("metric", metric.name)
+        )
+    functions = {name for module in SLOTS.values() for name in slot_functions(module)} | set(dir(entroray))
+    for name in objective_names():
+        found[f"objective={name}"] = anchor("objective", name)
+        if name not in functions:
+            found[name] = anchor("objective", name)
+    return found
+
+
+def record_columns() -> dict[str, list[str]]:
+    """The columns of both kinds of records."""
+    return {name: [row["column"] for row in _columns(name)] for name in RECORDS}
