@@ -5,7 +5,7 @@ import csv
 import inspect
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 
@@ -44,8 +44,10 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
 
 
-def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
-    return _row(*head) + "|---" * len(head) + "|\n" + "".join(_row(*row) for row in rows)
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], classes: str = "") -> str:
+    """A Markdown table; of the classes "cards ..." each row is a card on a narrow screen (static/site.css)."""
+    marks = f"{{{' '.join(f'.{name}' for name in classes.split())}}}\n" if classes else ""
+    return marks + _row(*head) + "|---" * len(head) + "|\n" + "".join(_row(*row) for row in rows)
 
 
 def _defined(kind: str, name: str) -> str:
@@ -109,23 +111,22 @@ def _label(label: str) -> str:
 def _numbers(objective: Objective) -> str:
     """Every number of a row, its setting, and what it must be."""
     found = [
-        (f"`{slot}.{name}`", f"`{value}`", _must_be(choice, name))
-        for slot, choice in _choices(objective)
+        (_place(slot, module in MANY, choice, name), f"`{value}`", _must_be(choice, name))
+        for slot, module in SLOTS.items()
+        for choice in objective.slot(slot)
         for name, value in effective_settings(choice).items()
     ]
     return _table(("setting", "value", "must be"), found) if found else ""
 
 
+def _place(slot: str, many: bool, choice: partial, name: str) -> str:
+    """Where a number of a row is set; in a list, whose function's it is."""
+    return f"`{name}` of `{function_name(choice)}` in `objective.{slot}`" if many else f"`objective.{slot}.{name}`"
+
+
 def _must_be(choice: partial, name: str) -> str:
     limit = objectives.find_limit(keyword_settings(choice.func)[name].annotation)
     return limit.text if limit else ""
-
-
-def _choices(objective: Objective) -> Iterator[tuple[str, partial]]:
-    """Every bound function with its slot; of a list, its place in it."""
-    for slot, module in SLOTS.items():
-        for place, choice in enumerate(objective.slot(slot)):
-            yield f"{slot}[{place}]" if module in MANY else slot, choice
 
 
 def slot_functions_page() -> str:
@@ -155,10 +156,11 @@ def settings_tables() -> str:
     text = ""
     for group, each in itertools.groupby(reference.settings(Config), lambda row: row[0].partition(".")[0]):
         rows = [
-            (_defined("setting", path), f"`{default}`", " ".join(filter(None, [meaning, _must(path)])), _resume(path))
+            (_defined("setting", path), f"`{default}`", f"{_plain(meaning)} {_must(path)}".strip(), _resume(path))
             for path, default, meaning in each
         ]
-        text += f"### {group}\n\n" + _table(("setting", "default", "meaning", "resume"), rows) + "\n"
+        head = ("setting", "default", "meaning", "resume")
+        text += f"### {group}\n\n" + _table(head, rows, "cards settings") + "\n"
     return text
 
 
@@ -178,11 +180,11 @@ def metrics_tables() -> str:
     text = ""
     for title, rows in itertools.groupby(catalogue.read_catalogue(), lambda m: catalogue.FAMILIES[m.family]):
         cells = [
-            (_defined("metric", m.name), m.definition, m.unit, f"{m.over}; {m.estimator}", m.temperature)
+            (_defined("metric", m.name), _plain(m.definition), m.unit, f"{m.over}; {m.estimator}", m.temperature)
             for m in rows
         ]
-        text += f"## {title}\n\n" + _table(("metric", "definition", "unit", "over; estimator", "temperature"), cells)
-        text += "\n"
+        head = ("metric", "definition", "unit", "over; estimator", "temperature")
+        text += f"## {title}\n\n" + _table(head, cells, "cards metrics") + "\n"
     return text
 
 
@@ -209,8 +211,7 @@ def error_messages() -> str:
     for kind in TYPED:
         found = sorted({said for name, said in messages() if name == kind.__name__}, key=str.lower)
         if found:
-            text += f"## {kind.__name__}\n\n" + _table(("what is wrong", "what to do"), list(map(_remedy, found)))
-            text += "\n"
+            text += f"## {kind.__name__}\n\n" + _table(("what is wrong", "what to do"), map(_remedy, found), "cards") + "\n"
     return text
 
 
@@ -218,6 +219,11 @@ def _remedy(said: str) -> tuple[str, str]:
     """A message cut before its remedy, which stands behind the last colon."""
     wrong, colon, remedy = said.rpartition(": ")
     return (_literal(wrong), _literal(remedy)) if colon else (_literal(said), "")
+
+
+def _plain(text: str) -> str:
+    """Text that may hold code, but no other mark: `<` and `$` stand for themselves."""
+    return re.sub(r"`[^`]*`|([<$*])", lambda found: f"\\{found[0]}" if found[1] else found[0], text)
 
 
 def _literal(text: str) -> str:
@@ -259,10 +265,8 @@ def _said(node: ast.AST, known: Mapping[str, str]) -> str:
             return _said(left, known) + _said(right, known)
         case ast.FormattedValue(value=value):
             return _said(value, known)
-        case ast.Name(id=name):
-            return known.get(name, f"‹{name.lower().replace('_', ' ')}›")
-        case ast.Attribute(attr=name):
-            return f"‹{name.replace('_', ' ')}›"
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return known.get(name, f"‹{name.lower().replace('_', ' ').strip()}›")
         case _:
             return "‹…›"
 
@@ -288,3 +292,8 @@ def targets() -> dict[str, str]:
 def record_columns() -> dict[str, list[str]]:
     """The columns of both kinds of records."""
     return {name: [row["column"] for row in _columns(name)] for name in RECORDS}
+
+
+def loop_picture() -> str:
+    """The loop as SVG within the page, so that it has the page's colours, light and dark."""
+    return f"<figure>\n{(ROOT / 'docs/loop.svg').read_text(encoding='utf-8')}</figure>\n"
