@@ -17,7 +17,8 @@ project = "entroray"
 author = copyright = "the entroray authors"
 release = version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 extensions = ["myst_parser"]
-exclude_patterns = ["_build", "notebooks/README.md"]
+exclude_patterns = ["notebooks"]
+smartquotes = False  # `--flag` and 'text' are to be copied
 html_theme = "furo"
 html_title = f"entroray {release}"
 html_static_path = ["static"]

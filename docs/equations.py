@@ -8,7 +8,22 @@ import re
 from collections.abc import Iterator
 
 TOKEN = re.compile(r"\s+|PPO's clip|\d(?:[\d.]*\d)?(?:e[+-]?\d+)?|[^\W\d_²]+(?:[_'][^\W\d_²]+)*|[<>]=|.")
-FUNCTIONS = {"min", "max", "clip", "exp", "log", "ln", "std", "mean", "var", "sg", "KL", "sqrt", "mean_t", "mean_v"}
+FUNCTIONS = {
+    "min",
+    "max",
+    "clip",
+    "exp",
+    "log",
+    "ln",
+    "std",
+    "mean",
+    "var",
+    "sg",
+    "KL",
+    "sqrt",
+    "mean_t",
+    "mean_v",
+}
 NAMED = {"min", "max", "exp", "log", "ln"}
 """Functions that LaTeX has by name."""
 QUANTITIES = {"correct", "length", "limit"}
@@ -18,14 +33,22 @@ SIGNS = {
     **{"²": "^2", "[": "[", "]": "]"},
 }
 LETTERS = {
-    **{"π": r"\pi", "μ": r"\mu", "τ": r"\tau", "σ": r"\sigma", "ρ": r"\rho", "α": r"\alpha", "ε": r"\epsilon"},
+    **{
+        "π": r"\pi",
+        "μ": r"\mu",
+        "τ": r"\tau",
+        "σ": r"\sigma",
+        "ρ": r"\rho",
+        "α": r"\alpha",
+        "ε": r"\epsilon",
+    },
     **{"Ω": r"\Omega", "Σ": r"\sum", "Π": r"\prod", "η": r"\eta"},
 }
 CLOSE = {"(": ")", "[": "]"}
 
 
 def markdown_formula(text: str, settings: frozenset[str] = frozenset()) -> str:
-    """`text` with its mathematics as LaTeX between dollar signs; `settings` are names that stand for numbers."""
+    """`text` with its mathematics as LaTeX between dollar signs; `settings` are names of numbers in it."""
     return "".join(_pieces(TOKEN.findall(" ".join(text.split())), QUANTITIES | settings))
 
 

@@ -1,21 +1,19 @@
 """Parts of pages made from the package itself: its schema, its catalogues, its docstrings, its errors."""
 
-import ast
 import csv
 import inspect
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import entroray
 from docs.equations import markdown_formula
-from entroray import errors
 from entroray.binding import effective_settings, function_name, keyword_settings, slot_functions
 from entroray.cli import objectives, reference
 from entroray.config import Config
-from entroray.metrics import catalogue
+from entroray.metrics import catalogue, remedies
 from entroray.objective import Objective, build_objective
 from entroray.objective.objective import MANY, SLOTS
 from entroray.rows import conf_folder, objective_names
@@ -24,8 +22,6 @@ from entroray.wiring.run_directory import resume_rule
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ("token_records", "rollout_records")
-TYPED = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, errors.EntrorayError)]
-"""Every typed error, the base first."""
 NEUTRAL = {
     **{"keep if": "every group", "reward R": "verdict", "selected": "all tokens", "scale w": "1"},
     **{"correction c": "1", "penalties P": "0", "share s": "1 per token"},
@@ -44,8 +40,8 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], classes: str = "") -> str:
-    """A Markdown table; of the classes "cards ..." each row is a card on a narrow screen (static/site.css)."""
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], classes: str = "") -> str:
+    """A Markdown table; of the class "cards" each row is a card on a narrow screen (static/site.css)."""
     marks = f"{{{' '.join(f'.{name}' for name in classes.split())}}}\n" if classes else ""
     return marks + _row(*head) + "|---" * len(head) + "|\n" + "".join(_row(*row) for row in rows)
 
@@ -67,7 +63,7 @@ def objective_overview() -> str:
     """A table of all rows, each with one sentence."""
     link = lambda name: f"[`{name}`](#{anchor('objective', name)})"
     found = [(link(name), *objectives.head(name)) for name in objective_names()]
-    return _table(("objective", "what it is", "entropy"), found)
+    return table(("objective", "what it is", "entropy"), found)
 
 
 def _cells(table: str) -> Iterator[list[str]]:
@@ -89,7 +85,7 @@ def _objective(name: str, what: str, _: str, __: str, entropy: str, idle: str, s
 
 
 def equation(objective: Objective) -> str:
-    """The loss and what its letters stand for, from `Objective.describe`; what changes nothing is left out."""
+    """The loss and what its letters stand for, by `Objective.describe`; what changes nothing is left out."""
     lines = [(line[2:15].strip(), line[15:]) for line in objective.describe().splitlines()[1:]]
     used = {label: text for label, text in lines if NEUTRAL.get(label) != text}
     factors = "".join(f"{s} \\, " for label, s in (("correction c", "c"), ("scale w", "w")) if label in used)
@@ -97,7 +93,9 @@ def equation(objective: Objective) -> str:
     share = "s" if "share s" in used else ""
     inner = f"{share} \\left({body}\\right)" if share and "+" in body else f"{share} \\, {body}"
     loss = f"$$\n\\text{{loss}} = \\frac{{1}}{{D}} \\sum_{{\\text{{response tokens}}}} {inner}\n$$\n\n"
-    return loss + _table(("", "in effect"), [(_label(label), markdown_formula(text)) for label, text in used.items()])
+    return loss + table(
+        ("", "in effect"), [(_label(label), markdown_formula(text)) for label, text in used.items()]
+    )
 
 
 def _label(label: str) -> str:
@@ -116,12 +114,16 @@ def _numbers(objective: Objective) -> str:
         for choice in objective.slot(slot)
         for name, value in effective_settings(choice).items()
     ]
-    return _table(("setting", "value", "must be"), found) if found else ""
+    return table(("setting", "value", "must be"), found) if found else ""
 
 
 def _place(slot: str, many: bool, choice: partial, name: str) -> str:
     """Where a number of a row is set; in a list, whose function's it is."""
-    return f"`{name}` of `{function_name(choice)}` in `objective.{slot}`" if many else f"`objective.{slot}.{name}`"
+    return (
+        f"`{name}` of `{function_name(choice)}` in `objective.{slot}`"
+        if many
+        else f"`objective.{slot}.{name}`"
+    )
 
 
 def _must_be(choice: partial, name: str) -> str:
@@ -152,23 +154,29 @@ def _explained(function: object) -> str:
 
 
 def settings_tables() -> str:
-    """Every setting of config.py by group: default, meaning, what it must be, whether a resumption may change it."""
+    """Every setting of config.py by group, with what it must be and whether a resumption may change it."""
     text = ""
     for group, each in itertools.groupby(reference.settings(Config), lambda row: row[0].partition(".")[0]):
         rows = [
-            (_defined("setting", path), f"`{default}`", f"{_plain(meaning)} {_must(path)}".strip(), _resume(path))
+            (
+                _defined("setting", path),
+                f"`{default}`",
+                _plain(f"{meaning} {_must(path, meaning)}".strip()),
+                _resume(path),
+            )
             for path, default, meaning in each
         ]
         head = ("setting", "default", "meaning", "resume")
-        text += f"### {group}\n\n" + _table(head, rows, "cards settings") + "\n"
+        text += f"### {group}\n\n" + table(head, rows, "cards settings") + "\n"
     return text
 
 
-def _must(path: str) -> str:
-    if bound := constraints.NUMBERS.get(path):
-        return f"({bound.words})"
-    choices = constraints.NAMES.get(path)
-    return f"({', '.join(map(str, choices))})" if choices else ""
+def _must(path: str, meaning: str) -> str:
+    """What a value must be, where its meaning does not say so already."""
+    choices = [str(choice) for choice in constraints.NAMES.get(path, ())]
+    bound = constraints.NUMBERS.get(path)
+    words = bound.words if bound else ", ".join(choices)
+    return f"({words})" if words and not (choices and all(choice in meaning for choice in choices)) else ""
 
 
 def _resume(path: str) -> str:
@@ -180,11 +188,17 @@ def metrics_tables() -> str:
     text = ""
     for title, rows in itertools.groupby(catalogue.read_catalogue(), lambda m: catalogue.FAMILIES[m.family]):
         cells = [
-            (_defined("metric", m.name), _plain(m.definition), m.unit, f"{m.over}; {m.estimator}", m.temperature)
+            (
+                _defined("metric", m.name),
+                _plain(m.definition),
+                m.unit,
+                f"{m.over}; {m.estimator}",
+                m.temperature,
+            )
             for m in rows
         ]
         head = ("metric", "definition", "unit", "over; estimator", "temperature")
-        text += f"## {title}\n\n" + _table(head, cells, "cards metrics") + "\n"
+        text += f"## {title}\n\n" + table(head, cells, "cards metrics") + "\n"
     return text
 
 
@@ -193,94 +207,59 @@ def _columns(name: str) -> list[Mapping[str, str]]:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-# Errors
-
-
-def error_classes() -> str:
-    """Every typed error with its exit code and what it says of itself."""
-    code = lambda kind: "130 or 143" if kind is errors.Stopped else str(kind.exit_code)
-    return _table(
-        ("exit code", "error", "meaning"),
-        [(code(kind), f"`{kind.__name__}`", inspect.getdoc(kind) or "") for kind in TYPED],
-    )
-
-
-def error_messages() -> str:
-    """Every sentence that the package raises as a typed error, from its source: what is wrong, what to do."""
-    text = ""
-    for kind in TYPED:
-        found = sorted({said for name, said in messages() if name == kind.__name__}, key=str.lower)
-        if found:
-            text += f"## {kind.__name__}\n\n" + _table(("what is wrong", "what to do"), map(_remedy, found), "cards") + "\n"
-    return text
-
-
-def _remedy(said: str) -> tuple[str, str]:
-    """A message cut before its remedy, which stands behind the last colon."""
-    wrong, colon, remedy = said.rpartition(": ")
-    return (_literal(wrong), _literal(remedy)) if colon else (_literal(said), "")
-
-
 def _plain(text: str) -> str:
     """Text that may hold code, but no other mark: `<` and `$` stand for themselves."""
     return re.sub(r"`[^`]*`|([<$*])", lambda found: f"\\{found[0]}" if found[1] else found[0], text)
 
 
-def _literal(text: str) -> str:
-    """Text as it is, whatever marks it holds; what is filled in when it is raised is ‹named›."""
-    return re.sub(r"([\\*_<>$\[\]`{}|#~])", r"\\\1", text)
+# The health of a run
 
 
-@cache
-def messages() -> tuple[tuple[str, str], ...]:
-    """(error, its message) of every `raise` in the package whose message is written there."""
-    return tuple(found for file in sorted((ROOT / "entroray").rglob("*.py")) for found in _raised(file))
+def health_signs() -> str:
+    """What explains the health of a run, from remedies.tsv: the sign, from where it counts, what is tried."""
+    with (ROOT / "entroray/metrics/remedies.tsv").open(encoding="utf-8", newline="") as file:
+        signs = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return table(
+        ("the run is", "if", "from", "setting to try"),
+        [
+            (
+                s["groups"].replace(" ", ", ").replace("_", " "),
+                f"`{s['metric']}`",
+                s["minimum"],
+                _tried(s["remedies"]),
+            )
+            for s in signs
+        ],
+    )
 
 
-def _raised(file: Path) -> Iterator[tuple[str, str]]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    names = {kind.__name__ for kind in TYPED}
-    known = {
-        target.id: node.value.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-        for target in node.targets
-        if isinstance(target, ast.Name) and isinstance(node.value.value, str)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names and node.args:
-            said = _said(node.args[-1], known).strip()
-            if re.search(r"[a-z]{2,} [a-z]", re.sub(r"‹[^›]*›", "", said)):
-                yield node.func.id, said
-
-
-def _said(node: ast.AST, known: Mapping[str, str]) -> str:
-    """The text of an expression; what only a run knows is ‹the name it has there›, or ‹…›."""
-    match node:
-        case ast.Constant(value=str(text)):
-            return text
-        case ast.JoinedStr(values=parts):
-            return "".join(_said(part, known) for part in parts)
-        case ast.BinOp(left=left, right=right):
-            return _said(left, known) + _said(right, known)
-        case ast.FormattedValue(value=value):
-            return _said(value, known)
-        case ast.Name(id=name) | ast.Attribute(attr=name):
-            return known.get(name, f"‹{name.lower().replace('_', ' ').strip()}›")
-        case _:
-            return "‹…›"
+def _tried(names: str) -> str:
+    """The remedies of a sign in order, as a run that may take them is told."""
+    run = {"learner.updates_per_rollout": 2, "driver.max_lag": 1, "model.dtype": "bfloat16"}
+    rows = [
+        {"surrogate": {"fn": "clip", "high": high}, "penalties": [{"fn": "entropy_bonus"}]}
+        for high in (0.2, 0.4)
+    ]
+    said = (
+        next(filter(None, (remedies.REMEDIES[n](run | {"objective": row}) for row in rows)))
+        for n in names.split()
+    )
+    return "; ".join(f"`{each}`" if "=" in each else each for each in said)
 
 
 # What in backticks becomes a link
 
 
 def targets() -> dict[str, str]:
-    """Names of settings, metrics, choices and objectives -> the anchors where they are explained."""
-    found = {path: anchor("setting", path) for path, _, _ in reference.settings(Config)}
+    """Names of settings, metrics and objectives -> the anchors where they are explained.
+
+    `seed` and `step` may be anything: `seed=1` is the setting, and the metric `step` is not linked.
+    """
+    paths = [path for path, _, _ in reference.settings(Config)]
+    found = {path if "." in path else f"{path}=": anchor("setting", path) for path in paths}
     for metric in catalogue.read_catalogue():
-        found |= dict.fromkeys(
-            [metric.name, *catalogue.expand_names(metric, {})], anchor("metric", metric.name)
-        )
+        names = [metric.name, *catalogue.expand_names(metric, {})]
+        found |= {name: anchor("metric", metric.name) for name in names if re.search("[/@^]", name)}
     functions = {name for module in SLOTS.values() for name in slot_functions(module)} | set(dir(entroray))
     for name in objective_names():
         found[f"objective={name}"] = anchor("objective", name)

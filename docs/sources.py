@@ -2,8 +2,8 @@
 
 Two comments, alone on their lines, are filled in:
 
-    <!-- include: conf/README.md # Data -->    a file without its title, or the part under one of its `##` headings
-    <!-- generate: objectives -->              what the function of that name in generated.py makes
+    <!-- include: conf/README.md # Data -->    a file without its title, or a part of it
+    <!-- generate: objectives -->              made by a function of generated.py, messages.py
 
 Links between files become links between pages, `learner.lr` in prose becomes a link to the setting, and
 arXiv 2402.03300 one to the paper.
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from docs import generated
+from docs import generated, messages
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -42,29 +42,33 @@ def pages() -> list[str]:
     return sorted(file.stem for file in DOCS.glob("*.md"))
 
 
+@cache
 def page_text(name: str) -> str:
     """The Markdown of a page, complete."""
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     filled = COMMENT.sub(_filled, text)
-    return _outside_fences(filled, lambda prose: _outside_headings(prose, DOCS / f"{name}.md"))
+    return _outside_fences(filled, lambda prose: linked_prose(prose, DOCS / f"{name}.md"))
 
 
 def _filled(comment: re.Match) -> str:
     kind, what, part = comment.groups()
     if kind == "generate":
-        return str(getattr(generated, what)())
+        return str(getattr(messages if what.startswith("error_") else generated, what)())
     text = _part((ROOT / what).read_text(encoding="utf-8"), part)
-    return _outside_fences(text, lambda prose: _outside_headings(prose, ROOT / what))
+    return _outside_fences(text, lambda prose: linked_prose(prose, ROOT / what))
 
 
 def _part(text: str, title: str | None) -> str:
-    """All behind the title, or what stands under `## title`, its headings raised by one; `(top)`: what is above."""
+    """All behind the title, or what stands under `## title`, its headings raised by one.
+
+    `(top)` is what stands above the first of them, `(rest)` all from there on.
+    """
     body = re.sub(r"\A# .+\n", "", text)
     if title is None:
         return body
     top, *parts = re.split(r"^(?=## )", body, flags=re.MULTILINE)
-    if title == "(top)":
-        return top
+    if title in ("(top)", "(rest)"):
+        return top if title == "(top)" else "".join(parts)
     found = next(part for part in parts if part.startswith(f"## {title}\n")).partition("\n")[2]
     return FENCED_OR_HEADING.sub(lambda m: m[0] if m[0].lstrip().startswith("```") else m[0][1:], found)
 
@@ -80,7 +84,7 @@ def _outside_fences(text: str, change) -> str:  # type: ignore[no-untyped-def]
     return "".join([*parts, change(text[at:])])
 
 
-def _outside_headings(prose: str, home: Path) -> str:
+def linked_prose(prose: str, home: Path) -> str:
     lines = re.split(r"(^#+ .+$)", prose, flags=re.MULTILINE)
     return "".join(x if x.startswith("#") else PROSE.sub(lambda m: _linked(m, home), x) for x in lines)
 
@@ -92,7 +96,8 @@ def _linked(found: re.Match, home: Path) -> str:
         return f"[arXiv {paper}](https://arxiv.org/abs/{paper})"
     name = found["name"]
     known = targets()
-    place = known.get(name) or known.get(name.partition("=")[0])
+    key, equals, _ = name.partition("=")
+    place = known.get(name) or known.get(key) or known.get(key + equals)
     return f"[{found['code']}](#{place})" if place else found["code"]
 
 
@@ -111,7 +116,8 @@ def _page_of(file: Path, place: str) -> str:
     if not found:
         return ""
     part = _part_of(file, place)
-    best = next((each for each in found if each.part == part), found[0])
+    wanted = (part, "", "(rest)") if part else ("", "(top)")
+    best = next((each for name in wanted for each in found if each.part == name), found[0])
     at_top = not place or slug(best.part) == place
     return f"{best.page}.md" + ("" if at_top else f"#{place}")
 
