@@ -24,12 +24,12 @@ FUNCTIONS = {
     "mean_t",
     "mean_v",
 }
-NAMED = {"min", "max", "exp", "log", "ln"}
-"""Functions that LaTeX has by name."""
+NAMED = {"exp", "log", "ln"}
+"""Functions that LaTeX has by name; its own min and max are drawn with space around them."""
 QUANTITIES = {"correct", "length", "limit"}
 """Words of a formula that are factors in it."""
 SIGNS = {
-    **{"<=": r"\le", ">=": r"\ge", "·": r"\cdot", "×": r"\times", "±": r"\pm", "|": r"\vert ", "#": r"\#"},
+    **{"<=": r"\le", ">=": r"\ge", "·": r"\cdot", "×": r"\times", "±": r"\pm", "#": r"\#", "|": "|"},
     **{"²": "^2", "[": "[", "]": "]"},
 }
 LETTERS = {
@@ -118,6 +118,9 @@ def _atoms(tokens: list[str]) -> Iterator[str]:
         if end - at > 1:
             inner = _latex(tokens[at + 1 : end - 1])
             yield f"{tokens[at]}{inner}{tokens[end - 1]}"
+        elif tokens[at] == "|" and "|" in tokens[at + 1 :]:
+            end = tokens.index("|", at + 1) + 1
+            yield f"\\left| {_latex(tokens[at + 1 : end - 1])} \\right|"
         elif tokens[at] == "sqrt":
             end = _end(tokens, at + 1)
             yield f"\\sqrt{{{_latex(tokens[at + 2 : end - 1])}}}"
@@ -149,7 +152,7 @@ def _bare(atom: str) -> str:
 
 def _factors(before: str, atom: str) -> bool:
     """Do the two stand side by side as factors, and not as sign, function or bracket?"""
-    signs = {"", "+", "-", "/", "=", "<", ">", ",", r"\vert ", r"\#", *SIGNS.values()}
+    signs = {"", "+", "-", "/", "=", "<", ">", ",", r"\#", *SIGNS.values()}
     opens = atom.startswith(("(", "[")) and before.startswith(("\\operatorname", *(f"\\{n}" for n in NAMED)))
     return not (before in signs or atom in signs or opens)
 

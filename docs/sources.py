@@ -24,7 +24,9 @@ COMMENT = re.compile(r"^<!-- (include|generate): (\S+)(?: # (.+?))? -->$", re.MU
 FENCE = re.compile(r"^ *```.*?^ *```\s*?$", re.MULTILINE | re.DOTALL)
 PROSE = re.compile(
     r"(?P<link>(?P<text>!?\[(?:[^\[\]`]|`[^`]*`)*\])\((?P<target>[^()\s]+)\))"
-    r"|(?<![`\w])(?P<code>`(?P<name>[^`\n]+)`)(?![`{])|arXiv\s+(?P<paper>\d{4}\.\d{4,5})"
+    r"|(?<![`\\])(?P<code>(?P<ticks>`+)(?!`)(?P<name>.+?)(?<!`)(?P=ticks)(?![`]))(?P<marked>\{)?"
+    r"|arXiv\s+(?P<paper>\d{4}\.\d{4,5})",
+    re.DOTALL,
 )
 HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
 
@@ -94,11 +96,10 @@ def _linked(found: re.Match, home: Path) -> str:
         return f"{found['text']}({_target(found['target'], home)})"
     if paper := found["paper"]:
         return f"[arXiv {paper}](https://arxiv.org/abs/{paper})"
-    name = found["name"]
-    known = targets()
+    name, known = found["name"], targets()
     key, equals, _ = name.partition("=")
     place = known.get(name) or known.get(key) or known.get(key + equals)
-    return f"[{found['code']}](#{place})" if place else found["code"]
+    return f"[{found['code']}](#{place})" if place and not found["marked"] else found[0]
 
 
 def _target(target: str, home: Path) -> str:

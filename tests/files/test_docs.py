@@ -66,7 +66,7 @@ def test_every_objective_has_its_equation_its_numbers_and_its_source():
             f"```yaml\n{(Path(generated.conf_folder()) / 'objective' / f'{name}.yaml').read_text()}```"
             in part
         )
-    assert "$- \\min (r\\,A , \\operatorname{clip} (r , 0.8 , 1.28)\\,A)$" in parts["dapo"]
+    assert "$- \\operatorname{min} (r\\,A , \\operatorname{clip} (r , 0.8 , 1.28)\\,A)$" in parts["dapo"]
     assert (
         "| `objective.surrogate.high` | `0.28` | a distance of the ratio from 1, above 0 |" in parts["dapo"]
     )
@@ -86,6 +86,19 @@ def test_every_function_setting_metric_column_and_error_is_explained():
         assert f"`{kind.__name__}`" in text["troubleshooting"]
         assert re.search(rf"\*\*[^*]*\b{messages.first_code(kind)}\b", text["troubleshooting"])
     assert len(messages.messages()) > 350 and "learner.lr has no default" in text["messages"]
+
+
+def test_settings_that_the_pages_name_exist():
+    paths = [path for path, _, _ in reference.settings(config.Config)]
+    groups = {path.partition(".")[0] for path in paths if "." in path}
+    for page in set(sources.pages()) - {"changes"}:
+        prose = sources.FENCE.sub("", sources.page_text(page))
+        for name in re.findall(r"`\+?([a-z]+(?:\.[a-z_]+)+)(?=[`=. ])", prose):
+            if name.partition(".")[0] in groups and not name.endswith((".py", ".safetensors")):
+                assert any(f"{p}.".startswith(f"{name}.") or name.startswith(f"{p}.") for p in paths), (
+                    page,
+                    name,
+                )
 
 
 def test_an_anchor_is_of_one_thing():
@@ -120,7 +133,7 @@ def test_the_words_that_people_search_for_are_explained():
 @pytest.mark.parametrize(
     ("text", "drawn"),
     [
-        ("-min(r A, cap) where A > 0", r"$- \min (r\,A , \text{cap})$ where $A > 0$"),
+        ("-min(r A, cap) where A > 0", r"$- \operatorname{min} (r\,A , \text{cap})$ where $A > 0$"),
         ("π / π_old per token", r"$\frac{\pi}{\pi_{\text{old}}}$ per token"),
         ("(R - mean(R)) / (std(R) + 1e-06) over the group", None),
         ("coef |log π / π_old| on the selected", None),
@@ -133,7 +146,7 @@ def test_a_formula_is_words_and_mathematics(text, drawn):
     given = markdown_formula(text, frozenset({"cap", "coef"}))
     expected = {
         "(R": r"$\frac{R - \operatorname{mean} (R)}{\operatorname{std} (R) + 10^{-6}}$ over the group",
-        "coef": r"$\text{coef} \vert  \log\,\frac{\pi}{\pi_{\text{old}}} \vert $ on the selected",
+        "coef": r"$\text{coef}\,\left| \log\,\frac{\pi}{\pi_{\text{old}}} \right|$ on the selected",
     }
     assert given == (drawn or expected[text.split()[0]])
 
