@@ -68,7 +68,7 @@ choose() { # sets build, python (its real path) and version; names all that is m
     version="" build=${ENTRORAY_BUILD:-cpu}
     [[ -n ${ENTRORAY_BUILD:-} || $(nvidia-smi -L 2>/dev/null) != *"GPU "* ]] || build=cuda
     for candidate in ${ENTRORAY_EXTRAS//,/ }; do
-        [[ $candidate =~ ^(wandb|mlflow|liger|pages)$ ]] || refuse "ENTRORAY_EXTRAS names \`$candidate\`: choose of wandb, mlflow, liger and pages, with commas"
+        [[ $candidate =~ ^(wandb|mlflow|liger|pages|docs)$ ]] || refuse "ENTRORAY_EXTRAS names \`$candidate\`: choose of wandb, mlflow, liger, pages and docs, with commas"
     done
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || driver=""
     if [[ $build == cuda && ${driver%%.*} =~ ^[0-9]+$ ]] && ((${driver%%.*} < 580)); then

@@ -9,7 +9,7 @@ usage: launch/test.sh [LANE] [pytest arguments, as in: launch/test.sh -k sync -x
   (no lane)  every push: ruff, conf and launch, unit tests, report.html in a browser, kernels interpreted, mypy, the
              real stack on the CPU; installs the extra pages (ENTRORAY_EXTRAS= for none)
   slow       long tests, and assertions that the default lane makes on a smaller run; installs the extras
-             wandb and mlflow, unless ENTRORAY_EXTRAS names others (ENTRORAY_EXTRAS= for none)
+             wandb, mlflow, pages and docs, unless ENTRORAY_EXTRAS names others (ENTRORAY_EXTRAS= for none)
   families   models of other families than Llama
   faults     the table of tests/faults/README.md: every fault injected, at most an hour; one that was interrupted
              goes on; faults long, with a partition of five minutes and 20 deaths of the driver
@@ -23,7 +23,7 @@ slow | families | faults | bench | cluster) lane=$1 && shift ;;
 *) lane="" ;;
 esac
 [[ -n $lane ]] || export ENTRORAY_EXTRAS=${ENTRORAY_EXTRAS-pages}
-[[ $lane != slow ]] || export ENTRORAY_EXTRAS=${ENTRORAY_EXTRAS-wandb,mlflow}
+[[ $lane != slow ]] || export ENTRORAY_EXTRAS=${ENTRORAY_EXTRAS-wandb,mlflow,pages,docs}
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 exec </dev/null

@@ -49,14 +49,15 @@ def _numbers(objective: Objective) -> Iterator[str]:
     for choice in objective.choices():
         for name, parameter in keyword_settings(choice.func).items():
             value = effective_settings(choice)[name]
-            limit = _limit(parameter.annotation)
+            limit = find_limit(parameter.annotation)
             yield f"  {function_name(choice)}.{name} = {value}" + (f" ({limit.text})" if limit else "")
 
 
-def _limit(hint: object) -> Limit | None:
+def find_limit(hint: object) -> Limit | None:
+    """What a setting's annotation says of its value, beside its type."""
     if get_origin(hint) is Annotated:
         return next((x for x in get_args(hint)[1:] if isinstance(x, Limit)), None)
-    return next(filter(None, map(_limit, get_args(hint))), None)
+    return next(filter(None, map(find_limit, get_args(hint))), None)
 
 
 def _units(objective: Objective) -> str:
@@ -65,7 +66,7 @@ def _units(objective: Objective) -> str:
         f"{name}: {limit.unit}": None
         for choice in objective.choices()
         for name, parameter in keyword_settings(choice.func).items()
-        if (limit := _limit(parameter.annotation))
+        if (limit := find_limit(parameter.annotation))
         and limit.unit
         and effective_settings(choice)[name] is not None
     }

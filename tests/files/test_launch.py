@@ -219,7 +219,7 @@ def test_a_driver_too_old_for_cuda_13_is_refused_before_anything_is_downloaded(m
     assert "cuda build" in machine.setup(ENTRORAY_BUILD="cuda").stdout
 
 
-def test_extras_that_are_asked_for_once_stay_and_the_slow_lane_asks_for_both(machine):
+def test_extras_that_are_asked_for_once_stay_and_the_slow_lane_asks_for_its_own(machine):
     assert machine.setup().returncode == 0 and "-e .[cpu,dev]" in machine.told()
     assert (
         machine.setup(ENTRORAY_EXTRAS="mlflow").returncode == 0 and "-e .[cpu,dev,mlflow]" in machine.told()
@@ -227,11 +227,11 @@ def test_extras_that_are_asked_for_once_stay_and_the_slow_lane_asks_for_both(mac
     assert machine.setup().returncode == 0 and not machine.told(), "nothing more is asked for"
     machine.stub(machine.checkout / ".venv" / "bin" / "pytest", "#!/bin/sh\n")
     machine.run("test.sh", "slow")
-    assert "-e .[cpu,dev,mlflow,wandb]" in machine.told()
+    assert "-e .[cpu,dev,mlflow,wandb,pages,docs]" in machine.told()
     machine.run("test.sh", "slow", ENTRORAY_EXTRAS="")
     assert not machine.told()
     assert machine.setup(ENTRORAY_EXTRAS="liger").returncode == 0
-    assert "-e .[cpu,dev,mlflow,wandb,liger]" in machine.told()
+    assert "-e .[cpu,dev,mlflow,wandb,pages,docs,liger]" in machine.told()
     refused = machine.setup(ENTRORAY_EXTRAS="wandb,swanlab")
     assert refused.returncode == 3 and "`swanlab`" in refused.stderr and "wandb" in refused.stderr
 

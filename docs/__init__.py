@@ -1,0 +1,1 @@
+"""The documentation site: pages, and what makes them. `python -m docs.build`."""
