@@ -1,6 +1,5 @@
 """What report.html says of a run, as JSON: in words, its curves, events and settings."""
 
-import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +15,8 @@ from entroray.errors import DataError, EntrorayError
 from entroray.metrics import health
 from entroray.objective import build_objective
 from entroray.observe.health_tracker import TOO_EARLY, health_lines
-from entroray.observe.journal import plain, read_metrics
+from entroray.observe.journal import plain
+from entroray.observe.run_files import is_held, read_metrics
 from entroray.rows import objective_names, objective_row
 
 PLOTS = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def run_data(run_dir: Path) -> Found:
     _, prediction, law = _said(lambda: health_lines(metrics, advised)) or ("", "", "")
     return {
         "name": run_dir.resolve().name,
-        "running": _is_held(run_dir),
+        "running": is_held(run_dir),
         "health": asdict(found) if found else {"kind": "too early", "words": TOO_EARLY},
         "prediction": prediction,
         "law": law,
@@ -140,18 +140,6 @@ def _objective_name(objective: Mapping[str, Any]) -> str:
     given, row = _texts(objective), _rows()[name]
     others = [f"{k}={given.get(k, 'none')}" for k in sorted({k for k, _ in given.items() ^ row.items()})]
     return name if not others else f"{name} but for {', '.join(others)}"
-
-
-def _is_held(run_dir: Path) -> bool:
-    """Whether a run holds the lock of its folder."""
-    try:
-        with (run_dir / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _is_finite(value: Any) -> bool:
