@@ -1,9 +1,11 @@
 """What report.html says of a run, as JSON: in words, its curves, events and settings."""
 
+import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
+from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from entroray.metrics import health
 from entroray.objective import build_objective
 from entroray.observe.health_tracker import TOO_EARLY, health_lines
 from entroray.observe.journal import plain
-from entroray.observe.run_files import is_held, read_metrics
+from entroray.observe.run_files import read_metrics
 from entroray.rows import objective_names, objective_row
 
 PLOTS = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text(encoding="utf-8"))
@@ -44,13 +46,13 @@ def run_data(run_dir: Path) -> Found:
     _, prediction, law = _said(lambda: health_lines(metrics, advised)) or ("", "", "")
     return {
         "name": run_dir.resolve().name,
-        "running": is_held(run_dir),
+        "running": _is_held(run_dir),
         "health": asdict(found) if found else {"kind": "too early", "words": TOO_EARLY},
         "prediction": prediction,
         "law": law,
         "objective": _objective_name(objective),
         "equation": _said(lambda: build_objective(objective).describe()) or _text(objective),
-        "metrics": _columns([*_before(events), *metrics]),
+        "metrics": columns([*evaluated_before(events), *metrics]),
         "events": [_event(e) for e in events[-EVENTS:]],
         "settings": _settings(config),
         "manifest": manifest,
@@ -142,6 +144,18 @@ def _objective_name(objective: Mapping[str, Any]) -> str:
     return name if not others else f"{name} but for {', '.join(others)}"
 
 
+def _is_held(run_dir: Path) -> bool:
+    """Whether a run holds the lock of its folder."""
+    try:
+        with (run_dir / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and isfinite(value)
 
@@ -157,18 +171,19 @@ def _event(event: Found) -> Found:
     }
 
 
-def _before(events: Sequence[Found]) -> list[Found]:
+def evaluated_before(events: Sequence[Found]) -> list[Found]:
     """The evaluation that preceded the first step, which is an event."""
     return [
         e["fields"] for e in events if e.get("kind") == "evaluation" and isinstance(e.get("fields"), dict)
     ][-1:]
 
 
-def _columns(metrics: Sequence[Found]) -> Found:
-    """`steps`, `values` by name, and how many steps, `every`, a value is the mean of."""
+def columns(metrics: Sequence[Found], least: int = 1) -> Found:
+    """`steps`, `values` by name, and how many steps, `every`, a value is the mean of: `least` or more."""
     names = sorted({name for m in metrics for name in m} - {"step"})
-    every = max(1, -(-len(metrics) * len(names) // NUMBERS))
-    bins = [metrics[i : i + every] for i in range(0, len(metrics), every)]
+    every = max(least, -(-len(metrics) * len(names) // NUMBERS))
+    of_bin = lambda m: -(-m.get("step", 0) // every)  # by step: those of two runs are of the same steps
+    bins = [[*b] for _, b in groupby(metrics, of_bin)]
     values = {name: [_mean(m.get(name) for m in b) for b in bins] for name in names}
     at = [b[-1].get("step", 0) for b in bins]
     return {"steps": at, "values": values, "every": every, "last": at[-1] if at else 0}

@@ -1,7 +1,6 @@
 """A run's folder read again: metrics, events, token and rollout records. It needs no torch."""
 
 import csv
-import fcntl
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from entroray.errors import DataError, first_line, nearest
 
@@ -86,8 +84,9 @@ def json_object(line: bytes, path: Path) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and stepped else None
 
 
-DAMAGED = (OSError, ValueError, KeyError, TypeError, NotImplementedError)
-"""Arrow's errors are all of these, and YAML's is of the second but one."""
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError)
+"""What a file that is cut short or foreign raises; Arrow's errors are all of these."""
+Columns, Steps = str | Iterable[str] | None, int | Iterable[int] | None
 Made = TypeVar("Made")
 
 
@@ -101,23 +100,15 @@ class Run:
     folder: Path
 
     @property
-    def running(self) -> bool:
-        """Whether a process still writes into the folder: what is read later may be more."""
-        return is_held(self.folder)
-
-    @property
     def recorded(self) -> list[int]:
         """The steps with token records."""
         return [step_of(file) for file in files(self.folder)]
 
-    def settings(self) -> dict[str, Any]:
-        """config.yaml."""
-        return self._mapping("config.yaml", yaml.safe_load)
-
     def vocabulary(self) -> dict[int, str]:
         """Text by token id."""
-        words = self._mapping("tokens/vocabulary.json", json.loads)
-        return {int(token): str(text) for token, text in words.items()}
+        file = self._file("tokens/vocabulary.json")
+        words = lambda: json.loads(file.read_text(encoding="utf-8")).items()
+        return _made(lambda: {int(token): str(text) for token, text in words()}, file)
 
     def metrics(self) -> pa.Table:
         """A row for each step, a float column for each metric, null where it was not measured."""
@@ -139,21 +130,15 @@ class Run:
         }
         return pa.table(_made(make, self.folder / EVENTS))
 
-    def tokens(
-        self, columns: str | Iterable[str] | None = None, steps: int | Iterable[int] | None = None
-    ) -> pa.Table:
+    def tokens(self, columns: Columns = None, steps: Steps = None) -> pa.Table:
         """A row for each response token: these columns of these steps, otherwise all of them."""
         return self._records("tokens", columns, steps)
 
-    def rollouts(
-        self, columns: str | Iterable[str] | None = None, steps: int | Iterable[int] | None = None
-    ) -> pa.Table:
+    def rollouts(self, columns: Columns = None, steps: Steps = None) -> pa.Table:
         """A row for each rollout: these columns of these steps, otherwise all of them."""
         return self._records("rollouts", columns, steps)
 
-    def _records(
-        self, kind: str, columns: str | Iterable[str] | None, steps: int | Iterable[int] | None
-    ) -> pa.Table:
+    def _records(self, kind: str, columns: Columns, steps: Steps) -> pa.Table:
         there = {step_of(file): file for file in files(self.folder, kind)}
         if not there:
             raise DataError(
@@ -177,10 +162,6 @@ class Run:
             raise DataError(f"{self.folder / name} is not there: copy the whole folder of the run")
         return self.folder / name
 
-    def _mapping(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
-        file = self._file(name)
-        return _made(lambda: {**parse(file.read_text(encoding="utf-8"))}, file)
-
 
 def read_run(folder: str | Path) -> Run:
     """The run in `folder`, as in runs/latest; DataError if there is none. Nothing is read yet."""
@@ -196,7 +177,7 @@ def _made(make: Callable[[], Made], file: Path) -> Made:
     """What `make` makes of a file; DataError if the file is damaged, or is gone by now."""
     try:
         return make()
-    except (*DAMAGED, yaml.YAMLError) as error:
+    except DAMAGED as error:
         raise DataError(
             f"{file} cannot be read ({type(error).__name__}: {first_line(error)}): it is cut short, another "
             "program's, or was removed by a resumed run: copy it again, or leave it out"
@@ -215,15 +196,3 @@ def _columns(file: Path, names: Sequence[str], schema: pa.Schema) -> pa.Table:
 
 def _stored(file: Path) -> pa.Schema:
     return _made(lambda: pq.read_schema(file), file)
-
-
-def is_held(run_dir: Path) -> bool:
-    """Whether a run holds the lock of its folder."""
-    try:
-        with (run_dir / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
