@@ -39,26 +39,18 @@ def write_lab_page(lab: Path, cells: Sequence[Cell], baseline: str) -> Path:
     """Write `lab`/lab.html from the cells and their metrics.jsonl."""
     read = {c.name: _steps(lab_cells.cell_path(lab, c)) for c in cells if c.status == "done"}
     drawn = [name for name, (steps, _) in read.items() if steps]
-    bands = [
-        [
-            {"name": name, "runs": [drawn.index(c.name) for c in runs if c.name in drawn]}
-            for name, runs in variants(of_task).items()
-        ]
-        for of_task in tasks(cells).values()
-    ]
+    places = lambda runs: [drawn.index(c.name) for c in runs if c.name in drawn]
+    bands_of = lambda named: [{"name": name, "runs": places(runs)} for name, runs in named.items()]
     unread = [f"not drawn: {name}: {why}" for name, (_, why) in read.items() if why]
+    by_task = tasks(cells)
     body = [
         f"<header><h1>{escape(lab.name)}</h1>",
-        f"<p>Baseline: <code>{escape(baseline)}</code>. {LEGEND}</p></header>",
-        BAR,
-        *(
-            _task(i, task, tables(of_task, baseline))
-            for i, (task, of_task) in enumerate(tasks(cells).items())
-        ),
+        f"<p>Baseline: <code>{escape(baseline)}</code>. {LEGEND}</p></header>{BAR}",
+        *(_task(i, task, tables(by_task[task], baseline)) for i, task in enumerate(by_task)),
         _missing([*missing_lines(cells), *code_lines(cells), *unread]),
         _meanings(),
     ]
-    data = {"bands": bands, "smooth": WINDOW}
+    data = {"bands": [bands_of(variants(of_task)) for of_task in by_task.values()], "smooth": WINDOW}
     _write_page(lab / "lab.html", lab.name, "".join(body), data, {name: read[name][0] for name in drawn})
     return lab / "lab.html"
 
@@ -83,8 +75,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> list[str]:
 
 def _write_page(out: Path, title: str, body: str, data: Mapping[str, Any], runs: Mapping[str, Steps]) -> None:
     """A page of `body`, HTML, where the script draws what each step of `runs` measured."""
-    size = sum(len(steps) * len({name for m in steps for name in m}) for steps in runs.values())
-    every = max([-(-size // NUMBERS), 1, *(run_data.columns(steps)["every"] for steps in runs.values())])
+    sizes = [len(steps) * len({name for m in steps for name in m}) for steps in runs.values()] or [1]
+    every = max(-(-sum(sizes) // NUMBERS), -(-max(sizes) // run_data.NUMBERS))
     metrics = [run_data.columns(steps, every) for steps in runs.values()]
     read = lambda name: (PAGE / name).read_text(encoding="utf-8")
     style, scripts = STYLE + read("page.css") + read("compare.css"), "\n".join(map(read, SCRIPTS))
@@ -104,12 +96,8 @@ def _write_page(out: Path, title: str, body: str, data: Mapping[str, Any], runs:
 def _about(name: str, folder: Path) -> dict[str, Any]:
     found = run_data.run_data(folder)
     kept = {key: found[key] for key in ("objective", "settings", "running", "manifest", "notes")}
-    return {
-        **kept,
-        "name": name,
-        "health": found["health"]["kind"],
-        "kinds": [e["kind"] for e in found["events"]],
-    }
+    kinds = [event["kind"] for event in found["events"]]
+    return kept | {"name": name, "health": found["health"]["kind"], "kinds": kinds}
 
 
 def _steps(folder: Path) -> tuple[Steps, str]:

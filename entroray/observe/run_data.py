@@ -173,9 +173,10 @@ def _event(event: Found) -> Found:
 
 def evaluated_before(events: Sequence[Found]) -> list[Found]:
     """The evaluation that preceded the first step, which is an event."""
-    return [
+    told = [
         e["fields"] for e in events if e.get("kind") == "evaluation" and isinstance(e.get("fields"), dict)
-    ][-1:]
+    ]
+    return [{k: v for k, v in fields.items() if isinstance(v, int | float)} for fields in told[-1:]]
 
 
 def columns(metrics: Sequence[Found], least: int = 1) -> Found:

@@ -114,19 +114,18 @@ class Run:
         """A row for each step, a float column for each metric, null where it was not measured."""
         rows = read_metrics(self._file(METRICS))
         names = dict.fromkeys(name for row in rows for name in row if name != "step")
-        make = lambda: [pa.array([row.get(name) for row in rows], pa.float64()) for name in names]
-        columns = _made(make, self.folder / METRICS)
-        return pa.table([pa.array([row["step"] for row in rows], pa.int64()), *columns], ["step", *names])
+        make = lambda: {name: pa.array([row.get(name) for row in rows], pa.float64()) for name in names}
+        steps = {"step": pa.array([row["step"] for row in rows], pa.int64())}
+        return pa.table(steps | _made(make, self.folder / METRICS))
 
     def events(self) -> pa.Table:
         """A row for each event: time (UTC), kind, step (null without one) and fields (a JSON object)."""
         rows = read_metrics(self._file(EVENTS))
-        fields = _made(lambda: [{**row["fields"]} for row in rows], self.folder / EVENTS)
         make = lambda: {
             "time": pa.array([datetime.fromisoformat(r["time"]) for r in rows], pa.timestamp("ms", "UTC")),
             "kind": pa.array([r["kind"] for r in rows], pa.string()),
-            "step": pa.array([f.get("step") for f in fields], pa.int64()),
-            "fields": pa.array([json.dumps(f) for f in fields], pa.string()),
+            "step": pa.array([r["fields"].get("step") for r in rows], pa.int64()),
+            "fields": pa.array([json.dumps(r["fields"]) for r in rows], pa.string()),
         }
         return pa.table(_made(make, self.folder / EVENTS))
 
