@@ -18,7 +18,7 @@ from entroray.cli import flags, signals, train
 from entroray.cli.flags import CONFIG_DIR, Flag
 from entroray.config import Config
 from entroray.errors import ConfigError, EntrorayError, Stopped
-from entroray.observe import lab_cells, lab_page
+from entroray.observe import comparison_page, lab_cells
 from entroray.observe.comparison import (
     LEGEND,
     OLDER,
@@ -241,7 +241,7 @@ def _report(folder: Path, baseline: str | None) -> tuple[list[Cell], str]:
     cells.sort(key=lambda c: (c.task, named[c.name] != chosen))
     lab_cells.write_cells_csv(folder, cells)
     replace_text(folder / "lab.md", markdown(cells, chosen))
-    lab_page.write_lab_page(folder, cells, chosen)
+    comparison_page.write_lab_page(folder, cells, chosen)
     return cells, chosen
 
 

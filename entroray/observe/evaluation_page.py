@@ -1,10 +1,11 @@
 """One self-contained page about an evaluation: accuracy over k, calibration, entropy, responses."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from entroray.observe.css import render_html
 from entroray.observe.evaluation import (
@@ -20,7 +21,9 @@ from entroray.observe.evaluation import (
 )
 from entroray.observe.journal import replace_text
 from entroray.observe.svg import Area, Frame, Line, chart, frame, legend_entry
-from entroray.observe.token_view import ShadedToken, shade_response
+
+LONGEST = 400
+"""Tokens shown of a response."""
 
 
 def write_evaluation_page(path: Path, found: Found) -> Path:
@@ -178,3 +181,24 @@ def _response(response: Mapping[str, Any]) -> str:
         for text, h in tokens
     ]
     return shade_response(caption, shaded, len(tokens), top)
+
+
+class ShadedToken(NamedTuple):
+    """One token of a response; `entropy` (nats) is NaN if nobody drew it, `note` is its tooltip."""
+
+    text: str
+    entropy: float
+    note: str
+
+
+def shade_response(caption: str, tokens: Iterable[ShadedToken], length: int, top: float) -> str:
+    """A response of `length` tokens as a <figure>, darker up to `top` nats; `caption` is HTML."""
+    spans = "".join(_span(token, top) for token in islice(tokens, LONGEST))
+    more = f" … {length - LONGEST} tokens more" if length > LONGEST else ""
+    return f'<figure class="response"><figcaption>{caption}</figcaption><p>{spans}{more}</p></figure>'
+
+
+def _span(token: ShadedToken, top: float) -> str:
+    shade = f' style="--h:{max(token.entropy, 0.0) / top:.2f}"' if math.isfinite(token.entropy) else ""
+    text = escape(token.text).replace("\n", "⏎\n")
+    return f'<span{shade} title="{escape(token.note)}">{text}</span>'

@@ -15,9 +15,10 @@ from typing import Any, TextIO
 
 import torch
 
-from entroray.errors import DataError, InfrastructureError, PreflightError, Stopped, writing
+from entroray.errors import InfrastructureError, PreflightError, Stopped, writing
 from entroray.observe import token_records
 from entroray.observe.rollout_records import rollout_table
+from entroray.observe.run_files import complete_lines, json_object, read_metrics
 from entroray.observe.run_summary import RunSummary, summarize
 from entroray.observe.tracker_thread import LostError, TrackerThread
 from entroray.observe.trackers import SETTING, Tracker
@@ -203,53 +204,16 @@ class Journal:
                 self.say(f"{SETTING}: {name} is let go at step {step}: {reason}; the run goes on without it")
 
 
-METRICS = "metrics.jsonl"
 LAST = 30.0
 """Seconds that the disk has for a step's lines and records when the run ends, by an error or a signal."""
 SIGNALS = (KeyboardInterrupt, Stopped, asyncio.CancelledError)
 """What Ctrl-C and SIGTERM raise wherever the process is, in a tracker too."""
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file, oldest first, without a last line that a crash cut short.
-
-    Empty where there is no file; DataError names the first line that is no JSON object.
-    """
-    entries = []
-    for number, line in enumerate(_complete_lines(path), 1):
-        if (entry := _entry(line, path)) is None:
-            raise DataError(
-                f"{path}, line {number} is no JSON object, as after a power cut: delete the line, or "
-                "go on with the run (run.resume=auto), which does"
-            )
-        entries.append(entry)
-    return entries
-
-
-def _complete_lines(path: Path) -> list[bytes]:
-    """Every line that ends, but empty ones; DataError if `path` is there and cannot be read."""
-    try:
-        return [line for line in path.read_bytes().split(b"\n")[:-1] if line]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): a file belongs there") from error
-
-
-def _entry(line: bytes, path: Path) -> dict[str, Any] | None:
-    """The object of a line, or None if it holds none, or none of a step where the file is of steps."""
-    try:
-        entry = json.loads(line)
-    except ValueError:  # no JSON, or no UTF-8
-        return None
-    stepped = path.name != METRICS or (isinstance(entry, dict) and isinstance(entry.get("step"), int))
-    return entry if isinstance(entry, dict) and stepped else None
-
-
 def _drop_damaged(path: Path) -> int:
     """Leave the lines that hold an object in the file, what it was beside it; how many were dropped."""
-    lines = _complete_lines(path)
-    good = [line for line in lines if _entry(line, path) is not None]
+    lines = complete_lines(path)
+    good = [line for line in lines if json_object(line, path) is not None]
     if len(good) < len(lines):
         os.replace(path, path.with_name(f"{path.name}.damaged"))
         replace_text(path, b"".join(line + b"\n" for line in good).decode())

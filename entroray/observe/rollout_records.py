@@ -5,10 +5,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from entroray.observe.token_records import parts_object, record_schema, rollout_status
+from entroray.observe.run_files import SCHEMAS
+from entroray.observe.token_records import parts_object, rollout_status
 from entroray.types import Group
 
-SCHEMA = record_schema("rollout_records.tsv")
+SCHEMA = SCHEMAS["rollouts"]
 
 
 def rollout_table(step: int, groups: Sequence[Group]) -> pa.Table:

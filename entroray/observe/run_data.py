@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
+from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from entroray.errors import DataError, EntrorayError
 from entroray.metrics import health
 from entroray.objective import build_objective
 from entroray.observe.health_tracker import TOO_EARLY, health_lines
-from entroray.observe.journal import plain, read_metrics
+from entroray.observe.journal import plain
+from entroray.observe.run_files import read_metrics
 from entroray.rows import objective_names, objective_row
 
 PLOTS = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text(encoding="utf-8"))
@@ -50,7 +52,7 @@ def run_data(run_dir: Path) -> Found:
         "law": law,
         "objective": _objective_name(objective),
         "equation": _said(lambda: build_objective(objective).describe()) or _text(objective),
-        "metrics": _columns([*_before(events), *metrics]),
+        "metrics": columns([*evaluated_before(events), *metrics]),
         "events": [_event(e) for e in events[-EVENTS:]],
         "settings": _settings(config),
         "manifest": manifest,
@@ -169,18 +171,20 @@ def _event(event: Found) -> Found:
     }
 
 
-def _before(events: Sequence[Found]) -> list[Found]:
+def evaluated_before(events: Sequence[Found]) -> list[Found]:
     """The evaluation that preceded the first step, which is an event."""
-    return [
+    told = [
         e["fields"] for e in events if e.get("kind") == "evaluation" and isinstance(e.get("fields"), dict)
-    ][-1:]
+    ]
+    return [{k: v for k, v in fields.items() if isinstance(v, int | float)} for fields in told[-1:]]
 
 
-def _columns(metrics: Sequence[Found]) -> Found:
-    """`steps`, `values` by name, and how many steps, `every`, a value is the mean of."""
+def columns(metrics: Sequence[Found], least: int = 1) -> Found:
+    """`steps`, `values` by name, and how many steps, `every`, a value is the mean of: `least` or more."""
     names = sorted({name for m in metrics for name in m} - {"step"})
-    every = max(1, -(-len(metrics) * len(names) // NUMBERS))
-    bins = [metrics[i : i + every] for i in range(0, len(metrics), every)]
+    every = max(least, -(-len(metrics) * len(names) // NUMBERS))
+    of_bin = lambda m: -(-m.get("step", 0) // every)  # by step: those of two runs are of the same steps
+    bins = [[*b] for _, b in groupby(metrics, of_bin)]
     values = {name: [_mean(m.get(name) for m in b) for b in bins] for name in names}
     at = [b[-1].get("step", 0) for b in bins]
     return {"steps": at, "values": values, "every": every, "last": at[-1] if at else 0}

@@ -113,12 +113,3 @@ def ticks(low: float, high: float, maximum: int = 6) -> list[float]:
     apart = next(m * power for m in (1, 2, 5, 10, 20) if (high - low) / (m * power) <= maximum)
     count = math.floor(high / apart + 1e-9) - math.ceil(low / apart - 1e-9) + 1
     return [round((math.ceil(low / apart - 1e-9) + i) * apart, 12) for i in range(count)]
-
-
-def mean_line(curves: Sequence[tuple[Sequence[int], Sequence[float]]]) -> tuple[list[int], list[float]]:
-    """The mean over curves at every step that all of them have."""
-    if not curves:
-        return [], []
-    known = [dict(zip(steps, values, strict=True)) for steps, values in curves]
-    shared = sorted(set.intersection(*(set(k) for k in known)))
-    return shared, [sum(k[s] for k in known) / len(known) for s in shared]

@@ -1,6 +1,5 @@
 """Token records: one Parquet row per response token, from which every entropy metric can be derived again."""
 
-import csv
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entroray.metrics.step import aligned, kept_sizes
+from entroray.observe.run_files import SCHEMAS
+from entroray.observe.run_files import WORD as WORD
+from entroray.observe.run_files import files as files
+from entroray.observe.run_files import record_path as record_path
+from entroray.observe.run_files import step_of as step_of
 from entroray.train.batching import observed_tokens
 from entroray.types import REASONS, Group, Rollout, Status, Tokens, Verdict
 
-WORD = pa.dictionary(pa.int32(), pa.string())
-TYPES = {
-    **{"text": WORD, "int32": pa.int32(), "int64": pa.int64(), "float": pa.float32(), "bool": pa.bool_()},
-    "rows": pa.list_(pa.int32()),
-}
 MEASURED = (
     *("logprob_behavior", "logprob_old", "entropy", "varentropy"),
     *("sampler_entropy", "sampler_varentropy", "vocabulary_entropy", "kept_mass"),
@@ -29,33 +28,7 @@ MEASURED = (
 ENCODINGS = dict.fromkeys(MEASURED, "BYTE_STREAM_SPLIT") | dict.fromkeys(
     ("rollout", "position"), "DELTA_BINARY_PACKED"
 )
-
-
-def record_schema(name: str) -> pa.Schema:
-    """Every column of the table `name` beside this file with its type, unit and meaning, as in README.md."""
-    with Path(__file__).with_name(name).open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    meta = lambda row: {name: row[name] for name in ("unit", "meaning")}
-    return pa.schema([pa.field(row["column"], TYPES[row["type"]], metadata=meta(row)) for row in rows])
-
-
-SCHEMA = record_schema("token_records.tsv")
-
-
-def record_path(run_dir: Path, step: int, kind: str = "tokens") -> Path:
-    """The file of the records of `step`; of `kind` "rollouts" those of rollout_records.py."""
-    return run_dir / kind / f"step-{step:06d}.parquet"
-
-
-def step_of(file: Path) -> int:
-    """The step whose records `file` holds."""
-    return int(file.stem.removeprefix("step-"))
-
-
-def files(run_dir: Path, kind: str = "tokens") -> list[Path]:
-    """Every record file of the run, oldest step first; a copy under another name is none."""
-    found = (run_dir / kind).glob("step-*.parquet")
-    return sorted((file for file in found if file.stem.removeprefix("step-").isdecimal()), key=step_of)
+SCHEMA = SCHEMAS["tokens"]
 
 
 def record_table(step: int, groups: Sequence[Group], tokens: Tokens) -> pa.Table:

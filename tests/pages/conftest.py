@@ -10,6 +10,8 @@ import pytest
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS, SCHEMES = (390, 1280), ("light", "dark")
 Open = Callable[..., Any]
+SETTINGS = "#settings h2"
+"""The last that report.html draws."""
 
 
 @pytest.fixture(scope="session")
@@ -26,11 +28,17 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def show(browser: Any) -> Iterator[Open]:
-    """Opens report.html of a folder; no script may fail, and nothing but the file be asked for."""
+    """Opens a page of a folder; no script may fail, and nothing but the file be asked for."""
     told: list[str] = []
     contexts = []
 
-    def show(folder: Path, scheme: str = "light", width: int = 1280) -> Any:
+    def show(
+        folder: Path,
+        scheme: str = "light",
+        width: int = 1280,
+        name: str = "report.html",
+        ready: str = SETTINGS,
+    ) -> Any:
         size = {"width": width, "height": 900}
         context = browser.new_context(viewport=size, color_scheme=scheme)
         contexts.append(context)
@@ -39,11 +47,11 @@ def show(browser: Any) -> Iterator[Open]:
         page.on("console", lambda m: told.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: told.append(str(error)))
         page.on("dialog", lambda dialog: told.append(dialog.message))
-        url = (folder / "report.html").as_uri()
+        url = (folder / name).as_uri()
         asked = lambda request: None if request.url.split("#")[0] == url else told.append(request.url)
         page.on("request", asked)
         page.goto(url)
-        page.wait_for_selector("#settings h2")
+        page.wait_for_selector(ready)
         return page
 
     yield show

@@ -155,3 +155,18 @@ def write_step(
     ]  # fmt: skip
     records = pa.Table.from_pylist(told, schema=rollout_records.SCHEMA)
     token_records.write_records(token_records.record_path(folder, step, "rollouts"), records)
+
+
+def write_curves(
+    folder: Path, seed: int, *, right: Sequence[float], row: str = "grpo", lr: float = 3e-4, **more: Any
+) -> Path:
+    """A run of a step for each of `right`, its share of right answers, with settings of its own."""
+    folder.mkdir(parents=True)
+    lines = [metrics(step) | {"correct/mean": r} for step, r in enumerate(right, start=1)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    write_events(folder, len(right), True)
+    settings = config(len(right)) | {"seed": seed, "objective": objective_row(row), "control": {}} | more
+    settings |= {"run": {"steps": 30, "dir": str(folder)}, "learner": {"lr": lr}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "manifest.json").write_text(json.dumps({"commit": "abc1234"}))
+    return folder

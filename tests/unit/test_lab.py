@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import csv
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from entroray.evaluation.heldout_metrics import DRAWN, heldout_metrics
 from entroray.metrics.catalogue import family_metrics
 from entroray.metrics.confidence_interval import bootstrap_interval, bootstrap_intervals
 from entroray.objective import build_objective
-from entroray.observe import lab_cells, lab_page
+from entroray.observe import comparison_page, lab_cells
 from entroray.observe.comparison import (
     LEGEND,
     OLDER,
@@ -28,7 +29,7 @@ from entroray.observe.comparison import (
     missing_lines,
 )
 from entroray.observe.lab_cells import Cell, moving_means, summarise_run, variant_name
-from entroray.observe.svg import Line, chart, frame, mean_line, ticks
+from entroray.observe.svg import Line, chart, frame, ticks
 from entroray.types import Draw
 from entroray.wiring import run_directory
 from entroray.wiring.parts import build_parts
@@ -128,7 +129,7 @@ def test_first_weights_that_answer_differently_have_a_row_each_with_their_varian
     for each in [*cool, *hot]:
         lab_cells.save_cell(tmp_path, each)
         (lab_cells.cell_path(tmp_path, each) / "metrics.jsonl").write_text("")
-    page = lab_page.write_lab_page(tmp_path, [*cool, *hot], "grpo").read_text()
+    page = comparison_page.write_lab_page(tmp_path, [*cool, *hot], "grpo").read_text()
     assert page.count('<tr class="quiet">') == 2
 
 
@@ -155,7 +156,7 @@ def test_cells_of_two_versions_of_the_code_are_told_under_the_tables(tmp_path: P
         (lab_cells.cell_path(tmp_path, each) / "metrics.jsonl").write_text(
             '{"step": 1, "correct/mean": 0.5}\n'
         )
-    assert told in lab_page.write_lab_page(tmp_path, mixed, "grpo").read_text()
+    assert told in comparison_page.write_lab_page(tmp_path, mixed, "grpo").read_text()
     assert run_directory.code_version()
 
 
@@ -321,11 +322,6 @@ def test_ticks_are_round_and_within(low: float, high: float, expected: list[floa
     assert ticks(low, high) == pytest.approx(expected)
 
 
-def test_a_mean_curve_has_the_steps_that_all_have() -> None:
-    assert mean_line([([1, 2, 3], [1.0, 2.0, 3.0]), ([1, 2], [3.0, 4.0])]) == ([1, 2], [2.0, 3.0])
-    assert mean_line([]) == ([], [])
-
-
 def test_a_chart_stays_in_its_frame() -> None:
     line = Line([1, 2, 3], [0.0, 1.0, 0.5], "c0", "a <b>")
     drawn = chart([line], frame([line]), label="curve", width=100, height=60)
@@ -337,7 +333,9 @@ def test_the_page_is_one_file_that_asks_nobody(tmp_path: Path) -> None:
         lab_cells.save_cell(tmp_path, each)
         rows = [f'{{"step": {s}, "correct/mean": 0.{s}, "entropy/mean": 0.2}}\n' for s in (1, 2)]
         (lab_cells.cell_path(tmp_path, each) / "metrics.jsonl").write_text("".join(rows))
-    page = lab_page.write_lab_page(tmp_path, CELLS, "grpo").read_text()
-    assert page.count("<svg") > 8 and "prefers-color-scheme:dark" in page
-    assert "http" not in page and "<script" not in page
+    page = comparison_page.write_lab_page(tmp_path, CELLS, "grpo").read_text()
+    assert "prefers-color-scheme:dark" in page and "default-src 'none'" in page and "src=" not in page
+    bands = json.loads(page.split('id="data">')[1].split("</script>")[0])["bands"]
+    assert bands[0][0] == {"name": "grpo", "runs": [0, 1, 2]} and bands[0][3]["name"] == "cispo"
+    assert [b["runs"] for b in bands[0][1:]] == [[3, 4, 5], [6], [7]]
     assert "missing: quickstart, cispo, seed 2" in page and '<b class="above">+</b>' in page

@@ -55,6 +55,7 @@ function setsTable(run) {
 }
 
 function points(run, curve) {
+  if (curve.points) return curve.points;
   const { steps, values } = run.metrics;
   const own = values[curve.key] || [];
   const factor = curve.times ? values[curve.times] || [] : null;
@@ -136,7 +137,7 @@ class Chart {
     if (!log && !this.plot.free) [low, high] = [Math.min(0, low), Math.max(0, high)];
     if (!(high > low)) [low, high] = [low - Math.abs(low || 1) / 2, high + Math.abs(high || 1) / 2];
     const scale = log ? Math.log10 : (v) => v;
-    const y = (v) => height - edge.bottom - (scale(v) - scale(low)) / (scale(high) - scale(low)) * (height - edge.top - edge.bottom);
+    const y = this.y = (v) => height - edge.bottom - (scale(v) - scale(low)) / (scale(high) - scale(low)) * (height - edge.top - edge.bottom);
     this.x = (s) => edge.left + (s - view.first) / (view.last - view.first || 1) * (width - edge.left - edge.right);
     const rows = log ? ticks(Math.ceil(scale(low)), Math.max(scale(high), Math.ceil(scale(low)) + 1), 5).filter(Number.isInteger).map((p) => 10 ** p).filter((v) => v >= low && v <= high) : ticks(low, high, 5);
     const columns = ticks(view.first, view.last, width / 70).filter(Number.isInteger);
@@ -156,7 +157,7 @@ class Chart {
 
   drawn(curve, line, before, y) {
     const path = (list, at) => list.map((p) => `${this.x(p[0]).toFixed(1)} ${y(at(p)).toFixed(1)}`).join("L");
-    const style = `k-${curve.colour}${curve.dash ? " dot" : ""}${curve.width && curve.width < 2 ? " slim" : ""}`;
+    const style = `k-${curve.colour} ${curve.dash || ""}${curve.width && curve.width < 2 ? " slim" : ""}`;
     const high = (p) => p[1];
     if (this.plot.stacked || (curve.fill && before)) {
       const under = this.plot.stacked ? path([...line].reverse(), (p) => p[2]) : path([...before].reverse(), high);
@@ -188,7 +189,7 @@ class Chart {
   key(curve) {
     const flip = () => { this.hidden.has(curve.key) ? this.hidden.delete(curve.key) : this.hidden.add(curve.key); this.draw(); };
     return el("button", { type: "button", class: "key", title: `${curve.key}: show or hide`, onclick: flip },
-      el("i", { class: `swatch k-${curve.colour}${curve.dash ? " dot" : ""}` }), `${curve.name} `, el("b", {}));
+      el("i", { class: `swatch k-${curve.colour} ${curve.dash || ""}` }), `${curve.name} `, el("b", {}));
   }
 }
 
