@@ -64,6 +64,7 @@ COMMANDS = {
         "eval",
         "lab",
         "report",
+        "watch",
         "doctor",
         "submit",
         "verify-resume",

@@ -30,7 +30,7 @@ from entroray.observe.comparison import (
     tables,
     tasks,
 )
-from entroray.observe.console import plain_table, wide_terminal
+from entroray.observe.console import Console, plain_table, wide_terminal
 from entroray.observe.journal import read_metrics, replace_text
 from entroray.observe.lab_cells import Cell, variant_name
 from entroray.redaction import hide_secrets
@@ -148,20 +148,22 @@ async def _work(
     signals.cancel_on_sigterm()
     code = run_directory.code_version()
     of_task = tasks([job.cell for job in jobs])
-    for number, job in enumerate(jobs, start=1):
-        print(f"[{number}/{len(jobs)}] {name_run(job.cell, of_task)}", flush=True)
-        lab_cells.save_cell(folder, job.cell)  # its files are about to go, and what they came to with them
-        cell = replace(await _attempt(bench, job), code=code)
-        lab_cells.save_cell(folder, cell)
-        print(f"    {_line(cell)}", flush=True)
-        write_report()
+    with Console().progress("lab", len(jobs)) as move:
+        for number, job in enumerate(jobs, start=1):
+            print(f"[{number}/{len(jobs)}] {name_run(job.cell, of_task)}", flush=True)
+            lab_cells.save_cell(folder, job.cell)  # its files are about to go, and what they came to too
+            cell = replace(await _attempt(bench, job, move), code=code)
+            lab_cells.save_cell(folder, cell)
+            print(f"    {_line(cell)}", flush=True)
+            write_report()
+            move(completed=number)
     await bench.clear()
 
 
-async def _attempt(bench: ReusedActors, job: Job) -> Cell:
+async def _attempt(bench: ReusedActors, job: Job, move: Callable[..., None]) -> Cell:
     """The cell with what came of it; after a failure the next one gets a machine of its own."""
     try:
-        measured = await _measure(bench, job)
+        measured = await _measure(bench, job, move)
     except Stopped as stopped:
         say = f"stopped in {job.cell.name}: the same command goes on, cells that are done are left alone"
         raise Stopped(stopped.exit_code - 128, say) from stopped
@@ -179,7 +181,7 @@ def _ended(cell: Cell) -> Cell:
     return replace(cell, finished=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
+async def _measure(bench: ReusedActors, job: Job, move: Callable[..., None]) -> dict[str, float]:
     """One run from first weights to last, as `entroray train` makes it, and what it came to."""
     config, folder = job.config, Path(str(job.config.run.dir))
     _fresh(folder)
@@ -190,7 +192,9 @@ async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
     began = time.monotonic()
     try:
         with (folder / "console.log").open("w") as file:
-            journal, _, health = train.open_journal(config, job.parts, folder, read_in.tokenizer, file)
+            journal, console, health = train.open_journal(config, job.parts, folder, read_in.tokenizer, file)
+            part = 1 / config.run.steps  # of a cell
+            console.training = lambda **moved: move(advance=part) if "completed" in moved else None
             run = run_directory.RunDirectory(folder)
             with journal:
                 await train.drive(config, job.parts, read_in, m, journal, health, run)
