@@ -24,7 +24,9 @@ HERE = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?")
 """The Host of a page of this machine; a tunnel's port is its own. Any other is DNS rebinding."""
 POLICY = f"{report.POLICY}; connect-src 'self'"
 SCRIPTS = ("live.js", *report.SCRIPTS)
-FILES = ("", "metrics.jsonl", "events.jsonl", "config.yaml", "manifest.json", ".lock", "tokens")
+WORDS = "tokens/vocabulary.json"
+FILES = ("", "metrics.jsonl", "events.jsonl", "config.yaml", "manifest.json", ".lock", WORDS)
+KINDS = ("tokens", "rollouts")
 LOOK, SHARE, BEAT = 1.0, 5, 15.0
 """Seconds between two looks at the folder, or so many times what reading it took; seconds after which
 a browser that was told nothing is written to, which shows whether it is still there."""
@@ -60,7 +62,8 @@ class PageServer(ThreadingTCPServer):
         if time.monotonic() < self.due:
             return
         self.due = time.monotonic() + LOOK
-        files = [*(self.run_dir / name for name in FILES), *token_records.files(self.run_dir)]
+        files = [self.run_dir / name for name in FILES]
+        files += [each for kind in KINDS for each in token_records.files(self.run_dir, kind)]
         stamps, (before, held) = tuple(map(_stamp, files)), self.state
         now = stamps, (held or stamps != before) and is_held(self.run_dir)
         if now != self.state:
@@ -76,10 +79,11 @@ class PageServer(ThreadingTCPServer):
             began, version = time.monotonic(), self.version
             found, stamps = run_data(self.run_dir), dict[int, str]()
             for file in token_records.files(self.run_dir):
-                if fault := _fault(file, stamp := _stamp(file)):
+                step = token_records.step_of(file)
+                if fault := _fault(file, _stamp(file)):
                     found["notes"].append(report.DAMAGED_FILE.format(file.name, fault))
                 else:
-                    stamps[token_records.step_of(file)] = str(stamp)
+                    stamps[step] = str(self._stamps(step))
             if not self.run_dir.is_dir():
                 found["notes"] = [f"There is no folder {self.run_dir} yet: this page waits for it."]
             elif not stamps:
@@ -91,9 +95,12 @@ class PageServer(ThreadingTCPServer):
 
     def block(self, step: int) -> bytes:
         """The tokens of a recorded step, encoded; an error of `report.DAMAGED` where that cannot be."""
-        file = token_records.record_path(self.run_dir, step)
         with self.reading:
-            return _block(self.run_dir, file, _stamp(file))
+            return _block(self.run_dir, step, self._stamps(step))
+
+    def _stamps(self, step: int) -> tuple[tuple[int, ...], ...]:
+        files = [token_records.record_path(self.run_dir, step, kind) for kind in KINDS]
+        return tuple(map(_stamp, [*files, self.run_dir / WORDS]))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that went away is no error."""
@@ -121,7 +128,8 @@ def _fault(file: Path, stamp: tuple[int, ...]) -> str:
 
 
 @lru_cache(maxsize=4)
-def _block(run_dir: Path, file: Path, stamp: tuple[int, ...]) -> bytes:
+def _block(run_dir: Path, step: int, stamps: tuple[tuple[int, ...], ...]) -> bytes:
+    file = token_records.record_path(run_dir, step)
     return token_blocks.encode_step(token_blocks.load_step(run_dir, file, report.TOKENS))
 
 
