@@ -221,7 +221,7 @@ class LawChart extends Chart {
     this.x = (h) => edge.left + (h - left) / (right - left) * (this.width - edge.left - edge.right);
     this.y = (r) => edge.height - edge.bottom - (r - low) / (high - low) * (edge.height - edge.top - edge.bottom);
     const path = (list) => list.map(([, r, h]) => `${this.x(h).toFixed(1)} ${this.y(r).toFixed(1)}`), part = Math.ceil(points.length / 5);
-    const dots = [1, 2, 3, 4, 5].map((k) => el("svg:path", { class: "dots k-teal", opacity: k / 5, d: path(points.slice((k - 1) * part, k * part)).map((p) => `M${p}h0`).join("") }));
+    const dots = [1, 2, 3, 4, 5].map((k) => el("svg:path", { class: "dots k-teal", opacity: 0.25 + 0.15 * k, d: path(points.slice((k - 1) * part, k * part)).map((p) => `M${p}h0`).join("") }));
     const over = Array.from({ length: 41 }, (_, i) => left + (right - left) * i / 40);
     this.line = el("svg:path", { class: "dots here" });
     this.frame(ticks(low, high, 5), this.y, ticks(left, right, this.width / 90), [dots,

@@ -1,5 +1,5 @@
 "use strict";
-// A run whose files a server reads: asked for again as the server says that they changed.
+// A run whose files a server reads: asked for again when the server says that they changed.
 
 async function ask(path) {
   const answer = await fetch(path);
@@ -10,20 +10,24 @@ async function ask(path) {
 window.entroraySource = {
   run: async () => (await ask("run")).json(),
   step: async (step) => new Uint8Array(await (await ask(`step/${step}`)).arrayBuffer()),
-  // Not while nobody looks: a browser has six connections for all tabs of one server.
+  // A browser has six connections for all its pages of a server: one page listens, and tells the others.
   follow(changed) {
-    let events = null;
-    const said = el("p", { class: "note live", role: "status" });
-    document.querySelector("main").before(said);
-    const listen = () => {
-      events?.close();
-      if (document.hidden) return;
-      events = new EventSource("events");
-      events.onopen = () => { said.textContent = "Live: this page follows the folder of the run."; };
-      events.onmessage = (event) => changed(Number(event.data));
-      events.onerror = () => { said.textContent = "Not connected: if `entroray watch` has ended, start it again and open the address that it prints."; };
+    const said = el("p", { class: "note live", role: "status" }), channel = new BroadcastChannel("run");
+    let state = { version: 0, live: true }, tell = null;
+    const show = () => {
+      said.textContent = state.live ? "Live: this page follows the folder of the run." : "Not connected: if `entroray watch` has ended, start it again and open the address that it prints.";
+      if (!document.hidden) changed(state.version);
     };
-    document.addEventListener("visibilitychange", listen);
-    listen();
+    channel.onmessage = ({ data }) => { if (data) { state = data; show(); } else tell?.({}); };
+    document.addEventListener("visibilitychange", show);
+    document.querySelector("main").before(said);
+    channel.postMessage(null);
+    navigator.locks.request("run", () => new Promise(() => {
+      const events = new EventSource("events");
+      tell = (more) => { state = { ...state, ...more }; show(); channel.postMessage(state); };
+      events.onopen = () => tell({ live: true });
+      events.onmessage = (event) => tell({ version: Number(event.data) });
+      events.onerror = () => tell({ live: false });
+    }));
   },
 };
