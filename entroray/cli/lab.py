@@ -50,6 +50,8 @@ class Job:
     config: Config
     tree: DictConfig
     parts: Parts
+    move: Callable[..., None] = lambda **moved: None
+    """Moves the bar of the lab."""
 
 
 FLAGS = (Flag("dir", "FOLDER"), Flag("baseline", "VARIANT"), CONFIG_DIR)
@@ -152,7 +154,7 @@ async def _work(
         for number, job in enumerate(jobs, start=1):
             print(f"[{number}/{len(jobs)}] {name_run(job.cell, of_task)}", flush=True)
             lab_cells.save_cell(folder, job.cell)  # its files are about to go, and what they came to too
-            cell = replace(await _attempt(bench, job, move), code=code)
+            cell = replace(await _attempt(bench, replace(job, move=move)), code=code)
             lab_cells.save_cell(folder, cell)
             print(f"    {_line(cell)}", flush=True)
             write_report()
@@ -160,10 +162,10 @@ async def _work(
     await bench.clear()
 
 
-async def _attempt(bench: ReusedActors, job: Job, move: Callable[..., None]) -> Cell:
+async def _attempt(bench: ReusedActors, job: Job) -> Cell:
     """The cell with what came of it; after a failure the next one gets a machine of its own."""
     try:
-        measured = await _measure(bench, job, move)
+        measured = await _measure(bench, job)
     except Stopped as stopped:
         say = f"stopped in {job.cell.name}: the same command goes on, cells that are done are left alone"
         raise Stopped(stopped.exit_code - 128, say) from stopped
@@ -181,7 +183,7 @@ def _ended(cell: Cell) -> Cell:
     return replace(cell, finished=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-async def _measure(bench: ReusedActors, job: Job, move: Callable[..., None]) -> dict[str, float]:
+async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
     """One run from first weights to last, as `entroray train` makes it, and what it came to."""
     config, folder = job.config, Path(str(job.config.run.dir))
     _fresh(folder)
@@ -194,7 +196,7 @@ async def _measure(bench: ReusedActors, job: Job, move: Callable[..., None]) -> 
         with (folder / "console.log").open("w") as file:
             journal, console, health = train.open_journal(config, job.parts, folder, read_in.tokenizer, file)
             part = 1 / config.run.steps  # of a cell
-            console.training = lambda **moved: move(advance=part) if "completed" in moved else None
+            console.training = lambda **moved: job.move(advance=part) if "completed" in moved else None
             run = run_directory.RunDirectory(folder)
             with journal:
                 await train.drive(config, job.parts, read_in, m, journal, health, run)
