@@ -67,6 +67,7 @@ COMMANDS = {
         "eval",
         "lab",
         "report",
+        "watch",
         "doctor",
         "submit",
         "verify-resume",

@@ -15,9 +15,10 @@ from entroray.engine.adapter import ADAPTER
 from entroray.engine.generator import Generator
 from entroray.errors import ConfigError
 from entroray.evaluation.cot_decoding import TWO, Decoding, words
-from entroray.evaluation.evaluate import evaluate_policy, heldout_prompts, plan_evaluation
+from entroray.evaluation.evaluate import CountingVerifier, evaluate_policy, heldout_prompts, plan_evaluation
 from entroray.evaluation.sets import examine_sets
 from entroray.observe import evaluation, evaluation_page
+from entroray.observe.console import Console
 from entroray.policy.lora import base_of
 from entroray.wiring import actors, compose, dataset, run_directory, sampler, tool, warm_start
 from entroray.workers import cluster
@@ -100,10 +101,17 @@ async def evaluate(config: Config) -> dict[str, Any]:
         return token in known.ends or any(stop in known.text([token]) for stop in s.stop)
 
     decoding = Decoding(e.cot, plan.draw.greedy(TWO), ends) if e.cot else None
+    console = Console()
+    passes = 1 + (plan.draw.temperature > 0) + bool(decoding)
+    judged = passes * len(prompts) + sum(len(one.prompts) for one in read.sets.values())
     try:
-        await asyncio.gather(engine.start(), verifier.warm_up())
-        found = await evaluate_policy(generator, verifier, prompts, plan, known, decoding) if prompts else {}
-        sets = await examine_sets(read.sets, generator, verifier, known)
+        with console.progress("model load"):
+            await asyncio.gather(engine.start(), verifier.warm_up())
+        with console.progress("evaluation", judged) as move:
+            counted = CountingVerifier(verifier, lambda: move(advance=1))
+            roles = generator, counted
+            found = await evaluate_policy(*roles, prompts, plan, known, decoding) if prompts else {}
+            sets = await examine_sets(read.sets, *roles, known)
     finally:
         verifier.close()
     of_sets = {"sets": sets} if sets else {}

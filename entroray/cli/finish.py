@@ -9,7 +9,7 @@ from pathlib import Path
 from entroray.cli import signals
 from entroray.config import Config
 from entroray.errors import EntrorayError, InfrastructureError
-from entroray.observe.console import summary
+from entroray.observe.console import Console, summary
 from entroray.observe.health_tracker import health_lines, moved_settings
 from entroray.observe.journal import read_metrics
 from entroray.wiring.objective import advised_settings
@@ -52,7 +52,8 @@ def _compare(folder: Path, model: str) -> None:
         command = [sys.executable, "-m", "entroray", "eval", f"--config={folder}/config.yaml"]
         command += [f"--out={out}", f"model.path={quote(path)}", "--heldout"]
         try:
-            done = subprocess.run(command, check=False, timeout=1800, capture_output=True, text=True)
+            with Console().progress(f"evaluation {name}"):
+                done = subprocess.run(command, check=False, timeout=1800, capture_output=True, text=True)
         except subprocess.TimeoutExpired as error:
             raise InfrastructureError(
                 f"the evaluation of {path} took more than 1800 s: lower evaluate.prompts or evaluate.samples"

@@ -33,7 +33,7 @@ def open_journal(
     words = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     o = config.observe.tokens
     journal = Journal(folder, tokens_every=o.every, tokens_half=o.half, vocabulary=words)
-    journal.say = console.say
+    journal.say, journal.progress = console.say, console.progress
     return journal, console, track_run(config, parts, journal, console, first_step)
 
 

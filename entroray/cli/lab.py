@@ -30,7 +30,7 @@ from entroray.observe.comparison import (
     tables,
     tasks,
 )
-from entroray.observe.console import plain_table, wide_terminal
+from entroray.observe.console import Console, plain_table, wide_terminal
 from entroray.observe.journal import read_metrics, replace_text
 from entroray.observe.lab_cells import Cell, variant_name
 from entroray.redaction import hide_secrets
@@ -50,6 +50,8 @@ class Job:
     config: Config
     tree: DictConfig
     parts: Parts
+    move: Callable[..., None] = lambda **moved: None
+    """Moves the bar of the lab."""
 
 
 FLAGS = (Flag("dir", "FOLDER"), Flag("baseline", "VARIANT"), CONFIG_DIR)
@@ -148,13 +150,15 @@ async def _work(
     signals.cancel_on_sigterm()
     code = run_directory.code_version()
     of_task = tasks([job.cell for job in jobs])
-    for number, job in enumerate(jobs, start=1):
-        print(f"[{number}/{len(jobs)}] {name_run(job.cell, of_task)}", flush=True)
-        lab_cells.save_cell(folder, job.cell)  # its files are about to go, and what they came to with them
-        cell = replace(await _attempt(bench, job), code=code)
-        lab_cells.save_cell(folder, cell)
-        print(f"    {_line(cell)}", flush=True)
-        write_report()
+    with Console().progress("lab", len(jobs)) as move:
+        for number, job in enumerate(jobs, start=1):
+            print(f"[{number}/{len(jobs)}] {name_run(job.cell, of_task)}", flush=True)
+            lab_cells.save_cell(folder, job.cell)  # its files are about to go, and what they came to too
+            cell = replace(await _attempt(bench, replace(job, move=move)), code=code)
+            lab_cells.save_cell(folder, cell)
+            print(f"    {_line(cell)}", flush=True)
+            write_report()
+            move(completed=number)
     await bench.clear()
 
 
@@ -190,7 +194,9 @@ async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
     began = time.monotonic()
     try:
         with (folder / "console.log").open("w") as file:
-            journal, _, health = train.open_journal(config, job.parts, folder, read_in.tokenizer, file)
+            journal, console, health = train.open_journal(config, job.parts, folder, read_in.tokenizer, file)
+            part = 1 / config.run.steps  # of a cell
+            console.training = lambda **moved: job.move(advance=part) if "completed" in moved else None
             run = run_directory.RunDirectory(folder)
             with journal:
                 await train.drive(config, job.parts, read_in, m, journal, health, run)

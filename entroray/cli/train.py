@@ -18,11 +18,11 @@ from entroray.cli.journalling import open_journal, track_run
 from entroray.cli.saving import Saving
 from entroray.config import Config
 from entroray.errors import ConfigError, InfrastructureError, LearnerLostError, Stopped, writing
-from entroray.evaluation.evaluate import heldout_accuracy, heldout_prompts
+from entroray.evaluation.evaluate import CountingVerifier, heldout_accuracy, heldout_prompts
 from entroray.evaluation.sets import measure_sets
 from entroray.observe.console import Console
 from entroray.observe.health_tracker import HealthTracker
-from entroray.observe.journal import REMEDY, Journal
+from entroray.observe.journal import REMEDY, Journal, no_progress
 from entroray.policy.tokenizer import check_vocabularies, end_ids, fingerprint, token_name
 from entroray.roles import Generator, Verifier
 from entroray.rollout.ledger import DROPPED, ROLLED_BACK, UNITS, Evaluated, Ledger
@@ -151,7 +151,7 @@ async def _train(
         with journal, cluster.WAITS.trace, nodes.object_store():
             probe = dataset.probe_ids(read_in.tokenizer)
             updates = config.run.steps * config.learner.updates_per_rollout
-            m = await actors.start_actors(
+            start = actors.start_actors(
                 config,
                 model,
                 parts,
@@ -161,6 +161,8 @@ async def _train(
                 resume=run.resume,
                 report=journal.report,
             )
+            with console.progress("model load", said=lambda: "; ".join(cluster.WAITS.lines(2))):
+                m = await start
             check_vocabularies(read_in.tokenizer, m.facts.pop("vocabularies"), model)
             journal.cut(first - 1)  # all of it where a run without a checkpoint is started over
             facts |= m.facts | {"start_seconds": round(time.monotonic() - began, 1)}
@@ -169,7 +171,8 @@ async def _train(
             console.header("entroray", _header(config, parts, read_in, folder, facts))
             trained = time.monotonic()
             through = _drive_through(config, parts, read_in, m, journal, console, health, run)
-            await heartbeat.alongside(m.watch, through)
+            with console.progress("training", config.run.steps, first - 1) as console.training:
+                await heartbeat.alongside(m.watch, through)
             await m.stop()
     except InfrastructureError as error:
         raise type(error)(f"{error}. Log: {folder}/events.jsonl") from error
@@ -314,7 +317,9 @@ async def drive(
     ledger = ledger or Ledger()
     verifier = m.verifier_role()
     generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
-    evaluate = _evaluation(config, read_in, Evaluated(generator, ledger), verifier, health.say)
+    evaluate = _evaluation(
+        config, read_in, Evaluated(generator, ledger), verifier, health.say, journal.progress
+    )
     watched: dict[str, Any] = {"waits": cluster.WAITS.lines, "busy": m.busy, "trace": cluster.WAITS.trace}
     watched |= {"evaluate": evaluate, "ledger": ledger}
     roles = Roles(generator, verifier, m.learner_role(), m.sync, journal, **watched)
@@ -369,6 +374,7 @@ def _evaluation(
     generator: Generator,
     verifier: Verifier,
     say: Callable[[str], None],
+    progress: Callable[..., Any] = no_progress,
 ) -> Callable[[int, bool], Awaitable[dict[str, float]]]:
     """On the training engines, every `evaluate.every` steps: held-out accuracy, and the evaluation sets.
 
@@ -382,10 +388,16 @@ def _evaluation(
 
     async def evaluate(step: int, last: bool) -> dict[str, float]:
         due, found = bool(e.every) and step % e.every == 0, dict[str, float]()
-        if due and prompts:
-            found |= await heldout_accuracy(generator, verifier, prompts, draw, e.samples)
-        if due or last or step == 0:
-            found |= await measure_sets(sets, generator, verifier, lambda line: say(f"step {step}: {line}"))
+        asked = sets if due or last or step == 0 else {}
+        judged = 2 * len(prompts) * due + sum(len(one.prompts) for one in asked.values())
+        if not judged:
+            return {}
+        with progress("evaluation", judged) as move:
+            counted = CountingVerifier(verifier, lambda: move(advance=1))
+            if due and prompts:
+                found |= await heldout_accuracy(generator, counted, prompts, draw, e.samples)
+            tell = lambda line: say(f"step {step}: {line}")
+            found |= await measure_sets(asked, generator, counted, tell)
         return {f"eval/{name}": value for name, value in found.items()}
 
     return evaluate

@@ -1,7 +1,7 @@
 """Held-out evaluation: greedy, n samples a prompt at a temperature, and what they say of the policy."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from entroray.evaluation.cot_decoding import TWO, Decoding, Words, decode_paths
 from entroray.metrics.pass_at_k import pass_at_k, powers_of_two
 from entroray.roles import Generator, Verifier
 from entroray.seeds import seeds
-from entroray.types import Draw, Group, Prompt
+from entroray.types import Draw, Group, Prompt, Rollout, Verdict
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,20 @@ def plan_evaluation(
             f"prompt: raise {place}.samples to {max(more)}{'' if draw.temperature > 0 else greedy}"
         )
     return EvaluationPlan(draw, drawn, tuple(sorted({*powers_of_two(drawn), *more, drawn})))
+
+
+@dataclass(frozen=True)
+class CountingVerifier:
+    """`verifier`, which calls `count` when a prompt's rollouts are judged."""
+
+    verifier: Verifier
+    count: Callable[[], None]
+
+    async def judge(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """As the verifier itself."""
+        verdicts = await self.verifier.judge(prompt, rollouts)
+        self.count()
+        return verdicts
 
 
 async def sample_answers(

@@ -3,12 +3,14 @@
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import rich.console
 import yaml
+from rich import progress
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -60,12 +62,50 @@ def plain_table(rows: Sequence[Sequence[str]], title: str | None = None) -> Tabl
     return table
 
 
+class Said(progress.ProgressColumn):
+    """What is said beside a bar, or what a function says now."""
+
+    def render(self, task: progress.Task) -> Text:
+        said = task.fields["said"]
+        return Text(said() if callable(said) else said, no_wrap=True, overflow="ellipsis")
+
+
 class Console:
-    """A tracker that prints one aligned line per step under a panel."""
+    """A tracker that prints one aligned line per step under a panel; on a terminal there are bars below."""
 
     def __init__(self, *, file: TextIO | None = None):
         self.terminal = Terminal(file=file, highlight=False)
-        self.printed = 0
+        self.printed, self.last, self.control = 0, "", ""
+        self.training: Callable[..., None] = lambda **moved: None
+        shown = self.terminal.is_interactive and self.terminal.file.isatty()  # FORCE_COLOR makes no terminal
+        self.bars = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(24),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            "left",
+            Said(),
+            **{"console": self.terminal, "transient": True, "disable": not shown, "refresh_per_second": 2},
+            speed_estimate_period=math.inf,
+        )
+
+    @contextmanager
+    def progress(
+        self, what: str, total: float | None = None, done: float = 0, said: str | Callable[[], str] = ""
+    ) -> Iterator[Callable[..., None]]:
+        """A bar while `what` is under way, without a `total` one that only moves; rich's `update` of it."""
+        if self.bars.disable:
+            yield lambda **moved: None
+            return
+        task = self.bars.add_task(what, total=total, completed=done, said=said)
+        self.bars.start()
+        try:
+            yield lambda **moved: self.bars.update(task, **moved) if task in self.bars.task_ids else None
+        finally:
+            self.bars.remove_task(task)
+            if not self.bars.task_ids:
+                self.bars.stop()
 
     def header(self, title: str, lines: Sequence[str]) -> None:
         """A panel of plain text, as wide as its longest line if the output is no terminal."""
@@ -82,6 +122,18 @@ class Console:
                 self._print(line, "bold")
         self.printed += 1
         self._print(row(step, metrics), "")
+        moved = (name for name in metrics if name.startswith("control/"))
+        self.control = ", ".join(f"{name.removeprefix('control/')} {metrics[name]:g}" for name in moved)
+        self.training(completed=step, said=self._said())
+
+    def hear(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """The last event is beside the bar of the run."""
+        if kind not in ("start", "control"):
+            self.last = f"last event: {kind}" + (f" at step {fields['step']}" if "step" in fields else "")
+            self.training(said=self._said())
+
+    def _said(self) -> str:
+        return ", ".join(filter(None, (self.control, self.last)))
 
     def say(self, line: str) -> None:
         """One line between the steps."""

@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from numbers import Integral, Real
@@ -54,6 +54,7 @@ class Journal:
         self.run_dir, self.tokens_every, self.trackers = run_dir, tokens_every, list(trackers)
         self.copies: list[TrackerThread] = []
         self.say: Callable[[str], None] = lambda line: None
+        self.progress = no_progress
         self.summarize: Callable[[BaseException | None], RunSummary] = summarize
         self.refused: InfrastructureError | None = None
         """Why a line of `report` could not be written."""
@@ -98,6 +99,8 @@ class Journal:
             if self._events.closed:
                 return
             _line(self._events, {"time": time, "kind": kind, "fields": plain(fields)})
+        for tracker in [each for each in self.trackers if hasattr(each, "hear")]:
+            self._ask(tracker, self.last_step, partial(tracker.hear, kind, fields))
         if kind == "evaluation":  # before step 1: it is in no line of metrics
             values = {k: v for k, v in fields.items() if k != "step" and math.isfinite(v)}
             self._track(fields["step"], values, self.copies)
@@ -204,6 +207,8 @@ class Journal:
                 self.say(f"{SETTING}: {name} is let go at step {step}: {reason}; the run goes on without it")
 
 
+no_progress: Callable[..., Any] = lambda *of, **more: nullcontext(lambda **moved: None)
+"""In place of `Console.progress` where nobody looks."""
 LAST = 30.0
 """Seconds that the disk has for a step's lines and records when the run ends, by an error or a signal."""
 SIGNALS = (KeyboardInterrupt, Stopped, asyncio.CancelledError)

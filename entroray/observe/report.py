@@ -19,6 +19,8 @@ BYTES = 8_300_000
 """Of all token blocks, as text; the page stays below 10 MB."""
 DAMAGED = (OSError, ValueError, KeyError, TypeError, NotImplementedError)
 """Arrow's errors are all of these."""
+DAMAGED_FILE = "Nothing from tokens/{}: it is damaged ({})."
+NO_TOKENS = "Nothing from tokens/: no token was recorded (see the setting observe.tokens.every)."
 TOKENS, SHARED = 1_000_000, 8
 """Most tokens of all recorded steps, of which each has this part at least if all have many."""
 
@@ -27,21 +29,30 @@ def write_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html from the files of the run; a missing file is a sentence on the page."""
     data = run_data(run_dir)
     blocks = _token_blocks(run_dir, data["notes"])
-    data |= {"recorded": [step for step, _ in blocks], "columns": _columns()}
-    scripts = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    data |= {"recorded": [step for step, _ in blocks], "columns": columns()}
+    page, _ = render_page(data, POLICY, SCRIPTS, blocks)
+    replace_text(run_dir / "report.html", page)
+    return run_dir / "report.html"
+
+
+def render_page(
+    data: dict[str, Any], policy: str, scripts: Sequence[str], blocks: Sequence[tuple[int, str]] = ()
+) -> tuple[str, str]:
+    """The page of a run, and its content policy: `policy` and the page's own style and script."""
+    script = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in scripts)
     style = css.STYLE + (PAGE / "page.css").read_text(encoding="utf-8")
     page = (PAGE / "page.html").read_text(encoding="utf-8")
+    policy = f"{policy}; style-src {_hash(style)}; script-src {_hash(script)}"
     for name, text in {
-        "title": escape(data["name"]),
-        "policy": f"{POLICY}; style-src {_hash(style)}; script-src {_hash(scripts)}",
+        "title": escape(f"{data['name']}: {data['objective']}"),
+        "policy": policy,
         "style": style,
         "run": _inert(data),
         "blocks": "\n".join(f'<script type="text/plain" id="step-{n}">{text}</script>' for n, text in blocks),
-        "scripts": scripts,
+        "scripts": script,
     }.items():
         page = page.replace(f"<!--{name}-->", text, 1)
-    replace_text(run_dir / "report.html", page)
-    return run_dir / "report.html"
+    return page, policy
 
 
 def _hash(text: str) -> str:
@@ -53,7 +64,7 @@ def _inert(data: Any) -> str:
     return json.dumps(plain(data)).replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _columns() -> list[list[str]]:
+def columns() -> list[list[str]]:
     """Name, unit and meaning of each column of the token records."""
     said = lambda field, key: (field.metadata or {}).get(key, b"").decode()
     return [[f.name, said(f, b"unit"), said(f, b"meaning")] for f in token_records.SCHEMA]
@@ -63,7 +74,7 @@ def _token_blocks(run_dir: Path, notes: list[str]) -> list[tuple[int, str]]:
     """The block of each recorded step as text; `notes` gets what is missing."""
     files, left = token_records.files(run_dir), BYTES
     if not files:
-        notes.append("Nothing from tokens/: no token was recorded (see the setting observe.tokens.every).")
+        notes.append(NO_TOKENS)
         return []
     most, blocks, damaged = TOKENS // min(len(files), SHARED), dict[int, str](), 0
     for file in _spread(files):
@@ -73,7 +84,7 @@ def _token_blocks(run_dir: Path, notes: list[str]) -> list[tuple[int, str]]:
                 most = int(most * 0.9 * left / len(text))
                 text = _block(run_dir, file, most)
         except DAMAGED as error:
-            notes.append(f"Nothing from tokens/{file.name}: it is damaged ({error}).")
+            notes.append(DAMAGED_FILE.format(file.name, error))
             damaged += 1
             continue
         if len(text) > left:

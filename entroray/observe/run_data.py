@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from itertools import groupby
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ EVENTS, FIELDS = 500, 400
 """Newest events that are shown, and characters of the fields of each."""
 NUMBERS = 100_000
 """Most values of metrics on a page: a longer run is drawn in means of several steps."""
+LARGEST = 1e300
+"""A number of JSON beyond it is no measurement; one of 400 digits is no float."""
 Found = dict[str, Any]
 
 
@@ -37,7 +38,7 @@ def run_data(run_dir: Path) -> Found:
     config = _read(run_dir / "config.yaml", _yaml, notes, "its settings are unknown")
     manifest = _read(run_dir / "manifest.json", _yaml, notes, "its machine and versions are unknown")
     metrics = [
-        {k: v for k, v in m.items() if isinstance(v, int | float) and isfinite(v)} for m in steps or []
+        {k: v for k, v in m.items() if isinstance(v, int | float) and abs(v) < LARGEST} for m in steps or []
     ]
     events, config, manifest = events or [], config or {}, manifest or {}
     objective = _section(config, "objective")
@@ -45,8 +46,8 @@ def run_data(run_dir: Path) -> Found:
     found = _said(lambda: health.read_health(metrics, advised))
     _, prediction, law = _said(lambda: health_lines(metrics, advised)) or ("", "", "")
     return {
-        "name": run_dir.resolve().name,
-        "running": _is_held(run_dir),
+        "name": "/".join(str(n) for n in (_section(config, "run").get("name"), run_dir.resolve().name) if n),
+        "running": is_held(run_dir),
         "health": asdict(found) if found else {"kind": "too early", "words": TOO_EARLY},
         "prediction": prediction,
         "law": law,
@@ -63,14 +64,13 @@ def run_data(run_dir: Path) -> Found:
 
 def _read(path: Path, read: Callable[[Path], Any], notes: list[str], consequence: str) -> Any:
     """What `read` makes of a file; None, and why in `notes`, where it is missing or damaged."""
-    if not path.exists():
-        notes.append(f"Nothing from {path.name}: {consequence}.")
-        return None
     try:
-        return read(path)
+        if path.exists():
+            return read(path)
+        notes.append(f"Nothing from {path.name}: {consequence}.")
     except (OSError, ValueError, DataError, yaml.YAMLError) as error:
         notes.append(f"{path.name} is damaged, so {consequence}: {error}")
-        return None
+    return None
 
 
 def _yaml(path: Path) -> Found:
@@ -144,7 +144,7 @@ def _objective_name(objective: Mapping[str, Any]) -> str:
     return name if not others else f"{name} but for {', '.join(others)}"
 
 
-def _is_held(run_dir: Path) -> bool:
+def is_held(run_dir: Path) -> bool:
     """Whether a run holds the lock of its folder."""
     try:
         with (run_dir / ".lock").open() as lock:
@@ -154,10 +154,6 @@ def _is_held(run_dir: Path) -> bool:
     except OSError:
         return False
     return False
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and isfinite(value)
 
 
 def _event(event: Found) -> Found:

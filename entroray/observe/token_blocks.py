@@ -46,23 +46,29 @@ def load_step(run_dir: Path, file: Path, most: int) -> StepTokens:
 
     ValueError or OSError if it is damaged, or is no token record.
     """
-    known = pq.read_schema(file).names
-    if not {"rollout", "token_id"} <= set(known):
-        raise ValueError("it has no columns rollout and token_id")
-    rows = _column(pq.read_table(file, columns=["rollout"]), "rollout").astype(np.int64)
-    about = _rollout_records(run_dir, token_records.step_of(file))
-    chosen = _chosen(rows, {r["rollout"]: r["group"] for r in about}, most)
-    only = None if chosen is None else [("rollout", "in", chosen)]
-    table = pq.read_table(file, columns=[n for n in WANTED if n in known], filters=only)
+    with pa.OSFile(str(file)) as opened:  # one file, whatever takes its name meanwhile
+        known = pq.read_schema(opened).names
+        check_columns(known)
+        rows = _column(pq.read_table(opened, columns=["rollout"]), "rollout").astype(np.int64)
+        about = _rollout_records(run_dir, token_records.step_of(file))
+        chosen = _chosen(rows, {r["rollout"]: r["group"] for r in about}, most)
+        only = None if chosen is None else [("rollout", "in", chosen)]
+        table = pq.read_table(opened, columns=[n for n in WANTED if n in known], filters=only)
     columns = {n: _column(table, n) for n in table.column_names if n not in (*OF_ROLLOUT, "mask_reason")}
     masks = _dictionary(table["mask_reason"]) if "mask_reason" in known else None
     if masks:
         columns["mask_reason"] = masks[0]
-    rows = columns["rollout"]
+    count, rows = len(rows), columns["rollout"]
     starts = np.flatnonzero(np.diff(rows, prepend=-1) != 0)
     shown = [r for r in about if chosen is None or r["rollout"] in set(chosen)] or _bare(table, rows, starts)
-    step, count = token_records.step_of(file), pq.read_metadata(file).num_rows
+    step = token_records.step_of(file)
     return StepTokens(step, count, columns, masks[1] if masks else [], starts, shown, _vocabulary(file))
+
+
+def check_columns(names: Sequence[str]) -> None:
+    """ValueError unless a file with these columns is one of token records."""
+    if not {"rollout", "token_id"} <= set(names):
+        raise ValueError("it has no columns rollout and token_id")
 
 
 def _vocabulary(file: Path) -> dict[str, str]:

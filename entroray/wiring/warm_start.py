@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from entroray.engine.adapter import ADAPTER
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.home import home_folder
 from entroray.objective import build_objective
+from entroray.observe.console import Console
 from entroray.policy.tokenizer import byte_tokenizer, load_tokenizer, with_template
 from entroray.train.warm_start import demonstration_group, overshoot_remedy, sampled_accuracy, warm_start
 from entroray.types import Group
@@ -191,20 +193,23 @@ async def _train(config: Config, start: str, done: Path) -> tuple[float, float]:
     objective = build_objective(rows.objective_row("supervised"))
     probe = dataset.probe_ids(read.tokenizer)
     parts = replace(build_parts(config), objective=objective)
-    m = await actors.start_actors(config, start, parts, read.judge, probe, total_updates=plan.max_steps)
+    console = Console()
+    with console.progress("model load", said=lambda: "; ".join(cluster.WAITS.lines(2))):
+        m = await actors.start_actors(config, start, parts, read.judge, probe, total_updates=plan.max_steps)
     generator = tool.with_tool(config.rollout, read.tokenizer, m.generator_role(), m.verifier_role())
     draw = sampler.plain_draw(config.sampler, config.rollout)
     checks = read.split.training[: 2 * plan.rows_per_step]
     began = time.monotonic()
-    reached = await warm_start(
-        _demonstrations(config, read),
-        m.learner_role(),
-        m.sync,
-        objective,
-        lambda: sampled_accuracy(generator, m.verifier_role(), checks, draw, SEED),
-        plan,
-        _report,
-    )
+    with console.progress("warm start", plan.max_steps, said=f"until {plan.band[0]:g} are right") as move:
+        reached = await warm_start(
+            _demonstrations(config, read),
+            m.learner_role(),
+            m.sync,
+            objective,
+            lambda: sampled_accuracy(generator, m.verifier_role(), checks, draw, SEED),
+            plan,
+            partial(_report, move),
+        )
     await m.export(str(done))
     await m.stop()
     return reached, time.monotonic() - began
@@ -232,7 +237,8 @@ def _answers(name: str, part: Part) -> Callable[[Row], str | WorkedAnswer]:
     return find_demonstration(part.demonstration)
 
 
-def _report(step: int, loss: float, reached: float) -> None:
+def _report(move: Callable[..., None], step: int, loss: float, reached: float) -> None:
+    move(completed=step)
     print(f"  step {step:4d}  loss {loss:.3f} nats/token  sampled accuracy {reached:.2f}", flush=True)
 
 

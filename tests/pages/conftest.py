@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ WIDTHS, SCHEMES = (390, 1280), ("light", "dark")
 Open = Callable[..., Any]
 SETTINGS = "#settings h2"
 """The last that report.html draws."""
+Browse = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
@@ -27,34 +27,41 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def show(browser: Any) -> Iterator[Open]:
-    """Opens a page of a folder; no script may fail, and nothing but the file be asked for."""
+def browse(browser: Any) -> Iterator[Browse]:
+    """Opens an address; no script may fail, and nothing beside it be asked for, or `lost` to a server."""
     told: list[str] = []
     contexts = []
 
-    def show(
-        folder: Path,
-        scheme: str = "light",
-        width: int = 1280,
-        name: str = "report.html",
-        ready: str = SETTINGS,
+    def browse(
+        url: str, scheme: str = "light", width: int = 1280, *, ready: str = SETTINGS, lost: bool = False
     ) -> Any:
         size = {"width": width, "height": 900}
         context = browser.new_context(viewport=size, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(60_000)
-        page.on("console", lambda m: told.append(m.text) if m.type in ("error", "warning") else None)
+        wrong = lambda m: m.type in ("error", "warning") and not (lost and "Failed to load" in m.text)
+        page.on("console", lambda m: told.append(m.text) if wrong(m) else None)
         page.on("pageerror", lambda error: told.append(str(error)))
         page.on("dialog", lambda dialog: told.append(dialog.message))
-        url = (folder / name).as_uri()
-        asked = lambda request: None if request.url.split("#")[0] == url else told.append(request.url)
+        place = url.partition("?")[0]
+        asked = lambda request: None if request.url.startswith(place) else told.append(request.url)
         page.on("request", asked)
         page.goto(url)
         page.wait_for_selector(ready)
         return page
 
-    yield show
+    yield browse
     for context in contexts:
         context.close()
     assert not told
+
+
+@pytest.fixture
+def show(browse: Browse) -> Open:
+    """Opens a page of a folder, report.html if no other is named."""
+
+    def opened(folder: Path, *look: Any, name: str = "report.html", ready: str = SETTINGS) -> Any:
+        return browse((folder / name).as_uri(), *look, ready=ready)
+
+    return opened

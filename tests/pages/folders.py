@@ -60,8 +60,7 @@ def write_run(
 ) -> Path:
     """A run of `steps` steps in `folder`, the tokens of `groups` in each of the steps `recorded`."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(metrics(step)) for step in range(1, steps + 1)]
-    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (folder / "metrics.jsonl").write_text("".join(map(metrics_line, range(1, steps + 1))))
     write_events(folder, steps, ends)
     (folder / "config.yaml").write_text(yaml.safe_dump(config(steps)))
     (folder / "manifest.json").write_text(json.dumps({"parameters": 821120, "seed": 3, "device": "cpu"}))
@@ -74,6 +73,10 @@ def write_run(
     return folder
 
 
+def metrics_line(step: int) -> str:
+    return f"{json.dumps(metrics(step))}\n"
+
+
 def metrics(step: int) -> dict[str, float]:
     """What a step measures: entropy falls, answers get right, a controller acts."""
     entropy = 0.2 + 1.5 * math.exp(-step / 100)
@@ -83,6 +86,7 @@ def metrics(step: int) -> dict[str, float]:
     found |= {f"seconds/{n}": s for n, s in (("sample", 2.0), ("score", 0.5), ("update", 1.0), ("step", 4.0))}
     found |= {"control/bonus": step / 1000, "reward/part_<form>": 0.5, "tokens/per_second": 1500.0}
     found |= {"eval/avg@4:held<out": 0.4, "eval/avg@4_low:held<out": 0.3, "eval/avg@4_high:held<out": 0.5}
+    found |= {"law/a": 0.2, "law/b": 1.1}
     return {"step": step, **found, "groups/all_right": 0.1, "groups/all_wrong": 0.2}
 
 

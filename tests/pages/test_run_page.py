@@ -1,5 +1,6 @@
 """report.html in a browser: what it says of a run, its curves, and its tokens as text."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,25 @@ def test_one_marker_and_one_zoom_serve_all_curves(run: Path, show: Open) -> None
     page.get_by_role("button", name="Tokens of step 1").click()
     page.wait_for_selector(".rollout .t")
     assert page.get_by_label("Step", exact=True).input_value() == "1"
+
+
+def test_the_law_is_drawn_through_the_share_right_over_entropy(run: Path, show: Open) -> None:
+    page = show(run)
+    card = page.locator(".card", has=page.locator("h3", has_text="The law"))
+    dots = card.locator("path.dots:not(.here)").evaluate_all("all => all.map((p) => p.getAttribute('d'))")
+    places = [tuple(map(float, p.removesuffix("h0").split())) for d in dots for p in d.split("M")[1:]]
+    assert len(places) == 40 and card.locator("path.line").count() == 1
+    assert all(a[0] > b[0] and a[1] > b[1] for a, b in itertools.pairwise(places)), (
+        "entropy falls, answers rise"
+    )
+    card.locator("svg").focus()
+    page.keyboard.press("Home")
+    said = "step 1: entropy 1.685 nats, share right 0.31, by the law 0.0214"  # 1.1 - 0.2 e^1.685
+    assert said in card.inner_text()
+    box = card.locator("svg").bounding_box()
+    page.mouse.move(box["x"] + places[29][0], box["y"] + places[29][1])
+    assert "step 30:" in card.inner_text() and page.inner_text("#curves output") == "30"
+    assert page.title() == "<i>name</i>/<b>run: dapo but for surrogate.high=0.3 · entroray"
 
 
 def test_texts_are_shown_and_never_obeyed(run: Path, show: Open) -> None:

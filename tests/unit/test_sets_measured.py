@@ -3,7 +3,8 @@
 import asyncio
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,31 @@ def test_answers_that_all_failed_are_counted_as_wrong_and_have_no_length() -> No
 def evaluating(world: ToyWorld, read: dataset.Dataset, *told: str, said: list[str]) -> Any:
     config = configured(*TABLE, *told)
     return train._evaluation(config, read, world, world, said.append)  # type: ignore[arg-type]
+
+
+def test_every_prompt_that_is_judged_moves_the_bar_of_an_evaluation() -> None:
+    world = ToyWorld(build_objective("grpo"))
+    heldout = tuple(Prompt(f"h{i}", f"h{i}", (0,), str(TARGET)) for i in range(5))
+    one = EvaluatedSet("toy", heldout[:3], plan_evaluation(Draw(1.0, 2), 4), "toy", (), "")
+    read = dataset.Dataset(
+        TOKENIZER,
+        dataset.prompts.Split(training=(), demonstrations=(), heldout=heldout),
+        {},
+        "",
+        {"toy": one},
+    )
+    config, moved = configured(*TABLE, "evaluate.every=2", "evaluate.prompts=4"), list[tuple[Any, ...]]()
+
+    @contextmanager
+    def progress(*of: Any) -> Iterator[Any]:
+        moved.append(of)
+        yield lambda advance: moved.append((advance,))
+
+    evaluate = train._evaluation(config, read, world, world, lambda line: None, progress)  # type: ignore[arg-type]
+    for step, last, judged in ((0, False, 2 * 4 + 3), (1, False, 0), (2, False, 11), (3, True, 3)):
+        moved.clear()
+        asyncio.run(evaluate(step, last))
+        assert moved == ([("evaluation", judged)] + [(1,)] * judged if judged else []), step
 
 
 def a_run(*told: str, steps: int = 5, **pace: Any) -> tuple[ToyWorld, list[str], list[dict[str, float]]]:

@@ -24,6 +24,8 @@ function plotsOf(run) {
   plots.push({ title: "Time by phase", unit: "seconds per step", stacked: true, 
     curves: curves(phases, "seconds/").map((curve) => ({ ...curve, always: true })),
     meaning: "Wall-clock time of each phase; phases that overlap can add up to more than the step. A phase below 0.2 % of the time is left out." });
+  plots.push({ title: "The law", law: true, unit: "share right over nats per token", curves: [{ key: "correct/mean", over: "entropy/mean", name: "share right" }],
+    meaning: "Share right of each step against its mean entropy, later steps stronger; the line is R = b − a eᴴ as last fitted (arXiv 2505.22617), an early warning and no forecast." });
   for (const key of Object.keys(values)) {
     const [, n, name] = key.match(/^eval\/avg@(\d+):(.+)$/) || [];
     if (name) plots.push(setPlot(n, name));
@@ -62,7 +64,8 @@ function points(run, curve) {
   const found = [];
   own.forEach((value, i) => {
     const y = curve.always ? value ?? 0 : factor ? (factor[i] === null || factor[i] === undefined || value === null ? null : value * factor[i]) : value;
-    if (y !== null && y !== undefined) found.push([steps[i], y]);
+    const x = curve.over ? values[curve.over]?.[i] ?? null : 0;
+    if (y !== null && y !== undefined && x !== null) found.push([steps[i], y, x]);
   });
   return found;
 }
@@ -86,23 +89,30 @@ function stack(lines) {
 
 class Chart {
   constructor(run, plot) {
-    this.run = run;
-    this.plot = plot;
-    this.curves = plot.curves.map((curve) => ({ ...curve, points: points(run, curve) })).filter((c) => c.points.length);
     this.hidden = new Set();
     this.keys = el("p", { class: "keys" });
-    this.svg = el("svg:svg", { class: "plot", tabindex: 0, role: "slider", "aria-label": `${plot.title}: step marker`,
-      "aria-valuemin": run.metrics.steps[0], "aria-valuemax": run.metrics.steps.at(-1) });
+    this.svg = el("svg:svg", { class: "plot", tabindex: 0, role: "slider", "aria-label": `${plot.title}: step marker` });
+    this.missing = el("p", { class: "missing" }, `Nothing from metrics.jsonl: it holds none of ${plot.curves.map((c) => c.key).join(", ")}.`);
     this.node = el("article", { class: "card" }, el("h3", {}, plot.title, " ", el("small", {}, plot.unit)),
-      el("p", { class: "note" }, plot.meaning), this.keys, this.curves.length ? this.svg
-        : el("p", { class: "missing" }, `Nothing from metrics.jsonl: it holds none of ${plot.curves.map((c) => c.key).join(", ")}.`));
+      el("p", { class: "note" }, plot.meaning), this.keys, this.missing);
+    this.feed(run, plot);
     this.listen();
+  }
+
+  // The curves of this or of a later state of the run.
+  feed(run, plot) {
+    Object.assign(this, { run, plot });
+    this.curves = plot.curves.map((curve) => ({ ...curve, points: points(run, curve) })).filter((c) => c.points.length);
+    this.svg.setAttribute("aria-valuemin", run.metrics.steps[0]);
+    this.svg.setAttribute("aria-valuemax", run.metrics.steps.at(-1));
+    const [shown, other] = this.curves.length ? [this.svg, this.missing] : [this.missing, this.svg];
+    if (other.isConnected || other.parentNode) other.replaceWith(shown);
   }
 
   listen() {
     let from = null;
-    const at = (event) => this.step(event.clientX - this.svg.getBoundingClientRect().left);
-    this.svg.addEventListener("pointerdown", (event) => { from = event.pointerType === "touch" ? null : at(event); mark(at(event)); });
+    const at = (event) => this.at(event);
+    this.svg.addEventListener("pointerdown", (event) => { from = event.pointerType === "touch" || this.plot.law ? null : at(event); mark(at(event)); });
     this.svg.addEventListener("pointermove", (event) => mark(at(event)));
     this.svg.addEventListener("pointerup", (event) => {
       const to = at(event);
@@ -122,7 +132,7 @@ class Chart {
     });
   }
 
-  step(pixel) { return view.first + (pixel - edge.left) / (this.width - edge.left - edge.right) * (view.last - view.first); }
+  at(event) { return view.first + (event.clientX - this.svg.getBoundingClientRect().left - edge.left) / (this.width - edge.left - edge.right) * (view.last - view.first); }
 
   draw() {
     if (!this.curves.length) return;
@@ -141,17 +151,21 @@ class Chart {
     this.x = (s) => edge.left + (s - view.first) / (view.last - view.first || 1) * (width - edge.left - edge.right);
     const rows = log ? ticks(Math.ceil(scale(low)), Math.max(scale(high), Math.ceil(scale(low)) + 1), 5).filter(Number.isInteger).map((p) => 10 ** p).filter((v) => v >= low && v <= high) : ticks(low, high, 5);
     const columns = ticks(view.first, view.last, width / 70).filter(Number.isInteger);
-    const clip = `clip${view.charts.indexOf(this)}`;
     const marks = eventSteps(this.run).map((s) => `M${this.x(s).toFixed(1)} ${edge.top}V${height - edge.bottom}`).join("");
     this.line = el("svg:path", { class: "marker" });
+    this.frame(rows, y, columns, [el("svg:path", { class: "happened", d: marks }), lines.map((line, i) => this.drawn(shown[i], line, lines[i - 1], y))]);
+  }
+
+  // Values at the left and below; `inside` is cut at the edges, the marker is above it.
+  frame(rows, y, columns, inside) {
+    const { width } = this, { height } = edge, clip = `clip${view.charts.indexOf(this)}`;
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.svg.replaceChildren(
       el("svg:clipPath", { id: clip }, el("svg:rect", { x: edge.left - 2, y: 0, width: width - edge.left - edge.right + 4, height })),
       el("svg:path", { class: "grid", d: rows.map((v) => `M${edge.left} ${y(v).toFixed(1)}H${width - edge.right}`).join("") }),
       ...rows.map((v) => el("svg:text", { x: edge.left - 6, y: (y(v) + 4).toFixed(1), "text-anchor": "end" }, number(v, 3))),
-      ...columns.map((s) => el("svg:text", { x: this.x(s).toFixed(1), y: height - 6, "text-anchor": "middle" }, String(s))),
-      el("svg:g", { "clip-path": `url(#${clip})` }, el("svg:path", { class: "happened", d: marks }),
-        lines.map((line, i) => this.drawn(shown[i], line, lines[i - 1], y)), this.line));
+      ...columns.map((v) => el("svg:text", { x: this.x(v).toFixed(1), y: height - 6, "text-anchor": "middle" }, number(v))),
+      el("svg:g", { "clip-path": `url(#${clip})` }, inside, this.line));
     this.mark();
   }
 
@@ -190,6 +204,44 @@ class Chart {
     const flip = () => { this.hidden.has(curve.key) ? this.hidden.delete(curve.key) : this.hidden.add(curve.key); this.draw(); };
     return el("button", { type: "button", class: "key", title: `${curve.key}: show or hide`, onclick: flip },
       el("i", { class: `swatch k-${curve.colour} ${curve.dash || ""}` }), `${curve.name} `, el("b", {}));
+  }
+}
+
+// Share right over entropy, a dot a step, and the law through the last of them.
+class LawChart extends Chart {
+  draw() {
+    if (!this.curves.length) return;
+    this.width = Math.max(260, this.svg.clientWidth || this.node.clientWidth - 40);
+    const last = (key) => this.run.metrics.values[key]?.at(-1) ?? NaN, a = last("law/a"), b = last("law/b");
+    this.law = a > 0 ? (h) => b - a * Math.exp(h) : null;
+    const points = this.curves[0].points.filter(([s]) => s >= view.first && s <= view.last), around = (list) => {
+      const [low, high] = [Math.min(...list), Math.max(...list)], more = (high - low) / 20 || 0.05;
+      return [low - more, high + more];
+    };
+    const [left, right] = around(points.map((p) => p[2])), [low, high] = around(points.map((p) => p[1]));
+    this.x = (h) => edge.left + (h - left) / (right - left) * (this.width - edge.left - edge.right);
+    this.y = (r) => edge.height - edge.bottom - (r - low) / (high - low) * (edge.height - edge.top - edge.bottom);
+    const path = (list) => list.map(([, r, h]) => `${this.x(h).toFixed(1)} ${this.y(r).toFixed(1)}`), part = Math.ceil(points.length / 5);
+    const dots = [1, 2, 3, 4, 5].map((k) => el("svg:path", { class: "dots k-teal", opacity: 0.25 + 0.15 * k, d: path(points.slice((k - 1) * part, k * part)).map((p) => `M${p}h0`).join("") }));
+    const over = Array.from({ length: 41 }, (_, i) => left + (right - left) * i / 40);
+    this.line = el("svg:path", { class: "dots here" });
+    this.frame(ticks(low, high, 5), this.y, ticks(left, right, this.width / 90), [dots,
+      this.law ? el("svg:path", { class: "line k-orange", d: `M${path(over.map((h) => [0, this.law(h), h])).join("L")}` }) : null]);
+  }
+
+  at(event) {
+    const box = this.svg.getBoundingClientRect(), far = ([, r, h]) => Math.hypot(this.x(h) - event.clientX + box.left, this.y(r) - event.clientY + box.top);
+    return this.curves[0].points.reduce((best, p) => (far(p) < far(best) ? p : best))[0];
+  }
+
+  mark() {
+    if (!this.curves.length || !this.line) return;
+    const [step, right, entropy] = nearest(this.curves[0].points, view.marker);
+    const said = `step ${step}: entropy ${number(entropy)} nats, share right ${number(right)}${this.law ? `, by the law ${number(this.law(entropy))}` : ""}`;
+    this.line.setAttribute("d", `M${this.x(entropy).toFixed(1)} ${this.y(right).toFixed(1)}h0`);
+    this.keys.replaceChildren(said, this.law ? "" : el("br"), this.law ? "" : this.run.law);
+    this.svg.setAttribute("aria-valuenow", step);
+    this.svg.setAttribute("aria-valuetext", said);
   }
 }
 
@@ -246,42 +298,75 @@ function zoomBy(factor) {
 
 function curvesSection(run) {
   const steps = run.metrics.steps, title = el("h2", { id: "curves-title" }, "Curves");
-  Object.assign(view, { run, charts: [], listeners: [] });
+  Object.assign(view, { run, charts: [], listeners: [], grid: null });
   if (!steps.length) return [title, el("p", { class: "missing" }, "Nothing from metrics.jsonl: there are no curves.")];
   view.marker = steps.at(-1);
   placeEvents(run);
-  const grid = el("div", { class: "cards" });
-  const add = (plot) => { const chart = new Chart(run, plot); view.charts.push(chart); grid.append(chart.node); return chart; };
-  plotsOf(run).forEach(add);
-  const slider = el("input", { type: "range", min: 0, max: steps.length - 1, step: 1, oninput: () => mark(steps[slider.value]) });
+  view.grid = el("div", { class: "cards" });
+  view.sets = el("div", {});
+  const slider = el("input", { type: "range", min: 0, step: 1, oninput: () => mark(view.run.metrics.steps[slider.value]) });
   const where = el("output", {}), here = el("p", { class: "note" });
-  const bound = (name) => el("input", { type: "number", min: steps[0], max: steps.at(-1), onchange: () => zoom(Number(first.value), Number(last.value)), "aria-label": name });
+  const bound = (name) => el("input", { type: "number", onchange: () => zoom(Number(first.value), Number(last.value)), "aria-label": name });
   const first = bound("first step shown"), last = bound("last step shown");
-  const names = el("datalist", { id: "metrics" }, Object.keys(run.metrics.values).map((value) => el("option", { value })));
+  const names = el("datalist", { id: "metrics" });
+  view.bounds = () => {
+    const { steps, values } = view.run.metrics;
+    slider.max = steps.length - 1;
+    for (const each of [first, last]) [each.min, each.max] = [steps[0], steps.at(-1)];
+    names.replaceChildren(...Object.keys(values).map((value) => el("option", { value })));
+    view.sets.replaceChildren(...setsTable(view.run));
+  };
+  view.bounds();
+  plotsOf(run).forEach(addChart);
   const more = el("input", { list: "metrics", placeholder: "any metric", onchange: () => {
     const key = more.value.trim();
-    if (!run.metrics.values[key]) return;
-    const chart = add({ title: key, unit: "", meaning: "Added by you; its definition is in the catalogue of metrics.", free: true, curves: [{ key, name: "value", colour: "indigo" }] });
+    if (!view.run.metrics.values[key]) return;
+    const chart = addChart({ title: key, unit: "", meaning: "Added by you; its definition is in the catalogue of metrics.", free: true, curves: [{ key, name: "value", colour: "indigo" }] });
     more.value = "";
     zoom(view.first, view.last);
     chart.node.scrollIntoView({ block: "nearest" });
   } });
-  const step = () => run.recorded.reduce((best, s) => (Math.abs(s - view.marker) < Math.abs(best - view.marker) ? s : best), run.recorded[0]);
+  const step = () => view.run.recorded.reduce((best, s) => (Math.abs(s - view.marker) < Math.abs(best - view.marker) ? s : best), view.run.recorded[0]);
   const open = button("", () => { document.getElementById("tokens").scrollIntoView(); openStep(step()); });
   view.listeners.push(() => {
     open.textContent = `Tokens of step ${step()}`;
-    slider.value = steps.indexOf(view.marker);
+    open.hidden = !view.run.recorded.length;
+    slider.value = view.run.metrics.steps.indexOf(view.marker);
     where.textContent = view.marker;
     first.value = view.first;
     last.value = view.last;
-    const near = run.events.filter((e) => e.at === view.marker && !["start", "control"].includes(e.kind)).map((e) => e.kind);
+    const near = view.run.events.filter((e) => e.at === view.marker && !["start", "control"].includes(e.kind)).map((e) => e.kind);
     here.textContent = near.length ? `At step ${view.marker}: ${[...new Set(near)].join(", ")}.` : "";
   });
   const bar = el("div", { class: "bar" }, button("◀", () => moveMarker(-1), { "aria-label": "previous step" }),
     el("label", { class: "field grow" }, el("span", {}, "Step ", where), slider), button("▶", () => moveMarker(1), { "aria-label": "next step" }),
     el("span", { class: "field" }, el("span", {}, "Shown"), el("span", {}, first, " to ", last)), button("All steps", () => zoom()),
-    run.recorded.length ? open : null,
+    open,
     el("label", { class: "field" }, el("span", {}, "Add a curve"), more), names);
   const every = run.metrics.every > 1 ? ` Each point is the mean of ${run.metrics.every} steps.` : "";
-  return [title, el("p", { class: "note" }, `Point at a curve for its values; drag across to zoom, double-click for all. Dashed lines are events.${every}`), bar, here, grid, ...setsTable(run)];
+  return [title, el("p", { class: "note" }, `Point at a curve for its values; drag across to zoom, double-click for all. Dashed lines are events.${every}`), bar, here, view.grid, view.sets];
+}
+
+function addChart(plot) {
+  const chart = new (plot.law ? LawChart : Chart)(view.run, plot);
+  view.charts.push(chart);
+  view.grid.append(chart.node);
+  return chart;
+}
+
+// A later state of the run: marker and zoom stay, unless they were at its end.
+function followCurves(run) {
+  const [was] = view.run.metrics.steps, end = view.run.metrics.steps.at(-1);
+  const last = view.marker === end, whole = view.first <= was && view.last >= end;
+  view.run = run;
+  placeEvents(run);
+  const plots = new Map(plotsOf(run).map((plot) => [plot.title, plot]));
+  for (const chart of view.charts) {
+    chart.feed(run, plots.get(chart.plot.title) || chart.plot);
+    plots.delete(chart.plot.title);
+  }
+  plots.forEach(addChart);
+  view.bounds();
+  mark(last ? run.metrics.steps.at(-1) : view.marker);
+  whole ? zoom() : zoom(view.first, view.last);
 }

@@ -1,9 +1,9 @@
 // The page: what happened in words, and the other sections below it.
 
 const VERDICT = {
-  healthy: ["good", "It went well"], saturated: ["fair", "It has little left to learn"], "too early": ["fair", "Too early for a verdict"],
-  collapsing: ["bad", "Its entropy collapses"], exploding: ["bad", "Its entropy explodes"], "no signal": ["bad", "Nothing to learn from"],
-  "no gain": ["bad", "It does not improve"], declining: ["bad", "It gets worse"],
+  healthy: ["good", "It goes well: healthy"], saturated: ["fair", "It has little left to learn: saturated"], "too early": ["fair", "Too early for a verdict"],
+  collapsing: ["bad", "Its entropy is collapsing"], exploding: ["bad", "Its entropy is exploding"], "no signal": ["bad", "Nothing to learn from: no signal"],
+  "no gain": ["bad", "It does not improve: no gain"], declining: ["bad", "It gets worse: declining"],
 };
 
 // What was trained on what with which objective, and how it ended.
@@ -32,7 +32,7 @@ function head(run) {
     el("h1", {}, run.name), el("p", { class: "lead" }, whatHappened(run), " ", el("span", { class: "end" }, howItEnded(run))),
     run.notes.map((note) => el("p", { class: "missing" }, note)),
     el("div", { class: "tiles" }, tiles(run).map(([name, value]) => el("div", { class: "tile" }, el("b", {}, value), el("span", {}, name)))),
-    el("section", { class: `health ${mood}`, "aria-label": "verdict" }, el("h2", {}, `${title}: ${h.kind}`), el("p", {}, sentence(h.words)),
+    el("section", { class: `health ${mood}`, "aria-label": "verdict" }, el("h2", {}, title), el("p", {}, sentence(h.words)),
       h.cause ? el("p", {}, `Cause: ${h.cause}.`, h.remedy ? el("b", {}, ` Try ${h.remedy}.`) : null) : null,
       h.rule ? el("p", { class: "note" }, `Rule: ${h.rule}.`) : null,
       [run.prediction, run.law].filter(Boolean).map((line) => el("p", { class: "note" }, sentence(line)))),
@@ -58,18 +58,19 @@ function tiles(run) {
   return found;
 }
 
+let shownKind = "";
 function eventsSection(run) {
   const count = new Map();
   run.events.forEach((e) => count.set(e.kind, (count.get(e.kind) || 0) + 1));
-  let kind = "", most = 100;
+  const most = 100;
   const list = el("div", {});
   const draw = () => {
-    const of = run.events.filter((e) => !kind || e.kind === kind);
+    const of = run.events.filter((e) => !shownKind || e.kind === shownKind);
     const rows = of.slice(-most).reverse().map((e) => [e.kind, e.at === undefined || !run.metrics.steps.length ? "–" : button(`${e.step === null ? "about " : ""}${e.at}`, () => mark(e.at), { class: "link" }), e.time.slice(0, 19).replace("T", " "), el("code", { class: "text" }, visible(e.fields))]);
     list.replaceChildren(table(["kind", "step", "time (UTC)", "fields"], rows, "events"), el("p", { class: "note" }, of.length > most ? `The newest ${most} of ${of.length}.` : ""));
   };
   draw();
-  return [el("h2", { id: "events-title" }, "Events"), run.events.length ? el("div", { class: "bar" }, choice("Kind", [["", `all (${run.events.length})`], ...[...count].map(([k, n]) => [k, `${k} (${n})`])], "", (k) => { kind = k; draw(); })) : null,
+  return [el("h2", { id: "events-title" }, "Events"), run.events.length ? el("div", { class: "bar" }, choice("Kind", [["", `all (${run.events.length})`], ...[...count].map(([k, n]) => [k, `${k} (${n})`])], shownKind, (k) => { shownKind = k; draw(); })) : null,
     run.events.length ? list : el("p", {}, "None.")];
 }
 
@@ -88,18 +89,45 @@ function settingsSection(run) {
     run.settings.length ? list : el("p", { class: "missing" }, "Nothing from config.yaml."), manifest];
 }
 
-async function render() {
-  const run = await source.run();
-  const fill = (id, children) => document.getElementById(id).replaceChildren(...children.flat().filter(Boolean));
-  fill("top", head(run));
-  fill("curves", curvesSection(run));
-  fill("tokens", tokensSection(run));
-  fill("forks", forksSection(run));
-  fill("events", eventsSection(run));
-  fill("settings", settingsSection(run));
-  if (run.metrics.steps.length) zoom();
+// Whoever moves by keys keeps the place; what is being chosen from is drawn again later.
+function fill(id, make) {
+  const node = document.getElementById(id), held = node.contains(document.activeElement) && document.activeElement;
+  if (held && held.matches("input, select")) return held.addEventListener("blur", () => setTimeout(() => fill(id, make)), { once: true });
+  const place = held ? [...node.querySelectorAll(held.tagName)].indexOf(held) : -1;
+  node.replaceChildren(...make().flat().filter(Boolean));
+  if (held) node.querySelectorAll(held.tagName)[place]?.focus({ preventScroll: true });
+}
+
+function render(run, before) {
+  document.title = `${run.name}: ${run.objective} · entroray`;
+  fill("top", () => head(run));
+  if (before && view.grid && run.metrics.steps.length) followCurves(run);
+  else {
+    fill("curves", () => curvesSection(run));
+    if (run.metrics.steps.length) zoom();
+  }
+  if (before && look.parts && run.recorded.length) followTokens(run);
+  else {
+    fill("tokens", () => tokensSection(run));
+    fill("forks", () => forksSection(run));
+  }
+  fill("events", () => eventsSection(run));
+  if (JSON.stringify([run.settings, run.manifest]) !== JSON.stringify([before?.settings, before?.manifest])) fill("settings", () => settingsSection(run));
+}
+
+async function start() {
+  let run = await source.run(), turn = Promise.resolve();
+  render(run);
+  source.follow?.((version) => {
+    turn = turn.then(async () => {
+      if (version <= run.version) return;
+      const before = run;
+      run = await source.run();
+      run.name === before.name ? render(run, before) : location.reload();
+    }).catch((error) => console.log(error));
+  });
 }
 
 let resized = 0;
 window.addEventListener("resize", () => { cancelAnimationFrame(resized); resized = requestAnimationFrame(() => view.charts.forEach((chart) => chart.draw())); });
-render();
+start();

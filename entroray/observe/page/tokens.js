@@ -23,6 +23,7 @@ const matches = (r) => {
 function tokensSection(run) {
   look.run = run;
   const title = el("h2", { id: "tokens-title" }, "Tokens");
+  Object.assign(look, { block: null, parts: null });
   if (!run.recorded.length) return [title, el("p", { class: "missing" }, run.notes.find((n) => n.includes("tokens/")) || "Nothing from tokens/.")];
   look.parts = Object.fromEntries(["bar", "filters", "found", "legend", "siblings", "sure"].map((name) => [name, el("div", { class: name })]));
   look.parts.bar.className = "bar";
@@ -30,10 +31,10 @@ function tokensSection(run) {
   const p = look.parts;
   p.siblings.addEventListener("focusin", (event) => event.target.dataset.i && chooseToken(Number(event.target.dataset.i)));
   p.siblings.addEventListener("pointerover", (event) => event.target.dataset?.i && chooseToken(Number(event.target.dataset.i)));
-  const start = el("p", {}, button("Show the tokens of the last recorded step", () => openStep(run.recorded.at(-1)), { class: "primary" }));
+  const start = el("p", {}, button("Show the tokens of the last recorded step", () => openStep(look.run.recorded.at(-1)), { class: "primary" }));
   p.body = el("div", { onkeydown: keys }, start);
   look.seen = new IntersectionObserver((entries) => {
-    if (entries.some((e) => e.isIntersecting) && !look.block && !look.ask) openStep(run.recorded.at(-1));
+    if (entries.some((e) => e.isIntersecting) && !look.block && !look.ask) openStep(look.run.recorded.at(-1));
   });
   look.seen.observe(p.body);
   return [title, el("p", { class: "note" }, "Each response as the policy wrote it, a shade for each token. Point at a token, or move to it by Tab and the arrow keys, for all its columns. Underlined tokens were selected where not all are; dotted ones are masked."), p.body];
@@ -49,13 +50,13 @@ async function readStep(step) {
 }
 
 async function openStep(step, rollout, position) {
-  const ask = ++look.ask, p = look.parts;
-  if (!look.block || look.block.step !== Number(step)) {
+  const ask = ++look.ask, p = look.parts, stamp = look.run.stamps?.[step];
+  if (!look.block || look.block.step !== Number(step) || look.stamp !== stamp) {
     p.body.setAttribute("aria-busy", "true");
     const block = await readStep(step);
     if (ask !== look.ask) return;
     if (typeof block === "string") return p.body.replaceChildren(el("p", { class: "missing" }, block));
-    look.block = block;
+    Object.assign(look, { block, stamp });
     p.body.replaceChildren(p.bar, p.filters, p.found, p.legend, el("div", { class: "reader" }, p.siblings, p.detail), p.sure);
     p.body.removeAttribute("aria-busy");
     look.token = null;
@@ -68,6 +69,16 @@ async function openStep(step, rollout, position) {
   const kept = shownGroups();
   chooseGroup(r ? r.group : kept.includes(look.group) ? look.group : kept[0] ?? look.block.groups[0]);
   if (r && position !== undefined) goTo(r.start + position);
+}
+
+// A later state of the run: the step that is looked at stays, unless its records went or were written again.
+function followTokens(run) {
+  const { run: before, block } = look, { recorded } = (look.run = run);
+  if (block && !recorded.includes(block.step)) openStep(recorded.at(-1));
+  else if (block && look.stamp !== run.stamps[block.step]) openStep(block.step);
+  if (String(recorded) === String(before.recorded)) return;
+  if (block) look.parts.bar.querySelector("select").replaceChildren(...recorded.map((s) => el("option", { value: s, selected: s === look.block.step }, s)));
+  if (look.forked && !look.forks.contains(document.activeElement)) look.drawForks();
 }
 
 const shownGroups = () => look.block.groups.filter((g) => look.block.rollouts.some((r) => r.group === g && matches(r)));

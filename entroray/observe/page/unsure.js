@@ -16,10 +16,9 @@ function inContext(block, i, around) {
 
 function forksSection(run) {
   const body = el("div", {}, el("p", { class: "missing" }, "Nothing from tokens/: no entropy was recorded."));
-  const seen = new IntersectionObserver(async (entries) => {
-    if (!entries.some((e) => e.isIntersecting)) return;
-    seen.disconnect();
-    const parts = [];
+  look.forks = body;
+  look.drawForks = async () => {
+    const parts = [], { run } = look;
     for (const step of new Set([run.recorded[0], run.recorded.at(-1)])) {
       const block = look.block?.step === step ? look.block : await readStep(step);
       if (typeof block === "string") continue;
@@ -27,6 +26,12 @@ function forksSection(run) {
       parts.push(...forksOf(block, when));
     }
     if (parts.length) body.replaceChildren(...parts);
+    look.forked = true;
+  };
+  const seen = new IntersectionObserver((entries) => {
+    if (!entries.some((e) => e.isIntersecting)) return;
+    seen.disconnect();
+    look.drawForks();
   });
   if (run.recorded.length) seen.observe(body);
   return [el("h2", { id: "forks-title" }, "Forking tokens"), el("p", { class: "note" }, "The tokens most often drawn in the upper fifth of a step's entropy (arXiv 2506.01939), and the share of these draws that the update learns from."), body];
