@@ -343,7 +343,8 @@ class Gang:
 
     async def start(self, deadline: float) -> list[dict[str, Any]]:
         """Have the ranks meet at rank 0 and load the model; what each says of it."""
-        host, port = await settle(self.handles[0].address.remote(), deadline=deadline, what=self.member(0))
+        asked = self.handles[0].address.remote()
+        host, port = await settle(asked, deadline=deadline, what=self.member(0))
         return await self.all(lambda rank, h: h.start.remote(host, port, deadline), deadline=deadline)
 
     def member(self, rank: int) -> str:
@@ -374,10 +375,7 @@ class Gang:
             raise LearnerLostError(why) from error
 
     def watched(self, report: Callable[..., None]) -> list[Watched]:
-        """Every rank that was not lost, for its heartbeat to be looked at; `report` hears of `rank_lost`.
-
-        A rank that is frozen is killed: what is asked of the gang, now or later, fails and says why.
-        """
+        """Every rank not lost, to be looked at; a frozen one is killed, and calls of the gang say why."""
 
         def lose(rank: int, handle: Any, error: InfrastructureError) -> None:
             if self.handles[rank] is handle:  # else another has taken its place meanwhile
