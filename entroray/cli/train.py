@@ -47,7 +47,7 @@ from entroray.wiring import (
 from entroray.wiring.driver import build_driver, loop_settings, train_balanced
 from entroray.wiring.objective import check_objective, remark_lines
 from entroray.wiring.parts import Parts, build_parts
-from entroray.workers import checkpoint, cluster, heartbeat, nodes
+from entroray.workers import checkpoint, cluster, nodes
 
 FLAGS = (Flag("cfg", "job", short="-c"), CONFIG_DIR, Flag("multirun", short="-m"))
 
@@ -167,8 +167,7 @@ async def _train(
             journal.check()
             console.header("entroray", _header(config, parts, read_in, folder, facts))
             trained = time.monotonic()
-            through = _drive_through(config, parts, read_in, m, journal, console, health, run)
-            await heartbeat.alongside(m.watch, through)
+            await _drive_through(config, parts, read_in, m, journal, console, health, run)
             await m.stop()
     except InfrastructureError as error:
         raise type(error)(f"{error}. Log: {folder}/events.jsonl") from error

@@ -8,7 +8,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,6 @@ _READ = 10.0
 """Seconds for the GCS to answer."""
 GONE = 3
 """Reads in a row without an answer after which the run ends; after a minute Ray itself ends the process."""
-_RESUME = "Go on with the same command and run.resume=auto"
 MEMORY: dict[str, tuple[float, float]] = {}
 """By name of an actor GB of its process: as it began to work, and at its last beat."""
 
@@ -62,7 +61,7 @@ async def watch(actors: Callable[[], Iterable[Watched]]) -> None:
         except (RayError, OSError, RuntimeError) as error:  # of the GCS: nobody is frozen for that
             before, missed = time.monotonic(), missed + 1
             if missed == GONE:
-                raise InfrastructureError(f"Ray's head is lost: {first_line(error)} {_RESUME}") from error
+                raise InfrastructureError(f"Ray's head is lost: {first_line(error)}") from error
             continue
         now, missed = time.monotonic(), 0
         passed, before = min(now - before, MOST), now
@@ -73,17 +72,6 @@ async def watch(actors: Callable[[], Iterable[Watched]]) -> None:
                 MEMORY[each.name] = first, beat.memory
             if why := pulses[key].look(beats.get(key), passed, each.allowed):
                 each.lose(InfrastructureError(why))
-
-
-async def alongside(look: asyncio.Task[None] | None, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work`; the error of `look`, which is a task of `watch`, ends it."""
-    turn, looks = asyncio.create_task(work), [look] if look else []
-    try:
-        await asyncio.wait([turn, *looks], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        turn.cancel()
-        await asyncio.wait([turn], timeout=_READ)
-    await (look if look and look.done() and turn.cancelled() else turn)
 
 
 def memory_of(what: str) -> str:
