@@ -61,6 +61,37 @@ def test_nobody_is_frozen_because_the_store_of_beats_does_not_answer(monkeypatch
     assert looks(monkeypatch, 2.0, fails) == 0
 
 
+def test_an_idle_engine_that_is_frozen_is_dropped_and_its_replacement_watched_as_it_starts(
+    make_pool: Any,
+) -> None:
+    pool = make_pool(Learner(), Handle("a"), Handle("b"), spares=[Handle("c")])
+
+    async def run() -> list[str]:
+        assert len(pool.watched()) == 2
+        pool.watched()[0].lose(InfrastructureError("frozen"))
+        watched = [each.handle.name for each in pool.watched()]
+        while pool.replacing:
+            await asyncio.wait(pool.replacing, timeout=5.0)
+        assert [each.handle.name for each in pool.watched()] == ["b", "c"] and not pool.starting
+        return watched
+
+    assert asyncio.run(run()) == ["b", "c"] and names(pool) == "bc"
+
+
+def test_an_update_of_weights_allows_engines_more_time(make_pool: Any) -> None:
+    pool = make_pool(Learner(), Handle("a"))
+    pool.sender.deadline = 1800.0
+
+    async def run() -> None:
+        assert pool.watched()[0].allowed == 0.0
+        async with pool.updating:
+            assert pool.watched()[0].allowed == 1800.0, "of the first the size is not known"
+            pool.sender.size = int(30e9)
+            assert pool.watched()[0].allowed == 360.0
+
+    asyncio.run(run())
+
+
 def test_a_store_of_beats_that_misses_three_looks_in_a_row_is_a_lost_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -96,56 +127,6 @@ def test_an_actor_that_is_lost_is_named_with_its_memory_and_with_another_that_mo
     assert heartbeat.memory_of("verifier 1") == " (verifier 1 grew from 0.4 to 2.0 GB)"
     heartbeat.MEMORY.clear()
     assert heartbeat.memory_of("generator 0, sampling") == ""
-
-
-def test_what_goes_on_while_heartbeats_are_looked_at_ends_as_it_does_alone() -> None:
-    async def work(error: Exception | None) -> None:
-        await asyncio.sleep(0)
-        if error:
-            raise error
-
-    async def cancelled() -> None:
-        turn = asyncio.create_task(heartbeat.alongside(asyncio.create_task(watch(list)), asyncio.sleep(5.0)))
-        await asyncio.sleep(0.01)
-        turn.cancel()
-        await turn
-
-    asyncio.run(heartbeat.alongside(None, work(None)))
-    with pytest.raises(KeyError):
-        asyncio.run(heartbeat.alongside(None, work(KeyError("x"))))
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(cancelled())
-
-
-def test_an_idle_engine_that_is_frozen_is_dropped_and_its_replacement_watched_as_it_starts(
-    make_pool: Any,
-) -> None:
-    pool = make_pool(Learner(), Handle("a"), Handle("b"), spares=[Handle("c")])
-
-    async def run() -> list[str]:
-        assert len(pool.watched()) == 2
-        pool.watched()[0].lose(InfrastructureError("frozen"))
-        watched = [each.handle.name for each in pool.watched()]
-        while pool.replacing:
-            await asyncio.wait(pool.replacing, timeout=5.0)
-        assert [each.handle.name for each in pool.watched()] == ["b", "c"] and not pool.starting
-        return watched
-
-    assert asyncio.run(run()) == ["b", "c"] and names(pool) == "bc"
-
-
-def test_an_update_of_weights_allows_engines_more_time(make_pool: Any) -> None:
-    pool = make_pool(Learner(), Handle("a"))
-    pool.sender.deadline = 1800.0
-
-    async def run() -> None:
-        assert pool.watched()[0].allowed == 0.0
-        async with pool.updating:
-            assert pool.watched()[0].allowed == 1800.0, "of the first the size is not known"
-            pool.sender.size = int(30e9)
-            assert pool.watched()[0].allowed == 360.0
-
-    asyncio.run(run())
 
 
 def test_who_asks_is_told_of_an_error_in_the_deadline_of_a_call(make_pool: Any) -> None:
