@@ -76,19 +76,12 @@ def into_store(host: str, port: int, data: bytes) -> bool:
 
 
 def over_http(host: str, port: int, data: bytes) -> bool:
-    """As a body that says it is a pickle, to ten paths that a server of ours or of vLLM might have."""
-    paths = (
-        "",
-        "judge",
-        "update_weights",
-        "init_weight_transfer_engine",
-        "collective_rpc",
-        "load_lora_adapter",
-    )
-    for path in paths:
+    """As a body that says it is a pickle, to paths that a server of ours or of vLLM might have."""
+    asked = b""
+    for path in ("", "judge", "update_weights", "init_weight_transfer_engine", "collective_rpc"):
         head = f"POST /{path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/x-pickle\r\n"
-        send(host, port, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    return True
+        asked += f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+    return send(host, port, asked)
 
 
 WAYS: dict[str, Callable[[str, int, bytes], bool]] = {
@@ -109,7 +102,7 @@ def send_everywhere(ports: set[tuple[str, int]], data: bytes) -> dict[str, int]:
             return asked[0], WAYS[asked[0]](*asked[1], data)
         return asked[0], False
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(16) as pool:
         told = list(pool.map(each, [(way, port) for way in WAYS for port in sorted(ports)]))
     return {way: sum(took for name, took in told if name == way) for way in WAYS}
 
