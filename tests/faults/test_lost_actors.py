@@ -196,7 +196,9 @@ def test_a_run_without_its_head_ends_soon_and_can_be_gone_on_with(
     fault.fired(f"process {head.pid} is dead")
     printed = printed_at_end(process, 4, 150)
     last = printed.strip().splitlines()[-1]
-    assert "InfrastructureError: Ray's head is lost" in last and "run.resume=auto" in last, printed[-3000:]
+    assert "InfrastructureError" in last and "Ray's head is lost" in last and "run.resume=auto" in last, (
+        printed[-3000:]
+    )
     fault.saw("ends with 4: Ray's head is lost, and the command that goes on")
     assert left_over(ours, shared, 60.0) == []
     again = start(*settings, f"model.path={model}", "run.resume=auto")

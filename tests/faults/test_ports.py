@@ -5,6 +5,7 @@ import pickle
 import re
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -75,19 +76,12 @@ def into_store(host: str, port: int, data: bytes) -> bool:
 
 
 def over_http(host: str, port: int, data: bytes) -> bool:
-    """As a body that says it is a pickle, to ten paths that a server of ours or of vLLM might have."""
-    paths = (
-        "",
-        "judge",
-        "update_weights",
-        "init_weight_transfer_engine",
-        "collective_rpc",
-        "load_lora_adapter",
-    )
-    for path in paths:
+    """As a body that says it is a pickle, to paths that a server of ours or of vLLM might have."""
+    asked = b""
+    for path in ("", "judge", "update_weights", "init_weight_transfer_engine", "collective_rpc"):
         head = f"POST /{path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/x-pickle\r\n"
-        send(host, port, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    return True
+        asked += f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+    return send(host, port, asked)
 
 
 WAYS: dict[str, Callable[[str, int, bytes], bool]] = {
@@ -108,7 +102,7 @@ def send_everywhere(ports: set[tuple[str, int]], data: bytes) -> dict[str, int]:
             return asked[0], WAYS[asked[0]](*asked[1], data)
         return asked[0], False
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(16) as pool:
         told = list(pool.map(each, [(way, port) for way in WAYS for port in sorted(ports)]))
     return {way: sum(took for name, took in told if name == way) for way in WAYS}
 
@@ -137,6 +131,41 @@ def test_no_port_of_a_run_unpickles_what_it_is_sent(fault: Fault, tmp_path: Path
     printed_at_end(process, 143)
     assert not trap.exists()
     fault.goes_on("two more steps, then ended by SIGTERM with 143")
+
+
+def unpickles(server: socket.socket) -> None:
+    """What whoever connects has sent, behind a length or not, as multiprocessing and many others do."""
+    while True:
+        try:
+            channel, _ = server.accept()
+        except OSError:
+            return
+        data = channel.recv(1 << 16)
+        for skipped in (0, 4, 8):
+            with suppress(Exception):  # boundary: it is no pickle
+                pickle.loads(data[skipped:])
+        channel.close()
+
+
+@pytest.mark.faults
+def test_a_port_that_unpickles_would_be_found(tmp_path: Path) -> None:
+    """What the test above would miss, it would pass by."""
+    trap, data = tmp_path / "trap", pickle.dumps(Payload(tmp_path / "trap"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert ("tcp", "127.0.0.1", port) in {(k, str(h), p) for k, h, p in bound(psutil.Process())}
+        threading.Thread(target=unpickles, args=(server,), daemon=True).start()
+        for way in ("raw", "behind its length", "behind a long length"):
+            assert WAYS[way]("127.0.0.1", port, data) and trap.exists(), way
+            trap.rmdir()
+    with zmq.Context() as context, context.socket(zmq.PULL) as pulled:
+        port = pulled.bind_to_random_port("tcp://127.0.0.1")
+        over_zmq("127.0.0.1", port, data)
+        assert pulled.poll(5000)
+        pulled.recv_pyobj()
+        assert trap.exists(), "zmq"
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert send_everywhere({("127.0.0.1", store.port)}, data)["store"] == 1 and store.get("init") == data
 
 
 def test_what_is_unpickled_in_our_code_comes_from_no_socket_that_listens() -> None:

@@ -152,6 +152,25 @@ def test_an_update_of_weights_allows_engines_more_time(make_pool: Any) -> None:
     asyncio.run(run())
 
 
+def test_an_actor_that_is_lost_is_named_with_its_memory_and_with_another_that_more_than_doubled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    beats = {1: (0, 0.1), 2: (0, 0.2), 3: (2, 0.6)}  # what it took before it worked is no growth
+    beat = lambda n: {"a": Beat(n, beats[n][0], memory=beats[n][1])} if n in beats else {}
+    monkeypatch.setattr(heartbeat, "MEMORY", {})
+    looks(monkeypatch, 2.0, beat)
+    assert heartbeat.MEMORY == {"": (0.2, 0.6)}
+    heartbeat.MEMORY.clear()
+    heartbeat.MEMORY.update({"generator 0": (0.5, 0.7), "verifier 1": (0.4, 0.7)})
+    assert heartbeat.memory_of("generator 0, sampling") == " (generator 0 grew from 0.5 to 0.7 GB)"
+    heartbeat.MEMORY["verifier 1"] = 0.4, 2.04
+    more = " (generator 0 grew from 0.5 to 0.7 GB, verifier 1 grew from 0.4 to 2.0 GB)"
+    assert heartbeat.memory_of("generator 0, sampling") == more
+    assert heartbeat.memory_of("verifier 1") == " (verifier 1 grew from 0.4 to 2.0 GB)"
+    heartbeat.MEMORY.clear()
+    assert heartbeat.memory_of("generator 0, sampling") == ""
+
+
 def test_who_asks_is_told_of_an_error_in_the_deadline_of_a_call(make_pool: Any) -> None:
     pool = make_pool(Learner(), Handle("a"))
     pool.sender.generator = None  # has no transfer
@@ -181,22 +200,3 @@ def test_a_gang_that_lost_a_frozen_rank_says_so_and_watches_the_others(
 
     with pytest.raises(InfrastructureError, match="learner rank 1: frozen: no sign of life for 20 s"):
         asyncio.run(gang.all(dead, deadline=1.0))
-
-
-def test_an_actor_that_is_lost_is_named_with_its_memory_and_with_another_that_more_than_doubled(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    beats = {1: (0, 0.1), 2: (0, 0.2), 3: (2, 0.6)}  # what it took before it worked is no growth
-    beat = lambda n: {"a": Beat(n, beats[n][0], memory=beats[n][1])} if n in beats else {}
-    monkeypatch.setattr(heartbeat, "MEMORY", {})
-    looks(monkeypatch, 2.0, beat)
-    assert heartbeat.MEMORY == {"": (0.2, 0.6)}
-    heartbeat.MEMORY.clear()
-    heartbeat.MEMORY.update({"generator 0": (0.5, 0.7), "verifier 1": (0.4, 0.7)})
-    assert heartbeat.memory_of("generator 0, sampling") == " (generator 0 grew from 0.5 to 0.7 GB)"
-    heartbeat.MEMORY["verifier 1"] = 0.4, 2.04
-    more = " (generator 0 grew from 0.5 to 0.7 GB, verifier 1 grew from 0.4 to 2.0 GB)"
-    assert heartbeat.memory_of("generator 0, sampling") == more
-    assert heartbeat.memory_of("verifier 1") == " (verifier 1 grew from 0.4 to 2.0 GB)"
-    heartbeat.MEMORY.clear()
-    assert heartbeat.memory_of("generator 0, sampling") == ""
