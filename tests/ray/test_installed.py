@@ -17,7 +17,7 @@ from entroray.objective import objective
 from entroray.rows import objective_names
 from tests.files.test_layers import ROOT, tracked
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
 
 PASSED = ("PIP_", "UV_", "SSL_", "HTTP", "http", "NO_PROXY", "no_proxy")
 """What the variables begin with that tell where packages are on this machine."""
@@ -50,7 +50,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     env = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
     env |= {"PATH": ":".join(path), "HOME": os.environ["HOME"], "ENTRORAY_BUILD": "cpu"}
     command = [copy / "launch" / "install.sh", place]
-    done = subprocess.run(command, env=env, timeout=1500, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, timeout=3000, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{place}/bin/entroray doctor" in done.stdout
     shutil.rmtree(copy)
