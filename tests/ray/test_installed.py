@@ -42,7 +42,7 @@ Run = Callable[[str], subprocess.CompletedProcess[str]]
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of an environment; the copy of the checkout that it was made from is deleted."""
     folder = tmp_path_factory.mktemp("installed")
-    copy, place = folder / "checkout", folder / "an environment"
+    copy, place = folder / "checkout", folder / "environment"
     for path in tracked():
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, copy / path)
