@@ -15,17 +15,17 @@ import pytest
 from entroray import __version__
 from entroray.objective import objective
 from entroray.rows import objective_names
+from tests.conftest import TINY
 from tests.files.test_layers import ROOT, tracked
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
 
 PASSED = ("PIP_", "UV_", "SSL_", "HTTP", "http", "NO_PROXY", "no_proxy")
 """What the variables begin with that tell where packages are on this machine."""
-MODEL = """
+MODEL = f"""
 from pathlib import Path
 from entroray.policy.tiny_model import build_tiny_model
-size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
-build_tiny_model(Path("my_model"), size | dict(intermediate_size=64, max_position_embeddings=256), seed=3)
+build_tiny_model(Path("my_model"), {TINY}, seed=3)
 """
 REWARD = "def short(response, prompt):\n    return len(response) < 20\n"
 EXPERIMENT = (
