@@ -63,7 +63,7 @@ def objective_overview() -> str:
     """A table of all rows, each with one sentence."""
     link = lambda name: f"[`{name}`](#{anchor('objective', name)})"
     found = [(link(name), *objectives.head(name)) for name in objective_names()]
-    return table(("objective", "what it is", "entropy"), found)
+    return table(("objective", "what it is", "entropy"), found, "cards overview")
 
 
 def _cells(table: str) -> Iterator[list[str]]:
@@ -114,7 +114,7 @@ def _numbers(objective: Objective) -> str:
         for choice in objective.slot(slot)
         for name, value in effective_settings(choice).items()
     ]
-    return table(("setting", "value", "must be"), found) if found else ""
+    return table(("setting", "value", "must be"), found, "cards") if found else ""
 
 
 def _place(slot: str, many: bool, choice: partial, name: str) -> str:

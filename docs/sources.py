@@ -63,14 +63,16 @@ def _filled(comment: re.Match) -> str:
 def _part(text: str, title: str | None) -> str:
     """All behind the title, or what stands under `## title`, its headings raised by one.
 
-    `(top)` is what stands above the first of them, `(rest)` all from there on.
+    `(top)` is what stands above the first of them, without a table between `<!-- rows -->`, and
+    `(rest)` all from there on.
     """
     body = re.sub(r"\A# .+\n", "", text)
     if title is None:
         return body
     top, *parts = re.split(r"^(?=## )", body, flags=re.MULTILINE)
     if title in ("(top)", "(rest)"):
-        return top if title == "(top)" else "".join(parts)
+        shown = re.sub(r"^<!-- rows -->.*^<!-- /rows -->$", "", top, flags=re.MULTILINE | re.DOTALL)
+        return shown if title == "(top)" else "".join(parts)
     found = next(part for part in parts if part.startswith(f"## {title}\n")).partition("\n")[2]
     return FENCED_OR_HEADING.sub(lambda m: m[0] if m[0].lstrip().startswith("```") else m[0][1:], found)
 

@@ -219,7 +219,7 @@ def test_a_driver_too_old_for_cuda_13_is_refused_before_anything_is_downloaded(m
     assert "cuda build" in machine.setup(ENTRORAY_BUILD="cuda").stdout
 
 
-def test_extras_that_are_asked_for_once_stay_and_the_slow_lane_asks_for_its_own(machine):
+def test_extras_that_are_asked_for_once_stay_and_the_slow_lane_asks_for_both(machine):
     assert machine.setup().returncode == 0 and "-e .[cpu,dev]" in machine.told()
     assert (
         machine.setup(ENTRORAY_EXTRAS="mlflow").returncode == 0 and "-e .[cpu,dev,mlflow]" in machine.told()

@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,24 +121,41 @@ def test_equations_are_mathml_and_errors_of_latex_are_none(site):
     )
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_pages_fit_their_screen_and_no_script_fails(site, width, scheme):
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window; NOT TESTED without it or without the extra `pages`."""
     api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED: the extra `pages` is not installed")
     if CHROMIUM is None:
         pytest.skip("NOT TESTED: there is no chromium (apt-get install -y chromium)")
-    told: list[str] = []
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.set_default_timeout(120_000)
-        page.on("console", lambda m: told.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: told.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else told.append(r.url))
-        for name in sources.pages():
-            page.goto((site / f"{name}.html").as_uri())
-            assert page.evaluate(WIDE) == [], name
-            assert page.evaluate(CLIPPED) == 0, name
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
-        browser.close()
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("words", ["KL-Cov", "entropy collapse", "clip-higher", "importance sampling"])
+def test_the_search_finds_what_people_search_for_without_a_server(site, browser, words):
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(f"{(site / 'search.html').as_uri()}?q={words.replace(' ', '+')}")
+    page.wait_for_selector("#search-results li a")
+    assert "Glossary" in page.inner_text("#search-results")
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_fit_their_screen_and_no_script_fails(site, browser, width, scheme):
+    told: list[str] = []
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(120_000)
+    page.on("console", lambda m: told.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: told.append(str(error)))
+    page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else told.append(r.url))
+    for name in sources.pages():
+        page.goto((site / f"{name}.html").as_uri())
+        assert page.evaluate(WIDE) == [], name
+        assert page.evaluate(CLIPPED) == 0, name
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
+    page.close()
     assert not told
