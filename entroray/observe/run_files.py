@@ -86,7 +86,8 @@ def json_object(line: bytes, path: Path) -> dict[str, Any] | None:
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError)
 """What a file that is cut short or foreign raises; Arrow's errors are all of these."""
-Columns, Steps = str | Iterable[str] | None, int | Iterable[int] | None
+Columns = str | Iterable[str] | None
+Steps = int | Iterable[int] | None
 Made = TypeVar("Made")
 
 
