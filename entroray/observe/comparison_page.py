@@ -32,7 +32,7 @@ SCRIPTS = ("parts.js", "charts.js", "bands.js", "compare.js")
 NUMBERS = 400_000
 """Most values of metrics on a page: longer runs are drawn in means of several steps."""
 BAR = '<div id="bar" class="bar"></div>'
-Steps = Sequence[Mapping[str, Any]]
+Steps = Sequence[dict[str, Any]]
 
 
 def write_lab_page(lab: Path, cells: Sequence[Cell], baseline: str) -> Path:

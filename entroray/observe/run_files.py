@@ -86,7 +86,8 @@ def json_object(line: bytes, path: Path) -> dict[str, Any] | None:
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError)
 """What a file that is cut short or foreign raises; Arrow's errors are all of these."""
-Columns, Steps = str | Iterable[str] | None, int | Iterable[int] | None
+Columns = str | Iterable[str] | None
+Steps = int | Iterable[int] | None
 Made = TypeVar("Made")
 
 
@@ -150,7 +151,7 @@ class Run:
                 f"{self.folder / kind} has no step {lacking[0]}: it has {len(there)}, from {min(there)} to "
                 f"{max(there)}, see Run.recorded"
             )
-        names = [columns] if isinstance(columns, str) else columns and [*columns]
+        names = [columns] if isinstance(columns, str) else None if columns is None else [*columns]
         if names is None:  # footers only
             names = [*dict.fromkeys(name for step in wanted for name in _stored(there[step]).names)]
         tables = [_columns(there[step], names, SCHEMAS[kind]) for step in wanted]

@@ -50,7 +50,7 @@ def said(page: Any, title: str = "Share right", key: str = "Home") -> str:
 def test_seeds_are_bands_and_what_is_left_out_is_named(
     runs: Path, show: Open, scheme: str, width: int
 ) -> None:
-    page = show(runs, scheme, width, PAGE, READY)
+    page = show(runs, scheme, width, name=PAGE, ready=READY)
     head = page.inner_text("#top")
     assert "11 runs compared" in head and "2 bands and 2 lines" in head
     assert "left out: broken/s0: " in head and "left out: lr" not in head
