@@ -6,6 +6,7 @@ import secrets
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -63,7 +64,8 @@ class PageServer(ThreadingTCPServer):
             return
         self.due = time.monotonic() + LOOK
         files = [self.run_dir / name for name in FILES]
-        files += [each for kind in KINDS for each in token_records.files(self.run_dir, kind)]
+        with suppress(FileNotFoundError):  # a folder that goes as it is read: the next look sees the change
+            files += [each for kind in KINDS for each in token_records.files(self.run_dir, kind)]
         stamps, (before, held) = tuple(map(_stamp, files)), self.state
         now = stamps, (held or stamps != before) and is_held(self.run_dir)
         if now != self.state:

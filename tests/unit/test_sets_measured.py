@@ -111,7 +111,13 @@ def test_every_prompt_that_is_judged_moves_the_bar_of_an_evaluation() -> None:
     world = ToyWorld(build_objective("grpo"))
     heldout = tuple(Prompt(f"h{i}", f"h{i}", (0,), str(TARGET)) for i in range(5))
     one = EvaluatedSet("toy", heldout[:3], plan_evaluation(Draw(1.0, 2), 4), "toy", (), "")
-    read = dataset.Dataset(TOKENIZER, dataset.prompts.Split(training=(), demonstrations=(), heldout=heldout), {}, "", {"toy": one})
+    read = dataset.Dataset(
+        TOKENIZER,
+        dataset.prompts.Split(training=(), demonstrations=(), heldout=heldout),
+        {},
+        "",
+        {"toy": one},
+    )
     config, moved = configured(*TABLE, "evaluate.every=2", "evaluate.prompts=4"), list[tuple[Any, ...]]()
 
     @contextmanager
