@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -62,12 +63,15 @@ def plain_table(rows: Sequence[Sequence[str]], title: str | None = None) -> Tabl
     return table
 
 
-class Said(progress.ProgressColumn):
-    """What is said beside a bar, or what a function says now."""
+class Beside(progress.ProgressColumn):
+    """Right of a bar: how far it is, the time so far and that left, and what is said or a function says."""
 
     def render(self, task: progress.Task) -> Text:
-        said = task.fields["said"]
-        return Text(said() if callable(said) else said, no_wrap=True, overflow="ellipsis")
+        said, left = task.fields["said"], task.time_remaining
+        far = "" if task.total is None else f"{int(task.completed)}/{int(task.total)}"
+        more = f"{timedelta(seconds=math.ceil(left))} left" if left else ""
+        shown = far, str(timedelta(seconds=int(task.elapsed or 0))), more, said() if callable(said) else said
+        return Text("  ".join(filter(None, shown)), no_wrap=True, overflow="ellipsis")
 
 
 class Console:
@@ -81,11 +85,7 @@ class Console:
         self.bars = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(24),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-            "left",
-            Said(),
+            Beside(),
             **{"console": self.terminal, "transient": True, "disable": not shown, "refresh_per_second": 2},
             speed_estimate_period=math.inf,
         )

@@ -6,6 +6,7 @@ import secrets
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -63,7 +64,8 @@ class PageServer(ThreadingTCPServer):
             return
         self.due = time.monotonic() + LOOK
         files = [self.run_dir / name for name in FILES]
-        files += [each for kind in KINDS for each in token_records.files(self.run_dir, kind)]
+        with suppress(FileNotFoundError):  # a folder that goes as it is read: the next look sees the change
+            files += [each for kind in KINDS for each in token_records.files(self.run_dir, kind)]
         stamps, (before, held) = tuple(map(_stamp, files)), self.state
         now = stamps, (held or stamps != before) and is_held(self.run_dir)
         if now != self.state:
@@ -177,24 +179,23 @@ class _Request(BaseHTTPRequestHandler):
             self._send(404, b"There is nothing at this address.")
 
     def _send(
-        self, status: int, body: bytes, kind: str = "text/plain", policy: str = POLICY, **more: str
+        self, status: int, body: bytes | None, kind: str = "text/plain", policy: str = POLICY, **more: str
     ) -> None:
-        self._head(status, kind, policy, **more, **{"Content-Length": str(len(body))})
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _head(self, status: int, kind: str, policy: str = POLICY, **more: str) -> None:
+        """A whole answer; the head of one without an end where `body` is None."""
         self.send_response(status)
+        more |= {} if body is None else {"Content-Length": str(len(body))}
         more |= {"Content-Type": kind, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
         more |= {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin"}
         more |= {"Content-Security-Policy": f"{policy}; frame-ancestors 'none'"}
         for name, value in more.items():
             self.send_header(name, value)
         self.end_headers()
+        if body and self.command != "HEAD":
+            self.wfile.write(body)
 
     def _tell_changes(self) -> None:
         """The number of the present state and of each later one, until the browser goes away."""
-        self._head(200, "text/event-stream")
+        self._send(200, None, "text/event-stream")
         server, told = self.server, 0
         while self.command != "HEAD":
             with server.changed:

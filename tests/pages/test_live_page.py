@@ -121,6 +121,7 @@ def test_what_a_resumed_run_cuts_goes_from_the_page(
     until(page, "document.querySelector('#top').textContent.includes('There is no folder')")
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_is_said_and_a_hidden_page_asks_nothing(
     tmp_path: Path, watch: Callable[[Path], PageServer], browse: Browse
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_server_that_ends_is_said_and_a_hidden_page_asks_nothing(
     assert "entroray watch" in page.inner_text("body")
 
 
+@pytest.mark.slow
 def test_seven_pages_of_one_browser_follow_a_run_though_it_has_six_connections(
     tmp_path: Path, watch: Callable[[Path], PageServer], browse: Browse
 ) -> None:

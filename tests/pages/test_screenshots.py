@@ -8,6 +8,7 @@ import pytest
 from tests.pages.folders import SMALL, write_run
 
 
+@pytest.mark.slow
 def test_two_screenshots_are_made_of_a_run_that_is_only_read(
     tmp_path: Path, browser: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

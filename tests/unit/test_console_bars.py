@@ -65,7 +65,7 @@ def test_a_bar_without_a_total_says_what_is_waited_for_and_an_evaluation_has_its
         move(advance=3)
         console.bars.refresh()
     text = screen.text()
-    assert re.search(r"model load .* 0/\? +0:00:00 .*engine 0: 3\.0 s", text)
+    assert re.search(r"model load \S+ +0:00:00 +engine 0: 3\.0 s", text)
     assert re.search(r"training .* 0/9 ", text) and re.search(r"evaluation .* 3/8 ", text)
     assert not console.bars.live.is_started
 
