@@ -107,6 +107,7 @@ def send_everywhere(ports: set[tuple[str, int]], data: bytes) -> dict[str, int]:
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(600)
 @pytest.mark.fault("F40", "a pickle that runs code, sent in six ways to every port of a run with two ranks")
 def test_no_port_of_a_run_unpickles_what_it_is_sent(fault: Fault, tmp_path: Path, model: str) -> None:
     folder, trap = tmp_path / "run", tmp_path / "trap"
