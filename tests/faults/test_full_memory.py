@@ -28,7 +28,7 @@ from tests.ray.processes import descendants, left_over, printed_at_end, start, s
 from tests.ray.stack import ROOM, Stack
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import this file
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 STORE = 80 << 20
 """Bytes of Ray's object store, which takes no less than 75 MiB."""
 SMALL = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(STORE)}

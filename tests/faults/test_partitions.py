@@ -14,7 +14,7 @@ from tests.faults.test_stopped_runs import prompts
 from tests.ray.namespaces import ROOT_ONLY, Nodes, nodes
 from tests.ray.processes import is_dead, kinds, printed_at_end, start, step_reached, steps, until
 
-pytestmark = [pytest.mark.faults, ROOT_ONLY]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900), ROOT_ONLY]
 FAR = 1
 SETTINGS = [
     *("train", "experiment=quickstart", "objective=grpo", "rollout.groups_per_step=4"),
