@@ -317,9 +317,8 @@ async def drive(
     ledger = ledger or Ledger()
     verifier = m.verifier_role()
     generator = tool.with_tool(config.rollout, read_in.tokenizer, m.generator_role(), verifier, journal.event)
-    evaluate = _evaluation(
-        config, read_in, Evaluated(generator, ledger), verifier, health.say, journal.progress
-    )
+    counted = Evaluated(generator, ledger)
+    evaluate = _evaluation(config, read_in, counted, verifier, health.say, journal.progress)
     watched: dict[str, Any] = {"waits": cluster.WAITS.lines, "busy": m.busy, "trace": cluster.WAITS.trace}
     watched |= {"evaluate": evaluate, "ledger": ledger}
     roles = Roles(generator, verifier, m.learner_role(), m.sync, journal, **watched)
