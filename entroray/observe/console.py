@@ -86,13 +86,16 @@ class Console:
             progress.TextColumn("{task.description}"),
             progress.BarColumn(24),
             Beside(),
-            **{"console": self.terminal, "transient": True, "disable": not shown, "refresh_per_second": 2},
+            console=self.terminal,
+            transient=True,
+            disable=not shown,
+            refresh_per_second=2,
             speed_estimate_period=math.inf,
         )
 
     @contextmanager
     def progress(
-        self, what: str, total: float | None = None, done: float = 0, said: str | Callable[[], str] = ""
+        self, what: str, total: float | None = None, done: int = 0, said: str | Callable[[], str] = ""
     ) -> Iterator[Callable[..., None]]:
         """A bar while `what` is under way, without a `total` one that only moves; rich's `update` of it."""
         if self.bars.disable:

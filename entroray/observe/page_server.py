@@ -43,7 +43,8 @@ class PageServer(ThreadingTCPServer):
 
     def __init__(self, run_dir: Path, port: int = 0):
         self.run_dir, self.changed, self.reading = run_dir, threading.Condition(), threading.Lock()
-        self.version, self.state, self.due = 0, ((), False), 0.0
+        self.version, self.due = 0, 0.0
+        self.state: tuple[tuple[tuple[int, ...], ...], bool] = ((), False)
         self.found: dict[str, Any] = {"version": 0}
         try:
             super().__init__(("127.0.0.1", port), _Request)
