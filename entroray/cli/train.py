@@ -377,8 +377,7 @@ def _evaluation(
 ) -> Callable[[int, bool], Awaitable[dict[str, float]]]:
     """On the training engines, every `evaluate.every` steps: held-out accuracy, and the evaluation sets.
 
-    The sets also before the first step and after the last. PreflightError if nothing is held out, and there
-    are no sets.
+    The sets also before the first step and after the last. PreflightError: nothing held out, and no sets.
     """
     e, sets, draw = config.evaluate, read_in.sets, sampler.plain_draw(config.sampler, config.rollout)
     heldout = e.every and (read_in.split.heldout or not sets)
@@ -395,8 +394,7 @@ def _evaluation(
             counted = CountingVerifier(verifier, lambda: move(advance=1))
             if due and prompts:
                 found |= await heldout_accuracy(generator, counted, prompts, draw, e.samples)
-            tell = lambda line: say(f"step {step}: {line}")
-            found |= await measure_sets(asked, generator, counted, tell)
+            found |= await measure_sets(asked, generator, counted, lambda line: say(f"step {step}: {line}"))
         return {f"eval/{name}": value for name, value in found.items()}
 
     return evaluate

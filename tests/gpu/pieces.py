@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from entroray import __version__
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PIECES = HERE / "pieces"
@@ -136,9 +138,9 @@ def unpack() -> None:
 def announce() -> None:
     """Say there what an installed entroray would say of itself: vLLM looks for its plugins."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    place = UNPACKED / f"entroray-{project['version']}.dist-info"
+    place = UNPACKED / f"entroray-{__version__}.dist-info"
     place.mkdir(parents=True, exist_ok=True)
-    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: entroray\nVersion: {project['version']}\n")
+    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: entroray\nVersion: {__version__}\n")
     groups = {"console_scripts": project["scripts"], **project["entry-points"]}
     lines = [f"[{name}]\n" + "".join(f"{k} = {v}\n" for k, v in own.items()) for name, own in groups.items()]
     (place / "entry_points.txt").write_text("\n".join(lines))
