@@ -74,12 +74,12 @@ def test_seeds_are_bands_and_what_is_left_out_is_named(
 def test_a_band_is_the_mean_and_the_bootstrap_interval_of_its_runs(runs: Path, show: Open) -> None:
     page = show(runs, name=PAGE, ready=READY)
     first = said(page)
-    assert "3 more" not in first and "grpo/s0 and 2 more) 0.2 [0.1 0.3]" in first, "the range of three"
+    assert "3 more" not in first and "grpo/s0 and 2 more) 0.2 [0.1, 0.3]" in first, "the range of three"
     six = tuple(r[0] for r in DAPO)
     low, high = map(float, first.split("dapo learner.lr=0.0003 0.5917 [")[1].split("]")[0].split())
     assert (low, high) == pytest.approx(bootstrap_interval(six), abs=0.015)
     assert sum(six) / 6 == pytest.approx(0.5917, abs=1e-4)
-    assert "0.5 [0.3 0.7]" in said(page, key="ArrowRight") + said(page, key="ArrowRight")
+    assert "0.5 [0.3, 0.7]" in said(page, key="ArrowRight") + said(page, key="ArrowRight")
     assert page.locator(".plot path.area").count() > 10
 
 
@@ -92,7 +92,7 @@ def test_bands_open_into_their_runs_and_lines_are_smoothed(runs: Path, show: Ope
     page.keyboard.press("ArrowRight")
     page.get_by_label("Mean of").select_option("5")
     at = chart(page, "Share right").locator("svg").get_attribute("aria-valuetext")
-    assert at.startswith("step 2:") and "0.25 [0.15 0.35]" in at, "the mean of steps 1 and 2 of each run"
+    assert at.startswith("step 2:") and "0.25 [0.15, 0.35]" in at, "the mean of steps 1 and 2 of each run"
     page.get_by_label("Add a curve").fill("reward/part_<form>")
     page.get_by_label("Add a curve").press("Enter")
     assert "0.5" in said(page, "reward/part_<form>")
@@ -105,7 +105,7 @@ def test_runs_of_another_length_go_on_as_thin_lines(tmp_path: Path, show: Open) 
     page = show(tmp_path, name=PAGE, ready=READY)
     assert "its runs end at steps 12, 30: the band ends at step 12" in page.inner_text("#top")
     assert chart(page, "Share right").locator("g.thin path.line").count() == 2
-    assert "grpo 0.15 (2 of 3)" in said(page, key="End") and "grpo 0.2 [0.1 0.3]" in said(page, key="Home")
+    assert "grpo 0.15 (2 of 3)" in said(page, key="End") and "grpo 0.2 [0.1, 0.3]" in said(page, key="Home")
 
 
 def test_twenty_runs_are_told_apart_and_the_one_pointed_at_stands_out(tmp_path: Path, show: Open) -> None:
@@ -165,4 +165,4 @@ def test_a_lab_is_drawn_by_the_same_parts_a_place_for_each_task(tmp_path: Path, 
     titles = page.locator(".names").nth(0).locator("button.key").all_inner_texts()
     assert [" ".join(t.split()) for t in titles] == ["grpo 3 runs", "dapo 0 runs"]
     right = page.locator(".drawn").nth(1).locator(".card").first.locator("svg")
-    assert "grpo 0.2 [0.1 0.3], dapo 0.1" in right.get_attribute("aria-valuetext")
+    assert "grpo 0.2 [0.1, 0.3], dapo 0.1" in right.get_attribute("aria-valuetext")

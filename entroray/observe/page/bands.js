@@ -103,7 +103,7 @@ function saidAt(curve, step) {
   const at = nearest(curve.steps.map((s) => [s]), step)[0];
   if (!curve.said.has(at)) {
     const values = curve.known.map((each) => each.get(at)).filter((v) => v !== undefined), n = curve.known.length, y = mean(values);
-    const beside = n === 1 ? "" : values.length < n ? ` (${values.length} of ${n})` : ` [${interval(values).map((v) => number(v)).join(" ")}]`;
+    const beside = n === 1 ? "" : values.length < n ? ` (${values.length} of ${n})` : ` [${interval(values).map((v) => number(v)).join(", ")}]`;
     curve.said.set(at, { at, y, text: number(y) + beside });
   }
   return curve.said.get(at);

@@ -48,7 +48,7 @@ function setsTable(run) {
     const at = steps.map((_, i) => i).filter((i) => values[`eval/avg@${n}:${name}`][i] !== null);
     for (const i of new Set([at[0], at.at(-1)])) {
       const of = (metric) => number(values[`eval/${metric}:${name}`]?.[i], 3);
-      rows.push([name, String(steps[i]), `avg@${n} ${of(`avg@${n}`)} [${of(`avg@${n}_low`)} ${of(`avg@${n}_high`)}]`, of(`pass@${n}`), of(`maj@${n}`),
+      rows.push([name, String(steps[i]), `avg@${n} ${of(`avg@${n}`)} [${of(`avg@${n}_low`)}, ${of(`avg@${n}_high`)}]`, of(`pass@${n}`), of(`maj@${n}`),
         of("length/mean"), of("length/truncated"), of("entropy/mean"), of("failed")]);
     }
   }

@@ -156,7 +156,7 @@ function words(bands) {
   const values = (run, key) => measured({ ...data.metrics[run] }, key, 1).filter(([s]) => s > 0 || key.startsWith("eval/")).map((p) => p[1]);
   const reached = bands.map((band) => REACHED.map(([key, , of]) => band.runs.map((run) => values(run, key)).filter((all) => all.length).map(of)));
   const kept = REACHED.map((_, k) => k).filter((k) => reached.some((row) => row[k].length));
-  const said = (list) => (list.length ? [`${number(mean(list))} `, list.length > 1 ? el("small", {}, `[${interval(list).map((v) => number(v)).join(" ")}]`) : ""] : "–");
+  const said = (list) => (list.length ? [`${number(mean(list))} `, list.length > 1 ? el("small", {}, `[${interval(list).map((v) => number(v)).join(", ")}]`) : ""] : "–");
   const differs = differing(data.about), section = (title, ...inner) => el("section", {}, el("h2", {}, title), inner);
   document.getElementById("words").replaceChildren(
     section("What they reached", table(["", "runs", ...kept.map((k) => REACHED[k][1])], bands.map((band, i) => [el("span", {}, swatch(wear(i)), ` ${band.name}`), String(band.runs.length), ...kept.map((k) => el("span", {}, said(reached[i][k])))]), "what they reached")),
