@@ -76,7 +76,7 @@ def test_a_band_is_the_mean_and_the_bootstrap_interval_of_its_runs(runs: Path, s
     first = said(page)
     assert "3 more" not in first and "grpo/s0 and 2 more) 0.2 [0.1, 0.3]" in first, "the range of three"
     six = tuple(r[0] for r in DAPO)
-    low, high = map(float, first.split("dapo learner.lr=0.0003 0.5917 [")[1].split("]")[0].split())
+    low, high = map(float, first.split("dapo learner.lr=0.0003 0.5917 [")[1].split("]")[0].split(", "))
     assert (low, high) == pytest.approx(bootstrap_interval(six), abs=0.015)
     assert sum(six) / 6 == pytest.approx(0.5917, abs=1e-4)
     assert "0.5 [0.3, 0.7]" in said(page, key="ArrowRight") + said(page, key="ArrowRight")
