@@ -1,7 +1,6 @@
 """Sphinx's settings. Everything is made from the checkout; nothing is fetched while building or reading."""
 
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ sys.path.insert(0, str(ROOT))
 
 from docs import sources  # noqa: E402
 from docs.equations import mathml  # noqa: E402
+from entroray import __version__  # noqa: E402
 
 project = "entroray"
 author = copyright = "the entroray authors"
-release = version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+release = version = __version__
 extensions = ["myst_parser"]
 exclude_patterns = ["notebooks"]
 smartquotes = False  # `--flag` and 'text' are to be copied
