@@ -77,7 +77,7 @@ def test_a_run_is_followed_from_before_it_is_there_and_what_is_looked_at_stays(
     assert "There is no folder" in page.inner_text("#top") and "Live" in page.inner_text(".live")
     write_run(folder, SMALL, steps=2, recorded=[1], ends=False)
     until(page, "document.querySelectorAll('.plot path.line').length > 10")
-    assert page.title() == "<i>name</i>/run: dapo but for surrogate.high=0.3 · entroray"
+    until(page, "document.title === '<i>name</i>/run: dapo but for surrogate.high=0.3 · entroray'")
     until(page, AT.format(2))
     page.get_by_label("Search").fill("group")
     page.evaluate("document.querySelector('#tokens').scrollIntoView()")
