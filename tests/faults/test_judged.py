@@ -45,7 +45,7 @@ def judged(
             await asked.warm_up()
             judging = asyncio.create_task(asked.judge(prompt, [rollout(text) for text in texts]))
             await asyncio.sleep(0.4)
-            processes = psutil.Process(asked._server._pid).children(recursive=True)
+            processes = psutil.Process(asked._server.pid).children(recursive=True)
             seen(processes)
             return await judging
         finally:
