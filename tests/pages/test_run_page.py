@@ -178,6 +178,9 @@ def test_rollouts_are_filtered_and_walked_by_key(run: Path, show: Open) -> None:
     for key, rollout in (("n", 1), ("n", 2), ("p", 1)):
         page.keyboard.press(key)
         assert f"Rollout {rollout}" in page.inner_text(".single h4")
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("n")
+    assert "Rollout 2" in page.inner_text(".single h4"), "keys need no token in focus"
     page.keyboard.press("u")
     assert page.locator(".t.here").count() == 1
 

@@ -1,4 +1,5 @@
 # bash completion of entroray @version@. For every new shell:
+#   mkdir -p ~/.local/share/bash-completion/completions
 #   entroray completion bash >~/.local/share/bash-completion/completions/entroray
 @cases@
 _entroray() {

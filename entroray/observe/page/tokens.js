@@ -33,6 +33,7 @@ function tokensSection(run) {
   p.siblings.addEventListener("pointerover", (event) => event.target.dataset?.i && chooseToken(Number(event.target.dataset.i)));
   const start = el("p", {}, button("Show the tokens of the last recorded step", () => openStep(look.run.recorded.at(-1)), { class: "primary" }));
   p.body = el("div", { onkeydown: keys }, start);
+  document.onkeydown = (event) => { if (event.target === document.body && look.block) keys(event); };
   look.seen = new IntersectionObserver((entries) => {
     if (entries.some((e) => e.isIntersecting) && !look.block && !look.ask) openStep(look.run.recorded.at(-1));
   });

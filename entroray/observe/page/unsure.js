@@ -15,7 +15,8 @@ function inContext(block, i, around) {
 }
 
 function forksSection(run) {
-  const body = el("div", {}, el("p", { class: "missing" }, "Nothing from tokens/: no entropy was recorded."));
+  const none = el("p", { class: "missing" }, "Nothing from tokens/: no entropy was recorded.");
+  const body = el("div", {}, run.recorded.length ? el("p", { class: "note" }, "Counted as soon as this part is in sight.") : none);
   look.forks = body;
   look.drawForks = async () => {
     const parts = [], { run } = look;
@@ -25,7 +26,7 @@ function forksSection(run) {
       const when = run.recorded.length < 2 ? "" : step === run.recorded[0] ? "Early: " : "Late: ";
       parts.push(...forksOf(block, when));
     }
-    if (parts.length) body.replaceChildren(...parts);
+    body.replaceChildren(...(parts.length ? parts : [none]));
     look.forked = true;
   };
   const seen = new IntersectionObserver((entries) => {
