@@ -1,4 +1,4 @@
-"""F01, F29, F31 and F32: a pair of engines and a learner, and what is done to them one after another."""
+"""F01, F03, F29, F31 and F32: a pair of engines and a learner, and what is done to them one after another."""
 
 import asyncio
 import os
@@ -25,6 +25,7 @@ from entroray.wiring import actors, compose, dataset
 from entroray.wiring.parts import build_parts
 from entroray.workers import cluster
 from tests.faults.record import Fault
+from tests.faults.test_frozen import killer_of_the_thread
 from tests.faults.test_lost_actors import pid
 from tests.ray import test_sync
 from tests.ray.stack import SHARES
@@ -119,6 +120,29 @@ def test_the_samples_of_a_dead_engine_come_from_the_other(fault: Fault, pair: Pa
             assert all(engine.in_flight for engine in pair.actors.engines.live)
             os.kill(victim, signal.SIGKILL)
             fault.fired(f"process {victim} got it with samples in flight")
+        while not pair.events:
+            await asyncio.sleep(0.02)
+        fault.saw("engine_lost")
+        return await asked
+
+    drawn = pair.wait(served())
+    assert len(drawn) == 128 and all(r.status.usable for r in drawn) and gone(victim)
+    pair.wait(pair.healed())
+    assert pair.events == ["engine_lost", "engine_joined"] and pair.agrees() < 1e-4
+    fault.goes_on("engine_joined, with the learner's weights; all 128 samples drawn by the other")
+
+
+@pytest.mark.fault("F03", "the thread of one of two engines that serve ends; its actor lives on")
+def test_the_samples_of_an_engine_whose_thread_died_come_from_the_other(fault: Fault, pair: Pair) -> None:
+    pair.events.clear()
+    victim = pair.pids[0]
+
+    async def served() -> list[Rollout]:
+        asked = asyncio.ensure_future(pair.samples(32))
+        await asyncio.sleep(0.1)
+        assert all(engine.in_flight for engine in pair.actors.engines.live) and not gone(victim)
+        pair.actors.engines.handles[0].__ray_call__.remote(killer_of_the_thread())
+        fault.fired(f"the thread of process {victim} was told to end, with samples in flight")
         while not pair.events:
             await asyncio.sleep(0.02)
         fault.saw("engine_lost")
