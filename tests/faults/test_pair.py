@@ -104,6 +104,22 @@ def gone(number: int) -> bool:
     return not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE
 
 
+async def lost(fault: Fault, pair: Pair, asked: asyncio.Future[list[Rollout]]) -> list[Rollout]:
+    """What was asked for, once the loss of an engine is told."""
+    while not pair.events:
+        await asyncio.sleep(0.02)
+    fault.saw("engine_lost")
+    return await asked
+
+
+def drawn_by_the_other(fault: Fault, pair: Pair, victim: int, drawn: list[Rollout]) -> None:
+    """All samples are there, the victim is gone, and another with the learner's weights is in its place."""
+    assert len(drawn) == 128 and all(r.status.usable for r in drawn) and gone(victim)
+    pair.wait(pair.healed())
+    assert pair.events == ["engine_lost", "engine_joined"] and pair.agrees() < 1e-4
+    fault.goes_on("engine_joined, with the learner's weights; all 128 samples drawn by the other")
+
+
 @pytest.mark.fault("F01", "SIGKILL to one of two engines that are {state}")
 @pytest.mark.parametrize("state", ["serving", "idle"])
 def test_the_samples_of_a_dead_engine_come_from_the_other(fault: Fault, pair: Pair, state: str) -> None:
@@ -120,16 +136,9 @@ def test_the_samples_of_a_dead_engine_come_from_the_other(fault: Fault, pair: Pa
             assert all(engine.in_flight for engine in pair.actors.engines.live)
             os.kill(victim, signal.SIGKILL)
             fault.fired(f"process {victim} got it with samples in flight")
-        while not pair.events:
-            await asyncio.sleep(0.02)
-        fault.saw("engine_lost")
-        return await asked
+        return await lost(fault, pair, asked)
 
-    drawn = pair.wait(served())
-    assert len(drawn) == 128 and all(r.status.usable for r in drawn) and gone(victim)
-    pair.wait(pair.healed())
-    assert pair.events == ["engine_lost", "engine_joined"] and pair.agrees() < 1e-4
-    fault.goes_on("engine_joined, with the learner's weights; all 128 samples drawn by the other")
+    drawn_by_the_other(fault, pair, victim, pair.wait(served()))
 
 
 @pytest.mark.fault("F03", "the thread of one of two engines that serve ends; its actor lives on")
@@ -143,16 +152,9 @@ def test_the_samples_of_an_engine_whose_thread_died_come_from_the_other(fault: F
         assert all(engine.in_flight for engine in pair.actors.engines.live) and not gone(victim)
         pair.actors.engines.handles[0].__ray_call__.remote(killer_of_the_thread())
         fault.fired(f"the thread of process {victim} was told to end, with samples in flight")
-        while not pair.events:
-            await asyncio.sleep(0.02)
-        fault.saw("engine_lost")
-        return await asked
+        return await lost(fault, pair, asked)
 
-    drawn = pair.wait(served())
-    assert len(drawn) == 128 and all(r.status.usable for r in drawn) and gone(victim)
-    pair.wait(pair.healed())
-    assert pair.events == ["engine_lost", "engine_joined"] and pair.agrees() < 1e-4
-    fault.goes_on("engine_joined, with the learner's weights; all 128 samples drawn by the other")
+    drawn_by_the_other(fault, pair, victim, pair.wait(served()))
 
 
 @contextmanager
