@@ -71,7 +71,9 @@ check "ruff format" ruff format --check .
 check "conf, launch and docker" pytest tests/files "${both[@]}" "$@"
 check "unit tests" pytest tests/unit "${both[@]}" "$@"
 if browser; then check "pages" pytest tests/pages "${both[@]}" "$@"; fi
-check "kernels" env TRITON_INTERPRET=1 pytest tests/interpreter "$@"
+check "kernels" env TRITON_INTERPRET=1 pytest tests/interpreter "${both[@]}" "$@"
 check "mypy" mypy
 printf '\n== took: %snow the real stack\n' "$took"
-check "real stack" pytest tests/ray tests/faults --durations=15 "$@"
+# Modules share what they start, so each stays whole; tests/faults looks at the whole machine, so it is alone.
+check "real stack" pytest tests/ray --numprocesses 2 --dist loadfile --durations=15 "$@"
+check "real faults" pytest tests/faults --durations=15 "$@"

@@ -1,6 +1,7 @@
 """What `ray/` and `faults/` share: a local Ray, a tiny model, a cache of warm starts, a finished run."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -47,8 +48,11 @@ SECRETS = {
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where every process of the session looks for a warm-started model before it makes one."""
-    folder = tmp_path_factory.mktemp("cache")
+    """Where every process of all workers looks for a warm-started model before it makes one."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent.with_name("cache")
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENTRORAY_CACHE", str(folder))
         yield folder

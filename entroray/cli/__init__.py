@@ -1,6 +1,7 @@
 """The `entroray` command: one folder, one module per subcommand."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -10,12 +11,17 @@ from importlib import import_module
 from pathlib import Path
 
 from entroray import installation
-from entroray.errors import EntrorayError, first_line
+from entroray.errors import EntrorayError, first_line, nearest
 from entroray.home import ensure_home
 from entroray.redaction import HidingStream
 
 USAGE = Path(__file__).with_name("usage.txt").read_text()
-
+_, _ABOUT, OPTIONS = USAGE.strip("\n").split("\n\n")
+BLOCKS = {block.split()[0]: block for block in re.split(r"\n  (?=[a-z])", _ABOUT)}
+"""The lines of the usage about each command."""
+COMMANDS = {name: f"entroray.cli.{name.replace('-', '_')}" for name in BLOCKS}
+STARTS = {"train", "warm-start", "eval", "lab", "doctor", "verify-resume"}
+"""Commands that need the whole stack."""
 
 EXIT = 30.0
 """Seconds that libraries may take to leave, as a tracker that uploads; then the process ends all the same."""
@@ -36,7 +42,7 @@ def main() -> None:
 def run(argv: list[str]) -> int:
     """The exit code of `entroray <argv>`; a typed error is one sentence on stderr."""
     if not argv or {"-h", "--help", "help"} & set(argv):
-        print(USAGE)
+        print(next((_usage(BLOCKS[name]) for name in argv if name in BLOCKS), USAGE))
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):
         print(installation.describe_versions())
@@ -59,32 +65,16 @@ def run(argv: list[str]) -> int:
         return 130
 
 
-COMMANDS = {
-    name: f"entroray.cli.{name.replace('-', '_')}"
-    for name in (
-        "train",
-        "warm-start",
-        "eval",
-        "lab",
-        "report",
-        "watch",
-        "doctor",
-        "submit",
-        "verify-resume",
-        "plan",
-        "objectives",
-        "reference",
-        "completion",
-    )
-}
-STARTS = {"train", "warm-start", "eval", "lab", "doctor", "verify-resume"}
-"""Commands that need the whole stack."""
+def _usage(block: str) -> str:
+    """The lines about one command, and about those of its flags that others take too."""
+    shared = [line for line in OPTIONS.splitlines() if line.split()[0] in block]
+    return "\n".join([f"usage: entroray {re.sub(' {3,}', '  ', block).strip()}", *shared])
 
 
 def _dispatch(command: str, arguments: list[str]) -> int:
     """Import the one module that is asked for: some take seconds to import."""
     if command not in COMMANDS:
-        print(f"entroray: unknown command `{command}`\n\n{USAGE}", file=sys.stderr)
+        print(f"entroray: unknown command `{command}`: {nearest(command, COMMANDS)}", file=sys.stderr)
         return 2
     if command in STARTS:
         installation.check_environment()

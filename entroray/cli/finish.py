@@ -27,12 +27,14 @@ def finish_run(config: Config, parts: Parts, folder: Path, model: str, seconds: 
     print(_comment("health", lambda: "\n".join(words())))
     print(f"\n{metrics[-1]['step'] if metrics else 0} steps in {seconds:.0f} s")
     print(f"model      {folder / 'model'}\nrun        {folder}", flush=True)
-    if config.observe.report:
-        from entroray.observe.report import write_report
+    try:
+        if config.evaluate.final:
+            _compare(folder, model)
+    finally:
+        if config.observe.report:
+            from entroray.observe.report import write_report
 
-        print(_comment("report", lambda: f"report     {write_report(folder)}"), flush=True)
-    if config.evaluate.final:
-        _compare(folder, model)
+            print(_comment("report", lambda: f"report     {write_report(folder)}"), flush=True)
 
 
 def _comment(name: str, make: Callable[[], str]) -> str:
@@ -47,6 +49,7 @@ def _comment(name: str, make: Callable[[], str]) -> str:
 
 def _compare(folder: Path, model: str) -> None:
     """Held-out accuracy of the first and the last weights, each read from its folder by a new process."""
+    print("evaluating the first and the last weights, each in a process of its own ...", flush=True)
     for name, path in (("before", model), ("after", str(folder / "model"))):
         out = folder / f"eval-{name}.json"
         command = [sys.executable, "-m", "entroray", "eval", f"--config={folder}/config.yaml"]

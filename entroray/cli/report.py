@@ -16,7 +16,8 @@ def main(arguments: list[str]) -> int:
     named, given = parse_flags("report", arguments, FLAGS)
     folders = [*dict.fromkeys(Path(name).resolve() for name in given)]
     if wrong := [name for name in given if not Path(name).is_dir()] or ([] if given else ["nothing"]):
-        raise ConfigError(f"report takes run directories, got {wrong[0]}: entroray report runs/latest")
+        there = "" if Path(wrong[0]).exists() or not given else ", which does not exist"
+        raise ConfigError(f"report takes run directories, got {wrong[0]}{there}: entroray report runs/latest")
     if len(folders) == 1 and (len(given) > 1 or OUT.name in named):
         raise ConfigError(f"report --out and a comparison take several runs, got {folders[0]} alone")
     if len(given) == 1:

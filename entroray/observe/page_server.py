@@ -26,7 +26,7 @@ HERE = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?")
 POLICY = f"{report.POLICY}; connect-src 'self'"
 SCRIPTS = ("live.js", *report.SCRIPTS)
 WORDS = "tokens/vocabulary.json"
-FILES = ("", "metrics.jsonl", "events.jsonl", "config.yaml", "manifest.json", ".lock", WORDS)
+FILES = ("", "metrics.jsonl", "events.jsonl", "config.yaml", "manifest.json", "eval-after.json", ".lock")
 KINDS = ("tokens", "rollouts")
 LOOK, SHARE, BEAT = 1.0, 5, 15.0
 """Seconds between two looks at the folder, or so many times what reading it took; seconds after which
@@ -64,7 +64,7 @@ class PageServer(ThreadingTCPServer):
         if time.monotonic() < self.due:
             return
         self.due = time.monotonic() + LOOK
-        files = [self.run_dir / name for name in FILES]
+        files = [self.run_dir / name for name in (*FILES, WORDS)]
         with suppress(FileNotFoundError):  # a folder that goes as it is read: the next look sees the change
             files += [each for kind in KINDS for each in token_records.files(self.run_dir, kind)]
         stamps, (before, held) = tuple(map(_stamp, files)), self.state
@@ -89,7 +89,7 @@ class PageServer(ThreadingTCPServer):
                     stamps[step] = str(self._stamps(step))
             if not self.run_dir.is_dir():
                 found["notes"] = [f"There is no folder {self.run_dir} yet: this page waits for it."]
-            elif not stamps:
+            elif not stamps and not found["starting"]:
                 found["notes"].append(report.NO_TOKENS)
             found |= {"recorded": [*stamps], "stamps": stamps, "columns": report.columns()}
             self.found = found | {"version": version}

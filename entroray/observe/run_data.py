@@ -41,13 +41,18 @@ def run_data(run_dir: Path) -> Found:
         {k: v for k, v in m.items() if isinstance(v, int | float) and abs(v) < LARGEST} for m in steps or []
     ]
     events, config, manifest = events or [], config or {}, manifest or {}
+    running = is_held(run_dir)
+    if starting := running and not (config or metrics):
+        notes.clear()  # nothing is missing yet
     objective = _section(config, "objective")
     advised = _flat(config) | {"objective": objective, "control": _moved(config)}
     found = _said(lambda: health.read_health(metrics, advised))
     _, prediction, law = _said(lambda: health_lines(metrics, advised)) or ("", "", "")
     return {
         "name": "/".join(str(n) for n in (_section(config, "run").get("name"), run_dir.resolve().name) if n),
-        "running": is_held(run_dir),
+        "running": running,
+        "starting": starting,
+        "heldout": {name: _heldout(run_dir / f"eval-{name}.json") for name in ("before", "after")},
         "health": asdict(found) if found else {"kind": "too early", "words": TOO_EARLY},
         "prediction": prediction,
         "law": law,
@@ -79,6 +84,16 @@ def _yaml(path: Path) -> Found:
     if not isinstance(found, dict):
         raise ValueError("it holds no mapping")
     return found
+
+
+def _heldout(path: Path) -> Found:
+    """The shares of an evaluation at the end of a run, and its prompts; empty where there is none."""
+    try:
+        found = json.loads(path.read_bytes()).items()
+    except (OSError, ValueError, AttributeError):
+        return {}
+    told = lambda name: name in ("greedy", "prompts") or name.startswith("pass@")
+    return {name: v for name, v in found if told(name) and isinstance(v, int | float)}
 
 
 def _said(make: Callable[[], Any]) -> Any:

@@ -1,12 +1,16 @@
 """The tiny model: built and warm-started on the task, cached by a hash of everything that made it."""
 
+import asyncio
+import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -130,10 +134,6 @@ def run_tokenizer(config: Config) -> Any:
 
 async def make_model(config: Config, folder: Path) -> None:
     """Build, warm-start to the band or above, export to `folder`, which appears only when it is complete."""
-    from entroray.policy.tiny_model import build_tiny_model
-
-    began = time.monotonic()
-    plan = config.model.warm_start
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,6 +141,15 @@ async def make_model(config: Config, folder: Path) -> None:
             f"{folder.parent}, which is to keep the tiny model, cannot be made ({error.strerror}): set "
             "model.warm_start.cache or ENTRORAY_CACHE to a folder that can be written"
         ) from error
+    async with _only_maker(folder):
+        if not folder.is_dir():
+            await _make(config, folder)
+
+
+async def _make(config: Config, folder: Path) -> None:
+    from entroray.policy.tiny_model import build_tiny_model
+
+    began, plan = time.monotonic(), config.model.warm_start
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         start, done = Path(scratch, "start"), Path(scratch, "done")
         parameters = build_tiny_model(start, plan.size, SEED)
@@ -156,6 +165,23 @@ async def make_model(config: Config, folder: Path) -> None:
         done.rename(folder)
     print(_ended(reached, time.monotonic() - began, seconds, plan))
     print(folder, flush=True)
+
+
+@asynccontextmanager
+async def _only_maker(folder: Path) -> AsyncIterator[None]:
+    """One process at a time makes `folder`; another waits until that one ends, however it ends."""
+    with Path(folder.parent, f".{folder.name}.lock").open("a") as lock:
+        for waited in itertools.count():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waited:
+                    print(f"another process is making {folder}: waiting for it", flush=True)
+                await asyncio.sleep(1)
+            except OSError:  # a file system without locks
+                break
+        yield
 
 
 def _supervised(config: Config) -> Config:

@@ -169,3 +169,19 @@ def test_verify_resume_deletes_nothing_but_its_own_two_runs(tmp_path):
     with pytest.raises(ConfigError, match=r"holds thesis\.tex: give an empty folder"):
         verify_resume.main([f"--dir={tmp_path}", "experiment=quickstart"])
     assert (tmp_path / "thesis.tex").exists() and (tmp_path / "whole").exists()
+
+
+def test_help_is_about_the_command_and_a_misspelt_one_is_told_what_was_meant(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.run(["watch", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: entroray watch") and "[--port N]" in said and "doctor" not in said
+    assert cli.run(["help", "train"]) == 0
+    assert "--cfg job, -c job" in capsys.readouterr().out
+    assert cli.run(["--help"]) == 0
+    assert cli.USAGE in capsys.readouterr().out
+    assert cli.run(["trian"]) == 2
+    assert "did you mean `train`" in capsys.readouterr().err
+    assert cli.run(["report", "runs/nothere"]) == 2
+    assert "runs/nothere, which does not exist" in capsys.readouterr().err

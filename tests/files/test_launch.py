@@ -280,9 +280,10 @@ def test_the_tests_run_cheapest_first(machine):
         "ruff format --check .",
         "pytest tests/files --numprocesses 2 --dist worksteal -x",
         "pytest tests/unit --numprocesses 2 --dist worksteal -x",
-        "pytest tests/interpreter -x",
+        "pytest tests/interpreter --numprocesses 2 --dist worksteal -x",
         "mypy",
-        "pytest tests/ray tests/faults --durations=15 -x",
+        "pytest tests/ray --numprocesses 2 --dist loadfile --durations=15 -x",
+        "pytest tests/faults --durations=15 -x",
     ]
 
 

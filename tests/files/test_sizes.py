@@ -25,8 +25,9 @@ SIZES = {  # what is counted: the most there may be
     # is lost and a run that goes on (350), a ledger (300), checkpoints for other ranks and stages (270),
     # doors that are closed (200), rollouts and tokens of the run page (160). 34,090 before a run that is
     # watched (270), runs over each other and a folder read by Python (190), a package (180), what healing
-    # itself had left open (150), stores and heads that are lost (70)
-    "lines of *.py in entroray/": 35_000,
+    # itself had left open (150), stores and heads that are lost (70). 35,000 before one process makes a model
+    # and others wait for it, held-out answers on the run page, help on one command (80)
+    "lines of *.py in entroray/": 35_100,
     # model.template, model.template_args; reward.parts, reward.correct, evaluate.sets; learner.score,
     # observe.tokens.half, run.trace; learner.pack, liger, compile, gradient_checkpointing_every_n_layers and
     # _offload, lr_high; learner.lora.rank, alpha, targets, export; generator.overlap;

@@ -1,5 +1,6 @@
 """The page of `entroray watch` in a browser: it follows a folder and keeps what is looked at."""
 
+import fcntl
 import shutil
 import threading
 import time
@@ -75,6 +76,11 @@ def test_a_run_is_followed_from_before_it_is_there_and_what_is_looked_at_stays(
     page = browse(server.address)
     assert page.url == server.address.partition("?")[0], "the token is no longer in the address"
     assert "There is no folder" in page.inner_text("#top") and "Live" in page.inner_text(".live")
+    folder.mkdir()
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        until(page, "document.querySelector('#top').textContent.includes('The run is starting')")
+        assert not page.locator("#top .missing").all_inner_texts(), "nothing is missing yet"
     write_run(folder, SMALL, steps=2, recorded=[1], ends=False)
     until(page, "document.querySelectorAll('.plot path.line').length > 10")
     until(page, "document.title === '<i>name</i>/run: dapo but for surrogate.high=0.3 · entroray'")
@@ -114,7 +120,8 @@ def test_what_a_resumed_run_cuts_goes_from_the_page(
     write_run(folder, SMALL, steps=2, recorded=[], ends=False)
     until(page, AT.format(2))
     until(page, "document.querySelector('#tokens select').value === '1'")
-    assert "It finished." not in page.inner_text("#top") and "step 1" in page.inner_text(".sure h3")
+    until(page, "document.querySelector('.sure h3').textContent.includes('step 1 ')")
+    until(page, "!document.querySelector('#top').textContent.includes('It finished.')")
     record_path(folder, 1).unlink()
     until(page, "document.querySelector('#tokens .missing') !== null")
     shutil.rmtree(folder)

@@ -1,6 +1,7 @@
 """report.html in a browser: what it says of a run, its curves, and its tokens as text."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def test_one_marker_and_one_zoom_serve_all_curves(run: Path, show: Open) -> None
     said = page.locator(".plot").evaluate_all("all => all.map((s) => s.getAttribute('aria-valuetext'))")
     assert len(said) > 6 and all(text.startswith("step 1:") for text in said)
     assert "mean 1.685" in entropy.locator("svg").get_attribute("aria-valuetext")
+    keys = [" ".join(key.split()) for key in entropy.locator(".key").all_inner_texts()]
+    assert keys == ["p20 to p80 0.5617 to 2.022", "median 0.8425", "mean 1.685"]
     box = entropy.locator("svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + 80)
     page.mouse.down()
@@ -189,12 +192,36 @@ def test_what_the_policy_was_unsure_of_early_and_late_leads_to_its_place(run: Pa
     page = tokens(show(run))
     sure = page.inner_text(".sure")
     assert "least sure of at step 40" in sure and "learnt from" in sure.lower()
+    assert (
+        page.evaluate("new Set(look.sure.map(placeOf)).size === look.sure.length && look.sure.length") == 20
+    )
+    said = page.locator(".sure tbody tr").all_inner_texts()
+    assert any(" of 64" in row for row in said), "64 siblings that begin alike are one place"
+    page.locator(".sure .link").first.click()
+    assert page.evaluate("look.token === look.sure[0]")
     page.locator("#forks").scroll_into_view_if_needed()
     page.wait_for_selector("#forks table")
     assert page.locator("#forks h3").all_inner_texts()[0].startswith("Early: step 1, above")
     page.locator("#forks .example").first.click()
     page.wait_for_selector(".t.here")
     assert page.get_by_label("Step", exact=True).input_value() == "1"
+
+
+def test_held_out_answers_before_and_after_are_on_top(tmp_path: Path, show: Open) -> None:
+    folder = write_run(tmp_path / "run", SMALL)
+    write_report(folder)
+    assert "held-out" not in show(folder).inner_text("#top")
+    shares = {"greedy": 0.345, "pass@1": 0.281, "pass@8": 0.728, "prompts": 206, "model": "x", "each": {}}
+    for name, gain in (("before", 0.0), ("after", 0.1)):
+        told = {k: v + gain if isinstance(v, float) else v for k, v in shares.items()}
+        (folder / f"eval-{name}.json").write_text(json.dumps(told))
+    write_report(folder)
+    top = show(folder).inner_text("#top")
+    assert "0.345 → 0.445\nheld-out greedy, before → after, 206 prompts" in top
+    assert "0.728 → 0.828\nheld-out pass@8" in top and "0.281 → 0.381\nheld-out sampled" in top
+    (folder / "eval-after.json").write_text("[1")
+    write_report(folder)
+    assert "held-out" not in show(folder).inner_text("#top")
 
 
 def test_settings_are_searched_and_show_what_differs(run: Path, show: Open) -> None:

@@ -71,3 +71,21 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PreflightError, match=r"model\.warm_start\.cache .*ENTRORAY_CACHE"):
         asyncio.run(warm_start.make_model(Config(), tmp_path / "file" / "models" / "x"))
+
+
+def test_two_processes_make_one_model_and_the_second_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, made = tmp_path / "model", list[str]()
+
+    async def make(config: Config, folder: Path) -> None:
+        made.append("begun")
+        await asyncio.sleep(0.2)
+        folder.mkdir()
+
+    async def both() -> None:
+        await asyncio.gather(*(warm_start.make_model(Config(), folder) for _ in range(2)))
+
+    monkeypatch.setattr(warm_start, "_make", make)
+    asyncio.run(both())
+    assert made == ["begun"] and f"another process is making {folder}" in capsys.readouterr().out

@@ -147,7 +147,7 @@ def test_rows_of_one_length_are_a_batch_of_torchs_causal_kernel(monkeypatch, bou
     asked = {"cu_seq_lens_q": at, "max_length_q": longest, "sliding_window": window}
     found, _ = packing.attend(nn.Module(), q, k, v, None, **asked)
     rows = [x[0].transpose(0, 1) for x in (q, k, v)]
-    wanted = packing._row_by_row(*rows, at, longest, None, window - 1 if window else -1)
+    wanted = packing._row_by_row(rows, at, longest, None, window - 1 if window else -1)
     torch.testing.assert_close(found[0], wanted, rtol=0, atol=1e-6)
     assert bool(taken) == batched
 
@@ -182,7 +182,7 @@ def by_rows(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, windo
     """What varlen_attn computes, whose parameters these are."""
     assert cu_seq_q is cu_seq_k and max_q == max_k and cu_seq_q.dtype == torch.int32
     assert window_size[1] == 0 and enable_gqa == (query.shape[1] != key.shape[1])
-    return packing._row_by_row(query, key, value, cu_seq_q, max_q, scale, window_size[0])
+    return packing._row_by_row((query, key, value), cu_seq_q, max_q, scale, window_size[0])
 
 
 def test_the_kernel_is_called_as_torch_declares_it(monkeypatch):
@@ -197,8 +197,8 @@ def test_the_kernel_is_called_as_torch_declares_it(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", stub)
     draw = lambda n: torch.randn(200, n, 16)
     bounds = torch.tensor([0, 70, 71, 200], dtype=torch.int32)
-    packing._varlen(draw(4), draw(2), draw(2), bounds, 129, 0.25, -1)
-    packing._varlen(draw(4), draw(4), draw(4), bounds, 129, None, 7)
+    packing._varlen((draw(4), draw(2), draw(2)), bounds, 129, 0.25, -1)
+    packing._varlen((draw(4), draw(4), draw(4)), bounds, 129, None, 7)
     shapes = [(200, 4, 16), (200, 2, 16), (200, 2, 16)]
     first = {"scale": 0.25, "window_size": (-1, 0), "enable_gqa": True}
     assert calls[0] == first | {"tensors": shapes, "longest": (129, 129)}
@@ -213,7 +213,7 @@ def test_a_torch_without_the_word_for_shared_heads_is_not_told_it(monkeypatch):
 
     monkeypatch.setattr(varlen, "varlen_attn", older)
     q = torch.randn(3, 4, 8)
-    assert packing._varlen(q, q[:, :2], q[:, :2], ints(0, 3), 3, None, -1) is q
+    assert packing._varlen((q, q[:, :2], q[:, :2]), ints(0, 3), 3, None, -1) is q
 
 
 TEXT = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
@@ -226,12 +226,12 @@ def test_a_kernel_that_agrees_with_sdpa_is_taken(monkeypatch):
 
 def across_rows(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
     whole = torch.tensor([0, len(query)], dtype=torch.int32)
-    return packing._row_by_row(query, key, value, whole, max_q, scale, window_size[0])
+    return packing._row_by_row((query, key, value), whole, max_q, scale, window_size[0])
 
 
 def wider(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
     window = window_size[0] + 1 if window_size[0] >= 0 else -1
-    return packing._row_by_row(query, key, value, cu_seq_q, max_q, scale, window)
+    return packing._row_by_row((query, key, value), cu_seq_q, max_q, scale, window)
 
 
 def without_gradient(*args, **kwargs):

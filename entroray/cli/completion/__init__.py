@@ -4,14 +4,16 @@ import re
 from pathlib import Path
 
 from entroray import __version__, cli
+from entroray.binding import keyword_settings, slot_functions, slot_name
 from entroray.cli.reference import settings
 from entroray.config import PATHS, Config
 from entroray.errors import ConfigError
+from entroray.objective.objective import ONE
 from entroray.rows import conf_folder
 
 HERE = Path(__file__).parent
 SHELLS = ("bash", "zsh")
-WORDS = {"completion": " ".join(SHELLS), "objectives": "show table", "report": "@files"}
+WORDS = {"completion": " ".join(SHELLS), "objectives": "show table", "report": "@files", "watch": "@files"}
 """What a command takes beside flags and settings; `@files` stands for files and folders."""
 
 
@@ -40,11 +42,11 @@ def _function(name: str, choices: dict[str, str]) -> str:
 def _flags() -> dict[str, str]:
     """Of each command, as the usage has them: `--cfg=job` for a word to give, `--dir=` for a value."""
     found = dict[str, str]()
-    for block in re.split(r"\n  (?=[a-z])", cli.USAGE.split("\n\n")[1]):
+    for command, block in cli.BLOCKS.items():
         flags = dict[str, str]()
         for flag, takes in re.findall(r"--([a-z-]+)(?: ([A-Za-z]+)\])?", block):
             flags[flag] = flags.get(flag) or (f"={takes if takes.islower() else ''}" if takes else "")
-        found[block.split()[0]] = " ".join(f"--{flag}{takes}" for flag, takes in flags.items())
+        found[command] = " ".join(f"--{flag}{takes}" for flag, takes in flags.items())
     return found
 
 
@@ -57,6 +59,10 @@ def _values() -> dict[str, str]:
         path: choices.get(path) or switch.get(default) or "".join(re.findall(r"^[\w.+-]+$", default))
         for path, default, _ in settings(Config)
     }
+    for slot in ONE:
+        rules, path = slot_functions(slot), f"objective.{slot_name(slot)}"
+        found[f"{path}.fn"] = " ".join(sorted(rules))
+        found |= {f"{path}.{name}": "" for rule in rules.values() for name in keyword_settings(rule)}
     for folder in sorted(folder for folder in conf_folder().iterdir() if folder.is_dir()):
         found[folder.name] = " ".join(sorted(file.stem for file in folder.glob("*.yaml")))
     return found | {"keys": " ".join(f"{key}=" for key in found)}

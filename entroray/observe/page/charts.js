@@ -145,7 +145,7 @@ class Chart {
     let low = Math.min(...values), high = Math.max(...values);
     const log = this.plot.log && low > 0 && high > 10 * low;
     if (!log && !this.plot.free) [low, high] = [Math.min(0, low), Math.max(0, high)];
-    if (!(high > low)) [low, high] = [low - Math.abs(low || 1) / 2, high + Math.abs(high || 1) / 2];
+    if (!(high > low)) [low, high] = low ? [low - Math.abs(low) / 2, high + Math.abs(high) / 2] : [0, 1];
     const scale = log ? Math.log10 : (v) => v;
     const y = this.y = (v) => height - edge.bottom - (scale(v) - scale(low)) / (scale(high) - scale(low)) * (height - edge.top - edge.bottom);
     this.x = (s) => edge.left + (s - view.first) / (view.last - view.first || 1) * (width - edge.left - edge.right);
@@ -186,9 +186,10 @@ class Chart {
   mark() {
     if (!this.curves.length || !this.line) return;
     this.line.setAttribute("d", `M${this.x(view.marker).toFixed(1)} ${edge.top}V${edge.height - edge.bottom}`);
-    const said = this.curves.map((c) => {
-      const at = nearest(c.points, view.marker);
-      return [c, at ? number(at[1]) : "–", at && at[0] !== view.marker ? ` at ${at[0]}` : ""];
+    const said = this.curves.flatMap((c, i) => { // the lower edge of a band is told with the upper one
+      if (c.width === 0 && !c.fill) return [];
+      const at = nearest(c.points, view.marker), low = c.fill && this.curves[i - 1]?.width === 0 && nearest(this.curves[i - 1].points, view.marker);
+      return [[c, at ? `${low ? `${number(low[1])} to ` : ""}${number(at[1])}` : "–", at && at[0] !== view.marker ? ` at ${at[0]}` : ""]];
     });
     this.svg.setAttribute("aria-valuenow", view.marker);
     this.svg.setAttribute("aria-valuetext", `step ${view.marker}: ${said.map(([c, v]) => `${c.name} ${v}`).join(", ")}`);
@@ -203,7 +204,7 @@ class Chart {
   key(curve) {
     const flip = () => { this.hidden.has(curve.key) ? this.hidden.delete(curve.key) : this.hidden.add(curve.key); this.draw(); };
     return el("button", { type: "button", class: "key", title: `${curve.key}: show or hide`, onclick: flip },
-      el("i", { class: `swatch k-${curve.colour} ${curve.dash || ""}` }), `${curve.name} `, el("b", {}));
+      el("i", { class: `swatch k-${curve.colour} ${curve.dash || ""}${curve.fill ? " band" : ""}` }), `${curve.name} `, el("b", {}));
   }
 }
 

@@ -10,7 +10,8 @@ const VERDICT = {
 function whatHappened(run) {
   const at = Object.fromEntries(run.settings.map(([name, value]) => [name, JSON.parse(value)]));
   const steps = run.metrics.last;
-  if (!run.settings.length) return `A run of ${steps} steps whose settings are unknown.`;
+  if (run.starting) return "The run is starting: data are read and models loaded. Its first step appears here by itself.";
+  if (!run.settings.length) return steps ? `A run of ${steps} steps whose settings are unknown.` : "";
   const parts = [...new Set(Object.keys(at).filter((n) => n.startsWith("data.parts.")).map((n) => n.split(".")[2]))];
   const size = Number.isInteger(run.manifest.parameters) ? `, ${run.manifest.parameters.toLocaleString("en")} parameters,` : "";
   return `${at["model.path"]}${size} was trained on ${parts.length ? parts.join(" and ") : at["data.task"] || at["data.source"]} with ${run.objective}: `
@@ -21,7 +22,7 @@ function howItEnded(run) {
   const kinds = run.events.map((e) => e.kind), since = kinds.slice(kinds.lastIndexOf("start") + 1);
   if (since.includes("trained")) return "It finished.";
   if (since.includes("stopped")) return "It was stopped and has a checkpoint.";
-  if (run.running) return "It is running.";
+  if (run.running) return run.starting ? "" : "It is running.";
   return kinds.length ? "No end was recorded: it failed, was killed, or is a copy of a run under way." : "";
 }
 
@@ -50,6 +51,10 @@ function tiles(run) {
   for (const [key, name] of [["correct/mean", "share right"], ["entropy/mean", "entropy, nats per token"]]) {
     const all = of(key);
     if (all.length) found.push([`${name}, first 5 → last 5 steps`, `${mean(all.slice(0, 5)).toFixed(3)} → ${mean(all.slice(-5)).toFixed(3)}`]);
+  }
+  const { before, after } = run.heldout, most = Math.max(1, ...Object.keys(after).map((k) => Number(k.split("@")[1] || 1)));
+  for (const [key, name] of [["greedy", "greedy"], ["pass@1", "sampled"], [`pass@${most}`, most > 1 ? `pass@${most}` : ""]]) {
+    if (name && key in before && key in after) found.push([`held-out ${name}, before → after, ${after.prompts} prompts`, `${before[key].toFixed(3)} → ${after[key].toFixed(3)}`]);
   }
   for (const [key, name] of [["tokens/per_second", "tokens per second, median"], ["seconds/step", "seconds per step, median"]]) {
     const all = of(key).sort((a, b) => a - b);

@@ -5,7 +5,7 @@ const COLOUR = {
   entropy: ["entropy", "nats: how unsure the policy was"],
   varentropy: ["varentropy", "nats²: how unequal the choices were"],
   advantage: ["advantage", "after credit"],
-  weight: ["weight", "scale × advantage where the token is learnt from, before correction and clip"],
+  weight: ["weight = scale × advantage", "where the token is learnt from, before correction and clip"],
   gap: ["gap of the log-probs", "|learner − sampler|, nats"],
   lag: ["lag", "steps from the weights that sampled it to those it trains"],
   learnt: ["selection", "1 where the token is learnt from: unmasked and selected"],
@@ -58,7 +58,7 @@ async function openStep(step, rollout, position) {
     if (ask !== look.ask) return;
     if (typeof block === "string") return p.body.replaceChildren(el("p", { class: "missing" }, block));
     Object.assign(look, { block, stamp });
-    p.body.replaceChildren(p.bar, p.filters, p.found, p.legend, el("div", { class: "reader" }, p.siblings, p.detail), p.sure);
+    p.body.replaceChildren(p.bar, p.filters, p.found, p.sure, p.legend, el("div", { class: "reader" }, p.siblings, p.detail));
     p.body.removeAttribute("aria-busy");
     look.token = null;
     drawFilters();

@@ -64,21 +64,34 @@ function forksOf(block, when) {
   return [el("h3", {}, `${when}step ${block.step}, above ${number(above, 3)} nats`), table(["token", "times", "mean entropy, nats", "learnt from", "examples"], rows, `forking tokens of step ${block.step}`)];
 }
 
-// The tokens of highest entropy that count, each between those around it.
+// The places of highest entropy, each between what stands around it; siblings with the same text before it share a place.
 function drawSure() {
   const block = look.block;
   let best = [];
   for (let i = 0; block.has("entropy") && i < block.tokens; i++) {
     const h = block.number("entropy", i);
-    if (!Number.isFinite(h) || block.mask(i) !== null || (best.length === LEAST_SURE && h <= best.at(-1)[0])) continue;
-    best.push([h, i]);
-    best.sort((a, b) => b[0] - a[0]);
-    best = best.slice(0, LEAST_SURE);
+    if (!Number.isFinite(h) || block.mask(i) !== null || (best.length === LEAST_SURE && h <= best.at(-1).h)) continue;
+    const place = placeOf(i), known = best.findIndex((b) => b.place === place);
+    if (known >= 0 && best[known].h >= h) continue;
+    if (known >= 0) best.splice(known, 1);
+    best = [...best, { h, i, place }].sort((a, b) => b.h - a.h).slice(0, LEAST_SURE);
   }
-  look.sure = best.map(([, i]) => i);
-  const rows = look.sure.map((i) => [number(block.number("entropy", i), 3), number(Math.exp(block.number("logprob_old", i)), 3), number(block.number("advantage", i), 3),
-    block.learnt(i) ? "yes" : "no", el("span", { class: "text" }, inContext(block, i, 12)),
-    button("show", () => goTo(i), { class: "link", "aria-label": `show token ${i - block.rolloutOf(i).start} of rollout ${block.rolloutOf(i).rollout}` })]);
-  look.parts.sure.replaceChildren(el("h3", {}, `Tokens that the policy was least sure of at step ${block.step}`),
-    rows.length ? table(["entropy", "probability", "advantage", "learnt from", "in context", ""], rows, "least sure tokens") : el("p", { class: "missing" }, "Nothing from tokens/: no entropy was recorded."));
+  look.sure = best.map(({ i }) => i);
+  const rows = best.map(({ h, i, place }) => {
+    const r = block.rolloutOf(i), there = block.rollouts.filter((each) => each.group === r.group).map((each) => each.start + i - r.start)
+      .filter((k) => block.rolloutOf(k)?.group === r.group && block.mask(k) === null && placeOf(k) === place);
+    const learnt = there.filter((k) => block.learnt(k)).length;
+    return [number(h, 3), el("span", { class: "text" }, inContext(block, i, 12)), there.length > 1 ? `${learnt} of ${there.length}` : learnt ? "yes" : "no",
+      number(Math.exp(block.number("logprob_old", i)), 3), number(block.number("advantage", i), 3),
+      button(`rollout ${r.rollout}, ${r.correct ? "right" : "wrong"}`, () => goTo(i), { class: "link", title: `show token ${i - r.start}` })];
+  });
+  look.parts.sure.replaceChildren(el("h3", {}, `Tokens that the policy was least sure of at step ${block.step} `, el("small", {}, "siblings with the same text before the token share a line; the key u goes to the next")),
+    rows.length ? table(["entropy", "in context", "learnt from", "probability", "advantage", ""], rows, "least sure tokens") : el("p", { class: "missing" }, "Nothing from tokens/: no entropy was recorded."));
+}
+
+// The same for two tokens of a group with the same tokens before them.
+function placeOf(i) {
+  const r = look.block.rolloutOf(i), words = [r.group];
+  for (let k = r.start; k < i; k++) words.push(look.block.number("word", k));
+  return words.join(" ");
 }
