@@ -343,7 +343,7 @@ def test_every_lane_is_a_marker_that_the_default_run_leaves_out_and_the_readme_e
         ({"ruff": 0, "mypy": 2, "pytest": 0}, [], 2, 6),
         ({"ruff": 0, "mypy": 0, "pytest": 1}, [], 1, 3),
         ({"ruff": 0, "mypy": 0, "pytest": 5}, [], 5, 3),  # an empty folder of tests is a mistake
-        ({"ruff": 0, "mypy": 0, "pytest": 5}, ["-k", "sync"], 0, 7),  # arguments that choose nothing are not
+        ({"ruff": 0, "mypy": 0, "pytest": 5}, ["-k", "sync"], 0, 8),  # arguments that choose nothing are not
     ],
 )
 def test_a_failing_stage_ends_the_tests_with_its_code(machine, codes, arguments, code, calls):
