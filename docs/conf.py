@@ -27,7 +27,7 @@ html_math_renderer = "mathml"
 html_copy_source = False
 html_show_copyright = False
 html_show_sphinx = False
-pygments_style, pygments_dark_style = "tango", "monokai"
+pygments_style, pygments_dark_style = "xcode", "monokai"
 myst_enable_extensions = ["dollarmath", "attrs_block", "attrs_inline", "colon_fence", "deflist"]
 myst_heading_anchors = 4
 myst_dmath_double_inline = True
@@ -50,8 +50,17 @@ def setup(app: Any) -> None:
     """MathML for mathematics; pages filled in as they are read."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.connect("source-read", fill_in)
+    app.connect("html-page-context", reachable, priority=900)  # after furo's
 
 
 def fill_in(app: Any, name: str, source: list[str]) -> None:
     """A page's text with what it includes."""
     source[0] = sources.page_text(name)
+
+
+def reachable(app: Any, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
+    """What scrolls can be reached by keys, and captions have a level, which sphinx gives them not."""
+    changes = {"body": ("<pre>", '<pre tabindex="0">')}
+    changes["furo_navigation_tree"] = ('role="heading"', 'role="heading" aria-level="2"')
+    for part, (old, new) in changes.items():
+        context[part] = context.get(part, "").replace(old, new)

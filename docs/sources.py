@@ -2,13 +2,14 @@
 
 Two comments, alone on their lines, are filled in:
 
-    <!-- include: conf/README.md # Data -->    a file without its title, or a part of it
+    <!-- include: conf/README.md # Data -->    a file without its title, or a part of it; a notebook's cells
     <!-- generate: objectives -->              made by a function of generated.py, messages.py
 
 Links between files become links between pages, `learner.lr` in prose becomes a link to the setting, and
 arXiv 2402.03300 one to the paper.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -56,8 +57,15 @@ def _filled(comment: re.Match) -> str:
     kind, what, part = comment.groups()
     if kind == "generate":
         return str(getattr(messages if what.startswith("error_") else generated, what)())
-    text = _part((ROOT / what).read_text(encoding="utf-8"), part)
+    text = (ROOT / what).read_text(encoding="utf-8")
+    text = _part(notebook_text(text) if what.endswith(".ipynb") else text, part)
     return _outside_fences(text, lambda prose: linked_prose(prose, ROOT / what))
+
+
+def notebook_text(text: str) -> str:
+    """The cells of a notebook, in order."""
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(f"```python\n{said}\n```" if kind == "code" else said for kind, said in cells)
 
 
 def _part(text: str, title: str | None) -> str:

@@ -6,8 +6,8 @@ lanes() {
     cat <<'END'
 usage: launch/test.sh [LANE] [pytest arguments, as in: launch/test.sh -k sync -x]
 
-  (no lane)  every push: ruff, conf and launch, unit tests, report.html in a browser, kernels interpreted, mypy, the
-             real stack on the CPU; installs the extra pages (ENTRORAY_EXTRAS= for none)
+  (no lane)  every push: ruff, conf and launch, unit tests, report.html and the site in a browser, kernels interpreted,
+             mypy, the real stack on the CPU; installs the extras pages and docs (ENTRORAY_EXTRAS= for none)
   slow       long tests, and assertions that the default lane makes on a smaller run; installs the extras
              wandb, mlflow, pages and docs, unless ENTRORAY_EXTRAS names others (ENTRORAY_EXTRAS= for none)
   families   models of other families than Llama
@@ -22,7 +22,7 @@ case ${1:-} in
 slow | families | faults | bench | cluster) lane=$1 && shift ;;
 *) lane="" ;;
 esac
-[[ -n $lane ]] || export ENTRORAY_EXTRAS=${ENTRORAY_EXTRAS-pages}
+[[ -n $lane ]] || export ENTRORAY_EXTRAS=${ENTRORAY_EXTRAS-pages,docs}
 [[ $lane != slow ]] || export ENTRORAY_EXTRAS=${ENTRORAY_EXTRAS-wandb,mlflow,pages,docs}
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -45,7 +45,7 @@ browser() { # is there one? root in CI installs it, anybody else is told what is
     if [[ -n ${CI:-} && $EUID == 0 ]] && command -v apt-get >/dev/null; then
         apt-get -qq update && apt-get -qq install -y --no-install-recommends "${packages[@]}" >/dev/null && return 0
     fi
-    printf '\n== NOT TESTED: report.html in a browser; as root: apt-get install -y %s\n' "${packages[*]}"
+    printf '\n== NOT TESTED: report.html and the site in a browser; as root: apt-get install -y %s\n' "${packages[*]}"
     return 1
 }
 

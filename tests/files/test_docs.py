@@ -3,6 +3,7 @@
 import doctest
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ def fences(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", sources.page_text(page), re.MULTILINE | re.DOTALL)
 
 
+@cache
+def headings(page: str) -> set[str]:
+    """What can be linked to on a page."""
+    text = sources.FENCE.sub("", sources.page_text(page))
+    named = re.findall(r"\{#([^\s}]+)|^\((\S+)\)=", text, re.MULTILINE)
+    return {sources.slug(title) for _, title in sources.HEADING.findall(text)} | set().union(*named)
+
+
 def run_examples(page: str) -> int:
     """How many examples of a page ran and gave what stands there."""
     test = doctest.DocTestParser().get_doctest("\n".join(fences(page, "pycon")), {}, page, f"{page}.md", 0)
@@ -52,8 +61,12 @@ def test_a_page_has_one_title_no_comment_left_and_links_that_lead_somewhere(page
     text = sources.FENCE.sub("", sources.page_text(page))
     assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1 and text.lstrip().startswith("# ")
     assert not sources.COMMENT.search(text)
-    for target in re.findall(r"\]\(([^()\s#]+)(?:#[^()\s]*)?\)", text):
-        assert re.match("https?:", target) or (DOCS / target).resolve().exists(), target
+    places = {name: headings(name) for name in sources.pages()}
+    for path, place in re.findall(r"\]\((?!https?:)([^()\s#]*)#?([^()\s]*)\)", text):
+        if path.endswith(".md"):  # of the site: sphinx knows no other
+            assert place in {"", *places[path.removesuffix(".md")]}, f"{path}#{place}"
+        else:
+            assert (DOCS / path).exists() if path else place in set().union(*places.values()), path or place
 
 
 def test_every_objective_has_its_equation_its_numbers_and_its_source():

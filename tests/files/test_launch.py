@@ -253,11 +253,17 @@ def test_quickstart_trains_with_its_arguments_and_the_compiled_op(machine):
 def test_the_page_is_tested_where_there_is_a_browser_and_else_not_tested_is_said(machine):
     machine.tools(ruff=0, mypy=0, pytest=0)
     done = machine.run("test.sh", "-x", ENTRORAY_EXTRAS="")
-    assert "NOT TESTED: report.html in a browser" in done.stdout and "tests/pages" not in machine.told()
+    assert (
+        "NOT TESTED: report.html and the site in a browser" in done.stdout
+        and "tests/pages" not in machine.told()
+    )
     machine.stub("chromium", "#!/bin/sh\n")
     done = machine.run("test.sh", "-x")
     told = machine.told()
-    assert "-e .[cpu,dev,pages]" in told and "pytest tests/pages --numprocesses 2 --dist worksteal -x" in told
+    assert (
+        "-e .[cpu,dev,pages,docs]" in told
+        and "pytest tests/pages --numprocesses 2 --dist worksteal -x" in told
+    )
     assert "NOT TESTED" not in done.stdout
 
 

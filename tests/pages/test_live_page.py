@@ -76,9 +76,11 @@ def test_a_run_is_followed_from_before_it_is_there_and_what_is_looked_at_stays(
     page = browse(server.address)
     assert page.url == server.address.partition("?")[0], "the token is no longer in the address"
     assert "There is no folder" in page.inner_text("#top") and "Live" in page.inner_text(".live")
-    folder.mkdir()
-    with (folder / ".lock").open("w") as lock:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    with (begun / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        begun.rename(folder)
         until(page, "document.querySelector('#top').textContent.includes('The run is starting')")
         assert not page.locator("#top .missing").all_inner_texts(), "nothing is missing yet"
     write_run(folder, SMALL, steps=2, recorded=[1], ends=False)

@@ -2,22 +2,19 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from docs import sources
 from entroray.rows import objective_names
+from tests.pages.conftest import SCHEMES, WIDTHS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.timeout(900)
 WIDE = """() => [...document.querySelectorAll('article *')].filter(e => {
   if (e.getBoundingClientRect().right <= innerWidth + 1) return false;
   for (let p = e; p; p = p.parentElement) if (getComputedStyle(p).overflowX != 'visible') return false;
@@ -28,6 +25,7 @@ CLIPPED = """() => [...document.querySelectorAll('math')].filter(m => {
   const box = m.getBoundingClientRect();
   return !box.width || box.height < 5;
 }).length"""
+GRAVE = ("serious", "critical")
 FETCHED = {"link": "href", "script": "src", "img": "src", "iframe": "src", "source": "src", "object": "data"}
 """What a browser fetches by itself."""
 PLAIN = """a article aside body br button circle code dd details div dl dt em figure footer form g h1 h2
@@ -121,18 +119,6 @@ def test_equations_are_mathml_and_errors_of_latex_are_none(site):
     )
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium without a window; NOT TESTED without it or without the extra `pages`."""
-    api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED: the extra `pages` is not installed")
-    if CHROMIUM is None:
-        pytest.skip("NOT TESTED: there is no chromium (apt-get install -y chromium)")
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 @pytest.mark.parametrize("words", ["KL-Cov", "entropy collapse", "clip-higher", "importance sampling"])
 def test_the_search_finds_what_people_search_for_without_a_server(site, browser, words):
     page = browser.new_page()
@@ -143,8 +129,8 @@ def test_the_search_finds_what_people_search_for_without_a_server(site, browser,
     page.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
 def test_pages_fit_their_screen_and_no_script_fails(site, browser, width, scheme):
     told: list[str] = []
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -159,3 +145,15 @@ def test_pages_fit_their_screen_and_no_script_fails(site, browser, width, scheme
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
     page.close()
     assert not told
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["index", "objectives", "settings", "notebook", "troubleshooting"])
+def test_axe_finds_nothing_serious(site, browser, name, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    page = browser.new_page(color_scheme=scheme)
+    page.set_default_timeout(120_000)
+    page.goto((site / f"{name}.html").as_uri())
+    found = axe.Axe().run(page).response["violations"]
+    page.close()
+    assert [f"{v['id']}: {v['nodes'][0]['html'][:120]}" for v in found if v["impact"] in GRAVE] == []
