@@ -57,7 +57,7 @@ def packages(_: Config) -> str:
         if (version := installation.installed(name).partition("+")[0]) not in ("", pin)
     ]
     if other:
-        raise PreflightError("; ".join(other) + f"; {installation.install_line()}")
+        raise PreflightError(f"{', '.join(other)}: run {installation.install_line()}")
     return f"{len(found)} at the tested versions, Python {sys.version.split()[0]}"
 
 

@@ -225,7 +225,7 @@ def test_other_versions_are_named_beside_those_that_were_tested(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ray\nVersion: 9.9.9\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     fault.fired("without it the doctor passes")
-    with pytest.raises(PreflightError, match=r"^ray 9\.9\.9 where \S+ was tested\. .*setup\.sh"):
+    with pytest.raises(PreflightError, match=r"ray 9\.9\.9 where \S+ was tested: run .*setup\.sh"):
         doctor.packages(Config())
     fault.refused("both versions")
 

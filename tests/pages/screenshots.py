@@ -33,7 +33,7 @@ def draw(browser: Any, run: Path, folder: Path) -> list[Path]:
         page.wait_for_selector(".rollout .t")
         page.locator(".rollout .t").first.focus()
         page.keyboard.press("u")  # the token that the policy was least sure of
-        made.append(_saved(page, folder / "response.png", "#tokens"))
+        made.append(_saved(page, folder / "response.png", ".sure", above=8))
         page.close()
     return made
 
