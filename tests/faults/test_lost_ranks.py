@@ -119,10 +119,11 @@ def test_a_driver_killed_at_random_moments_and_resumed_makes_every_step_once(
     dice, again = random.Random(seed), ("train", *finished_run.overrides, "run.resume=auto")
     for kill in range(3):
         process = start(*again, f"run.dir={folder}", "checkpoint.every=1")
-        began, moment = len(kinds(folder)), dice.uniform(0.0, 4.0)
+        began, step = len(kinds(folder)), (steps(folder) or [0])[-1] + dice.randrange(2)
         until(process, lambda began=began: len(kinds(folder)) > began, START)
+        until(process, lambda step=step: (steps(folder) or [0])[-1] >= step, START)
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=moment)
+            process.wait(timeout=dice.uniform(0.0, 0.4))
         ours = descendants(process)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=30)
