@@ -70,7 +70,8 @@ check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "conf, launch and docker" pytest tests/files "${both[@]}" "$@"
 check "unit tests" pytest tests/unit "${both[@]}" "$@"
-if browser; then check "pages" pytest tests/pages "${both[@]}" "$@"; fi
+if browser; then pages=tests/pages; else pages=tests/pages/test_site.py; fi
+check "pages" pytest $pages "${both[@]}" "$@"
 check "kernels" env TRITON_INTERPRET=1 pytest tests/interpreter "${both[@]}" "$@"
 check "mypy" mypy
 printf '\n== took: %snow the real stack\n' "$took"

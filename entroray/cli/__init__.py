@@ -67,7 +67,7 @@ def run(argv: list[str]) -> int:
 
 def _usage(block: str) -> str:
     """The lines about one command, and about those of its flags that others take too."""
-    shared = [line for line in OPTIONS.splitlines() if line.split()[0] in block]
+    shared = [line for line in OPTIONS.splitlines() if line.split()[0].rstrip(",") in block]
     return "\n".join([f"usage: entroray {re.sub(' {3,}', '  ', block).strip()}", *shared])
 
 

@@ -27,14 +27,18 @@ def finish_run(config: Config, parts: Parts, folder: Path, model: str, seconds: 
     print(_comment("health", lambda: "\n".join(words())))
     print(f"\n{metrics[-1]['step'] if metrics else 0} steps in {seconds:.0f} s")
     print(f"model      {folder / 'model'}\nrun        {folder}", flush=True)
-    try:
-        if config.evaluate.final:
-            _compare(folder, model)
-    finally:
-        if config.observe.report:
-            from entroray.observe.report import write_report
+    if config.observe.report:
+        print(_comment("report", lambda: _report(folder)), flush=True)
+    if config.evaluate.final:
+        _compare(folder, model)
+    if config.observe.report and config.evaluate.final:
+        _comment("report", lambda: _report(folder))  # again, with both evaluations
 
-            print(_comment("report", lambda: f"report     {write_report(folder)}"), flush=True)
+
+def _report(folder: Path) -> str:
+    from entroray.observe.report import write_report
+
+    return f"report     {write_report(folder)}"
 
 
 def _comment(name: str, make: Callable[[], str]) -> str:

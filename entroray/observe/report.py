@@ -28,7 +28,7 @@ TOKENS, SHARED = 1_000_000, 8
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html from the files of the run; a missing file is a sentence on the page."""
     data = run_data(run_dir)
-    blocks = _token_blocks(run_dir, data["notes"])
+    blocks = _token_blocks(run_dir, [] if data["starting"] else data["notes"])
     data |= {"recorded": [step for step, _ in blocks], "columns": columns()}
     page, _ = render_page(data, POLICY, SCRIPTS, blocks)
     replace_text(run_dir / "report.html", page)

@@ -4,6 +4,7 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -42,8 +43,8 @@ def run_data(run_dir: Path) -> Found:
     ]
     events, config, manifest = events or [], config or {}, manifest or {}
     running = is_held(run_dir)
-    if starting := running and not (config or metrics):
-        notes.clear()  # nothing is missing yet
+    if starting := running and not metrics:
+        notes[:] = [note for note in notes if "is damaged" in note]  # nothing is missing yet
     objective = _section(config, "objective")
     advised = _flat(config) | {"objective": objective, "control": _moved(config)}
     found = _said(lambda: health.read_health(metrics, advised))
@@ -52,7 +53,7 @@ def run_data(run_dir: Path) -> Found:
         "name": "/".join(str(n) for n in (_section(config, "run").get("name"), run_dir.resolve().name) if n),
         "running": running,
         "starting": starting,
-        "heldout": {name: _heldout(run_dir / f"eval-{name}.json") for name in ("before", "after")},
+        "heldout": {name: _heldout(run_dir / f"eval-{name}.json", events) for name in ("before", "after")},
         "health": asdict(found) if found else {"kind": "too early", "words": TOO_EARLY},
         "prediction": prediction,
         "law": law,
@@ -86,14 +87,18 @@ def _yaml(path: Path) -> Found:
     return found
 
 
-def _heldout(path: Path) -> Found:
-    """The shares of an evaluation at the end of a run, and its prompts; empty where there is none."""
+def _heldout(path: Path, events: Sequence[Found]) -> Found:
+    """Shares and prompts of an evaluation at the end; empty without one, or where the run went on since."""
+    kinds = [e for e in events if e.get("kind") in ("start", "trained")]
     try:
-        found = json.loads(path.read_bytes()).items()
-    except (OSError, ValueError, AttributeError):
+        ended = datetime.fromisoformat(kinds[-1]["time"]).timestamp()
+        found = json.loads(path.read_bytes()) if kinds[-1]["kind"] == "trained" else {}
+        if path.stat().st_mtime < ended - 1 or not isinstance(found.get("prompts"), int):
+            return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
-    told = lambda name: name in ("greedy", "prompts") or name.startswith("pass@")
-    return {name: v for name, v in found if told(name) and isinstance(v, int | float)}
+    shares = {n: v for n, v in found.items() if n in ("greedy", "prompts") or str(n).startswith("pass@")}
+    return {n: v for n, v in shares.items() if type(v) in (int, float) and abs(v) < LARGEST}
 
 
 def _said(make: Callable[[], Any]) -> Any:
@@ -179,6 +184,7 @@ def _event(event: Found) -> Found:
         "kind": str(event.get("kind", "")),
         "step": fields.get("step") if isinstance(fields.get("step"), int) else None,
         "fields": text if len(text) <= FIELDS else f"{text[:FIELDS]} …",
+        "health": str(fields.get("health", "")),
     }
 
 

@@ -162,7 +162,8 @@ def read_dataset(config: Config, tokenizer: Any) -> Dataset:
     if not all(s.training for s in cut):
         _refuse_empty(list(tasks(config.data, config.model.system)), made, parts, cut)
     duplicates, too_long = sum(m.duplicates for m in made) + shared, sum(m.too_long for m in made)
-    dropped = f"{duplicates} duplicates{_contradictions(made)}, {too_long} too long, {sum(bad)} bad rows"
+    dropped = f"{len(split.demonstrations)} demonstrations, " if split.demonstrations else ""
+    dropped += f"{duplicates} duplicates{_contradictions(made)}, {too_long} too long, {sum(bad)} bad rows"
     if mixture.large_parts(split.training):
         dropped += "; of a large table more show as its rows are drawn (prompts/too_long, prompts/bad)"
     return Dataset(tokenizer, split, judge_spec(config), dropped, read_sets(config, tokenizer))

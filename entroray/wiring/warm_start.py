@@ -136,13 +136,17 @@ async def make_model(config: Config, folder: Path) -> None:
     """Build, warm-start to the band or above, export to `folder`, which appears only when it is complete."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        how = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW  # another user can lock what is only read
+        lock = os.open(folder.parent / f".{folder.name}.lock", how, 0o644)
     except OSError as error:
         raise PreflightError(
-            f"{folder.parent}, which is to keep the tiny model, cannot be made ({error.strerror}): set "
+            f"{folder.parent}, which is to keep the tiny model, cannot be written ({error.strerror}): set "
             "model.warm_start.cache or ENTRORAY_CACHE to a folder that can be written"
         ) from error
-    async with _only_maker(folder):
-        if not folder.is_dir():
+    async with _only_maker(folder, lock):
+        if folder.is_dir():
+            print(f"warm-started model, from the cache: {folder}", flush=True)
+        else:
             await _make(config, folder)
 
 
@@ -162,15 +166,16 @@ async def _make(config: Config, folder: Path) -> None:
         for file in start.iterdir():
             if not Path(done, file.name).exists():
                 shutil.copy(file, done)
-        done.rename(folder)
+        if not folder.is_dir():  # by another process, where files have no locks
+            done.rename(folder)
     print(_ended(reached, time.monotonic() - began, seconds, plan))
     print(folder, flush=True)
 
 
 @asynccontextmanager
-async def _only_maker(folder: Path) -> AsyncIterator[None]:
+async def _only_maker(folder: Path, lock: int) -> AsyncIterator[None]:
     """One process at a time makes `folder`; another waits until that one ends, however it ends."""
-    with Path(folder.parent, f".{folder.name}.lock").open("a") as lock:
+    try:
         for waited in itertools.count():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,9 +184,12 @@ async def _only_maker(folder: Path) -> AsyncIterator[None]:
                 if not waited:
                     print(f"another process is making {folder}: waiting for it", flush=True)
                 await asyncio.sleep(1)
-            except OSError:  # a file system without locks
+            except OSError as error:
+                print(f"{folder}: {error.strerror}, so another process may make it too", flush=True)
                 break
         yield
+    finally:
+        os.close(lock)
 
 
 def _supervised(config: Config) -> Config:
@@ -278,7 +286,13 @@ def ensure_model(config: Config, overrides: list[str], config_dir: str | None = 
     extra = [f"--config-dir={config_dir}"] if config_dir else []
     command = [sys.executable, "-m", "entroray", "warm-start", *overrides, *extra]
     orphans.end_with_parent()  # else it outlives a driver that is killed
-    done = subprocess.run(command, check=False, timeout=3600)
+    try:
+        done = subprocess.run(command, check=False, timeout=7200)
+    except subprocess.TimeoutExpired as error:
+        raise InfrastructureError(
+            "the warm start took more than two hours: lower model.warm_start.max_steps, or give model.path a "
+            "trained model"
+        ) from error
     if done.returncode < 0:
         raise InfrastructureError(
             f"the warm start was killed by signal {-done.returncode}: if memory ran out, lower "

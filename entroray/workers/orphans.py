@@ -46,7 +46,8 @@ def main(fd: int, pid: int, folder: str) -> None:
     ended = False
     while not ended:
         known = {p for p in (*known, *_children(pid)) if p.is_running() and p.pid != os.getpid()}
-        shared |= {file for process in known for file in _shared_memory(process)}
+        seen = {file for process in known for file in _shared_memory(process)}
+        shared = {file for file in shared | seen if file.exists()}  # most are there for a moment
         ended = bool(select.select([fd], [], [], POLL_INTERVAL)[0])
     _, alive = psutil.wait_procs(known, timeout=GRACE)
     for process in alive:

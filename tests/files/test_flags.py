@@ -178,7 +178,8 @@ def test_help_is_about_the_command_and_a_misspelt_one_is_told_what_was_meant(
     said = capsys.readouterr().out
     assert said.startswith("usage: entroray watch") and "[--port N]" in said and "doctor" not in said
     assert cli.run(["help", "train"]) == 0
-    assert "--cfg job, -c job" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--cfg job, -c job" in said and "--multirun, -m" in said
     assert cli.run(["--help"]) == 0
     assert cli.USAGE in capsys.readouterr().out
     assert cli.run(["trian"]) == 2

@@ -255,7 +255,7 @@ def test_the_page_is_tested_where_there_is_a_browser_and_else_not_tested_is_said
     done = machine.run("test.sh", "-x", ENTRORAY_EXTRAS="")
     assert (
         "NOT TESTED: report.html and the site in a browser" in done.stdout
-        and "tests/pages" not in machine.told()
+        and "pytest tests/pages/test_site.py" in machine.told()
     )
     machine.stub("chromium", "#!/bin/sh\n")
     done = machine.run("test.sh", "-x")
@@ -273,7 +273,7 @@ def test_root_in_ci_installs_a_browser_and_an_emoji_font(machine):
     for variables, asked in (({}, False), ({"CI": "true"}, os.geteuid() == 0)):
         machine.run("test.sh", "-x", ENTRORAY_EXTRAS="", **variables)
         told = machine.told()
-        assert ("chromium fonts-noto-color-emoji" in told) == asked == ("pytest tests/pages" in told)
+        assert ("chromium fonts-noto-color-emoji" in told) == asked == ("pytest tests/pages --" in told)
 
 
 def test_the_tests_run_cheapest_first(machine):
@@ -286,6 +286,7 @@ def test_the_tests_run_cheapest_first(machine):
         "ruff format --check .",
         "pytest tests/files --numprocesses 2 --dist worksteal -x",
         "pytest tests/unit --numprocesses 2 --dist worksteal -x",
+        "pytest tests/pages/test_site.py --numprocesses 2 --dist worksteal -x",
         "pytest tests/interpreter --numprocesses 2 --dist worksteal -x",
         "mypy",
         "pytest tests/ray --numprocesses 2 --dist loadfile --durations=15 -x",
@@ -346,10 +347,10 @@ def test_every_lane_is_a_marker_that_the_default_run_leaves_out_and_the_readme_e
 @pytest.mark.parametrize(
     ("codes", "arguments", "code", "calls"),
     [
-        ({"ruff": 0, "mypy": 2, "pytest": 0}, [], 2, 6),
+        ({"ruff": 0, "mypy": 2, "pytest": 0}, [], 2, 7),
         ({"ruff": 0, "mypy": 0, "pytest": 1}, [], 1, 3),
         ({"ruff": 0, "mypy": 0, "pytest": 5}, [], 5, 3),  # an empty folder of tests is a mistake
-        ({"ruff": 0, "mypy": 0, "pytest": 5}, ["-k", "sync"], 0, 8),  # arguments that choose nothing are not
+        ({"ruff": 0, "mypy": 0, "pytest": 5}, ["-k", "sync"], 0, 9),  # arguments that choose nothing are not
     ],
 )
 def test_a_failing_stage_ends_the_tests_with_its_code(machine, codes, arguments, code, calls):

@@ -88,4 +88,16 @@ def test_two_processes_make_one_model_and_the_second_waits(
 
     monkeypatch.setattr(warm_start, "_make", make)
     asyncio.run(both())
-    assert made == ["begun"] and f"another process is making {folder}" in capsys.readouterr().out
+    waits, has = capsys.readouterr().out.splitlines()
+    assert made == ["begun"] and f"another process is making {folder}" in waits and has.endswith(str(folder))
+
+
+def test_what_another_user_has_locked_is_waited_for_though_it_cannot_be_written(tmp_path: Path) -> None:
+    lock = tmp_path / ".model.lock"
+    lock.touch(0o444)
+    (tmp_path / "model").mkdir()
+    asyncio.run(warm_start.make_model(Config(), tmp_path / "model"))
+    lock.unlink()
+    lock.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PreflightError, match=r"model\.warm_start\.cache"):
+        asyncio.run(warm_start.make_model(Config(), tmp_path / "model"))

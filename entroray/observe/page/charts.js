@@ -300,13 +300,13 @@ function zoomBy(factor) {
 function curvesSection(run) {
   const steps = run.metrics.steps, title = el("h2", { id: "curves-title" }, "Curves");
   Object.assign(view, { run, charts: [], listeners: [], grid: null });
-  if (!steps.length) return [title, el("p", { class: "missing" }, "Nothing from metrics.jsonl: there are no curves.")];
+  if (!steps.length) return [title, el("p", { class: "missing" }, run.starting ? "No step is done yet." : "Nothing from metrics.jsonl: there are no curves.")];
   view.marker = steps.at(-1);
   placeEvents(run);
   view.grid = el("div", { class: "cards" });
   view.sets = el("div", {});
   const slider = el("input", { type: "range", min: 0, step: 1, oninput: () => mark(view.run.metrics.steps[slider.value]) });
-  const where = el("output", {}), here = el("p", { class: "note" });
+  const where = el("output", {}), here = el("p", { class: "note here" });
   const bound = (name) => el("input", { type: "number", onchange: () => zoom(Number(first.value), Number(last.value)), "aria-label": name });
   const first = bound("first step shown"), last = bound("last step shown");
   const names = el("datalist", { id: "metrics" });
@@ -321,7 +321,8 @@ function curvesSection(run) {
   plotsOf(run).forEach(addChart);
   const more = el("input", { list: "metrics", placeholder: "any metric", onchange: () => {
     const key = more.value.trim();
-    if (!view.run.metrics.values[key]) return;
+    more.setCustomValidity(!key || view.run.metrics.values[key] ? "" : `No metric of this run is called ${key}: the list has them all.`);
+    if (!more.reportValidity() || !key) return;
     const chart = addChart({ title: key, unit: "", meaning: "Added by you; its definition is in the catalogue of metrics.", free: true, curves: [{ key, name: "value", colour: "indigo" }] });
     more.value = "";
     zoom(view.first, view.last);

@@ -10,8 +10,7 @@ const VERDICT = {
 function whatHappened(run) {
   const at = Object.fromEntries(run.settings.map(([name, value]) => [name, JSON.parse(value)]));
   const steps = run.metrics.last;
-  if (run.starting) return "The run is starting: data are read and models loaded. Its first step appears here by itself.";
-  if (!run.settings.length) return steps ? `A run of ${steps} steps whose settings are unknown.` : "";
+  if (!run.settings.length) return run.starting ? "" : steps ? `A run of ${steps} steps whose settings are unknown.` : "";
   const parts = [...new Set(Object.keys(at).filter((n) => n.startsWith("data.parts.")).map((n) => n.split(".")[2]))];
   const size = Number.isInteger(run.manifest.parameters) ? `, ${run.manifest.parameters.toLocaleString("en")} parameters,` : "";
   return `${at["model.path"]}${size} was trained on ${parts.length ? parts.join(" and ") : at["data.task"] || at["data.source"]} with ${run.objective}: `
@@ -22,7 +21,7 @@ function howItEnded(run) {
   const kinds = run.events.map((e) => e.kind), since = kinds.slice(kinds.lastIndexOf("start") + 1);
   if (since.includes("trained")) return "It finished.";
   if (since.includes("stopped")) return "It was stopped and has a checkpoint.";
-  if (run.running) return run.starting ? "" : "It is running.";
+  if (run.running) return run.starting ? "The run is starting: no step is done yet." : "It is running.";
   return kinds.length ? "No end was recorded: it failed, was killed, or is a copy of a run under way." : "";
 }
 
@@ -32,14 +31,22 @@ function head(run) {
   return [
     el("h1", {}, run.name), el("p", { class: "lead" }, whatHappened(run), " ", el("span", { class: "end" }, howItEnded(run))),
     run.notes.map((note) => el("p", { class: "missing" }, note)),
+    el("nav", { "aria-label": "sections" }, [["curves", "Curves"], ["tokens", "Tokens"], ["forks", "Forking tokens"], ["events", "Events"], ["settings", "Settings"]].map(([id, name]) => el("a", { href: `#${id}` }, name)),
+      source.follow || !run.heldout.after.prompts ? null : ["before", "after"].map((name) => el("a", { href: `eval-${name}.html` }, `Held-out answers ${name}`))),
     el("div", { class: "tiles" }, tiles(run).map(([name, value]) => el("div", { class: "tile" }, el("b", {}, value), el("span", {}, name)))),
     el("section", { class: `health ${mood}`, "aria-label": "verdict" }, el("h2", {}, title), el("p", {}, sentence(h.words)),
       h.cause ? el("p", {}, `Cause: ${h.cause}.`, h.remedy ? el("b", {}, ` Try ${h.remedy}.`) : null) : null,
-      h.rule ? el("p", { class: "note" }, `Rule: ${h.rule}.`) : null,
+      h.rule ? el("p", { class: "note" }, `Rule: ${h.rule}. A start is the mean of the first 5 steps, what is now that of the last 10.`) : null,
+      verdicts(run),
       [run.prediction, run.law].filter(Boolean).map((line) => el("p", { class: "note" }, sentence(line)))),
     el("section", { "aria-label": "equation" }, el("h2", {}, "The equation in effect ", el("small", {}, run.objective)), el("pre", { tabindex: 0, class: "equation", role: "region", "aria-label": "the equation" }, run.equation)),
-    el("nav", { "aria-label": "sections" }, [["curves", "Curves"], ["tokens", "Tokens"], ["forks", "Forking tokens"], ["events", "Events"], ["settings", "Settings"]].map(([id, name]) => el("a", { href: `#${id}` }, name))),
   ];
+}
+
+// What the verdicts were before, where there were others.
+function verdicts(run) {
+  const said = run.events.filter((e) => e.kind === "health" && e.health).map((e) => [e.step, e.health]);
+  return said.some(([, kind]) => kind !== run.health.kind) ? el("p", { class: "note" }, `Verdicts so far: ${said.map(([step, kind]) => `${kind} at step ${step}`).join(", ")}.`) : null;
 }
 
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1).replace(/\.?$/, ".");
@@ -71,7 +78,7 @@ function eventsSection(run) {
   const list = el("div", {});
   const draw = () => {
     const of = run.events.filter((e) => !shownKind || e.kind === shownKind);
-    const rows = of.slice(-most).reverse().map((e) => [e.kind, e.at === undefined || !run.metrics.steps.length ? "–" : button(`${e.step === null ? "about " : ""}${e.at}`, () => mark(e.at), { class: "link" }), e.time.slice(0, 19).replace("T", " "), el("code", { class: "text" }, visible(e.fields))]);
+    const rows = of.slice(-most).reverse().map((e) => [e.kind, e.at === undefined || !run.metrics.steps.length ? "–" : button(`${e.step === null ? "about " : ""}${e.at}`, () => { mark(e.at); document.getElementById("curves").scrollIntoView(); }, { class: "link" }), e.time.slice(0, 19).replace("T", " "), el("code", { class: "text" }, visible(e.fields))]);
     list.replaceChildren(table(["kind", "step", "time (UTC)", "fields"], rows, "events"), el("p", { class: "note" }, of.length > most ? `The newest ${most} of ${of.length}.` : ""));
   };
   draw();

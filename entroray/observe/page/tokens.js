@@ -24,7 +24,7 @@ function tokensSection(run) {
   look.run = run;
   const title = el("h2", { id: "tokens-title" }, "Tokens");
   Object.assign(look, { block: null, parts: null });
-  if (!run.recorded.length) return [title, el("p", { class: "missing" }, run.notes.find((n) => n.includes("tokens/")) || "Nothing from tokens/.")];
+  if (!run.recorded.length) return [title, el("p", { class: "missing" }, run.starting ? "No step is done yet." : run.notes.find((n) => n.includes("tokens/")) || "Nothing from tokens/.")];
   look.parts = Object.fromEntries(["bar", "filters", "found", "legend", "siblings", "sure"].map((name) => [name, el("div", { class: name })]));
   look.parts.bar.className = "bar";
   look.parts.detail = el("aside", { class: "detail", tabindex: 0, "aria-live": "polite", "aria-label": "the chosen token" });
@@ -38,7 +38,7 @@ function tokensSection(run) {
     if (entries.some((e) => e.isIntersecting) && !look.block && !look.ask) openStep(look.run.recorded.at(-1));
   });
   look.seen.observe(p.body);
-  return [title, el("p", { class: "note" }, "Each response as the policy wrote it, a shade for each token. Point at a token, or move to it by Tab and the arrow keys, for all its columns. Underlined tokens were selected where not all are; dotted ones are masked."), p.body];
+  return [title, el("p", { class: "note" }, "Each response as the policy wrote it, a shade for each token. Point at a token, or move to it by Tab and the arrow keys, for all its columns. Underlined tokens were selected where not all are; dotted ones are masked.", run.recorded.length > 1 ? ` Recorded are ${run.recorded.length} steps from ${run.recorded[0]} to ${run.recorded.at(-1)} (observe.tokens.every).` : ""), p.body];
 }
 
 async function readStep(step) {

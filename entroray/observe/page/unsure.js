@@ -1,6 +1,6 @@
 // What the policy was unsure of: forking tokens early and late, and a step's least sure tokens.
 
-const LEAST_SURE = 20;
+const LEAST_SURE = 20, FEW = 5;
 const oneCell = (text) => visible(text).replace(/\n/g, "");
 
 // Token i between those around it.
@@ -11,7 +11,7 @@ function inContext(block, i, around) {
     return oneCell(found);
   };
   const [first, after] = block.cell(i);
-  return [text(first - around, first), el("mark", {}, oneCell(block.text(first) ?? "")), text(after, after + around)];
+  return [first - around > r.start ? "…" : "", text(first - around, first), el("mark", {}, oneCell(block.text(first) ?? "")), text(after, after + around), after + around < r.stop ? "…" : ""];
 }
 
 function forksSection(run) {
@@ -71,27 +71,33 @@ function drawSure() {
   for (let i = 0; block.has("entropy") && i < block.tokens; i++) {
     const h = block.number("entropy", i);
     if (!Number.isFinite(h) || block.mask(i) !== null || (best.length === LEAST_SURE && h <= best.at(-1).h)) continue;
-    const place = placeOf(i), known = best.findIndex((b) => b.place === place);
+    if (!block.rolloutOf(i)) continue;
+    const known = best.findIndex((b) => samePlace(b.i, i));
     if (known >= 0 && best[known].h >= h) continue;
     if (known >= 0) best.splice(known, 1);
-    best = [...best, { h, i, place }].sort((a, b) => b.h - a.h).slice(0, LEAST_SURE);
+    best = [...best, { h, i }].sort((a, b) => b.h - a.h).slice(0, LEAST_SURE);
   }
-  look.sure = best.map(({ i }) => i);
-  const rows = best.map(({ h, i, place }) => {
-    const r = block.rolloutOf(i), there = block.rollouts.filter((each) => each.group === r.group).map((each) => each.start + i - r.start)
-      .filter((k) => block.rolloutOf(k)?.group === r.group && block.mask(k) === null && placeOf(k) === place);
+  look.sure = best.map(({ i }) => block.cell(i)[0]);
+  const rows = best.map(({ h, i }) => {
+    const r = block.rolloutOf(i), there = block.rollouts.filter((each) => each.group === r.group).filter((each) => each.start + i - r.start < each.stop)
+      .map((each) => each.start + i - r.start).filter((k) => block.mask(k) === null && samePlace(k, i));
     const learnt = there.filter((k) => block.learnt(k)).length;
-    return [number(h, 3), el("span", { class: "text" }, inContext(block, i, 12)), there.length > 1 ? `${learnt} of ${there.length}` : learnt ? "yes" : "no",
+    return [number(h, 3), el("span", { class: "text" }, inContext(block, i, 12)), there.length > 1 ? `${learnt} of ${there.length} siblings` : learnt ? "yes" : "no",
       number(Math.exp(block.number("logprob_old", i)), 3), number(block.number("advantage", i), 3),
       button(`rollout ${r.rollout}, ${r.correct ? "right" : "wrong"}`, () => goTo(i), { class: "link", title: `show token ${i - r.start}` })];
   });
-  look.parts.sure.replaceChildren(el("h3", {}, `Tokens that the policy was least sure of at step ${block.step} `, el("small", {}, "siblings with the same text before the token share a line; the key u goes to the next")),
-    rows.length ? table(["entropy", "in context", "learnt from", "probability", "advantage", ""], rows, "least sure tokens") : el("p", { class: "missing" }, "Nothing from tokens/: no entropy was recorded."));
+  const list = el("div", {}), draw = (most) => list.replaceChildren(table(["entropy, nats", "in context", "learnt from", "probability", "advantage", ""], rows.slice(0, most), "least sure tokens"),
+    ...(rows.length > most ? [button(`All ${rows.length}`, () => draw(rows.length))] : []));
+  draw(FEW);
+  look.parts.sure.replaceChildren(el("h3", {}, `Tokens that the policy was least sure of at step ${block.step} `, el("small", {}, "siblings with the same text before it share a line, which shows one of them; the key u goes to the next")),
+    rows.length ? list : el("p", { class: "missing" }, "Nothing from tokens/: no entropy was recorded."));
 }
 
-// The same for two tokens of a group with the same tokens before them.
-function placeOf(i) {
-  const r = look.block.rolloutOf(i), words = [r.group];
-  for (let k = r.start; k < i; k++) words.push(look.block.number("word", k));
-  return words.join(" ");
+// Whether tokens a and b are of one group and have the same tokens before them.
+function samePlace(a, b) {
+  const block = look.block, r = block.rolloutOf(a), s = block.rolloutOf(b);
+  if (r?.group !== s?.group || a - r.start !== b - s.start) return false;
+  let k = 1;
+  while (k <= a - r.start && block.number("word", a - k) === block.number("word", b - k)) k++;
+  return k > a - r.start;
 }
