@@ -16,7 +16,8 @@ from entroray.errors import ConfigError, InfrastructureError
 from entroray.types import Prompt, Rollout, Status, Verdict
 from entroray.workers.verifier import Verifier, _cpu_seconds
 
-DEADLINE = 1.0
+DEADLINE, BUSY = 1.0, 1.9
+"""Seconds an item has, and those that a busy machine may add to all: less than one slot in place of two."""
 PROMPT = Prompt("0" * 16, "?", (1,), "8", {"answer": "8", "metadata": {"numbers": [3, 5], "target": 8}})
 
 
@@ -139,18 +140,18 @@ def test_a_slow_item_times_out_alone(verdicts, slow):
     seconds = time.monotonic() - began
     assert [v.status for v in graded] == [Status.TIMEOUT, *[Status.OK] * 20, Status.TIMEOUT]
     assert math.isnan(graded[0].reward) and graded[0].detail == "no verdict within 1 s"
-    assert seconds < 2 * DEADLINE + 1
+    assert seconds < 2 * DEADLINE + BUSY
 
 
 def test_the_deadline_runs_from_an_items_own_start_and_others_keep_their_slot(verdicts):
     began = time.monotonic()
     graded = verdicts(*["python loop"] * 4)
     assert {v.status for v in graded} == {Status.TIMEOUT}
-    assert 2 * DEADLINE <= time.monotonic() - began < 2 * DEADLINE + 1
+    assert 2 * DEADLINE <= time.monotonic() - began < 2 * DEADLINE + BUSY
     began = time.monotonic()
     graded = verdicts("python loop", *["8"] * 200)
     assert sum(v.correct == 1 for v in graded) == 200
-    assert time.monotonic() - began < DEADLINE + 1
+    assert time.monotonic() - began < DEADLINE + BUSY
 
 
 @pytest.mark.parametrize("slow", ["crowd", "deaf"])
