@@ -29,7 +29,8 @@ def start(
     """
     command = [*(within or ()), sys.executable, "-m", "entroray", *arguments]
     environment, out, err = {**os.environ, **(variables or {})}, subprocess.PIPE, subprocess.STDOUT
-    return subprocess.Popen(command, stdout=out, stderr=err, text=True, preexec_fn=first, env=environment)
+    streams = {"stdout": out, "stderr": err, "pipesize": 1 << 20}  # room for what nobody reads before the end
+    return subprocess.Popen(command, text=True, preexec_fn=first, env=environment, **streams)
 
 
 def until(process: subprocess.Popen, true: Callable[[], object], seconds: float = 120.0) -> None:
