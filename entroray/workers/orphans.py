@@ -19,8 +19,9 @@ from pathlib import Path
 
 import psutil
 
-POLL_INTERVAL = 2.0
-"""Seconds between two lists of descendants; titles overwrite environments, so a mark there would not last."""
+POLL_INTERVAL, STARTING = 2.0, 60.0
+"""Seconds between two lists of descendants, a quarter of it in the first so many seconds, in which most begin;
+titles overwrite environments, so a mark there would not last."""
 GRACE = 5.0
 
 
@@ -48,7 +49,9 @@ def main(fd: int, pid: int, folder: str) -> None:
         known = {p for p in (*known, *_children(pid)) if p.is_running() and p.pid != os.getpid()}
         seen = {file for process in known for file in _shared_memory(process)}
         shared = {file for file in shared | seen if file.exists()}  # most are there for a moment
-        ended = bool(select.select([fd], [], [], POLL_INTERVAL)[0])
+        often = 4 if time.time() - began < STARTING else 1
+        ended = bool(select.select([fd], [], [], POLL_INTERVAL / often)[0])
+    known |= {child for each in known if each.is_running() for child in _children(each.pid)}  # begun since
     _, alive = psutil.wait_procs(known, timeout=GRACE)
     for process in alive:
         for each in (*_children(process.pid), process):
