@@ -20,8 +20,8 @@ from pathlib import Path
 import psutil
 
 POLL_INTERVAL, STARTING = 2.0, 60.0
-"""Seconds between two lists of descendants, a quarter of it in the first so many seconds, in which most begin;
-titles overwrite environments, so a mark there would not last."""
+"""Seconds between two lists of descendants, and those at first in which it is a quarter, for most begin then.
+Titles overwrite environments, so a mark there would not last."""
 GRACE = 5.0
 
 
