@@ -183,7 +183,7 @@ async def _only_maker(folder: Path, lock: int) -> AsyncIterator[None]:
             except BlockingIOError:
                 if not waited:
                     print(f"another process is making {folder}: waiting for it", flush=True)
-                await asyncio.sleep(1)  # deadline: those of the one that makes it, which a lock does not outlive
+                await asyncio.sleep(1)  # deadline: those of its maker, which the lock does not outlive
             except OSError as error:
                 print(f"{folder}: {error.strerror}, so another process may make it too", flush=True)
                 break
