@@ -75,6 +75,6 @@ check "pages" pytest $pages "${both[@]}" "$@"
 check "kernels" env TRITON_INTERPRET=1 pytest tests/interpreter "${both[@]}" "$@"
 check "mypy" mypy
 printf '\n== took: %snow the real stack\n' "$took"
-# Modules share what they start, so each stays whole; tests/faults looks at the whole machine, so it is alone.
+# Modules share what they start, so each stays whole; what reads a clock or looks at the whole machine runs alone.
 check "real stack" pytest tests/ray --numprocesses 2 --dist loadfile --durations=15 "$@"
-check "real faults" pytest tests/faults --durations=15 "$@"
+check "real stack, alone" pytest tests/alone tests/faults --durations=15 "$@"

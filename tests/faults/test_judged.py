@@ -16,9 +16,9 @@ from entroray.reward import build_verification
 from entroray.reward.programs import Limits, Program, Programs
 from entroray.types import Prompt, Status, Verdict
 from entroray.workers.verifier import Verifier
+from tests.alone import test_code, test_verifier
+from tests.alone.test_verifier import custom, rollout
 from tests.faults.record import Fault
-from tests.ray import test_code, test_verifier
-from tests.ray.test_verifier import custom, rollout
 from tests.served import answering, served
 from tests.unit.test_code_judge import ATTACKS, SPREAD
 from tests.unit.test_llm_judge import LLM, completion

@@ -290,7 +290,7 @@ def test_the_tests_run_cheapest_first(machine):
         "pytest tests/interpreter --numprocesses 2 --dist worksteal -x",
         "mypy",
         "pytest tests/ray --numprocesses 2 --dist loadfile --durations=15 -x",
-        "pytest tests/faults --durations=15 -x",
+        "pytest tests/alone tests/faults --durations=15 -x",
     ]
 
 

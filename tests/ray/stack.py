@@ -17,6 +17,7 @@ from unittest.mock import patch
 from entroray import cli
 from entroray.cli import train
 from entroray.config import Config
+from entroray.engine.vllm_request import has_begun
 from entroray.objective import Objective, build_objective
 from entroray.wiring import actors, compose, dataset
 from entroray.wiring.parts import build_parts
@@ -69,6 +70,16 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """What a run journalled, one object a step."""
     return lines(folder / "metrics.jsonl")
+
+
+async def drawing(engine: Any) -> None:
+    """Until the engine has drawn a token of a request that it has not answered."""
+
+    def begun(engine: Any) -> bool:
+        return any(has_begun(engine.engine, name) for name in [*engine.owner])
+
+    while not await cluster.settle(engine.__ray_call__.remote(begun), deadline=60.0, what="engine"):
+        await asyncio.sleep(0.01)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from entroray.workers.engine_pool import EnginePool
 from entroray.workers.learner_rank import LearnerSettings
 from entroray.workers.roles import LearnerRole
 from entroray.workers.weight_sender import WeightSender
-from tests.ray.stack import ROOM, Stack
+from tests.ray.stack import ROOM, Stack, drawing
 from tests.ray.test_learner import groups
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # ranks cannot import this file
@@ -182,10 +182,10 @@ def test_a_request_in_flight_goes_on_with_the_next_adapter_and_knows_which_drew_
     async def run() -> tuple[list[Any], list[Any]]:
         await m.sync(7)
         await train_a_little(m, objective, 3)
-        drawing = asyncio.ensure_future(m.engines.sample(request))
-        await asyncio.sleep(0.2)
+        sampling = asyncio.ensure_future(m.engines.sample(request))
+        await drawing(m.engines.handles[0])
         await m.sync(8)
-        drawn = await drawing
+        drawn = await sampling
         rows = [[*LONG, *r.token_ids.tolist()] for r in drawn]
         asked = [
             await m.learner.all(lambda r, h, row=row: h.prompt_logprobs.remote(row), deadline=60.0)

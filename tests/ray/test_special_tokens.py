@@ -1,12 +1,9 @@
-"""The shared engine: special tokens in responses and as stop strings, queues, requests it refuses."""
+"""The shared engine: special tokens in responses and as stop strings, and what it says while it works."""
 
-import asyncio
-import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
 
 from entroray.engine.generator import Request
 from entroray.policy.tokenizer import byte_tokenizer, encode_frame, response_text
@@ -104,49 +101,6 @@ def test_a_call_may_begin_and_end_with_special_tokens(stack: Stack, engine: Any)
         assert shown[:2] == [USER, ASSISTANT] and PAD not in shown, "the tool's text is no token"
         assert "<|user|><|assistant|><|pad|>".startswith(TOKENIZER.decode(shown))
         assert r.text == "<|pad|>" + whole(r)
-
-
-def test_a_queue_longer_than_the_deadline_is_served_to_its_end(stack: Stack, engine: Any) -> None:
-    """256 sequences run at once: the last of 6,656 begin long after a deadline that each keeps by far."""
-    draw = Draw(1.0, 8, min_tokens=8)
-    draws(stack, engine, draw, *range(256))
-    took = []
-    for _ in range(2):
-        began = time.monotonic()
-        draws(stack, engine, draw, *range(256))
-        took.append(time.monotonic() - began)
-    deadline = 7 * max(took)  # a busy machine may stand still for a second
-
-    async def group(number: int) -> list[Rollout]:
-        asked = request(draw, *range(64), prompt_id=f"{number}", deadline=deadline)
-        return await cluster.settle(engine.sample.remote(asked), deadline=100.0, what="engine")
-
-    async def wave() -> list[list[Rollout]]:
-        return await asyncio.gather(*map(group, range(104)))
-
-    began = time.monotonic()
-    rollouts = [r for members in stack.wait(wave()) for r in members]
-    assert time.monotonic() - began > deadline, "all within one deadline: this shows nothing"
-    assert {r.status for r in rollouts} == {Status.TRUNCATED} and {r.length for r in rollouts} == {8}
-
-
-def test_a_request_that_vllm_refuses_leaves_nothing_behind(stack: Stack, engine: Any) -> None:
-    fine = request(Draw(1.0, 8), 0, 1, deadline=0.5)
-    for refused in (
-        replace(fine, token_ids=(1,) * 5000),
-        replace(fine, token_ids=()),
-        replace(fine, after=(1,) * 8),
-        replace(fine, draw=replace(fine.draw, top_tokens=500)),
-        replace(fine, draw=replace(fine.draw, stop=("",))),
-    ):
-        with pytest.raises(RayTaskError):
-            ask(stack, engine.sample.remote(refused))
-        stream = engine.sample_all.options(num_returns="streaming").remote([fine, refused, fine])
-        with pytest.raises(RayTaskError):
-            stack.wait(cluster.settle_next(stream, deadline=60.0, what="engine"))
-        assert ask(stack, engine.__ray_call__.remote(lambda e: len(e.waiting) + len(e.owner))) == 0
-    time.sleep(0.8)  # beyond the deadline of what was refused
-    assert all(r.status.usable for r in ask(stack, engine.sample.remote(replace(fine, deadline=60.0))))
 
 
 def test_an_engine_at_work_says_so_and_its_pool_waits_for_it(stack: Stack, engine: Any) -> None:

@@ -25,7 +25,7 @@ from entroray.wiring.parts import build_parts
 from entroray.workers import cluster, transfer
 from entroray.workers.learner_rank import LearnerRank
 from entroray.workers.transfer import GatheredSource
-from tests.ray.stack import SHARES
+from tests.ray.stack import SHARES, drawing
 
 LONG = tuple(int(i) for i in np.random.default_rng(0).integers(0, 250, 300))
 """Longer than two blocks of 128 tokens, so that a prefix cache has something to keep."""
@@ -147,7 +147,7 @@ def test_requests_in_flight_go_on_with_the_new_weights_and_say_so(running: Any) 
     async def both() -> Any:
         request = Request("flight", LONG[:20], tuple(range(32)), Draw(1.0, 300), deadline=120.0)
         sampling = asyncio.create_task(m.engines.sample(request))
-        await asyncio.sleep(0.4)
+        await drawing(m.engines.handles[0])
         await m.sync(2)
         return await sampling
 

@@ -1,6 +1,5 @@
 """Tools and mixtures on the real stack: what the engine drew is what the learner scores; runs of both."""
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +15,6 @@ from entroray.rollout.tool_turns import Syntax, ToolTurns
 from entroray.train.batching import assemble, group_index
 from entroray.types import Answer, Draw, Group, MaskReason, Prompt, Rollout, Status, Verdict
 from entroray.workers import cluster
-from entroray.workers.verifier import Verifier
 from tests.ray.stack import Stack, entroray, metrics
 from tests.ray.test_learner import a_gang
 from tests.records import query
@@ -89,37 +87,6 @@ def test_the_learner_scores_what_the_engine_drew_over_all_turns(stack: Stack) ->
             noted = np.concatenate([r.notes.entropy for r in rollouts if r.notes])
             np.testing.assert_allclose(noted[drawn], scores["entropy"][drawn], atol=1e-3)
             assert np.isnan(noted[~drawn]).all()
-
-
-TOOL = """
-import time
-def slow(call, prompt):
-    if call == "sleep":
-        time.sleep(60)
-    if call == "raise":
-        raise KeyError(call)
-    return call.upper() + prompt.reference
-"""
-
-
-def test_a_slow_tool_times_out_alone_and_one_that_raises_says_so(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(TOOL)
-    tool = {"fn": "custom", "path": f"{tmp_path}/mine.py:slow"}
-    spec = {"judges": {"": {"fn": "gym", "task": "chain_sum"}}, "tool": tool}
-
-    async def answered() -> list[Answer]:
-        verifier = Verifier(spec, slots=2, deadline=1.0)
-        try:
-            await verifier.warm_up()
-            return await verifier.answer(Prompt("p", "", (1,), "!"), ["a", "sleep", "raise", "b"])
-        finally:
-            verifier.close()
-
-    a, late, raised, b = asyncio.run(answered())
-    assert (a, b) == (Answer("A!"), Answer("B!"))
-    assert late.status is Status.TIMEOUT and not late.text
-    assert (raised.text, raised.failed, raised.status) == ("error", True, Status.OK)
-    assert "KeyError" in raised.detail and "mine.py" in raised.detail
 
 
 @pytest.mark.slow

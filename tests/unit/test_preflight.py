@@ -300,7 +300,7 @@ def test_other_versions_than_the_tested_ones_are_named(monkeypatch: pytest.Monke
 def test_a_doctor_says_what_is_wrong_and_exits_with_3(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "try_network", lambda *asked: "tried")  # tests/ray/test_network.py
+    monkeypatch.setattr(doctor, "try_network", lambda *asked: "tried")  # tests/alone/test_network.py
     found = doctor.main(
         ["++data.settings.size=50", "model.path=/nowhere", "learner.lr=1e-6", "learner.ranks=9000"]
     )

@@ -16,9 +16,9 @@ from entroray.reward import isolation
 from entroray.types import Prompt, Status, Verdict
 from entroray.workers import verifier
 from entroray.workers.verifier import Verifier
+from tests.alone.test_verifier import rollout
 from tests.composed import configured
 from tests.ray.test_recipes import SIZE, lines
-from tests.ray.test_verifier import rollout
 
 ROW = {"text": "Square x.", "code": "def f(x):\n    return x * x", "test_list": ["assert f(2) == 4"]}
 PROMPT = Prompt("0" * 16, "?", (1,), "", ROW)

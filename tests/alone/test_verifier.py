@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from entroray.errors import ConfigError, InfrastructureError
-from entroray.types import Prompt, Rollout, Status, Verdict
+from entroray.types import Answer, Prompt, Rollout, Status, Verdict
 from entroray.workers.verifier import Verifier, _cpu_seconds
 
 DEADLINE, BUSY = 1.0, 1.9
@@ -321,3 +321,34 @@ def test_an_answer_that_waits_instead_of_working_has_failed(monkeypatch):
             verifier.close()
 
     assert asyncio.run(use()).status is Status.TIMEOUT
+
+
+TOOL = """
+import time
+def slow(call, prompt):
+    if call == "sleep":
+        time.sleep(60)
+    if call == "raise":
+        raise KeyError(call)
+    return call.upper() + prompt.reference
+"""
+
+
+def test_a_slow_tool_times_out_alone_and_one_that_raises_says_so(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TOOL)
+    tool = {"fn": "custom", "path": f"{tmp_path}/mine.py:slow"}
+    spec = {"judges": {"": {"fn": "gym", "task": "chain_sum"}}, "tool": tool}
+
+    async def answered() -> list[Answer]:
+        verifier = Verifier(spec, slots=2, deadline=1.0)
+        try:
+            await verifier.warm_up()
+            return await verifier.answer(Prompt("p", "", (1,), "!"), ["a", "sleep", "raise", "b"])
+        finally:
+            verifier.close()
+
+    a, late, raised, b = asyncio.run(answered())
+    assert (a, b) == (Answer("A!"), Answer("B!"))
+    assert late.status is Status.TIMEOUT and not late.text
+    assert (raised.text, raised.failed, raised.status) == ("error", True, Status.OK)
+    assert "KeyError" in raised.detail and "mine.py" in raised.detail

@@ -19,9 +19,9 @@ from entroray.cli import doctor, judge_trial
 from entroray.errors import ConfigError, InfrastructureError, PreflightError
 from entroray.types import Prompt, Status, Verdict
 from entroray.workers.verifier import Verifier
+from tests.alone.test_verifier import rollout
 from tests.composed import configured
 from tests.ray.stack import Stack
-from tests.ray.test_verifier import rollout
 
 PROMPT = Prompt("0" * 16, "?", (1,), "8")
 FORM = {"fn": "format", "pattern": r"(a|aa)+|\d+", "weight": 0.5}
