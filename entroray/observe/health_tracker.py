@@ -86,9 +86,10 @@ def _prediction_line(history: Sequence[Mapping[str, Any]]) -> str:
     ranks = {form: found.get(f"entropy/prediction_rank_{form}") for form in prediction.FORMS}
     correlations = ", ".join(f"{form} {rank:+.2f}" for form, rank in ranks.items() if rank is not None)
     return (
-        f"prediction: the {FORM} form gave the sign of entropy's change in {signs} of {len(known)} rescored "
-        f"steps, 'it always falls' in {falls}; the mean change was {change:+.4f} nats a step; slope of "
-        f"realised on predicted {slope:.3g}; rank correlation {correlations}"
+        f"prediction: in {signs} of {len(known)} rescored steps entropy moved as theory said beforehand "
+        f"('it falls' each time: {falls}); it changed by {change:+.4f} nats a step, {slope:.3g} times the "
+        f"prediction for a step of size 1 ({FORM} form); rank correlation of predicted and real change by "
+        f"form: {correlations}"
     )
 
 

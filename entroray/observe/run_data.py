@@ -176,9 +176,15 @@ def is_held(run_dir: Path) -> bool:
     return False
 
 
+def _words(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        return f"({', '.join(f'{name} {_words(each)}' for name, each in value.items())})"
+    return f"{value:.5g}" if isinstance(value, float) else value if isinstance(value, str) else _text(value)
+
+
 def _event(event: Found) -> Found:
     fields = _section(event, "fields")
-    text = _text(fields)
+    text = " · ".join(f"{name} {_words(value)}" for name, value in fields.items() if name != "step")
     return {
         "time": str(event.get("time", "")),
         "kind": str(event.get("kind", "")),

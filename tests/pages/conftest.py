@@ -45,7 +45,7 @@ def browse(browser: Any) -> Iterator[Browse]:
         page.on("console", lambda m: told.append(m.text) if wrong(m) else None)
         page.on("pageerror", lambda error: told.append(str(error)))
         page.on("dialog", lambda dialog: told.append(dialog.message))
-        place = url.partition("?")[0]
+        place = url.partition("?")[0].partition("#")[0]
         asked = lambda request: None if request.url.startswith(place) else told.append(request.url)
         page.on("request", asked)
         page.goto(url)
@@ -62,7 +62,9 @@ def browse(browser: Any) -> Iterator[Browse]:
 def show(browse: Browse) -> Open:
     """Opens a page of a folder, report.html if no other is named."""
 
-    def opened(folder: Path, *look: Any, name: str = "report.html", ready: str = SETTINGS) -> Any:
-        return browse((folder / name).as_uri(), *look, ready=ready)
+    def opened(
+        folder: Path, *look: Any, name: str = "report.html", ready: str = SETTINGS, fragment: str = ""
+    ) -> Any:
+        return browse((folder / name).as_uri() + fragment, *look, ready=ready)
 
     return opened

@@ -117,6 +117,25 @@ def test_texts_are_shown_and_never_obeyed(run: Path, show: Open) -> None:
     assert set(directions) == {"plaintext"}
 
 
+def test_the_address_names_what_was_chosen_and_shows_it_again(run: Path, show: Open) -> None:
+    page = tokens(show(run))
+    assert "#" not in page.url, "nobody chose anything"
+    page.locator(".rollout .t").nth(2).click()
+    page.wait_for_url("**token=*")
+    address, said = page.evaluate("location.hash"), page.inner_text(".detail")
+    assert address.startswith("#step=40&group=") and "&rollout=" in address
+    again = show(run, fragment=address)
+    again.wait_for_selector(".rollout .t.here")
+    assert again.inner_text(".detail") == said
+    again.get_by_label("Rollout", exact=True).select_option(index=1)
+    again.wait_for_timeout(1000)  # the address changes 0.3 s later
+    alone = show(run, fragment=again.evaluate("location.hash"))
+    alone.wait_for_selector(".single")
+    assert alone.locator(".rollout").count() == 1
+    for wrong in ("#step=40&rollout=99999&token=1", "#step=7777", "#step=x&token=", "#curves"):
+        tokens(show(run, fragment=wrong))
+
+
 def test_a_character_that_is_cut_across_tokens_is_one_cell(run: Path, show: Open) -> None:
     page = tokens(show(run))
     page.get_by_label("Group", exact=True).select_option("0")

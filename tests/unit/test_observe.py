@@ -368,13 +368,15 @@ def test_report_of_a_run(tmp_path):
         book.step(
             step, judged_metrics(groups) | step_metrics(groups, tokens) | METRICS | DRAWN, groups, tokens
         )
-    book.event("engine_lost", reason="<i>")
+    book.event("engine_lost", step=2, reason="<i>", left={"engines": 1, "seconds": 0.123456789}, held=[1])
     (tmp_path / "config.yaml").write_text("name: <script>")
     said = page(tmp_path)
     assert said["recorded"] == [1, 2] and said["metrics"]["steps"] == [1, 2]
     assert said["metrics"]["values"]["control/bonus"] == [0.1, 0.1]
     assert said["settings"] == [["name", '"<script>"', ""]]
-    assert [(e["kind"], e["fields"]) for e in said["events"]] == [("engine_lost", '{"reason": "<i>"}')]
+    assert [(e["kind"], e["fields"]) for e in said["events"]] == [
+        ("engine_lost", "reason <i> · left (engines 1, seconds 0.12346) · held [1]")
+    ]
     text = (tmp_path / "report.html").read_text()
     assert not any(each in text for each in ("<i>", 'src="http', "<link", "name: <script>"))
 

@@ -130,6 +130,8 @@ function render(run, before) {
 async function start() {
   let run = await source.run(), turn = Promise.resolve();
   render(run);
+  readAddress();
+  window.addEventListener("hashchange", readAddress);
   source.follow?.((version) => {
     turn = turn.then(async () => {
       if (version <= run.version) return;

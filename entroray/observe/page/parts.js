@@ -54,7 +54,7 @@ const oneLine = (text, most) => {
 function table(head, rows, caption) {
   return el("div", { class: "wide", tabindex: 0, role: "region", "aria-label": caption },
     el("table", {}, el("thead", {}, el("tr", {}, head.map((cell) => el("th", { scope: "col" }, cell)))),
-      el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell) => el("td", {}, cell)))))));
+      el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell, i) => el("td", { "data-name": head[i] || null }, cell)))))));
 }
 
 function choice(label, options, chosen, change) {

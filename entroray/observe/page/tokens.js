@@ -33,6 +33,7 @@ function tokensSection(run) {
   p.siblings.addEventListener("pointerover", (event) => event.target.dataset?.i && chooseToken(Number(event.target.dataset.i)));
   const start = el("p", {}, button("Show the tokens of the last recorded step", () => openStep(look.run.recorded.at(-1)), { class: "primary" }));
   p.body = el("div", { onkeydown: keys }, start);
+  for (const kind of ["focusin", "click", "change"]) p.body.addEventListener(kind, writeAddress);
   document.onkeydown = (event) => { if (event.target === document.body && look.block) keys(event); };
   look.seen = new IntersectionObserver((entries) => {
     if (entries.some((e) => e.isIntersecting) && !look.block && !look.ask) openStep(look.run.recorded.at(-1));
@@ -70,6 +71,27 @@ async function openStep(step, rollout, position) {
   const kept = shownGroups();
   chooseGroup(r ? r.group : kept.includes(look.group) ? look.group : kept[0] ?? look.block.groups[0]);
   if (r && position !== undefined) goTo(r.start + position);
+}
+
+// The address names what was chosen, so that a copied link shows it again; browsers allow few changes a second.
+function writeAddress() {
+  clearTimeout(look.told);
+  look.told = setTimeout(() => {
+    if (!look.block || look.parts.body.hasAttribute("aria-busy")) return writeAddress();
+    const r = look.token === null ? null : look.block.rolloutOf(look.token);
+    const told = { step: look.block.step, group: look.group, rollout: look.alone ?? r?.rollout, token: r ? look.token - r.start : undefined, alone: look.alone === null ? undefined : 1 };
+    history.replaceState(null, "", `#${Object.entries(told).filter(([, value]) => value !== undefined).map(([name, value]) => `${name}=${value}`).join("&")}`);
+  }, 300);
+}
+
+async function readAddress() {
+  const said = new URLSearchParams(location.hash.slice(1)), of = (name) => (said.has(name) ? Number(said.get(name)) : undefined);
+  if (!look.run.recorded.includes(of("step"))) return;
+  document.getElementById("tokens").scrollIntoView();
+  await openStep(of("step"), of("rollout"), of("token"));
+  const known = look.block?.rollouts.some((r) => r.rollout === of("rollout"));
+  if (known && of("alone")) alone(of("rollout"));
+  else if (!known && look.block?.groups.includes(of("group"))) chooseGroup(of("group"));
 }
 
 // A later state of the run: the step that is looked at stays, unless its records went or were written again.
