@@ -128,7 +128,7 @@ def test_held_out_accuracy_is_measured_and_changes_nothing(
 def test_a_resumed_run_is_the_same_run_bit_for_bit(fault: Fault, tmp_path: Path, model: str) -> None:
     settings = [*BASE[1:], f"model.path={model}", f"--dir={tmp_path}/both", "--steps=3"]
     command = [sys.executable, "-m", "entroray", "verify-resume", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "3 + 3 steps equal 6" in done.stdout
     fault.fired("verify-resume made both runs")

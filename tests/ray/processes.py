@@ -33,7 +33,7 @@ def start(
     return subprocess.Popen(command, text=True, preexec_fn=first, env=environment, **streams)
 
 
-def until(process: subprocess.Popen, true: Callable[[], object], seconds: float = 120.0) -> None:
+def until(process: subprocess.Popen, true: Callable[[], object], seconds: float = 300.0) -> None:
     """Returns when `true()` is; fails if the process ends before or the time is up, which kills it."""
     end = time.monotonic() + seconds
     while not true():
@@ -44,7 +44,7 @@ def until(process: subprocess.Popen, true: Callable[[], object], seconds: float 
         time.sleep(0.02)
 
 
-def printed_at_end(process: subprocess.Popen, code: int, seconds: float = 200.0) -> str:
+def printed_at_end(process: subprocess.Popen, code: int, seconds: float = 500.0) -> str:
     """Everything it printed, once it has ended with `code`."""
     printed, _ = process.communicate(timeout=seconds)
     assert process.returncode == code, printed[-3000:]

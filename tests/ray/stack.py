@@ -43,7 +43,7 @@ ROOM = [
 def entroray(*arguments: str, expect: int = 0) -> str:
     """What `entroray <arguments>` prints, in a process of its own that ends with the code `expect`."""
     command = [sys.executable, "-m", "entroray", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=os.environ, check=False)
     assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -109,7 +109,7 @@ class Stack:
         self.gangs: dict[int, Gang] = {}
         self.judges: dict[str, VerifierPool] = {}
 
-    def wait(self, work: Awaitable[Any], seconds: float = 240.0) -> Any:
+    def wait(self, work: Awaitable[Any], seconds: float = 500.0) -> Any:
         """The value of `work`, on the one event loop of the session."""
         return self.loop.run_until_complete(asyncio.wait_for(work, seconds))
 

@@ -16,7 +16,7 @@ from tests.ray import declared_nodes
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     command = [sys.executable, "-m", declared_nodes.__name__]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

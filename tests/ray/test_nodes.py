@@ -110,7 +110,7 @@ def test_a_run_across_three_nodes(nodes: dict[str, str], model: str, tmp_path: P
     overrides += ["generator.replicas=1", "cluster.address=10.99.0.1:6379", f"run.dir={tmp_path}/run"]
     command = within(0, str(ROOT / ".venv" / "bin" / "entroray"), "train", *overrides)
     done = subprocess.run(
-        command, env=nodes, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+        command, env=nodes, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "= 2.5 of 3" in done.stdout and "2 steps in" in done.stdout

@@ -37,7 +37,7 @@ def test_the_snippets_of_the_readme_run(tmp_path: Path, model: str) -> None:
             env=os.environ | {"PYTHONPATH": str(README.parent)},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=580,
             check=False,
         )
         assert done.returncode == 0, f"{content}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
