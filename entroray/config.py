@@ -15,7 +15,7 @@ PATHS = ("run.dir", "model.path", "model.warm_start.cache", *USER_FILES, "data.t
 
 @dataclass
 class Run:
-    dir: str | None = None  # null: runs/<experiment>/<time>
+    dir: str | None = None  # null: `runs/<experiment>/<time>`
     name: str = "train"  # folder under runs/ when dir is null
     steps: int = 100  # each trains on rollout.groups_per_step groups in learner.updates_per_rollout updates
     tokens: int = 0  # response tokens drawn that end a run before run.steps, for fair comparisons; 0: none

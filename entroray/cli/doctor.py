@@ -64,7 +64,7 @@ def packages(_: Config) -> str:
 def tools(config: Config) -> str:
     """A compiler and ninja for DeepSpeed's op, or the op already compiled."""
     os.environ.update(cluster.environment())
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    folder = installation.EXTENSIONS
     compiled = [p.name for p in folder.rglob("*.so")]
     missing = [tool for tool in ("g++", "ninja") if not shutil.which(tool)]
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -74,12 +74,13 @@ def tools(config: Config) -> str:
             f"{' and '.join(missing)} not found and DeepSpeed's op is not compiled in {folder}: "
             f"apt-get install g++ python3.{sys.version_info[1]}-dev"
         )
-    locks = [p for p in folder.rglob("lock") if p.is_file()]
-    if locks and not compiled:
-        raise PreflightError(
-            f"{locks[0]} was left by a killed compilation and would be waited for: delete it"
-        )
-    return f"{', '.join(compiled) or 'op not compiled yet'}; {', '.join(missing) or 'nothing'} missing"
+    freed = [f"{lock} was left by a killed process, removed" for lock in installation.free_dead_locks()]
+    told = [
+        ", ".join(compiled) or "op not compiled yet",
+        f"{', '.join(missing) or 'nothing'} missing",
+        *freed,
+    ]
+    return "; ".join(told)
 
 
 def isolation(config: Config) -> str:

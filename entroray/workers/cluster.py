@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from entroray.engine.interfaces import leave_loopback
 from entroray.errors import EntrorayError, InfrastructureError, LearnerLostError, Stopped, first_line
+from entroray.installation import EXTENSIONS
 from entroray.redaction import is_secret
 from entroray.train.clock import BusyTime
 from entroray.train.trace import NO_TRACE
@@ -149,8 +150,7 @@ def forwarded(*, secret: bool) -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """Variables every worker needs: those of this shell, the environment's own tools, one compiled op, no
-    usage reports."""
+    """Variables every worker needs: those of this shell, the environment's own tools and ops, no reports."""
     quiet = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "VLLM_NO_USAGE_STATS": "1",
@@ -166,11 +166,7 @@ def environment() -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return (
-        forwarded(secret=False)
-        | quiet
-        | {"PATH": path, "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix, "torch_extensions"))}
-    )
+    return forwarded(secret=False) | quiet | {"PATH": path, "TORCH_EXTENSIONS_DIR": str(EXTENSIONS)}
 
 
 CPU_ONLY = {

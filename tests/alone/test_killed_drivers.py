@@ -1,5 +1,6 @@
-"""What a killed driver does not leave: a warm start that goes on, temporary files of its processes."""
+"""What a killed driver or rank does not leave: a warm start under way, files, a lock that others wait for."""
 
+import os
 import subprocess
 import sys
 import time
@@ -8,8 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from entroray.installation import EXTENSIONS
+from entroray.workers import cluster
 from entroray.workers.orphans import GRACE
 from tests.ray.processes import descendants, is_dead, start, until
+from tests.ray.stack import Stack
 
 
 def test_a_warm_start_ends_with_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +55,13 @@ def test_children_and_their_temporary_files_go_with_the_driver_and_what_was_comp
         time.sleep(0.1)
     assert not temporary.exists()
     assert all(is_dead(p) for p in psutil.process_iter() if p.pid == int(child))
+
+
+def test_a_lock_of_a_rank_that_was_killed_as_it_loaded_its_op_is_removed_by_the_next(stack: Stack) -> None:
+    """Torch takes it for each load, of a compiled op too, and waits for one that is there without an end."""
+    lock = EXTENSIONS / "deepspeed_shm_comm" / "lock"
+    lock.touch()
+    os.utime(lock, (0, 0))
+    gang = stack.wait(stack.another_gang(1))
+    cluster.kill_actors(gang.handles)
+    assert not lock.exists()

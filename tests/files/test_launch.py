@@ -359,17 +359,6 @@ def test_a_failing_stage_ends_the_tests_with_its_code(machine, codes, arguments,
     assert len(machine.told().splitlines()) == calls
 
 
-def test_a_lock_left_by_a_killed_process_is_removed(machine):
-    machine.tools()
-    locks = [machine.checkout / ".venv" / "torch_extensions" / op / "lock" for op in ("old", "new")]
-    for lock in locks:
-        lock.parent.mkdir(parents=True)
-        lock.touch()
-    os.utime(locks[0], (0, 0))
-    machine.setup()
-    assert [lock.exists() for lock in locks] == [False, True]
-
-
 def test_a_copy_goes_into_a_folder_that_is_given_and_is_brought_up_to_date(machine):
     for folder in ("entroray", "conf"):
         (machine.checkout / folder).mkdir()

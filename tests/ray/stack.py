@@ -128,10 +128,11 @@ class Stack:
         if ranks == 1:
             return (await self.machine()).learner
         if ranks not in self.gangs:
-            self.gangs[ranks] = await self._gang(ranks)
+            self.gangs[ranks] = await self.another_gang(ranks)
         return self.gangs[ranks]
 
-    async def _gang(self, ranks: int) -> Gang:
+    async def another_gang(self, ranks: int) -> Gang:
+        """A learner of so many ranks that nobody else has."""
         config, _ = compose.load_config([*ROOM, f"learner.ranks={ranks}"])
         settings = actors.learner_settings(config, self.model, 10)
         objective = build_objective("grpo")

@@ -1,10 +1,12 @@
 """What an environment that was made the wrong way is told; its packages are folders of metadata."""
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.utils.file_baton import FileBaton
 
 from entroray import __version__, installation, rows
 from entroray.errors import PreflightError
@@ -155,3 +157,22 @@ def test_versions_are_those_of_the_stack_and_say_what_is_missing(environment: Ma
     assert first.startswith(f"entroray {__version__} in /")
     assert others[:3] == ["torch 2.13.0+cpu", "vllm not installed", "ray not installed"]
     assert others[3:] == ["deepspeed 0.19.8", "transformers 5.19.0"]
+
+
+def test_a_lock_of_a_killed_compilation_is_removed_and_that_of_one_under_way_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch's FileBaton makes it: open from its creation until just before it goes."""
+    monkeypatch.setattr(installation, "LOCK_AGE", 0.3)
+    dead, held = (tmp_path / name / "lock" for name in ("dead", "held"))
+    for lock in (dead, held):
+        lock.parent.mkdir()
+    baton = FileBaton(str(held))
+    assert baton.try_acquire()
+    dead.touch()
+    began = time.monotonic()
+    assert installation.free_dead_locks(tmp_path) == [dead]
+    assert time.monotonic() - began >= 0.3, "a node that shares the folder may have just made it"
+    assert held.exists() and not dead.exists()
+    baton.release()
+    assert installation.free_dead_locks(tmp_path) == [] == installation.free_dead_locks(tmp_path / "none")

@@ -77,7 +77,8 @@ async function openStep(step, rollout, position) {
 function writeAddress() {
   clearTimeout(look.told);
   look.told = setTimeout(() => {
-    if (!look.block || look.parts.body.hasAttribute("aria-busy")) return writeAddress();
+    if (look.parts.body.hasAttribute("aria-busy")) return writeAddress();
+    if (!look.block) return;
     const r = look.token === null ? null : look.block.rolloutOf(look.token);
     const told = { step: look.block.step, group: look.group, rollout: look.alone ?? r?.rollout, token: r ? look.token - r.start : undefined, alone: look.alone === null ? undefined : 1 };
     history.replaceState(null, "", `#${Object.entries(told).filter(([, value]) => value !== undefined).map(([name, value]) => `${name}=${value}`).join("&")}`);
