@@ -4,8 +4,6 @@
 set -euo pipefail
 [[ $# == 1 && $1 != -* ]] || { echo "usage: launch/install.sh FOLDER" >&2 && exit 2; }
 ENTRORAY_INTO=$(realpath -m "$1")
-[[ $ENTRORAY_INTO != *[[:space:]]* ]] || # DeepSpeed's op is linked by a line of torch's without quotes
-    { echo "install: $ENTRORAY_INTO has a space in it, with which torch links nothing: give another folder" >&2 && exit 2; }
 [[ ! -e $ENTRORAY_INTO || -f $ENTRORAY_INTO/pyvenv.cfg || -f $ENTRORAY_INTO/entroray-setup || -z $(ls -A "$ENTRORAY_INTO") ]] ||
     { echo "install: $ENTRORAY_INTO is there and no environment: give another folder" >&2 && exit 2; }
 # shellcheck source=launch/setup.sh

@@ -65,6 +65,8 @@ pins() { # of what is installed from: the pins, and of a copy everything
 
 choose() { # sets build, python (its real path) and version; names all that is missing at once
     local driver missing=() candidate found=() fits=False makes=True headers=True
+    [[ $VENV != *[[:space:]]* ]] || # DeepSpeed's op is linked by a line of torch's without quotes
+        refuse "$VENV has a space in it, with which torch links nothing: move the checkout, or make an environment elsewhere (launch/install.sh FOLDER)"
     version="" build=${ENTRORAY_BUILD:-cpu}
     [[ -n ${ENTRORAY_BUILD:-} || $(nvidia-smi -L 2>/dev/null) != *"GPU "* ]] || build=cuda
     for candidate in ${ENTRORAY_EXTRAS//,/ }; do

@@ -1,6 +1,7 @@
 """`entroray doctor`: everything that is wrong with a machine and a run's settings, at once, with remedies."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -73,6 +74,10 @@ def tools(config: Config) -> str:
         raise PreflightError(
             f"{' and '.join(missing)} not found and DeepSpeed's op is not compiled in {folder}: "
             f"apt-get install g++ python3.{sys.version_info[1]}-dev"
+        )
+    if not compiled and re.search(r"\s", str(folder)):
+        raise PreflightError(
+            f"{folder} has a space in it, with which torch links no op: make the environment elsewhere"
         )
     freed = [f"{lock} was left by a killed process, removed" for lock in installation.free_dead_locks()]
     told = [

@@ -13,7 +13,7 @@ import torch
 
 from entroray import installation
 from entroray.binding import effective_settings, function_name, traits
-from entroray.config import Config, share_cards
+from entroray.config import TINY, Config, share_cards
 from entroray.engine.adapter import ADAPTER
 from entroray.errors import EntrorayError, PreflightError, first_line, free_bytes
 from entroray.planning.deadlines import CHECKPOINT
@@ -68,6 +68,11 @@ def refuse_wrong(config: Config) -> None:
 def model(config: Config) -> str:
     """Weights, tokenizer, chat template, vocabulary and context fit each other and what is asked."""
     needed = actors.sequence_length(config)
+    if config.model.path == TINY and Path(TINY, "config.json").is_file():
+        raise PreflightError(
+            f"model.path={TINY} is the built-in model, and a model is in the folder {TINY}/ here: set "
+            f"model.path=./{TINY} for the folder, or start elsewhere for the built-in one"
+        )
     if warm_start.is_missing(config):
         context = config.model.warm_start.size["max_position_embeddings"]
         return _context(config, context, "the tiny model, not made yet")
