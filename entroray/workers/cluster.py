@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from entroray.engine.interfaces import leave_loopback
 from entroray.errors import EntrorayError, InfrastructureError, LearnerLostError, Stopped, first_line
-from entroray.installation import EXTENSIONS
+from entroray.installation import op_folder
 from entroray.redaction import is_secret
 from entroray.train.clock import BusyTime
 from entroray.train.trace import NO_TRACE
@@ -166,7 +166,7 @@ def environment() -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return forwarded(secret=False) | quiet | {"PATH": path, "TORCH_EXTENSIONS_DIR": str(EXTENSIONS)}
+    return forwarded(secret=False) | quiet | {"PATH": path, "TORCH_EXTENSIONS_DIR": str(op_folder())}
 
 
 CPU_ONLY = {

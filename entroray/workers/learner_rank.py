@@ -16,7 +16,7 @@ from torch import Tensor
 from entroray.config import LearnerConfig, Model
 from entroray.engine.interfaces import hold_port
 from entroray.errors import PreflightError
-from entroray.installation import free_dead_locks
+from entroray.installation import prepare_ops
 from entroray.metrics.update import SUMS, add_sums
 from entroray.objective import Objective, activity_inside, corrected
 from entroray.policy import families, lora
@@ -89,7 +89,7 @@ class LearnerRank:
         os.environ |= {"WORLD_SIZE": str(self.settings.learner.ranks), "LOCAL_RANK": "0"}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         settle()
-        free_dead_locks()
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(prepare_ops()[0])  # this node's
         rows = self._choose_layout()  # before anything of DeepSpeed may have a say in how models are built
         self.backend_class.join(self.device.type, timeout)
         self._load_model(self.settings.model.path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from entroray.installation import EXTENSIONS
+from entroray.installation import op_folder
 from entroray.workers import cluster
 from entroray.workers.orphans import GRACE
 from tests.ray.processes import descendants, is_dead, start, until
@@ -59,7 +59,7 @@ def test_children_and_their_temporary_files_go_with_the_driver_and_what_was_comp
 
 def test_a_lock_of_a_rank_that_was_killed_as_it_loaded_its_op_is_removed_by_the_next(stack: Stack) -> None:
     """Torch takes it for each load, of a compiled op too, and waits for one that is there without an end."""
-    lock = EXTENSIONS / "deepspeed_shm_comm" / "lock"
+    lock = op_folder() / "deepspeed_shm_comm" / "lock"
     lock.touch()
     os.utime(lock, (0, 0))
     gang = stack.wait(stack.another_gang(1))

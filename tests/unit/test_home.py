@@ -1,4 +1,4 @@
-"""Where caches go for a uid that has no home folder."""
+"""Where caches go for a uid that has no home folder, and the tiny model that is made there."""
 
 import asyncio
 import os
@@ -14,7 +14,8 @@ from entroray import cli
 from entroray.config import Config
 from entroray.errors import PreflightError
 from entroray.home import ensure_home, home_folder
-from entroray.wiring import warm_start
+from entroray.wiring import preflight, warm_start
+from tests.composed import configured
 
 
 @pytest.fixture
@@ -101,3 +102,16 @@ def test_what_another_user_has_locked_is_waited_for_though_it_cannot_be_written(
     lock.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(PreflightError, match=r"model\.warm_start\.cache"):
         asyncio.run(warm_start.make_model(Config(), tmp_path / "model"))
+
+
+def test_a_folder_called_as_the_built_in_model_is_no_guess(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = configured("model.warm_start.cache=/nowhere")
+    preflight.model(told)
+    (tmp_path / "tiny").mkdir()
+    preflight.model(told)
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    with pytest.raises(PreflightError, match=r"model\.path=\./tiny"):
+        preflight.model(told)

@@ -9,7 +9,9 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from entroray import __version__, installation, rows
+from entroray.cli import doctor
 from entroray.errors import PreflightError
+from tests.composed import configured
 
 RIGHT = {
     "torch": "2.13.0+cpu",
@@ -164,6 +166,7 @@ def test_a_lock_of_a_killed_compilation_is_removed_and_that_of_one_under_way_kep
 ) -> None:
     """As torch's FileBaton makes it: open from its creation until just before it goes."""
     monkeypatch.setattr(installation, "LOCK_AGE", 0.3)
+    monkeypatch.setattr(installation, "COMPILED", tmp_path)
     dead, held = (tmp_path / name / "lock" for name in ("dead", "held"))
     for lock in (dead, held):
         lock.parent.mkdir()
@@ -171,8 +174,38 @@ def test_a_lock_of_a_killed_compilation_is_removed_and_that_of_one_under_way_kep
     assert baton.try_acquire()
     dead.touch()
     began = time.monotonic()
-    assert installation.free_dead_locks(tmp_path) == [dead]
+    assert installation.prepare_ops() == (tmp_path, [dead])
     assert time.monotonic() - began >= 0.3, "a node that shares the folder may have just made it"
     assert held.exists() and not dead.exists()
     baton.release()
-    assert installation.free_dead_locks(tmp_path) == [] == installation.free_dead_locks(tmp_path / "none")
+    assert installation.prepare_ops() == (tmp_path, [])
+
+
+def test_ops_that_another_user_compiled_are_copied_to_a_folder_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch makes its lock beside a compiled op, where only its owner may write."""
+    theirs = tmp_path / "environment" / "torch_extensions"
+    (theirs / "op").mkdir(parents=True)
+    for name in ("op.so", "lock"):
+        (theirs / "op" / name).touch()
+    monkeypatch.setattr(installation, "COMPILED", theirs)
+    monkeypatch.setattr(
+        installation.os, "access", lambda place, how: tmp_path / "cache" in Path(place).parents
+    )
+    monkeypatch.setenv("ENTRORAY_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):
+        folder, freed = installation.prepare_ops()
+        assert folder == installation.op_folder() and (tmp_path / "cache") in folder.parents and not freed
+        assert [file.name for file in folder.rglob("*") if file.is_file()] == ["op.so"]
+    assert [*folder.parent.iterdir()] == [folder], "and nothing else"
+
+
+def test_an_environment_with_a_space_in_its_path_is_made_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.cluster, "environment", dict)
+    monkeypatch.setattr(installation, "COMPILED", tmp_path / "my environment" / "torch_extensions")
+    installation.COMPILED.parent.mkdir()
+    with pytest.raises(PreflightError, match="elsewhere"):
+        doctor.tools(configured())

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from entroray import installation
 from entroray.cli import doctor, judge_trial, train
 from entroray.config import Config
 from entroray.data.prompts import Split
@@ -100,28 +99,6 @@ def test_a_checkpoint_of_text_and_images_is_refused_by_its_name(folder: Path, tm
 def test_a_model_folder_that_is_not_there() -> None:
     with pytest.raises(PreflightError, match=r"^model\.path=/nowhere .*config\.json"):
         preflight.model(config("model.path=/nowhere", "learner.lr=1e-6"))
-
-
-def test_a_folder_called_as_the_built_in_model_is_no_guess(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    told = config("model.warm_start.cache=/nowhere")
-    preflight.model(told)
-    (tmp_path / "tiny").mkdir()
-    preflight.model(told)
-    (tmp_path / "tiny" / "config.json").write_text("{}")
-    with pytest.raises(PreflightError, match=r"model\.path=\./tiny"):
-        preflight.model(told)
-
-
-def test_an_environment_with_a_space_in_its_path_is_made_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor.cluster, "environment", dict)
-    monkeypatch.setattr(installation, "EXTENSIONS", tmp_path / "my environment" / "torch_extensions")
-    with pytest.raises(PreflightError, match="elsewhere"):
-        doctor.tools(config())
 
 
 def test_a_tokenizer_without_a_template(folder: Path, tmp_path: Path) -> None:
