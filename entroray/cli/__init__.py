@@ -12,7 +12,7 @@ from pathlib import Path
 
 from entroray import installation
 from entroray.errors import EntrorayError, first_line, nearest
-from entroray.home import ensure_home
+from entroray.home import ensure_home, shorten_temporary
 from entroray.redaction import HidingStream
 
 USAGE = Path(__file__).with_name("usage.txt").read_text()
@@ -77,6 +77,7 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         print(f"entroray: unknown command `{command}`: {nearest(command, COMMANDS)}", file=sys.stderr)
         return 2
     if command in STARTS:
+        shorten_temporary()
         installation.check_environment()
     try:
         if not any("cluster.address=" in argument for argument in arguments):

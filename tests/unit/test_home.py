@@ -10,10 +10,10 @@ from unittest.mock import patch
 
 import pytest
 
-from entroray import cli
+from entroray import cli, home
 from entroray.config import Config
 from entroray.errors import PreflightError
-from entroray.home import ensure_home, home_folder
+from entroray.home import LONGEST, ensure_home, home_folder, shorten_temporary
 from entroray.wiring import preflight, warm_start
 from tests.composed import configured
 
@@ -27,6 +27,7 @@ def stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(home, "LONGEST", 1000)  # no link is left in /tmp
     with patch.dict(os.environ):
         for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "ENTRORAY_CACHE"):
             os.environ.pop(name, None)
@@ -102,6 +103,29 @@ def test_what_another_user_has_locked_is_waited_for_though_it_cannot_be_written(
     lock.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(PreflightError, match=r"model\.warm_start\.cache"):
         asyncio.run(warm_start.make_model(Config(), tmp_path / "model"))
+
+
+def test_a_folder_for_temporary_files_with_a_long_path_gets_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setenv("TMPDIR", str(long))
+    shorten_temporary()
+    link = Path(os.environ["TMPDIR"])
+    try:
+        assert link.resolve() == long and tempfile.gettempdir() == str(link) and len(str(link)) <= LONGEST
+        assert str(link) in capsys.readouterr().err
+        shorten_temporary()
+        assert os.environ["TMPDIR"] == str(link) and not capsys.readouterr().err, "once"
+        link.unlink()
+        link.symlink_to("/etc")
+        monkeypatch.setattr(tempfile, "tempdir", str(long))
+        with pytest.raises(PreflightError, match="TMPDIR to a shorter path"):
+            shorten_temporary()
+    finally:
+        link.unlink()
 
 
 def test_a_folder_called_as_the_built_in_model_is_no_guess(
