@@ -379,7 +379,7 @@ def _sweep(word: str, override: Override, folders: Sequence[Path]) -> list[str]:
     if not 0 < len(found) <= MOST:
         number = f"more than {MOST}" if found else "no"
         raise ConfigError(f"{word} sweeps over {number} values: give the values, {key}=1,2")
-    return [f"{key}={each}" for each in dict.fromkeys(found)]
+    return [f"{key}={each}" for each in overrides.values_as_typed(word, override, found)]
 
 
 def _globbed(override: Override, folders: Sequence[Path]) -> list[str]:

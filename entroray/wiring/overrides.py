@@ -67,18 +67,32 @@ def _as_typed(word: str, override: Override) -> str:
     kind, listed = setting_type(key.lstrip("+~")), value.startswith("[") and value.endswith("]")
     _refuse_numbers(override.key_or_group, override.value())
     if kind in TEXT_TYPES and override.value_type is ValueType.SIMPLE_CHOICE_SWEEP:
-        return f"{key}={','.join(_quoted(each) for each in PIECE.findall(value))}"
+        items: list[Any] = override.value().list  # type: ignore[union-attr]
+        pairs = zip(_pieces(value), items, strict=False)
+        return f"{key}={','.join(_quoted(p) if isinstance(v, int | float) else p for p, v in pairs)}"
     if kind in TEXT_TYPES and isinstance(override.value(), int | float):
         return f"{key}={_quoted(value)}"
     if kind in NUMBERS and isinstance(override.value(), int | float):
         return f"{key}=[{value}]"
     if kind == list[str] and listed and isinstance(override.value(), list):
-        return f"{key}=[{','.join(_quoted(each) for each in PIECE.findall(value[1:-1]))}]"
+        return f"{key}=[{','.join(_quoted(each) for each in _pieces(value[1:-1]))}]"
     return word
 
 
+def values_as_typed(word: str, override: Override, found: Sequence[str]) -> list[str]:
+    """The values `found` that a word sweeps over, none twice, as they were typed where none has a comma."""
+    typed = _pieces(word.partition("=")[2])
+    simple = override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and len(typed) == len(found)
+    simple = simple and not re.match(r"\w+\(", typed[0])  # as sort(3,1,2)
+    return [*dict(zip(found, typed if simple else found, strict=True)).values()]
+
+
+def _pieces(value: str) -> list[str]:
+    return [piece.strip() for piece in PIECE.findall(value)]
+
+
 def _quoted(piece: str) -> str:
-    bare = re.fullmatch(r"[\w.+-]+", piece := piece.strip(), re.ASCII) and piece.lower() != "null"
+    bare = re.fullmatch(r"[\w.+-]+", piece, re.ASCII) and piece.lower() != "null"
     return quote(piece) if bare else piece
 
 

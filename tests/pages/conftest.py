@@ -15,9 +15,12 @@ SETTINGS = "#settings h2"
 Browse = Callable[..., Any]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a window; NOT TESTED without it or without the extra `pages`."""
+    """Chromium without a window; NOT TESTED without it or without the extra `pages`.
+
+    Playwright's event loop runs until it is closed, and nothing else of the process can run one meanwhile.
+    """
     api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED: the extra `pages` is not installed")
     if CHROMIUM is None:
         pytest.skip("NOT TESTED: there is no chromium (apt-get install -y chromium)")

@@ -28,9 +28,18 @@ def test_a_text_is_kept_as_it_was_typed(typed: str) -> None:
 def test_a_swept_text_is_kept_and_a_number_is_a_number() -> None:
     assert compose.expand_sweep(["run.name=1e5,007,'a, b'"]) == [
         ['run.name="1e5"'],
-        ['run.name="007"'],
+        ["run.name=007"],
         ["run.name='a, b'"],
     ]
+    for key, *values in (
+        ("model.attention", "sdpa", "eager"),
+        ("learner.lr", "1e-6", "1e-5"),
+        ("reward.path", "/a/b.py:f", "/a/c.py:f"),
+        ("run.name", "a b", "007", "true"),
+    ):
+        each = [compose.expand_sweep([f"{key}={value}"]) for value in values]
+        swept = compose.expand_sweep([f"{key}={','.join(values)}"])
+        assert [[words] for words in swept] == each, "a cell of a lab is called by its words"
     assert configured("learner.lr=1e-5", "run.dir=null").learner.lr == 1e-5
 
 
