@@ -27,7 +27,8 @@ SIZES = {  # what is counted: the most there may be
     # watched (270), runs over each other and a folder read by Python (190), a package (180), what healing
     # itself had left open (150), stores and heads that are lost (70). 35,000 before one process makes a model
     # and others wait for it, held-out answers on the run page, help on one command (80). 35,080 before ops
-    # that a killed rank holds or another user compiled (40), folders whose names or paths mislead (50), values that are swept as typed (10)
+    # that a killed rank holds or another user compiled (40), folders whose names or paths mislead (30),
+    # values that are swept as they are typed (10)
     "lines of *.py in entroray/": 35_160,
     # model.template, model.template_args; reward.parts, reward.correct, evaluate.sets; learner.score,
     # observe.tokens.half, run.trace; learner.pack, liger, compile, gradient_checkpointing_every_n_layers and
