@@ -29,6 +29,8 @@ EXIT = 30.0
 
 def main() -> None:
     """Run one command; exit codes as DESIGN 7 lists them."""
+    for stream in (sys.stdout, sys.stderr):  # not every terminal takes the curves' characters
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.stdout, sys.stderr = HidingStream(sys.stdout), HidingStream(sys.stderr)  # type: ignore[assignment]
     code = run(sys.argv[1:])
     with suppress(OSError):  # `entroray ... | head`

@@ -193,7 +193,7 @@ async def _measure(bench: ReusedActors, job: Job) -> dict[str, float]:
     run_directory.write_manifest(folder, settings, {**m.facts, "seed": config.seed, "model": bench.model})
     began = time.monotonic()
     try:
-        with (folder / "console.log").open("w") as file:
+        with (folder / "console.log").open("w", encoding="utf-8") as file:
             journal, console, health = train.open_journal(config, job.parts, folder, read_in.tokenizer, file)
             part = 1 / config.run.steps  # of a cell
             console.training = lambda **moved: job.move(advance=part) if "completed" in moved else None

@@ -1,6 +1,8 @@
 """Flags of every command: what is taken, what is refused, and that what is refused starts nothing."""
 
 import asyncio
+import os
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -186,3 +188,10 @@ def test_help_is_about_the_command_and_a_misspelt_one_is_told_what_was_meant(
     assert "did you mean `train`" in capsys.readouterr().err
     assert cli.run(["report", "runs/nothere"]) == 2
     assert "runs/nothere, which does not exist" in capsys.readouterr().err
+
+
+def test_a_terminal_that_lacks_a_character_shows_another() -> None:
+    told = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    words = [sys.executable, "-m", "entroray", "objectives"]
+    done = subprocess.run(words, env=told, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and "grpo" in done.stdout and "; ? per token" in done.stdout, done.stderr
