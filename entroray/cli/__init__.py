@@ -29,9 +29,10 @@ EXIT = 30.0
 
 def main() -> None:
     """Run one command; exit codes as DESIGN 7 lists them."""
-    for stream in (sys.stdout, sys.stderr):  # not every terminal takes the curves' characters
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    sys.stdout, sys.stderr = HidingStream(sys.stdout), HidingStream(sys.stderr)  # type: ignore[assignment]
+    for name in ("stdout", "stderr"):  # None if it was closed: then the next file would get its number
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        stream.reconfigure(errors="replace")  # not every terminal takes the curves' characters
+        setattr(sys, name, HidingStream(stream))
     code = run(sys.argv[1:])
     with suppress(OSError):  # `entroray ... | head`
         sys.stdout.flush()

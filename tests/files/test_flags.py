@@ -195,3 +195,8 @@ def test_a_terminal_that_lacks_a_character_shows_another() -> None:
     words = [sys.executable, "-m", "entroray", "objectives"]
     done = subprocess.run(words, env=told, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and "grpo" in done.stdout and "; ? per token" in done.stdout, done.stderr
+
+
+def test_a_closed_output_is_no_error() -> None:
+    command = f"{sys.executable} -m entroray objectives >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], timeout=120, check=False).returncode == 0

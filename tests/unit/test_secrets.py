@@ -83,7 +83,7 @@ def test_an_error_that_has_a_key_in_its_words_is_written_and_told_without_it(tmp
 
 
 def test_both_streams_of_the_command_hide_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    out, err = io.StringIO(), io.StringIO()
+    out, err = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
     monkeypatch.setattr(sys, "argv", ["entroray", KEY])
@@ -91,7 +91,8 @@ def test_both_streams_of_the_command_hide_them(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SystemExit):
         cli.main()
     assert isinstance(sys.stdout, HidingStream)
-    assert "unknown command `***`" in err.getvalue() and KEY not in out.getvalue()
+    told = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    assert "unknown command `***`" in told[1] and KEY not in told[0]
 
 
 @pytest.mark.parametrize(
