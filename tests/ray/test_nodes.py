@@ -46,6 +46,7 @@ def network() -> Iterator[None]:
         ip(*inside, "link", "set", "lo", "up")
     yield
     for node in NODES:
+        ip("link", "del", f"er{node}", check=False)  # that of a namespace goes some time later
         ip("netns", "del", f"entroray{node}", check=False)
     ip("link", "del", "entroray", check=False)
 
