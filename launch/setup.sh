@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 UV=0.13.8
 INTO=${ENTRORAY_INTO:-} # of install.sh: a folder for an environment with a copy of this package
 VENV=${INTO:-$PWD/.venv}
-MARK=$VENV/entroray-setup # "begun" while at work, then what is installed: build, Python, pins, place
+MARK=$VENV/entroray-setup # what is installed: build, Python, pins, place; "begun" at first, "update" before it while at work
 LOG=$VENV/entroray-setup.log
 EXTRAS=$VENV/entroray-extras
 ENTRORAY_EXTRAS=${ENTRORAY_EXTRAS:-}
@@ -153,7 +153,7 @@ packages() { # decides where torch comes from, then installs everything
     extras=$(extras)
     local what=(-e ".[$build,dev${extras:+,${extras// /,}}]")
     [[ -z $INTO ]] || what=(--reinstall-package entroray ".[$build${extras:+,${extras// /,}}]")
-    stage "packages of the $build build${extras:+, $extras}" uv_install "${flags[@]}" "${what[@]}" &&
+    stage "packages of the $build build${extras:+, $extras}" uv_install "${flags[@]}" "${again[@]}" "${what[@]}" &&
         echo "$extras" >"$EXTRAS"
 }
 
@@ -167,12 +167,13 @@ environment() { # anew, all but mark and log, so that an interruption is seen
 }
 
 install_all() {
-    local build python version old=()
+    local build python version old=() again=()
     choose
     [[ ! -f $MARK ]] || read -ra old <"$MARK"
+    [[ ${old[0]:-} != update ]] || { old=("${old[@]:1}") && again=(--reinstall); } # it may hold half a package
     if [[ ${old[0]:-} == "$build" && ${old[1]} == "$version" && ${old[*]:3} == "$PWD" ]]; then
         say "setup: pyproject.toml${INTO:+, the package} or ENTRORAY_EXTRAS has changed; bringing ${INTO:-.venv} up to date"
-        echo begun >"$MARK"
+        echo "update ${old[*]}" >"$MARK" # whoever has no network keeps what is there
     else
         [[ -f $MARK || ! -f $VENV/pyvenv.cfg ]] || refuse "launch/setup.sh did not make ${INTO:-the .venv that is here}: move it away, then start again"
         [[ ${old[0]:-} != begun ]] || say "setup: the last set-up was interrupted; starting over (downloads are kept)"

@@ -140,6 +140,24 @@ def test_an_interrupted_set_up_is_begun_again(machine):
     assert again.returncode == 0 and "interrupted" in again.stdout and not leftover.exists()
 
 
+def test_an_update_that_fails_leaves_what_is_there_and_is_made_whole_by_the_next(machine):
+    """As on a node without a network, whose checkout has other pins now: twice, and nothing is wiped."""
+    machine.setup()
+    kept = machine.checkout / ".venv" / "package"
+    kept.touch()
+    with (machine.checkout / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    uv = str(machine.checkout / ".venv" / "bin" / "uv")
+    machine.stub(uv, UV.format(log=machine.log, code=9, dry=0))
+    for _ in range(2):
+        assert machine.setup().returncode == 3 and kept.exists()
+    machine.stub(uv, UV.format(log=machine.log, code=0, dry=0))
+    machine.told()
+    assert machine.setup().returncode == 0 and kept.exists()
+    assert " --reinstall -e .[cpu,dev]" in machine.told()
+    assert machine.setup().returncode == 0 and machine.told() == ""
+
+
 def test_a_copied_checkout_makes_its_own_environment(machine):
     machine.setup()
     copy = machine.checkout.with_name("copy")
