@@ -143,7 +143,7 @@ def prepare_ops() -> tuple[Path, list[Path]]:
     for lock in folder.glob("*/lock"):
         with suppress(FileNotFoundError):  # whoever held it gave it back
             while not _is_open(lock.resolve(strict=True)):  # deadline: its age
-                if time.time() - lock.stat().st_mtime > LOCK_AGE:
+                if abs(time.time() - lock.stat().st_mtime) > LOCK_AGE:  # of another clock too
                     lock.unlink()
                     freed.append(lock)
                 time.sleep(1.0)
